@@ -1,0 +1,1 @@
+"""Assigners: which prediction or anchor answers for which ground-truth box."""

@@ -1,0 +1,1 @@
+"""Official Co-DETR and BRS-DETR checkpoints to ours and back."""

@@ -1,0 +1,1 @@
+"""COCO json -> packed arrays -> transforms -> padded batches. Knows nothing of models."""

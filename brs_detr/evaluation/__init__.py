@@ -1,0 +1,1 @@
+"""COCO average precision and pictures of predictions. Knows nothing of models."""

@@ -1,0 +1,66 @@
+"""A batch of pictures of different sizes, zero-padded to one tensor.
+
+The sizes stay on the host as plain integers: masks, anchor validity and clipping follow from them without asking the
+device anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Pictures padded at the right and bottom.
+
+    Attributes:
+        pixels: (B, 3, H, W) RGB, uint8 in 0..255 or float; 0 where padded.
+        sizes: (height, width) of each picture inside the padding.
+        original_sizes: (height, width) of each picture as stored on disk; detections are reported in this frame.
+    """
+
+    pixels: Tensor
+    sizes: list[Size]
+    original_sizes: list[Size]
+
+    @classmethod
+    def from_list(cls, images: Sequence[Tensor], original_sizes: Sequence[Size] | None = None) -> ImageBatch:
+        """Pad (3, h, w) tensors to the largest height and width among them (no rounding to a multiple of 32)."""
+        if not images:
+            raise ValueError("a batch needs at least one image")
+        sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
+        height, width = (max(side) for side in zip(*sizes, strict=True))
+        pixels = images[0].new_zeros(len(images), 3, height, width)
+        for row, image, (h, w) in zip(pixels, images, sizes, strict=True):
+            row[:, :h, :w].copy_(image)
+        return cls(pixels, sizes, list(original_sizes) if original_sizes is not None else sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def padded_size(self) -> Size:
+        """(H, W) of the padded tensor."""
+        return int(self.pixels.shape[-2]), int(self.pixels.shape[-1])
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> ImageBatch:
+        """Move the pixels; the sizes stay on the host."""
+        return replace(self, pixels=self.pixels.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> ImageBatch:
+        """Called by `DataLoader(pin_memory=True)`."""
+        return replace(self, pixels=self.pixels.pin_memory())
+
+    def padding_mask(self) -> Tensor:
+        """(B, H, W) bool on the pixels' device, True where padded."""
+        height, width = self.padded_size
+        mask = torch.ones(len(self), height, width, dtype=torch.bool)
+        for row, (h, w) in zip(mask, self.sizes, strict=True):
+            row[:h, :w] = False
+        return mask.to(self.pixels.device, non_blocking=True)
