@@ -1,0 +1,27 @@
+"""Shared fixtures: where the optional reference data lies, and one thread so that timings and sums repeat."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def shared_dir(name: str) -> Path:
+    """A folder of the reference data that may lie beside the repository; skips the test where it is absent."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"reference data {name} is not beside this checkout")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Folder of arrays recorded from the official implementations."""
+    return shared_dir("golden")
