@@ -25,3 +25,9 @@ def seeded():
 def golden():
     """Folder of arrays recorded from the official implementations."""
     return shared_dir("golden")
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """Folder of small real datasets in COCO format."""
+    return shared_dir("data")
