@@ -1,0 +1,351 @@
+"""The settings of a run: nested dataclasses are the schema, a flat YAML file a recipe.
+
+`load_config("configs/x.yaml", ["optim.lr=1e-4"])` starts from the defaults below (the released R50 BRS-DETR), applies
+the recipe's `base:` if it names one, the recipe, then the command line. A key that does not exist, a value of the wrong
+type and a pair that cannot work together are refused at once, with the file and the nearest valid name. The number of
+classes is no setting: it is read from the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from brs_detr.settings import ConfigError, leaves, parse_yaml, to_dict, update
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Training augmentation: one of two policies a picture; sides in pixels."""
+
+    short_sides: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    long_side: int = 1333
+    crop_policy: bool = True  # half of the pictures: resize, crop, resize again
+    crop_short_sides: tuple[int, ...] = (400, 500, 600)
+    crop_long_side: int = 4200
+    crop_min: int = 384
+    crop_max: int = 600
+    flip: float = 0.5
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where pictures and annotations are; the four paths are relative to `root`."""
+
+    root: str = "datasets/coco"
+    train_json: str = "annotations/instances_train2017.json"
+    train_images: str = "train2017"
+    val_json: str = "annotations/instances_val2017.json"
+    val_images: str = "val2017"
+    workers: int = 4
+    keep_empty: bool = True  # pictures without objects are trained on
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    test_short_side: int = 800
+    test_long_side: int = 1333
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """A timm model with pyramid features."""
+
+    name: str = "resnet50.tv_in1k"
+    pretrained: bool = True  # downloads unless `checkpoint` names a local file, which is then read instead
+    checkpoint: str | None = None
+    frozen_stages: int = 1  # 0: none; 1: stem and first stage; ...
+    norm: Literal["frozen", "batch", "group"] = "frozen"
+    drop_path: float = 0.0
+    levels: tuple[int, ...] = (8, 16, 32)  # strides handed to the neck
+    activation_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class MatcherConfig:
+    """Weights of the Hungarian costs."""
+
+    cls: float = 4.0
+    l1: float = 5.0
+    giou: float = 2.0
+
+
+@dataclass(frozen=True)
+class RankingWeights:
+    """Weight of ranking and sorting in each head; the box terms follow it through self-balancing."""
+
+    decoder: float = 2.0  # also encoder proposals and auxiliary queries
+    rpn: float = 1.0
+    roi: float = 5.0
+    atss: float = 5.0
+
+
+@dataclass(frozen=True)
+class TermWeights:
+    """Fixed weights of one head's terms in the score-based objectives."""
+
+    cls: float = 0.0
+    l1: float = 0.0
+    giou: float = 0.0
+    centerness: float = 0.0
+
+
+@dataclass(frozen=True)
+class ScoreWeights:
+    """Score-based objectives (`loss: focal`): the weights of each head."""
+
+    decoder: TermWeights = TermWeights(cls=2.0, l1=5.0, giou=2.0)
+    rpn: TermWeights = TermWeights(cls=12.0, l1=12.0)
+    roi: TermWeights = TermWeights(cls=12.0, giou=120.0)
+    atss: TermWeights = TermWeights(cls=12.0, giou=24.0, centerness=12.0)
+
+
+@dataclass(frozen=True)
+class RPNConfig:
+    """Auxiliary region proposal network."""
+
+    sample: int | None = None  # anchors sampled a picture; null: all of them
+    proposals_before_nms: int = 4000  # per level
+    proposals: int = 4000
+    test_proposals_before_nms: int = 1000
+    test_proposals: int = 1000
+    nms_iou: float = 0.7
+    anchor_scale: float = 4.0  # of the smallest anchor of an octave, in strides
+    scales_per_octave: int = 3
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
+
+
+@dataclass(frozen=True)
+class RoIConfig:
+    """Auxiliary Faster R-CNN head."""
+
+    fc_dim: int = 1024
+    sample: int | None = None  # RoIs sampled a picture; null: all proposals
+    add_ground_truth: bool = False  # true boxes join the proposals in training
+    max_rois: int | None = None  # cap a picture, to bound memory; null: none
+
+
+@dataclass(frozen=True)
+class ATSSConfig:
+    """Auxiliary ATSS head."""
+
+    stacked_convs: int = 1
+    topk: int = 9
+    centerness: bool = False
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The detector."""
+
+    name: Literal["brs_detr", "co_detr"] = "brs_detr"
+    loss: Literal["brs", "rs", "ap", "bap", "alrp", "focal"] = "brs"
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    dim: int = 256
+    heads: int = 8
+    points: int = 4
+    levels: int = 4
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    ffn_dim: int = 2048
+    queries: int = 300
+    max_aux_queries: int = 300
+    encoder_ranking: Literal["all", "first"] = "all"  # columns of the encoder proposals' logits that are ranked
+    score_weighted: bool = False  # localisation terms weighted by the scores of their boxes
+    detections_per_image: int = 100
+    matcher: MatcherConfig = field(default_factory=MatcherConfig)
+    ranking_weights: RankingWeights = field(default_factory=RankingWeights)
+    score_weights: ScoreWeights = field(default_factory=ScoreWeights)
+    rpn: RPNConfig = field(default_factory=RPNConfig)
+    roi: RoIConfig = field(default_factory=RoIConfig)
+    atss: ATSSConfig = field(default_factory=ATSSConfig)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW."""
+
+    lr: float = 2e-4
+    weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: float | None = 0.1
+    backbone_lr_factor: float = 0.1
+    sampling_offsets_lr_factor: float = 0.1
+    fused: bool = True  # on CUDA
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, schedule and bookkeeping of the training."""
+
+    epochs: int = 12
+    schedule: Literal["step", "cosine"] = "step"
+    lr_steps: tuple[int, ...] = (10, 11)  # epochs after which the rate falls
+    lr_gamma: float = 0.2
+    warmup_steps: int = 0  # optimiser steps
+    total_batch_size: int = 16  # pictures an optimiser step, over all processes and accumulated batches
+    per_device_batch_size: int | None = None  # null: the whole share of a process at once
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    ema_decay: float | None = None
+    eval_every: int = 1  # epochs
+    log_every: int = 50  # optimiser steps
+    tensorboard: bool = False
+    overfit_batches: int | None = None  # train and validate on the first batches only
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    init_from: str | None = None  # weights to start from; other classes are allowed
+    resume: bool = False  # go on with the run in `output_dir`
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Validation."""
+
+    batch_size: int = 1  # pictures a process
+    score_threshold: float = 0.0
+    max_detections: int = 100
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    seed: int = 0
+    output_dir: str = "runs/default"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe and apply `a.b=value` overrides.
+
+    Raises:
+        ConfigError: unknown key, wrong type, impossible pair, unreadable file.
+    """
+    config = Config()
+    for source, layer in _layers(Path(path)):
+        config = update(config, layer, source)
+    return apply_overrides(config, overrides)
+
+
+def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """The config with `a.b=value` strings applied, checked as a whole."""
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"command line: {text!r} is not of the form section.setting=value")
+        layer: Any = parse_yaml(value, f"command line, {key}") if value else None
+        for part in reversed(key.lstrip("-").split(".")):
+            layer = {part: layer}
+        config = update(config, layer, "command line")
+    check(config)
+    return config
+
+
+def from_dict(values: Mapping[str, Any], source: str) -> Config:
+    """The config that `to_dict` described, for instance the one stored inside a checkpoint named `source`."""
+    config = update(Config(), values, source)
+    check(config)
+    return config
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal config."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=120)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """`a.b: old -> new` for every setting in which two configs differ."""
+    before, after = dict(leaves(old)), dict(leaves(new))
+    return [f"{name}: {before[name]} -> {after[name]}" for name in before if before[name] != after[name]]
+
+
+def check(config: Config) -> None:
+    """Refuse values out of range and pairs that cannot work together.
+
+    Raises:
+        ConfigError: naming the settings and the mend.
+    """
+    for broken, message in _rules(config):
+        if broken:
+            raise ConfigError(message)
+
+
+def _rules(config: Config) -> Iterator[tuple[bool, str]]:
+    model, train, augment = config.model, config.train, config.data.augment
+    for name, value in leaves(config):
+        numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
+        least = 1 if name in _AT_LEAST_ONE.split() else 0
+        yield any(v < least for v in numbers), f"{name}={value} must be at least {least}"
+        yield name in _NOT_EMPTY and value == (), f"{name} needs at least one entry"
+    for name, value in (("data.augment.flip", augment.flip), ("model.rpn.nms_iou", model.rpn.nms_iou)):
+        yield value > 1, f"{name}={value} must lie between 0 and 1"
+    yield model.dim % model.heads != 0, f"model.dim={model.dim} must be a multiple of model.heads={model.heads}"
+    yield model.dim % 4 != 0, f"model.dim={model.dim} must be a multiple of 4 (sine and cosine of x and y)"
+    strides = model.backbone.levels
+    yield model.levels < len(strides), f"model.levels={model.levels} is less than the {len(strides)} backbone levels"
+    yield list(strides) != sorted(set(strides)), f"model.backbone.levels={list(strides)} must be strides that increase"
+    yield (
+        augment.crop_min > augment.crop_max,
+        (f"data.augment.crop_min={augment.crop_min} is above data.augment.crop_max={augment.crop_max}"),
+    )
+    steps = train.lr_steps
+    yield list(steps) != sorted(set(steps)), f"train.lr_steps={list(steps)} must increase"
+    yield (
+        train.schedule == "step" and any(s >= train.epochs for s in steps),
+        (
+            f"train.lr_steps={list(steps)} must lie before the end, train.epochs={train.epochs}; "
+            "shift them, or write train.lr_steps=[]"
+        ),
+    )
+    yield (
+        (train.per_device_batch_size or 1) > train.total_batch_size,
+        (
+            f"train.per_device_batch_size={train.per_device_batch_size} is above "
+            f"train.total_batch_size={train.total_batch_size}"
+        ),
+    )
+    yield (train.ema_decay or 0) >= 1, f"train.ema_decay={train.ema_decay} must be below 1"
+    yield (
+        model.atss.centerness and model.loss != "focal",
+        (f"model.atss.centerness=true needs model.loss=focal; model.loss={model.loss} ranks by quality instead"),
+    )
+
+
+_AT_LEAST_ONE = """
+    data.augment.long_side data.augment.short_sides data.augment.crop_min data.test_short_side data.test_long_side
+    model.dim model.heads model.points model.levels model.decoder_layers model.ffn_dim model.queries
+    model.detections_per_image model.backbone.levels train.epochs train.total_batch_size train.per_device_batch_size
+    train.eval_every train.log_every train.overfit_batches eval.batch_size eval.max_detections
+    model.rpn.proposals model.rpn.proposals_before_nms model.roi.fc_dim model.atss.topk
+"""
+_NOT_EMPTY = frozenset({"data.augment.short_sides", "data.augment.crop_short_sides", "model.backbone.levels"})
+
+
+def _layers(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The recipe's base, if it names one, then the recipe, each with the name to use in errors."""
+    recipe = _read(path)
+    base = recipe.pop("base", None)
+    if base is not None:
+        parent_path = path.parent / str(base)
+        parent = _read(parent_path)
+        if "base" in parent:
+            raise ConfigError(f"{parent_path}: a base may not have a base of its own; copy its settings here")
+        yield str(parent_path), parent
+    yield str(path), recipe
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: the recipe cannot be read ({error.strerror}); recipes lie in configs/") from None
+    recipe = parse_yaml(text, str(path))
+    if recipe is None:
+        return {}
+    if not isinstance(recipe, dict):
+        raise ConfigError(f"{path}: a recipe is a list of `section: settings`, not {type(recipe).__name__}")
+    return recipe

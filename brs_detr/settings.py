@@ -1,0 +1,151 @@
+"""Strict updates of nested dataclasses from YAML: the machinery under `config.py`, which knows no particular setting.
+
+Unknown keys are refused with the nearest valid name, values are converted to the annotated type or refused, and every
+message names the file (or "command line") and the setting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message says which, where, and what to write instead."""
+
+
+def update(config: Any, layer: Any, source: str, prefix: str = "", root: Any = None) -> Any:
+    """A copy of a config dataclass with the values of a nested mapping; strict about keys and types.
+
+    Args:
+        config: any dataclass.
+        layer: mapping from its field names to values or, for its sections, to further mappings.
+        source: named in errors: the file, or "command line".
+        prefix: dotted name of `config` itself, "" for the root.
+        root: the outermost dataclass, searched for the nearest valid name.
+
+    Raises:
+        ConfigError: unknown key, value of the wrong type.
+    """
+    root = config if root is None else root
+    if not isinstance(layer, Mapping):
+        raise ConfigError(
+            f"{source}: {prefix or 'the recipe'} is a section, not a value; write its settings one by one"
+        )
+    hints = typing.get_type_hints(type(config))
+    changes = {}
+    for key, value in layer.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if key not in hints:
+            raise ConfigError(f"{source}: {name} is not a setting{_suggestion(name, prefix, hints, root)}")
+        current = getattr(config, key)
+        if dataclasses.is_dataclass(current):
+            changes[key] = update(current, value, source, name, root)
+        else:
+            changes[key] = _coerce(value, hints[key], name, source)
+    return dataclasses.replace(config, **changes)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values (tuples as lists), ready for YAML and JSON."""
+    return {
+        f.name: to_dict(value)
+        if dataclasses.is_dataclass(value)
+        else list(value)
+        if isinstance(value, tuple)
+        else value
+        for f in dataclasses.fields(config)
+        for value in [getattr(config, f.name)]
+    }
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every setting of a nested dataclass."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's view of scalars: `no` is a word, 1e-4 a number; and a key written twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is written twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.split(":")[-1] in ("null", "int", "merge")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The value a YAML text stands for; ConfigError naming `source` where it is not YAML."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _suggestion(name: str, prefix: str, hints: Mapping[str, Any], root: Any) -> str:
+    siblings = [f"{prefix}.{key}" if prefix else key for key in hints]
+    everywhere = [leaf for leaf, _ in leaves(root)]
+    last = name.rsplit(".", 1)[-1]
+    near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
+    near = near or [leaf for leaf in everywhere if leaf.rsplit(".", 1)[-1] == last][:1]
+    near = near or difflib.get_close_matches(name, everywhere, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else f"; settings here are {', '.join(siblings)}"
+
+
+def _coerce(value: Any, hint: Any, name: str, source: str) -> Any:
+    """`value` as the annotated type, or a ConfigError; words become numbers and truth values only where wanted."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _coerce(value, options[0], name, source)
+    if origin is Literal:
+        if value in options:
+            return value
+        near = difflib.get_close_matches(str(value), options, n=1)
+        hint_text = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{source}: {name} must be one of {', '.join(options)}, not {value!r}{hint_text}")
+    if origin is tuple:
+        fixed = options[-1] is not Ellipsis
+        if isinstance(value, (list, tuple)) and (not fixed or len(value) == len(options)):
+            return tuple(_coerce(item, options[0], name, source) for item in value)
+        wanted = f"a list of {len(options)} numbers" if fixed else "a list like [1, 2]"
+        raise ConfigError(f"{source}: {name} must be {wanted}, not {value!r}")
+    converted = _scalar(value, hint)
+    if converted is None:
+        kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[hint]
+        raise ConfigError(f"{source}: {name} must be {kind}, not {value!r}")
+    return converted
+
+
+def _scalar(value: Any, kind: type) -> Any:
+    """`value` as bool, int, float or str, or None where it is none of that kind."""
+    if kind is bool:
+        return value if isinstance(value, bool) else {"true": True, "false": False}.get(str(value).lower())
+    if isinstance(value, bool) or value is None:
+        return None
+    if kind is str:
+        return str(value) if isinstance(value, (str, int, float)) else None
+    if kind is int:
+        return value if isinstance(value, int) else None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if number - number == 0 else None  # neither inf nor nan
