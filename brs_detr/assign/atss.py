@@ -1,0 +1,74 @@
+"""Adaptive Training Sample Selection (Zhang et al., CVPR 2020, Algorithm 1).
+
+Each object takes the anchors nearest to its centre on every level as candidates, and keeps those whose IoU exceeds the
+candidates' own mean plus standard deviation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from brs_detr.assign.max_iou import BACKGROUND
+
+SMALLEST_MARGIN = 0.01  # pixels by which an anchor's centre has to lie inside its object
+
+
+def atss_assign(anchors: Tensor, level_counts: Sequence[int], objects: Tensor, *, topk: int = 9) -> Tensor:
+    """Give anchors to objects by a threshold that every object sets for itself.
+
+    Args:
+        anchors: (N, 4) xyxy pixels, level after level.
+        level_counts: anchors of each level; they sum to N.
+        objects: (M, 4) xyxy pixels; M may be 0.
+        topk: candidates per level and object (fewer where the level is smaller).
+
+    Returns:
+        (N,) int64: object index or BACKGROUND. An anchor wanted by several objects goes to the one it overlaps most.
+    """
+    if objects.shape[0] == 0 or anchors.shape[0] == 0:
+        return torch.full((anchors.shape[0],), BACKGROUND, dtype=torch.int64, device=anchors.device)
+    centres = (anchors[:, :2] + anchors[:, 2:]) * 0.5
+    candidates = _nearest(centres, level_counts, objects, topk)
+    overlap = _overlap(anchors[candidates], objects)
+    accepted = (overlap >= _threshold(overlap)) & _inside(centres[candidates], objects)
+    table = anchors.new_full((anchors.shape[0], objects.shape[0]), -1.0)
+    table.scatter_(0, candidates, torch.where(accepted, overlap, -1.0))
+    best, index = table.max(dim=1)
+    return torch.where(best >= 0, index, BACKGROUND)
+
+
+def _nearest(centres: Tensor, level_counts: Sequence[int], objects: Tensor, topk: int) -> Tensor:
+    """(K, M) indices of the topk anchors of every level nearest to each object's centre."""
+    middle = (objects[:, :2] + objects[:, 2:]) * 0.5
+    chosen, start = [], 0
+    for level in centres.split(list(level_counts)):
+        if level.shape[0]:
+            distance = (level[:, None, 0] - middle[:, 0]).square() + (level[:, None, 1] - middle[:, 1]).square()
+            nearest = distance.topk(min(topk, level.shape[0]), dim=0, largest=False).indices
+            chosen.append(nearest + start)
+        start += level.shape[0]
+    return torch.cat(chosen)
+
+
+def _overlap(boxes: Tensor, objects: Tensor) -> Tensor:
+    """(K, M) IoU of candidate boxes (K, M, 4) with their object (M, 4)."""
+    low = torch.maximum(boxes[..., :2], objects[:, :2])
+    high = torch.minimum(boxes[..., 2:], objects[:, 2:])
+    intersection = (high - low).clamp(min=0).prod(-1)
+    union = (boxes[..., 2:] - boxes[..., :2]).prod(-1) + (objects[:, 2:] - objects[:, :2]).prod(-1) - intersection
+    return intersection / union.clamp(min=1e-6)
+
+
+def _threshold(overlap: Tensor) -> Tensor:
+    """(M,) mean plus unbiased standard deviation over the candidates; a lone candidate is its own threshold."""
+    mean = overlap.mean(dim=0)
+    return mean + overlap.std(dim=0) if overlap.shape[0] > 1 else mean
+
+
+def _inside(centres: Tensor, objects: Tensor) -> Tensor:
+    """(K, M) whether candidate centres (K, M, 2) lie inside their object (M, 4)."""
+    margin = torch.cat([centres - objects[:, :2], objects[:, 2:] - centres], dim=-1)
+    return margin.amin(dim=-1) > SMALLEST_MARGIN

@@ -1,0 +1,94 @@
+"""Anchor boxes of a feature pyramid, and which of them belong to the picture rather than to the batch padding.
+
+Validity follows from host integers alone: the anchors of a picture are the top left rectangle of every level, so they
+are cut out by slicing and no mask ever has to be read back from the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+Size = tuple[int, int]
+
+
+def base_anchors(stride: int, scales: Sequence[float], ratios: Sequence[float]) -> Tensor:
+    """Anchors of the cell at the origin, ratio-major, then scale.
+
+    Args:
+        stride: pixels per cell; an anchor of scale s has the area (stride * s)^2.
+        scales: sides in multiples of the stride.
+        ratios: height over width.
+
+    Returns:
+        (len(ratios) * len(scales), 4) xyxy pixels, centred at (0, 0).
+    """
+    root = torch.tensor(ratios, dtype=torch.float32).sqrt()[:, None]
+    sides = stride * torch.tensor(scales, dtype=torch.float32)[None]
+    half = 0.5 * torch.stack([sides / root, sides * root], dim=-1).reshape(-1, 2)
+    return torch.cat([-half, half], dim=-1)
+
+
+class AnchorGrid(nn.Module):
+    """Anchors of every cell of every level, centred at (column * stride, row * stride).
+
+    There is no half-cell offset: released Co-DETR and BRS-DETR weights were trained without one.
+
+    Args:
+        strides: pixels per cell of each level.
+        scales: anchor sides in multiples of the stride.
+        ratios: height over width of the anchors.
+    """
+
+    def __init__(self, strides: Sequence[int], scales: Sequence[float], ratios: Sequence[float]) -> None:
+        super().__init__()
+        self.strides = tuple(strides)
+        self.per_cell = len(scales) * len(ratios)
+        bases = torch.stack([base_anchors(stride, scales, ratios) for stride in strides])
+        self.register_buffer("bases", bases, persistent=False)
+
+    def forward(self, shapes: Sequence[Size]) -> list[Tensor]:
+        """Anchors for levels of the given (h, w) cells: one (h, w, per_cell, 4) xyxy pixel tensor per level."""
+        if len(shapes) != len(self.strides):
+            raise ValueError(f"{len(shapes)} feature maps for {len(self.strides)} strides {self.strides}")
+        levels = []
+        for (height, width), stride, base in zip(shapes, self.strides, self.bases, strict=True):
+            x = torch.arange(width, device=base.device, dtype=base.dtype) * stride
+            y = torch.arange(height, device=base.device, dtype=base.dtype) * stride
+            y, x = torch.meshgrid(y, x, indexing="ij")
+            levels.append(torch.stack([x, y, x, y], dim=-1)[:, :, None] + base)
+        return levels
+
+
+def valid_extents(size: Size, shapes: Sequence[Size], strides: Sequence[int]) -> list[Size]:
+    """Cells of each level that lie inside one picture of a padded batch.
+
+    Args:
+        size: (h, w) pixels of the picture, without padding.
+        shapes: (h, w) cells of each level of the padded batch.
+        strides: pixels per cell of each level.
+
+    Returns:
+        (rows, columns) per level: cells whose index is below ceil(size / stride).
+    """
+    return [
+        (min(rows, -(-size[0] // stride)), min(columns, -(-size[1] // stride)))
+        for (rows, columns), stride in zip(shapes, strides, strict=True)
+    ]
+
+
+def valid_rows(levels: Sequence[Tensor], extents: Sequence[Size]) -> Tensor:
+    """Entries of one picture, level after level, cells row-major, anchors fastest.
+
+    Args:
+        levels: (h, w, ..., D) per level.
+        extents: (rows, columns) per level, from `valid_extents`.
+
+    Returns:
+        (n, D), n = entries inside the picture.
+    """
+    return torch.cat(
+        [level[:rows, :columns].reshape(-1, level.shape[-1]) for level, (rows, columns) in zip(levels, extents)]
+    )

@@ -1,0 +1,70 @@
+"""Boxes as offsets from reference boxes (Girshick et al., "Rich feature hierarchies", appendix C, and Faster R-CNN).
+
+A centre moves by a fraction of the reference's size and sides grow by an exponential factor; each of the four numbers
+is divided by its standard deviation so that all have a comparable size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BoxCoder:
+    """Encodes boxes relative to reference boxes, and back, always in float32 or wider.
+
+    Attributes:
+        stds: divisors of (dx, dy, dw, dh).
+        largest_factor: sides change at most by this factor or its inverse when decoding.
+    """
+
+    stds: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    largest_factor: float = 1000 / 16
+
+    def encode(self, references: Tensor, boxes: Tensor) -> Tensor:
+        """Offsets that turn each reference into the box of the same row.
+
+        Args:
+            references: (..., 4) xyxy, sides above 0.
+            boxes: (..., 4) xyxy in the same unit, sides above 0.
+
+        Returns:
+            (..., 4) (dx, dy, dw, dh) over `stds`.
+        """
+        centre, side = _centre_side(_wide(references))
+        target_centre, target_side = _centre_side(_wide(boxes))
+        shift = (target_centre - centre) / side
+        growth = (target_side / side).log()
+        (sx, sy, sw, sh) = self.stds
+        return torch.stack([shift[..., 0] / sx, shift[..., 1] / sy, growth[..., 0] / sw, growth[..., 1] / sh], dim=-1)
+
+    def decode(self, references: Tensor, deltas: Tensor) -> Tensor:
+        """Boxes that the offsets describe; not clipped to any picture.
+
+        Args:
+            references: (..., 4) xyxy, broadcast against the deltas.
+            deltas: (..., 4) as `encode` makes them.
+
+        Returns:
+            (..., 4) xyxy in the unit of the references.
+        """
+        centre, side = _centre_side(_wide(references))
+        dx, dy, dw, dh = _wide(deltas).unbind(-1)
+        (sx, sy, sw, sh) = self.stds
+        limit = math.log(self.largest_factor)
+        centre = centre + torch.stack([dx * sx, dy * sy], dim=-1) * side
+        half = 0.5 * side * torch.stack([dw * sw, dh * sh], dim=-1).clamp(-limit, limit).exp()
+        return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _centre_side(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return (low + high) * 0.5, high - low

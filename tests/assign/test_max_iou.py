@@ -1,0 +1,81 @@
+"""Maximum-IoU assignment."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torchvision.ops import box_iou
+
+from brs_detr.assign import max_iou
+from brs_detr.assign.max_iou import BACKGROUND, IGNORED, max_iou_assign
+from brs_detr.ops.anchors import valid_extents, valid_rows
+
+SIZES = [(128, 153), (101, 160)]
+STRIDES = (8, 16, 32, 64, 128)
+SHAPES = [(16, 20), (8, 10), (4, 5), (2, 3), (1, 2)]
+
+
+def boxes_of(count):
+    corner = torch.rand(count, 2) * 80
+    return torch.cat([corner, corner + 5 + torch.rand(count, 2) * 40], dim=1)
+
+
+def slow_assign(boxes, objects, positive, negative, low_quality):
+    """Box by box, as the paper words it."""
+    iou = box_iou(objects, boxes)
+    result = []
+    for j in range(len(boxes)):
+        best = iou[:, j].max().item()
+        which = iou[:, j].argmax().item()
+        result.append(which if best >= positive else BACKGROUND if best < negative else IGNORED)
+    if low_quality is not None:
+        for i in range(len(objects)):
+            top = iou[i].max().item()
+            if top >= low_quality:
+                for j in range(len(boxes)):
+                    if iou[i, j].item() == top:
+                        result[j] = i
+    return torch.tensor(result)
+
+
+@pytest.mark.parametrize("low_quality", [None, 0.1, 0.3])
+@pytest.mark.parametrize("table", [1, 150, 1 << 23])
+def test_equals_the_slow_form_in_blocks_of_any_size(monkeypatch, low_quality, table):
+    monkeypatch.setattr(max_iou, "LARGEST_TABLE", table)
+    boxes, objects = boxes_of(60), boxes_of(7)
+    boxes[10:14] = boxes[3]
+    objects[6] = objects[2]
+    ours = max_iou_assign(boxes, objects, positive=0.5, negative=0.3, low_quality=low_quality)
+    assert ours.tolist() == slow_assign(boxes, objects, 0.5, 0.3, low_quality).tolist()
+
+
+def test_without_objects_everything_is_background():
+    assigned = max_iou_assign(boxes_of(4), torch.zeros(0, 4), positive=0.7, negative=0.3, low_quality=0.3)
+    assert assigned.tolist() == [BACKGROUND] * 4
+    assert max_iou_assign(torch.zeros(0, 4), boxes_of(2), positive=0.7, negative=0.3).shape == (0,)
+
+
+def test_order_of_boxes_does_not_matter():
+    boxes, objects, order = boxes_of(80), boxes_of(5), torch.randperm(80)
+    assigned = max_iou_assign(boxes, objects, positive=0.5, negative=0.3, low_quality=0.2)
+    assert torch.equal(
+        max_iou_assign(boxes[order], objects, positive=0.5, negative=0.3, low_quality=0.2), assigned[order]
+    )
+
+
+@pytest.mark.parametrize("scenario", ["normal", "empty1"])
+def test_official_rpn_labels(golden, scenario):
+    data = load_file(golden / "brs_detr" / "train_normal.safetensors")
+    data |= load_file(golden / "brs_detr" / f"train_{scenario}.safetensors")
+    for image, size in enumerate(SIZES):
+        extents = valid_extents(size, SHAPES, STRIDES)
+
+        def cut(name, image=image, extents=extents):
+            maps = [data[f"rpn.{name}.{level}"] for level in range(5)]
+            maps = [(m if name == "anchors" else m[image]).reshape(*s, 9, -1) for m, s in zip(maps, SHAPES)]
+            return valid_rows(maps, extents)
+
+        objects = data[f"gt_bboxes.{image}"]
+        assigned = max_iou_assign(cut("anchors"), objects, positive=0.7, negative=0.3, low_quality=0.3)
+        weights, labels = cut("target.label_weights").flatten(), cut("target.labels").flatten()
+        assert torch.equal(assigned != IGNORED, weights > 0)
+        assert torch.equal(assigned >= 0, (labels == 0) & (weights > 0))
