@@ -1,0 +1,106 @@
+"""Deformable attention and the feed-forward block: the two parts that encoder and decoder layers share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from brs_detr.ops.deform_attn import deformable_sampling
+from brs_detr.ops.images import Size
+
+
+class DeformableAttention(nn.Module):
+    """Multi-scale deformable attention (Deformable DETR, Eq. 3) with its projections.
+
+    Initially every head looks along its own direction, point p at p + 1 cells, with equal weights (the original
+    initialisation), so training starts from a fixed star-shaped stencil.
+
+    Args:
+        dim: width of queries and values.
+        heads: attention heads; must divide `dim`.
+        levels: feature levels.
+        points: samples per head and level.
+    """
+
+    def __init__(self, dim: int, heads: int = 8, levels: int = 4, points: int = 4) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"model.dim {dim} is not a multiple of model.heads {heads}")
+        self.heads, self.levels, self.points = heads, levels, points
+        self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(dim, heads * levels * points)
+        self.value_proj = nn.Linear(dim, dim)
+        self.output_proj = nn.Linear(dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Star-shaped offsets, equal weights, Xavier projections."""
+        nn.init.zeros_(self.sampling_offsets.weight)
+        angles = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
+        directions = torch.stack([angles.cos(), angles.sin()], -1)
+        directions = directions / directions.abs().amax(-1, keepdim=True)
+        steps = torch.arange(1, self.points + 1, dtype=torch.float32)
+        star = directions[:, None, None, :] * steps[None, None, :, None]
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(star.expand(-1, self.levels, -1, -1).reshape(-1))
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for layer in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self, query: Tensor, tokens: Tensor, references: Tensor, shapes: Sequence[Size], padding: Tensor
+    ) -> Tensor:
+        """Attend from each query to the samples around its reference.
+
+        Args:
+            query: (B, Q, dim), position already added.
+            tokens: (B, N, dim) memory of all levels.
+            references: (B, Q, L, 2) points or (B, Q, L, 4) cxcywh boxes, in [0, 1] of each padded level.
+            shapes: (h, w) of each level.
+            padding: (B, N) bool, True where a token is padding; such tokens read as zero.
+
+        Returns:
+            (B, Q, dim).
+        """
+        batch, queries, _ = query.shape
+        value = self.value_proj(tokens).masked_fill(padding[..., None], 0.0)
+        value = value.view(batch, tokens.shape[1], self.heads, -1)
+        # Locations in float32 also under autocast: bf16 has too few digits for a coordinate on a large map.
+        offsets = self.sampling_offsets(query).float() if query.dtype != torch.float64 else self.sampling_offsets(query)
+        offsets = offsets.view(batch, queries, self.heads, self.levels, self.points, 2)
+        weights = self.attention_weights(query).to(offsets.dtype)
+        weights = weights.view(batch, queries, self.heads, -1).softmax(-1)
+        weights = weights.view(batch, queries, self.heads, self.levels, self.points)
+        centres = references[:, :, None, :, None, :2]
+        if references.shape[-1] == 2:
+            cells = offsets.new_tensor([(w, h) for h, w in shapes])
+            locations = centres + offsets / cells[None, None, None, :, None, :]
+        else:
+            # points reach half a box away at an offset of `points` (Deformable DETR, A.4)
+            locations = centres + offsets / self.points * references[:, :, None, :, None, 2:] * 0.5
+        return self.output_proj(deformable_sampling(value, shapes, locations, weights))
+
+
+class FeedForward(nn.Module):
+    """Linear, ReLU, Linear; the residual is the layer's business.
+
+    Args:
+        dim: width in and out.
+        hidden: width between.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(dim, hidden)
+        self.contract = nn.Linear(hidden, dim)
+        for layer in (self.expand, self.contract):
+            nn.init.xavier_uniform_(layer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., dim)."""
+        return self.contract(self.expand(x).relu())

@@ -1,0 +1,241 @@
+"""BRS-DETR: Co-DETR trained with the Bucketed Rank & Sort loss on every prediction set.
+
+Backbone -> channel mapper -> deformable encoder -> two-stage proposals -> deformable decoder. In training an RPN, a RoI
+head and an ATSS head read the encoder's maps too; their positives become extra decoder queries. Every head is handed an
+objective, so the same module with focal objectives, samplers and centerness is Co-DETR.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+from brs_detr.assign.hungarian import HungarianMatcher
+from brs_detr.losses.boxes import paired_giou_loss, paired_iou
+from brs_detr.models.atss_head import ATSSHead
+from brs_detr.models.aux_queries import AuxQueryEmbedding, select_queries
+from brs_detr.models.decoder import Predictions, QueryDecoder
+from brs_detr.models.encoder import DeformableEncoder, Memory
+from brs_detr.models.neck import ChannelMapper
+from brs_detr.models.proposals import BoxEmbedding, ProposalHead
+from brs_detr.models.roi_head import RoIHead
+from brs_detr.models.rpn import RPNHead
+from brs_detr.ops.images import ImageBatch, Size
+from brs_detr.ops.targets import PackedTargets
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+def detections_from(predictions: Predictions, original_sizes: Sequence[Size], limit: int) -> list[dict[str, Tensor]]:
+    """The `limit` best (query, class) pairs of each picture, without NMS.
+
+    Args:
+        predictions: logits (B, Q, K), boxes (B, Q, 4) cxcywh in [0, 1].
+        original_sizes: (h, w) of the stored pictures.
+        limit: pairs to keep a picture.
+
+    Returns:
+        One dict a picture: boxes (n, 4) xyxy pixels of the stored picture, scores (n,), labels (n,), best first.
+    """
+    scores = predictions.logits.sigmoid().flatten(1)
+    classes = predictions.logits.shape[-1]
+    scores, index = scores.topk(min(limit, scores.shape[1]), dim=1)
+    boxes = box_convert(predictions.boxes, "cxcywh", "xyxy").clamp(0, 1)
+    found = []
+    for row, (h, w) in enumerate(original_sizes):
+        chosen = boxes[row, index[row] // classes] * boxes.new_tensor([w, h, w, h])
+        found.append({"boxes": chosen, "scores": scores[row], "labels": index[row] % classes})
+    return found
+
+
+class BRSDETR(nn.Module):
+    """The detector, assembled from its parts (see `build.py`).
+
+    Args:
+        backbone, neck, encoder, proposals, decoder: the path to the detections.
+        rpn, roi, atss: the auxiliary dense heads on the encoder's maps.
+        objective: of the decoder layers, encoder proposals and auxiliary query sets.
+        matcher: assigns predictions of the decoder and of the encoder proposals to objects.
+        dim: width; num_classes: K; queries: decoder queries.
+        max_aux_queries: most auxiliary queries a picture and dense head.
+        detections_per_image: detections returned a picture.
+        rank_all_encoder_columns: the released code ranks all K columns of the class-agnostic encoder proposals, of which
+            K - 1 only ever serve as negatives; False ranks column 0 alone.
+        predict_with: "decoder", or a dense head's own detections: "roi" or "atss".
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        neck: ChannelMapper,
+        encoder: DeformableEncoder,
+        proposals: ProposalHead,
+        decoder: QueryDecoder,
+        rpn: RPNHead,
+        roi: RoIHead,
+        atss: ATSSHead,
+        objective,
+        matcher: HungarianMatcher,
+        dim: int,
+        num_classes: int,
+        queries: int = 300,
+        max_aux_queries: int = 300,
+        detections_per_image: int = 100,
+        rank_all_encoder_columns: bool = True,
+        predict_with: str = "decoder",
+        pixel_mean: Sequence[float] = PIXEL_MEAN,
+        pixel_std: Sequence[float] = PIXEL_STD,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.neck, self.encoder = backbone, neck, encoder
+        self.proposals, self.decoder = proposals, decoder
+        self.query_content = nn.Embedding(queries, dim)
+        self.box_embedding = BoxEmbedding(dim)
+        self.coarsest = nn.Sequential(nn.Conv2d(dim, dim, 3, 2, 1), nn.GroupNorm(32, dim))
+        self.rpn, self.roi, self.atss = rpn, roi, atss
+        self.aux_embeddings = nn.ModuleDict({"roi": AuxQueryEmbedding(dim), "atss": AuxQueryEmbedding(dim)})
+        self.objective, self.matcher = objective, matcher
+        self.num_classes, self.max_aux_queries = num_classes, max_aux_queries
+        self.detections_per_image, self.predict_with = detections_per_image, predict_with
+        self.rank_all_encoder_columns = rank_all_encoder_columns
+        # Two-stage branches start as copies of the decoder's (section "initialisation" of the released code).
+        self.proposals.classifier.load_state_dict(decoder.classifiers[0].state_dict())
+        self.proposals.regressor.load_state_dict(decoder.regressors[0].state_dict())
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(
+        self, images: ImageBatch | Sequence[Tensor], targets: Sequence[dict[str, Any]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Losses in training mode, detections in eval mode.
+
+        Args:
+            images: a padded batch, or a list of (3, h, w) RGB tensors in 0..255.
+            targets: in training one dict a picture: `boxes` (n, 4) xyxy pixels, `labels` (n,) in 0..K-1.
+
+        Returns:
+            Training: named loss terms whose sum is the loss. Eval: one dict a picture, `boxes` (n, 4) xyxy pixels of the
+            stored picture, `scores` (n,), `labels` (n,).
+        """
+        if not isinstance(images, ImageBatch):
+            images = ImageBatch.from_list(images)
+        padding = images.padding_mask()
+        memory = self.encode(self.normalise(images.pixels, padding), padding)
+        if self.training:
+            if targets is None:
+                raise ValueError("training needs targets: call model(images, targets), or model.eval() to predict")
+            return self.losses(memory, images.sizes, targets)
+        return self.detect(memory, images)
+
+    def normalise(self, pixels: Tensor, padding: Tensor) -> Tensor:
+        """(B, 3, H, W) in 0..255 -> zero mean, unit deviation; padding is 0 after, not before."""
+        x = (pixels.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
+        return x.masked_fill(padding[:, None], 0.0)
+
+    def encode(self, x: Tensor, padding: Tensor) -> Memory:
+        """Normalised (B, 3, H, W) and its (B, H, W) padding -> the encoder's memory."""
+        return self.encoder(self.neck(self.backbone(x)), padding)
+
+    def pyramid(self, memory: Memory) -> list[Tensor]:
+        """The encoder's maps and one coarser: what the dense heads see."""
+        maps = memory.maps()
+        return [*maps, self.coarsest(maps[-1])]
+
+    def decode(self, memory: Memory, references: Tensor) -> Predictions:
+        """Main decoder pass from (B, Q, 4) references -> predictions of every layer."""
+        position, _ = self.box_embedding(references)
+        count = references.shape[1]
+        content = self.query_content.weight[:count].expand(len(references), -1, -1)
+        return self.decoder(content, position, references, memory)
+
+    def detect(self, memory: Memory, images: ImageBatch) -> list[dict[str, Tensor]]:
+        """Detections of the decoder's last layer, or of the dense head named by `predict_with`."""
+        if self.predict_with == "decoder":
+            layers = self.decode(memory, self.proposals(memory).references)
+            last = Predictions(layers.logits[-1], layers.boxes[-1])
+            return detections_from(last, images.original_sizes, self.detections_per_image)
+        maps = self.pyramid(memory)
+        if self.predict_with == "roi":
+            found = self.roi.predict(maps[:4], self.rpn.proposals(self.rpn(maps), images.sizes), images.sizes)
+        else:
+            found = self.atss.predict(self.atss(maps), images.sizes)
+        for one, (h, w), (full_h, full_w) in zip(found, images.sizes, images.original_sizes, strict=True):
+            one["boxes"] = one["boxes"] * one["boxes"].new_tensor([full_w / w, full_h / h, full_w / w, full_h / h])
+        return found
+
+    def losses(self, memory: Memory, sizes: list[Size], targets: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """All loss terms of a step, weighted; their sum is the training loss (Eq. 17 of the BRS paper)."""
+        packed = PackedTargets.pack(targets, sizes)
+        proposals = self.proposals(memory)
+        layers = self.decode(memory, proposals.references)
+        maps = self.pyramid(memory)
+
+        regions = self.rpn(maps)
+        losses = dict(self.rpn.losses(regions, sizes, targets))
+        roi_losses, roi_samples = self.roi.forward_train(maps[:4], self.rpn.proposals(regions, sizes), sizes, targets)
+        atss_losses, atss_samples = self.atss.losses(self.atss(maps), maps, sizes, targets)
+        losses |= roi_losses | atss_losses
+
+        class_agnostic = torch.zeros_like(packed.labels)
+        sets = [(proposals.predictions.logits, proposals.predictions.boxes, class_agnostic)]
+        sets += [(logits, boxes, packed.labels) for logits, boxes in zip(layers.logits, layers.boxes)]
+        names = ["encoder", *(f"decoder.{i}" for i in range(len(layers.logits)))]
+        matches = self.matcher([tuple(t.detach() for t in s) for s in sets], packed)
+        for name, (logits, boxes, labels), (rows, objects) in zip(names, sets, matches, strict=True):
+            if name == "encoder" and not self.rank_all_encoder_columns:
+                logits = logits[..., :1]
+            found = packed.boxes[objects], packed.scales[objects]
+            losses |= self.set_losses(name, Predictions(logits, boxes), rows, labels[objects], *found)
+        losses |= self.aux_losses(memory, {"roi": roi_samples, "atss": atss_samples}, sizes)
+        return losses
+
+    def aux_losses(self, memory: Memory, samples: dict[str, Any], sizes: list[Size]) -> dict[str, Tensor]:
+        """Terms of the auxiliary query sets at every decoder layer.
+
+        They attend to the encoder's maps like the main queries, each head's set in a pass of its own.
+        """
+        losses = {}
+        chosen = select_queries(list(samples.values()), sizes, self.num_classes, limit=self.max_aux_queries)
+        for head, queries in zip(samples, chosen, strict=True):
+            position, content = self.aux_embeddings[head](queries.boxes, queries.features)
+            layers = self.decoder(content, position, queries.boxes, memory)
+            for i, predictions in enumerate(zip(layers.logits, layers.boxes)):
+                found = queries.rows, queries.labels, queries.targets, queries.scales
+                losses |= self.set_losses(f"aux_{head}.{i}", Predictions(*predictions), *found)
+        return losses
+
+    def set_losses(
+        self, name: str, predictions: Predictions, rows: Tensor, labels: Tensor, targets: Tensor, scales: Tensor
+    ) -> dict[str, Tensor]:
+        """Terms of one prediction set.
+
+        Args:
+            name: prefix of the terms.
+            predictions: logits (B, Q, K), boxes (B, Q, 4) cxcywh.
+            rows: (P,) positives among the B * Q rows.
+            labels: (P,). targets: (P, 4) cxcywh. scales: (P, 4) pixels.
+
+        Returns:
+            `name.term` -> scalar. Quality and GIoU are those of the boxes in pixels.
+        """
+        logits, boxes = predictions.logits.flatten(0, 1), predictions.boxes.flatten(0, 1)[rows]
+        all_labels = torch.full((len(logits),), logits.shape[1], dtype=torch.int64, device=logits.device)
+        all_labels = all_labels.index_copy(0, rows, labels)
+        pixels, target_pixels = (box_convert(b * scales, "cxcywh", "xyxy") for b in (boxes, targets))
+        terms = self.objective(
+            logits,
+            all_labels,
+            quality=paired_iou(pixels.detach(), target_pixels),
+            localisation={
+                "l1": (boxes - targets).abs().sum(-1),
+                "giou": paired_giou_loss(pixels, target_pixels),
+            },
+            rows=rows,
+        )
+        return {f"{name}.{term}": value for term, value in terms.items()}

@@ -1,0 +1,142 @@
+"""From settings to a detector: the only place in `models` that knows how a recipe is spelled.
+
+`DETECTORS` is the whole list of what can be built; there is no registry behind it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from brs_detr.assign.hungarian import HungarianMatcher
+from brs_detr.assign.random_sampler import RandomSampler
+from brs_detr.losses.objective import RankingObjective, ScoreObjective
+from brs_detr.models.atss_head import ATSSHead
+from brs_detr.models.backbones import build_backbone
+from brs_detr.models.brs_detr import BRSDETR
+from brs_detr.models.decoder import QueryDecoder
+from brs_detr.models.encoder import DeformableEncoder
+from brs_detr.models.neck import ChannelMapper
+from brs_detr.models.proposals import ProposalHead
+from brs_detr.models.roi_head import RoIHead
+from brs_detr.models.rpn import RPNHead
+
+SCORE_BASED = ("focal",)
+
+
+def build_model(settings: Any, num_classes: int) -> nn.Module:
+    """The detector that a recipe's `model:` section describes.
+
+    Args:
+        settings: `config.ModelConfig`, or anything with the same attributes.
+        num_classes: K, from the data.
+
+    Raises:
+        ValueError: the name is not in `DETECTORS`.
+    """
+    if settings.name not in DETECTORS:
+        raise ValueError(f"model.name {settings.name!r} is none of {', '.join(DETECTORS)}")
+    return DETECTORS[settings.name](settings, num_classes)
+
+
+def build_objective(settings: Any, head: str):
+    """The objective of one head: "decoder" (all query sets), "rpn", "roi" or "atss".
+
+    Ranking losses weigh a head with one number, box terms follow by self-balancing; score-based ones weigh each term.
+    """
+    if settings.loss not in SCORE_BASED:
+        weight = getattr(settings.ranking_weights, head)
+        return RankingObjective(settings.loss, weight=weight, score_weighted=settings.score_weighted)
+    weights = getattr(settings.score_weights, head)
+    terms = {"cls": weights.cls, "l1": weights.l1, "giou": weights.giou}
+    if head == "rpn":
+        return ScoreObjective("binary_cross_entropy", weights=terms, normaliser="rows")
+    if head == "roi":
+        return ScoreObjective("cross_entropy", weights=terms, normaliser="rows")
+    return ScoreObjective("focal", weights=terms)
+
+
+def build_brs_detr(settings: Any, num_classes: int) -> BRSDETR:
+    """BRS-DETR, or with `loss: focal` Co-DETR."""
+    score_based = settings.loss in SCORE_BASED
+    dim = settings.dim
+    layer = {"heads": settings.heads, "levels": settings.levels, "points": settings.points, "hidden": settings.ffn_dim}
+    backbone = build_backbone(
+        settings.backbone.name,
+        pretrained=settings.backbone.pretrained,
+        checkpoint=settings.backbone.checkpoint,
+        frozen_stages=settings.backbone.frozen_stages,
+        norm=settings.backbone.norm,
+        drop_path=settings.backbone.drop_path,
+        activation_checkpointing=settings.backbone.activation_checkpointing,
+        strides=settings.backbone.levels,
+    )
+    strides = list(backbone.strides)
+    while len(strides) <= settings.levels:  # the neck's extra levels, and one more for the dense heads
+        strides.append(2 * strides[-1])
+    rpn = RPNHead(
+        dim,
+        strides,
+        scales=[
+            settings.rpn.anchor_scale * 2 ** (i / settings.rpn.scales_per_octave)
+            for i in range(settings.rpn.scales_per_octave)
+        ],
+        ratios=settings.rpn.anchor_ratios,
+        objective=build_objective(settings, "rpn"),
+        localisation="l1" if score_based else "giou",
+        sampler=RandomSampler(settings.rpn.sample, 0.5) if settings.rpn.sample else None,
+        before_nms=settings.rpn.proposals_before_nms,
+        keep=settings.rpn.proposals,
+        test_before_nms=settings.rpn.test_proposals_before_nms,
+        test_keep=settings.rpn.test_proposals,
+        nms_iou=settings.rpn.nms_iou,
+    )
+    roi = RoIHead(
+        dim,
+        num_classes,
+        strides[: settings.levels],
+        fc_dim=settings.roi.fc_dim,
+        objective=build_objective(settings, "roi"),
+        softmax=score_based,
+        sampler=RandomSampler(settings.roi.sample, 0.25) if settings.roi.sample else None,
+        add_ground_truth=settings.roi.add_ground_truth,
+        max_rois=settings.roi.max_rois,
+        finest_scale=14 * strides[0],
+    )
+    atss = ATSSHead(
+        dim,
+        num_classes,
+        strides,
+        stacked_convs=settings.atss.stacked_convs,
+        objective=build_objective(settings, "atss"),
+        centerness=settings.atss.centerness,
+        centerness_weight=settings.score_weights.atss.centerness,
+        topk=settings.atss.topk,
+    )
+    return BRSDETR(
+        backbone=backbone,
+        neck=ChannelMapper(backbone.channels, dim, settings.levels),
+        encoder=DeformableEncoder(
+            dim,
+            layers=settings.encoder_layers,
+            activation_checkpointing=settings.backbone.activation_checkpointing,
+            **layer,
+        ),
+        proposals=ProposalHead(dim, num_classes, settings.queries),
+        decoder=QueryDecoder(dim, num_classes, layers=settings.decoder_layers, **layer),
+        rpn=rpn,
+        roi=roi,
+        atss=atss,
+        objective=build_objective(settings, "decoder"),
+        matcher=HungarianMatcher(settings.matcher.cls, settings.matcher.l1, settings.matcher.giou),
+        dim=dim,
+        num_classes=num_classes,
+        queries=settings.queries,
+        max_aux_queries=settings.max_aux_queries,
+        detections_per_image=settings.detections_per_image,
+        rank_all_encoder_columns=settings.encoder_ranking == "all",
+    )
+
+
+DETECTORS = {"brs_detr": build_brs_detr, "co_detr": build_brs_detr}
