@@ -1,0 +1,95 @@
+"""What stands in for a backbone's batch normalisation: frozen statistics, or groups of channels.
+
+A detector sees a few large pictures per device, too few for batch statistics. Fine-tuning keeps the ImageNet statistics
+and scales (`frozen`); training from scratch normalises over groups of channels instead (`group`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+SMALL_RESIDUAL = 0.25
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch normalisation with fixed statistics and a fixed affine map, under the parameter names of `nn.BatchNorm2d`.
+
+    The affine map stays a (frozen) parameter, so parameter counts agree with those published for detectors.
+
+    Args:
+        channels: number of channels.
+        eps: added to the variance.
+        act: activation applied afterwards, for timm layers that fuse it into the normalisation.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5, act: nn.Module | None = None):
+        super().__init__()
+        self.eps = eps
+        self.act = act
+        self.weight = nn.Parameter(torch.ones(channels), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(channels), requires_grad=False)
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h, w), the same in training and evaluation."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        # addcmul and not F.batch_norm: with a frozen scale nothing of x has to be kept for the backward pass
+        x = torch.addcmul(shift.to(x.dtype)[:, None, None], x, scale.to(x.dtype)[:, None, None])
+        return x if self.act is None else self.act(x)
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *args) -> None:
+        state.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation (Wu and He, 2018) with up to 32 groups of at least two channels, and an optional activation."""
+
+    def __init__(self, channels: int, eps: float = 1e-5, act: nn.Module | None = None):
+        groups = math.gcd(32, channels)
+        while groups > 1 and channels // groups < 2:
+            groups //= 2
+        super().__init__(groups, channels, eps=eps)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h, w)."""
+        x = super().forward(x)
+        return x if self.act is None else self.act(x)
+
+
+def freeze_batch_norm(module: nn.Module, random_weights: bool = False) -> None:
+    """Replace every batch normalisation inside `module` by `FrozenBatchNorm` with the same numbers.
+
+    Args:
+        module: changed in place.
+        random_weights: the network is not pretrained; scales that start at zero (the last one of a residual branch) then
+            become small instead, since a frozen zero would silence the branch for good.
+    """
+    _replace_batch_norm(module, FrozenBatchNorm)
+    if random_weights:
+        for layer in module.modules():
+            if isinstance(layer, FrozenBatchNorm) and not bool(layer.weight.any()):
+                nn.init.constant_(layer.weight, SMALL_RESIDUAL)
+
+
+def group_norm_for_batch_norm(module: nn.Module) -> None:
+    """Replace every batch normalisation inside `module` by `GroupNorm` with the same affine map, in place."""
+    _replace_batch_norm(module, GroupNorm)
+
+
+def _replace_batch_norm(module: nn.Module, kind: type[FrozenBatchNorm] | type[GroupNorm]) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            new = kind(child.num_features, child.eps, getattr(child, "act", None))
+            state = child.state_dict()
+            own = new.state_dict()
+            new.load_state_dict({key: state.get(key, value) for key, value in own.items()})
+            setattr(module, name, new)
+        else:
+            _replace_batch_norm(child, kind)

@@ -1,0 +1,148 @@
+"""Swin Transformer for detection (Liu et al., 2021), on timm's blocks and weights.
+
+timm's classification network differs from the published detection backbone in three ways, mended here: it rolls the map
+before padding it to whole windows, so that windows mix opposite borders; it stops shifting where the map is no larger
+than a window; and it has no LayerNorm for each output map. Maps of any size pass, as in the original.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import ClassVar
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, window_partition, window_reverse
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+NEEDED_OF_A_BLOCK = (
+    "norm1",
+    "norm2",
+    "attn",
+    "mlp",
+    "window_size",
+    "shift_size",
+    "window_area",
+    "get_attn_mask",
+    "_attn",
+)
+
+
+class PadThenRollBlock(SwinTransformerBlock):
+    """timm's block with the published order: pad to whole windows, roll, attend inside windows, roll back, crop."""
+
+    def _attn(self, x: Tensor) -> Tensor:
+        """Windowed self-attention of (B, h, w, C), h and w of any size."""
+        height, width = x.shape[1:3]
+        window_height, window_width = self.window_size
+        x = F.pad(x, (0, 0, 0, -width % window_width, 0, -height % window_height))
+        padded = x.shape
+        rolled = any(self.shift_size)
+        if rolled:
+            x = torch.roll(x, (-self.shift_size[0], -self.shift_size[1]), (1, 2))
+        mask = self.get_attn_mask(x)
+        windows = self.attn(window_partition(x, self.window_size).flatten(1, 2), mask=mask)
+        x = window_reverse(windows.unflatten(1, self.window_size), self.window_size, padded[1], padded[2])
+        if rolled:
+            x = torch.roll(x, self.shift_size, (1, 2))
+        return x[:, :height, :width].contiguous()
+
+
+class SwinBackbone(nn.Module):
+    """The maps of the last stages of a Swin Transformer, each through a LayerNorm of its own.
+
+    Args:
+        network: timm's `SwinTransformer`, built with `TIMM_SETTINGS`; its blocks are changed in place.
+        strides: ascending, from 4, 8, 16, 32 (for the usual patch size of 4).
+        activation_checkpointing: recompute the blocks in the backward pass instead of keeping their activations.
+
+    Attributes:
+        channels: of each returned map.
+        strides: of each returned map.
+        stages: name of each stage.
+
+    Raises:
+        RuntimeError: the installed timm has another Swin than the one known here.
+    """
+
+    TIMM_SETTINGS: ClassVar[dict] = {"always_partition": True, "strict_img_size": False}
+
+    def __init__(self, network: SwinTransformer, strides: Sequence[int], activation_checkpointing: bool = False):
+        super().__init__()
+        info = network.feature_info
+        self.levels = [index for index, item in enumerate(info) if item["reduction"] in strides]
+        self.strides = [info[level]["reduction"] for level in self.levels]
+        self.channels = [info[level]["num_chs"] for level in self.levels]
+        self.patch_size = network.patch_embed.patch_size
+        self.activation_checkpointing = activation_checkpointing
+        self.patch_embed = network.patch_embed
+        self.layers = network.layers[: self.levels[-1] + 1]
+        self.stages = [f"layers_{index}" for index in range(len(self.layers))]
+        for stage in self.layers:
+            for block in stage.blocks:
+                use_published_order(block)
+        for level, channels in zip(self.levels, self.channels, strict=True):
+            self.add_module(f"norm{level}", nn.LayerNorm(channels))
+
+    def train(self, mode: bool = True) -> SwinBackbone:
+        """As usual, except that frozen parts stay in evaluation mode, without stochastic depth."""
+        super().train(mode)
+        for part in (self.patch_embed, *self.layers):
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
+        return self
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) normalised pictures of any size -> one (B, c, h, w) map per stride."""
+        patch_height, patch_width = self.patch_size
+        x = F.pad(x, (0, -x.shape[-1] % patch_width, 0, -x.shape[-2] % patch_height))
+        x = self.patch_embed(x)
+        maps = []
+        for index, stage in enumerate(self.layers):
+            x = stage.downsample(x)
+            for block in stage.blocks:
+                x = self._run(block, x)
+            if index in self.levels:
+                maps.append(self.get_submodule(f"norm{index}")(x).permute(0, 3, 1, 2).contiguous())
+        return maps
+
+    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            return recompute(block, x, use_reentrant=False)
+        return block(x)
+
+
+def use_published_order(block: nn.Module) -> None:
+    """Make a timm Swin block pad before it rolls, in place.
+
+    Raises:
+        RuntimeError: the block lacks a part that is relied on, or would not shift or mask as published.
+    """
+    missing = [part for part in NEEDED_OF_A_BLOCK if not hasattr(block, part)]
+    dynamic = getattr(block, "always_partition", False) and getattr(block, "dynamic_mask", False)
+    if type(block) is not SwinTransformerBlock or missing or not dynamic:
+        detail = f"no {', '.join(missing)}" if missing else f"{type(block).__name__} without always_partition"
+        raise RuntimeError(
+            f"timm {timm.__version__} has a Swin block that cannot be used for detection ({detail}); "
+            "install timm 1.0.20 to 1.0.31, or take a ResNet in model.backbone.name"
+        )
+    block.__class__ = PadThenRollBlock
+
+
+def rename_official_swin(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of the original Swin and of Co-DETR checkpoints -> the names here; timm's own pass unchanged.
+
+    The original merges patches at the end of a stage, timm at the start of the next.
+    """
+    original = any(name.startswith("layers.0.downsample.") for name in state)
+    renamed = {}
+    for name, value in state.items():
+        if name.endswith(("relative_position_index", "attn_mask")):
+            continue
+        if original:
+            name = re.sub(r"^layers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) + 1}.downsample.", name)
+        renamed[name] = value
+    return renamed
