@@ -1,0 +1,341 @@
+"""A COCO json as columns of numbers, every faulty entry judged by the policy of `faults.py`.
+
+Nothing here opens a picture except headers that are needed to settle a size; nothing keeps the json's Python objects.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from brs_detr.data.faults import DataError, FaultLog
+from brs_detr.data.pictures import PictureError, PictureInfo, inspect_picture
+
+
+@dataclass
+class Images:
+    """Columns over images.
+
+    Attributes:
+        ids: (I,) int64; names: I file names.
+        frames: (I, 2) int32 (h, w) that the boxes are drawn in.
+        pictures: (I, 2) int32 (h, w) of the file as it will be read; the frame where the file was not opened.
+    """
+
+    ids: np.ndarray
+    names: list[str]
+    frames: np.ndarray
+    pictures: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def where(self, row: int) -> str:
+        return f"image {self.ids[row]} ({self.names[row]})"
+
+    def keep(self, rows: np.ndarray) -> Images:
+        """The images of a boolean mask (I,)."""
+        names = [name for name, kept in zip(self.names, rows, strict=True) if kept]
+        return Images(self.ids[rows], names, self.frames[rows], self.pictures[rows])
+
+
+@dataclass
+class Objects:
+    """Columns over annotations.
+
+    Attributes:
+        ids: (N,) int64; rows: (N,) int64 into the images; labels: (N,) int32, 0..C-1.
+        xywh: (N, 4) float64 pixels; areas: (N,) float64; crowd: (N,) bool.
+    """
+
+    ids: np.ndarray
+    rows: np.ndarray
+    labels: np.ndarray
+    xywh: np.ndarray
+    areas: np.ndarray
+    crowd: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def keep(self, which: np.ndarray) -> Objects:
+        """The annotations of a boolean mask or index array."""
+        return Objects(*(getattr(self, field.name)[which] for field in fields(self)))
+
+
+def load_json(path: str | Path) -> dict[str, Any]:
+    """Read a COCO json; polygons and run lengths are dropped while it is parsed, for they are most of its memory.
+
+    Raises:
+        DataError: the file is missing, is no JSON, or is not a detection dataset.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file, _no_collection():
+            data = json.load(file, object_hook=_without_masks)
+    except FileNotFoundError:
+        raise DataError(f"{path}: this annotation file does not exist.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: this is not a JSON file ({error}).") from None
+    if isinstance(data, list):
+        raise DataError(f"{path}: this is a list, as detection results are; a dataset has images and annotations.")
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(data, dict) or not isinstance(data.get(key), list):
+            raise DataError(f"{path}: this is not a COCO detection dataset: it has no list `{key}`.")
+    return data
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Parsing makes millions of objects and no garbage: the collector would only walk them again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _without_masks(entry: dict[str, Any]) -> dict[str, Any]:
+    entry.pop("segmentation", None)
+    return entry
+
+
+def read_categories(data: dict[str, Any], path: str | Path, log: FaultLog) -> tuple[list[int], list[str]]:
+    """Category ids in ascending order and their names; label `k` is the k-th of them.
+
+    Raises:
+        DataError: there is no category, an id is not a whole number, or an id occurs twice.
+    """
+    names: dict[int, str] = {}
+    for entry in data["categories"]:
+        key = _whole(entry.get("id")) if isinstance(entry, dict) else None
+        if key is None:
+            raise DataError(f"{path}: the category {entry!r} has no whole number as its id.")
+        if key in names:
+            raise DataError(f"{path}: two categories have the id {key}; give each its own.")
+        name = entry.get("name")
+        if not isinstance(name, str) or not name:
+            log.add("category_name_missing", f"category {key}")
+            name = str(key)
+        elif name in names.values():
+            log.add("category_name_duplicate", f"category {key}", name)
+        names[key] = name
+    if not names:
+        raise DataError(f"{path}: the list `categories` is empty, so there is nothing to detect.")
+    ids = sorted(names)
+    return ids, [names[key] for key in ids]
+
+
+def read_images(data: dict[str, Any], log: FaultLog) -> Images:
+    """The images with usable entries; the size is 0 where the json gives none."""
+    ids: list[int] = []
+    names: list[str] = []
+    sizes: list[tuple[int, int]] = []
+    seen: set[int] = set()
+    for position, entry in enumerate(data["images"]):
+        key = _whole(entry.get("id")) if isinstance(entry, dict) else None
+        name = entry.get("file_name") if isinstance(entry, dict) else None
+        if key is None or not isinstance(name, str) or not name:
+            log.add("image_malformed", f"image entry {position}", "its id must be a whole number, file_name a text")
+            continue
+        if key in seen:
+            log.add("image_id_duplicate", f"image {key} ({name})")
+            continue
+        seen.add(key)
+        height, width = _whole(entry.get("height")), _whole(entry.get("width"))
+        known = height is not None and width is not None and height > 0 and width > 0
+        ids.append(key)
+        names.append(name)
+        sizes.append((height, width) if known else (0, 0))
+    frames = np.array(sizes, np.int32).reshape(-1, 2)
+    return Images(np.array(ids, np.int64), names, frames, frames.copy())
+
+
+def read_objects(data: dict[str, Any], images: Images, category_ids: list[int], log: FaultLog) -> Objects:
+    """The annotations that are well formed: known image and category, a box of four finite numbers with w, h > 0."""
+    row_of = {int(key): row for row, key in enumerate(images.ids)}
+    label_of = {key: label for label, key in enumerate(category_ids)}
+    columns: tuple[list, ...] = ([], [], [], [], [], [])
+    seen: set[int] = set()
+    for position, entry in enumerate(data["annotations"]):
+        if not isinstance(entry, dict) or "image_id" not in entry or "category_id" not in entry:
+            log.add("annotation_malformed", f"annotation entry {position}")
+            continue
+        key, row, label = entry.get("id"), _get(row_of, entry["image_id"]), _get(label_of, entry["category_id"])
+        if row is None or label is None:
+            kind = "image_id_unknown" if row is None else "category_id_unknown"
+            name = kind.removesuffix("_unknown")
+            log.add(kind, f"annotation {key}", f"{name} {entry[name]!r}")
+            continue
+        box = entry.get("bbox")
+        wrong = _wrong_box(box)
+        if wrong:
+            log.add(wrong, f"annotation {key} ({images.names[row]})", f"bbox {box!r}" if "bbox" in entry else "")
+            continue
+        key = _whole(key)
+        if key is None or key in seen:
+            log.add("annotation_id_duplicate", f"annotation {key} ({images.names[row]})")
+        elif key is not None:
+            seen.add(key)
+        flags = _crowd_and_area(entry, box, f"annotation {key} ({images.names[row]})", log)
+        for column, value in zip(columns, (key or 0, row, label, box, *reversed(flags)), strict=True):
+            column.append(value)
+    ids, rows, labels, boxes, areas, crowd = columns
+    xywh = np.array(boxes, np.float64).reshape(-1, 4)
+    return Objects(
+        np.array(ids, np.int64),
+        np.array(rows, np.int64),
+        np.array(labels, np.int32),
+        xywh,
+        np.array(areas, np.float64),
+        np.array(crowd, bool),
+    )
+
+
+def _crowd_and_area(entry: dict[str, Any], box: list, where: str, log: FaultLog) -> tuple[bool, float]:
+    if "iscrowd" not in entry:
+        log.add("iscrowd_missing", where)
+    crowd = bool(entry.get("iscrowd", 0))
+    if crowd:
+        log.add("crowd", where)
+    elif entry.get("ignore"):
+        log.add("ignored", where)
+        crowd = True
+    area = entry.get("area")
+    if not _number(area) or not 0 < area < float("inf"):
+        log.add("area_missing" if area is None else "area_not_positive", where, "" if area is None else f"area {area}")
+        area = float(box[2]) * float(box[3])
+    return crowd, float(area)
+
+
+def _wrong_box(box: Any) -> str | None:
+    if box is None:
+        return "box_missing"
+    if not isinstance(box, list) or len(box) != 4 or not all(_number(value) for value in box):
+        return "box_not_four_numbers"
+    if not all(abs(value) < 1e9 for value in box):  # NaN compares false
+        return "box_not_finite"
+    if min(box[2:]) < 0:
+        return "box_negative"
+    return "box_empty" if min(box[2:]) == 0 else None
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _whole(value: Any) -> int | None:
+    if not _number(value) or not abs(value) < 2**62 or value != int(value):
+        return None
+    return int(value)
+
+
+def _get(table: dict[int, int], key: Any) -> int | None:
+    return table.get(key) if _number(key) else None
+
+
+def find_pictures(images: Images, image_dir: str | Path, log: FaultLog) -> np.ndarray:
+    """(I,) bool: whether the picture's file exists, from one listing per folder rather than one call per file."""
+    listings: dict[str, set[str]] = {}
+    found = np.zeros(len(images), bool)
+    for row, name in enumerate(images.names):
+        folder, base = os.path.split(os.path.join(image_dir, name))
+        if folder not in listings:
+            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        found[row] = base in listings[folder]
+        if not found[row]:
+            log.add("picture_missing", images.where(row))
+    return found
+
+
+def settle_sizes(images: Images, objects: Objects, image_dir: str | Path, log: FaultLog, every: bool) -> np.ndarray:
+    """Decide in which frame each image's boxes are drawn; changes `images.frames` and `images.pictures`.
+
+    A header is read where the json gives no size or a box sticks out of it, or of every picture if told so.
+
+    Returns:
+        (I,) bool: False where the file turned out not to be a readable picture.
+    """
+    extent = np.zeros((len(images), 2))
+    np.maximum.at(extent, objects.rows, (objects.xywh[:, :2] + objects.xywh[:, 2:])[:, ::-1])
+    fits = (extent <= images.frames + 1).all(1)
+    readable = np.ones(len(images), bool)
+    for row in np.flatnonzero(~fits | (images.frames[:, 0] == 0) | every):
+        try:
+            info = inspect_picture(os.path.join(image_dir, images.names[row]))
+        except PictureError as error:
+            log.add("picture_unreadable", images.where(row), str(error).rpartition("(")[2].removesuffix(")."))
+            readable[row] = False
+            continue
+        stated = (int(images.frames[row, 0]), int(images.frames[row, 1]))
+        frame, picture = _judge_size(stated, info, bool(fits[row]), images.where(row), log)
+        images.frames[row], images.pictures[row] = frame, picture
+    return readable
+
+
+def _judge_size(stated: tuple[int, int], info: PictureInfo, fits: bool, where: str, log: FaultLog) -> tuple:
+    """(frame, picture), both (h, w), from the json's size and the file's."""
+    stored, upright = info.stored_size, info.upright_size
+    if stated in (stored, upright):
+        if stated != stored:
+            log.add("picture_turned", where, f"EXIF orientation {info.orientation}")
+        elif info.orientation != 1:
+            kind = "picture_not_turned" if upright != stored else "picture_mirrored"
+            log.add(kind, where, f"EXIF orientation {info.orientation}")
+        return stated, stated
+    sizes = f"the json says {stated[1]}x{stated[0]}, the picture is {stored[1]}x{stored[0]}"
+    if stated == (0, 0):
+        log.add("size_missing", where)
+        return stored, stored
+    scaled = fits and same_aspect(stated, stored)
+    log.add("size_mismatch", where, f"{sizes}; boxes are {'scaled' if scaled else 'taken in the picture frame'}")
+    return (stated if scaled else stored), stored
+
+
+def same_aspect(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """Whether two (h, w) have the same aspect ratio within 2 %."""
+    return abs(a[0] * b[1] - a[1] * b[0]) <= 0.02 * a[0] * b[1]
+
+
+def judge_boxes(images: Images, objects: Objects, log: FaultLog, train: bool) -> Objects:
+    """Drop boxes outside their image; for training also clip, and drop boxes under one pixel and exact repeats."""
+    limit = images.frames[objects.rows][:, ::-1].astype(np.float64)
+    low, high = objects.xywh[:, :2], objects.xywh[:, :2] + objects.xywh[:, 2:]
+    inner_low, inner_high = np.clip(low, 0, limit), np.clip(high, 0, limit)
+    inside = inner_high - inner_low
+    outside = (inside <= 0).any(1)
+    small = ~outside & (inside < 1).any(1) & train
+    clipped = train & ~outside & ~small & ((low < 0) | (high > limit + 1e-3)).any(1)
+    again = _repeats(objects) & ~outside & ~small & train
+    for kind, mask in (("box_outside", outside), ("box_too_small", small), ("box_clipped", clipped)):
+        for i in np.flatnonzero(mask & ~objects.crowd):
+            _log_box(kind, i, images, objects, log)
+    for i in np.flatnonzero(again):
+        _log_box("box_duplicate", i, images, objects, log)
+    if train:
+        xywh = np.concatenate([inner_low, inside], 1)
+        objects = replace(objects, xywh=np.where(outside[:, None], objects.xywh, xywh))
+    return objects.keep(~(outside | small | again))
+
+
+def _log_box(kind: str, i: int, images: Images, objects: Objects, log: FaultLog) -> None:
+    name = images.names[objects.rows[i]]
+    log.add(kind, f"annotation {objects.ids[i]} ({name})", f"bbox {[round(v, 2) for v in objects.xywh[i].tolist()]}")
+
+
+def _repeats(objects: Objects) -> np.ndarray:
+    """(N,) bool: the same image, class and box as an earlier annotation."""
+    key = np.column_stack([objects.rows, objects.labels, objects.crowd, objects.xywh])
+    _, first = np.unique(key, axis=0, return_index=True)
+    again = np.ones(len(objects), bool)
+    again[first] = False
+    return again

@@ -1,0 +1,309 @@
+"""A COCO-format dataset held as a few numpy arrays, whatever its size.
+
+Python objects per annotation would be copied into every worker process as their reference counts change; arrays are
+shared. Classes, ids and their number come from the json alone.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from brs_detr.data import annotations as reading
+from brs_detr.data.faults import POLICY, DataError, FaultLog
+from brs_detr.data.pictures import PictureError, read_picture
+
+Target = dict[str, Any]
+Transform = Callable[[Tensor, Target, torch.Generator], tuple[Tensor, Target]]
+
+_UNREADABLE, _MISMATCH = 1, 2
+
+
+@dataclass(frozen=True)
+class PackedAnnotations:
+    """All annotations of a dataset, sorted by image.
+
+    Attributes:
+        image_ids: (I,) int64, as in the json.
+        names: (bytes,) uint8, all file names in UTF-8 one after the other; name_offsets: (I + 1,) int64.
+        frames: (I, 2) int32 (h, w) that the boxes are drawn in.
+        picture_sizes: (I, 2) int32 (h, w) of the file, as far as known.
+        offsets: (I + 1,) int64, image i owns rows offsets[i]:offsets[i + 1] of the following.
+        boxes: (N, 4) float32 xyxy pixels; labels: (N,) int32 0..C-1; areas: (N,) float32; iscrowd: (N,) bool.
+    """
+
+    image_ids: np.ndarray
+    names: np.ndarray
+    name_offsets: np.ndarray
+    frames: np.ndarray
+    picture_sizes: np.ndarray
+    offsets: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    areas: np.ndarray
+    iscrowd: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def file_name(self, index: int) -> str:
+        return self.names[self.name_offsets[index] : self.name_offsets[index + 1]].tobytes().decode()
+
+
+def pack(images: reading.Images, objects: reading.Objects) -> PackedAnnotations:
+    """Sort the annotations by image and drop what is not a number."""
+    objects = objects.keep(np.argsort(objects.rows, kind="stable"))
+    encoded = [name.encode() for name in images.names]
+    xyxy = objects.xywh.copy()
+    xyxy[:, 2:] += xyxy[:, :2]
+    return PackedAnnotations(
+        image_ids=images.ids,
+        names=np.frombuffer(b"".join(encoded), np.uint8),
+        name_offsets=np.cumsum([0, *map(len, encoded)], dtype=np.int64),
+        frames=images.frames,
+        picture_sizes=images.pictures,
+        offsets=np.searchsorted(objects.rows, np.arange(len(images) + 1)),
+        boxes=xyxy.astype(np.float32),
+        labels=objects.labels,
+        areas=objects.areas.astype(np.float32),
+        iscrowd=objects.crowd,
+    )
+
+
+class CocoDetection(Dataset):
+    """Pictures and boxes of a COCO json.
+
+    Args:
+        json_path: annotation file.
+        image_dir: folder that the json's file names are relative to.
+        transforms: `(image, target, generator) -> (image, target)`, see `transforms.py`; None changes nothing.
+        train: clip boxes, leave out what cannot be learnt from, and replace unreadable pictures by others. Otherwise
+            the json's boxes stay as they are, every header is read at once, and unreadable pictures are left out.
+        keep_empty: keep images without objects in training, as background.
+        min_side: smallest side in pixels of a training picture.
+        seed: of the augmentation.
+        log: where faults are counted; give one to see them all.
+
+    Attributes:
+        classes, category_ids: names and ids of the json's categories, ascending by id; label k is the k-th.
+        packed: the arrays.
+
+    Raises:
+        DataError: there is nothing to train on; the message says why.
+    """
+
+    def __init__(
+        self,
+        json_path: str | Path,
+        image_dir: str | Path,
+        *,
+        transforms: Transform | None = None,
+        train: bool,
+        keep_empty: bool = True,
+        min_side: int = 32,
+        seed: int = 0,
+        log: FaultLog | None = None,
+    ) -> None:
+        self.json_path, self.image_dir = str(json_path), str(image_dir)
+        self.transforms, self.train, self.seed = transforms, train, seed
+        self._log = FaultLog() if log is None else log
+        images, objects, self._listed = self._read()
+        if train:
+            images, objects = self._leave_out(images, objects, keep_empty, min_side)
+        self.packed = pack(images, objects)
+        self._exact = None if train else objects
+        # shared with the workers, which find out what no header tells
+        self._found = torch.zeros(max(1, len(images)), dtype=torch.uint8).share_memory_()
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def image_ids(self) -> list[int]:
+        """Ids of the images in the order of the dataset."""
+        return self.packed.image_ids.tolist()
+
+    @property
+    def report(self) -> dict[str, int]:
+        """How many images and objects there are, and how many faults of each kind were met so far."""
+        counts = Counter(self._log.counts)
+        counts["picture_unreadable"] += int((self._found == _UNREADABLE).sum())
+        counts["size_mismatch"] += int((self._found == _MISMATCH).sum())
+        crowd = int(self.packed.iscrowd.sum())
+        totals = {
+            "images": len(self),
+            "images_listed": self._listed[0],
+            "objects": len(self.packed.labels) - crowd,
+            "annotations_listed": self._listed[1],
+        }
+        return totals | {kind: counts[kind] for kind in POLICY if counts[kind]}
+
+    def summary(self) -> str:
+        """The report as lines for people."""
+        head = (
+            f"{self.json_path}: {len(self):,} of {self._listed[0]:,} images, {self.report['objects']:,} of "
+            f"{self._listed[1]:,} annotations used, {self.num_classes} classes"
+        )
+        return "\n".join([head, *(f"  {line}" for line in self._log.lines())])
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def file_name(self, index: int) -> str:
+        """The json's file name of an image."""
+        return self.packed.file_name(index)
+
+    def path(self, index: int) -> str:
+        """Where the picture lies."""
+        return os.path.join(self.image_dir, self.file_name(index))
+
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Target]:
+        """One augmented picture and its objects.
+
+        Args:
+            index: image number, or (image number, epoch): the augmentation depends on (seed, epoch, image) alone.
+
+        Returns:
+            (3, h, w) uint8 RGB and {"boxes": (n, 4) float32 xyxy pixels, "labels": (n,) int64, "image_id": int,
+            "original_size": (h, w) of the frame that detections are reported in}.
+
+        Raises:
+            PictureError: the picture cannot be read, in evaluation; or none can, in training.
+        """
+        index, epoch = index if isinstance(index, tuple) else (index, 0)
+        index = int(index)
+        image, target, index = self._load_or_replace(index) if self.train else (*self.load(index), index)
+        if self.transforms is not None:
+            image, target = self.transforms(image, target, self._generator(epoch, index))
+        return image, target
+
+    def load(self, index: int) -> tuple[Tensor, Target]:
+        """The picture as stored and its objects, before augmentation; crowds are left out."""
+        packed = self.packed
+        frame = (int(packed.frames[index, 0]), int(packed.frames[index, 1]))
+        image = read_picture(self.path(index), frame)
+        rows = slice(packed.offsets[index], packed.offsets[index + 1])
+        use = ~packed.iscrowd[rows]
+        boxes, labels = packed.boxes[rows][use], packed.labels[rows][use].astype(np.int64)
+        size = (image.shape[1], image.shape[2])
+        if size != frame:
+            self._found[index] = _MISMATCH
+            boxes, labels, frame = _into_picture(boxes, labels, frame, size)
+        target = {
+            "boxes": torch.from_numpy(boxes),
+            "labels": torch.from_numpy(labels),
+            "image_id": int(packed.image_ids[index]),
+            "original_size": frame,
+        }
+        return image, target
+
+    def ground_truth(self) -> dict[str, Any]:
+        """The usable annotations as a COCO dictionary for pycocotools, with the json's ids; crowds are kept.
+
+        Annotation ids are numbered anew from 1: pycocotools takes a match with id 0 for no match.
+
+        Raises:
+            ValueError: the dataset was opened for training, so its boxes are no longer those of the json.
+        """
+        if self._exact is None:
+            raise ValueError("ground truth comes from a dataset opened with train=False")
+        packed, exact = self.packed, self._exact
+        images = [
+            {"id": int(key), "file_name": packed.file_name(i), "height": int(h), "width": int(w)}
+            for i, (key, (h, w)) in enumerate(zip(packed.image_ids, packed.frames, strict=True))
+        ]
+        annotations = [
+            {
+                "id": i + 1,
+                "image_id": int(packed.image_ids[exact.rows[i]]),
+                "category_id": self.category_ids[exact.labels[i]],
+                "bbox": exact.xywh[i].tolist(),
+                "area": float(exact.areas[i]),
+                "iscrowd": int(exact.crowd[i]),
+            }
+            for i in range(len(exact))
+        ]
+        categories = [{"id": key, "name": name} for key, name in zip(self.category_ids, self.classes, strict=True)]
+        return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+
+    def _read(self) -> tuple[reading.Images, reading.Objects, tuple[int, int]]:
+        log, data = self._log, reading.load_json(self.json_path)
+        self.category_ids, self.classes = reading.read_categories(data, self.json_path, log)
+        images = reading.read_images(data, log)
+        objects = reading.read_objects(data, images, self.category_ids, log)
+        listed = (len(data["images"]), len(data["annotations"]))
+        del data
+        found = reading.find_pictures(images, self.image_dir, log)
+        if not found.any():
+            first = os.path.join(self.image_dir, images.names[0]) if len(images) else "no image entry"
+            raise DataError(
+                f"{self.json_path}: none of its {listed[0]:,} pictures is in {self.image_dir} (looked for {first}); "
+                "is this the right image folder?"
+            )
+        images, objects = _select(images, objects, found)
+        readable = reading.settle_sizes(images, objects, self.image_dir, log, every=not self.train)
+        images, objects = _select(images, objects, readable)
+        objects = reading.judge_boxes(images, objects, log, self.train)
+        for label in set(range(len(self.classes))) - set(objects.labels.tolist()):
+            log.add("category_unused", f"category {self.category_ids[label]}", self.classes[label])
+        return images, objects, listed
+
+    def _leave_out(self, images: reading.Images, objects: reading.Objects, keep_empty: bool, min_side: int) -> tuple:
+        big = images.frames.min(1) >= min_side
+        for row in np.flatnonzero(~big):
+            self._log.add("image_too_small", images.where(row), f"{images.frames[row, 1]}x{images.frames[row, 0]}")
+        occupied = np.bincount(objects.rows[~objects.crowd], minlength=len(images)) > 0
+        for row in np.flatnonzero(~occupied & big):
+            self._log.add("image_without_objects", images.where(row))
+        images, objects = _select(images, objects, big & (occupied | keep_empty))
+        if objects.crowd.all():
+            reasons = "; ".join(self._log.lines()) or "there is none"
+            raise DataError(
+                f"{self.json_path}: 0 of its {self._listed[1]:,} annotations can be used for training: {reasons}."
+            )
+        return images, objects
+
+    def _load_or_replace(self, index: int) -> tuple[Tensor, Target, int]:
+        """The picture, or the next one that can be read: a fixed rule, so that a resumed run replaces alike."""
+        for step in range(min(len(self), 100)):
+            candidate = (index + step) % len(self)
+            if self._found[candidate] == _UNREADABLE:
+                continue
+            try:
+                return *self.load(candidate), candidate
+            except PictureError as error:
+                self._found[candidate] = _UNREADABLE
+                warnings.warn(f"{error} Another picture takes its place.", stacklevel=2)
+        raise PictureError(f"{self.path(index)}: neither this picture nor the next ones can be read.")
+
+    def _generator(self, epoch: int, index: int) -> torch.Generator:
+        words = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
+
+
+def _select(images: reading.Images, objects: reading.Objects, keep: np.ndarray) -> tuple:
+    """The images of a mask, their annotations, and rows numbered anew."""
+    objects = objects.keep(keep[objects.rows])
+    objects.rows = (np.cumsum(keep) - 1)[objects.rows]
+    return images.keep(keep), objects
+
+
+def _into_picture(boxes: np.ndarray, labels: np.ndarray, frame: tuple[int, int], size: tuple[int, int]) -> tuple:
+    """Boxes of a json whose size is not the picture's: scaled if the aspect ratio agrees, else clipped."""
+    if reading.same_aspect(frame, size):
+        scale = np.array([size[1] / frame[1], size[0] / frame[0]] * 2, np.float32)
+        return boxes * scale, labels, frame
+    boxes = np.clip(boxes, 0, np.array([size[1], size[0]] * 2, np.float32))
+    keep = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
+    return boxes[keep], labels[keep], size

@@ -1,0 +1,110 @@
+"""What can be wrong with a dataset, and what training does about it: one table.
+
+`check-data` prints it, the reader of the annotations counts by it, and the documentation quotes it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+KEPT = "kept"
+REPAIRED = "repaired"
+DROPPED = "dropped"
+
+# kind: (what happens to it, one sentence for people)
+POLICY: dict[str, tuple[str, str]] = {
+    # pictures
+    "image_malformed": (DROPPED, "an image entry without a usable id or file name is dropped, with its annotations"),
+    "image_id_duplicate": (DROPPED, "the first image entry with an id is kept, later ones are dropped"),
+    "image_too_small": (DROPPED, "pictures with a side under the minimum are left out of training"),
+    "image_without_objects": (KEPT, "kept as background (keep_empty=False leaves it out of training)"),
+    "size_missing": (REPAIRED, "the picture's own size is used"),
+    "size_mismatch": (
+        REPAIRED,
+        "boxes that fit the json's size are scaled to the picture if the aspect ratio agrees; otherwise the picture's "
+        "own size is used",
+    ),
+    "picture_missing": (DROPPED, "the image is left out"),
+    "picture_unreadable": (DROPPED, "another picture takes its place in training; left out of evaluation"),
+    "picture_turned": (REPAIRED, "the json's size is the upright one: the EXIF rotation is applied"),
+    "picture_not_turned": (KEPT, "the json's size is the stored one: the EXIF rotation is not applied"),
+    "picture_mirrored": (KEPT, "the size cannot tell whether this EXIF flip was applied: pixels are taken as stored"),
+    "picture_converted": (REPAIRED, "converted to 8-bit RGB"),
+    "picture_name_misleads": (KEPT, "read by its content, not by its name"),
+    "picture_not_listed": (KEPT, "a file that no image entry names is not used"),
+    # annotations
+    "annotation_malformed": (DROPPED, "an annotation that is no object, or lacks its image or category id, is dropped"),
+    "annotation_id_duplicate": (KEPT, "both are kept; ids of annotations are not used"),
+    "image_id_unknown": (DROPPED, "an annotation of an image that is not listed is dropped"),
+    "category_id_unknown": (DROPPED, "an annotation of a category that is not listed is dropped"),
+    "crowd": (DROPPED, "background in training; an ignored region in evaluation"),
+    "ignored": (DROPPED, "annotations marked `ignore` are background in training; ignored in evaluation"),
+    "iscrowd_missing": (REPAIRED, "taken as 0"),
+    "area_missing": (REPAIRED, "width times height is used"),
+    "area_not_positive": (REPAIRED, "width times height is used"),
+    "box_missing": (DROPPED, "an annotation without a box is dropped"),
+    "box_not_four_numbers": (DROPPED, "a box must be four numbers x, y, width, height"),
+    "box_not_finite": (DROPPED, "a box with NaN or infinity is dropped"),
+    "box_negative": (DROPPED, "a box of negative width or height is dropped"),
+    "box_empty": (DROPPED, "a box of width or height 0 is dropped"),
+    "box_too_small": (DROPPED, "a box under 1 pixel wide or high, after clipping, is dropped"),
+    "box_outside": (DROPPED, "a box wholly outside its picture is dropped"),
+    "box_clipped": (REPAIRED, "a box partly outside its picture is clipped to it"),
+    "box_duplicate": (DROPPED, "the same box and category on the same image is used once"),
+    # categories
+    "category_name_duplicate": (KEPT, "two categories with one name stay two classes"),
+    "category_unused": (KEPT, "a category without any annotation stays a class"),
+    "category_name_missing": (REPAIRED, "the id is used as the name"),
+}
+
+
+class DataError(ValueError):
+    """A dataset that cannot be trained on; the message says what to mend in one sentence."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong: its kind (a key of `POLICY`), where, and the details in a few words."""
+
+    kind: str
+    where: str
+    detail: str = ""
+
+    @property
+    def action(self) -> str:
+        return POLICY[self.kind][0]
+
+    def __str__(self) -> str:
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"{self.where}: {self.kind.replace('_', ' ')}{detail}: {self.action}"
+
+
+class FaultLog:
+    """Counts faults by kind and keeps the first few of each (or all).
+
+    Args:
+        examples: how many faults of one kind to keep word for word; None keeps every one.
+    """
+
+    def __init__(self, examples: int | None = 3) -> None:
+        self.counts: Counter[str] = Counter()
+        self.faults: list[Fault] = []
+        self._examples = examples
+
+    def add(self, kind: str, where: str = "", detail: str = "") -> None:
+        """Count one fault; `kind` is a key of `POLICY`."""
+        if kind not in POLICY:
+            raise KeyError(f"{kind} is not a kind of fault")
+        self.counts[kind] += 1
+        if self._examples is None or self.counts[kind] <= self._examples:
+            self.faults.append(Fault(kind, where, detail))
+
+    def lines(self) -> list[str]:
+        """One line per kind: how many, an example, and what happens to them."""
+        first = {fault.kind: fault for fault in reversed(self.faults)}
+        lines = []
+        for kind, count in self.counts.items():
+            example = first[kind].where + (f" ({first[kind].detail})" if first[kind].detail else "")
+            lines.append(f"{count:,} x {kind.replace('_', ' ')}, first: {example}; {POLICY[kind][1]}")
+        return lines

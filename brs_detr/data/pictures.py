@@ -1,0 +1,149 @@
+"""Read a picture file of any kind as 8-bit RGB.
+
+Grey, 16-bit, CMYK, palette and alpha pictures are converted; an EXIF rotation is applied when, and only when, the size
+the annotations expect says so. A damaged file is an error that names it, never a half-grey picture.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile, ImageOps
+from torch import Tensor
+
+Size = tuple[int, int]
+
+ORIENTATION_TAG = 0x0112
+_SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+class PictureError(ValueError):
+    """A picture file that cannot be used; the message names the file."""
+
+
+class PictureInfo(NamedTuple):
+    """What a file's header says, without decoding it."""
+
+    stored_size: Size
+    upright_size: Size
+    orientation: int
+    mode: str
+
+
+def read_picture(path: str | Path, expected_size: Size | None = None) -> Tensor:
+    """Read a picture as RGB.
+
+    Args:
+        path: file of any format Pillow knows; its content decides, not its name.
+        expected_size: (height, width) that the annotations are drawn in. A picture with an EXIF rotation is turned
+            upright if that gives this size and the stored pixels do not; otherwise the pixels are taken as stored.
+
+    Returns:
+        (3, h, w) uint8.
+
+    Raises:
+        PictureError: the file is missing, damaged, cut short, or holds values that have no 8-bit meaning.
+    """
+    keep = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # another library may have set it: it turns a cut file grey in silence
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            if expected_size is not None and _needs_turning(picture, expected_size):
+                picture = ImageOps.exif_transpose(picture)
+            pixels = np.array(_to_rgb(picture, path))
+    except PictureError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many kinds, some from C
+        raise PictureError(f"{path}: this picture cannot be read ({_reason(error)}).") from error
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = keep
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def inspect_picture(path: str | Path) -> PictureInfo:
+    """Read size, EXIF orientation and mode from the header, and look whether the end of the file is there.
+
+    Raises:
+        PictureError: the file is missing, is no picture, or ends before its picture does.
+    """
+    try:
+        with Image.open(path) as picture:
+            width, height = picture.size
+            orientation = _orientation(picture)
+            info = PictureInfo((height, width), _turned((height, width), orientation), orientation, picture.mode)
+            kind = picture.format
+        if not _has_ending(path, kind):
+            raise PictureError(f"{path}: this picture cannot be read (the file is cut short).")
+    except PictureError:
+        raise
+    except Exception as error:
+        raise PictureError(f"{path}: this picture cannot be read ({_reason(error)}).") from error
+    return info
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "the file does not exist"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "it is not a picture, or an empty file"
+    return str(error).rstrip(".") or type(error).__name__
+
+
+def _orientation(picture: Image.Image) -> int:
+    try:
+        value = picture.getexif().get(ORIENTATION_TAG, 1)
+    except Exception:  # a damaged EXIF block does not damage the pixels
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _turned(size: Size, orientation: int) -> Size:
+    return (size[1], size[0]) if orientation >= 5 else size
+
+
+def _needs_turning(picture: Image.Image, expected_size: Size) -> bool:
+    stored = (picture.height, picture.width)
+    return stored != tuple(expected_size) and _turned(stored, _orientation(picture)) == tuple(expected_size)
+
+
+def _to_rgb(picture: Image.Image, path: str | Path) -> Image.Image:
+    if picture.mode in _SIXTEEN_BIT_MODES:
+        return _from_integers(picture, path).convert("RGB")
+    if picture.mode == "F":
+        return _from_floats(picture, path).convert("RGB")
+    if picture.mode == "P" and "transparency" in picture.info:
+        picture = picture.convert("RGBA")  # otherwise Pillow warns about palette transparency given as bytes
+    return picture.convert("RGB")  # alpha is dropped: the colours under it are kept as the file has them
+
+
+def _from_integers(picture: Image.Image, path: str | Path) -> Image.Image:
+    """0..65535 to 0..255 by one fixed factor, so that brightness compares between pictures."""
+    values = np.asarray(picture).astype(np.int64)
+    if values.size and (values.min() < 0 or values.max() > 65535):
+        raise PictureError(f"{path}: this picture has values outside 0..65535; convert it to 8 or 16 bits.")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def _from_floats(picture: Image.Image, path: str | Path) -> Image.Image:
+    """Floats in 0..1 are stretched to 0..255; floats in 0..255 are rounded."""
+    values = np.asarray(picture).astype(np.float64)
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    if not (np.isfinite(values).all() and low >= 0 and high <= 255):
+        raise PictureError(f"{path}: this picture has float values outside 0..255; convert it to 8 or 16 bits.")
+    return Image.fromarray(np.rint(values * (255 if high <= 1 else 1)).astype(np.uint8))
+
+
+def _has_ending(path: str | Path, kind: str | None) -> bool:
+    """Whether a JPEG or PNG file still has its end marker near its end (some cameras append data after it)."""
+    marker = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(kind or "")
+    if marker is None:
+        return True
+    with open(path, "rb") as file:
+        file.seek(0, 2)
+        size = file.tell()
+        file.seek(max(0, size - 65536))
+        return marker in file.read()
