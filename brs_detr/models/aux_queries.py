@@ -21,8 +21,8 @@ from brs_detr.ops.targets import pixel_scales
 class AuxQueries(NamedTuple):
     """Queries of one dense head, n for every picture, positives first.
 
-    boxes (B, n, 4) cxcywh, may exceed [0, 1]; features (B, n, dim); rows (P,) int64, positives among the flattened B * n;
-    labels (P,); targets (P, 4) cxcywh; scales (P, 4) pixels (w, h, w, h). Background queries fill up to n.
+    boxes (B, n, 4) cxcywh, may exceed [0, 1]; features (B, n, dim); rows (P,) int64, positives among the flattened
+    B * n; labels (P,); targets (P, 4) cxcywh; scales (P, 4) pixels (w, h, w, h). Background queries fill up to n.
     """
 
     boxes: Tensor
@@ -44,9 +44,9 @@ def select_queries(
 ) -> list[AuxQueries]:
     """Choose the auxiliary queries of each dense head.
 
-    A head gets n queries a picture, n = its largest number of positives in any picture, within [least, limit]. Positives
-    go first (a random subset where there are more than n), random background samples fill the rest; a picture with
-    fewer samples than n repeats them.
+    A head gets n queries a picture, n = its largest number of positives in any picture, within [least, limit].
+    Positives go first (a random subset where there are more than n), random background samples fill the rest; a
+    picture with fewer samples than n repeats them.
 
     Args:
         heads: samples of each dense head.

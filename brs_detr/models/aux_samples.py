@@ -1,4 +1,4 @@
-"""What a dense head hands on for the auxiliary queries."""
+"""What a one-to-many head hands to the decoder as collaborative queries (Zong et al., Co-DETR, section 3.3)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from torch import Tensor
 
 
 class AuxSamples(NamedTuple):
-    """Samples of one dense head, one tensor a picture in each list.
+    """Positive and background samples of one head, a list entry per picture.
 
-    boxes (n, 4) xyxy pixels; labels (n,), background = num_classes; targets (n, 4) xyxy pixels, zeros for background;
-    features (n, dim), attached to the graph.
+    Attributes:
+        boxes: (n, 4) xyxy pixels, the head's anchors or proposals, detached.
+        labels: (n,) int64, background = number of classes.
+        targets: (n, 4) xyxy pixels of the object, zeros for background.
+        features: (n, dim) what the head saw there, with gradient.
     """
 
     boxes: list[Tensor]

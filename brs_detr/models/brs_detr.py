@@ -64,8 +64,8 @@ class BRSDETR(nn.Module):
         dim: width; num_classes: K; queries: decoder queries.
         max_aux_queries: most auxiliary queries a picture and dense head.
         detections_per_image: detections returned a picture.
-        rank_all_encoder_columns: the released code ranks all K columns of the class-agnostic encoder proposals, of which
-            K - 1 only ever serve as negatives; False ranks column 0 alone.
+        rank_all_encoder_columns: the released code ranks all K columns of the class-agnostic encoder proposals,
+            of which K - 1 only ever serve as negatives; False ranks column 0 alone.
         predict_with: "decoder", or a dense head's own detections: "roi" or "atss".
     """
 
@@ -120,8 +120,8 @@ class BRSDETR(nn.Module):
             targets: in training one dict a picture: `boxes` (n, 4) xyxy pixels, `labels` (n,) in 0..K-1.
 
         Returns:
-            Training: named loss terms whose sum is the loss. Eval: one dict a picture, `boxes` (n, 4) xyxy pixels of the
-            stored picture, `scores` (n,), `labels` (n,).
+            Training: named loss terms whose sum is the loss. Eval: one dict a picture, `boxes` (n, 4) xyxy pixels of
+            the stored picture, `scores` (n,), `labels` (n,).
         """
         if not isinstance(images, ImageBatch):
             images = ImageBatch.from_list(images)

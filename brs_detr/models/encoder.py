@@ -1,4 +1,4 @@
-"""Deformable encoder: every cell of every level attends to a few points of all levels (Deformable DETR, section 4.1)."""
+"""Deformable encoder: each cell of each level attends to a few points of all levels (Deformable DETR, section 4.1)."""
 
 from __future__ import annotations
 

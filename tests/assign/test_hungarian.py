@@ -1,0 +1,66 @@
+"""Hungarian matching against brute force, and over several prediction sets at once."""
+
+from itertools import permutations
+
+import torch
+
+from brs_detr.assign.hungarian import HungarianMatcher
+from brs_detr.ops.targets import PackedTargets
+
+
+def boxes(n):
+    return torch.cat([torch.rand(n, 2) * 0.6 + 0.2, torch.rand(n, 2) * 0.2 + 0.1], -1)
+
+
+def targets(counts, size=100):
+    made = []
+    for n in counts:
+        centre, side = torch.rand(n, 2) * 60 + 20, torch.rand(n, 2) * 20 + 5
+        made.append({"boxes": torch.cat([centre - side, centre + side], -1), "labels": torch.randint(0, 3, (n,))})
+    return PackedTargets.pack(made, [(size, size)] * len(counts))
+
+
+def test_packing_normalises_by_each_pictures_own_size():
+    one = {"boxes": torch.tensor([[0.0, 0.0, 50.0, 20.0]]), "labels": torch.tensor([1])}
+    packed = PackedTargets.pack([one, one], [(40, 100), (80, 200)])
+    torch.testing.assert_close(packed.boxes, torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.125, 0.125, 0.25, 0.25]]))
+    assert packed.spans == [(0, 1), (1, 2)]
+
+
+def test_finds_the_cheapest_pairing():
+    packed, logits, predicted = targets([3]), torch.randn(1, 5, 3), boxes(5)[None]
+    matcher = HungarianMatcher()
+    (match,) = matcher([(logits, predicted, packed.labels)], packed)
+    cost = matcher.cost(logits[0], predicted[0], packed.labels, packed.boxes, packed.scales[0])
+    best = min(sum(float(cost[q, g]) for g, q in enumerate(p)) for p in permutations(range(5), 3))
+    assert abs(float(cost[match.rows, match.objects].sum()) - best) < 1e-5
+
+
+def test_sets_and_pictures_are_matched_as_if_alone():
+    packed = targets([2, 0, 4])
+    sets = [(torch.randn(3, q, 3), torch.stack([boxes(q) for _ in range(3)]), packed.labels) for q in (6, 9)]
+    together = HungarianMatcher()(sets, packed)
+    for one, match in zip(sets, together):
+        (alone,) = HungarianMatcher()([one], packed)
+        assert torch.equal(match.rows, alone.rows) and torch.equal(match.objects, alone.objects)
+        assert torch.equal(match.objects.sort().values, torch.arange(6))
+        assert torch.equal(match.rows.sort().values, match.rows)
+
+
+def test_more_objects_than_queries_matches_every_query():
+    packed = targets([5])
+    (match,) = HungarianMatcher()([(torch.randn(1, 3, 3), boxes(3)[None], packed.labels)], packed)
+    assert len(match.rows) == 3 and len(match.objects.unique()) == 3
+
+
+def test_no_objects_gives_an_empty_match():
+    packed = targets([0, 0])
+    (match,) = HungarianMatcher()([(torch.randn(2, 3, 3), torch.stack([boxes(3)] * 2), packed.labels)], packed)
+    assert match.rows.shape == match.objects.shape == (0,) and match.rows.dtype == torch.int64
+
+
+def test_a_nan_prediction_is_matched_last():
+    packed, logits = targets([1]), torch.zeros(1, 3, 3)
+    logits[0, 0] = torch.nan
+    (match,) = HungarianMatcher()([(logits, boxes(3)[None], packed.labels)], packed)
+    assert int(match.rows) != 0
