@@ -1,0 +1,55 @@
+"""Overlap of paired boxes: the quality label of a positive and its GIoU loss, one number per pair.
+
+torchvision's `generalized_box_iou_loss` has no IoU without the loss and returns half precision for half inputs, so both
+are spelt out here in float32.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _overlap(boxes: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Intersection and union areas (P,) of paired xyxy boxes."""
+    width_height = (torch.min(boxes[:, 2:], targets[:, 2:]) - torch.max(boxes[:, :2], targets[:, :2])).clamp(min=0)
+    intersection = width_height[:, 0] * width_height[:, 1]
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1) + (targets[:, 2:] - targets[:, :2]).prod(1)
+    return intersection, area - intersection
+
+
+def _single_precision(boxes: Tensor) -> Tensor:
+    return boxes if boxes.dtype == torch.float64 else boxes.float()
+
+
+def paired_iou(boxes: Tensor, targets: Tensor) -> Tensor:
+    """Intersection over union of the i-th box with the i-th target.
+
+    Args:
+        boxes: (P, 4) xyxy in any unit.
+        targets: (P, 4) xyxy in the same unit.
+
+    Returns:
+        (P,) in [0, 1], float32 or wider; 0 where both boxes are empty.
+    """
+    with torch.autocast(boxes.device.type, enabled=False):
+        intersection, union = _overlap(_single_precision(boxes), _single_precision(targets))
+        return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
+
+
+def paired_giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-6) -> Tensor:
+    """1 - GIoU of the i-th box with the i-th target (Rezatofighi et al., CVPR 2019, Algorithm 1).
+
+    Args:
+        boxes: (P, 4) xyxy in any unit.
+        targets: (P, 4) xyxy in the same unit.
+        eps: floor of the union and of the enclosing area, in that unit squared.
+
+    Returns:
+        (P,) in [0, 2], float32 or wider, not reduced.
+    """
+    with torch.autocast(boxes.device.type, enabled=False):
+        boxes, targets = _single_precision(boxes), _single_precision(targets)
+        intersection, union = _overlap(boxes, targets)
+        union = union.clamp(min=eps)
+        hull = (torch.max(boxes[:, 2:], targets[:, 2:]) - torch.min(boxes[:, :2], targets[:, :2])).clamp(min=0)
+        enclosing = (hull[:, 0] * hull[:, 1]).clamp(min=eps)
+        return 1 - intersection / union + (enclosing - union) / enclosing

@@ -1,0 +1,246 @@
+"""The loss of one set of predictions (a decoder layer, an RPN, a dense head): a classification loss and what it does
+to the box losses.
+
+Both objectives are called the same way, so a head does not know which one it was given. Every term comes back
+weighted, finite and attached to the graph, also without positives; the plain sum of all terms is the loss.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .balance import CAP, score_weights, self_balance
+from .ranking import rank_sort_loss
+from .scores import SCORE_LOSSES
+
+
+def _zero(*tensors: Tensor) -> Tensor:
+    """A zero attached to the graph of every tensor that reads no value (a logit may be infinite)."""
+    return sum(tensor[:0].float().sum() for tensor in tensors)
+
+
+def _positive_rows(labels: Tensor, classes: int, valid: Tensor | None, rows: Tensor | None, quality: Tensor) -> Tensor:
+    """Ascending rows of the positives, checked against the number of qualities."""
+    if rows is None:
+        positive = (labels >= 0) & (labels < classes)
+        rows = (positive if valid is None else positive & valid).nonzero()[:, 0]
+    if len(rows) != len(quality):
+        raise ValueError(
+            f"quality has {len(quality)} entries for {len(rows)} positive rows: give one per positive, in row order"
+        )
+    return rows
+
+
+def _process_mean(value: Tensor) -> Tensor:
+    """Mean of a scalar over all processes."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+        value = value / dist.get_world_size()
+    return value
+
+
+def _scalar(value: Tensor | float, like: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to(like.device, torch.float32).reshape(())
+    return torch.full((), float(value), device=like.device)
+
+
+def _ranking_terms(
+    loss: str, logits: Tensor, positives: Tensor, quality: Tensor, valid: Tensor | None, delta: float
+) -> dict[str, Tensor]:
+    """Unweighted terms of a ranking loss by its name."""
+    method = "bucketed" if loss.startswith("b") else "exact"
+    if loss in ("brs", "rs"):
+        terms = rank_sort_loss(logits, positives, quality, valid=valid, delta=delta, method=method)
+        return {"rank": terms.ranking, "sort": terms.sorting}
+    raise ValueError(f"unknown ranking loss {loss!r}")
+
+
+RANKING_LOSSES = ("brs", "rs")
+
+
+class RankingObjective(nn.Module):
+    """All logits of the set in one ranking, every localisation term balanced against it.
+
+    The ranking runs over the N * C logits of this process's whole call (all images, levels, classes), with the logit
+    of each positive row's own class as a positive. Each localisation term is the mean over the positives, scaled to
+    the value of the weighted ranking terms together (`balance.self_balance`), as in RS Loss and Bucketed RS Loss.
+
+    Args:
+        loss: "brs" (bucketed Rank & Sort) or "rs" (exact).
+        weight: factor of the ranking terms, and through the balance of every localisation term.
+        delta: half width of the step; the paper's 0.5 when None.
+        score_weighted: weigh each positive's box losses with its highest class probability.
+        cap: largest balance ratio, see `self_balance`.
+
+    Raises:
+        ValueError: for an unknown loss.
+    """
+
+    def __init__(
+        self,
+        loss: str = "brs",
+        weight: float = 2.0,
+        *,
+        delta: float | None = None,
+        score_weighted: bool = False,
+        cap: float = CAP,
+    ):
+        super().__init__()
+        if loss not in RANKING_LOSSES:
+            raise ValueError(f"unknown ranking loss {loss!r}: choose one of {', '.join(RANKING_LOSSES)}")
+        self.loss = loss
+        self.weight = weight
+        self.delta = 0.5 if delta is None else delta
+        self.score_weighted = score_weighted
+        self.cap = cap
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        quality: Tensor,
+        localisation: Mapping[str, Tensor],
+        valid: Tensor | None = None,
+        rows: Tensor | None = None,
+        localisation_weight: Tensor | None = None,
+        count: Tensor | float | None = None,
+    ) -> dict[str, Tensor]:
+        """Loss terms of one set.
+
+        Args:
+            logits: (N, C) one sigmoid logit per class.
+            labels: (N,) int64; 0..C-1 positive, C background.
+            quality: (P,) IoU of each positive in row order; detached.
+            localisation: name -> (P,) losses of the positives, not reduced.
+            valid: (N,) bool; False rows are ignored.
+            rows: (P,) int64 ascending rows of the positives; spares a device synchronisation.
+            localisation_weight, count: for score-based objectives; no effect here.
+
+        Returns:
+            {"rank", "sort", and every key of `localisation`} -> scalar.
+        """
+        classes = logits.shape[1]
+        rows = _positive_rows(labels, classes, valid, rows, quality)
+        with torch.autocast(logits.device.type, enabled=False):
+            logits = logits.float()
+            positives = rows * classes + labels[rows]
+            mask = None if valid is None else valid[:, None].expand(-1, classes)
+            terms = _ranking_terms(self.loss, logits, positives, quality, mask, self.delta)
+            terms = {name: term * self.weight for name, term in terms.items()}
+            if len(rows) == 0:
+                return terms | {name: _zero(values, logits) for name, values in localisation.items()}
+            box_weight = score_weights(logits[rows]) if self.score_weighted else None
+            target = sum(terms.values()) / self.weight
+            for name, values in localisation.items():
+                values = values.float() if box_weight is None else values.float() * box_weight
+                terms[name] = self_balance(values.mean(), target, self.weight, cap=self.cap)
+        return terms
+
+
+class ScoreObjective(nn.Module):
+    """A score-based classification loss with fixed weights for the localisation terms.
+
+    Args:
+        classification: "focal", "cross_entropy" (softmax, last column is background), "binary_cross_entropy" or
+            "quality_focal".
+        weights: factor of "cls" and of every localisation term.
+        alpha: weight of positives in focal loss.
+        gamma: focusing exponent of focal and quality focal loss.
+        normaliser: "positives" divides by the number of positives (or `count`), averaged over all processes and at
+            least 1;
+            "rows" by the number of valid rows (or `count`) of this process.
+
+    Raises:
+        ValueError: for an unknown classification loss or normaliser, or weights without "cls".
+    """
+
+    def __init__(
+        self,
+        classification: str,
+        weights: Mapping[str, float],
+        *,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        normaliser: str = "positives",
+    ):
+        super().__init__()
+        if classification not in SCORE_LOSSES:
+            raise ValueError(f"unknown classification loss {classification!r}: choose one of {', '.join(SCORE_LOSSES)}")
+        if normaliser not in ("positives", "rows"):
+            raise ValueError(f"unknown normaliser {normaliser!r}: choose positives or rows")
+        if "cls" not in weights:
+            raise ValueError('weights need an entry "cls" for the classification loss')
+        self.classification = classification
+        self.weights = dict(weights)
+        self.alpha = alpha
+        self.gamma = gamma
+        self.normaliser = normaliser
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        quality: Tensor,
+        localisation: Mapping[str, Tensor],
+        valid: Tensor | None = None,
+        rows: Tensor | None = None,
+        localisation_weight: Tensor | None = None,
+        count: Tensor | float | None = None,
+    ) -> dict[str, Tensor]:
+        """Loss terms of one set.
+
+        Args:
+            logits: (N, C), or (N, C + 1) with the background last for cross entropy.
+            labels: (N,) int64; 0..C-1 positive, C background.
+            quality: (P,) IoU of each positive in row order; detached.
+            localisation: name -> (P,) losses of the positives, not reduced.
+            valid: (N,) bool; False rows are ignored.
+            rows: (P,) int64 ascending rows of the positives; spares a device synchronisation.
+            localisation_weight: (P,) weights of the localisation losses; their sum is then those terms' normaliser
+                ("positives" only).
+            count: replaces the number of positives or rows.
+
+        Returns:
+            {"cls", and every key of `localisation`} -> scalar.
+
+        Raises:
+            ValueError: when a localisation term has no weight.
+        """
+        missing = [name for name in localisation if name not in self.weights]
+        if missing:
+            raise ValueError(f"no weight for the localisation term {missing[0]!r}: add it to the objective's weights")
+        classes = logits.shape[1] - (self.classification == "cross_entropy")
+        rows = _positive_rows(labels, classes, valid, rows, quality)
+        with torch.autocast(logits.device.type, enabled=False):
+            logits = logits.float()
+            normaliser = self._normaliser(logits, valid, len(rows), count)
+            if valid is not None:
+                # Before the loss and not after it: an ignored infinite logit has a nan gradient otherwise.
+                logits = logits.masked_fill(~valid[:, None], 0)
+            row_losses = SCORE_LOSSES[self.classification](
+                logits, labels, rows, quality.detach().float(), self.alpha, self.gamma
+            )
+            if valid is not None:
+                row_losses = row_losses * valid
+            terms = {"cls": row_losses.sum() / normaliser * self.weights["cls"]}
+            if localisation_weight is not None:
+                localisation_weight = localisation_weight.detach().float()
+                if self.normaliser == "positives":
+                    normaliser = _process_mean(localisation_weight.sum()).clamp(min=1)
+            for name, values in localisation.items():
+                values = values.float() if localisation_weight is None else values.float() * localisation_weight
+                terms[name] = (values.sum() + _zero(logits)) / normaliser * self.weights[name]
+        return terms
+
+    def _normaliser(self, logits: Tensor, valid: Tensor | None, positives: int, count: Tensor | float | None) -> Tensor:
+        if self.normaliser == "positives":
+            return _process_mean(_scalar(positives if count is None else count, logits)).clamp(min=1)
+        if count is not None:
+            return _scalar(count, logits).clamp(min=1)
+        return _scalar(len(logits) if valid is None else valid.sum(), logits).clamp(min=1)

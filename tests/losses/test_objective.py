@@ -1,0 +1,188 @@
+"""The contract between heads and objectives: names, values, normalisation, and what happens at the edges."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.ops import sigmoid_focal_loss
+
+from brs_detr.losses import RankingObjective, ScoreObjective, rank_sort_loss, self_balance
+
+CLASSES = 4
+LABELS = torch.tensor([4, 2, 4, 0, 4, 3, 4, 4])
+ROWS = torch.tensor([1, 3, 5])
+QUALITY = torch.tensor([0.9, 0.3, 0.6])
+
+
+def leaf(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, requires_grad=True)
+
+
+def box_losses() -> dict[str, torch.Tensor]:
+    return {"l1": torch.rand(3, requires_grad=True), "giou": torch.rand(3, requires_grad=True)}
+
+
+def test_ranking_runs_over_all_logits_with_the_own_class_positive():
+    logits = leaf(8, CLASSES)
+    terms = RankingObjective("brs", weight=3.0)(logits, LABELS, quality=QUALITY, localisation={})
+    flat = rank_sort_loss(logits, torch.tensor([1 * 4 + 2, 3 * 4 + 0, 5 * 4 + 3]), QUALITY)
+    assert torch.allclose(terms["rank"], 3 * flat.ranking) and torch.allclose(terms["sort"], 3 * flat.sorting)
+
+
+@pytest.mark.parametrize("score_weighted", [False, True])
+def test_every_localisation_term_has_the_value_of_the_ranking_terms(score_weighted):
+    objective = RankingObjective("brs", weight=2.0, score_weighted=score_weighted)
+    boxes = box_losses()
+    terms = objective(leaf(8, CLASSES), LABELS, quality=QUALITY, localisation=boxes, rows=ROWS)
+    ranking = terms["rank"] + terms["sort"]
+    assert torch.allclose(terms["l1"], ranking) and torch.allclose(terms["giou"], ranking)
+
+
+def test_score_weighting_weighs_each_box():
+    logits = torch.full((8, CLASSES), -20.0)
+    logits[1, 2], logits[3, 0], logits[5, 3] = 0.0, -20.0, 0.0
+    boxes = {"giou": torch.rand(3, requires_grad=True)}
+    terms = RankingObjective("rs", score_weighted=True)(logits, LABELS, quality=QUALITY, localisation=boxes, rows=ROWS)
+    terms["giou"].backward()
+    gradient = boxes["giou"].grad
+    assert gradient[1] < 1e-6 * gradient[0] and torch.isclose(gradient[0], gradient[2])
+
+
+def test_given_rows_equal_found_rows():
+    logits, boxes = leaf(8, CLASSES), box_losses()
+    for objective in (RankingObjective(), ScoreObjective("focal", {"cls": 1, "l1": 1, "giou": 1})):
+        found = objective(logits, LABELS, quality=QUALITY, localisation=boxes)
+        given = objective(logits, LABELS, quality=QUALITY, localisation=boxes, rows=ROWS)
+        assert found.keys() == given.keys() and all(torch.equal(found[key], given[key]) for key in found)
+
+
+def all_objectives():
+    weights = {"cls": 2, "l1": 5, "giou": 2}
+    return [
+        RankingObjective("brs"),
+        RankingObjective("rs"),
+        *(
+            ScoreObjective(name, weights, normaliser=normaliser)
+            for name in ("focal", "cross_entropy", "binary_cross_entropy", "quality_focal")
+            for normaliser in ("positives", "rows")
+        ),
+    ]
+
+
+def name_of(objective) -> str:
+    return getattr(objective, "loss", None) or f"{objective.classification}-{objective.normaliser}"
+
+
+def columns(objective) -> int:
+    return CLASSES + (getattr(objective, "classification", "") == "cross_entropy")
+
+
+@pytest.mark.parametrize("objective", all_objectives(), ids=name_of)
+def test_without_positives_every_term_is_there_finite_and_attached(objective):
+    logits = leaf(8, columns(objective))
+    boxes = {"l1": leaf(3)[:0], "giou": leaf(3)[:0]}
+    labels = torch.full((8,), CLASSES)
+    terms = objective(logits, labels, quality=torch.zeros(0), localisation=boxes)
+    assert {"l1", "giou"} < terms.keys()
+    assert all(term.isfinite() and term.requires_grad for term in terms.values())
+    sum(terms.values()).backward()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("objective", all_objectives(), ids=name_of)
+def test_ignored_rows_have_no_gradient_even_if_infinite(objective):
+    valid = torch.ones(8, dtype=torch.bool)
+    valid[[0, 7]] = False
+    values = torch.randn(8, columns(objective))
+    values[0], values[7] = torch.inf, -torch.inf
+    logits = values.requires_grad_()
+    terms = objective(logits, LABELS, quality=QUALITY, localisation=box_losses(), valid=valid)
+    sum(terms.values()).backward()
+    assert all(term.isfinite() for term in terms.values())
+    assert (logits.grad[~valid] == 0).all() and logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("objective", all_objectives(), ids=name_of)
+def test_ignored_rows_are_as_good_as_absent(objective):
+    valid = torch.tensor([True, True, False, True, True, True, True, False])
+    logits, boxes = leaf(8, columns(objective)), box_losses()
+    masked = objective(logits, LABELS, quality=QUALITY, localisation=boxes, valid=valid)
+    absent = objective(logits[valid], LABELS[valid], quality=QUALITY, localisation=boxes)
+    assert all(torch.allclose(masked[key], absent[key]) for key in absent)
+
+
+@pytest.mark.parametrize("objective", all_objectives(), ids=name_of)
+def test_half_precision_under_autocast(objective):
+    logits = torch.randn(8, columns(objective)).bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms = objective(logits, LABELS, quality=QUALITY.bfloat16(), localisation=box_losses())
+    assert all(term.dtype == torch.float32 for term in terms.values())
+    sum(terms.values()).backward()
+    assert logits.grad.dtype == torch.bfloat16 and logits.grad.isfinite().all()
+
+
+def test_no_positives_with_infinite_logits_is_not_nan():
+    logits = torch.full((8, CLASSES), torch.inf, requires_grad=True)
+    terms = RankingObjective()(
+        logits, torch.full((8,), CLASSES), quality=torch.zeros(0), localisation={"l1": torch.zeros(0)}
+    )
+    sum(terms.values()).backward()
+    assert all(term == 0 for term in terms.values()) and (logits.grad == 0).all()
+
+
+def test_zero_quality_positives_still_train_boxes():
+    boxes = box_losses()
+    terms = RankingObjective()(leaf(8, CLASSES), LABELS, quality=torch.zeros(3), localisation=boxes)
+    terms["giou"].backward()
+    assert (boxes["giou"].grad > 0).all()
+
+
+def test_focal_sums_over_positives():
+    logits, boxes = leaf(8, CLASSES), box_losses()
+    target = F.one_hot(LABELS, CLASSES + 1)[:, :CLASSES].float()
+    terms = ScoreObjective("focal", {"cls": 2, "l1": 5, "giou": 2})(logits, LABELS, quality=QUALITY, localisation=boxes)
+    assert torch.allclose(terms["cls"], 2 * sigmoid_focal_loss(logits, target, reduction="sum") / 3)
+    assert torch.allclose(terms["l1"], 5 * boxes["l1"].mean())
+    counted = ScoreObjective("focal", {"cls": 1, "l1": 1, "giou": 1})(
+        logits, LABELS, quality=QUALITY, localisation=boxes, count=torch.tensor(6)
+    )
+    assert torch.allclose(counted["cls"], terms["cls"] / 2 / 2) and torch.allclose(counted["l1"], boxes["l1"].sum() / 6)
+
+
+def test_rows_normaliser_divides_by_rows():
+    logits, boxes = leaf(8, CLASSES + 1), box_losses()
+    objective = ScoreObjective("cross_entropy", {"cls": 1, "l1": 1, "giou": 1}, normaliser="rows")
+    terms = objective(logits, LABELS, quality=QUALITY, localisation=boxes)
+    assert torch.allclose(terms["cls"], F.cross_entropy(logits, LABELS))
+    assert torch.allclose(terms["giou"], boxes["giou"].sum() / 8)
+
+
+def test_localisation_weights_normalise_by_their_sum():
+    boxes, weight = box_losses(), torch.tensor([0.9, 0.8, 0.7])
+    objective = ScoreObjective("focal", {"cls": 1, "l1": 1, "giou": 1})
+    terms = objective(leaf(8, CLASSES), LABELS, quality=QUALITY, localisation=boxes, localisation_weight=weight)
+    assert torch.allclose(terms["l1"], (boxes["l1"] * weight).sum() / 2.4)
+
+
+def test_quality_focal_is_least_where_the_score_equals_the_iou():
+    objective = ScoreObjective("quality_focal", {"cls": 1})
+    logits = torch.full((8, CLASSES), -30.0)
+    logits[ROWS, LABELS[ROWS]] = QUALITY.logit()
+    assert objective(logits, LABELS, quality=QUALITY, localisation={})["cls"] < 1e-6
+
+
+def test_balance_keeps_the_weight_where_the_ranking_is_perfect_and_obeys_its_cap():
+    term = torch.tensor(0.25, requires_grad=True)
+    assert self_balance(term, torch.tensor(0.0), 2.0) == 0.5
+    assert self_balance(term, torch.tensor(1.5), 2.0) == 3.0
+    assert self_balance(torch.tensor(1e-9), torch.tensor(1.0), 2.0, cap=10.0) == pytest.approx(2e-8)
+
+
+def test_errors_name_the_mend():
+    with pytest.raises(ValueError, match="unknown ranking loss"):
+        RankingObjective("bert")
+    with pytest.raises(ValueError, match="one per positive"):
+        RankingObjective()(leaf(8, CLASSES), LABELS, quality=torch.rand(2), localisation={})
+    with pytest.raises(ValueError, match="no weight for the localisation term 'dice'"):
+        ScoreObjective("focal", {"cls": 1})(
+            leaf(8, CLASSES), LABELS, quality=QUALITY, localisation={"dice": torch.rand(3)}
+        )
