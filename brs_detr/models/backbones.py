@@ -145,12 +145,14 @@ def freeze_stages(backbone: nn.Module, count: int) -> None:
         raise ValueError(f"model.backbone.frozen_stages={count}: this backbone has {len(backbone.stages)} stages")
     if count == 0:
         return
-    # names are registered in order of use: all up to the stage's last one belong to it or come before it
-    names = [name for name, _ in backbone.named_parameters()]
-    inside = [flat_name(name.removeprefix("features.")).startswith(backbone.stages[count - 1] + "_") for name in names]
-    last = max(index for index, hit in enumerate(inside) if hit)
-    for name in names[: last + 1]:
-        backbone.get_parameter(name).requires_grad_(False)
+    stage = backbone.stages[count - 1]
+    names, modules = zip(*backbone.named_modules(), strict=True)
+    names = [flat_name(name.removeprefix("features.")) for name in names]
+    # modules are registered in order of use: all up to the stage's last one belong to it or come before it
+    last = max(index for index, name in enumerate(names) if name == stage or name.startswith(stage + "_"))
+    for module in modules[: last + 1]:
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
 
 
 def keep_frozen_in_eval(module: nn.Module) -> None:
@@ -194,18 +196,19 @@ def _timm_backbone(name: str, download: bool, drop_path: float, strides: list[in
 
 
 def _create(name: str, download: bool, drop_path: float, **settings) -> nn.Module:
-    if drop_path > 0:
-        settings["drop_path_rate"] = drop_path
     try:
-        return timm.create_model(name, pretrained=download, **settings)
+        # named even when 0: some networks of timm have stochastic depth by default
+        return timm.create_model(name, pretrained=download, drop_path_rate=drop_path, **settings)
     except TypeError as error:
-        if "drop_path_rate" in str(error):
+        if "drop_path_rate" not in str(error):
+            raise
+        if drop_path > 0:
             raise ValueError(f"model.backbone.drop_path: {name} has no stochastic depth; set it to 0") from error
-        raise
+        return timm.create_model(name, pretrained=download, **settings)
     except (OSError, RuntimeError) as error:
         if not download:
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise RuntimeError(
             f"the pretrained weights of {name} cannot be had ({reason}); set model.backbone.checkpoint=PATH to a local "
             "file, or model.backbone.pretrained=false to start from random weights"

@@ -48,7 +48,7 @@ class FrozenBatchNorm(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation (Wu and He, 2018) with up to 32 groups of at least two channels, and an optional activation."""
+    """Group normalisation (Wu and He, 2018): up to 32 groups of two channels or more; activation optional."""
 
     def __init__(self, channels: int, eps: float = 1e-5, act: nn.Module | None = None):
         groups = math.gcd(32, channels)
@@ -68,8 +68,8 @@ def freeze_batch_norm(module: nn.Module, random_weights: bool = False) -> None:
 
     Args:
         module: changed in place.
-        random_weights: the network is not pretrained; scales that start at zero (the last one of a residual branch) then
-            become small instead, since a frozen zero would silence the branch for good.
+        random_weights: the network is not pretrained; scales that start at zero (the last one of a residual branch)
+            then become small instead, since a frozen zero would silence the branch for good.
     """
     _replace_batch_norm(module, FrozenBatchNorm)
     if random_weights:
