@@ -1,7 +1,7 @@
 """One table from the official Co-DETR / BRS-DETR parameter names to ours.
 
-Each rule is a pattern of the official name and our name; `{k}` stands for a number, and AUX names the dense head that an
-auxiliary index means. Backbone names of ResNets are the same on both sides (torchvision's).
+Each rule is a pattern of the official name and our name; `{k}` stands for a number, and AUX names the dense head that
+an auxiliary index means. Backbone names of ResNets are the same on both sides (torchvision's).
 """
 
 from __future__ import annotations

@@ -63,7 +63,23 @@ def select_queries(
     counts = torch.stack([(labels < num_classes).sum() for samples in heads for labels in samples.labels]).cpu().numpy()
     counts = counts.reshape(len(heads), len(sizes))
     scales = pixel_scales(sizes, device)
+    heads = [_never_empty(samples, scales, num_classes) for samples in heads]
     return [_select(s, c, scales, num_classes, limit, least, priority) for s, c in zip(heads, counts, strict=True)]
+
+
+def _never_empty(samples: AuxSamples, scales: Tensor, num_classes: int) -> AuxSamples:
+    """Give a picture without any sample one background sample: the whole picture, without a feature."""
+    if all(len(labels) for labels in samples.labels):
+        return samples
+    whole = torch.cat([torch.zeros_like(scales[:, :2]), scales[:, 2:]], dim=1)[:, None]
+    spare = [
+        AuxSamples(
+            box, labels.new_full((1,), num_classes), torch.zeros_like(box), features.new_zeros(1, features.shape[1])
+        )
+        for box, labels, features in zip(whole, samples.labels, samples.features, strict=True)
+    ]
+    columns = zip(samples, zip(*spare, strict=True), strict=True)
+    return AuxSamples(*([one if len(one) else s for one, s in zip(column, spares)] for column, spares in columns))
 
 
 def _select(samples, counts, scales, num_classes, limit, least, priority) -> AuxQueries:

@@ -45,3 +45,13 @@ def test_every_picture_gets_as_many_queries_as_the_richest_within_the_limit():
 def test_a_picture_without_positives_gets_background_only():
     (chosen,) = select_queries([samples([[3] * 20, [3] * 5])], SIZES, CLASSES)
     assert chosen.rows.shape == (0,) and chosen.targets.shape == (0, 4) and chosen.boxes.shape == (2, 9, 4)
+
+
+def test_a_picture_without_any_sample_gets_the_whole_picture_as_background():
+    empty = AuxSamples(
+        [torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, 4)], [torch.zeros(0, DIM)]
+    )
+    full = samples([[1] * 10])
+    both = AuxSamples(*(a + b for a, b in zip(full, empty)))
+    (chosen,) = select_queries([both], SIZES, CLASSES)
+    assert len(chosen.rows) == 10 and chosen.boxes[1].tolist() == [[0.5, 0.5, 1.0, 1.0]] * 10

@@ -1,0 +1,121 @@
+"""The whole detector at a small size: both loss families, awkward batches, and what it returns."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from brs_detr.config import ATSSConfig, BackboneConfig, ModelConfig, RoIConfig, RPNConfig
+from brs_detr.models.build import build_model
+from brs_detr.ops.images import ImageBatch
+
+SMALL = ModelConfig(
+    backbone=BackboneConfig(name="test_resnet.r160_in1k", pretrained=False, frozen_stages=0, norm="batch"),
+    dim=32,
+    heads=4,
+    encoder_layers=1,
+    decoder_layers=2,
+    ffn_dim=32,
+    queries=12,
+    max_aux_queries=12,
+    rpn=RPNConfig(proposals_before_nms=50, proposals=40),
+    roi=RoIConfig(fc_dim=32),
+)
+FOCAL = replace(
+    SMALL,
+    name="co_detr",
+    loss="focal",
+    rpn=replace(SMALL.rpn, sample=32),
+    roi=RoIConfig(fc_dim=32, sample=32, add_ground_truth=True),
+    atss=ATSSConfig(centerness=True),
+)
+
+
+def picture(height=64, width=80):
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+
+
+def target(count, classes=3, height=64, width=80):
+    centre = torch.rand(count, 2) * torch.tensor([width, height]) * 0.6 + torch.tensor([width, height]) * 0.2
+    half = torch.rand(count, 2) * 8 + 4
+    return {
+        "boxes": torch.cat([centre - half, centre + half], -1),
+        "labels": torch.randint(0, classes, (count,)),
+        "image_id": 1,
+    }
+
+
+def train_step(settings, images, targets, classes=3):
+    model = build_model(settings, classes).train()
+    losses = model(images, targets)
+    assert all(term.ndim == 0 and term.isfinite() for term in losses.values()), losses
+    sum(losses.values()).backward()
+    return model, losses
+
+
+@pytest.mark.parametrize("settings", [SMALL, FOCAL, replace(SMALL, loss="rs", encoder_ranking="first")])
+@pytest.mark.parametrize("counts", [(3, 1), (2, 0), (0, 0), (4,), (0,)])
+def test_every_parameter_gets_a_finite_gradient_whatever_the_batch_holds(settings, counts):
+    images = [picture(64 - 7 * i) for i in range(len(counts))]
+    model, _ = train_step(settings, images, [target(n, height=64 - 7 * i) for i, n in enumerate(counts)])
+    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("settings", [SMALL, FOCAL])
+def test_one_class_trains(settings):
+    train_step(settings, [picture()], [target(3, classes=1)], classes=1)
+
+
+def test_each_query_set_and_dense_head_has_its_terms_and_boxes_weigh_what_the_ranking_weighs():
+    _, losses = train_step(SMALL, [picture()], [target(3)])
+    sets = ["encoder", *(f"{s}.{layer}" for s in ("decoder", "aux_roi", "aux_atss") for layer in range(2))]
+    expected = {f"{s}.{t}" for s in sets for t in ("rank", "sort", "l1", "giou")}
+    expected |= {f"{h}.{t}" for h in ("rpn", "roi", "atss") for t in ("rank", "sort", "giou")}
+    assert set(losses) == expected
+    for s in [*sets, "atss"]:  # value-based self-balancing: each box term is worth rank + sort
+        torch.testing.assert_close(losses[f"{s}.giou"], losses[f"{s}.rank"] + losses[f"{s}.sort"])
+
+
+def test_co_detr_has_the_original_terms():
+    _, losses = train_step(FOCAL, [picture()], [target(3)])
+    assert {"rpn.cls", "rpn.l1", "roi.cls", "roi.giou", "atss.cls", "atss.giou", "atss.centerness"} <= set(losses)
+    assert "decoder.0.rank" not in losses
+
+
+@pytest.mark.parametrize("head", ["decoder", "roi", "atss"])
+@pytest.mark.parametrize("settings", [SMALL, FOCAL])
+def test_detections_lie_inside_the_stored_picture_best_first(settings, head):
+    model = build_model(settings, 3).eval()
+    model.predict_with = head
+    images = ImageBatch.from_list([picture(), picture(50, 70)], original_sizes=[(128, 160), (500, 700)])
+    with torch.no_grad():
+        found = model(images)
+    for one, (h, w) in zip(found, images.original_sizes):
+        assert len(one["boxes"]) == len(one["scores"]) == len(one["labels"]) > 0
+        assert (one["boxes"] >= 0).all() and (one["boxes"] <= torch.tensor([w, h, w, h]) + 1e-3).all()
+        assert (one["scores"].diff() <= 0).all() and ((one["labels"] >= 0) & (one["labels"] < 3)).all()
+
+
+def test_detections_do_not_depend_on_equally_sized_neighbours():
+    model = build_model(SMALL, 3).eval()
+    one, other = picture(), picture()
+    with torch.no_grad():
+        alone, together = model([one]), model([other, one])
+    torch.testing.assert_close(together[1]["boxes"], alone[0]["boxes"], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(together[1]["scores"], alone[0]["scores"], rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_autocast_trains_with_float32_losses():
+    model = build_model(SMALL, 3).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = model([picture(), picture()], [target(3), target(0)])
+    assert all(term.dtype == torch.float32 and term.isfinite() for term in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_training_without_targets_is_refused():
+    with pytest.raises(ValueError, match="targets"):
+        build_model(SMALL, 3).train()([picture()])
