@@ -1,0 +1,154 @@
+"""The multi-scale augmentation of DETR-like detectors: flip, then resize, or resize, crop and resize again.
+
+Every random number comes from a generator given by the caller, so a picture's augmentation depends on the seed, the
+epoch and the picture alone: not on the number of workers, and not on whether the run was resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from brs_detr.data.coco import Target
+
+Size = tuple[int, int]
+
+
+def resized_size(height: int, width: int, short_side: int, long_side: int) -> Size:
+    """(h, w) with the aspect ratio kept, the short side at `short_side` unless the long side would pass `long_side`."""
+    scale = min(long_side / max(height, width), short_side / min(height, width))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+class TrainTransforms:
+    """Flip, then one of two policies, as DETR's recipe has them.
+
+    Policy A resizes to a short side chosen from `short_sides`. Policy B resizes to a short side of
+    `crop_short_sides`, cuts out a random rectangle whose sides are whole numbers from `crop_size`, and then does A.
+    Boxes follow, are clipped, and are kept when anything of them is left; a crop may be empty.
+
+    Args:
+        short_sides: short sides in pixels to choose from.
+        long_side: the long side never passes this.
+        crop_short_sides: short sides in pixels before the crop.
+        crop_long_side: as `long_side`, before the crop.
+        crop_size: smallest and largest side of the crop in pixels; a smaller picture is not enlarged for it.
+        crop: probability of policy B.
+        flip: probability of a horizontal flip.
+        colour_jitter: brightness, contrast and saturation each change by a factor within 1 +- this; 0 is off.
+        antialias: low-pass filter when shrinking. It changes nothing when enlarging; the official code has none.
+    """
+
+    def __init__(
+        self,
+        *,
+        short_sides: Sequence[int] = tuple(range(480, 801, 32)),
+        long_side: int = 1333,
+        crop_short_sides: Sequence[int] = (400, 500, 600),
+        crop_long_side: int = 4200,
+        crop_size: tuple[int, int] = (384, 600),
+        crop: float = 0.5,
+        flip: float = 0.5,
+        colour_jitter: float = 0.0,
+        antialias: bool = True,
+    ) -> None:
+        if not short_sides or (crop > 0 and not crop_short_sides):
+            raise ValueError("short_sides and crop_short_sides need at least one size each.")
+        if not 0 < crop_size[0] <= crop_size[1]:
+            raise ValueError(f"crop_size {tuple(crop_size)} must be (smallest, largest) side in pixels.")
+        self.short_sides, self.long_side = tuple(short_sides), long_side
+        self.crop_short_sides, self.crop_long_side = tuple(crop_short_sides), crop_long_side
+        self.crop_size, self.crop, self.flip = tuple(crop_size), crop, flip
+        self.colour_jitter, self.antialias = colour_jitter, antialias
+
+    def __call__(self, image: Tensor, target: Target, generator: torch.Generator) -> tuple[Tensor, Target]:
+        """Augment one picture.
+
+        Args:
+            image: (3, h, w) uint8.
+            target: has "boxes" (n, 4) float32 xyxy pixels and "labels" (n,); other entries pass through.
+            generator: source of every random choice.
+
+        Returns:
+            the same two, of another size; boxes and labels may be fewer.
+        """
+        boxes, labels = _as_boxes(target["boxes"], image), target["labels"]
+        if _uniform(generator) < self.flip:
+            image, boxes = F.horizontal_flip(image), F.horizontal_flip(boxes)
+        if _uniform(generator) < self.crop:
+            image, boxes = self._resize(image, boxes, self.crop_short_sides, self.crop_long_side, generator)
+            image, boxes, labels = self._crop(image, boxes, labels, generator)
+        image, boxes = self._resize(image, boxes, self.short_sides, self.long_side, generator)
+        if self.colour_jitter > 0:
+            image = self._jitter(image, generator)
+        return image.contiguous(), {**target, "boxes": boxes.as_subclass(Tensor), "labels": labels}
+
+    def _resize(
+        self, image: Tensor, boxes: Tensor, short_sides: Sequence[int], long_side: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        short_side = short_sides[_integer(0, len(short_sides) - 1, generator)]
+        size = resized_size(image.shape[-2], image.shape[-1], short_side, long_side)
+        return _resize_image(image, size, self.antialias), F.clamp_bounding_boxes(F.resize(boxes, list(size)))
+
+    def _crop(
+        self, image: Tensor, boxes: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        h, w = image.shape[-2:]
+        low, high = self.crop_size
+        crop_h = _integer(min(h, low), min(h, high), generator)
+        crop_w = _integer(min(w, low), min(w, high), generator)
+        top, left = _integer(0, h - crop_h, generator), _integer(0, w - crop_w, generator)
+        image = F.crop(image, top, left, crop_h, crop_w)
+        boxes = F.clamp_bounding_boxes(F.crop(boxes, top, left, crop_h, crop_w))
+        keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+        return image, tv_tensors.wrap(boxes[keep], like=boxes), labels[keep]
+
+    def _jitter(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        for adjust in (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation):
+            image = adjust(image, max(0.0, 1 + self.colour_jitter * (2 * _uniform(generator) - 1)))
+        return image
+
+
+class EvalTransforms:
+    """One resize that keeps the aspect ratio; boxes follow. Arguments as for `TrainTransforms`."""
+
+    def __init__(self, short_side: int = 800, long_side: int = 1333, antialias: bool = True) -> None:
+        self.short_side, self.long_side, self.antialias = short_side, long_side, antialias
+
+    def output_size(self, height: int, width: int) -> Size:
+        """(h, w) that a picture of this size will have."""
+        return resized_size(height, width, self.short_side, self.long_side)
+
+    def __call__(self, image: Tensor, target: Target, generator: torch.Generator | None = None) -> tuple:
+        """(3, h, w) uint8 and its target, resized."""
+        size = self.output_size(image.shape[-2], image.shape[-1])
+        boxes = F.resize(_as_boxes(target["boxes"], image), list(size)).as_subclass(Tensor)
+        return _resize_image(image, size, self.antialias), {**target, "boxes": boxes}
+
+
+def _as_boxes(boxes: Tensor, image: Tensor) -> tv_tensors.BoundingBoxes:
+    size = (image.shape[-2], image.shape[-1])
+    return tv_tensors.BoundingBoxes(boxes.reshape(-1, 4), format="XYXY", canvas_size=size)
+
+
+def _resize_image(image: Tensor, size: Size, antialias: bool) -> Tensor:
+    if tuple(image.shape[-2:]) == size:
+        return image
+    return F.resize(image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=antialias)
+
+
+def _uniform(generator: torch.Generator) -> float:
+    return float(torch.rand((), generator=generator))
+
+
+def _integer(low: int, high: int, generator: torch.Generator) -> int:
+    """A whole number from low to high, both included."""
+    return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+train_transforms, eval_transforms = TrainTransforms, EvalTransforms

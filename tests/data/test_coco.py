@@ -1,0 +1,216 @@
+"""The arrays hold what pycocotools reads, labels follow the json's ids, and every fault has its policy."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+
+from brs_detr.data.coco import CocoDetection
+from brs_detr.data.faults import POLICY, DataError
+
+
+@pytest.fixture()
+def two(tmp_path, write_dataset):
+    return write_dataset(
+        tmp_path,
+        sizes=[(40, 60), (60, 40), (50, 50)],
+        boxes=[[(90, 5, 6, 20, 10), (1, 0, 0, 60, 40)], [(17, 1, 2, 30, 40)], []],
+    )
+
+
+def open_set(path, train=True, **options):
+    return CocoDetection(path, path.parent / "images", train=train, **options)
+
+
+def test_labels_are_positions_of_ascending_category_ids(two):
+    dataset = open_set(two)
+    assert dataset.category_ids == [1, 17, 90] and dataset.classes == ["a", "b", "c"] and dataset.num_classes == 3
+    assert [dataset[i][1]["labels"].tolist() for i in range(3)] == [[2, 0], [1], []]
+    assert dataset.image_ids == [1000, 993, 986]
+
+
+def test_sample_has_the_promised_types(two):
+    image, target = open_set(two)[2]
+    assert image.dtype == torch.uint8 and image.shape == (3, 50, 50)
+    assert target["boxes"].shape == (0, 4) and target["boxes"].dtype == torch.float32
+    assert target["labels"].dtype == torch.int64 and target["original_size"] == (50, 50)
+
+
+def test_empty_images_stay_unless_told(two):
+    path = two
+    assert len(open_set(path)) == 3 and len(open_set(path, keep_empty=False)) == 2
+    assert len(open_set(path, train=False, keep_empty=False)) == 3
+
+
+@pytest.mark.parametrize("name", ["tiny_coco", "nuclei", "bccd"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_arrays_equal_what_pycocotools_sees(shared_data, name, split, capsys):
+    path = shared_data / name / "annotations" / f"{split}.json"
+    dataset = CocoDetection(path, shared_data / name / "images", train=False)
+    truth = COCO(str(path))
+    packed = dataset.packed
+    assert dataset.category_ids == sorted(truth.getCatIds())
+    assert dataset.classes == [truth.cats[key]["name"] for key in dataset.category_ids]
+    assert sorted(dataset.image_ids) == sorted(truth.getImgIds())
+    for i, key in enumerate(dataset.image_ids):
+        rows = slice(packed.offsets[i], packed.offsets[i + 1])
+        theirs = truth.imgToAnns[key]
+        xywh = np.array([a["bbox"] for a in theirs], float).reshape(-1, 4)
+        xywh[:, 2:] += xywh[:, :2]
+        assert np.allclose(packed.boxes[rows], xywh, rtol=1e-6)
+        assert [dataset.category_ids[label] for label in packed.labels[rows]] == [a["category_id"] for a in theirs]
+        assert packed.iscrowd[rows].tolist() == [bool(a["iscrowd"]) for a in theirs]
+        assert np.allclose(packed.areas[rows], [a["area"] for a in theirs])
+        assert dataset.file_name(i) == truth.imgs[key]["file_name"]
+    ground = dataset.ground_truth()
+    mine = sorted((a["image_id"], a["category_id"], *a["bbox"], a["area"], a["iscrowd"]) for a in ground["annotations"])
+    theirs = truth.dataset["annotations"]
+    assert mine == sorted((a["image_id"], a["category_id"], *a["bbox"], a["area"], a["iscrowd"]) for a in theirs)
+
+
+def test_no_python_object_per_annotation(tmp_path, write_dataset):
+    many = [[(1, x % 30, x // 30, 5, 5) for x in range(500)]]
+    dataset = open_set(write_dataset(tmp_path, sizes=[(60, 60)], boxes=many))
+    assert len(dataset.packed.labels) == 500
+    assert all(isinstance(value, np.ndarray) for value in vars(dataset.packed).values())
+
+
+FAULTS = {
+    "box_negative": {"bbox": [5, 5, -4, 5]},
+    "box_empty": {"bbox": [5, 5, 0, 5]},
+    "box_not_finite": {"bbox": [5, float("nan"), 4, 5]},
+    "box_not_four_numbers": {"bbox": [5, 5, 4]},
+    "box_missing": {"bbox": None},
+    "box_outside": {"bbox": [70, 5, 5, 5]},
+    "box_too_small": {"bbox": [5, 5, 0.5, 5]},
+    "image_id_unknown": {"image_id": 4},
+    "category_id_unknown": {"category_id": 2},
+    "crowd": {"iscrowd": 1},
+    "ignored": {"ignore": 1},
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_faulty_annotation_is_left_out_and_counted(kind, two, change):
+    path = change(two, lambda data: data["annotations"][0].update(FAULTS[kind]))
+    dataset = open_set(path)
+    assert dataset.report[kind] == 1 and dataset.report["objects"] == 2
+    assert dataset[0][1]["labels"].tolist() == [0]
+    assert POLICY[kind][1] in dataset.summary()
+
+
+def test_boxes_are_clipped_in_training_and_kept_in_evaluation(two, change):
+    path = change(two, lambda data: data["annotations"][0].update(bbox=[-5, 30, 20, 30]))
+    assert open_set(path)[0][1]["boxes"][0].tolist() == [0, 30, 15, 40]
+    assert open_set(path, train=False).ground_truth()["annotations"][0]["bbox"] == [-5, 30, 20, 30]
+
+
+def test_boxes_beyond_the_stated_size_are_in_the_frame_of_the_picture(two, change):
+    path = change(two, lambda data: data["images"][0].update(width=30, height=20))
+    for train in (True, False):
+        image, target = open_set(path, train)[0]
+        assert image.shape == (3, 40, 60) and target["original_size"] == (40, 60)
+        assert target["boxes"].tolist() == [[5, 6, 25, 16], [0, 0, 60, 40]]
+
+
+def test_boxes_within_the_stated_size_are_scaled_to_a_shrunk_picture(two, change):
+    path = change(two, lambda data: data["images"][0].update(width=120, height=80))
+    for train in (True, False):
+        _, target = open_set(path, train)[0]
+        assert target["boxes"].tolist() == [[2.5, 3, 12.5, 8], [0, 0, 30, 20]]
+        assert target["original_size"] == (80, 120)  # detections are reported where the json's boxes are
+
+
+def test_a_json_without_sizes_takes_them_from_the_pictures(two, change):
+    path = change(two, lambda data: [image.pop("width") for image in data["images"]])
+    dataset = open_set(path)
+    assert dataset.report["size_missing"] == 3 and dataset.packed.frames.tolist() == [[40, 60], [60, 40], [50, 50]]
+
+
+def test_an_unreadable_picture_is_replaced_in_training_and_left_out_of_evaluation(two):
+    path = two
+    (path.parent / "images" / "000.png").write_bytes(b"")
+    dataset = open_set(path)
+    with pytest.warns(UserWarning, match=r"000\.png"):
+        assert dataset[0][1]["image_id"] == 993
+    assert dataset.report["picture_unreadable"] == 1
+    assert open_set(path, train=False).image_ids == [993, 986]
+
+
+def test_workers_report_the_unreadable_picture_they_met(two):
+    path = two
+    (path.parent / "images" / "000.png").write_bytes(b"nothing")
+    dataset = open_set(path)
+    loader = torch.utils.data.DataLoader(dataset, num_workers=1, collate_fn=list)
+    assert [batch[0][1]["image_id"] for batch in loader] == [993, 993, 986]
+    assert dataset.report["picture_unreadable"] == 1
+
+
+def test_the_augmentation_depends_on_seed_epoch_and_picture_only(two):
+    draw = lambda image, target, generator: (torch.rand(3, generator=generator), target)  # noqa: E731
+    dataset, other = (open_set(two, transforms=draw, seed=seed) for seed in (1, 2))
+    assert torch.equal(dataset[(1, 5)][0], dataset[(1, 5)][0])
+    distinct = {tuple(values.tolist()) for values in (dataset[(1, 5)][0], dataset[(1, 6)][0], dataset[(2, 5)][0])}
+    assert len(distinct | {tuple(other[(1, 5)][0].tolist())}) == 4
+
+
+UNTRAINABLE = {
+    "does not exist": lambda path, _: path.unlink(),
+    "not a JSON file": lambda path, _: path.write_text("{"),
+    "as detection results are": lambda path, _: path.write_text("[]"),
+    "no list `categories`": lambda path, change: change(path, lambda data: data.pop("categories")),
+    "nothing to detect": lambda path, change: change(path, lambda data: data.update(categories=[])),
+    "two categories have the id 1": lambda path, change: change(
+        path, lambda data: data["categories"].append({"id": 1})
+    ),
+    "no whole number": lambda path, change: change(path, lambda data: data["categories"].append({"id": "x"})),
+    "right image folder": lambda path, _: shutil.rmtree(path.parent / "images"),
+    "0 of its 3 annotations": lambda path, change: change(
+        path, lambda data: [a.update(bbox=0) for a in data["annotations"]]
+    ),
+}
+
+
+@pytest.mark.parametrize("message", UNTRAINABLE)
+def test_what_cannot_be_trained_on_says_so_in_one_sentence(message, two, change):
+    path = two
+    UNTRAINABLE[message](path, change)
+    with pytest.raises(DataError, match=message) as error:
+        open_set(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_image_entry_with_a_used_id_does_not_replace_the_first(two, change):
+    path = change(two, lambda data: data["images"].append({**data["images"][1], "id": 1000}))
+    dataset = open_set(path)
+    assert dataset.report["image_id_duplicate"] == 1 and dataset.file_name(0) == "000.png" and len(dataset) == 3
+
+
+def test_the_dirty_set_gives_what_its_readme_calls_reasonable(shared_data):
+    folder = shared_data / "dirty"
+    dataset = CocoDetection(folder / "annotations" / "faulty.json", folder / "images", train=False)
+    expected = json.loads((folder / "annotations" / "expected_clean.json").read_text())
+    key = lambda a: (a["image_id"], a["category_id"], *a["bbox"])  # noqa: E731
+    mine = sorted(map(key, dataset.ground_truth()["annotations"]))
+    assert sorted(dataset.image_ids) == sorted(image["id"] for image in expected["images"])
+    theirs = {key(a) for a in expected["annotations"]}
+    # where its readme leaves the repair open: boxes are not clipped, and a repeated annotation id is kept
+    assert set(mine) - theirs == {(5, 1, 600, 440, 80, 70), (5, 1, 300, 60, 60, 60)}
+    assert theirs - set(mine) == {(5, 1, 600, 440, 40, 40)}
+
+
+def test_every_dirty_file_can_be_read_through(shared_data):
+    folder = shared_data / "dirty"
+    for path in sorted((folder / "annotations" / "one_fault").glob("*.json")):
+        dataset = CocoDetection(path, folder / "images", train=True)
+        dataset._found.fill_(0)
+        for i in range(len(dataset)):
+            if dataset.file_name(i) not in ("truncated.jpg", "not_an_image.jpg", "empty_file.jpg"):
+                image, target = dataset[i]
+                assert 20 < image.float().mean() < 250
+                boxes = target["boxes"]
+                assert (boxes[:, 2:] > boxes[:, :2]).all() and (boxes >= 0).all()
+                assert (boxes[:, 2] <= image.shape[2]).all() and (boxes[:, 3] <= image.shape[1]).all()

@@ -1,0 +1,94 @@
+"""Pictures of every kind come out as the RGB a person sees, and damaged ones never come out at all."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+
+from brs_detr.data.pictures import PictureError, inspect_picture, read_picture
+
+
+def ramp(h=12, w=20):
+    return np.linspace(0, 255, h * w).round().astype(np.uint8).reshape(h, w)
+
+
+def save(tmp_path, array, name="x.png", mode=None, **options):
+    picture = Image.fromarray(array)
+    picture = picture.convert(mode) if mode else picture
+    picture.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+def test_grey_has_three_equal_channels(tmp_path):
+    pixels = read_picture(save(tmp_path, ramp()))
+    assert pixels.shape == (3, 12, 20) and pixels.dtype == torch.uint8
+    assert all(np.array_equal(channel, ramp()) for channel in pixels)
+
+
+def test_sixteen_bits_are_scaled_not_saturated(tmp_path):
+    pixels = read_picture(save(tmp_path, ramp().astype(np.uint16) * 257))
+    assert np.array_equal(pixels[0], ramp())
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 255])
+def test_floats_in_either_range(tmp_path, scale):
+    path = save(tmp_path, ramp().astype(np.float32) * np.float32(scale), "x.tiff")
+    assert np.array_equal(read_picture(path)[0], ramp())
+
+
+def test_alpha_is_dropped_and_colours_stay(tmp_path):
+    rgba = np.dstack([ramp(), ramp()[::-1], ramp()[:, ::-1], np.zeros_like(ramp())])
+    assert np.array_equal(read_picture(save(tmp_path, rgba)).permute(1, 2, 0), rgba[..., :3])
+
+
+def test_palette_png_under_a_jpeg_name(tmp_path):
+    path = save(tmp_path, np.dstack([ramp() // 51 * 51] * 3), "x.png", mode="P").rename(tmp_path / "x.jpg")
+    assert (read_picture(path).int() - torch.from_numpy(ramp() // 51 * 51)).abs().max() == 0
+
+
+def test_cmyk_is_not_inverted(tmp_path):
+    white = np.full((8, 8, 3), 250, np.uint8)
+    assert read_picture(save(tmp_path, white, "x.jpg", mode="CMYK")).min() > 230
+
+
+def rotated(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return save(tmp_path, ramp(), exif=exif)
+
+
+def test_exif_rotation_applied_only_when_the_expected_size_says_so(tmp_path):
+    path = rotated(tmp_path, 6)
+    assert np.array_equal(read_picture(path, (12, 20))[0], ramp())
+    assert np.array_equal(read_picture(path)[0], ramp())
+    assert np.array_equal(read_picture(path, (20, 12))[0], np.rot90(ramp(), -1))
+
+
+def test_expected_size_turns_nothing_without_exif(tmp_path):
+    assert read_picture(save(tmp_path, ramp()), (20, 12)).shape == (3, 12, 20)
+
+
+def test_header_tells_both_sizes(tmp_path):
+    info = inspect_picture(rotated(tmp_path, 8))
+    assert (info.stored_size, info.upright_size, info.orientation) == ((12, 20), (20, 12), 8)
+
+
+@pytest.mark.parametrize("allow", [False, True])
+@pytest.mark.parametrize("name", ["x.jpg", "x.png"])
+def test_a_cut_file_is_an_error_even_where_truncation_is_allowed(tmp_path, name, allow, monkeypatch):
+    path = save(tmp_path, np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8), name)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", allow)
+    for read in (read_picture, inspect_picture):
+        with pytest.raises(PictureError, match=name):
+            read(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"this is text", None])
+def test_what_is_no_picture_is_named(tmp_path, content):
+    path = tmp_path / "y.jpg"
+    if content is not None:
+        path.write_bytes(content)
+    for read in (read_picture, inspect_picture):
+        with pytest.raises(PictureError, match=r"y\.jpg: this picture cannot be read"):
+            read(path)

@@ -1,0 +1,128 @@
+"""Boxes follow the pixels they were drawn around, and sizes follow the recipe's rules."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from brs_detr.data.transforms import EvalTransforms, TrainTransforms, resized_size
+
+
+def painted(h=160, w=240, box=(40, 30, 130, 110)):
+    image = torch.zeros(3, h, w, dtype=torch.uint8)
+    image[:, box[1] : box[3], box[0] : box[2]] = 255
+    return image, {"boxes": torch.tensor([box], dtype=torch.float32), "labels": torch.tensor([3]), "image_id": 7}
+
+
+def extent(image):
+    """The rectangle of bright pixels, xyxy."""
+    ys, xs = torch.where(image[0] > 127)
+    return torch.tensor([[xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]], dtype=torch.float32)
+
+
+SMALL = dict(short_sides=(96, 128, 200), long_side=300, crop_short_sides=(120, 160), crop_size=(60, 150))
+
+
+@pytest.mark.parametrize("policy", [0.0, 1.0])
+def test_boxes_follow_pixels(policy):
+    transform, seen = TrainTransforms(**SMALL, crop=policy), 0
+    for seed in range(60):
+        image, target = transform(*painted(), torch.Generator().manual_seed(seed))
+        if len(target["boxes"]):
+            assert (target["boxes"] - extent(image)).abs().max() <= 1.5, seed
+            seen += 1
+        else:
+            assert (image > 127).sum() == 0
+    assert seen > 40
+
+
+def test_flip_mirrors_pixels_and_boxes():
+    transform = TrainTransforms(short_sides=(160,), crop=0, flip=1)
+    image, target = transform(*painted(), torch.Generator())
+    assert torch.equal(image, painted()[0].flip(-1)) and target["boxes"].tolist() == [[110, 30, 200, 110]]
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(16, 900), st.integers(900, 1400))
+@settings(max_examples=200, deadline=None)
+def test_resize_keeps_to_both_limits(h, w, short, long):
+    new_h, new_w = resized_size(h, w, short, long)
+    assert max(new_h, new_w) <= long and min(new_h, new_w) <= max(short, 1)
+    assert min(new_h, new_w) == short or max(new_h, new_w) == long
+    assert (abs(new_h - h * new_w / w) <= 1 + h / w / 2 and abs(new_w - w * new_h / h) <= 1 + w / h / 2) or 1 in (
+        new_h,
+        new_w,
+    )
+
+
+def test_published_sizes():
+    assert resized_size(480, 640, 800, 1333) == (800, 1067)
+    assert resized_size(427, 640, 800, 1333) == (800, 1199)
+    assert resized_size(375, 1242, 800, 1333) == (402, 1333)
+
+
+def test_policies_are_drawn_equally_often_and_all_sizes_occur():
+    transform = TrainTransforms(short_sides=(64, 96, 128), long_side=1000, crop=0)
+    heights = [transform(*painted(), torch.Generator().manual_seed(i))[0].shape[1] for i in range(300)]
+    assert {h: abs(heights.count(h) - 100) < 35 for h in set(heights)} == {64: True, 96: True, 128: True}
+
+
+def test_a_crop_is_never_larger_than_its_picture_nor_outside_its_range():
+    transform = TrainTransforms(
+        short_sides=(100,), long_side=10_000, crop_short_sides=(50,), crop_size=(40, 80), crop=1
+    )
+    for seed in range(50):
+        image, _ = transform(*painted(100, 200), torch.Generator().manual_seed(seed))
+        # a crop of 40..50 by 40..80 is enlarged to a short side of 100
+        assert min(image.shape[1:]) == 100 and max(image.shape[1:]) <= 200
+
+
+def test_partly_cropped_boxes_are_clipped_and_gone_ones_take_their_label_along():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [100, 100, 240, 160]])
+    transform = TrainTransforms(**SMALL, crop=1)
+    counts = set()
+    for seed in range(60):
+        image, target = transform(
+            painted()[0], {"boxes": boxes, "labels": torch.tensor([1, 2])}, torch.Generator().manual_seed(seed)
+        )
+        out, (h, w) = target["boxes"], image.shape[1:]
+        assert type(out) is torch.Tensor and len(out) == len(target["labels"])
+        assert (out >= 0).all() and (out[:, 0::2] <= w).all() and (out[:, 1::2] <= h).all()
+        assert (out[:, 2:] > out[:, :2]).all()
+        counts.add(tuple(target["labels"].tolist()))
+    assert {(), (1,), (2,), (1, 2)} - counts <= {(), (1,)} and (2,) in counts
+
+
+def test_same_generator_state_same_result_and_input_untouched():
+    image, target = painted()
+    before = image.clone(), target["boxes"].clone()
+    first, second = (TrainTransforms(**SMALL)(image, target, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1]["boxes"], second[1]["boxes"])
+    assert torch.equal(image, before[0]) and torch.equal(target["boxes"], before[1])
+
+
+def test_pictures_without_objects_pass_through():
+    target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "image_id": 1}
+    for seed in range(8):
+        image, out = TrainTransforms(**SMALL)(painted()[0], target, torch.Generator().manual_seed(seed))
+        assert out["boxes"].shape == (0, 4) and out["image_id"] == 1 and image.dtype == torch.uint8
+
+
+def test_evaluation_only_resizes():
+    image, target = EvalTransforms(80, 1000)(*painted())
+    assert image.shape == (3, 80, 120) == (3, *EvalTransforms(80, 1000).output_size(160, 240))
+    assert target["boxes"].tolist() == [[20, 15, 65, 55]] and (target["boxes"] - extent(image)).abs().max() <= 1
+
+
+def test_enlarging_is_the_same_with_and_without_antialias():
+    image = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8)
+    target = {"boxes": torch.zeros(0, 4)}
+    a, b = (EvalTransforms(57, 1000, antialias=flag)(image, target)[0] for flag in (True, False))
+    assert (a.int() - b.int()).abs().max() <= 1
+
+
+def test_colour_jitter_changes_colours_not_boxes():
+    image, target = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8), painted(32, 32, (4, 4, 9, 9))[1]
+    plain = TrainTransforms(short_sides=(32,), crop=0, flip=0)(image, target, torch.Generator())
+    vivid = TrainTransforms(short_sides=(32,), crop=0, flip=0, colour_jitter=0.4)(image, target, torch.Generator())
+    assert torch.equal(plain[0], image) and not torch.equal(vivid[0], image)
+    assert torch.equal(plain[1]["boxes"], vivid[1]["boxes"])
