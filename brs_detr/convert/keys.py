@@ -7,7 +7,9 @@ an auxiliary index means. Backbone names of ResNets are the same on both sides (
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
 
 AUX = ("roi", "atss")
 
@@ -41,12 +43,30 @@ RULES: tuple[tuple[str, str], ...] = (
     ("query_head.cls_branches.{k}.", "decoder.classifiers.{k}."),
     ("query_head.reg_branches.{k}.", "decoder.regressors.{k}."),
     ("query_head.query_embedding.", "query_content."),
+    ("rpn_head.rpn_conv.", "rpn.conv."),
+    ("rpn_head.rpn_cls.", "rpn.score."),
+    ("rpn_head.rpn_reg.", "rpn.delta."),
+    ("roi_head.0.bbox_head.shared_fcs.0.", "roi.fc1."),
+    ("roi_head.0.bbox_head.shared_fcs.1.", "roi.fc2."),
+    ("roi_head.0.bbox_head.fc_cls.", "roi.score."),
+    ("roi_head.0.bbox_head.fc_reg.", "roi.delta."),
+    ("bbox_head.0.cls_convs.{k}.conv.", "atss.class_tower.{k}.0."),
+    ("bbox_head.0.cls_convs.{k}.gn.", "atss.class_tower.{k}.1."),
+    ("bbox_head.0.reg_convs.{k}.conv.", "atss.box_tower.{k}.0."),
+    ("bbox_head.0.reg_convs.{k}.gn.", "atss.box_tower.{k}.1."),
+    ("bbox_head.0.atss_cls.", "atss.score."),
+    ("bbox_head.0.atss_reg.", "atss.delta."),
+    ("bbox_head.0.atss_centerness.", "atss.centerness."),
+    ("bbox_head.0.scales.{k}.scale", "atss.scales.{k}"),
 )
 
 
 def _pattern(rule: str) -> re.Pattern[str]:
     return re.compile(re.escape(rule).replace(re.escape("{k}"), r"(\d+)"))
 
+
+HEAD_OFFSETS = "query_head.transformer.head_pos_embed.weight"
+"""One (2, 1) table in the official files, one scalar per auxiliary embedding in ours."""
 
 _COMPILED = tuple((_pattern(official), ours) for official, ours in RULES)
 
@@ -76,3 +96,23 @@ def decoder_layers(keys: Iterable[str]) -> int:
     """Number of decoder layers in an official state dict's keys."""
     found = [re.match(r"query_head\.transformer\.decoder\.layers\.(\d+)\.", key) for key in keys]
     return max((int(m.group(1)) for m in found if m), default=-1) + 1
+
+
+def to_ours(official: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Rename an official state dict.
+
+    Args:
+        official: names without a `module.` prefix.
+
+    Returns:
+        The renamed tensors, and the official names that no rule knows.
+    """
+    layers, renamed, unknown = decoder_layers(official), {}, []
+    for key, value in official.items():
+        if key == HEAD_OFFSETS:
+            renamed |= {f"aux_embeddings.{head}.offset": row for head, row in zip(AUX, value, strict=True)}
+        elif (ours := our_key(key, layers)) is None:
+            unknown.append(key)
+        else:
+            renamed[ours] = value
+    return renamed, unknown

@@ -11,7 +11,7 @@ from brs_detr.ops.images import ImageBatch
 
 SMALL = ModelConfig(
     backbone=BackboneConfig(name="test_resnet.r160_in1k", pretrained=False, frozen_stages=0, norm="batch"),
-    dim=32,
+    dim=64,
     heads=4,
     encoder_layers=1,
     decoder_layers=2,

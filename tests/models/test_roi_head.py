@@ -1,0 +1,201 @@
+"""RoI head, against arrays of the official implementations and against what must hold anyway."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torchvision.ops import MultiScaleRoIAlign
+
+from brs_detr.assign.random_sampler import RandomSampler
+from brs_detr.losses.objective import RankingObjective, ScoreObjective
+from brs_detr.models.roi_head import RoIHead
+from brs_detr.models.rpn import RPNHead
+
+STRIDES = (8, 16, 32, 64)
+SIZES = [(128, 153), (101, 160)]
+NAMES = {"shared_fcs.0": "fc1", "shared_fcs.1": "fc2", "fc_cls": "score", "fc_reg": "delta"}
+PREFIX = "roi_head.0.bbox_head."
+
+
+def first_by_index(count, device):
+    return torch.arange(count, device=device)
+
+
+def build(family, dim=64, classes=5, **changes):
+    if family == "co_detr":
+        settings = {
+            "objective": ScoreObjective("cross_entropy", {"cls": 12.0, "giou": 120.0}, normaliser="rows"),
+            "softmax": True,
+            "sampler": RandomSampler(512, 0.25, first_by_index),
+            "add_ground_truth": True,
+        }
+    else:
+        settings = {"objective": RankingObjective("brs", 5.0)}
+    return RoIHead(dim, classes, STRIDES, fc_dim=64, **(settings | changes))
+
+
+def load(golden, family, scenario="normal"):
+    """Official arrays, the head with the official weights, feature maps, proposals and targets."""
+    data = load_file(golden / family / "train_normal.safetensors")
+    data |= load_file(golden / family / f"train_{scenario}.safetensors")
+    head = build(family)
+    state = load_file(golden / family / "state_dict.safetensors")
+    weights = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+    head.load_state_dict({f"{NAMES[k.rsplit('.', 1)[0]]}.{k.rsplit('.', 1)[1]}": v for k, v in weights.items()})
+    targets = [{"boxes": data[f"gt_bboxes.{b}"], "labels": data[f"gt_labels.{b}"]} for b in range(2)]
+    proposals = [data[f"rpn.proposals.{b}"][:, :4] for b in range(2)]
+    return data, head, [data[f"X.{level}"] for level in range(4)], proposals, targets
+
+
+@pytest.mark.parametrize("family", ["brs_detr", "co_detr"])
+def test_official_samples_outputs_and_queries(golden, family):
+    data, head, features, proposals, targets = load(golden, family)
+    rois, _ = head._sample(proposals, SIZES, targets)
+    torch.testing.assert_close(torch.cat(rois), data["roi.rois"][:, 1:])
+    output = head(features, rois)
+    torch.testing.assert_close(output.logits, data["roi.cls_score"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.deltas.flatten(1), data["roi.bbox_pred"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.features, data["roi.feats_pooled"], rtol=1e-5, atol=1e-5)
+    _, samples = head.forward_train(features, proposals, SIZES, targets)
+    start, limit = 0, min(len(roi) for roi in rois)
+    for image, roi in enumerate(rois):
+        rows = slice(start, start + limit)
+        start += len(roi)
+        assert torch.equal(samples.boxes[image], data["roi.rois"][rows, 1:])
+        assert torch.equal(samples.labels[image], data["roi.target.labels"][rows])
+        positive = samples.labels[image] < 5
+        assert torch.equal(samples.targets[image][positive], data["roi.target.bbox_targets"][rows][positive])
+        assert not samples.targets[image][~positive].any()
+        torch.testing.assert_close(samples.features[image], data["roi.feats_pooled"][rows], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scenario", ["normal", "empty1", "empty_both"])
+@pytest.mark.parametrize("family", ["brs_detr", "co_detr"])
+def test_official_losses_and_gradients(golden, family, scenario):
+    if (family, scenario) == ("brs_detr", "empty_both"):
+        pytest.skip("the official head returns a constant without gradient here")
+    data, head, features, proposals, targets = load(golden, family, scenario)
+    losses, _ = head.forward_train(features, proposals, SIZES, targets)
+    pairs = {"cls": "loss_cls0", "giou": "loss_bbox0"}
+    if family == "brs_detr":
+        pairs = {"rank": "loss_roi_rank0", "sort": "loss_roi_sort0", "giou": "loss_roi_bbox0"}
+    for ours, official in pairs.items():
+        expected = data[f"loss.{official}"].reshape(())
+        torch.testing.assert_close(losses[f"roi.{ours}"], expected, rtol=1e-5, atol=1e-6)
+    if scenario == "normal":
+        sum(losses.values()).backward()
+        grads = load_file(golden / family / "train_normal_grads.safetensors")
+        for name, ours in NAMES.items():
+            expected = grads[f"{PREFIX}{name}.weight"]
+            error = (getattr(head, ours).weight.grad - expected).norm() / expected.norm()
+            assert error < 1e-5, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("family", ["brs_detr", "co_detr"])
+def test_official_detections(golden, family):
+    data, head, features, _, _ = load(golden, family)
+    rpn = RPNHead(64, (*STRIDES, 128), objective=RankingObjective()).eval()
+    names = {"rpn_conv": "conv", "rpn_cls": "score", "rpn_reg": "delta"}
+    state = load_file(golden / family / "state_dict.safetensors")
+    state = {k.split(".", 1)[1]: v for k, v in state.items() if k.startswith("rpn_head.")}
+    rpn.load_state_dict({f"{names[k.split('.')[0]]}.{k.split('.')[1]}": v for k, v in state.items()})
+    output = rpn([data[f"X.{level}"] for level in range(5)])
+    found = head.predict(features, rpn.proposals(output, SIZES), SIZES)
+    official = load_file(golden / family / "eval.safetensors")
+    meta = json.loads((golden / family / "img_metas.json").read_text())
+    for image, detections in enumerate(found):
+        factor = torch.tensor(meta[image]["scale_factor"])
+        for label in range(5):
+            own = detections["labels"] == label
+            ours = torch.cat([detections["boxes"][own] / factor, detections["scores"][own, None]], dim=1)
+            expected = official[f"two-stage.batch.img{image}.cls{label}"].reshape(-1, 5)
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
+
+
+def random_features(batch=2, dim=4):
+    return [torch.randn(batch, dim, h, w) for h, w in [(16, 20), (8, 10), (4, 5), (2, 3)]]
+
+
+def random_boxes(count):
+    corner = torch.rand(count, 2) * 60
+    return torch.cat([corner, corner + 5 + torch.rand(count, 2) * 80], dim=1)
+
+
+def random_targets(*counts, classes=5):
+    return [{"boxes": random_boxes(n), "labels": torch.randint(classes, (n,))} for n in counts]
+
+
+def test_rows_keep_their_order_across_levels():
+    """Each RoI alone gives the row it gives among others."""
+    head, features = build("brs_detr", dim=4), random_features(1)
+    boxes = torch.cat([torch.tensor([[0.0, 0, 500, 500], [3, 3, 9, 12], [0, 0, 300, 300]]), random_boxes(9)])
+    together = head(features, [boxes])
+    for row in range(len(boxes)):
+        alone = head(features, [boxes[row : row + 1]])
+        torch.testing.assert_close(alone.logits[0], together.logits[row], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(alone.features[0], together.features[row], rtol=1e-5, atol=1e-6)
+
+
+def test_level_by_size_as_in_the_feature_pyramid_paper():
+    """torchvision's multi-scale pooling follows the same equation (with its own alignment, off by half a cell)."""
+    head = build("brs_detr", dim=4)
+    features = [torch.full((1, 4, h, w), float(i)) for i, (h, w) in enumerate([(64, 64), (32, 32), (16, 16), (8, 8)])]
+    sides = torch.tensor([10.0, 111, 223, 225, 440, 460, 500])
+    boxes = torch.stack([torch.zeros(7), torch.zeros(7), sides, sides], dim=1)
+    theirs = MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2, canonical_scale=112, canonical_level=3)
+    expected = theirs({str(i): x for i, x in enumerate(features)}, [boxes], [(512, 512)]).mean(dim=(2, 3))
+    torch.testing.assert_close(head(features, [boxes]).features.round(), expected.round())
+
+
+@pytest.mark.parametrize("family", ["brs_detr", "co_detr"])
+@pytest.mark.parametrize(("counts", "proposals"), [((0, 0), 20), ((3, 0), 20), ((2,), 1), ((4, 4), 0), ((0,), 0)])
+@pytest.mark.parametrize("classes", [1, 5])
+def test_every_parameter_is_in_the_graph(family, counts, proposals, classes):
+    head = build(family, dim=4, classes=classes)
+    rois = [random_boxes(proposals) for _ in counts]
+    losses, samples = head.forward_train(
+        random_features(len(counts)), rois, SIZES[: len(counts)], random_targets(*counts, classes=classes)
+    )
+    total = sum(losses.values())
+    total.backward()
+    assert torch.isfinite(total)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in head.parameters())
+    assert all(len(labels) >= 1 for labels in samples.labels)
+
+
+def test_objects_join_the_proposals_only_when_asked():
+    far, target = [torch.tensor([[100.0, 100, 120, 120]])], [{"boxes": torch.tensor([[0.0, 0, 30, 30]])}]
+    target[0]["labels"] = torch.tensor([2])
+    features = random_features(1)
+    _, without = build("brs_detr", dim=4).forward_train(features, far, SIZES[:1], target)
+    assert without.labels[0].tolist() == [5]
+    _, joined = build("brs_detr", dim=4, add_ground_truth=True).forward_train(features, far, SIZES[:1], target)
+    assert joined.labels[0].tolist() == [2, 5]
+    assert joined.boxes[0][0].equal(target[0]["boxes"][0]) and joined.targets[0][0].equal(target[0]["boxes"][0])
+
+
+def test_cap_on_rois_keeps_the_best():
+    boxes = [random_boxes(12), random_boxes(3)]
+    _, samples = build("brs_detr", dim=4, max_rois=5).forward_train(
+        random_features(), boxes, SIZES, random_targets(0, 0)
+    )
+    assert [len(b) for b in samples.boxes] == [3, 3]  # cut to the picture with the fewest
+    assert samples.boxes[0].equal(boxes[0][:3])
+
+
+def test_query_features_carry_gradient_and_boxes_do_not():
+    features = [x.requires_grad_() for x in random_features(1)]
+    _, samples = build("brs_detr", dim=4).forward_train(features, [random_boxes(6)], SIZES[:1], random_targets(2))
+    assert not samples.boxes[0].requires_grad
+    samples.features[0].sum().backward()
+    assert any(x.grad is not None and x.grad.any() for x in features)
+
+
+def test_bfloat16_autocast_gives_float32_losses():
+    head = build("brs_detr", dim=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = [torch.nn.functional.conv2d(x, torch.eye(4)[..., None, None]) for x in random_features()]
+        losses, _ = head.forward_train(features, [random_boxes(8), random_boxes(8)], SIZES, random_targets(3, 2))
+    assert features[0].dtype == torch.bfloat16
+    assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in losses.values())
