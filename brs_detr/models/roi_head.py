@@ -123,7 +123,7 @@ class RoIHead(nn.Module):
         per_level = torch.cat([image, boxes], dim=1)[order].split(counts)
         # sampling_ratio=0 takes ceil(side / pool) samples per bin and axis, as the published weights expect
         pooled = [
-            roi_align(x, roi, self.pool, spatial_scale=1 / stride, sampling_ratio=0, aligned=True)
+            roi_align(x.float(), roi, self.pool, spatial_scale=1 / stride, sampling_ratio=0, aligned=True).to(x.dtype)
             for x, roi, stride in zip(features, per_level, self.strides)
         ]
         return torch.cat(pooled), order
@@ -136,14 +136,14 @@ class RoIHead(nn.Module):
         Args:
             features: (B, dim, h, w) per stride.
             proposals: per picture (n, 4) xyxy pixels, best first.
-            sizes: (h, w) pixels per picture; unused here, refined boxes are not clipped while training.
+            sizes: (h, w) pixels per picture; a picture without any proposal is given one, itself.
             targets: per picture {"boxes": (M, 4) xyxy pixels, "labels": (M,)}.
 
         Returns:
             {"roi." + name: scalar}, finite and attached to the graph without any positive too; and samples, positives
             before background, cut to `aux_limit` and to the smallest number of RoIs among the pictures.
         """
-        rois, assignments = self._sample(proposals, targets)
+        rois, assignments = self._sample(proposals, sizes, targets)
         output = self(features, rois)
         joined = join(assignments, targets)
         labels, rows = joined.classes(self.num_classes), joined.positives()
@@ -165,11 +165,15 @@ class RoIHead(nn.Module):
         return {f"roi.{name}": value for name, value in terms.items()}, samples
 
     @torch.no_grad()
-    def _sample(self, proposals: Sequence[Tensor], targets: Sequence[dict]) -> tuple[list[Tensor], list[Tensor]]:
-        """RoIs (n, 4) of every picture, positives first, and their assignment (n,)."""
+    def _sample(
+        self, proposals: Sequence[Tensor], sizes: Sequence[Size], targets: Sequence[dict]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """RoIs (n, 4) of every picture, positives first, and their assignment (n,); n is at least 1."""
         candidates, assignments = [], []
-        for boxes, target in zip(proposals, targets, strict=True):
+        for boxes, (height, width), target in zip(proposals, sizes, targets, strict=True):
             boxes, objects = boxes[: self.max_rois].float(), target["boxes"].float()
+            if boxes.shape[0] == 0:
+                boxes = boxes.new_tensor([[0, 0, width, height]])
             assigned = max_iou_assign(boxes, objects, positive=0.5, negative=0.5)
             if self.add_ground_truth:
                 boxes = torch.cat([objects, boxes])
