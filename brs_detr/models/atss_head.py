@@ -20,7 +20,7 @@ from brs_detr.assign.atss import atss_assign
 from brs_detr.assign.batch import join
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
 from brs_detr.models.aux_samples import AuxSamples
-from brs_detr.ops.anchors import AnchorGrid, Size, valid_extents, valid_rows
+from brs_detr.ops.anchors import AnchorGrid, Size, batch_rows, valid_extents, valid_rows
 from brs_detr.ops.box_coder import BoxCoder
 
 GROUPS = 32  # of GroupNorm, as in the published models
@@ -137,12 +137,12 @@ class ATSSHead(nn.Module):
         joined = join(assignments, targets)
         labels, rows = joined.classes(self.num_classes), joined.positives()
         objects = joined.boxes[joined.assigned[rows]]
-        centres = torch.cat(anchors)[rows]
-        boxes = self.coder.decode(centres, _inside(output.deltas, extents)[rows])
+        chosen = torch.cat(anchors)[rows]
+        boxes = self.coder.decode(chosen, batch_rows(output.deltas, extents)[rows])
         count = sum((assigned >= 0).sum().clamp(min=1) for assigned in assignments)
-        goal = None if output.centerness is None else centerness_target(centres, objects)
+        goal = None if output.centerness is None else centerness_target(chosen, objects)
         terms = self.objective(
-            _inside(output.logits, extents),
+            batch_rows(output.logits, extents),
             labels,
             quality=paired_iou(boxes.detach(), objects),
             localisation={"giou": paired_giou_loss(boxes, objects)},
@@ -151,7 +151,7 @@ class ATSSHead(nn.Module):
             count=count,
         )
         if goal is not None:
-            logits = _inside(output.centerness, extents)[rows, 0].float()
+            logits = batch_rows(output.centerness, extents)[rows, 0].float()
             value = binary_cross_entropy_with_logits(logits, goal, reduction="sum") / process_mean(count).clamp(min=1)
             terms = {**terms, "centerness": self.centerness_weight * value}
         samples = self._samples(
@@ -221,11 +221,6 @@ def process_mean(value: Tensor) -> Tensor:
         dist.all_reduce(value)
         value = value / dist.get_world_size()
     return value
-
-
-def _inside(levels: list[Tensor], extents: list[list[Size]]) -> Tensor:
-    """Entries of all pictures without their padding: levels of (B, h, w, D) -> (N, D)."""
-    return torch.cat([valid_rows([x[image] for x in levels], extent) for image, extent in enumerate(extents)])
 
 
 def _tower(dim: int, depth: int) -> nn.Sequential:

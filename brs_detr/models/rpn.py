@@ -18,7 +18,7 @@ from brs_detr.assign.batch import join
 from brs_detr.assign.max_iou import IGNORED, max_iou_assign
 from brs_detr.assign.random_sampler import RandomSampler
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
-from brs_detr.ops.anchors import AnchorGrid, Size, valid_extents, valid_rows
+from brs_detr.ops.anchors import AnchorGrid, Size, batch_rows, valid_extents, valid_rows
 from brs_detr.ops.box_coder import BoxCoder
 
 OCTAVE_SCALES = (4.0, 4.0 * 2 ** (1 / 3), 4.0 * 2 ** (2 / 3))
@@ -121,12 +121,8 @@ class RPNHead(nn.Module):
         extents = [valid_extents(size, output.shapes, self.strides) for size in sizes]
         grid = self.anchors(output.shapes)
         anchors = [valid_rows(grid, extent) for extent in extents]
-        logits = torch.cat(
-            [valid_rows([x[image, ..., None] for x in output.logits], extent) for image, extent in enumerate(extents)]
-        )
-        deltas = torch.cat(
-            [valid_rows([x[image] for x in output.deltas], extent) for image, extent in enumerate(extents)]
-        )
+        logits = batch_rows([x[..., None] for x in output.logits], extents)
+        deltas = batch_rows(output.deltas, extents)
         assignments = [self._assign(a, target["boxes"].float()) for a, target in zip(anchors, targets, strict=True)]
         joined = join(assignments, targets)
         rows = joined.positives()

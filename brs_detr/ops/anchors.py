@@ -92,3 +92,16 @@ def valid_rows(levels: Sequence[Tensor], extents: Sequence[Size]) -> Tensor:
     return torch.cat(
         [level[:rows, :columns].reshape(-1, level.shape[-1]) for level, (rows, columns) in zip(levels, extents)]
     )
+
+
+def batch_rows(levels: Sequence[Tensor], extents: Sequence[Sequence[Size]]) -> Tensor:
+    """Entries of all pictures, one picture after the other, each as in `valid_rows`.
+
+    Args:
+        levels: (B, h, w, ..., D) per level.
+        extents: per picture (rows, columns) per level.
+
+    Returns:
+        (N, D), N = entries inside their pictures.
+    """
+    return torch.cat([valid_rows([level[image] for level in levels], own) for image, own in enumerate(extents)])
