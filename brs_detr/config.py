@@ -43,6 +43,8 @@ class DataConfig:
     val_images: str = "val2017"
     workers: int = 4
     keep_empty: bool = True  # pictures without objects are trained on
+    min_side: int = 32  # smaller pictures are not trained on
+    antialias: bool = True  # low-pass filter when shrinking; the released code had none
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     test_short_side: int = 800
     test_long_side: int = 1333
@@ -172,6 +174,7 @@ class OptimConfig:
     clip_norm: float | None = 0.1
     backbone_lr_factor: float = 0.1
     sampling_offsets_lr_factor: float = 0.1
+    backbone_layer_decay: float | None = None  # further factor for each backbone stage below the last
     fused: bool = True  # on CUDA
 
 
@@ -190,11 +193,16 @@ class TrainConfig:
     ema_decay: float | None = None
     eval_every: int = 1  # epochs
     log_every: int = 50  # optimiser steps
-    tensorboard: bool = False
-    overfit_batches: int | None = None  # train and validate on the first batches only
+    save_every: int | None = None  # optimiser steps between saved states; null: once an epoch
+    patience: int | None = None  # validations without a better one before the training ends early; null: never
+    trackers: tuple[str, ...] = ()  # of Accelerate: tensorboard, wandb, ...
+    tf32: bool = True  # float32 products on a GPU may round their inputs to 10 bits
+    overfit_batches: int | None = None  # train and validate on the first pictures only, that many batches
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    init_from: str | None = None  # weights to start from; other classes are allowed
+    init_from: str | None = None  # weights or run folder to start from; other classes are allowed
     resume: bool = False  # go on with the run in `output_dir`
+    overwrite: bool = False  # start anew although `output_dir` holds a run
+    allow_changes: bool = False  # resume although settings have changed
 
 
 @dataclass(frozen=True)
@@ -319,7 +327,7 @@ _AT_LEAST_ONE = """
     data.augment.long_side data.augment.short_sides data.augment.crop_min data.test_short_side data.test_long_side
     model.dim model.heads model.points model.levels model.decoder_layers model.ffn_dim model.queries
     model.detections_per_image model.backbone.levels train.epochs train.total_batch_size train.per_device_batch_size
-    train.eval_every train.log_every train.overfit_batches eval.batch_size eval.max_detections
+    train.eval_every train.log_every train.save_every train.patience train.overfit_batches eval.batch_size eval.max_detections
     model.rpn.proposals model.rpn.proposals_before_nms model.roi.fc_dim model.atss.topk
 """
 _NOT_EMPTY = frozenset({"data.augment.short_sides", "data.augment.crop_short_sides", "model.backbone.levels"})

@@ -1,0 +1,108 @@
+"""Running a detector over a dataset and turning what it finds into COCO results.
+
+Every picture is predicted once in some process; the main process gathers the detections by image id, drops duplicates
+and refuses to score a set with a picture missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from tqdm import tqdm
+
+from brs_detr.engine.guard import Batch
+
+Detections = dict[str, Any]
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    accelerator: Accelerator,
+    *,
+    score_threshold: float = 0.0,
+    max_detections: int = 100,
+    progress: bool = False,
+) -> list[Detections]:
+    """Detections of every picture, gathered over all processes.
+
+    Args:
+        model: the bare detector (not wrapped for DDP: processes may hold different numbers of batches).
+        batches: of this process, with targets that carry "image_id".
+        accelerator: of the launch; gives device, precision and the gathering.
+        score_threshold: detections at or below it are dropped, unless it is 0.
+        max_detections: most detections a picture, the best ones.
+        progress: show a bar in the main process where there is a terminal.
+
+    Returns:
+        One dict a picture, ascending by "image_id", in every process: "boxes" (n, 4) float32 xyxy pixels of the
+        original picture, "scores" (n,) float32 descending, "labels" (n,) int64; all numpy.
+    """
+    training = model.training
+    model.eval()
+    found = []
+    bar = tqdm(batches, desc="validation", leave=False, disable=None if progress else True)
+    try:
+        for images, targets in bar:
+            with accelerator.autocast():
+                outputs = model(images.to(accelerator.device), None)
+            for target, output in zip(targets, outputs, strict=True):
+                found.append(_to_host(int(target["image_id"]), output, score_threshold, max_detections))
+    finally:
+        model.train(training)
+    if accelerator.num_processes > 1:
+        found = gather_object(found)
+    unique = {detections["image_id"]: detections for detections in found}
+    return [unique[image_id] for image_id in sorted(unique)]
+
+
+def _to_host(image_id: int, output: dict[str, torch.Tensor], threshold: float, limit: int) -> Detections:
+    scores, order = output["scores"].float().sort(descending=True, stable=True)
+    order = order[:limit]
+    boxes, labels = output["boxes"].float()[order].cpu().numpy(), output["labels"][order].cpu().numpy()
+    scores = scores[:limit].cpu().numpy()
+    keep = scores > threshold if threshold > 0 else np.ones(len(scores), dtype=bool)
+    return {"image_id": image_id, "boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
+
+
+def coco_results(detections: Sequence[Detections], category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """COCO's result format, ready for json.
+
+    Args:
+        detections: of `predict`.
+        category_ids: the dataset's id of label 0, 1, ...
+
+    Returns:
+        [{"image_id", "category_id", "bbox": [x, y, w, h] in pixels, "score"}, ...]
+    """
+    results = []
+    for found in detections:
+        boxes = found["boxes"].astype(np.float64)
+        boxes[:, 2:] -= boxes[:, :2]
+        for box, score, label in zip(boxes.tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True):
+            results.append(
+                {"image_id": found["image_id"], "category_id": category_ids[label], "bbox": box, "score": score}
+            )
+    return results
+
+
+def require_all(detections: Sequence[Detections], image_ids: Iterable[int]) -> None:
+    """Refuse an evaluation in which a picture of the dataset was not predicted, or a foreign one was.
+
+    Raises:
+        RuntimeError: naming the first such pictures.
+    """
+    predicted, wanted = {found["image_id"] for found in detections}, set(image_ids)
+    if predicted != wanted:
+        missing, foreign = sorted(wanted - predicted)[:5], sorted(predicted - wanted)[:5]
+        raise RuntimeError(
+            f"{len(predicted)} pictures were predicted but the dataset has {len(wanted)}: "
+            f"missing {missing or 'none'}, foreign {foreign or 'none'}"
+        )

@@ -1,0 +1,150 @@
+"""The state a run resumes from: complete folders, verified before use, the last two kept.
+
+A folder holds what Accelerate saves (weights, optimiser, gradient scaler, sharded too under FSDP) and the trainer's own
+state, with the checksum of every file. It is written under another name and renamed when complete, so a kill at any
+moment leaves complete folders only; a damaged one is named and the one before it used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from brs_detr.engine.checkpoint import CheckpointError, write_text
+
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class Position:
+    """Where a run stands; everything that is not a tensor of the model or the optimiser.
+
+    Attributes:
+        epoch: epochs completed; the one under way is `epoch` when counted from 0.
+        step_in_epoch: optimiser steps done in the epoch under way.
+        step: optimiser steps done altogether.
+        best: highest validation figure so far; None before the first.
+        worse: validations since the best one.
+        skipped: steps skipped because something was not finite.
+        ema: the averaged model, saved and restored with the rest; None where there is none.
+    """
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    best: float | None = None
+    worse: int = 0
+    skipped: int = 0
+    ema: nn.Module | None = field(default=None, repr=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Called by Accelerate when it saves."""
+        values = {key: value for key, value in vars(self).items() if key != "ema"}
+        tensors: dict[str, Tensor] | None = self.ema.state_dict() if self.ema is not None else None
+        return {**values, "ema": tensors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Called by Accelerate when it loads."""
+        for key, value in state.items():
+            if key != "ema":
+                setattr(self, key, value)
+            elif self.ema is not None and value is not None:
+                self.ema.load_state_dict(value)
+
+
+def save_state(folder: Path, accelerator: Accelerator, step: int, facts: dict[str, Any], keep: int = 2) -> Path:
+    """Save everything registered with `accelerator`; to be called by every process.
+
+    Args:
+        folder: the run's folder of states.
+        accelerator: holds the prepared model, the optimiser and the registered `Position`.
+        step: optimiser steps done; part of the name.
+        facts: JSON values stored in the manifest, e.g. the config.
+        keep: number of states that stay.
+
+    Returns:
+        The new folder.
+    """
+    final, partial = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        sums = {str(file.relative_to(partial)): _checksum(file, flush=True) for file in _files(partial)}
+        write_text(partial / MANIFEST, json.dumps({"files": sums, "facts": facts}, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        for old in sorted(folder.glob("step-*"))[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def latest_state(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest state that is whole.
+
+    Returns:
+        Its folder (None where there is no state at all), and a sentence for each damaged one that was passed over.
+
+    Raises:
+        CheckpointError: there are states, but every one is damaged.
+    """
+    complaints = []
+    for state in sorted(folder.glob("step-*"), reverse=True):
+        fault = find_fault(state)
+        if fault is None:
+            return state, complaints
+        complaints.append(f"{state}: damaged ({fault}); the state before it is used")
+    if complaints:
+        raise CheckpointError(
+            f"{folder}: every saved state is damaged ({'; '.join(complaints)}); start again with --overwrite, "
+            "or from the weights with train.init_from"
+        )
+    return None, []
+
+
+def find_fault(state: Path) -> str | None:
+    """What is wrong with a saved state, or None: every file is checked against its checksum."""
+    try:
+        sums = json.loads((state / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return f"{MANIFEST} cannot be read"
+    for name, expected in sums.items():
+        try:
+            if _checksum(state / name) != expected:
+                return f"{name} has changed since it was written"
+        except OSError:
+            return f"{name} cannot be read"
+    return None
+
+
+def read_facts(state: Path) -> dict[str, Any]:
+    """The facts given to `save_state`."""
+    return json.loads((state / MANIFEST).read_text(encoding="utf-8"))["facts"]
+
+
+def step_of(state: Path) -> int:
+    """Optimiser steps done in a saved state."""
+    return int(state.name.removeprefix("step-"))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _checksum(path: Path, flush: bool = False) -> str:
+    with open(path, "rb") as file:
+        if flush:
+            os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()

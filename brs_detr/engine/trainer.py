@@ -1,0 +1,289 @@
+"""The training loop.
+
+It knows a detector only by `model(images, targets) -> named loss terms`. Every random draw of a step follows from
+(seed, step, process), every batch from (seed, epoch, position), so a resumed run repeats the one that was never killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from brs_detr.engine.guard import Batch, NonFiniteError, describe, finite, save_batch
+from brs_detr.engine.logging import LossMeter, RunLog, grouped
+from brs_detr.engine.optim import Schedule, set_learning_rate
+from brs_detr.engine.progress import Progress, Stopwatch, duration
+from brs_detr.engine.state import Position, save_state
+
+
+class Batches(Protocol):
+    """The training batches of this process."""
+
+    def __len__(self) -> int:
+        """Batches of an epoch, the same number in every process."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Batches of epoch 0, 1, ... from the one at position `start`; the same ones whenever asked."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Numbers of the loop; see `TrainConfig` for their meaning. `facts` go into every saved state."""
+
+    epochs: int
+    accumulate: int
+    seed: int
+    clip_norm: float | None
+    log_every: int
+    eval_every: int
+    save_every: int | None
+    patience: int | None
+    on_nonfinite: str
+    facts: dict[str, Any]
+
+
+class Trainer:
+    """Trains a prepared detector to the end, or until it is told to stop.
+
+    Args:
+        accelerator: of the launch; the trainer registers its position with it.
+        model: returned by `accelerator.prepare`.
+        optimizer: returned by `accelerator.prepare`; its groups carry "initial_lr".
+        schedule: factor on the learning rate by step.
+        batches: of this process; not prepared.
+        folder: the run's folder.
+        log: where to report.
+        settings: the loop's numbers.
+        validate: called with the module to evaluate (the averaged one under EMA) in every process; returns the
+            figures, among them "AP", in the main process and {} in the others. None: no validation.
+        save: called in the main process with (file name, state dict, facts) to write a weights file.
+        ema: the averaged model, or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: AcceleratedOptimizer,
+        schedule: Schedule,
+        batches: Batches,
+        folder: Path,
+        log: RunLog,
+        settings: Settings,
+        validate: Callable[[nn.Module], dict[str, float]] | None,
+        save: Callable[[str, dict[str, Tensor], dict[str, Any]], None],
+        ema: ModelEmaV3 | None = None,
+    ):
+        self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
+        self.schedule, self.batches, self.settings = schedule, batches, settings
+        self.folder, self.log, self.validate, self.save, self.ema = folder, log, validate, save, ema
+        self.meter, self.watch = LossMeter(), Stopwatch()
+        self.position = Position(ema=ema.module if ema is not None else None)
+        accelerator.register_for_checkpointing(self.position, self.meter)
+        self.asked_to_stop = False
+        self.lr = 0.0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of an epoch; the last may hold fewer accumulated batches."""
+        return math.ceil(len(self.batches) / self.settings.accumulate)
+
+    def fit(self) -> bool:
+        """Train from the current position to the end.
+
+        Returns:
+            True when the training is complete, False when a SIGTERM ended it early (the state is saved).
+
+        Raises:
+            NonFiniteError: a loss or gradient was not finite and `on_nonfinite` is "stop".
+        """
+        with self._listening():
+            while self.position.epoch < self.settings.epochs:
+                if not self._train_epoch():
+                    self._save_state()
+                    self.log.say(f"told to stop: saved at step {self.position.step}; continue with --resume")
+                    return False
+                self.position.epoch, self.position.step_in_epoch = self.position.epoch + 1, 0
+                last = self.position.epoch == self.settings.epochs
+                if self.position.epoch % self.settings.eval_every == 0 or last:
+                    self._validate()
+                self._save_state()
+                if self.settings.patience is not None and self.position.worse >= self.settings.patience:
+                    self.log.say(f"no better validation for {self.position.worse} times: training ends early")
+                    return True
+        return True
+
+    def _train_epoch(self) -> bool:
+        """The rest of the epoch under way; False when told to stop before its end."""
+        position, settings = self.position, self.settings
+        self.model.train()
+        title = f"epoch {position.epoch + 1}/{settings.epochs}"
+        main = self.accelerator.is_main_process
+        progress = Progress(title, self.steps_per_epoch, position.step_in_epoch, self.log.say, main)
+        batches = self.batches.epoch(position.epoch, position.step_in_epoch * settings.accumulate)
+        self.watch.reset()
+        try:
+            for _ in range(position.step_in_epoch, self.steps_per_epoch):
+                waiting = time.perf_counter()
+                group = list(islice(batches, settings.accumulate))
+                self.watch.add(time.perf_counter() - waiting, sum(len(images) for images, _ in group))
+                stop = self._step(group)
+                position.step, position.step_in_epoch = position.step + 1, position.step_in_epoch + 1
+                progress.step()
+                if position.step % settings.log_every == 0 or position.step_in_epoch == self.steps_per_epoch:
+                    progress.report(self._report())
+                if stop:
+                    return False
+                if settings.save_every and position.step % settings.save_every == 0:
+                    self._save_state()
+        finally:
+            progress.close()
+        return True
+
+    def _step(self, group: list[Batch]) -> bool:
+        """One optimiser step over accumulated batches; True when some process was told to stop."""
+        accelerator, position = self.accelerator, self.position
+        seed_step(self.settings.seed, position.step, accelerator.process_index)
+        self.lr = set_learning_rate(self.optimizer, self.schedule.factor(position.step))
+        all_terms = []
+        for index, (images, targets) in enumerate(group):
+            last = index + 1 == len(group)
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
+                terms = self.model(images.to(accelerator.device), to_device(targets, accelerator.device))
+                # a mean over the accumulated batches: what DDP's mean over processes is, for the same reason
+                accelerator.backward(torch.stack(list(terms.values())).sum() / len(group))
+            all_terms.append({name: term.detach() for name, term in terms.items()})
+        ceiling = self.settings.clip_norm if self.settings.clip_norm is not None else math.inf
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), ceiling)
+        norm = torch.as_tensor(norm, dtype=torch.float32, device=accelerator.device)
+        healthy, stop = self._agree(all_terms, norm)
+        if healthy:
+            self.optimizer.step()
+            if self.ema is not None:
+                self.ema.update(accelerator.unwrap_model(self.model), step=position.step)
+            for terms in all_terms:
+                self.meter.add({**terms, "gradient_norm": norm})
+        else:
+            self._not_finite(group, all_terms)
+        self.optimizer.zero_grad()
+        return stop
+
+    def _agree(self, all_terms: list[dict[str, Tensor]], norm: Tensor) -> tuple[bool, bool]:
+        """(is the step finite, is any process told to stop), the same answer in every process; one synchronisation."""
+        total = torch.stack([value.float() for terms in all_terms for value in terms.values()]).sum()
+        # under fp16 an overflowing gradient is the scaler's business: it skips the step and lowers its scale
+        scaled = self.accelerator.scaler is not None and self.accelerator.scaler.is_enabled()
+        bad = ~finite(total, total if scaled else norm)
+        flags = torch.stack([bad.float(), torch.full_like(total, float(self.asked_to_stop))])
+        if self.accelerator.num_processes > 1:
+            flags = self.accelerator.reduce(flags, reduction="sum")
+        failed, stops = flags.tolist()
+        return failed == 0, stops > 0
+
+    def _not_finite(self, group: list[Batch], all_terms: list[dict[str, Tensor]]) -> None:
+        step, model = self.position.step, self.accelerator.unwrap_model(self.model)
+        what = describe(all_terms, group, model)
+        self.position.skipped += 1
+        if self.settings.on_nonfinite == "stop" or self.position.skipped == 1:
+            rank = f"-process{self.accelerator.process_index}" if self.accelerator.num_processes > 1 else ""
+            path = self.folder / f"nonfinite-{step}{rank}.pt"
+            save_batch(path, seed=self.settings.seed, step=step, batches=group, model=model)
+            what += f"; the batch is saved in {path}"
+        if self.settings.on_nonfinite == "stop":
+            raise NonFiniteError(f"step {step}: {what}. To skip such steps and go on: train.on_nonfinite=skip")
+        self.log.say(f"step {step}: {what}; skipped ({self.position.skipped} so far)")
+        self.log.metrics("skipped", step, {"reason": what, "count": self.position.skipped})
+
+    def _report(self) -> str:
+        """Write the means since the last report to the log; returns them as a short line."""
+        terms, speed = self.meter.mean(self.accelerator), self.watch.read()
+        self.watch.reset()
+        speed["images_per_s"] *= self.accelerator.num_processes
+        norm = terms.pop("gradient_norm", math.nan)
+        loss, position = sum(terms.values()) if terms else math.nan, self.position
+        remaining = self.settings.epochs * self.steps_per_epoch - position.step
+        values = {"epoch": position.epoch + position.step_in_epoch / self.steps_per_epoch, "lr": self.lr}
+        values |= {"loss": json_number(loss), "gradient_norm": json_number(norm), **speed, "terms": terms}
+        if torch.cuda.is_available():
+            values["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+        self.log.metrics("train", position.step, values)
+        parts = " ".join(f"{name} {value:.3g}" for name, value in grouped(terms).items())
+        return (
+            f"loss {loss:.4g} ({parts}) lr {self.lr:.2g} {speed['images_per_s']:.3g} images/s "
+            f"step {speed['step_s']:.3g} s (data {speed['data_s']:.2g} s) ETA {duration(remaining * speed['step_s'])}"
+        )
+
+    def _validate(self) -> None:
+        """Evaluate, keep the weights just evaluated as the last ones, and as the best ones where they are."""
+        accelerator, position = self.accelerator, self.position
+        module = self.ema.module if self.ema is not None else accelerator.unwrap_model(self.model)
+        figures = self.validate(module) if self.validate is not None else {}
+        weights = module.state_dict() if self.ema is not None else accelerator.get_state_dict(self.model)
+        score = self._from_main(figures.get("AP", math.nan))
+        better = not math.isnan(score) and (position.best is None or score > position.best)
+        position.best, position.worse = (score, 0) if better else (position.best, position.worse + 1)
+        if figures:
+            self.log.metrics("val", position.step, {"epoch": position.epoch, **figures})
+            mark = " (best so far)" if better else f" (best {position.best})"
+            shown = " ".join(f"{name} {value:.4f}" for name, value in figures.items() if name in ("AP", "AP50", "AP75"))
+            self.log.say(f"epoch {position.epoch}/{self.settings.epochs} validation: {shown}{mark}")
+        if accelerator.is_main_process:
+            facts = {"epoch": position.epoch, "step": position.step, "metrics": figures}
+            for name in ("last", "best") if better or self.validate is None else ("last",):
+                self.save(f"{name}.safetensors", weights, facts)
+
+    def _from_main(self, value: float) -> float:
+        """The main process's value, in every process."""
+        if self.accelerator.num_processes == 1:
+            return value
+        mine = torch.tensor([value if self.accelerator.is_main_process else 0.0], dtype=torch.float64)
+        return self.accelerator.reduce(mine.to(self.accelerator.device), reduction="sum").item()
+
+    def _save_state(self) -> None:
+        save_state(self.folder / "state", self.accelerator, self.position.step, self.settings.facts)
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        """SIGTERM asks for a stop after the step under way instead of ending the process."""
+
+        def ask(*_: Any) -> None:
+            self.asked_to_stop = True
+
+        former = signal.signal(signal.SIGTERM, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, former)
+
+
+def seed_step(seed: int, step: int, process: int) -> None:
+    """Seed torch's generators (all devices) so that a step's random draws depend on nothing that went before."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, process]).generate_state(1, np.uint64)[0] >> 1))
+
+
+def to_device(targets: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
+    """Targets with their tensors on `device`; other values as they are."""
+    return [
+        {key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in t.items()}
+        for t in targets
+    ]
+
+
+def json_number(value: float) -> float | None:
+    """A number as JSON can hold it: NaN and infinities become null."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,135 @@
+"""A complete run of the trainer with a toy detector, for tests that kill it.
+
+python toy_run.py FOLDER [--resume] [--epochs 3] [--accumulate 2] [--save-every 3] [--ema 0.9] [--pause 0.0]
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from brs_detr.engine.checkpoint import Weights, save_weights
+from brs_detr.engine.logging import RunLog
+from brs_detr.engine.optim import Schedule, build_adamw, parameter_groups
+from brs_detr.engine.state import latest_state, step_of
+from brs_detr.engine.trainer import Settings, Trainer
+from brs_detr.ops.images import ImageBatch
+
+
+class ToyDetector(nn.Module):
+    """Two linear maps with a random draw in between, obeying the detector convention."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Linear(3, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, images, targets):
+        features = torch.relu(self.backbone(images.pixels.float().mean((2, 3)) / 255))
+        boxes = self.head(features * torch.rand_like(features))
+        if not self.training:
+            return [
+                {"boxes": b[None], "scores": b.sigmoid().mean()[None], "labels": torch.zeros(1).long()} for b in boxes
+            ]
+        truth = torch.stack([target["boxes"].mean(0) for target in targets])
+        return {"decoder.0.l1": (boxes - truth).abs().mean(), "decoder.0.giou": (boxes - truth).square().mean()}
+
+
+class ToyBatches:
+    """Batches that are a function of (epoch, position)."""
+
+    def __init__(self, count, batch_size=2, rank=0, world=1, poison=None, pause=0.0):
+        self.count, self.batch_size, self.rank, self.world = count, batch_size, rank, world
+        self.poison, self.pause = poison, pause
+
+    def __len__(self):
+        return self.count
+
+    def epoch(self, epoch, start=0):
+        for index in range(start, self.count):
+            time.sleep(self.pause)
+            seed = 10_000 * epoch + index * self.world + self.rank
+            generator = torch.Generator().manual_seed(seed)
+            pixels = torch.randint(0, 256, (self.batch_size, 3, 4, 4), dtype=torch.uint8, generator=generator)
+            ids = [seed * self.batch_size + row for row in range(self.batch_size)]
+            targets = [
+                {"boxes": torch.rand(2, 4, generator=generator), "labels": torch.zeros(2).long(), "image_id": i}
+                for i in ids
+            ]
+            if (epoch, index) == self.poison:
+                targets[0]["boxes"][0, 0] = float("nan")
+            yield ImageBatch(pixels, [(4, 4)] * self.batch_size, [(4, 4)] * self.batch_size), targets
+
+
+def build(
+    folder, *, epochs=3, accumulate=2, count=7, save_every=3, ema=None, on_nonfinite="stop", resumed_at=None, **more
+):
+    """(trainer, accelerator) of a toy run; further keywords go to ToyBatches."""
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(0)
+    model = ToyDetector()
+    average = None if ema is None else ModelEmaV3(model, decay=ema, use_warmup=True)
+    groups = parameter_groups(model, lr=1e-2, weight_decay=1e-2, lr_factors={"backbone.": 0.1})
+    model, optimizer = accelerator.prepare(model, build_adamw(groups, betas=(0.9, 0.999), fused=False))
+    batches = ToyBatches(count, rank=accelerator.process_index, world=accelerator.num_processes, **more)
+
+    def validate(module):
+        return {"AP": sum(p.detach().sum().item() for p in module.parameters())} if accelerator.is_main_process else {}
+
+    steps = epochs * -(-count // accumulate)
+    trainer = Trainer(
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        schedule=Schedule("cosine", steps, warmup_steps=3),
+        batches=batches,
+        folder=folder,
+        log=RunLog(folder, accelerator, resumed_at),
+        settings=Settings(
+            epochs=epochs,
+            accumulate=accumulate,
+            seed=5,
+            clip_norm=0.5,
+            log_every=2,
+            eval_every=1,
+            save_every=save_every,
+            patience=None,
+            on_nonfinite=on_nonfinite,
+            facts={"who": "toy"},
+        ),
+        validate=validate,
+        save=lambda name, tensors, facts: save_weights(folder / name, Weights(tensors, ["thing"], [7], {}, facts)),
+        ema=average,
+    )
+    return trainer, accelerator
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--accumulate", type=int, default=2)
+    parser.add_argument("--save-every", type=int, default=3)
+    parser.add_argument("--count", type=int, default=7)
+    parser.add_argument("--ema", type=float)
+    parser.add_argument("--pause", type=float, default=0.0)
+    options = vars(parser.parse_args())
+    torch.set_num_threads(1)
+    folder, resume = options.pop("folder"), options.pop("resume")
+    state, notes = latest_state(folder / "state") if resume else (None, [])
+    print(*notes, sep="\n", flush=True)
+    trainer, accelerator = build(folder, resumed_at=None if state is None else step_of(state), **options)
+    if state is not None:
+        accelerator.load_state(str(state))
+    print("running", flush=True)
+    return 0 if trainer.fit() else 75
+
+
+if __name__ == "__main__":
+    sys.exit(main())
