@@ -5,7 +5,7 @@ only.
 from .balance import score_weights, self_balance
 from .boxes import paired_giou_loss, paired_iou
 from .objective import RankingObjective, ScoreObjective
-from .ranking import RankSort, rank_sort_loss
+from .rank_sort import RankSort, rank_sort_loss
 
 __all__ = [
     "RankSort",

@@ -1,8 +1,9 @@
 """Sums of smoothed steps in O((P + N) log P): the exact form without a P x N matrix.
 
-H(s_j - s_i) is, seen from s_j, a ramp from s_i - delta to s_i + delta. The 2P ends of the ramps cut the line into 2P +
-1 cells; within one cell every sum over positives is a straight line alpha + beta * s_j, and every sum over negatives
-needs the cell's count and sum of logits only. So one look-up per negative replaces its comparison with each positive.
+H(s_j - s_i) is, seen from s_j, a ramp from s_i - delta to s_i + delta. The 2P ends of the ramps cut the line into
+2P + 1 cells; within one cell every sum over positives is a straight line alpha + beta * s_j, and every sum over
+negatives needs the cell's count and sum of logits only. So one look-up per negative replaces its comparison with each
+positive.
 
 At delta = 0 the ramps are steps at s_i, there are P + 1 cells, and counts alone suffice. Cell 0 lies below every ramp:
 what must not take part (the positives themselves, ignored entries) is sent there.
@@ -33,18 +34,15 @@ class Cells(NamedTuple):
 def make_cells(scores: Tensor, delta: float) -> Cells:
     """Partition the line by ascending `scores` (P,) float64, P >= 1."""
     count = len(scores)
+    position = torch.arange(count, device=scores.device)
     if delta == 0:
-        position = torch.arange(count, device=scores.device)
         return Cells(scores, scores, position, position, delta)
-    points, order = torch.cat([scores - delta, scores + delta]).sort(stable=True)
-    position = torch.empty_like(order)
-    position[order] = torch.arange(2 * count, device=scores.device)
-    return Cells(scores, points, position[:count], position[count:], delta)
-
-
-def locate(cells: Cells, x: Tensor) -> Tensor:
-    """Cell of each value: the number of ramp ends at or below it, (M,) int64 in 0..K."""
-    return torch.searchsorted(cells.points, x, right=True)
+    lower, upper = scores - delta, scores + delta
+    # Both lists are sorted: each end's place among its own is known, and only its place among the others is looked up.
+    low = position + torch.searchsorted(upper, lower)
+    high = position + torch.searchsorted(lower, upper, right=True)
+    points = scores.new_empty(2 * count).index_copy_(0, low, lower).index_copy_(0, high, upper)
+    return Cells(scores, points, low, high, delta)
 
 
 def tally(cells: Cells, where: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -75,10 +73,10 @@ def sums_above(cells: Cells, table: Tensor) -> Tensor:
         (P,) float64 in the order of `cells.scores`.
     """
     suffix = table.flip(1).cumsum(1).flip(1)
-    above = suffix[0, cells.high + 1]
+    above = suffix[0].index_select(0, cells.high + 1)
     if cells.delta == 0:
         return above
-    on_ramp = suffix[:, cells.low + 1] - suffix[:, cells.high + 1]
+    on_ramp = suffix.index_select(1, cells.low + 1) - suffix.index_select(1, cells.high + 1)
     return above + (on_ramp[1] - cells.scores * on_ramp[0]) / (2 * cells.delta) + on_ramp[0] / 2
 
 
@@ -97,13 +95,11 @@ def lines(cells: Cells, weight: Tensor) -> Tensor:
         return table
     slope = weight / (2 * cells.delta)
     offset = slope * cells.scores
-    table[0, cells.low + 1] = weight / 2 - offset
-    table[0, cells.high + 1] = weight / 2 + offset
-    table[1, cells.low + 1] = slope
-    table[1, cells.high + 1] = -slope
+    table.index_copy_(1, cells.low + 1, torch.stack([weight / 2 - offset, slope]))
+    table.index_copy_(1, cells.high + 1, torch.stack([weight / 2 + offset, -slope]))
     return table.cumsum(1)
 
 
 def evaluate(table: Tensor, where: Tensor, x: Tensor) -> Tensor:
     """alpha + beta * x of each value's cell, (M,)."""
-    return torch.addcmul(table[0][where], table[1][where], x)
+    return table[1].index_select(0, where).mul_(x).add_(table[0].index_select(0, where))

@@ -8,7 +8,8 @@ Both classes offer the same two maps for positives given in ascending order:
 import torch
 from torch import Tensor
 
-from .cells import Cells, evaluate, lines, locate, sums_above, tally
+from .cells import Cells, evaluate, lines, sums_above, tally
+from .lookup import locate
 
 
 class ExactNegatives:
@@ -23,8 +24,7 @@ class ExactNegatives:
 
     def __init__(self, cells: Cells, logits: Tensor, positives: Tensor, valid: Tensor | None = None):
         self.cells = cells
-        self.where = locate(cells, logits)
-        self.where[positives] = 0
+        self.where = locate(cells.points, logits).index_fill_(0, positives, 0)
         if valid is not None:
             self.where *= valid
         # Outside the ramps a logit's value is of no account; clamping keeps infinities out of the sums.
@@ -42,41 +42,34 @@ class BucketedNegatives:
 
     Bucketed Ranking-based Losses (Yavuz et al., ECCV 2024), Sec. 4. Bucket k of a negative is the number of positives
     at or below it, so no negative needs sorting; negatives that no ramp reaches (s < min positive - delta) are dropped
-    first.
+    first. The prototypes then go through the same cells as exact negatives do.
 
     Args: as for `ExactNegatives`.
     """
 
     def __init__(self, cells: Cells, logits: Tensor, positives: Tensor, valid: Tensor | None = None):
         self.cells = cells
-        edges = torch.cat([cells.scores[:1] - cells.delta, cells.scores])
-        self.bucket = torch.searchsorted(edges, logits, right=True)
-        self.bucket[positives] = 0
+        edges = torch.cat([cells.points[:1], cells.scores]) if cells.delta > 0 else cells.scores
+        self.bucket = locate(edges, logits).index_fill_(0, positives, 0)
         if valid is not None:
             self.bucket *= valid
-        # An infinite logit may not make its bucket's mean undefined.
-        span = torch.finfo(torch.float32).max
-        x = logits.clamp(edges[0], span)
         table = logits.new_zeros(2, len(edges) + 1)
+        # An infinite logit may not make its bucket's mean undefined.
+        x = logits.clamp(edges[0], torch.finfo(torch.float32).max)
         table[0].index_add_(0, self.bucket, torch.ones_like(x))
         table[1].index_add_(0, self.bucket, x)
-        self.size = table[0]
-        self.size[0] = 0
-        # A mean may round past the edge of its bucket, and would then be ranked on the wrong side of a positive.
-        mean = table[1, 1:] / self.size[1:].clamp(min=1)
-        mean = torch.minimum(torch.maximum(mean, edges), torch.cat([edges[1:], cells.points[-1:]]))
-        self.prototype = torch.cat([edges[:1], mean])
-        # At delta 0 the cell of a prototype is known from its bucket, whatever its rounded mean.
-        self.where = (
-            torch.arange(len(edges) + 1, device=logits.device).sub_(1).clamp_(min=0)
-            if cells.delta == 0
-            else locate(cells, self.prototype)
-        )
+        self.size = table[0, 1:]
+        # A mean may round past an edge of its bucket, and would then lie on the wrong side of a positive.
+        upper = torch.cat([edges[1:], cells.points[-1:]])
+        self.prototype = (table[1, 1:] / self.size.clamp(min=1)).clamp(edges, upper)
+        if cells.delta > 0:
+            self.where = locate(cells.points, self.prototype)
+        else:
+            self.where = torch.arange(1, len(edges) + 1, device=logits.device, dtype=torch.int32)
 
     def counts(self) -> Tensor:
         return sums_above(self.cells, tally(self.cells, self.where, self.prototype, self.size))
 
     def spread(self, weight: Tensor) -> Tensor:
         per_bucket = evaluate(lines(self.cells, weight), self.where, self.prototype)
-        per_bucket[0] = 0
-        return per_bucket[self.bucket]
+        return torch.cat([per_bucket.new_zeros(1), per_bucket]).index_select(0, self.bucket)

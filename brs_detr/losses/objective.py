@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .balance import CAP, score_weights, self_balance
-from .ranking import rank_sort_loss
+from .rank_sort import rank_sort_loss
 from .scores import SCORE_LOSSES
 
 

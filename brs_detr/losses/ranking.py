@@ -1,40 +1,69 @@
-"""Ranking losses: public functions.
-
-Each ranks all logits of one call together. Positives are named by index, so that a positive whose quality is 0 stays a
-positive.
+"""One ranking of all logits of a call: the arguments checked, the positives in order, the negatives ready to be
+counted.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .cells import locate, make_cells, sums_above, tally
-from .identity import attach
+from .cells import Cells, make_cells, sums_above, tally
+from .lookup import locate
 from .negatives import BucketedNegatives, ExactNegatives
-from .pairwise import rank_sort_pairwise
-from .sorting import dense_sorting
 
 METHODS = ("pairwise", "bucketed", "exact")
 
 
-class RankSort(NamedTuple):
-    """Ranking and sorting terms of Rank & Sort; both scalars carry their own gradient."""
+@dataclass
+class Ranking:
+    """What every ranking loss is computed from; all (P,) tensors are in ascending order of the positives' logits.
 
-    ranking: Tensor
-    sorting: Tensor
+    index: (P,) int64 entries of the positives in the flat logits.
+    order: (P,) int64 permutation from the caller's order into ascending order.
+    cells: partition of the line by the positives.
+    negatives: the other valid entries.
+    """
+
+    index: Tensor
+    order: Tensor
+    cells: Cells
+    negatives: BucketedNegatives | ExactNegatives
+
+    def positives_above(self, weight: Tensor | None = None) -> Tensor:
+        """sum_j weight_j H(s_j - s_i) over the positives j, i itself included with H(0), (P,)."""
+        scores = self.cells.scores
+        return sums_above(self.cells, tally(self.cells, locate(self.cells.points, scores), scores, weight))
 
 
-def _flatten(logits: Tensor, positives: Tensor, valid: Tensor | None, method: str, delta: float):
-    """Check the arguments and return flat logits of at least float32 and the flat mask."""
+def rank(logits: Tensor, positives: Tensor, valid: Tensor | None, delta: float, method: str) -> Ranking:
+    """Rank flat logits (M,) by a fast method; needs P >= 1."""
+    x = logits.detach().double()
+    scores, order = x.index_select(0, positives).sort(stable=True)
+    # Centred, so that a constant added to all logits costs no precision.
+    centre = scores.mean()
+    scores, x = scores - centre, x - centre
+    cells = make_cells(scores, delta)
+    kind = BucketedNegatives if method == "bucketed" else ExactNegatives
+    return Ranking(positives[order], order, cells, kind(cells, x, positives, valid))
+
+
+def flatten(logits: Tensor, positives: Tensor, valid: Tensor | None, delta: float, method: str):
+    """Check what all losses have in common.
+
+    Returns:
+        logits (M,) in at least float32, and valid (M,) or None.
+
+    Raises:
+        ValueError: naming the argument that is wrong.
+    """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
     if delta < 0:
         raise ValueError(f"delta is the half width of the step and must be at least 0, got {delta}")
     if positives.ndim != 1 or positives.dtype != torch.int64:
+        shape = tuple(positives.shape)
         raise ValueError(
-            "positives must be (P,) int64 indices into logits.flatten(), "
-            f"got {positives.dtype} of shape {tuple(positives.shape)}"
+            f"positives must be (P,) int64 indices into logits.flatten(), got {positives.dtype} of shape {shape}"
         )
     if valid is not None:
         if valid.shape != logits.shape or valid.dtype != torch.bool:
@@ -47,51 +76,20 @@ def _flatten(logits: Tensor, positives: Tensor, valid: Tensor | None, method: st
     return flat if flat.dtype == torch.float64 else flat.float(), valid
 
 
-def _zero(flat: Tensor) -> Tensor:
+def check_per_positive(name: str, values: Tensor, positives: Tensor) -> None:
+    """Refuse per-positive values that do not fit the positives."""
+    if values.shape != positives.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(values.shape)} for {len(positives)} positives: give one value per positive"
+        )
+
+
+def negative_mask(logits: Tensor, positives: Tensor, valid: Tensor | None) -> Tensor:
+    """(M,) bool: the entries that rank as negatives."""
+    mask = torch.ones_like(logits, dtype=torch.bool) if valid is None else valid.clone()
+    return mask.index_fill_(0, positives, False)
+
+
+def attached_zero(logits: Tensor) -> Tensor:
     """A zero on the graph of the logits that reads none of them (they may be infinite)."""
-    return flat[:0].sum()
-
-
-def rank_sort_loss(
-    logits: Tensor,
-    positives: Tensor,
-    quality: Tensor,
-    *,
-    valid: Tensor | None = None,
-    delta: float = 0.5,
-    method: str = "bucketed",
-) -> RankSort:
-    """Rank & Sort loss (Oksuz et al., ICCV 2021) of all logits together; bucketed: Yavuz et al., ECCV 2024."""
-    flat, valid = _flatten(logits, positives, valid, method, delta)
-    if len(quality) != len(positives):
-        raise ValueError(f"quality has {len(quality)} entries for {len(positives)} positives: give one per positive")
-    count = len(positives)
-    if count == 0:
-        return RankSort(_zero(flat), _zero(flat))
-    with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
-        x = flat.detach().double()
-        quality = quality.detach().double()
-        if method == "pairwise":
-            negative = torch.ones_like(x, dtype=torch.bool) if valid is None else valid.clone()
-            negative[positives] = False
-            ranking, sorting, dense, sparse = rank_sort_pairwise(x, positives, quality, negative, delta)
-            sparse = sparse[positives]
-            index = positives
-        else:
-            scores = x[positives]
-            x = x - scores.mean()
-            scores, order = x[positives].sort(stable=True)
-            index = positives[order]
-            quality = quality[order]
-            cells = make_cells(scores, delta)
-            negatives = (BucketedNegatives if method == "bucketed" else ExactNegatives)(cells, x, positives, valid)
-            false_positives = negatives.counts()
-            rank = sums_above(cells, tally(cells, locate(cells, scores), scores)) + false_positives
-            error = false_positives / rank
-            dense = negatives.spread(1 / (rank * count))
-            dense[index] = -error / count
-            errors, sparse = dense_sorting(scores, quality, delta)
-            ranking, sorting, sparse = error.mean(), errors.mean(), sparse / count
-    dtype = flat.dtype
-    terms = attach(flat, ranking.to(dtype), sorting.to(dtype), dense.to(dtype), index, sparse.to(dtype))
-    return RankSort(*terms)
+    return logits[:0].sum()

@@ -1,0 +1,93 @@
+"""Rank & Sort loss (Oksuz et al., ICCV 2021) and its bucketed form (Yavuz et al., ECCV 2024)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .identity import attach
+from .pairwise import rank_sort_pairwise
+from .ranking import attached_zero, check_per_positive, flatten, negative_mask, rank
+from .sorting import sorting_terms
+
+
+class RankSort(NamedTuple):
+    """Ranking and sorting terms of Rank & Sort; both scalars carry their own gradient."""
+
+    ranking: Tensor
+    sorting: Tensor
+
+
+def rank_sort_loss(
+    logits: Tensor,
+    positives: Tensor,
+    quality: Tensor,
+    *,
+    valid: Tensor | None = None,
+    delta: float = 0.5,
+    method: str = "bucketed",
+) -> RankSort:
+    """Rank every positive above every negative, and the positives among themselves by their localisation quality.
+
+    With x_ij = s_j - s_i, the smoothed step H, rank+(i) = sum of H(x_ij) over positives (i included with H(0)),
+    N_FP(i) = sum over negatives and rank = rank+ + N_FP (RS Loss, Eq. 3 to 9):
+
+        ranking = mean_i N_FP(i) / rank(i)
+        sorting = mean_i l_S(i) - l_S*(i),  l_S(i) = sum_j H(x_ij) (1 - t_j) / rank+(i),  l_S*: over t_j >= t_i only
+
+    The gradient is the identity update: each positive hands its ranking error to the negatives in proportion to H, and
+    its sorting error to the positives above it with lower quality. A step of gradient descent on both terms is
+    `(ranking + sorting).backward()`; a term that is scaled or left out scales or drops its own gradient only.
+
+    Args:
+        logits: any shape, M entries, all in one ranking.
+        positives: (P,) int64, distinct indices into `logits.flatten()`.
+        quality: (P,) t_i in [0, 1], e.g. the IoU of each positive; detached. A positive of quality 0 stays a positive.
+        valid: bool of the logits' shape; entries that are False are neither ranked nor given a gradient.
+        delta: half width of the step.
+        method: "pairwise" compares all pairs in O(P M), the reference; "exact" gives the same in O((P + M) log P) time
+            and O(P + M)
+            memory (and O(P^(4/3)) for the sorting); "bucketed" replaces the negatives between two positives by their
+            mean, which is the same at delta = 0 and an approximation of the gradient of negatives above it.
+
+    Returns:
+        two scalars >= 0, in float32 or wider; zeros attached to the graph without positives.
+
+    Raises:
+        ValueError: for an unknown method, a negative delta, or arguments whose shapes or types do not fit.
+    """
+    flat, valid = flatten(logits, positives, valid, delta, method)
+    check_per_positive("quality", quality, positives)
+    if len(positives) == 0:
+        return RankSort(attached_zero(flat), attached_zero(flat))
+    with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
+        quality = quality.detach().double()
+        if method == "pairwise":
+            terms = _pairwise(flat, positives, quality, valid, delta)
+        else:
+            terms = _fast(flat, positives, quality, valid, delta, method)
+    ranking, sorting, dense, index, sparse = terms
+    kind = flat.dtype
+    return RankSort(*attach(flat, ranking.to(kind), sorting.to(kind), dense.to(kind), index, sparse.to(kind)))
+
+
+def _pairwise(flat: Tensor, positives: Tensor, quality: Tensor, valid: Tensor | None, delta: float):
+    negative = negative_mask(flat, positives, valid)
+    ranking, sorting, dense, sparse = rank_sort_pairwise(flat.double(), positives, quality, negative, delta)
+    return ranking, sorting, dense, positives, sparse[positives]
+
+
+def _fast(flat: Tensor, positives: Tensor, quality: Tensor, valid: Tensor | None, delta: float, method: str):
+    count = len(positives)
+    ranking = rank(flat, positives, valid, delta, method)
+    quality = quality[ranking.order]
+    above = ranking.positives_above()
+    false_positives = ranking.negatives.counts()
+    position = above + false_positives
+    ranking_error = false_positives / position
+    # l_R(i) H / N_FP(i) = H / rank(i): nothing is divided by N_FP, which may be 0.
+    dense = ranking.negatives.spread(1 / (position * count))
+    dense.index_copy_(0, ranking.index, -ranking_error / count)
+    inverse = ranking.positives_above(1 - quality)
+    sorting_error, sparse = sorting_terms(ranking.cells.scores, quality, delta, above, inverse)
+    return ranking_error.mean(), sorting_error.mean(), dense, ranking.index, sparse / count
