@@ -1,0 +1,167 @@
+"""COCO's average precision and recall of boxes, by COCO's own code.
+
+pycocotools is the reference; where `faster-coco-eval` is installed its compiled version of the same algorithm runs
+instead (the numbers agree to rounding, see the tests).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from brs_detr.evaluation.ground_truth import GroundTruth
+from brs_detr.evaluation.lrp import optimal_lrp
+from brs_detr.evaluation.matches import ClassMatches, match_classes
+from brs_detr.evaluation.results import Result, check_results, detections_to_results
+from brs_detr.evaluation.summary import Summary
+
+__all__ = ["GroundTruth", "Summary", "detections_to_results", "evaluate_coco"]
+
+LRP_NAMES = ("oLRP", "oLRPloc", "oLRPfp", "oLRPfn")
+SIZES = ("", "s", "m", "l")  # COCO's area ranges: all, under 32^2, under 96^2, above
+
+
+def evaluate_coco(
+    annotations: str | Path | dict[str, Any] | GroundTruth,
+    results: Sequence[Result] | Mapping[str, np.ndarray],
+    *,
+    image_ids: Sequence[int] | None = None,
+    max_detections: Sequence[int] = (1, 10, 100),
+    extended: bool = True,
+    backend: str = "auto",
+) -> Summary:
+    """Compare detections with annotations, as COCO does.
+
+    Args:
+        annotations: a COCO json, its content, or a checked `GroundTruth` (saves reading it for every evaluation).
+        results: COCO results with original category ids: a list of dicts, or columns `image_id`, `category_id`,
+            `bbox` (n, 4) xywh and `score`.
+        image_ids: evaluate these images only; default all of the annotation file.
+        max_detections: detections counted for each image and class; AP uses the largest, AR is given for each.
+        extended: also match at IoU 0.5 for precision, recall and F1 at the best score, and for oLRP.
+        backend: `auto`, `pycocotools` or `faster`.
+
+    Raises:
+        FileNotFoundError: there is no such annotation file.
+        ValueError: the annotations are not COCO's format, or the results name unknown images or categories.
+    """
+    truth = GroundTruth.read(annotations)
+    detections, broken = check_results(results, truth.image_ids, truth.names)
+    chosen = sorted(set(truth.image_ids if image_ids is None else image_ids))
+    if unknown := set(chosen) - set(truth.image_ids):
+        raise ValueError(f"{len(unknown)} images to evaluate are not in the annotations, such as {min(unknown)}")
+    limits = sorted(int(limit) for limit in max_detections)
+    precision, recall = _accumulate(truth, detections, chosen, limits, backend)
+    wanted = set(chosen)
+    boxes = [a for a in truth.dataset["annotations"] if a["image_id"] in wanted]
+    detections = [d for d in detections if d["image_id"] in wanted]
+    matches = match_classes(boxes, detections, list(truth.names), max_detections=limits[-1]) if extended else {}
+    stats = _stats(precision, recall, limits)
+    per_class = _per_class(truth, boxes, precision, recall, matches)
+    if extended:
+        stats |= {name: _mean(np.array([row[name] for row in per_class])) for name in LRP_NAMES}
+    curves = {}
+    for category, match in matches.items():
+        if match.objects:
+            p, r = match.precision_recall()
+            curves[truth.names[category]] = (p.tolist(), r.tolist())
+    notes = _notes(truth, chosen, limits[-1], broken, len(detections))
+    return Summary(stats, per_class, notes, curves, len(chosen), len(detections))
+
+
+def fast_backend_installed() -> bool:
+    """Whether `faster-coco-eval` can be imported."""
+    return importlib.util.find_spec("faster_coco_eval") is not None
+
+
+def _accumulate(
+    truth: GroundTruth, detections: list[dict], image_ids: list[int], limits: list[int], backend: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """COCO's precision (IoU, recall, class, area, limit) and recall (IoU, class, area, limit); -1 where undefined."""
+    if backend not in ("auto", "pycocotools", "faster"):
+        raise ValueError(f"backend {backend} is not known; write auto, pycocotools or faster")
+    with contextlib.redirect_stdout(io.StringIO()):  # COCO's code prints its progress
+        if backend == "faster" or (backend == "auto" and fast_backend_installed()):
+            from faster_coco_eval import COCO
+            from faster_coco_eval import COCOeval_faster as Evaluation
+        else:
+            from pycocotools.coco import COCO
+            from pycocotools.cocoeval import COCOeval as Evaluation
+        sides = []
+        for annotations in (truth.dataset["annotations"], detections):
+            side = COCO()
+            # copies, since the evaluation writes its own marks into the annotations
+            side.dataset = {**truth.dataset, "annotations": [dict(annotation) for annotation in annotations]}
+            side.createIndex()
+            sides.append(side)
+        evaluation = Evaluation(*sides, "bbox")
+        evaluation.params.imgIds = image_ids
+        evaluation.params.catIds = list(truth.names)
+        evaluation.params.maxDets = limits
+        evaluation.evaluate()
+        evaluation.accumulate()
+    shape = (10, 101, len(truth.names), 4, len(limits))
+    precision = np.asarray(evaluation.eval["precision"], np.float64).reshape(shape)
+    return precision, np.asarray(evaluation.eval["recall"], np.float64).reshape(shape[0], *shape[2:])
+
+
+def _mean(values: np.ndarray) -> float:
+    values = values[values > -1]
+    return float(values.mean()) if values.size else -1.0
+
+
+def _stats(precision: np.ndarray, recall: np.ndarray, limits: list[int]) -> dict[str, float]:
+    stats = {"AP": _mean(precision[..., 0, -1])}
+    stats |= {"AP50": _mean(precision[0, ..., 0, -1]), "AP75": _mean(precision[5, ..., 0, -1])}
+    stats |= {f"AP{size}": _mean(precision[..., area, -1]) for area, size in enumerate(SIZES) if size}
+    stats |= {f"AR{limit}": _mean(recall[..., 0, column]) for column, limit in enumerate(limits)}
+    return stats | {f"AR{size}": _mean(recall[..., area, -1]) for area, size in enumerate(SIZES) if size}
+
+
+def _per_class(
+    truth: GroundTruth,
+    boxes: list[dict],
+    precision: np.ndarray,
+    recall: np.ndarray,
+    matches: dict[int, ClassMatches],
+) -> list[dict[str, Any]]:
+    objects = Counter(a["category_id"] for a in boxes if not a["iscrowd"])
+    images = Counter(category for _, category in {(a["image_id"], a["category_id"]) for a in boxes})
+    rows = []
+    for k, (category, name) in enumerate(truth.names.items()):
+        row = {"name": name, "category_id": category, "images": images[category], "objects": objects[category]}
+        row |= {"AP": _mean(precision[:, :, k, 0, -1]), "AP50": _mean(precision[0, :, k, 0, -1])}
+        row["AP75"] = _mean(precision[5, :, k, 0, -1])
+        row |= {f"AP{size}": _mean(precision[:, :, k, area, -1]) for area, size in enumerate(SIZES) if size}
+        row["AR"] = _mean(recall[:, k, 0, -1])
+        if category in matches:
+            match = matches[category]
+            none = {"score": -1.0, "precision": -1.0, "recall": -1.0, "f1": -1.0}
+            error = optimal_lrp(match)
+            row |= match.best_f1() if match.objects else none
+            parts = (error.error, error.localisation, error.false_positives, error.false_negatives)
+            row |= dict(zip(LRP_NAMES, parts, strict=True))
+        rows.append(row)
+    return rows
+
+
+def _notes(truth: GroundTruth, image_ids: list[int], limit: int, broken: int, detections: int) -> list[str]:
+    notes = [f"{count:,} x {fault}" for fault, count in sorted(truth.faults.items())]
+    most, image = truth.most_objects(image_ids)
+    if most > limit:
+        notes.append(
+            f"image {image} holds {most} objects of one class but only {limit} detections of a class are counted: "
+            "its recall cannot reach 1; raise max_detections (the last number)"
+        )
+    if broken:
+        notes.append(f"{broken:,} detections with NaN or infinity were left out")
+    if not detections:
+        notes.append("there are no detections")
+    return notes

@@ -1,0 +1,236 @@
+"""Evaluation against COCO's own code, hand-made cases with known answers, and faulty annotation files."""
+
+import contextlib
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from brs_detr.evaluation.coco import GroundTruth, detections_to_results, evaluate_coco, fast_backend_installed
+
+
+def dataset(boxes, images=(1,), categories=((7, "cell"),), size=100):
+    """A COCO dict; boxes are (image, category, xywh[, iscrowd])."""
+    return {
+        "images": [{"id": i, "file_name": f"{i}.png", "height": size, "width": size} for i in images],
+        "categories": [{"id": i, "name": n} for i, n in categories],
+        "annotations": [
+            {
+                "id": n,
+                "image_id": image,
+                "category_id": category,
+                "bbox": list(box),
+                "area": box[2] * box[3],
+                "iscrowd": int(bool(crowd)),
+            }
+            for n, (image, category, box, *crowd) in enumerate(boxes, 1)
+        ],
+    }
+
+
+def result(image, category, box, score):
+    return {"image_id": image, "category_id": category, "bbox": list(box), "score": score}
+
+
+def noisy_results(truth, seed=0):
+    """Detections around, beside and on top of the true boxes, with scores in steps so that some tie."""
+    rng = np.random.default_rng(seed)
+    results = []
+    for a in truth["annotations"]:
+        for _ in range(rng.integers(0, 4)):
+            x, y, w, h = a["bbox"]
+            dx, dy = rng.normal(0, 0.15, 2) * (w, h)
+            sw, sh = np.exp(rng.normal(0, 0.15, 2))
+            category = a["category_id"] if rng.random() < 0.8 else rng.choice([c["id"] for c in truth["categories"]])
+            box = [x + dx, y + dy, w * sw, h * sh]
+            results.append(result(a["image_id"], int(category), map(float, box), float(rng.integers(1, 40) / 40)))
+    return results
+
+
+def official(truth, results, limits=(1, 10, 100)):
+    """The twelve numbers pycocotools prints."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = json.loads(json.dumps(truth))
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
+        evaluation.params.maxDets = list(limits)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation.stats
+
+
+BACKENDS = ["pycocotools", pytest.param("faster", marks=pytest.mark.skipif(not fast_backend_installed(), reason="no"))]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["bccd", "nuclei", "tiny_coco"])
+def test_the_twelve_numbers_are_cocos(shared_data, name, backend):
+    truth = json.loads((shared_data / name / "annotations" / "val.json").read_text())
+    results = noisy_results(truth)
+    summary = evaluate_coco(truth, results, backend=backend, extended=False)
+    names = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl"
+    assert " ".join(summary.stats) == names
+    np.testing.assert_allclose(list(summary.stats.values()), official(truth, results), rtol=0, atol=1e-12)
+
+
+@pytest.mark.skipif(not fast_backend_installed(), reason="faster-coco-eval is not installed")
+def test_both_backends_agree_class_by_class(shared_data):
+    path = shared_data / "tiny_coco" / "annotations" / "val.json"
+    results = noisy_results(json.loads(path.read_text()), seed=3)
+    slow, fast = (
+        evaluate_coco(path, results, backend=b, max_detections=(2, 5, 300)) for b in ("pycocotools", "faster")
+    )
+    for a, b in zip(slow.per_class, fast.per_class, strict=True):
+        assert a == pytest.approx(b, abs=1e-12)
+    assert slow.stats == pytest.approx(fast.stats, abs=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_perfect_none_and_useless_detections(backend):
+    truth = dataset([(1, 7, (10, 10, 30, 30)), (2, 7, (0, 0, 50, 40))], images=(1, 2, 3))
+    perfect = [result(a["image_id"], 7, a["bbox"], 0.9) for a in truth["annotations"]]
+    assert evaluate_coco(truth, perfect, backend=backend).stats["AP"] == pytest.approx(1.0)
+    for useless in ([], [result(3, 7, (0, 0, 5, 5), 0.9)]):
+        summary = evaluate_coco(truth, useless, backend=backend)
+        assert {summary.stats[k] for k in ("AP", "AP50", "AP75", "AR100")} == {0.0}
+        assert summary.stats["oLRP"] == 1.0
+        assert summary.table()
+
+
+def test_a_dataset_without_objects_has_no_measure():
+    summary = evaluate_coco(dataset([]), [result(1, 7, (0, 0, 5, 5), 0.5)])
+    assert set(summary.stats.values()) == {-1.0}
+    assert " -" in summary.table()
+
+
+def test_average_precision_of_a_hand_made_ranking():
+    """hit, false, hit for two objects: precision 1 up to recall 0.5, then 2/3; 51 and 50 of COCO's 101 points."""
+    truth = dataset([(1, 7, (0, 0, 20, 20)), (1, 7, (50, 50, 20, 20))])
+    results = [result(1, 7, (0, 0, 20, 20), 0.9), result(1, 7, (80, 0, 9, 9), 0.8), result(1, 7, (50, 50, 20, 20), 0.7)]
+    row = evaluate_coco(truth, results).per_class[0]
+    assert row["AP50"] == pytest.approx((51 + 50 * 2 / 3) / 101)
+    assert (row["precision"], row["recall"], row["score"]) == pytest.approx((2 / 3, 1.0, 0.7))
+    assert row["f1"] == pytest.approx(0.8)
+
+
+def test_order_of_results_does_not_matter(shared_data):
+    truth = json.loads((shared_data / "bccd" / "annotations" / "val.json").read_text())
+    results = noisy_results(truth)
+    for n, r in enumerate(results):
+        r["score"] = (n * 7919 % len(results) + 1) / (len(results) + 1)  # no ties
+    assert evaluate_coco(truth, results).stats == pytest.approx(evaluate_coco(truth, results[::-1]).stats)
+
+
+def test_columns_and_lists_are_the_same():
+    truth = dataset([(1, 7, (10, 10, 30, 30)), (2, 7, (0, 0, 50, 40))], images=(1, 2))
+    results = noisy_results(truth, seed=1)
+    columns = {k: np.array([r[k] for r in results]) for k in ("image_id", "category_id", "bbox", "score")}
+    assert evaluate_coco(truth, results).stats == evaluate_coco(truth, columns).stats
+
+
+def test_chosen_images_only():
+    truth = dataset([(1, 7, (10, 10, 30, 30)), (2, 7, (0, 0, 50, 40))], images=(1, 2))
+    results = [result(1, 7, (10, 10, 30, 30), 0.9)]
+    assert evaluate_coco(truth, results).stats["AR100"] == pytest.approx(0.5)
+    summary = evaluate_coco(truth, results, image_ids=[1])
+    assert summary.stats["AR100"] == pytest.approx(1.0)
+    assert (summary.images, summary.per_class[0]["objects"]) == (1, 1)
+
+
+def test_crowds_neither_count_nor_punish():
+    truth = dataset([(1, 7, (0, 0, 20, 20)), (1, 7, (40, 40, 50, 50), 1)])
+    results = [result(1, 7, (0, 0, 20, 20), 0.5), *(result(1, 7, (45, 40 + i, 20, 20), 0.9) for i in range(5))]
+    summary = evaluate_coco(truth, results)
+    assert summary.stats["AP"] == pytest.approx(1.0)
+    assert summary.per_class[0]["precision"] == pytest.approx(1.0)
+    assert summary.per_class[0]["objects"] == 1
+
+
+def test_an_annotation_with_id_zero_counts():
+    truth = dataset([(1, 7, (0, 0, 20, 20))])
+    truth["annotations"][0]["id"] = 0
+    assert evaluate_coco(truth, [result(1, 7, (0, 0, 20, 20), 0.5)]).stats["AP"] == pytest.approx(1.0)
+
+
+def test_every_faulty_file_can_be_evaluated(shared_data):
+    files = sorted((shared_data / "dirty" / "annotations").glob("**/*.json"))
+    assert files
+    for path in files:
+        truth = GroundTruth.read(path)
+        perfect = [result(a["image_id"], a["category_id"], a["bbox"], 0.9) for a in truth.dataset["annotations"]]
+        summary = evaluate_coco(truth, perfect, max_detections=(1, 10, 300))
+        assert summary.stats["AP"] > 0.99, path.name
+        assert all(a["area"] > 0 for a in truth.dataset["annotations"])
+
+
+def test_faults_are_counted_and_the_file_is_left_alone():
+    truth = dataset(
+        [(1, 7, (0, 0, 20, 20)), (1, 7, (0, 0, float("nan"), 5)), (9, 7, (0, 0, 5, 5)), (1, 7, (0, 0, 0, 5))]
+    )
+    del truth["annotations"][0]["area"], truth["annotations"][0]["iscrowd"]
+    before = repr(truth)
+    summary = evaluate_coco(truth, [])
+    assert repr(truth) == before
+    assert summary.per_class[0]["objects"] == 1
+    text = summary.table()
+    for fault in ("box is not finite", "unknown image", "box is empty", "area missing"):
+        assert fault in text
+
+
+def test_more_objects_than_counted_detections_is_said():
+    truth = dataset([(1, 7, (i % 10 * 10, i // 10 * 10, 8, 8)) for i in range(30)])
+    assert not evaluate_coco(truth, [result(1, 7, (0, 0, 8, 8), 0.5)]).notes
+    (note,) = evaluate_coco(truth, [result(1, 7, (0, 0, 8, 8), 0.5)], max_detections=(1, 5, 20)).notes
+    assert "holds 30 objects" in note and "only 20" in note
+
+
+def test_results_that_do_not_belong_are_refused():
+    truth = dataset([(1, 7, (0, 0, 20, 20))])
+    with pytest.raises(ValueError, match=r"1 image ids .*\[5\]"):
+        evaluate_coco(truth, [result(5, 7, (0, 0, 2, 2), 0.5)])
+    with pytest.raises(ValueError, match=r"1 category ids .*\[1\]"):
+        evaluate_coco(truth, [result(1, 1, (0, 0, 2, 2), 0.5)])
+    with pytest.raises(ValueError, match="no list `images`"):
+        evaluate_coco({"annotations": []}, [])
+
+
+def test_detections_that_are_not_numbers_are_left_out_and_told():
+    truth = dataset([(1, 7, (0, 0, 20, 20))])
+    results = [result(1, 7, (0, 0, 20, 20), 0.5), result(1, 7, (0, 0, float("nan"), 2), 0.9)]
+    summary = evaluate_coco(truth, results)
+    assert summary.stats["AP"] == pytest.approx(1.0)
+    assert "NaN" in summary.notes[0]
+
+
+def test_detections_become_results_with_original_categories():
+    detections = {
+        "boxes": torch.tensor([[10.0, 20.0, 40.0, 60.0], [0.0, 0.0, 1.0, 2.0]]),
+        "scores": torch.tensor([0.75, 0.5], dtype=torch.bfloat16),
+        "labels": torch.tensor([1, 0]),
+    }
+    first, second = detections_to_results(42, detections, [3, 90])
+    assert first == {"image_id": 42, "category_id": 90, "bbox": [10.0, 20.0, 30.0, 40.0], "score": 0.75}
+    assert second["category_id"] == 3
+    arrays = {key: value.float().numpy() for key, value in detections.items()} | {"labels": np.array([1, 0])}
+    assert detections_to_results(42, arrays, [3, 90]) == [first, second]
+    json.dumps([first, second])
+    empty = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
+    assert detections_to_results(1, empty, [3]) == []
+    with pytest.raises(ValueError, match="trained on other classes"):
+        detections_to_results(42, detections, [3])
+
+
+def test_nothing_is_printed_and_files_are_written(tmp_path, capfd):
+    truth = dataset([(1, 7, (0, 0, 20, 20))], categories=((7, "cell"), (9, "Zürich, city")))
+    summary = evaluate_coco(truth, [result(1, 7, (0, 0, 20, 20), 0.5)])
+    assert capfd.readouterr().out == ""
+    report, table = summary.save(tmp_path / "new")
+    assert json.loads(report.read_text(encoding="utf-8"))["stats"]["AP"] == pytest.approx(1.0)
+    assert table.read_text(encoding="utf-8").count("\n") == 3
+    assert "Zürich, city" in summary.table() and "100.0" in summary.table()
