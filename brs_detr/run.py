@@ -1,0 +1,332 @@
+"""From a config to the parts of a run: datasets, detector, weights. What train.py, eval.py and the commands share."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+
+from brs_detr import config as configuration
+from brs_detr.config import Config, ConfigError
+from brs_detr.data.coco import CocoDetection
+from brs_detr.data.transforms import EvalTransforms, TrainTransforms
+from brs_detr.engine.checkpoint import Weights, find_weights, load_weights
+from brs_detr.engine.evaluate import coco_results, predict, require_all
+from brs_detr.engine.finetune import Transfer, load_matching, rows_per_class
+from brs_detr.engine.optim import Schedule, count_parameters
+from brs_detr.engine.overfit import write_subset
+from brs_detr.engine.plan import BatchPlan, plan_batches
+from brs_detr.engine.trainer import Settings
+from brs_detr.evaluation.coco import Summary, evaluate_coco
+from brs_detr.models.build import build_model
+
+
+def start_accelerator(config: Config) -> Accelerator:
+    """Accelerate's view of the launch: devices, processes, precision and trackers.
+
+    Raises:
+        ConfigError: the precision is not to be had on this machine, or a tracker is not installed.
+    """
+    if config.train.precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("train.precision=fp16 needs a GPU; use bf16 or no")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.train.precision,
+            log_with=list(config.train.trackers) or None,
+            project_dir=config.output_dir if config.train.trackers else None,
+        )
+        if config.train.trackers:
+            accelerator.init_trackers("brs_detr")
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"train.trackers={list(config.train.trackers)}: {error}") from None
+    return accelerator
+
+
+def open_train_set(config: Config) -> CocoDetection:
+    """The training pictures with their augmentation."""
+    data, augment = config.data, config.data.augment
+    transforms = TrainTransforms(
+        short_sides=augment.short_sides,
+        long_side=augment.long_side,
+        crop_short_sides=augment.crop_short_sides,
+        crop_long_side=augment.crop_long_side,
+        crop_size=(augment.crop_min, augment.crop_max),
+        crop=0.5 if augment.crop_policy else 0.0,
+        flip=augment.flip,
+        antialias=data.antialias,
+    )
+    return CocoDetection(
+        Path(data.root, data.train_json),
+        Path(data.root, data.train_images),
+        transforms=transforms,
+        train=True,
+        keep_empty=data.keep_empty,
+        min_side=data.min_side,
+        seed=config.seed,
+    )
+
+
+def open_val_set(config: Config) -> CocoDetection:
+    """The validation pictures at their test size."""
+    data = config.data
+    transforms = EvalTransforms(data.test_short_side, data.test_long_side, antialias=data.antialias)
+    return CocoDetection(
+        Path(data.root, data.val_json), Path(data.root, data.val_images), transforms=transforms, train=False
+    )
+
+
+def require_same_categories(
+    classes: Sequence[str], category_ids: Sequence[int], dataset: CocoDetection, owner: str
+) -> None:
+    """Refuse a dataset whose categories are not those that `owner` (the training set, a checkpoint) knows.
+
+    Raises:
+        ConfigError: with what each side has and the other has not.
+    """
+    ours, theirs = set(zip(category_ids, classes)), set(zip(dataset.category_ids, dataset.classes))
+    if ours == theirs:
+        return
+    only = [
+        f"only in {name}: {', '.join(f'{i} {text}' for i, text in sorted(pairs)) or 'nothing'}"
+        for name, pairs in ((owner, ours - theirs), (dataset.json_path, theirs - ours))
+    ]
+    raise ConfigError(
+        f"{dataset.json_path}: its categories (id and name) differ from those of {owner}: " + "; ".join(only)
+    )
+
+
+def build_detector(config: Config, num_classes: int, *, initial_weights: bool = True) -> nn.Module:
+    """The detector, seeded; with `initial_weights=False` nothing is downloaded or read, for weights are loaded next."""
+    backbone = config.model.backbone
+    if not initial_weights:
+        backbone = dataclasses.replace(backbone, pretrained=False, checkpoint=None)
+    torch.manual_seed(config.seed)
+    return build_model(dataclasses.replace(config.model, backbone=backbone), num_classes)
+
+
+def load_initial_weights(model: nn.Module, config: Config, classes: Sequence[str]) -> Transfer | None:
+    """Fill a fresh detector from `train.init_from`, also from a run with other classes; None where none is named."""
+    if config.train.init_from is None:
+        return None
+    weights = load_weights(find_weights(Path(config.train.init_from)))
+    rows = {}
+    if weights.classes != list(classes):
+        rows = rows_per_class(model, build_detector(config, len(classes) + 1, initial_weights=False))
+    return load_matching(model, weights.tensors, weights.classes, classes, rows)
+
+
+def restore(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, Weights, Config, Path]:
+    """The detector of a run folder or weights file, ready to predict.
+
+    Args:
+        path: run folder (its best weights, else its last) or weights file.
+        overrides: `a.b=value` applied to the stored config.
+
+    Returns:
+        Model in eval mode on the CPU, what the file held, the config, the file.
+
+    Raises:
+        CheckpointError: no usable file.
+        ConfigError: the overrides, or weights that do not fit the model.
+    """
+    file = find_weights(path)
+    weights = load_weights(file)
+    config = configuration.apply_overrides(configuration.from_dict(weights.config, str(file)), overrides)
+    model = build_detector(config, len(weights.classes), initial_weights=False)
+    missing, unexpected = model.load_state_dict(weights.tensors, strict=False)
+    if missing or unexpected:
+        raise ConfigError(
+            f"{file}: the model has {len(missing)} tensors that the file lacks ({', '.join(missing[:3])} ...), "
+            f"the file {len(unexpected)} that the model lacks ({', '.join(unexpected[:3])} ...); "
+            "was a model setting overridden?"
+        )
+    return model.eval(), weights, config, file
+
+
+def build_schedule(config: Config, plan: BatchPlan, batches_per_epoch: int) -> Schedule:
+    """The learning-rate schedule in optimiser steps."""
+    train, steps_per_epoch = config.train, math.ceil(batches_per_epoch / plan.accumulate)
+    milestones = [epoch * steps_per_epoch for epoch in train.lr_steps]
+    return Schedule(train.schedule, train.epochs * steps_per_epoch, milestones, train.lr_gamma, train.warmup_steps)
+
+
+def lr_factors(config: Config) -> dict[str, float]:
+    """Factor on the learning rate by what a parameter's name contains."""
+    optim = config.optim
+    return {"backbone.": optim.backbone_lr_factor, "sampling_offsets": optim.sampling_offsets_lr_factor}
+
+
+def plan_of(config: Config, accelerator: Accelerator) -> BatchPlan:
+    """The split of the total batch over the processes of the launch.
+
+    Raises:
+        ConfigError: it cannot be split evenly.
+    """
+    try:
+        return plan_batches(
+            config.train.total_batch_size, config.train.per_device_batch_size, accelerator.num_processes
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def loop_settings(config: Config, plan: BatchPlan) -> Settings:
+    """The training loop's numbers, and what a resumed run must agree on."""
+    train = config.train
+    return Settings(
+        epochs=train.epochs,
+        accumulate=plan.accumulate,
+        seed=config.seed,
+        clip_norm=config.optim.clip_norm,
+        log_every=train.log_every,
+        eval_every=train.eval_every,
+        save_every=train.save_every,
+        patience=train.patience,
+        on_nonfinite=train.on_nonfinite,
+        facts={"config": configuration.to_dict(config), "launch": dataclasses.asdict(plan)},
+    )
+
+
+def with_subset(config: Config, accelerator: Accelerator) -> Config:
+    """Under `train.overfit_batches`: a config that trains and validates on the first pictures of the training set."""
+    if config.train.overfit_batches is None:
+        return config
+    data = config.data
+    target = Path(config.output_dir, "overfit.json").resolve()
+    if accelerator.is_main_process:
+        pictures = config.train.overfit_batches * config.train.total_batch_size
+        write_subset(Path(data.root, data.train_json), target, pictures)
+    accelerator.wait_for_everyone()
+    paths = {"train_json": str(target), "val_json": str(target), "val_images": data.train_images}
+    return dataclasses.replace(config, data=dataclasses.replace(data, **paths))
+
+
+def largest_shape(config: Config, plan: BatchPlan, dataset: CocoDetection) -> dict:
+    """Arguments of `largest_step`: the largest pictures of the augmentation, as full as the fullest of the dataset."""
+    augment = config.data.augment
+    short = min(max(augment.short_sides), augment.long_side)
+    return {
+        "pictures": plan.per_device,
+        "size": (short, augment.long_side),
+        "objects": int(np.diff(dataset.packed.offsets).max()),
+        "num_classes": dataset.num_classes,
+    }
+
+
+def describe_model(config: Config, model: nn.Module, transfer: Transfer | None) -> list[str]:
+    """Lines for the log: size, what was loaded, and a warning where a random backbone cannot learn."""
+    total, trainable = count_parameters(model)
+    lines = [f"{config.model.name} with loss {config.model.loss}: {total:,} parameters, {trainable:,} trained"]
+    if transfer is not None:
+        lines.append(f"{config.train.init_from}: {transfer}")
+    backbone = config.model.backbone
+    random = not (backbone.pretrained or backbone.checkpoint or config.train.init_from)
+    if random and (backbone.norm == "frozen" or backbone.frozen_stages):
+        lines.append(
+            "warning: the backbone starts from random weights with frozen parts, which will not learn; "
+            "set model.backbone.norm=group and model.backbone.frozen_stages=0, or give it weights"
+        )
+    return lines
+
+
+def score(
+    model: nn.Module, dataset: CocoDetection, loader: DataLoader, config: Config, accelerator: Accelerator, **options
+) -> tuple[Summary | None, list[dict]]:
+    """Predict a dataset and evaluate what was found.
+
+    Args:
+        model: the bare detector.
+        dataset: opened by `open_val_set`.
+        loader: this process's batches of it.
+        config: its `eval` section.
+        accelerator: of the launch.
+        options: handed to `evaluate_coco`.
+
+    Returns:
+        The figures and the detections in COCO's result format; (None, []) in all but the main process.
+    """
+    most = config.eval.max_detections
+    limits = {"score_threshold": config.eval.score_threshold, "max_detections": most}
+    detections = predict(model, loader, accelerator, progress=True, **limits)
+    if not accelerator.is_main_process:
+        return None, []
+    require_all(detections, dataset.image_ids)
+    results = coco_results(detections, dataset.category_ids)
+    counted = (*(limit for limit in (1, 10) if limit < most), most)
+    return evaluate_coco(dataset.ground_truth(), results, max_detections=counted, **options), results
+
+
+# settings in which a resumed run may differ: they change no number of the training
+_FREE_TO_CHANGE = (
+    "output_dir",
+    "data.workers",
+    "train.resume",
+    "train.overwrite",
+    "train.allow_changes",
+    "train.log_every",
+    "train.save_every",
+    "train.trackers",
+    "train.on_nonfinite",
+    "eval.",
+)
+
+
+def require_same_run(config: Config, plan: BatchPlan, facts: dict, state: Path) -> list[str]:
+    """Differences between a saved run and this one that would change its numbers.
+
+    Returns:
+        The differences, when `train.allow_changes` permits them.
+
+    Raises:
+        ConfigError: there are some, and it does not.
+    """
+    saved = configuration.from_dict(facts["config"], str(state))
+    changes = [c for c in configuration.differences(saved, config) if not c.startswith(_FREE_TO_CHANGE)]
+    for name, value in dataclasses.asdict(plan).items():
+        if facts["launch"][name] != value:
+            changes.append(f"launch {name}: {facts['launch'][name]} -> {value}")
+    if changes and not config.train.allow_changes:
+        raise ConfigError(
+            f"{state}: the run to resume had other settings ({'; '.join(changes)}); "
+            "restore them, or go on with train.allow_changes=true"
+        )
+    return changes
+
+
+def require_free_folder(config: Config) -> None:
+    """Refuse to write over an existing run, unless told; then remove what a later resume could mistake for the new one.
+
+    Raises:
+        ConfigError: the output folder holds a run, and neither resuming nor overwriting was asked for.
+    """
+    train, folder = config.train, Path(config.output_dir)
+    exists = (folder / "metrics.jsonl").exists() or (folder / "state").exists()
+    if exists and not (train.resume or train.overwrite):
+        raise ConfigError(
+            f"{folder} holds a run already: add --resume to go on with it, --overwrite to start anew, "
+            "or choose another output_dir"
+        )
+    if train.overwrite and not train.resume and int(os.environ.get("RANK", "0")) == 0:
+        shutil.rmtree(folder / "state", ignore_errors=True)
+        for name in ("best.safetensors", "last.safetensors"):
+            (folder / name).unlink(missing_ok=True)
+
+
+def describe_machine(accelerator: Accelerator) -> str:
+    """Device, processes, precision and versions, in one line."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
+    return (
+        f"torch {torch.__version__} on {device.type} ({name}), {accelerator.num_processes} process(es), "
+        f"precision {accelerator.mixed_precision}"
+    )

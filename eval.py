@@ -1,0 +1,58 @@
+"""Evaluate trained weights: `accelerate launch eval.py RUN_OR_CHECKPOINT [a.b=value ...] [--out FOLDER]`.
+
+Prints COCO's figures and a table of classes; writes `results.json` (COCO's result format, the dataset's own category
+ids), `evaluation.json` (all figures) and `per_class.csv`. Nothing but the weights file is needed: classes and config
+travel inside it. The figures equal those of the training's validation of the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from brs_detr import run
+from brs_detr.config import ConfigError
+from brs_detr.data.faults import DataError
+from brs_detr.data.loader import build_eval_loader
+from brs_detr.engine.checkpoint import CheckpointError, write_text
+
+EXIT_REFUSED = 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", type=Path, help="run folder (its best weights) or .safetensors file")
+    parser.add_argument("overrides", nargs="*", help="settings to change, e.g. data.root=/data/coco")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: evaluation/ beside the weights)")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        evaluate(options.weights, options.overrides, options.out)
+    except (ConfigError, DataError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    return 0
+
+
+def evaluate(weights_path: Path, overrides: list[str], out: Path | None = None) -> None:
+    """Evaluate a run folder's best weights, or a weights file, on the val split of its config."""
+    model, weights, config, file = run.restore(weights_path, overrides)
+    accelerator = run.start_accelerator(config)
+    dataset = run.open_val_set(config)
+    run.require_same_categories(weights.classes, weights.category_ids, dataset, str(file))
+    process = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    loader = build_eval_loader(dataset, config.eval.batch_size, config.data.workers, **process)
+    summary, results = run.score(model.to(accelerator.device), dataset, loader, config, accelerator)
+    if summary is None:
+        return
+    out = out or file.parent / "evaluation"
+    write_text(out / "results.json", json.dumps(results))
+    summary.save(out)
+    epoch = weights.extra.get("epoch", "?")
+    print(f"{file} (epoch {epoch}) on {dataset.json_path}\n\n{summary.table()}\n\nsaved in {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""Train a detector: `accelerate launch train.py CONFIG [a.b=value ...] [--resume | --overwrite] [--dry-run]`.
+
+Exit codes: 0 trained to the end; 2 a setting, dataset or checkpoint cannot be used; 3 a loss was not finite; 75 told to
+stop by SIGTERM, saved, ready for `--resume`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from timm.utils import ModelEmaV3
+
+from brs_detr import config as configuration
+from brs_detr import run
+from brs_detr.data.faults import DataError
+from brs_detr.data.loader import build_eval_loader, build_train_loader
+from brs_detr.engine.batches import EpochBatches
+from brs_detr.engine.checkpoint import CheckpointError, Weights, save_weights, write_text
+from brs_detr.engine.dry_run import largest_step
+from brs_detr.engine.guard import NonFiniteError
+from brs_detr.engine.logging import RunLog
+from brs_detr.engine.optim import build_adamw, parameter_groups
+from brs_detr.engine.state import latest_state, read_facts, step_of
+from brs_detr.engine.trainer import Trainer
+
+EXIT_REFUSED, EXIT_NOT_FINITE, EXIT_PREEMPTED = 2, 3, 75
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="recipe, e.g. configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", help="settings to change, e.g. optim.lr=1e-4")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in output_dir, if there is one")
+    parser.add_argument("--overwrite", action="store_true", help="start anew although output_dir holds a run")
+    parser.add_argument("--dry-run", action="store_true", help="one step at the largest shape, then report memory")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        config = configuration.load_config(options.config, options.overrides)
+        flags = {name: True for name in ("resume", "overwrite") if getattr(options, name)}
+        return train(replace(config, train=replace(config.train, **flags)), dry_run=options.dry_run)
+    except (configuration.ConfigError, DataError, CheckpointError, NonFiniteError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_NOT_FINITE if isinstance(error, NonFiniteError) else EXIT_REFUSED
+
+
+def train(config: configuration.Config, *, dry_run: bool = False) -> int:
+    """Train as the config says; returns the exit code."""
+    if dry_run:
+        config = replace(config, output_dir=f"{config.output_dir}/dry-run", train=replace(config.train, overwrite=True))
+    run.require_free_folder(config)
+    accelerator = run.start_accelerator(config)
+    plan = run.plan_of(config, accelerator)
+    settings = run.loop_settings(config, plan)
+    state, log = open_log(config, plan, accelerator)
+    config = run.with_subset(config, accelerator)
+
+    # data
+    process = {"rank": accelerator.process_index, "world_size": plan.processes, "workers": config.data.workers}
+    train_set, val_set = run.open_train_set(config), run.open_val_set(config)
+    log.say(f"{train_set.summary()}\n{val_set.summary()}")
+    run.require_same_categories(train_set.classes, train_set.category_ids, val_set, train_set.json_path)
+    batches = EpochBatches(build_train_loader(train_set, plan.per_device, seed=config.seed, **process))
+    val_loader = build_eval_loader(val_set, config.eval.batch_size, **process)
+
+    # model and optimiser; weights that a saved state holds are not fetched first
+    model = run.build_detector(config, train_set.num_classes, initial_weights=state is None)
+    transfer = run.load_initial_weights(model, config, train_set.classes) if state is None else None
+    for line in run.describe_model(config, model, transfer):
+        log.say(line)
+    model.to(accelerator.device)
+    optim, decay = config.optim, config.train.ema_decay
+    ema = None if decay is None else ModelEmaV3(model, decay=decay, use_warmup=True)
+    groups = parameter_groups(
+        model,
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        lr_factors=run.lr_factors(config),
+        backbone_layer_decay=optim.backbone_layer_decay,
+    )
+    optimizer = build_adamw(groups, betas=optim.betas, fused=optim.fused)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if dry_run:
+        log.say(largest_step(model, accelerator, **run.largest_shape(config, plan, train_set)))
+        return 0
+
+    def validate(module):
+        summary, _ = run.score(module, val_set, val_loader, config, accelerator, extended=False)
+        return {} if summary is None else summary.stats
+
+    def save(name, tensors, facts):
+        labels = (train_set.classes, train_set.category_ids)
+        save_weights(Path(config.output_dir, name), Weights(tensors, *labels, configuration.to_dict(config), facts))
+
+    trainer = Trainer(
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        schedule=run.build_schedule(config, plan, len(batches)),
+        batches=batches,
+        folder=Path(config.output_dir),
+        log=log,
+        settings=settings,
+        validate=validate,
+        save=save,
+        ema=ema,
+    )
+    if state is not None:
+        accelerator.load_state(str(state))
+    finished = trainer.fit()
+    accelerator.end_training()
+    return 0 if finished else EXIT_PREEMPTED
+
+
+def open_log(config: configuration.Config, plan, accelerator) -> tuple[Path | None, RunLog]:
+    """The saved state to resume from (None for a fresh start) and the run's log."""
+    folder = Path(config.output_dir)
+    state, notes = latest_state(folder / "state") if config.train.resume else (None, [])
+    if state is not None:
+        changes = run.require_same_run(config, plan, read_facts(state), state)
+        notes += [f"resumed from {state}", *(f"changed since: {change}" for change in changes)]
+    accelerator.wait_for_everyone()
+    log = RunLog(folder, accelerator, None if state is None else step_of(state))
+    for note in [run.describe_machine(accelerator), str(plan), *notes]:
+        log.say(note)
+    if accelerator.is_main_process:
+        write_text(folder / "config.yaml", configuration.dump(config))
+    return state, log
+
+
+if __name__ == "__main__":
+    sys.exit(main())
