@@ -1,64 +1,70 @@
-"""Sums over the points in a quadrant of the plane, many quadrants at once, in O(n^(4/3)) time and memory.
+"""Sums over the points in a quadrant of the plane, many quadrants at once, in O(n log n) time and O(n) memory.
 
-n items hold one row and one column each (two permutations). The n x n plane is cut into blocks of b x b: a table of
-block sums gives all whole blocks of a quadrant in one look-up, and two strips of b items complete it.
+n items hold one row and one column each. The items, in column order, are sorted by row digit by digit as a radix sort
+does (a wavelet tree): before each pass, prefix sums over the columns say how much of each digit lies left of any
+column. A query follows the digits of its row down the tree and collects, at each level, what has a smaller digit and
+lies left of it.
 """
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-CHUNK = 1 << 20
 
-
-def quadrant_sums(column: Tensor, values: Tensor, rows_before: Tensor, columns_from: Tensor, block: int) -> Tensor:
-    """Sums of the values of the items with row < rows_before and column >= columns_from.
+def quadrant_sums(row: Tensor, values: Tensor, rows_before: Tensor, columns_before: Tensor) -> Tensor:
+    """Sums of the values of the items with row < rows_before and column < columns_before.
 
     Args:
-        column: (n,) int64, a permutation: the column of the item in each row.
-        values: (V, n) by row.
+        row: (n,) int64, a permutation: the row of the item in each column.
+        values: (V, n) float64 by column.
         rows_before: (Q,) int64 in 0..n.
-        columns_from: (Q,) int64 in 0..n.
-        block: b, about the cube root of n.
+        columns_before: (Q,) int64 in 0..n.
 
     Returns:
-        (V, Q).
+        (1 + V, Q): the number of items, then the sums.
     """
-    count = column.shape[0]
-    blocks = -(-count // block) + 1
-    padding = blocks * block - count
-    column = torch.cat([column, torch.arange(count, count + padding, device=column.device)])
-    values = torch.nn.functional.pad(values, (0, padding))
-    row = torch.empty_like(column)
-    row[column] = torch.arange(blocks * block, device=column.device)
-
-    table = _block_table(column, values, block, blocks)
-    whole_rows = rows_before // block
-    whole_columns = (columns_from + block - 1) // block
-    sums = table.flatten(1).index_select(1, whole_rows * (blocks + 1) + whole_columns)
-    lanes = torch.arange(block, device=column.device)
-    by_row = column.view(blocks, block), values.view(-1, blocks, block)
-    by_column = row.view(blocks, block), values.index_select(1, row).view(-1, blocks, block)
-    chunk = max(1, CHUNK // (block * len(values)))
-    for start in range(0, len(rows_before), chunk):
-        part = slice(start, start + chunk)
-        rows, columns = whole_rows[part], columns_from[part]
-        inside = by_row[0].index_select(0, rows) >= columns[:, None]
-        inside &= lanes < (rows_before[part] - rows * block)[:, None]
-        sums[:, part] += (by_row[1].index_select(1, rows) * inside).sum(-1)
-
-        strip = (whole_columns[part] - 1).clamp(min=0)
-        inside = by_column[0].index_select(0, strip) < (rows * block)[:, None]
-        inside &= lanes >= (columns - strip * block)[:, None]
-        # Without a partial block the look-up already holds the strip.
-        inside &= (whole_columns[part] * block > columns)[:, None]
-        sums[:, part] += (by_column[1].index_select(1, strip) * inside).sum(-1)
+    count = len(row)
+    bits = count.bit_length()
+    size = 1 << bits
+    position = torch.arange(size, device=row.device)
+    row = torch.cat([row, position[count:]])
+    values = pad(torch.cat([torch.ones_like(values[:1]), values]), (0, size - count))
+    values[0, count:] = 1
+    sums = values.new_zeros(len(values), len(rows_before))
+    inside = columns_before
+    while bits:
+        # Two bits at a time: half the passes for 5 / 3 of the table.
+        step = 2 - bits % 2
+        node = 1 << bits
+        bits -= step
+        table = _digit_table(row >> bits, values, 1 << step, node)
+        plane = size // node * (node + 1)
+        at = _table_index(rows_before >> bits, inside, 1 << step, node, plane)
+        sums += table.index_select(1, at)
+        inside = _count(table, at, plane)
+        own = _table_index(row >> bits, position % node, 1 << step, node, plane)
+        target = ((row >> bits) << bits) + _count(table, own, plane)
+        row = torch.empty_like(row).index_copy_(0, target, row)
+        values = torch.empty_like(values).index_copy_(1, target, values)
     return sums
 
 
-def _block_table(column: Tensor, values: Tensor, block: int, blocks: int) -> Tensor:
-    """Sums over whole blocks, (V, blocks + 1, blocks + 1): rows of earlier blocks, columns of this and later ones."""
-    cell = torch.arange(blocks, device=column.device).repeat_interleave(block) * blocks + column // block
-    sums = values.new_zeros(len(values), blocks * blocks).index_add_(1, cell, values).view(-1, blocks, blocks)
-    table = values.new_zeros(len(values), blocks + 1, blocks + 1)
-    table[:, 1:, :-1] = sums
-    return table.cumsum(1).flip(2).cumsum(2).flip(2)
+def _digit_table(prefix: Tensor, values: Tensor, radix: int, node: int) -> Tensor:
+    """Sums by column within each node of the items whose last digit is below 0, 1, ... radix: (V, (radix + 1) *
+    plane).
+    """
+    digit = prefix % radix
+    below = digit < torch.arange(radix + 1, device=digit.device)[:, None]
+    table = values.new_zeros(len(values), radix + 1, len(digit) // node, node + 1)
+    torch.cumsum((values[:, None] * below).unflatten(2, (-1, node)), 3, out=table[..., 1:])
+    return table.flatten(1)
+
+
+def _table_index(prefix: Tensor, inside: Tensor, radix: int, node: int, plane: int) -> Tensor:
+    """Where the table holds, for the node above `prefix`, the sums of smaller digits over its first `inside` items."""
+    return prefix % radix * plane + prefix // radix * (node + 1) + inside
+
+
+def _count(table: Tensor, at: Tensor, plane: int) -> Tensor:
+    """How many items have exactly the digit, not a smaller one."""
+    return (table[0].index_select(0, at + plane) - table[0].index_select(0, at)).long()
