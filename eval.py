@@ -1,8 +1,9 @@
 """Evaluate trained weights: `accelerate launch eval.py RUN_OR_CHECKPOINT [a.b=value ...] [--out FOLDER]`.
 
 Prints COCO's figures and a table of classes; writes `results.json` (COCO's result format, the dataset's own category
-ids), `evaluation.json` (all figures) and `per_class.csv`. Nothing but the weights file is needed: classes and config
-travel inside it. The figures equal those of the training's validation of the same weights.
+ids), `evaluation.json` (all figures), `per_class.csv`, pictures with found and true boxes, and curves. Nothing but the
+weights file is needed: classes and config travel inside it. The figures equal those that the training's validation
+printed for the same weights.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from brs_detr.config import ConfigError
 from brs_detr.data.faults import DataError
 from brs_detr.data.loader import build_eval_loader
 from brs_detr.engine.checkpoint import CheckpointError, write_text
+from brs_detr.report import write_curves, write_pictures
 
 EXIT_REFUSED = 2
 
@@ -27,16 +29,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("weights", type=Path, help="run folder (its best weights) or .safetensors file")
     parser.add_argument("overrides", nargs="*", help="settings to change, e.g. data.root=/data/coco")
     parser.add_argument("--out", type=Path, help="folder to write to (default: evaluation/ beside the weights)")
+    parser.add_argument("--pictures", type=int, default=12, help="example pictures to draw (default 12; 0: none)")
     options = parser.parse_intermixed_args(arguments)
     try:
-        evaluate(options.weights, options.overrides, options.out)
+        evaluate(options.weights, options.overrides, options.out, options.pictures)
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_REFUSED
     return 0
 
 
-def evaluate(weights_path: Path, overrides: list[str], out: Path | None = None) -> None:
+def evaluate(weights_path: Path, overrides: list[str], out: Path | None = None, pictures: int = 0) -> None:
     """Evaluate a run folder's best weights, or a weights file, on the val split of its config."""
     model, weights, config, file = run.restore(weights_path, overrides)
     accelerator = run.start_accelerator(config)
@@ -50,6 +53,8 @@ def evaluate(weights_path: Path, overrides: list[str], out: Path | None = None) 
     out = out or file.parent / "evaluation"
     write_text(out / "results.json", json.dumps(results))
     summary.save(out)
+    write_pictures(out, dataset, results, pictures)
+    write_curves(out, summary, file.parent / "metrics.jsonl")
     epoch = weights.extra.get("epoch", "?")
     print(f"{file} (epoch {epoch}) on {dataset.json_path}\n\n{summary.table()}\n\nsaved in {out}")
 

@@ -52,10 +52,10 @@ def start_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def open_train_set(config: Config) -> CocoDetection:
-    """The training pictures with their augmentation."""
-    data, augment = config.data, config.data.augment
-    transforms = TrainTransforms(
+def train_transforms(config: Config) -> TrainTransforms:
+    """The augmentation of a recipe."""
+    augment = config.data.augment
+    return TrainTransforms(
         short_sides=augment.short_sides,
         long_side=augment.long_side,
         crop_short_sides=augment.crop_short_sides,
@@ -63,12 +63,22 @@ def open_train_set(config: Config) -> CocoDetection:
         crop_size=(augment.crop_min, augment.crop_max),
         crop=0.5 if augment.crop_policy else 0.0,
         flip=augment.flip,
-        antialias=data.antialias,
+        antialias=config.data.antialias,
     )
+
+
+def val_transforms(config: Config) -> EvalTransforms:
+    """The resizing of a recipe's test pictures."""
+    return EvalTransforms(config.data.test_short_side, config.data.test_long_side, antialias=config.data.antialias)
+
+
+def open_train_set(config: Config) -> CocoDetection:
+    """The training pictures with their augmentation."""
+    data = config.data
     return CocoDetection(
         Path(data.root, data.train_json),
         Path(data.root, data.train_images),
-        transforms=transforms,
+        transforms=train_transforms(config),
         train=True,
         keep_empty=data.keep_empty,
         min_side=data.min_side,
@@ -78,11 +88,8 @@ def open_train_set(config: Config) -> CocoDetection:
 
 def open_val_set(config: Config) -> CocoDetection:
     """The validation pictures at their test size."""
-    data = config.data
-    transforms = EvalTransforms(data.test_short_side, data.test_long_side, antialias=data.antialias)
-    return CocoDetection(
-        Path(data.root, data.val_json), Path(data.root, data.val_images), transforms=transforms, train=False
-    )
+    json_path, images = Path(config.data.root, config.data.val_json), Path(config.data.root, config.data.val_images)
+    return CocoDetection(json_path, images, transforms=val_transforms(config), train=False)
 
 
 def require_same_categories(
@@ -310,7 +317,8 @@ def require_free_folder(config: Config) -> None:
         ConfigError: the output folder holds a run, and neither resuming nor overwriting was asked for.
     """
     train, folder = config.train, Path(config.output_dir)
-    exists = (folder / "metrics.jsonl").exists() or (folder / "state").exists()
+    metrics = folder / "metrics.jsonl"
+    exists = (metrics.exists() and metrics.stat().st_size > 0) or any((folder / "state").glob("step-*"))
     if exists and not (train.resume or train.overwrite):
         raise ConfigError(
             f"{folder} holds a run already: add --resume to go on with it, --overwrite to start anew, "

@@ -1,0 +1,7 @@
+"""`python -m brs_detr COMMAND`; see `brs_detr.cli`."""
+
+import sys
+
+from brs_detr.cli import main
+
+sys.exit(main())

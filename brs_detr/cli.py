@@ -1,0 +1,51 @@
+"""`python -m brs_detr COMMAND`: one table of commands, each a module with `add_arguments(parser)` and `run(arguments)`.
+
+Training and evaluation are scripts of their own (`train.py`, `eval.py`), since `accelerate launch` starts scripts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from brs_detr.settings import ConfigError
+
+COMMANDS = {
+    "info": ("brs_detr.commands.info", "what a recipe builds and where it would run"),
+    "predict": ("brs_detr.commands.predict", "find objects in a folder of pictures"),
+    "make-dataset": ("brs_detr.data.synthetic", "draw a small dataset of shapes in COCO's format"),
+    "check-data": ("brs_detr.commands.check_data", "find every fault of a dataset before training does"),
+}
+EXIT_REFUSED = 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(
+        prog="python -m brs_detr", description="BRS-DETR: commands around train.py and eval.py"
+    )
+    chosen = next((word for word in arguments if word in COMMANDS), None)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if name == chosen:  # only what is asked for is imported, so that help is quick
+            importlib.import_module(module).add_arguments(command)
+    options = parser.parse_args(arguments)
+    try:
+        return importlib.import_module(COMMANDS[options.command][0]).run(options) or 0
+    except (ConfigError, OSError, ValueError) as error:
+        if not _is_for_the_user(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Is this one of our own errors, whose sentence says what to mend, rather than a fault of the program?"""
+    return type(error).__module__.startswith("brs_detr.") or isinstance(error, FileNotFoundError)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

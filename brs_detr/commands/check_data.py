@@ -1,0 +1,33 @@
+"""`check-data`: the dataset check, which may also be told a recipe instead of a json."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from brs_detr.config import Config, load_config
+from brs_detr.data import check
+from brs_detr.data.check import Source
+from brs_detr.run import train_transforms, val_transforms
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `check-data`."""
+    check.add_arguments(parser)
+    parser.add_argument("overrides", nargs="*", help="settings of the recipe to change, e.g. data.root=/data/coco")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check a json, or the training and validation sets of a recipe; returns the exit code."""
+    return check.run(options, partial(sources_of, overrides=options.overrides))
+
+
+def sources_of(recipe: str, overrides: list[str]) -> list[Source]:
+    """The datasets of a recipe, each with the transforms that training and validation use."""
+    config: Config = load_config(recipe, overrides)
+    root, data = Path(config.data.root), config.data
+    return [
+        Source(str(root / data.train_json), str(root / data.train_images), train_transforms(config)),
+        Source(str(root / data.val_json), str(root / data.val_images), val_transforms(config)),
+    ]

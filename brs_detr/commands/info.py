@@ -1,0 +1,102 @@
+"""`info`: what a recipe builds, how large it is, and what would run where. Reads no weights and needs no network."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from brs_detr.config import Config, load_config
+from brs_detr.engine.optim import count_parameters
+from brs_detr.evaluation.coco import fast_backend_installed
+from brs_detr.evaluation.summary import text_table
+from brs_detr.run import build_detector
+
+COCO_CLASSES = 80
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `info`."""
+    parser.add_argument("config", help="recipe, e.g. configs/brs_detr_r50_12e_coco.yaml")
+    parser.add_argument("overrides", nargs="*", help="settings to change, e.g. model.queries=900")
+    parser.add_argument("--classes", type=int, help="number of classes (default: of the training json, else 80)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the report of a recipe; returns the exit code."""
+    config = load_config(options.config, options.overrides)
+    classes, source = count_classes(config, options.classes)
+    model = build_detector(config, classes, initial_weights=False)
+    print("\n\n".join([heading(config, classes, source), parts(model), inputs(config, model), machine(config)]))
+    return 0
+
+
+def count_classes(config: Config, asked: int | None) -> tuple[int, str]:
+    """The number of classes and where it comes from."""
+    path = Path(config.data.root, config.data.train_json)
+    if asked is not None:
+        return asked, "as asked"
+    if path.is_file():
+        return len(json.loads(path.read_text(encoding="utf-8"))["categories"]), f"from {path}"
+    return COCO_CLASSES, f"as COCO has; {path} is not there"
+
+
+def heading(config: Config, classes: int, source: str) -> str:
+    """Name, loss, backbone, classes and schedule."""
+    train, backbone = config.train, config.model.backbone
+    weights = backbone.checkpoint or ("downloaded once" if backbone.pretrained else "random")
+    return (
+        f"{config.model.name} with loss {config.model.loss}, {classes} classes ({source})\n"
+        f"backbone {backbone.name}, weights: {weights}, norm {backbone.norm}, {backbone.frozen_stages} frozen stages\n"
+        f"{train.epochs} epochs of batch {train.total_batch_size}, AdamW lr {config.optim.lr:g}, "
+        f"weight decay {config.optim.weight_decay:g}, {train.schedule} schedule {list(train.lr_steps)}"
+    )
+
+
+def parts(model: nn.Module) -> str:
+    """Table of parameters by part; the last line is the whole."""
+    rows = [(name, *count_parameters(part)) for name, part in model.named_children()]
+    own = sum(p.numel() for p in model.parameters(recurse=False))
+    rows += [("itself", own, own)] if own else []
+    rows.append(("all", *count_parameters(model)))
+    shown = [[name, f"{total:,}", f"{trainable:,}"] for name, total, trainable in rows if total]
+    return text_table(["class", "parameters", "trained"], shown).replace("class     ", "part      ", 1)
+
+
+def inputs(config: Config, model: nn.Module) -> str:
+    """Sizes of pictures and of the maps that the detector sees."""
+    data, augment = config.data, config.data.augment
+    strides = [2 ** (i - 1) * model.backbone.strides[-1] for i in range(2, 2 + config.model.levels)]
+    strides = [*model.backbone.strides, *strides][: config.model.levels]
+    short, long = data.test_short_side, data.test_long_side
+    maps = " ".join(f"{-(-short // s)}x{-(-long // s)}" for s in strides)
+    tokens = sum(-(-short // s) * -(-long // s) for s in strides)
+    return (
+        f"training pictures: short side {min(augment.short_sides)}-{max(augment.short_sides)}, "
+        f"long side up to {augment.long_side}\n"
+        f"test pictures: short side {short}, long side up to {long}\n"
+        f"maps of the largest test picture (strides {', '.join(map(str, strides))}): {maps}, {tokens:,} tokens"
+    )
+
+
+def machine(config: Config) -> str:
+    """Versions, device, and which implementation of each costly operation would run."""
+    packages = ("torch", "torchvision", "timm", "accelerate", "pycocotools")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    if torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        device = ", ".join(f"cuda:{i} {gpu.name} {gpu.total_memory / 2**30:.0f} GB" for i, gpu in enumerate(gpus))
+    else:
+        device = f"CPU only ({os.cpu_count()} cores)"
+    evaluation = "faster-coco-eval" if fast_backend_installed() else "pycocotools"
+    return (
+        f"Python {platform.python_version()}, {versions}\n"
+        f"device: {device}; precision {config.train.precision}\n"
+        f"Hungarian matching: SciPy on the CPU; evaluation: {evaluation}"
+    )

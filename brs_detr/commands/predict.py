@@ -1,0 +1,84 @@
+"""`predict`: objects in a folder of pictures, as a json and as pictures with boxes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from brs_detr.data.pictures import PictureError, read_picture
+from brs_detr.engine.checkpoint import write_text
+from brs_detr.evaluation.pictures import draw_detections
+from brs_detr.ops.images import ImageBatch
+from brs_detr.run import restore, val_transforms
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `predict`."""
+    parser.add_argument("weights", type=Path, help="run folder (its best weights) or .safetensors file")
+    parser.add_argument("pictures", type=Path, help="picture, or folder of pictures")
+    parser.add_argument("overrides", nargs="*", help="settings to change, e.g. data.test_short_side=640")
+    parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder to write to")
+    parser.add_argument("--threshold", type=float, default=0.3, help="lowest score that is reported (default 0.3)")
+    parser.add_argument("--device", help="default: a GPU if there is one")
+
+
+@torch.inference_mode()
+def run(options: argparse.Namespace) -> int:
+    """Predict every picture; returns the exit code: 1 where no picture could be read."""
+    model, weights, config, _ = restore(options.weights, options.overrides)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(device)
+    transforms = val_transforms(config)
+    found, drawn = [], options.out / "pictures"
+    drawn.mkdir(parents=True, exist_ok=True)
+    for path in picture_files(options.pictures):
+        try:
+            image = read_picture(str(path))
+        except PictureError as error:
+            print(f"passed over: {error}")
+            continue
+        empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+        resized, _ = transforms(image, empty)
+        output = model(ImageBatch.from_list([resized], [tuple(image.shape[-2:])]).to(device), None)[0]
+        keep = (output["scores"] >= options.threshold).cpu()
+        kept = {key: value.cpu()[keep] for key, value in output.items()}
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        draw_detections(picture, kept, None, weights.classes, threshold=options.threshold).save(
+            drawn / f"{path.stem}.png"
+        )
+        found.append({"file_name": path.name, "objects": describe(kept, weights.classes, weights.category_ids)})
+        print(f"{path}: {len(kept['scores'])} objects")
+    write_text(options.out / "predictions.json", json.dumps(found, indent=1))
+    print(f"saved in {options.out}")
+    return 0 if found else 1
+
+
+def picture_files(path: Path) -> list[Path]:
+    """The picture itself, or every file of a folder that Pillow may read, by name.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such picture or folder")
+    known = Image.registered_extensions()
+    return sorted(file for file in path.rglob("*") if file.suffix.lower() in known)
+
+
+def describe(output: dict[str, torch.Tensor], classes: list[str], category_ids: list[int]) -> list[dict]:
+    """Detections with class names and the dataset's category ids; boxes (x, y, w, h) in pixels of the picture."""
+    objects = []
+    for (x1, y1, x2, y2), score, label in zip(
+        *(output[key].tolist() for key in ("boxes", "scores", "labels")), strict=True
+    ):
+        box = [round(value, 2) for value in (x1, y1, x2 - x1, y2 - y1)]
+        objects.append(
+            {"name": classes[label], "category_id": category_ids[label], "score": round(score, 4), "bbox": box}
+        )
+    return objects
