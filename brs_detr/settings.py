@@ -104,8 +104,8 @@ def _suggestion(name: str, prefix: str, hints: Mapping[str, Any], root: Any) -> 
     siblings = [f"{prefix}.{key}" if prefix else key for key in hints]
     everywhere = [leaf for leaf, _ in leaves(root)]
     last = name.rsplit(".", 1)[-1]
-    near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
-    near = near or [leaf for leaf in everywhere if leaf.rsplit(".", 1)[-1] == last][:1]
+    near = [leaf for leaf in everywhere if leaf.rsplit(".", 1)[-1] == last][:1]  # right word, wrong section
+    near = near or difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
     near = near or difflib.get_close_matches(name, everywhere, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else f"; settings here are {', '.join(siblings)}"
 

@@ -1,0 +1,159 @@
+"""Recipes: what is written is what runs, and what cannot run is refused with a sentence that helps."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from brs_detr.config import Config, ConfigError, apply_overrides, differences, dump, from_dict, load_config, to_dict
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+RECIPES = sorted(CONFIGS.glob("*.yaml"))
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_starts_with_its_launch_command(path):
+    load_config(path)
+    first = path.read_text().splitlines()[0]
+    assert first.startswith(f"# accelerate launch train.py configs/{path.name}")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_dumped_config_reads_back_equal(path, tmp_path):
+    config = load_config(path)
+    assert load_config(write(tmp_path / "dumped.yaml", dump(config))) == config
+    assert from_dict(to_dict(config), "x") == config
+
+
+def test_the_paper_recipe_has_the_published_numbers():
+    config = load_config(CONFIGS / "brs_detr_r50_12e_coco.yaml")
+    model, optim, train = config.model, config.optim, config.train
+    assert (model.queries, model.encoder_layers, model.decoder_layers, model.dim, model.heads) == (300, 6, 6, 256, 8)
+    assert (optim.lr, optim.weight_decay, optim.clip_norm, optim.backbone_lr_factor) == (2e-4, 1e-4, 0.1, 0.1)
+    assert (train.epochs, train.lr_steps, train.lr_gamma, train.total_batch_size) == (12, (10, 11), 0.2, 16)
+    assert (model.matcher.cls, model.matcher.l1, model.matcher.giou) == (4, 5, 2)
+    assert model.rpn.sample is None and model.roi.sample is None and not model.atss.centerness
+
+
+def test_the_twins_differ_only_in_what_the_paper_changed():
+    """The backbone twins share everything but loss, costs, sampling, centerness, schedule and names."""
+    changed = (
+        "model.name",
+        "model.loss",
+        "model.matcher",
+        "model.rpn.",
+        "model.roi.",
+        "model.atss.",
+        "train.lr_",
+        "output",
+    )
+    for size in ("r50", "swin_t", "swin_l"):
+        pair = [load_config(CONFIGS / f"{name}_{size}_12e_coco.yaml") for name in ("brs_detr", "co_detr")]
+        for difference in differences(*pair):
+            assert difference.startswith(changed), difference
+
+
+def test_a_recipe_overrides_its_base_and_the_command_line_both(tmp_path):
+    write(tmp_path / "base.yaml", "optim: {lr: 0.5, weight_decay: 0.25}\nmodel: {queries: 7}\n")
+    recipe = write(tmp_path / "recipe.yaml", "base: base.yaml\noptim: {lr: 0.125}\n")
+    config = load_config(recipe, ["model.queries=9"])
+    assert (config.optim.lr, config.optim.weight_decay, config.model.queries) == (0.125, 0.25, 9)
+
+
+def test_a_base_has_no_base(tmp_path):
+    write(tmp_path / "a.yaml", "seed: 1")
+    write(tmp_path / "b.yaml", "base: a.yaml")
+    with pytest.raises(ConfigError, match=r"b\.yaml: a base may not have a base"):
+        load_config(write(tmp_path / "c.yaml", "base: b.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "model.backbone.nmae=x",
+            "command line: model.backbone.nmae is not a setting; did you mean model.backbone.name?",
+        ),
+        ("lr=1", "lr is not a setting; did you mean optim.lr"),
+        ("model.epochs=1", "did you mean train.epochs"),
+        ("optim.lr=fast", "optim.lr must be a number, not 'fast'"),
+        ("optim.lr=nan", "optim.lr must be a number"),
+        ("optim.betas=[0.9]", "optim.betas must be a list of 2 numbers"),
+        ("train.epochs=1.5", "train.epochs must be a whole number"),
+        ("train.epochs=true", "train.epochs must be a whole number"),
+        ("train.epochs=0", "train.epochs=0 must be at least 1"),
+        ("train.epochs=", "train.epochs must be a whole number"),
+        ("optim.lr=-1", "optim.lr=-1.0 must be at least 0"),
+        ("model.loss=bsr", "did you mean brs"),
+        ("model.backbone=resnet50", "model.backbone is a section"),
+        ("model.backbone.pretrained=1", "must be true or false"),
+        ("data.augment.flip=2", "must lie between 0 and 1"),
+        ("data.augment.short_sides=[]", "needs at least one entry"),
+        ("model.heads=7", "model.dim=256 must be a multiple of model.heads=7"),
+        ("model.atss.centerness=true", "needs model.loss=focal"),
+        ("train.lr_steps=[12]", "must lie before the end"),
+        ("train.lr_steps=[3, 2]", "must increase"),
+        ("train.per_device_batch_size=32", "above train.total_batch_size=16"),
+        ("train.ema_decay=1.0", "must be below 1"),
+        ("epochs", "not of the form"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_with_its_mend(override, message):
+    with pytest.raises(ConfigError) as error:
+        apply_overrides(Config(), [override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {backbone: {nmae: x}}", "bad.yaml: model.backbone.nmae is not a setting"),
+        ("model: [1]", "bad.yaml: model is a section"),
+        ("seed: 1\nseed: 2", "seed is written twice"),
+        ("a: {b", "bad.yaml: not valid YAML"),
+        ("- 1", "bad.yaml: a recipe is a list of"),
+    ],
+)
+def test_a_bad_recipe_is_refused_with_its_name(tmp_path, text, message):
+    with pytest.raises(ConfigError) as error:
+        load_config(write(tmp_path / "bad.yaml", text))
+    assert message in str(error.value)
+
+
+def test_a_missing_recipe_is_named():
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: the recipe cannot be read"):
+        load_config("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "name", "value"),
+    [
+        ("optim.lr=1e-4", "lr", 1e-4),
+        ("optim.lr=1", "lr", 1.0),
+        ("optim.clip_norm=null", "clip_norm", None),
+        ("optim.betas=[0.5, 0.75]", "betas", (0.5, 0.75)),
+    ],
+)
+def test_values_become_the_type_of_the_setting(override, name, value):
+    assert getattr(apply_overrides(Config(), [override]).optim, name) == value
+
+
+def test_no_is_a_word():
+    """YAML 1.1 reads `no` as false; here it is the precision of that name."""
+    assert apply_overrides(Config(), ["train.precision=no"]).train.precision == "no"
+    assert apply_overrides(Config(), ["data.root=007"]).data.root in ("007", "7")
+
+
+def test_a_config_cannot_be_changed_by_accident():
+    with pytest.raises(AttributeError):
+        Config().seed = 1
+
+
+def test_the_number_of_classes_is_no_setting():
+    assert "num_classes" not in yaml.safe_dump(to_dict(Config()))
