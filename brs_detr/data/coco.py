@@ -88,10 +88,11 @@ class CocoDetection(Dataset):
         image_dir: folder that the json's file names are relative to.
         transforms: `(image, target, generator) -> (image, target)`, see `transforms.py`; None changes nothing.
         train: clip boxes, leave out what cannot be learnt from, and replace unreadable pictures by others. Otherwise
-            the json's boxes stay as they are, every header is read at once, and unreadable pictures are left out.
+            the json's boxes stay as they are, and pictures whose header is unreadable are left out.
         keep_empty: keep images without objects in training, as background.
         min_side: smallest side in pixels of a training picture.
         seed: of the augmentation.
+        inspect: read the header of every picture at the start; by default in evaluation only.
         log: where faults are counted; give one to see them all.
 
     Attributes:
@@ -112,12 +113,13 @@ class CocoDetection(Dataset):
         keep_empty: bool = True,
         min_side: int = 32,
         seed: int = 0,
+        inspect: bool | None = None,
         log: FaultLog | None = None,
     ) -> None:
         self.json_path, self.image_dir = str(json_path), str(image_dir)
         self.transforms, self.train, self.seed = transforms, train, seed
         self._log = FaultLog() if log is None else log
-        images, objects, self._listed = self._read()
+        images, objects, self._listed = self._read(inspect=not train if inspect is None else inspect)
         if train:
             images, objects = self._leave_out(images, objects, keep_empty, min_side)
         self.packed = pack(images, objects)
@@ -237,7 +239,7 @@ class CocoDetection(Dataset):
         categories = [{"id": key, "name": name} for key, name in zip(self.category_ids, self.classes, strict=True)]
         return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
-    def _read(self) -> tuple[reading.Images, reading.Objects, tuple[int, int]]:
+    def _read(self, inspect: bool) -> tuple[reading.Images, reading.Objects, tuple[int, int]]:
         log, data = self._log, reading.load_json(self.json_path)
         self.category_ids, self.classes = reading.read_categories(data, self.json_path, log)
         images = reading.read_images(data, log)
@@ -252,7 +254,7 @@ class CocoDetection(Dataset):
                 "is this the right image folder?"
             )
         images, objects = _select(images, objects, found)
-        readable = reading.settle_sizes(images, objects, self.image_dir, log, every=not self.train)
+        readable = reading.settle_sizes(images, objects, self.image_dir, log, every=inspect)
         images, objects = _select(images, objects, readable)
         objects = reading.judge_boxes(images, objects, log, self.train)
         for label in set(range(len(self.classes))) - set(objects.labels.tolist()):

@@ -32,6 +32,8 @@ POLICY: dict[str, tuple[str, str]] = {
     "picture_mirrored": (KEPT, "the size cannot tell whether this EXIF flip was applied: pixels are taken as stored"),
     "picture_converted": (REPAIRED, "converted to 8-bit RGB"),
     "picture_name_misleads": (KEPT, "read by its content, not by its name"),
+    "picture_name_unusual": (KEPT, "spaces and letters outside ASCII in a file name are fine"),
+    "picture_uniform": (KEPT, "used, but it is almost of one colour: look at it"),
     "picture_not_listed": (KEPT, "a file that no image entry names is not used"),
     # annotations
     "annotation_malformed": (DROPPED, "an annotation that is no object, or lacks its image or category id, is dropped"),

@@ -31,6 +31,7 @@ class PictureInfo(NamedTuple):
     upright_size: Size
     orientation: int
     mode: str
+    format: str
 
 
 def read_picture(path: str | Path, expected_size: Size | None = None) -> Tensor:
@@ -74,9 +75,9 @@ def inspect_picture(path: str | Path) -> PictureInfo:
         with Image.open(path) as picture:
             width, height = picture.size
             orientation = _orientation(picture)
-            info = PictureInfo((height, width), _turned((height, width), orientation), orientation, picture.mode)
-            kind = picture.format
-        if not _has_ending(path, kind):
+            upright = _turned((height, width), orientation)
+            info = PictureInfo((height, width), upright, orientation, picture.mode, picture.format or "")
+        if not _has_ending(path, info.format):
             raise PictureError(f"{path}: this picture cannot be read (the file is cut short).")
     except PictureError:
         raise
@@ -137,9 +138,9 @@ def _from_floats(picture: Image.Image, path: str | Path) -> Image.Image:
     return Image.fromarray(np.rint(values * (255 if high <= 1 else 1)).astype(np.uint8))
 
 
-def _has_ending(path: str | Path, kind: str | None) -> bool:
+def _has_ending(path: str | Path, kind: str) -> bool:
     """Whether a JPEG or PNG file still has its end marker near its end (some cameras append data after it)."""
-    marker = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(kind or "")
+    marker = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(kind)
     if marker is None:
         return True
     with open(path, "rb") as file:

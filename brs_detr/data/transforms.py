@@ -149,6 +149,3 @@ def _uniform(generator: torch.Generator) -> float:
 def _integer(low: int, high: int, generator: torch.Generator) -> int:
     """A whole number from low to high, both included."""
     return int(torch.randint(low, high + 1, (), generator=generator))
-
-
-train_transforms, eval_transforms = TrainTransforms, EvalTransforms

@@ -1,0 +1,141 @@
+"""Every deliberate fault is named, and only what cannot be trained on fails."""
+
+import argparse
+import csv
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from brs_detr.data import check
+from brs_detr.data.coco import CocoDetection
+from brs_detr.data.faults import POLICY, FaultLog
+from brs_detr.data.sheet import write_sheet
+from brs_detr.data.transforms import EvalTransforms
+
+EXPECTED = {
+    "01": "image_without_objects",
+    "02": "crowd",
+    "03": "box_clipped",
+    "04": "box_outside",
+    "05": "box_outside",
+    "06": "box_empty",
+    "07": "box_empty",
+    "08": "box_negative",
+    "09": "box_not_finite",
+    "10": "box_not_finite",
+    "11": "box_not_four_numbers",
+    "12": "box_missing",
+    "13": "box_not_four_numbers",
+    "14": "box_missing",
+    "15": "area_missing",
+    "16": "iscrowd_missing",
+    "17": "area_not_positive",
+    "18": "box_duplicate",
+    "19": "image_id_unknown",
+    "20": "category_id_unknown",
+    "21": "annotation_id_duplicate",
+    "22": "image_id_duplicate",
+    "23": "picture_unreadable",
+    "24": "picture_converted",
+    "25": "picture_converted",
+    "26": "picture_converted",
+    "27": "picture_converted",
+    "28": "picture_not_turned",
+    "29": "picture_turned",
+    "30": "size_mismatch",
+    "31": "picture_missing",
+    "32": "picture_unreadable",
+    "33": "picture_unreadable",
+    "34": "picture_name_misleads",
+    "35": "picture_name_unusual",
+}
+
+
+def arguments(*words):
+    parser = argparse.ArgumentParser()
+    check.add_arguments(parser)
+    return parser.parse_args([str(word) for word in words])
+
+
+@pytest.mark.parametrize("number", EXPECTED)
+def test_each_dirty_file_has_its_fault_named(shared_data, number):
+    folder = shared_data / "dirty"
+    (path,) = (folder / "annotations" / "one_fault").glob(f"{number}_*.json")
+    log = FaultLog(examples=None)
+    check.check_dataset(check.Source(str(path), str(folder / "images"), EvalTransforms()), log)
+    beside = {"picture_not_listed", "category_unused"}  # true of these files as well, and not their fault
+    kinds = set(log.counts) - beside
+    assert EXPECTED[number] in kinds and kinds <= {EXPECTED[number], "picture_converted"}
+    assert [fault.where for fault in log.faults if fault.kind == EXPECTED[number]] != []
+
+
+def test_the_clean_control_has_none(shared_data):
+    folder = shared_data / "dirty"
+    log = FaultLog(examples=None)
+    source = check.Source(str(folder / "annotations" / "control.json"), str(folder / "images"), EvalTransforms())
+    check.check_dataset(source, log)
+    assert set(log.counts) <= {"picture_not_listed"}
+
+
+def test_all_faults_at_once_are_trainable_and_listed(shared_data, tmp_path, capsys):
+    path = shared_data / "dirty" / "annotations" / "faulty.json"
+    words = (path, "--sheet", tmp_path / "sheet.png", "--csv", tmp_path / "faults.csv")
+    assert check.run(arguments(*words)) == 0
+    out = capsys.readouterr().out
+    for kind in set(EXPECTED.values()):
+        assert kind.replace("_", " ") in out and POLICY[kind][1] in out
+    assert Image.open(tmp_path / "sheet.png").size[0] == 4 * 320
+    rows = list(csv.DictReader((tmp_path / "faults.csv").open(encoding="utf-8")))
+    assert set(EXPECTED.values()) <= {row["kind"] for row in rows}
+    assert check.run(arguments(*words, "--strict")) == 1
+
+
+@pytest.mark.parametrize("wreck", ["no picture", "no box", "no json", "unreadable"])
+def test_what_cannot_be_trained_on_fails_with_a_sentence(tmp_path, write_dataset, change, wreck, capsys):
+    path = write_dataset(tmp_path, sizes=[(40, 50)], boxes=[[(1, 2, 3, 20, 20)]])
+    picture = tmp_path / "images" / "000.png"
+    if wreck == "no picture":
+        picture.unlink()
+    elif wreck == "unreadable":
+        picture.write_bytes(b"")
+    elif wreck == "no box":
+        change(path, lambda data: data.update(annotations=[]))
+    else:
+        path.write_text("nothing")
+    assert check.run(arguments(path, "--images", tmp_path / "images", "--sheet", tmp_path / "s.png")) == 1
+    assert "cannot be trained on: " in capsys.readouterr().err
+
+
+def test_recipes_are_resolved_by_the_caller(tmp_path, write_dataset, capsys):
+    path = write_dataset(tmp_path, sizes=[(40, 50)], boxes=[[(1, 2, 3, 20, 20)]])
+    source = check.Source(str(path), str(tmp_path / "images"), EvalTransforms())
+    sheet = tmp_path / "sheet.png"
+    assert check.run(arguments("my.yaml", "--sheet", sheet), lambda target: [source, source]) == 0
+    assert sheet.exists() and (tmp_path / "sheet-2.png").exists()
+    assert capsys.readouterr().out.count("will be trained on") == 2
+
+
+def test_one_colour_is_worth_a_look(tmp_path, write_dataset):
+    path = write_dataset(tmp_path, sizes=[(40, 50)], boxes=[[(1, 2, 3, 20, 20)]])
+    Image.fromarray(np.full((40, 50, 3), 128, np.uint8)).save(tmp_path / "images" / "000.png")
+    log = FaultLog()
+    check.check_dataset(check.Source(str(path), str(tmp_path / "images"), EvalTransforms()), log)
+    assert log.counts["picture_uniform"] == 1
+
+
+def test_the_sheet_shows_boxes_where_they_are(tmp_path):
+    target = {"boxes": torch.tensor([[20.0, 40, 60, 80]]), "labels": torch.tensor([0])}
+    write_sheet([(torch.zeros(3, 100, 100, dtype=torch.uint8), target)], ["ü-名"], tmp_path / "s.png", 1, cell=104)
+    pixels = np.asarray(Image.open(tmp_path / "s.png")).astype(int)
+    red = (pixels[..., 0] > 200) & (pixels[..., 1] < 120)
+    ys, xs = np.where(red)
+    assert (xs.min(), ys.max()) == (20, 80) and abs(xs.max() - 60) <= 1
+    assert red[60, 20] and not red[60, 40]
+
+
+def test_reading_twice_gives_the_same_report(tmp_path, write_dataset):
+    path = write_dataset(tmp_path, sizes=[(40, 50)], boxes=[[(1, -2, 3, 20, 20)]])
+    reports = [CocoDetection(path, tmp_path / "images", train=True).report for _ in range(2)]
+    assert reports[0] == reports[1] and reports[0]["box_clipped"] == 1
