@@ -2,15 +2,23 @@
 only.
 """
 
-from .balance import score_weights, self_balance
+from .alrp import ALRP, alrp_loss
+from .average_precision import average_precision_loss
+from .balance import EpochBalance, score_weights, self_balance
 from .boxes import paired_giou_loss, paired_iou
+from .ndcg import ndcg_loss
 from .objective import RankingObjective, ScoreObjective
 from .rank_sort import RankSort, rank_sort_loss
 
 __all__ = [
+    "ALRP",
+    "EpochBalance",
     "RankSort",
     "RankingObjective",
     "ScoreObjective",
+    "alrp_loss",
+    "average_precision_loss",
+    "ndcg_loss",
     "paired_giou_loss",
     "paired_iou",
     "rank_sort_loss",

@@ -1,11 +1,11 @@
 """Weights of localisation losses that follow the ranking loss, so that nobody has to tune them.
 
-`self_balance` is the value-based rule of Rank & Sort (Oksuz et al., ICCV 2021, Sec. 3.3); `score_weights` are its
-per-box weights.
+`self_balance` is the value-based rule of Rank & Sort (Oksuz et al., ICCV 2021, Sec. 3.3), `score_weights` its per-box
+weights, and `EpochBalance` the slower rule of aLRP (Oksuz et al., NeurIPS 2020, Sec. 4.2).
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FLOOR = 1e-6
 CAP = 1e3
@@ -45,3 +45,37 @@ def score_weights(logits: Tensor) -> Tensor:
     scores = logits.detach().float().sigmoid().amax(1) if len(logits) else logits.new_zeros(0)
     mean = scores.sum() / max(len(scores), 1)
     return torch.where(mean > 0, scores / mean.clamp(min=1e-12), torch.ones_like(scores))
+
+
+class EpochBalance(nn.Module):
+    """Multiply aLRP's localisation part by the average of aLRP / aLRP_loc over the previous epoch.
+
+    aLRP loss, Sec. 4.2: the classification error dominates early on and would leave the boxes untrained.
+
+    Args:
+        period: iterations per epoch (the official heads count 3665).
+        start: factor during the first epoch.
+        cap: largest factor.
+    """
+
+    def __init__(self, period: int = 3665, start: float = 50.0, cap: float = CAP):
+        super().__init__()
+        if period < 1:
+            raise ValueError(f"period is a number of iterations and must be at least 1, got {period}")
+        self.period = period
+        self.cap = cap
+        self.register_buffer("factor", torch.tensor(float(start)))
+        # Sums of both parts and their count, on the device so that no step waits for the host.
+        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))
+
+    def forward(self, classification: Tensor, localisation: Tensor) -> Tensor:
+        """The balanced localisation part; in training mode both scalars are also counted for the next epoch."""
+        balanced = localisation * self.factor.to(localisation)
+        if self.training:
+            seen = torch.stack([classification.detach(), localisation.detach(), torch.ones_like(localisation)])
+            sums = self.sums + seen.to(self.sums)
+            factor = ((sums[0] + sums[1]) / sums[1].clamp(min=FLOOR)).clamp(max=self.cap).to(self.factor)
+            full = sums[2] >= self.period
+            self.factor.copy_(torch.where(full, factor, self.factor))
+            self.sums.copy_(torch.where(full, torch.zeros_like(sums), sums))
+        return balanced

@@ -1,5 +1,5 @@
-"""Identity update: a loss value together with a gradient that is given rather than differentiated (Chen et al., CVPR
-2019, Sec. 3.2).
+"""Identity update: a loss value with a gradient that is given, not differentiated (Chen et al., CVPR 2019, Sec.
+3.2).
 """
 
 import torch
@@ -20,7 +20,7 @@ class _IdentityUpdate(torch.autograd.Function):
         return gradient, None, None, None, None, None
 
 
-def attach(
+def attach_two(
     logits: Tensor, first: Tensor, second: Tensor, dense: Tensor, index: Tensor, sparse: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Two loss values with a gradient each: scaling or dropping one of them scales or drops its own gradient only.
@@ -29,10 +29,17 @@ def attach(
         logits: (M,) what the gradients belong to.
         first, second: scalars.
         dense: (M,) gradient of `first`.
-        index: (P,) entries that `second` depends on.
+        index: (P,) distinct entries that `second` depends on.
         sparse: (P,) gradient of `second` at those entries.
 
     Returns:
-        (first, second), attached to the graph of `logits`.
+        (first, second) in the logits' dtype, attached to their graph.
     """
+    first, second, dense, sparse = (tensor.to(logits.dtype) for tensor in (first, second, dense, sparse))
     return _IdentityUpdate.apply(logits, first, second, dense, index, sparse)
+
+
+def attach(logits: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    """One loss value with its gradient (M,)."""
+    none = torch.empty(0, dtype=torch.int64, device=logits.device)
+    return attach_two(logits, value, torch.zeros_like(value), gradient, none, gradient[:0])[0]

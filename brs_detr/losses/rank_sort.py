@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .identity import attach
+from .identity import attach_two
 from .pairwise import rank_sort_pairwise
 from .ranking import attached_zero, check_per_positive, flatten, negative_mask, rank
 from .sorting import sorting_terms
@@ -66,9 +66,7 @@ def rank_sort_loss(
             terms = _pairwise(flat, positives, quality, valid, delta)
         else:
             terms = _fast(flat, positives, quality, valid, delta, method)
-    ranking, sorting, dense, index, sparse = terms
-    kind = flat.dtype
-    return RankSort(*attach(flat, ranking.to(kind), sorting.to(kind), dense.to(kind), index, sparse.to(kind)))
+    return RankSort(*attach_two(flat, *terms))
 
 
 def _pairwise(flat: Tensor, positives: Tensor, quality: Tensor, valid: Tensor | None, delta: float):

@@ -29,6 +29,11 @@ class Ranking:
     cells: Cells
     negatives: BucketedNegatives | ExactNegatives
 
+    @property
+    def self_step(self) -> float:
+        """H(0), what a positive adds to its own rank."""
+        return 0.5 if self.cells.delta > 0 else 1.0
+
     def positives_above(self, weight: Tensor | None = None) -> Tensor:
         """sum_j weight_j H(s_j - s_i) over the positives j, i itself included with H(0), (P,)."""
         scores = self.cells.scores

@@ -1,0 +1,85 @@
+"""Average Localisation Recall Precision loss (Oksuz et al., NeurIPS 2020): one ranking for scores and boxes."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .identity import attach
+from .pairwise import EPS, alrp_pairwise
+from .ranking import Ranking, attached_zero, check_per_positive, flatten, negative_mask, rank
+
+
+class ALRP(NamedTuple):
+    """The classification part trains the logits, the localisation part the boxes; their sum is the loss."""
+
+    classification: Tensor
+    localisation: Tensor
+
+
+def alrp_loss(
+    logits: Tensor,
+    positives: Tensor,
+    localisation_error: Tensor,
+    *,
+    valid: Tensor | None = None,
+    delta: float = 1.0,
+    method: str = "bucketed",
+) -> ALRP:
+    """The mean over positives of the LRP error at each positive's score.
+
+    With N_FP as in `rank_sort_loss`, E the localisation errors and rank(i) = 1 + sum over the other positives of H +
+    N_FP (Eq. 9 to 13 of the paper):
+
+        classification = mean_i N_FP(i) / rank(i)
+        localisation   = mean_i (sum of E_k over positives ranked at or above i) / rank(i)
+
+    The gradient of the logits drives down N_FP(i) + sum_k E_k H(x_ik) over the other positives k, so it also lowers
+    badly localised positives' rivals; it is handed to the negatives in proportion to H. The localisation part is
+    differentiated by its E only, with the rank held fixed, and ranks the positives strictly (equal logits: later
+    entries first), as the official heads do. For its self-balance see `balance.EpochBalance`.
+
+    Args:
+        logits: any shape, M entries, all in one ranking.
+        positives: (P,) int64, distinct indices into `logits.flatten()`.
+        localisation_error: (P,) E of each positive, (1 - IoU) / (1 - tau), or GIoU loss / 2 / (1 - tau) as in the
+            paper.
+        valid: bool of the logits' shape; entries that are False are neither ranked nor given a gradient.
+        delta: half width of the step.
+        method: "pairwise", "bucketed" or "exact", as for `rank_sort_loss`.
+
+    Returns:
+        two scalars in float32 or wider; zeros attached to the graph without positives.
+
+    Raises:
+        ValueError: for an unknown method, a negative delta, or arguments whose shapes or types do not fit.
+    """
+    flat, valid = flatten(logits, positives, valid, delta, method)
+    check_per_positive("localisation_error", localisation_error, positives)
+    if len(positives) == 0:
+        return ALRP(attached_zero(flat), localisation_error.sum().to(flat.dtype) + attached_zero(flat))
+    with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
+        error = localisation_error.detach().double()
+        order = flat[positives].argsort(stable=True)
+        if method == "pairwise":
+            negative = negative_mask(flat, positives, valid)
+            value, ranks, gradient = alrp_pairwise(flat.double(), positives, error, negative, delta)
+            ranks = ranks[order]
+        else:
+            value, ranks, gradient = _from_ranking(rank(flat, positives, valid, delta, method), error)
+    with torch.autocast(flat.device.type, enabled=False):
+        above = localisation_error[order].to(flat.dtype).flip(0).cumsum(0)
+        localisation = (above / ranks.flip(0).to(flat.dtype)).mean()
+    return ALRP(attach(flat, value, gradient), localisation)
+
+
+def _from_ranking(ranking: Ranking, error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, ranks in ascending order of the logits, gradient."""
+    error = error[ranking.order]
+    own = ranking.positives_above() - ranking.self_step
+    rivals = ranking.positives_above(error) - ranking.self_step * error
+    false_positives = ranking.negatives.counts()
+    position = 1 + own + false_positives
+    update = torch.where(false_positives > EPS, (false_positives + rivals) / position, 0.0) / len(error)
+    gradient = ranking.negatives.spread(update / false_positives.clamp(min=EPS))
+    return (false_positives / position).mean(), position, gradient.index_copy_(0, ranking.index, -update)

@@ -1,0 +1,74 @@
+"""AP loss (Chen et al., CVPR 2019) and its bucketed form (Yavuz et al., ECCV 2024)."""
+
+import torch
+from torch import Tensor
+
+from .identity import attach
+from .pairwise import average_precision_pairwise
+from .ranking import Ranking, attached_zero, flatten, negative_mask, rank
+
+
+def average_precision_loss(
+    logits: Tensor,
+    positives: Tensor,
+    *,
+    valid: Tensor | None = None,
+    delta: float = 1.0,
+    method: str = "bucketed",
+    interpolate: bool = False,
+) -> Tensor:
+    """One minus the average precision of the ranking.
+
+    With rank = rank+ + N_FP as in `rank_sort_loss` (Bucketed Ranking-based Losses, Eq. 9 and 13):
+
+        loss = mean_i 1 - p(i),  p(i) = rank+(i) / rank(i)
+
+    A positive counts fully in its own rank+, as in the AP loss paper, except with "bucketed", where it counts H(0)
+    (1/2 for delta > 0), as in the Bucketed AP paper. The gradient hands each positive's error to the negatives in
+    proportion to H.
+
+    Args:
+        logits: any shape, M entries, all in one ranking.
+        positives: (P,) int64, distinct indices into `logits.flatten()`.
+        valid: bool of the logits' shape; entries that are False are neither ranked nor given a gradient.
+        delta: half width of the step.
+        method: "pairwise", "bucketed" or "exact", as for `rank_sort_loss`.
+        interpolate: replace each precision by the highest at its own or a higher recall, as average precision is
+            evaluated and as the official AP loss does; the official Bucketed AP does not.
+
+    Returns:
+        scalar in [0, 1], float32 or wider; a zero attached to the graph without positives.
+
+    Raises:
+        ValueError: for an unknown method, a negative delta, or arguments whose shapes or types do not fit.
+    """
+    flat, valid = flatten(logits, positives, valid, delta, method)
+    if len(positives) == 0:
+        return attached_zero(flat)
+    with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
+        if method == "pairwise":
+            negative = negative_mask(flat, positives, valid)
+            terms = average_precision_pairwise(flat.double(), positives, negative, delta, interpolate)
+        else:
+            ranking = rank(flat, positives, valid, delta, method)
+            terms = _from_ranking(ranking, full_self=method != "bucketed", interpolate=interpolate)
+    return attach(flat, *terms)
+
+
+def _from_ranking(ranking: Ranking, full_self: bool, interpolate: bool) -> tuple[Tensor, Tensor]:
+    own = ranking.positives_above()
+    if full_self:
+        own = own + (1 - ranking.self_step)
+    false_positives = ranking.negatives.counts()
+    position = own + false_positives
+    error = false_positives / position
+    weight = 1 / position
+    if interpolate:
+        best = (own / position).cummax(0)[0]
+        raised = best > own / position
+        # Only a positive below the best has false positives for certain, so only there may they divide.
+        weight = torch.where(raised, (1 - best) / false_positives.clamp(min=1e-300), weight)
+        error = 1 - best
+    count = len(error)
+    gradient = ranking.negatives.spread(weight / count).index_copy_(0, ranking.index, -error / count)
+    return error.mean(), gradient

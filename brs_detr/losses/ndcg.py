@@ -1,0 +1,56 @@
+"""Normalised discounted cumulative gain as a loss (aLRP supplement, Sec. S4)."""
+
+import torch
+from torch import Tensor
+
+from .identity import attach
+from .pairwise import EPS, ndcg_pairwise
+from .ranking import Ranking, attached_zero, flatten, negative_mask, rank
+
+
+def ndcg_loss(
+    logits: Tensor, positives: Tensor, *, valid: Tensor | None = None, delta: float = 1.0, method: str = "bucketed"
+) -> Tensor:
+    """One minus the NDCG of the ranking.
+
+    With rank(i) = 1 + sum over the other positives of H + N_FP(i) (Eq. S25 to S28):
+
+        loss = 1 - sum_i G(i) / G_max,  G(i) = 1 / log2(1 + rank(i)),  G_max = sum_{i=1..P} 1 / log2(1 + i)
+
+    (the paper prints G_max without the reciprocals, which would not normalise). Each positive's update (1 - G(i)) /
+    G_max is handed to the negatives in proportion to H; a positive without negatives above it has none.
+
+    Args:
+        logits: any shape, M entries, all in one ranking.
+        positives: (P,) int64, distinct indices into `logits.flatten()`.
+        valid: bool of the logits' shape; entries that are False are neither ranked nor given a gradient.
+        delta: half width of the step.
+        method: "pairwise", "bucketed" or "exact", as for `rank_sort_loss`.
+
+    Returns:
+        scalar, float32 or wider; a zero attached to the graph without positives. Smoothing lets ties share a rank, so
+        it may lie slightly off 0 for a perfect ranking.
+
+    Raises:
+        ValueError: for an unknown method, a negative delta, or arguments whose shapes or types do not fit.
+    """
+    flat, valid = flatten(logits, positives, valid, delta, method)
+    if len(positives) == 0:
+        return attached_zero(flat)
+    with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
+        if method == "pairwise":
+            terms = ndcg_pairwise(flat.double(), positives, negative_mask(flat, positives, valid), delta)
+        else:
+            terms = _from_ranking(rank(flat, positives, valid, delta, method))
+    return attach(flat, *terms)
+
+
+def _from_ranking(ranking: Ranking) -> tuple[Tensor, Tensor]:
+    false_positives = ranking.negatives.counts()
+    position = ranking.positives_above() + (1 - ranking.self_step) + false_positives
+    places = torch.arange(1, len(position) + 1, device=position.device, dtype=position.dtype)
+    ideal = (1 / torch.log2(1 + places)).sum()
+    gain = 1 / torch.log2(1 + position)
+    update = torch.where(false_positives > EPS, (1 - gain) / ideal, 0.0)
+    gradient = ranking.negatives.spread(update / false_positives.clamp(min=EPS))
+    return 1 - gain.sum() / ideal, gradient.index_copy_(0, ranking.index, -update)
