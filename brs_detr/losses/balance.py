@@ -70,7 +70,8 @@ class EpochBalance(nn.Module):
 
     def forward(self, classification: Tensor, localisation: Tensor) -> Tensor:
         """The balanced localisation part; in training mode both scalars are also counted for the next epoch."""
-        balanced = localisation * self.factor.to(localisation)
+        # A copy: the buffer changes below, before the backward pass needs this factor.
+        balanced = localisation * self.factor.to(localisation, copy=True)
         if self.training:
             seen = torch.stack([classification.detach(), localisation.detach(), torch.ones_like(localisation)])
             sums = self.sums + seen.to(self.sums)

@@ -6,12 +6,16 @@ weighted, finite and attached to the graph, also without positives; the plain su
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .balance import CAP, score_weights, self_balance
+from .alrp import alrp_loss
+from .average_precision import average_precision_loss
+from .balance import CAP, EpochBalance, score_weights, self_balance
+from .ndcg import ndcg_loss
 from .rank_sort import rank_sort_loss
 from .scores import SCORE_LOSSES
 
@@ -48,33 +52,46 @@ def _scalar(value: Tensor | float, like: Tensor) -> Tensor:
     return torch.full((), float(value), device=like.device)
 
 
-def _ranking_terms(
-    loss: str, logits: Tensor, positives: Tensor, quality: Tensor, valid: Tensor | None, delta: float
-) -> dict[str, Tensor]:
-    """Unweighted terms of a ranking loss by its name."""
-    method = "bucketed" if loss.startswith("b") else "exact"
-    if loss in ("brs", "rs"):
-        terms = rank_sort_loss(logits, positives, quality, valid=valid, delta=delta, method=method)
-        return {"rank": terms.ranking, "sort": terms.sorting}
-    raise ValueError(f"unknown ranking loss {loss!r}")
+class RankingLoss(NamedTuple):
+    """How a name is computed: the loss function's family, its method, the half width its paper uses."""
+
+    family: str
+    method: str
+    delta: float
 
 
-RANKING_LOSSES = ("brs", "rs")
+RANKING_LOSSES = {
+    "brs": RankingLoss("rank_sort", "bucketed", 0.5),
+    "rs": RankingLoss("rank_sort", "exact", 0.5),
+    "bap": RankingLoss("average_precision", "bucketed", 1.0),
+    "ap": RankingLoss("average_precision", "exact", 1.0),
+    "balrp": RankingLoss("alrp", "bucketed", 1.0),
+    "alrp": RankingLoss("alrp", "exact", 1.0),
+    "bndcg": RankingLoss("ndcg", "bucketed", 1.0),
+    "ndcg": RankingLoss("ndcg", "exact", 1.0),
+}
 
 
 class RankingObjective(nn.Module):
-    """All logits of the set in one ranking, every localisation term balanced against it.
+    """All logits of the set in one ranking, the localisation terms weighted by it.
 
     The ranking runs over the N * C logits of this process's whole call (all images, levels, classes), with the logit
-    of each positive row's own class as a positive. Each localisation term is the mean over the positives, scaled to
-    the value of the weighted ranking terms together (`balance.self_balance`), as in RS Loss and Bucketed RS Loss.
+    of each positive row's own class as a positive. A localisation term is the mean over the positives, and
+    - with Rank & Sort and NDCG scaled to the value of the ranking terms together (`balance.self_balance`);
+    - with AP multiplied by `box_weight`, as in the official ATSS heads;
+    - with aLRP the GIoU losses are part of the loss, balanced by `balance.EpochBalance`; other terms as with Rank &
+    Sort.
 
     Args:
-        loss: "brs" (bucketed Rank & Sort) or "rs" (exact).
-        weight: factor of the ranking terms, and through the balance of every localisation term.
-        delta: half width of the step; the paper's 0.5 when None.
+        loss: "rs" (Rank & Sort), "ap" (with interpolation), "alrp", "ndcg"; "brs", "bap", "balrp", "bndcg" are their
+            bucketed forms.
+        weight: factor of the ranking terms, and through the balance of the localisation terms.
+        delta: half width of the step; the papers' when None (Rank & Sort 0.5, others 1).
         score_weighted: weigh each positive's box losses with its highest class probability.
+        box_weight: factor of every localisation term with "ap" and "bap".
         cap: largest balance ratio, see `self_balance`.
+        tau: least IoU of a positive, with aLRP: its error is the GIoU loss / 2 / (1 - tau).
+        period: iterations per epoch of aLRP's balance.
 
     Raises:
         ValueError: for an unknown loss.
@@ -87,16 +104,23 @@ class RankingObjective(nn.Module):
         *,
         delta: float | None = None,
         score_weighted: bool = False,
+        box_weight: float = 2.0,
         cap: float = CAP,
+        tau: float = 0.5,
+        period: int = 3665,
     ):
         super().__init__()
         if loss not in RANKING_LOSSES:
             raise ValueError(f"unknown ranking loss {loss!r}: choose one of {', '.join(RANKING_LOSSES)}")
         self.loss = loss
+        self.family, self.method, paper_delta = RANKING_LOSSES[loss]
         self.weight = weight
-        self.delta = 0.5 if delta is None else delta
+        self.delta = paper_delta if delta is None else delta
         self.score_weighted = score_weighted
+        self.box_weight = box_weight
         self.cap = cap
+        self.tau = tau
+        self.epoch_balance = EpochBalance(period) if self.family == "alrp" else None
 
     def forward(
         self,
@@ -122,7 +146,10 @@ class RankingObjective(nn.Module):
             localisation_weight, count: for score-based objectives; no effect here.
 
         Returns:
-            {"rank", "sort", and every key of `localisation`} -> scalar.
+            {"rank", with Rank & Sort "sort", and every key of `localisation`} -> scalar.
+
+        Raises:
+            ValueError: when `quality` does not fit the positives, or aLRP gets no "giou".
         """
         classes = logits.shape[1]
         rows = _positive_rows(labels, classes, valid, rows, quality)
@@ -130,16 +157,43 @@ class RankingObjective(nn.Module):
             logits = logits.float()
             positives = rows * classes + labels[rows]
             mask = None if valid is None else valid[:, None].expand(-1, classes)
-            terms = _ranking_terms(self.loss, logits, positives, quality, mask, self.delta)
-            terms = {name: term * self.weight for name, term in terms.items()}
+            terms = self._ranking_terms(logits, positives, quality, localisation, mask)
+            rest = {name: values.float() for name, values in localisation.items() if name not in terms}
             if len(rows) == 0:
-                return terms | {name: _zero(values, logits) for name, values in localisation.items()}
-            box_weight = score_weights(logits[rows]) if self.score_weighted else None
-            target = sum(terms.values()) / self.weight
-            for name, values in localisation.items():
-                values = values.float() if box_weight is None else values.float() * box_weight
-                terms[name] = self_balance(values.mean(), target, self.weight, cap=self.cap)
-        return terms
+                rest = {name: _zero(values, logits) for name, values in rest.items()}
+            else:
+                weights = score_weights(logits[rows]) if self.score_weighted else torch.ones_like(quality)
+                target = sum(term for name, term in terms.items() if name in ("rank", "sort"))
+                rest = {name: self._balance((values * weights).mean(), target) for name, values in rest.items()}
+        return {name: term * self.weight for name, term in terms.items()} | rest
+
+    def _ranking_terms(
+        self,
+        logits: Tensor,
+        positives: Tensor,
+        quality: Tensor,
+        localisation: Mapping[str, Tensor],
+        valid: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """Terms of the ranking loss itself, not yet weighted."""
+        how = {"valid": valid, "delta": self.delta, "method": self.method}
+        if self.family == "rank_sort":
+            terms = rank_sort_loss(logits, positives, quality, **how)
+            return {"rank": terms.ranking, "sort": terms.sorting}
+        if self.family == "average_precision":
+            return {"rank": average_precision_loss(logits, positives, interpolate=self.method == "exact", **how)}
+        if self.family == "ndcg":
+            return {"rank": ndcg_loss(logits, positives, **how)}
+        if "giou" not in localisation:
+            raise ValueError("aLRP ranks boxes by their GIoU loss: give the objective a localisation term 'giou'")
+        error = localisation["giou"].float() / 2 / (1 - self.tau)
+        terms = alrp_loss(logits, positives, error, **how)
+        return {"rank": terms.classification, "giou": self.epoch_balance(*terms)}
+
+    def _balance(self, term: Tensor, target: Tensor) -> Tensor:
+        if self.family == "average_precision":
+            return term * self.box_weight
+        return self_balance(term, target, self.weight, cap=self.cap)
 
 
 class ScoreObjective(nn.Module):

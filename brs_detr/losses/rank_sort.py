@@ -46,9 +46,8 @@ def rank_sort_loss(
         valid: bool of the logits' shape; entries that are False are neither ranked nor given a gradient.
         delta: half width of the step.
         method: "pairwise" compares all pairs in O(P M), the reference; "exact" gives the same in O((P + M) log P) time
-            and O(P + M)
-            memory (and O(P^(4/3)) for the sorting); "bucketed" replaces the negatives between two positives by their
-            mean, which is the same at delta = 0 and an approximation of the gradient of negatives above it.
+            and O(P + M) memory; "bucketed" replaces the negatives between two neighbouring positives by their mean,
+            which changes nothing at delta = 0 and approximates the gradient of the negatives above it.
 
     Returns:
         two scalars >= 0, in float32 or wider; zeros attached to the graph without positives.

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss
 
 from brs_detr.losses import RankingObjective, ScoreObjective, rank_sort_loss, self_balance
+from brs_detr.losses.objective import RANKING_LOSSES
 
 CLASSES = 4
 LABELS = torch.tensor([4, 2, 4, 0, 4, 3, 4, 4])
@@ -58,8 +59,7 @@ def test_given_rows_equal_found_rows():
 def all_objectives():
     weights = {"cls": 2, "l1": 5, "giou": 2}
     return [
-        RankingObjective("brs"),
-        RankingObjective("rs"),
+        *(RankingObjective(name) for name in RANKING_LOSSES),
         *(
             ScoreObjective(name, weights, normaliser=normaliser)
             for name in ("focal", "cross_entropy", "binary_cross_entropy", "quality_focal")
@@ -186,3 +186,30 @@ def test_errors_name_the_mend():
         ScoreObjective("focal", {"cls": 1})(
             leaf(8, CLASSES), LABELS, quality=QUALITY, localisation={"dice": torch.rand(3)}
         )
+
+
+def test_average_precision_keeps_a_fixed_box_weight():
+    boxes = box_losses()
+    terms = RankingObjective("bap", box_weight=2.0)(leaf(8, CLASSES), LABELS, quality=QUALITY, localisation=boxes)
+    assert terms.keys() == {"rank", "l1", "giou"}
+    assert torch.allclose(terms["giou"], 2 * boxes["giou"].mean())
+
+
+def test_alrp_starts_at_fifty_and_follows_the_last_epoch():
+    objective = RankingObjective("alrp", weight=1.0, period=2)
+    logits, boxes = leaf(8, CLASSES), {"giou": torch.rand(3, requires_grad=True)}
+
+    def step():
+        return objective(logits, LABELS, quality=QUALITY, localisation=boxes)
+
+    first = step()
+    localisation = first["giou"] / 50
+    step()
+    ratio = (first["rank"] + localisation) / localisation
+    assert torch.allclose(step()["giou"], ratio * localisation)
+    assert objective.epoch_balance.factor.item() == pytest.approx(ratio.item(), rel=1e-5)
+
+
+def test_alrp_needs_boxes():
+    with pytest.raises(ValueError, match="localisation term 'giou'"):
+        RankingObjective("alrp")(leaf(8, CLASSES), LABELS, quality=QUALITY, localisation={})
