@@ -23,7 +23,7 @@ from brs_detr.engine.dry_run import largest_step
 from brs_detr.engine.guard import NonFiniteError
 from brs_detr.engine.logging import RunLog
 from brs_detr.engine.optim import build_adamw, parameter_groups
-from brs_detr.engine.state import latest_state, read_facts, step_of
+from brs_detr.engine.state import latest_state, read_facts
 from brs_detr.engine.trainer import Trainer
 
 EXIT_REFUSED, EXIT_NOT_FINITE, EXIT_PREEMPTED = 2, 3, 75
@@ -123,7 +123,7 @@ def open_log(config: configuration.Config, plan, accelerator) -> tuple[Path | No
         changes = run.require_same_run(config, plan, read_facts(state), state)
         notes += [f"resumed from {state}", *(f"changed since: {change}" for change in changes)]
     accelerator.wait_for_everyone()
-    log = RunLog(folder, accelerator, None if state is None else step_of(state))
+    log = RunLog(folder, accelerator, None if state is None else read_facts(state))
     for note in [run.describe_machine(accelerator), str(plan), *notes]:
         log.say(note)
     if accelerator.is_main_process:

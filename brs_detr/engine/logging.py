@@ -23,11 +23,11 @@ class RunLog:
     Args:
         folder: the run's folder.
         accelerator: of the launch; its trackers, where any were initialised, get every metric too.
-        resumed_at: optimiser step the run goes on from: later lines of metrics.jsonl are of steps that will be run
-            again and are dropped; None for a fresh run, which starts empty files.
+        resumed_at: {"step", "epoch"} completed when the run goes on: later lines of metrics.jsonl are of steps and
+            validations that will be repeated, and are dropped; None for a fresh run, which starts empty files.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, resumed_at: int | None = None):
+    def __init__(self, folder: Path, accelerator: Accelerator, resumed_at: dict[str, Any] | None = None):
         self.accelerator = accelerator
         self.main = accelerator.is_main_process
         self.text_path, self.metrics_path = folder / "log.txt", folder / "metrics.jsonl"
@@ -35,7 +35,7 @@ class RunLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         lines = read_metrics(self.metrics_path) if resumed_at is not None else []
-        kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= (resumed_at or 0)]
+        kept = [json.dumps(line) + "\n" for line in lines if not _is_later(line, resumed_at)]
         self.metrics_path.write_text("".join(kept), encoding="utf-8")
         if resumed_at is None:
             self.text_path.write_text("", encoding="utf-8")
@@ -66,6 +66,11 @@ class RunLog:
             inner = value.items() if isinstance(value, dict) else [("", value)]
             flat |= {f"{kind}/{name}{'/' if key else ''}{key}": v for key, v in inner if isinstance(v, (int, float))}
         self.accelerator.log(flat, step=step)
+
+
+def _is_later(line: dict[str, Any], place: dict[str, Any]) -> bool:
+    # a state may be saved between the last step of an epoch and its validation, so the step alone does not tell
+    return line["step"] > place["step"] or (line["kind"] == "val" and line["epoch"] > place["epoch"])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

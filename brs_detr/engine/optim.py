@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
@@ -115,9 +114,3 @@ def count_parameters(module: nn.Module) -> tuple[int, int]:
     """(all, trainable) numbers of a module's parameters."""
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
     return sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
-
-
-def gradient_norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
-    """Total L2 norm of the gradients, () on their device; 0 where there are none."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())

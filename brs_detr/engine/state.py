@@ -60,19 +60,22 @@ class Position:
                 self.ema.load_state_dict(value)
 
 
-def save_state(folder: Path, accelerator: Accelerator, step: int, facts: dict[str, Any], keep: int = 2) -> Path:
+def save_state(
+    folder: Path, accelerator: Accelerator, position: Position, facts: dict[str, Any], keep: int = 2
+) -> Path:
     """Save everything registered with `accelerator`; to be called by every process.
 
     Args:
         folder: the run's folder of states.
         accelerator: holds the prepared model, the optimiser and the registered `Position`.
-        step: optimiser steps done; part of the name.
+        position: where the run stands; the step is part of the name.
         facts: JSON values stored in the manifest, e.g. the config.
         keep: number of states that stay.
 
     Returns:
         The new folder.
     """
+    step, place = position.step, {"step": position.step, "epoch": position.epoch}
     final, partial = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
@@ -82,7 +85,7 @@ def save_state(folder: Path, accelerator: Accelerator, step: int, facts: dict[st
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         sums = {str(file.relative_to(partial)): _checksum(file, flush=True) for file in _files(partial)}
-        write_text(partial / MANIFEST, json.dumps({"files": sums, "facts": facts}, indent=1))
+        write_text(partial / MANIFEST, json.dumps({"files": sums, "facts": facts | place}, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         for old in sorted(folder.glob("step-*"))[:-keep]:
@@ -130,13 +133,8 @@ def find_fault(state: Path) -> str | None:
 
 
 def read_facts(state: Path) -> dict[str, Any]:
-    """The facts given to `save_state`."""
+    """The facts given to `save_state`, and "step" and "epoch", the numbers of those completed."""
     return json.loads((state / MANIFEST).read_text(encoding="utf-8"))["facts"]
-
-
-def step_of(state: Path) -> int:
-    """Optimiser steps done in a saved state."""
-    return int(state.name.removeprefix("step-"))
 
 
 def _files(folder: Path) -> list[Path]:

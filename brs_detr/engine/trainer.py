@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -168,11 +169,11 @@ class Trainer:
                 # a mean over the accumulated batches: what DDP's mean over processes is, for the same reason
                 accelerator.backward(torch.stack(list(terms.values())).sum() / len(group))
             all_terms.append({name: term.detach() for name, term in terms.items()})
-        ceiling = self.settings.clip_norm if self.settings.clip_norm is not None else math.inf
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), ceiling)
-        norm = torch.as_tensor(norm, dtype=torch.float32, device=accelerator.device)
+        norm = self._gradient_norm()
         healthy, stop = self._agree(all_terms, norm)
         if healthy:
+            if self.settings.clip_norm is not None:
+                self._clip(norm)
             self.optimizer.step()
             if self.ema is not None:
                 self.ema.update(accelerator.unwrap_model(self.model), step=position.step)
@@ -182,6 +183,21 @@ class Trainer:
             self._not_finite(group, all_terms)
         self.optimizer.zero_grad()
         return stop
+
+    def _gradient_norm(self) -> Tensor:
+        """L2 norm of all gradients, (), without changing them: clipping by a NaN would hide where it came from."""
+        if self.accelerator.distributed_type == DistributedType.FSDP:  # each process holds a part of every gradient
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), math.inf)
+        else:
+            self.accelerator.unscale_gradients()
+            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.accelerator.device)
+
+    def _clip(self, norm: Tensor) -> None:
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        else:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.settings.clip_norm, norm)
 
     def _agree(self, all_terms: list[dict[str, Tensor]], norm: Tensor) -> tuple[bool, bool]:
         """(is the step finite, is any process told to stop), the same answer in every process; one synchronisation."""
@@ -255,7 +271,7 @@ class Trainer:
         return self.accelerator.reduce(mine.to(self.accelerator.device), reduction="sum").item()
 
     def _save_state(self) -> None:
-        save_state(self.folder / "state", self.accelerator, self.position.step, self.settings.facts)
+        save_state(self.folder / "state", self.accelerator, self.position, self.settings.facts)
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ from torch import nn
 from brs_detr.engine.checkpoint import Weights, save_weights
 from brs_detr.engine.logging import RunLog
 from brs_detr.engine.optim import Schedule, build_adamw, parameter_groups
-from brs_detr.engine.state import latest_state, step_of
+from brs_detr.engine.state import latest_state, read_facts
 from brs_detr.engine.trainer import Settings, Trainer
 from brs_detr.ops.images import ImageBatch
 
@@ -124,7 +124,7 @@ def main():
     folder, resume = options.pop("folder"), options.pop("resume")
     state, notes = latest_state(folder / "state") if resume else (None, [])
     print(*notes, sep="\n", flush=True)
-    trainer, accelerator = build(folder, resumed_at=None if state is None else step_of(state), **options)
+    trainer, accelerator = build(folder, resumed_at=None if state is None else read_facts(state), **options)
     if state is not None:
         accelerator.load_state(str(state))
     print("running", flush=True)

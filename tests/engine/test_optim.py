@@ -1,0 +1,104 @@
+"""Learning rates: which parameter gets which, and when they change."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from brs_detr.engine.optim import (
+    Schedule,
+    backbone_depth,
+    build_adamw,
+    lr_factor_of,
+    parameter_groups,
+    set_learning_rate,
+)
+
+
+class Named(nn.Module):
+    """Parameters with the names that the rules look for."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.ModuleDict({"conv1": nn.Linear(1, 1), "layer1": nn.Linear(1, 1), "layer4": nn.Linear(1, 1)})
+        self.encoder = nn.ModuleDict({"sampling_offsets": nn.Linear(1, 1), "value": nn.Linear(1, 1)})
+        self.backbone["conv1"].requires_grad_(False)
+
+
+FACTORS = {"backbone.": 0.1, "sampling_offsets": 0.5}
+
+
+def test_groups_are_merged_by_rate_and_hold_every_trainable_parameter_once():
+    model = Named()
+    groups = parameter_groups(model, lr=2.0, weight_decay=0.25, lr_factors=FACTORS)
+    assert {group["lr"]: sorted(group["names"]) for group in groups} == {
+        2.0: ["encoder.value.bias", "encoder.value.weight"],
+        1.0: ["encoder.sampling_offsets.bias", "encoder.sampling_offsets.weight"],
+        0.2: [f"backbone.layer{i}.{kind}" for i in (1, 4) for kind in ("bias", "weight")],
+    }
+    assert all(group["weight_decay"] == 0.25 for group in groups)  # on biases too, as in the released recipes
+
+
+def test_the_longest_key_wins():
+    assert lr_factor_of("backbone.sampling_offsets.weight", FACTORS) == 0.5
+    assert lr_factor_of("neck.weight", FACTORS) == 1
+
+
+def test_layer_decay_lowers_the_rate_stage_by_stage():
+    groups = parameter_groups(Named(), lr=1.0, weight_decay=0, lr_factors={"backbone.": 0.5}, backbone_layer_decay=0.5)
+    rates = {name: group["lr"] for group in groups for name in group["names"]}
+    assert rates["backbone.layer4.weight"] == 0.5
+    assert rates["backbone.layer1.weight"] == 0.5 * 0.5**3
+
+
+@pytest.mark.parametrize(
+    ("name", "depth"),
+    [
+        ("backbone.body.conv1.weight", 0),
+        ("backbone.body.layer1.0.conv2.weight", 1),
+        ("backbone.layers.0.blocks.1.attn.qkv.weight", 1),
+        ("backbone.body.layers_3.blocks.0.norm1.weight", 4),
+        ("backbone.patch_embed.proj.weight", 0),
+    ],
+)
+def test_depth_of_backbone_parameters(name, depth):
+    assert backbone_depth(name) == depth
+
+
+def test_a_model_without_trainable_parameters_is_refused():
+    with pytest.raises(ValueError, match="no parameter is trainable"):
+        parameter_groups(Named().requires_grad_(False), lr=1, weight_decay=0, lr_factors={})
+
+
+def test_the_paper_schedule_falls_to_a_fifth_after_epochs_10_and_11():
+    schedule = Schedule("step", 1200, milestones=(1000, 1100), gamma=0.2)
+    factors = [schedule.factor(step) for step in (0, 999, 1000, 1099, 1100, 1199)]
+    assert factors == pytest.approx([1, 1, 0.2, 0.2, 0.04, 0.04])
+
+
+def test_warm_up_rises_linearly_and_reaches_the_full_rate():
+    schedule = Schedule("step", 100, warmup_steps=4)
+    assert [schedule.factor(step) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
+
+
+@given(total=st.integers(2, 500), warmup=st.integers(0, 20))
+def test_a_cosine_falls_from_one_to_zero(total, warmup):
+    schedule = Schedule("cosine", total, warmup_steps=warmup)
+    factors = [schedule.factor(step) for step in range(total)]
+    assert all(0 <= factor <= 1 for factor in factors)
+    after = factors[warmup:]
+    assert after == sorted(after, reverse=True)
+    assert schedule.factor(total) == pytest.approx(0, abs=1e-12)
+    assert schedule.factor(total // 2) <= 0.5 * (1 + math.cos(math.pi * (total // 2) / total)) + 1e-12
+
+
+def test_the_rate_is_set_from_the_base_rate_every_time():
+    groups = parameter_groups(Named(), lr=2.0, weight_decay=0, lr_factors=FACTORS)
+    optimizer = build_adamw(groups, betas=(0.9, 0.999), fused=True)
+    for factor in (0.5, 0.5, 1.0):
+        assert set_learning_rate(optimizer, factor) == 2.0 * factor
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2.0, 1.0, 0.2])
+    assert isinstance(optimizer, torch.optim.AdamW)

@@ -1,0 +1,24 @@
+"""The total batch is the recipe's, however many processes there are."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brs_detr.engine.plan import plan_batches
+
+
+@given(per=st.integers(1, 8), accumulate=st.integers(1, 8), processes=st.integers(1, 8))
+def test_the_parts_make_up_the_total(per, accumulate, processes):
+    plan = plan_batches(per * accumulate * processes, per, processes)
+    assert (plan.per_device, plan.accumulate, plan.processes) == (per, accumulate, processes)
+
+
+def test_without_a_limit_a_process_holds_its_whole_share():
+    assert plan_batches(16, None, 4).per_device == 4
+    assert str(plan_batches(16, 2, 4)) == "total batch 16 = 4 processes x 2 pictures x 2 accumulated"
+
+
+@pytest.mark.parametrize(("per", "processes", "hint"), [(None, 3, "multiple of 3"), (3, 1, "1, 2, 4, 8, 16")])
+def test_what_cannot_be_split_is_refused_with_what_could(per, processes, hint):
+    with pytest.raises(ValueError, match=hint):
+        plan_batches(16, per, processes)

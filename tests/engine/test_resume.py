@@ -1,0 +1,154 @@
+"""A run that is killed and resumed ends exactly where the run that was never killed ends."""
+
+import contextlib
+import random
+import shutil
+import signal
+import sys
+from operator import attrgetter
+
+import pytest
+import torch
+
+from brs_detr.engine.checkpoint import CheckpointError
+from brs_detr.engine.logging import read_metrics
+from brs_detr.engine.state import find_fault, latest_state, read_facts
+
+ARGUMENTS = ("--ema", "0.9", "--save-every", "3", "--count", "9")  # 5 steps an epoch, saved in the middle of one
+
+
+def losses(folder):
+    """What a run logged, without its timings."""
+    timings = ("images_per_s", "data_s", "step_s")
+    return [{k: v for k, v in line.items() if k not in timings} for line in read_metrics(folder / "metrics.jsonl")]
+
+
+def assert_same_end(folder, reference, weights):
+    for name in (
+        "last.safetensors",
+        "best.safetensors",
+        f"state/{latest_state(folder / 'state')[0].name}/model.safetensors",
+    ):
+        ours, theirs = weights(folder / name), weights(reference / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    assert losses(folder) == losses(reference)
+
+
+@pytest.fixture(scope="module")
+def reference(program, tmp_path_factory):
+    """The run that was never killed."""
+    folder = tmp_path_factory.mktemp("reference")
+    code, output = program.run(folder, *ARGUMENTS)
+    assert code == 0, output
+    return folder
+
+
+def test_the_same_command_twice_gives_the_same_run(program, reference, tmp_path, weights):
+    assert program.run(tmp_path, *ARGUMENTS)[0] == 0
+    assert_same_end(tmp_path, reference, weights)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL inside this process: nothing in the package catches it."""
+
+
+def resume(toy, folder):
+    """A trainer placed where the run in the folder stands."""
+    state, _ = latest_state(folder / "state")
+    options = {"ema": 0.9, "save_every": 3, "count": 9}
+    trainer, accelerator = toy.build(folder, resumed_at=None if state is None else read_facts(state), **options)
+    if state is not None:
+        accelerator.load_state(str(state))
+    return trainer
+
+
+def test_killed_twenty_times_in_a_row(toy, reference, tmp_path, weights, monkeypatch):
+    """At random calls of everything that a run does: fetching, stepping, writing a file, renaming a folder."""
+    moment, countdown = random.Random(1), [10**9]
+
+    def mortal(function):
+        def call(*arguments, **keywords):
+            countdown[0] -= 1
+            if countdown[0] < 0:
+                raise Killed
+            return function(*arguments, **keywords)
+
+        return call
+
+    for name in ("os.replace", "os.fsync", "shutil.rmtree", "hashlib.file_digest", "torch.manual_seed"):
+        monkeypatch.setattr(name, mortal(attrgetter(name.partition(".")[2])(sys.modules[name.partition(".")[0]])))
+    for _ in range(20):
+        countdown[0] = 10**9
+        trainer = resume(toy, tmp_path)
+        countdown[0] = moment.randrange(1, 60)
+        with contextlib.suppress(Killed):
+            trainer.fit()
+    countdown[0] = 10**9
+    assert resume(toy, tmp_path).fit()
+    assert_same_end(tmp_path, reference, weights)
+
+
+def test_killed_at_random_moments(program, reference, tmp_path, weights):
+    """SIGKILL, in the middle of an epoch or of writing, as often as it takes, then to the end."""
+    moment = random.Random(0)
+    kills = 0
+    for _ in range(2):
+        code, output = program.interrupt(
+            tmp_path, "--resume", *ARGUMENTS, "--pause", 0.05, after=moment.uniform(0, 0.9)
+        )
+        kills += code == -signal.SIGKILL
+        assert code in (0, -signal.SIGKILL), output
+    assert kills > 0
+    code, output = program.run(tmp_path, "--resume", *ARGUMENTS)
+    assert code == 0, output
+    assert_same_end(tmp_path, reference, weights)
+
+
+def test_told_to_stop_it_saves_and_says_so_with_a_code_of_its_own(program, reference, tmp_path, weights):
+    code, output = program.interrupt(tmp_path, *ARGUMENTS, "--pause", 0.2, number=signal.SIGTERM, after=1.0)
+    assert code == 75, output
+    assert "continue with --resume" in output
+    assert latest_state(tmp_path / "state")[0] is not None
+    assert program.run(tmp_path, "--resume", *ARGUMENTS)[0] == 0
+    assert_same_end(tmp_path, reference, weights)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "missing", "manifest"])
+def test_a_damaged_state_is_named_and_the_one_before_it_used(toy, reference, tmp_path, weights, damage):
+    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
+    newest, _ = latest_state(tmp_path / "state")
+    victim = newest / ("manifest.json" if damage == "manifest" else "optimizer.bin")
+    content = bytearray(victim.read_bytes())
+    if damage == "missing":
+        victim.unlink()
+    elif damage == "flip":
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    else:
+        victim.write_bytes(content[: len(content) // 2])
+    used, complaints = latest_state(tmp_path / "state")
+    assert used.name < newest.name
+    assert len(complaints) == 1 and str(newest) in complaints[0] and victim.name in complaints[0]
+    assert resume(toy, tmp_path).fit()
+    assert_same_end(tmp_path, reference, weights)
+
+
+def test_when_every_state_is_damaged_the_run_does_not_start_anew(reference, tmp_path):
+    shutil.copytree(reference / "state", tmp_path / "state")
+    for state in (tmp_path / "state").iterdir():
+        (state / "model.safetensors").write_bytes(b"")
+        assert find_fault(state)
+    with pytest.raises(CheckpointError, match="every saved state is damaged"):
+        latest_state(tmp_path / "state")
+
+
+def test_a_state_in_the_middle_of_being_written_is_no_state(reference, tmp_path):
+    shutil.copytree(reference / "state", tmp_path / "state")
+    newest, _ = latest_state(tmp_path / "state")
+    newest.rename(newest.with_name(f".{newest.name}.partial"))
+    assert latest_state(tmp_path / "state")[0].name < newest.name
+
+
+def test_no_state_is_no_error(tmp_path):
+    assert latest_state(tmp_path / "state") == (None, [])

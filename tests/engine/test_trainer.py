@@ -1,0 +1,153 @@
+"""The training loop: accumulation, clipping, non-finite steps, averaging, early stopping."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from brs_detr.engine.guard import NonFiniteError, load_batch
+from brs_detr.engine.logging import read_metrics
+from brs_detr.engine.trainer import seed_step
+from brs_detr.ops.images import ImageBatch
+
+
+class Mean(nn.Module):
+    """A loss that is a mean over pictures, without randomness: here accumulation must change nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+
+    def forward(self, images, targets):
+        truth = torch.stack([target["boxes"].mean(0) for target in targets])
+        return {"decoder.0.l1": (self.linear(images.pixels.float().mean((2, 3)) / 255) - truth).square().mean()}
+
+
+def merged(batches):
+    """The same pictures as one batch."""
+    pixels = torch.cat([images.pixels for images, _ in batches])
+    sizes = [(4, 4)] * len(pixels)
+    return ImageBatch(pixels, sizes, sizes), [target for _, targets in batches for target in targets]
+
+
+def one_step(toy, folder, group):
+    """Parameters after one optimiser step over a group of batches."""
+    trainer, accelerator = toy.build(folder)
+    torch.manual_seed(1)
+    trainer.model = Mean()
+    trainer.optimizer = accelerator.prepare(
+        torch.optim.SGD([{"params": trainer.model.parameters(), "initial_lr": 1.0}])
+    )
+    trainer._step(group)
+    return torch.cat([p.flatten() for p in trainer.model.parameters()])
+
+
+def test_accumulated_batches_equal_one_large_batch(toy, tmp_path):
+    group = list(toy.ToyBatches(4).epoch(0))
+    torch.testing.assert_close(one_step(toy, tmp_path, group), one_step(toy, tmp_path, [merged(group)]))
+
+
+def test_a_step_of_the_run_depends_on_seed_step_and_process_only():
+    draws = {}
+    for key in [(0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 1)]:
+        torch.rand(17)
+        seed_step(*key)
+        draws[key] = torch.rand(5)
+        seed_step(*key)
+        assert torch.equal(draws[key], torch.rand(5))
+    values = torch.stack(list(draws.values()))
+    assert len({tuple(row.tolist()) for row in values}) == 4
+
+
+def test_the_gradient_is_clipped_and_its_norm_logged(toy, tmp_path):
+    trainer, _ = toy.build(tmp_path, epochs=1)
+    trainer.settings = dataclasses.replace(trainer.settings, clip_norm=1e-6)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    optimizer = torch.optim.SGD([{"params": trainer.model.parameters(), "initial_lr": 1.0}])
+    trainer.optimizer = trainer.accelerator.prepare(optimizer)
+    trainer._step(next(iter([list(toy.ToyBatches(2).epoch(0))])))
+    moved = math.sqrt(sum((p - q).square().sum().item() for p, q in zip(trainer.model.parameters(), before)))
+    assert 0 < moved <= 1.01e-6
+    assert trainer.meter.mean(trainer.accelerator)["gradient_norm"] > 1e-3
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_what_reproduces_it(toy, tmp_path):
+    trainer, _ = toy.build(tmp_path, poison=(1, 4))
+    with pytest.raises(NonFiniteError) as error:
+        trainer.fit()
+    text = str(error.value)
+    ids = [target["image_id"] for _, targets in list(toy.ToyBatches(7).epoch(1))[4:5] for target in targets]
+    assert "step 6:" in text  # 4 steps an epoch; batch 4 belongs to the third of the second
+    assert "decoder.0.l1" in text and f"images {ids[0]}, {ids[1]}" in text and "nonfinite-6.pt" in text
+    stored = load_batch(tmp_path / "nonfinite-6.pt")
+    model = toy.ToyDetector()
+    model.load_state_dict(stored["weights"])
+    seed_step(stored["seed"], stored["step"], 0)
+    losses = [model(images, targets) for images, targets in stored["batches"]]
+    assert not all(math.isfinite(value.item()) for terms in losses for value in terms.values())
+
+
+def test_a_gradient_that_is_not_finite_is_named_by_its_parameter(toy, tmp_path):
+    trainer, _ = toy.build(tmp_path)
+    trainer.model.head.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(NonFiniteError, match=r"gradient of head\.weight"):
+        trainer.fit()
+
+
+def test_skipping_goes_on_and_counts(toy, tmp_path):
+    trainer, _ = toy.build(tmp_path, poison=(1, 4), on_nonfinite="skip")
+    assert trainer.fit()
+    assert trainer.position.skipped == 1
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["kind"] == "skipped"] == [6]
+    assert all(line["loss"] is None or math.isfinite(line["loss"]) for line in lines if line["kind"] == "train")
+
+
+def test_every_line_of_metrics_can_be_read_by_a_program(toy, tmp_path):
+    trainer, _ = toy.build(tmp_path)
+    trainer.fit()
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    train = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in train] == [2, 4, 6, 8, 10, 12]
+    for line in train:
+        assert line["loss"] == pytest.approx(sum(line["terms"].values()))
+        assert line.keys() >= {"epoch", "lr", "gradient_norm", "images_per_s", "data_s", "step_s"}
+    assert [line["epoch"] for line in lines if line["kind"] == "val"] == [1, 2, 3]
+
+
+def test_the_best_weights_are_those_of_the_best_validation(toy, tmp_path, weights):
+    trainer, _ = toy.build(tmp_path)
+    scores, seen = iter([0.3, 0.5, 0.4]), []
+
+    def validate(module):
+        seen.append({name: value.detach().clone() for name, value in module.state_dict().items()})
+        return {"AP": next(scores)}
+
+    trainer.validate = validate
+    trainer.fit()
+    for name, position in (("best", 1), ("last", 2)):
+        stored = weights(tmp_path / f"{name}.safetensors")
+        assert all(torch.equal(stored[key], seen[position][key]) for key in stored)
+
+
+def test_early_stopping_waits_for_the_given_number_of_validations(toy, tmp_path):
+    trainer, _ = toy.build(tmp_path, epochs=9)
+    trainer.settings = dataclasses.replace(trainer.settings, patience=2)
+    scores = iter([0.1, 0.5, 0.4, 0.5, 0.6, 0.6])
+    trainer.validate = lambda module: {"AP": next(scores)}
+    trainer.fit()
+    assert trainer.position.epoch == 4  # 0.4 and 0.5 are both not better than 0.5
+
+
+def test_the_averaged_weights_are_what_is_validated_and_saved(toy, tmp_path, weights):
+    trainer, _ = toy.build(tmp_path, ema=0.9)
+    validated = []
+    trainer.validate = lambda module: validated.append(module) or {"AP": 0.0}
+    trainer.fit()
+    assert validated[0] is trainer.ema.module
+    stored, raw = weights(tmp_path / "last.safetensors"), trainer.model.state_dict()
+    assert all(torch.equal(stored[key], value) for key, value in trainer.ema.module.state_dict().items())
+    assert any(not torch.equal(stored[key], raw[key]) for key in raw)
