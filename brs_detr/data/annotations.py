@@ -164,7 +164,7 @@ def read_objects(data: dict[str, Any], images: Images, category_ids: list[int], 
     """The annotations that are well formed: known image and category, a box of four finite numbers with w, h > 0."""
     row_of = {int(key): row for row, key in enumerate(images.ids)}
     label_of = {key: label for label, key in enumerate(category_ids)}
-    columns: tuple[list, ...] = ([], [], [], [], [], [])
+    ids, rows, labels, boxes, areas, crowd = ([] for _ in range(6))
     seen: set[int] = set()
     for position, entry in enumerate(data["annotations"]):
         if not isinstance(entry, dict) or "image_id" not in entry or "category_id" not in entry:
@@ -182,14 +182,17 @@ def read_objects(data: dict[str, Any], images: Images, category_ids: list[int], 
             log.add(wrong, f"annotation {key} ({images.names[row]})", f"bbox {box!r}" if "bbox" in entry else "")
             continue
         key = _whole(key)
-        if key is None or key in seen:
+        if key in seen:
             log.add("annotation_id_duplicate", f"annotation {key} ({images.names[row]})")
         elif key is not None:
             seen.add(key)
-        flags = _crowd_and_area(entry, box, f"annotation {key} ({images.names[row]})", log)
-        for column, value in zip(columns, (key or 0, row, label, box, *reversed(flags)), strict=True):
-            column.append(value)
-    ids, rows, labels, boxes, areas, crowd = columns
+        is_crowd, area = _crowd_and_area(entry, box, images.names[row], log)
+        ids.append(key or 0)
+        rows.append(row)
+        labels.append(label)
+        boxes.append(box)
+        areas.append(area)
+        crowd.append(is_crowd)
     xywh = np.array(boxes, np.float64).reshape(-1, 4)
     return Objects(
         np.array(ids, np.int64),
@@ -201,46 +204,53 @@ def read_objects(data: dict[str, Any], images: Images, category_ids: list[int], 
     )
 
 
-def _crowd_and_area(entry: dict[str, Any], box: list, where: str, log: FaultLog) -> tuple[bool, float]:
-    if "iscrowd" not in entry:
+def _crowd_and_area(entry: dict[str, Any], box: list, name: str, log: FaultLog) -> tuple[bool, float]:
+    crowd, area = entry.get("iscrowd"), entry.get("area")
+    where = ""
+    if crowd is None or crowd or "ignore" in entry or not _number(area) or not 0 < area < 1e18:
+        where = f"annotation {entry.get('id')} ({name})"
+    if crowd is None:
         log.add("iscrowd_missing", where)
-    crowd = bool(entry.get("iscrowd", 0))
-    if crowd:
+    elif crowd:
         log.add("crowd", where)
-    elif entry.get("ignore"):
+    if not crowd and entry.get("ignore"):
         log.add("ignored", where)
         crowd = True
-    area = entry.get("area")
-    if not _number(area) or not 0 < area < float("inf"):
+    if not _number(area) or not 0 < area < 1e18:
         log.add("area_missing" if area is None else "area_not_positive", where, "" if area is None else f"area {area}")
-        area = float(box[2]) * float(box[3])
-    return crowd, float(area)
+        area = box[2] * box[3]
+    return bool(crowd), float(area)
 
 
+# these four run once per number of the json: exact types first, for speed
 def _wrong_box(box: Any) -> str | None:
     if box is None:
         return "box_missing"
-    if not isinstance(box, list) or len(box) != 4 or not all(_number(value) for value in box):
+    if type(box) is not list or len(box) != 4 or not _NUMBERS.issuperset(map(type, box)):
         return "box_not_four_numbers"
-    if not all(abs(value) < 1e9 for value in box):  # NaN compares false
+    x, y, w, h = box
+    if not (-1e9 < x < 1e9 and -1e9 < y < 1e9 and -1e9 < w < 1e9 and -1e9 < h < 1e9):  # NaN compares false
         return "box_not_finite"
-    if min(box[2:]) < 0:
+    if w < 0 or h < 0:
         return "box_negative"
-    return "box_empty" if min(box[2:]) == 0 else None
+    return "box_empty" if w == 0 or h == 0 else None
+
+
+_NUMBERS = frozenset((int, float))
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) in _NUMBERS
 
 
 def _whole(value: Any) -> int | None:
-    if not _number(value) or not abs(value) < 2**62 or value != int(value):
-        return None
-    return int(value)
+    if type(value) is int:
+        return value if -(2**62) < value < 2**62 else None
+    return int(value) if type(value) is float and abs(value) < 2**53 and value.is_integer() else None
 
 
 def _get(table: dict[int, int], key: Any) -> int | None:
-    return table.get(key) if _number(key) else None
+    return table.get(key) if type(key) in _NUMBERS else None
 
 
 def find_pictures(images: Images, image_dir: str | Path, log: FaultLog) -> np.ndarray:
