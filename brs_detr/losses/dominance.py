@@ -55,9 +55,8 @@ def _digit_table(prefix: Tensor, values: Tensor, radix: int, node: int) -> Tenso
     """
     digit = prefix % radix
     below = digit < torch.arange(radix + 1, device=digit.device)[:, None]
-    table = values.new_zeros(len(values), radix + 1, len(digit) // node, node + 1)
-    torch.cumsum((values[:, None] * below).unflatten(2, (-1, node)), 3, out=table[..., 1:])
-    return table.flatten(1)
+    table = (values[:, None] * below).unflatten(2, (-1, node)).cumsum(3)
+    return pad(table, (1, 0)).flatten(1)
 
 
 def _table_index(prefix: Tensor, inside: Tensor, radix: int, node: int, plane: int) -> Tensor:

@@ -55,7 +55,7 @@ class BucketedNegatives:
             self.bucket *= valid
         table = logits.new_zeros(2, len(edges) + 1)
         # An infinite logit may not make its bucket's mean undefined.
-        x = logits.clamp(edges[0], torch.finfo(torch.float32).max)
+        x = logits.clamp(max=torch.finfo(torch.float32).max).clamp_(min=edges[0])
         table[0].index_add_(0, self.bucket, torch.ones_like(x))
         table[1].index_add_(0, self.bucket, x)
         self.size = table[0, 1:]
