@@ -45,7 +45,7 @@ class ToyBatches:
 
     def __init__(self, count, batch_size=2, rank=0, world=1, poison=None, pause=0.0):
         self.count, self.batch_size, self.rank, self.world = count, batch_size, rank, world
-        self.poison, self.pause = poison, pause
+        self.poison, self.pause, self.stop_at = poison, pause, None
 
     def __len__(self):
         return self.count
@@ -53,6 +53,8 @@ class ToyBatches:
     def epoch(self, epoch, start=0):
         for index in range(start, self.count):
             time.sleep(self.pause)
+            if self.stop_at is not None and (epoch, index) == self.stop_at[:2] and self.rank == 1:
+                self.stop_at[2].asked_to_stop = True
             seed = 10_000 * epoch + index * self.world + self.rank
             generator = torch.Generator().manual_seed(seed)
             pixels = torch.randint(0, 256, (self.batch_size, 3, 4, 4), dtype=torch.uint8, generator=generator)
@@ -67,10 +69,21 @@ class ToyBatches:
 
 
 def build(
-    folder, *, epochs=3, accumulate=2, count=7, save_every=3, ema=None, on_nonfinite="stop", resumed_at=None, **more
+    folder,
+    *,
+    epochs=3,
+    accumulate=2,
+    count=7,
+    save_every=3,
+    ema=None,
+    on_nonfinite="stop",
+    resumed_at=None,
+    accelerator=None,
+    **more,
 ):
     """(trainer, accelerator) of a toy run; further keywords go to ToyBatches."""
-    accelerator = Accelerator(cpu=True)
+    accelerator = accelerator or Accelerator(cpu=True)
+    accelerator._models, accelerator._optimizers, accelerator._custom_objects = [], [], []  # of a run before
     torch.manual_seed(0)
     model = ToyDetector()
     average = None if ema is None else ModelEmaV3(model, decay=ema, use_warmup=True)
