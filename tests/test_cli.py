@@ -1,0 +1,252 @@
+"""The commands as a user types them, on a dataset of a few drawn pictures."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from brs_detr import cli
+from brs_detr.data.synthetic import make_dataset
+from brs_detr.engine.logging import read_metrics
+from brs_detr.engine.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = str(ROOT / "configs" / "demo.yaml")
+TINY = [
+    "model.dim=64",
+    "model.heads=2",
+    "model.ffn_dim=32",
+    "model.queries=10",
+    "model.max_aux_queries=10",
+    "model.encoder_layers=1",
+    "model.decoder_layers=1",
+    "model.roi.fc_dim=32",
+    "model.rpn.proposals_before_nms=50",
+    "model.rpn.proposals=20",
+    "model.rpn.test_proposals=20",
+    "data.workers=0",
+    "data.augment.short_sides=[64]",
+    "data.test_short_side=64",
+    "train.epochs=2",
+    "train.total_batch_size=4",
+    "train.per_device_batch_size=2",
+    "train.log_every=1",
+    "train.save_every=2",
+    "train.ema_decay=0.9",
+]
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+train, evaluate = script("train"), script("eval")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Ten training pictures (two and a half steps an epoch) and seven for validation, of two shapes."""
+    return make_dataset(tmp_path_factory.mktemp("data"), train=10, val=7, image_size=72)
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("run")
+    assert train([DEMO, *TINY, f"data.root={data}", f"output_dir={folder}"]) == 0
+    return folder
+
+
+def figures(folder):
+    return json.loads((folder / "evaluation.json").read_text())["stats"]
+
+
+def test_a_run_leaves_weights_metrics_config_and_log(run):
+    assert {"best.safetensors", "last.safetensors", "metrics.jsonl", "log.txt", "config.yaml", "state"} <= {
+        path.name for path in run.iterdir()
+    }
+    lines = read_metrics(run / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert {name.split(".")[0] for name in lines[0]["terms"]} >= {"decoder", "encoder", "rpn", "roi", "atss"}
+    assert [line["epoch"] for line in lines if line["kind"] == "val"] == [1, 2]
+
+
+def test_eval_of_the_weights_equals_the_figure_of_the_training(run, tmp_path):
+    assert evaluate([str(run / "last.safetensors"), "--out", str(tmp_path), "--pictures", "2"]) == 0
+    logged = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "val"][-1]
+    ours = figures(tmp_path)
+    for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"):
+        assert ours[name] == pytest.approx(logged[name], abs=1e-12), name
+    assert {"results.json", "evaluation.json", "per_class.csv", "pictures.png"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_results_are_in_the_format_of_coco_with_the_ids_of_the_dataset(run, data, tmp_path):
+    evaluate([str(run), "--out", str(tmp_path), "--pictures", "0"])
+    truth = json.loads((data / "annotations" / "val.json").read_text())
+    results = json.loads((tmp_path / "results.json").read_text())
+    images = {image["id"]: image for image in truth["images"]}
+    assert {r["image_id"] for r in results} <= set(images)
+    assert {r["category_id"] for r in results} <= {category["id"] for category in truth["categories"]}
+    for result in results:
+        x, y, w, h = result["bbox"]
+        image = images[result["image_id"]]
+        assert x >= 0 and y >= 0 and x + w <= image["width"] + 1e-3 and y + h <= image["height"] + 1e-3
+
+
+def test_the_figures_do_not_depend_on_the_batch_size(run, tmp_path):
+    found = []
+    for size in (1, 2, 7):
+        evaluate([str(run), f"eval.batch_size={size}", "--out", str(tmp_path / str(size)), "--pictures", "0"])
+        found.append(figures(tmp_path / str(size)))
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], abs=1e-6)
+
+
+def test_a_run_killed_in_the_middle_of_an_epoch_ends_the_same(run, data, tmp_path, monkeypatch):
+    """With the real detector and loader, and with another number of workers after the kill."""
+    step = Trainer._step
+
+    def die(self, group):
+        if self.position.step == 5:  # saved at step 4, in the middle of the second epoch
+            raise KeyboardInterrupt
+        return step(self, group)
+
+    command = [DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(command)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert train([*command, "data.workers=1", "--resume"]) == 0
+    ours, theirs = load_file(tmp_path / "last.safetensors"), load_file(run / "last.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for mine, other in zip(read_metrics(tmp_path / "metrics.jsonl"), read_metrics(run / "metrics.jsonl"), strict=True):
+        assert mine.get("loss") == other.get("loss") and mine.get("AP") == other.get("AP")
+
+
+def test_a_run_is_not_overwritten_by_accident(run, data, capsys):
+    assert train([DEMO, *TINY, f"data.root={data}", f"output_dir={run}"]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert (run / "best.safetensors").exists()
+
+
+def test_a_changed_recipe_is_not_resumed_unless_told(run, data, capsys):
+    command = [DEMO, *TINY, f"data.root={data}", f"output_dir={run}", "optim.lr=0.5", "--resume"]
+    assert train(command) == 2
+    assert "optim.lr: 0.001 -> 0.5" in capsys.readouterr().err
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert train([*command, "train.allow_changes=true"]) == 0
+
+
+def test_fine_tuning_from_other_classes_says_what_it_did(run, data, tmp_path, capsys):
+    other = tmp_path / "data"
+    for split in ("train", "val"):
+        annotations = json.loads((data / "annotations" / f"{split}.json").read_text())
+        gone = annotations["categories"].pop()["id"]
+        annotations["annotations"] = [a for a in annotations["annotations"] if a["category_id"] != gone]
+        (other / "annotations").mkdir(parents=True, exist_ok=True)
+        (other / "annotations" / f"{split}.json").write_text(json.dumps(annotations))
+    (other / "images").symlink_to(data / "images")
+    command = [DEMO, *TINY, f"data.root={other}", f"output_dir={tmp_path / 'run'}", f"train.init_from={run}"]
+    assert train([*command, "train.epochs=1"]) == 0
+    said = capsys.readouterr().out
+    assert "tensors loaded as they are" in said and "rows of shared classes loaded" in said
+    assert "re-initialised:" not in said.replace("the others re-initialised:", "")
+
+
+def test_overfitting_uses_the_training_pictures_for_validation(data, tmp_path):
+    command = [DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}", "train.overfit_batches=1", "train.epochs=1"]
+    assert train(command) == 0
+    subset = json.loads((tmp_path / "overfit.json").read_text())
+    assert len(subset["images"]) == 4
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert evaluate([str(tmp_path), "--out", str(tmp_path / "out"), "--pictures", "0"]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {r["image_id"] for r in results} <= {image["id"] for image in subset["images"]}
+
+
+def test_a_dry_run_reports_memory_and_leaves_no_run(data, tmp_path, capsys):
+    command = [DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path / 'run'}"]
+    assert train([*command, "--dry-run"]) == 0
+    assert "peak memory" in capsys.readouterr().out
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert train([*command, "--dry-run"]) == 0
+    assert not (tmp_path / "run" / "state").exists()
+
+
+def test_bf16_trains(data, tmp_path):
+    command = [DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}", "train.epochs=1", "train.precision=bf16"]
+    assert train(command) == 0
+    assert all(line["loss"] > 0 for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "train")
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("data.root=nowhere", "does not exist"),
+        ("optim.lrr=1", "did you mean optim.lr"),
+        ("train.per_device_batch_size=3", "choose one of 1, 2, 4"),
+        ("train.trackers=[nothing]", "train.trackers"),
+        pytest.param(
+            "train.precision=fp16", "needs a GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="GPU")
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused_in_one_sentence(data, tmp_path, capsys, override, reason):
+    assert train([DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}", override]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and error[0].startswith("error: ") and reason in error[0]
+
+
+def test_other_categories_in_validation_are_refused_with_the_difference(data, tmp_path, capsys):
+    annotations = json.loads((data / "annotations" / "val.json").read_text())
+    annotations["categories"].append({"id": 99, "name": "unicorn"})
+    (tmp_path / "val.json").write_text(json.dumps(annotations))
+    command = [
+        DEMO,
+        *TINY,
+        f"data.root={data}",
+        f"output_dir={tmp_path / 'run'}",
+        f"data.val_json={tmp_path / 'val.json'}",
+    ]
+    assert train(command) == 2
+    assert "99 unicorn" in capsys.readouterr().err
+
+
+def test_info_shows_the_official_parameter_count_without_a_network(capsys):
+    assert cli.main(["info", str(ROOT / "configs" / "brs_detr_r50_12e_coco.yaml")]) == 0
+    said = capsys.readouterr().out
+    assert "65,126,564" in said and "22,223 tokens" in said
+
+
+def test_predict_writes_a_json_and_pictures(run, data, tmp_path):
+    arguments = ["predict", str(run), str(data / "images" / "val"), "--out", str(tmp_path), "--threshold", "0"]
+    assert cli.main(arguments) == 0
+    found = json.loads((tmp_path / "predictions.json").read_text())
+    assert len(found) == 7 and len(list((tmp_path / "pictures").iterdir())) == 7
+    names = {"disc", "ring", "rectangle", "triangle", "star"}
+    assert {thing["name"] for entry in found for thing in entry["objects"]} <= names
+
+
+def test_check_data_reads_a_recipe(data, tmp_path, capsys):
+    sheet = str(tmp_path / "sheet.png")
+    assert cli.main(["check-data", DEMO, f"data.root={data}", "--sheet", sheet, "--samples", "2"]) == 0
+    assert "10 of 10 images" in capsys.readouterr().out
+
+
+def test_a_fault_of_the_user_ends_in_one_sentence(capsys):
+    assert cli.main(["info", "nowhere.yaml"]) == 2
+    assert cli.main(["predict", "nowhere", "nowhere"]) == 2
+    assert [line[:7] for line in capsys.readouterr().err.splitlines()] == ["error: "] * 2
