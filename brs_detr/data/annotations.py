@@ -244,13 +244,15 @@ def _number(value: Any) -> bool:
 
 
 def _whole(value: Any) -> int | None:
+    if type(value) is str and value.isascii() and value.isdigit():  # some tools quote their ids and sizes
+        value = int(value)
     if type(value) is int:
         return value if -(2**62) < value < 2**62 else None
     return int(value) if type(value) is float and abs(value) < 2**53 and value.is_integer() else None
 
 
 def _get(table: dict[int, int], key: Any) -> int | None:
-    return table.get(key) if type(key) in _NUMBERS else None
+    return table.get(key) if type(key) is int else table.get(_whole(key))
 
 
 def find_pictures(images: Images, image_dir: str | Path, log: FaultLog) -> np.ndarray:

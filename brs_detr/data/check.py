@@ -160,7 +160,7 @@ def run(args: argparse.Namespace, resolve: Callable[[str], Sequence[Source]] | N
     Returns:
         exit code: 0 if it can be trained on (and, under `--strict`, nothing is left out), else 1.
     """
-    code = EXIT_TRAINABLE
+    code, classes = EXIT_TRAINABLE, {}
     try:
         if Path(args.target).suffix in (".yaml", ".yml") and resolve is not None:
             sources = resolve(args.target)
@@ -171,10 +171,21 @@ def run(args: argparse.Namespace, resolve: Callable[[str], Sequence[Source]] | N
             dataset = check_dataset(source, log)
             print(report(dataset, log, args.show))
             code = max(code, _write_files(args, dataset, log, number))
+            classes[source.json_path] = dict(zip(dataset.category_ids, dataset.classes, strict=True))
+        _require_equal_classes(classes)
     except DataError as error:
         print(f"cannot be trained on: {error}", file=sys.stderr)
         return EXIT_UNTRAINABLE
     return code
+
+
+def _require_equal_classes(classes: dict[str, dict[int, str]]) -> None:
+    (first, expected), *others = classes.items()
+    for path, found in others:
+        differing = sorted({key for key in expected | found if expected.get(key) != found.get(key)})
+        if differing:
+            cases = [f"{key} is {expected.get(key, 'absent')} / {found.get(key, 'absent')}" for key in differing[:5]]
+            raise DataError(f"{first} and {path} differ in their categories: id {', id '.join(cases)}.")
 
 
 def _write_files(args: argparse.Namespace, dataset: CocoDetection, log: FaultLog, number: int) -> int:

@@ -246,9 +246,13 @@ class CocoDetection(Dataset):
         objects = reading.read_objects(data, images, self.category_ids, log)
         listed = (len(data["images"]), len(data["annotations"]))
         del data
+        if not len(images):
+            raise DataError(
+                f"{self.json_path}: none of its {listed[0]:,} image entries has a whole-number id and a file_name."
+            )
         found = reading.find_pictures(images, self.image_dir, log)
         if not found.any():
-            first = os.path.join(self.image_dir, images.names[0]) if len(images) else "no image entry"
+            first = os.path.join(self.image_dir, images.names[0])
             raise DataError(
                 f"{self.json_path}: none of its {listed[0]:,} pictures is in {self.image_dir} (looked for {first}); "
                 "is this the right image folder?"

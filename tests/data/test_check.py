@@ -117,6 +117,15 @@ def test_recipes_are_resolved_by_the_caller(tmp_path, write_dataset, capsys):
     assert capsys.readouterr().out.count("will be trained on") == 2
 
 
+def test_splits_with_other_categories_are_refused(tmp_path, write_dataset, capsys):
+    sources = []
+    for name, categories in (("train", ((1, "a"), (2, "b"))), ("val", ((1, "a"), (3, "b")))):
+        path = write_dataset(tmp_path / name, sizes=[(40, 50)], boxes=[[(1, 2, 3, 20, 20)]], categories=categories)
+        sources.append(check.Source(str(path), str(path.parent / "images"), EvalTransforms()))
+    assert check.run(arguments("my.yaml", "--samples", 0), lambda target: sources) == 1
+    assert "id 2 is b / absent, id 3 is absent / b" in capsys.readouterr().err
+
+
 def test_one_colour_is_worth_a_look(tmp_path, write_dataset):
     path = write_dataset(tmp_path, sizes=[(40, 50)], boxes=[[(1, 2, 3, 20, 20)]])
     Image.fromarray(np.full((40, 50, 3), 128, np.uint8)).save(tmp_path / "images" / "000.png")

@@ -168,6 +168,7 @@ UNTRAINABLE = {
     ),
     "no whole number": lambda path, change: change(path, lambda data: data["categories"].append({"id": "x"})),
     "right image folder": lambda path, _: shutil.rmtree(path.parent / "images"),
+    "none of its 3 image entries": lambda path, change: change(path, lambda d: [i.update(id="x") for i in d["images"]]),
     "0 of its 3 annotations": lambda path, change: change(
         path, lambda data: [a.update(bbox=0) for a in data["annotations"]]
     ),
@@ -214,3 +215,22 @@ def test_every_dirty_file_can_be_read_through(shared_data):
                 boxes = target["boxes"]
                 assert (boxes[:, 2:] > boxes[:, :2]).all() and (boxes >= 0).all()
                 assert (boxes[:, 2] <= image.shape[2]).all() and (boxes[:, 3] <= image.shape[1]).all()
+
+
+def test_small_pictures_are_left_out_of_training_only(two, change):
+    change(two, lambda data: data["annotations"][2].update(image_id=986))
+    assert len(open_set(two, min_side=45)) == 1 and len(open_set(two, train=False, min_side=45)) == 3
+    assert open_set(two, min_side=45).report["image_too_small"] == 2
+
+
+def test_quoted_numbers_are_numbers(two, change):
+    def quote(data):
+        for image in data["images"]:
+            image.update(id=str(image["id"]), width=str(image["width"]))
+        for annotation in data["annotations"]:
+            annotation.update(image_id=str(annotation["image_id"]), category_id=str(annotation["category_id"]))
+
+    before = [open_set(two)[i][1]["labels"].tolist() for i in range(3)]
+    dataset = open_set(change(two, quote))
+    assert dataset.image_ids == [1000, 993, 986] and "size_missing" not in dataset.report
+    assert [dataset[i][1]["labels"].tolist() for i in range(3)] == before
