@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from brs_detr.data import annotations as reading
 from brs_detr.data.faults import POLICY, DataError, FaultLog
+from brs_detr.data.frames import find_pictures, judge_boxes, same_aspect, settle_sizes
 from brs_detr.data.pictures import PictureError, read_picture
 
 Target = dict[str, Any]
@@ -250,7 +251,7 @@ class CocoDetection(Dataset):
             raise DataError(
                 f"{self.json_path}: none of its {listed[0]:,} image entries has a whole-number id and a file_name."
             )
-        found = reading.find_pictures(images, self.image_dir, log)
+        found = find_pictures(images, self.image_dir, log)
         if not found.any():
             first = os.path.join(self.image_dir, images.names[0])
             raise DataError(
@@ -258,9 +259,9 @@ class CocoDetection(Dataset):
                 "is this the right image folder?"
             )
         images, objects = _select(images, objects, found)
-        readable = reading.settle_sizes(images, objects, self.image_dir, log, every=inspect)
+        readable = settle_sizes(images, objects, self.image_dir, log, every=inspect)
         images, objects = _select(images, objects, readable)
-        objects = reading.judge_boxes(images, objects, log, self.train)
+        objects = judge_boxes(images, objects, log, self.train)
         for label in set(range(len(self.classes))) - set(objects.labels.tolist()):
             log.add("category_unused", f"category {self.category_ids[label]}", self.classes[label])
         return images, objects, listed
@@ -307,7 +308,7 @@ def _select(images: reading.Images, objects: reading.Objects, keep: np.ndarray) 
 
 def _into_picture(boxes: np.ndarray, labels: np.ndarray, frame: tuple[int, int], size: tuple[int, int]) -> tuple:
     """Boxes of a json whose size is not the picture's: scaled if the aspect ratio agrees, else clipped."""
-    if reading.same_aspect(frame, size):
+    if same_aspect(frame, size):
         scale = np.array([size[1] / frame[1], size[0] / frame[0]] * 2, np.float32)
         return boxes * scale, labels, frame
     boxes = np.clip(boxes, 0, np.array([size[1], size[0]] * 2, np.float32))

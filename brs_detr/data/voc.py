@@ -58,21 +58,11 @@ def read_voc(
                 continue
             images.append(image)
             for item in trees[stem].iter("object"):
-                box = _box(item, one_based)
-                if box is None:
+                annotation = _annotation(item, names, one_based, keep_difficult)
+                if annotation is None:
                     skipped.append(f"{notes / stem}.xml: an object without a usable bndbox")
                     continue
-                crowd = int(_text(item, "difficult") == "1" and not keep_difficult)
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": image["id"],
-                        "category_id": names.index(_text(item, "name")) + 1,
-                        "bbox": box,
-                        "area": box[2] * box[3],
-                        "iscrowd": crowd,
-                    }
-                )
+                annotations.append({"id": len(annotations) + 1, "image_id": image["id"], **annotation})
         categories = [{"id": i + 1, "name": name} for i, name in enumerate(names)]
         datasets[split] = {"images": images, "annotations": annotations, "categories": categories}
     return datasets, str(pictures), skipped
@@ -101,6 +91,17 @@ def _image(tree: ElementTree.Element, stem: str, pictures: Path, key: int) -> di
     except (ValueError, PictureError):
         return None
     return {"id": key, "file_name": name, "height": height, "width": width}
+
+
+def _annotation(
+    item: ElementTree.Element, names: list[str], one_based: bool, keep_difficult: bool
+) -> dict[str, Any] | None:
+    box = _box(item, one_based)
+    if box is None:
+        return None
+    crowd = int(_text(item, "difficult") == "1" and not keep_difficult)
+    label = names.index(_text(item, "name")) + 1
+    return {"category_id": label, "bbox": box, "area": box[2] * box[3], "iscrowd": crowd}
 
 
 def _box(item: ElementTree.Element, one_based: bool) -> list[float] | None:

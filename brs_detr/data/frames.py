@@ -1,0 +1,114 @@
+"""In which frame an image's boxes are drawn, and which of them lie in it.
+
+A json may state no size, a wrong one, or that of the picture before it was turned or shrunk; its boxes tell which.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from brs_detr.data.annotations import Images, Objects
+from brs_detr.data.faults import FaultLog
+from brs_detr.data.pictures import PictureError, PictureInfo, inspect_picture
+
+
+def find_pictures(images: Images, image_dir: str | Path, log: FaultLog) -> np.ndarray:
+    """(I,) bool: whether the picture's file exists, from one listing per folder rather than one call per file."""
+    listings: dict[str, set[str]] = {}
+    found = np.zeros(len(images), bool)
+    for row, name in enumerate(images.names):
+        folder, base = os.path.split(os.path.join(image_dir, name))
+        if folder not in listings:
+            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        found[row] = base in listings[folder]
+        if not found[row]:
+            log.add("picture_missing", images.where(row))
+    return found
+
+
+def settle_sizes(images: Images, objects: Objects, image_dir: str | Path, log: FaultLog, every: bool) -> np.ndarray:
+    """Decide in which frame each image's boxes are drawn; changes `images.frames` and `images.pictures`.
+
+    A header is read where the json gives no size or a box sticks out of it, or of every picture if told so.
+
+    Returns:
+        (I,) bool: False where the file turned out not to be a readable picture.
+    """
+    extent = np.zeros((len(images), 2))
+    np.maximum.at(extent, objects.rows, (objects.xywh[:, :2] + objects.xywh[:, 2:])[:, ::-1])
+    fits = (extent <= images.frames + 1).all(1)
+    readable = np.ones(len(images), bool)
+    for row in np.flatnonzero(~fits | (images.frames[:, 0] == 0) | every):
+        try:
+            info = inspect_picture(os.path.join(image_dir, images.names[row]))
+        except PictureError as error:
+            log.add("picture_unreadable", images.where(row), str(error).rpartition("(")[2].removesuffix(")."))
+            readable[row] = False
+            continue
+        stated = (int(images.frames[row, 0]), int(images.frames[row, 1]))
+        frame, picture = _judge_size(stated, info, bool(fits[row]), images.where(row), log)
+        images.frames[row], images.pictures[row] = frame, picture
+    return readable
+
+
+def _judge_size(stated: tuple[int, int], info: PictureInfo, fits: bool, where: str, log: FaultLog) -> tuple:
+    """(frame, picture), both (h, w), from the json's size and the file's."""
+    stored, upright = info.stored_size, info.upright_size
+    if stated in (stored, upright):
+        if stated != stored:
+            log.add("picture_turned", where, f"EXIF orientation {info.orientation}")
+        elif info.orientation != 1:
+            kind = "picture_not_turned" if upright != stored else "picture_mirrored"
+            log.add(kind, where, f"EXIF orientation {info.orientation}")
+        return stated, stated
+    sizes = f"the json says {stated[1]}x{stated[0]}, the picture is {stored[1]}x{stored[0]}"
+    if stated == (0, 0):
+        log.add("size_missing", where)
+        return stored, stored
+    scaled = fits and same_aspect(stated, stored)
+    log.add("size_mismatch", where, f"{sizes}; boxes are {'scaled' if scaled else 'taken in the picture frame'}")
+    return (stated if scaled else stored), stored
+
+
+def same_aspect(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """Whether two (h, w) have the same aspect ratio within 2 %."""
+    return abs(a[0] * b[1] - a[1] * b[0]) <= 0.02 * a[0] * b[1]
+
+
+def judge_boxes(images: Images, objects: Objects, log: FaultLog, train: bool) -> Objects:
+    """Drop boxes outside their image; for training also clip, and drop boxes under one pixel and exact repeats."""
+    limit = images.frames[objects.rows][:, ::-1].astype(np.float64)
+    low, high = objects.xywh[:, :2], objects.xywh[:, :2] + objects.xywh[:, 2:]
+    inner_low, inner_high = np.clip(low, 0, limit), np.clip(high, 0, limit)
+    inside = inner_high - inner_low
+    outside = (inside <= 0).any(1)
+    small = ~outside & (inside < 1).any(1) & train
+    clipped = train & ~outside & ~small & ((low < 0) | (high > limit + 1e-3)).any(1)
+    again = _repeats(objects) & ~outside & ~small & train
+    for kind, mask in (("box_outside", outside), ("box_too_small", small), ("box_clipped", clipped)):
+        for i in np.flatnonzero(mask & ~objects.crowd):
+            _log_box(kind, i, images, objects, log)
+    for i in np.flatnonzero(again):
+        _log_box("box_duplicate", i, images, objects, log)
+    if train:
+        xywh = np.concatenate([inner_low, inside], 1)
+        objects = replace(objects, xywh=np.where(outside[:, None], objects.xywh, xywh))
+    return objects.keep(~(outside | small | again))
+
+
+def _log_box(kind: str, i: int, images: Images, objects: Objects, log: FaultLog) -> None:
+    name = images.names[objects.rows[i]]
+    log.add(kind, f"annotation {objects.ids[i]} ({name})", f"bbox {[round(v, 2) for v in objects.xywh[i].tolist()]}")
+
+
+def _repeats(objects: Objects) -> np.ndarray:
+    """(N,) bool: the same image, class and box as an earlier annotation."""
+    key = np.column_stack([objects.rows, objects.labels, objects.crowd, objects.xywh])
+    _, first = np.unique(key, axis=0, return_index=True)
+    again = np.ones(len(objects), bool)
+    again[first] = False
+    return again
