@@ -22,7 +22,6 @@ from brs_detr.engine.checkpoint import CheckpointError, Weights, save_weights, w
 from brs_detr.engine.dry_run import largest_step
 from brs_detr.engine.guard import NonFiniteError
 from brs_detr.engine.logging import RunLog
-from brs_detr.engine.optim import build_adamw, parameter_groups
 from brs_detr.engine.state import latest_state, read_facts
 from brs_detr.engine.trainer import Trainer
 
@@ -69,20 +68,13 @@ def train(config: configuration.Config, *, dry_run: bool = False) -> int:
     # model and optimiser; weights that a saved state holds are not fetched first
     model = run.build_detector(config, train_set.num_classes, initial_weights=state is None)
     transfer = run.load_initial_weights(model, config, train_set.classes) if state is None else None
+    run.freeze(model, config)
     for line in run.describe_model(config, model, transfer):
         log.say(line)
     model.to(accelerator.device)
-    optim, decay = config.optim, config.train.ema_decay
+    decay = config.train.ema_decay
     ema = None if decay is None else ModelEmaV3(model, decay=decay, use_warmup=True)
-    groups = parameter_groups(
-        model,
-        lr=optim.lr,
-        weight_decay=optim.weight_decay,
-        lr_factors=run.lr_factors(config),
-        backbone_layer_decay=optim.backbone_layer_decay,
-    )
-    optimizer = build_adamw(groups, betas=optim.betas, fused=optim.fused)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = accelerator.prepare(model, run.build_optimizer(config, model))
     if dry_run:
         log.say(largest_step(model, accelerator, **run.largest_shape(config, plan, train_set)))
         return 0

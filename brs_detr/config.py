@@ -147,6 +147,7 @@ class ModelConfig:
     dim: int = 256
     heads: int = 8
     points: int = 4
+    norm_groups: int = 32  # of every GroupNorm; must divide dim
     levels: int = 4
     encoder_layers: int = 6
     decoder_layers: int = 6
@@ -199,6 +200,7 @@ class TrainConfig:
     tf32: bool = True  # float32 products on a GPU may round their inputs to 10 bits
     overfit_batches: int | None = None  # train and validate on the first pictures only, that many batches
     on_nonfinite: Literal["stop", "skip"] = "stop"
+    freeze: tuple[str, ...] = ()  # parts that stay as they are, by the beginning of their parameters' names
     init_from: str | None = None  # weights or run folder to start from; other classes are allowed
     resume: bool = False  # go on with the run in `output_dir`
     overwrite: bool = False  # start anew although `output_dir` holds a run
@@ -292,6 +294,8 @@ def _rules(config: Config) -> Iterator[tuple[bool, str]]:
     for name, value in (("data.augment.flip", augment.flip), ("model.rpn.nms_iou", model.rpn.nms_iou)):
         yield value > 1, f"{name}={value} must lie between 0 and 1"
     yield model.dim % model.heads != 0, f"model.dim={model.dim} must be a multiple of model.heads={model.heads}"
+    groups = f"model.dim={model.dim} must be a multiple of model.norm_groups={model.norm_groups}, and larger"
+    yield model.dim % model.norm_groups != 0 or model.dim == model.norm_groups, groups
     yield model.dim % 4 != 0, f"model.dim={model.dim} must be a multiple of 4 (sine and cosine of x and y)"
     strides = model.backbone.levels
     yield model.levels < len(strides), f"model.levels={model.levels} is less than the {len(strides)} backbone levels"
@@ -327,7 +331,8 @@ _AT_LEAST_ONE = """
     data.augment.long_side data.augment.short_sides data.augment.crop_min data.test_short_side data.test_long_side
     model.dim model.heads model.points model.levels model.decoder_layers model.ffn_dim model.queries
     model.detections_per_image model.backbone.levels train.epochs train.total_batch_size train.per_device_batch_size
-    train.eval_every train.log_every train.save_every train.patience train.overfit_batches eval.batch_size eval.max_detections
+    train.eval_every train.log_every train.save_every train.patience train.overfit_batches eval.batch_size
+    eval.max_detections model.norm_groups
     model.rpn.proposals model.rpn.proposals_before_nms model.roi.fc_dim model.atss.topk
 """
 _NOT_EMPTY = frozenset({"data.augment.short_sides", "data.augment.crop_short_sides", "model.backbone.levels"})

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
 from brs_detr import config as configuration
@@ -22,7 +23,7 @@ from brs_detr.data.transforms import EvalTransforms, TrainTransforms
 from brs_detr.engine.checkpoint import Weights, find_weights, load_weights
 from brs_detr.engine.evaluate import coco_results, predict, require_all
 from brs_detr.engine.finetune import Transfer, load_matching, rows_per_class
-from brs_detr.engine.optim import Schedule, count_parameters
+from brs_detr.engine.optim import Schedule, build_adamw, count_parameters, parameter_groups
 from brs_detr.engine.overfit import write_subset
 from brs_detr.engine.plan import BatchPlan, plan_batches
 from brs_detr.engine.trainer import Settings
@@ -41,6 +42,7 @@ def start_accelerator(config: Config) -> Accelerator:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
     try:
         accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else several processes on CPUs would not find each other
             mixed_precision=config.train.precision,
             log_with=list(config.train.trackers) or None,
             project_dir=config.output_dir if config.train.trackers else None,
@@ -49,6 +51,9 @@ def start_accelerator(config: Config) -> Accelerator:
             accelerator.init_trackers("brs_detr")
     except (ImportError, ValueError) as error:
         raise ConfigError(f"train.trackers={list(config.train.trackers)}: {error}") from None
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ConfigError(f"{launched} processes were launched but {accelerator.num_processes} take part; use torchrun")
     return accelerator
 
 
@@ -167,10 +172,33 @@ def build_schedule(config: Config, plan: BatchPlan, batches_per_epoch: int) -> S
     return Schedule(train.schedule, train.epochs * steps_per_epoch, milestones, train.lr_gamma, train.warmup_steps)
 
 
-def lr_factors(config: Config) -> dict[str, float]:
-    """Factor on the learning rate by what a parameter's name contains."""
+def build_optimizer(config: Config, model: nn.Module) -> AdamW:
+    """AdamW with the recipe's rates; `model` lies on its device already."""
     optim = config.optim
-    return {"backbone.": optim.backbone_lr_factor, "sampling_offsets": optim.sampling_offsets_lr_factor}
+    factors = {"backbone.": optim.backbone_lr_factor, "sampling_offsets": optim.sampling_offsets_lr_factor}
+    groups = parameter_groups(
+        model,
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        lr_factors=factors,
+        backbone_layer_decay=optim.backbone_layer_decay,
+    )
+    return build_adamw(groups, betas=optim.betas, fused=optim.fused)
+
+
+def freeze(model: nn.Module, config: Config) -> None:
+    """Stop the training of the parts that `train.freeze` names.
+
+    Raises:
+        ConfigError: a name fits no parameter.
+    """
+    for prefix in config.train.freeze:
+        parts = [parameter for name, parameter in model.named_parameters() if name.startswith(prefix)]
+        if not parts:
+            known = ", ".join(name for name, _ in model.named_children())
+            raise ConfigError(f"train.freeze: no parameter's name begins with {prefix}; the parts are {known}")
+        for parameter in parts:
+            parameter.requires_grad_(False)
 
 
 def plan_of(config: Config, accelerator: Accelerator) -> BatchPlan:

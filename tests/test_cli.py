@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -223,6 +226,52 @@ def test_other_categories_in_validation_are_refused_with_the_difference(data, tm
     ]
     assert train(command) == 2
     assert "99 unicorn" in capsys.readouterr().err
+
+
+def test_frozen_parts_stay_as_they_are(run, data, tmp_path, capsys):
+    command = [DEMO, *TINY, f"data.root={data}", "train.epochs=1", f"train.init_from={run / 'last.safetensors'}"]
+    assert train([*command, f"output_dir={tmp_path}", "train.freeze=[encoder, neck]", "train.ema_decay=null"]) == 0
+    before, after = load_file(run / "last.safetensors"), load_file(tmp_path / "last.safetensors")
+    frozen = [name for name in before if name.startswith(("encoder.", "neck."))]
+    assert frozen and all(torch.equal(before[name], after[name]) for name in frozen)
+    assert any(not torch.equal(before[name], after[name]) for name in before if name.startswith("decoder."))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert train([*command, f"output_dir={tmp_path / 'x'}", "train.freeze=[encodre]"]) == 2
+    assert "the parts are backbone, neck, encoder" in capsys.readouterr().err
+
+
+def test_three_processes_find_what_one_finds(run, tmp_path):
+    """Also with more processes than some shapes have pictures."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=3",
+        str(ROOT / "eval.py"),
+    ]
+    command = [*launch, str(run), "eval.batch_size=2", "--out", str(tmp_path / "three"), "--pictures", "0"]
+    subprocess.run(command, env=environment, check=True, timeout=300, capture_output=True)
+    evaluate([str(run), "--out", str(tmp_path / "one"), "--pictures", "0"])
+    assert figures(tmp_path / "three") == pytest.approx(figures(tmp_path / "one"), abs=1e-6)
+
+
+def test_trackers_get_what_metrics_gets(data, tmp_path):
+    pytest.importorskip("tensorboard")
+    command = [
+        DEMO,
+        *TINY,
+        f"data.root={data}",
+        f"output_dir={tmp_path}",
+        "train.epochs=1",
+        "train.trackers=[tensorboard]",
+    ]
+    assert train(command) == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next(tmp_path.rglob("events.*")).parent)).Reload()
+    assert {"train/loss", "train/lr", "train/terms/decoder.0.rank", "val/AP"} <= set(events.Tags()["scalars"])
 
 
 def test_info_shows_the_official_parameter_count_without_a_network(capsys):
