@@ -4,7 +4,7 @@ only.
 
 from .alrp import ALRP, alrp_loss
 from .average_precision import average_precision_loss
-from .balance import EpochBalance, score_weights, self_balance
+from .balance import EpochBalance, self_balance
 from .boxes import paired_giou_loss, paired_iou
 from .ndcg import ndcg_loss
 from .objective import RankingObjective, ScoreObjective
@@ -22,6 +22,5 @@ __all__ = [
     "paired_giou_loss",
     "paired_iou",
     "rank_sort_loss",
-    "score_weights",
     "self_balance",
 ]

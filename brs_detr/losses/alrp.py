@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .identity import attach
 from .pairwise import EPS, alrp_pairwise
-from .ranking import Ranking, attached_zero, check_per_positive, flatten, negative_mask, rank
+from .ranking import Ranking, attached_zero, check_per_positive, negative_mask, prepare, rank
 
 
 class ALRP(NamedTuple):
@@ -25,6 +25,7 @@ def alrp_loss(
     valid: Tensor | None = None,
     delta: float = 1.0,
     method: str = "bucketed",
+    scope: str = "process",
 ) -> ALRP:
     """The mean over positives of the LRP error at each positive's score.
 
@@ -47,6 +48,9 @@ def alrp_loss(
         valid: bool of the logits' shape; entries that are False are neither ranked nor given a gradient.
         delta: half width of the step.
         method: "pairwise", "bucketed" or "exact", as for `rank_sort_loss`.
+        scope: "process", or "global" to rank the logits of all processes together: each gets the loss, and its own part
+            of the gradient, that one process with everything would get. Every process must call. Travels per process:
+            two numbers per positive, and one table of 4 numbers (exact; bucketed 2) per positive of all processes.
 
     Returns:
         two scalars in float32 or wider; zeros attached to the graph without positives.
@@ -54,32 +58,41 @@ def alrp_loss(
     Raises:
         ValueError: for an unknown method, a negative delta, or arguments whose shapes or types do not fit.
     """
-    flat, valid = flatten(logits, positives, valid, delta, method)
+    flat, valid, group = prepare(logits, positives, valid, delta, method, scope)
     check_per_positive("localisation_error", localisation_error, positives)
-    if len(positives) == 0:
+    if group.positives == 0:
         return ALRP(attached_zero(flat), localisation_error.sum().to(flat.dtype) + attached_zero(flat))
     with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
         error = localisation_error.detach().double()
-        order = flat[positives].argsort(stable=True)
         if method == "pairwise":
+            order = flat[positives].argsort(stable=True)
             negative = negative_mask(flat, positives, valid)
             value, ranks, gradient = alrp_pairwise(flat.double(), positives, error, negative, delta)
-            ranks = ranks[order]
+            share = torch.empty_like(ranks).index_copy_(0, order, _shares(ranks[order]))
         else:
-            value, ranks, gradient = _from_ranking(rank(flat, positives, valid, delta, method), error)
+            ranking = rank(flat, positives, valid, delta, method, group)
+            value, ranks, gradient = _from_ranking(ranking, error)
+            share = ranking.own(_shares(ranks))
+        others = group.total((error * share).sum()) - (error * share).sum()
     with torch.autocast(flat.device.type, enabled=False):
-        above = localisation_error[order].to(flat.dtype).flip(0).cumsum(0)
-        localisation = (above / ranks.flip(0).to(flat.dtype)).mean()
+        kind = flat.dtype
+        localisation = (localisation_error.to(kind) * share.to(kind)).sum() + others.to(kind)
     return ALRP(attach(flat, value, gradient), localisation)
+
+
+def _shares(ranks: Tensor) -> Tensor:
+    """How much each error adds to the localisation part: it counts at its own and all lower scores, (P,) ascending."""
+    return (1 / ranks).cumsum(0) / len(ranks)
 
 
 def _from_ranking(ranking: Ranking, error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Value, ranks in ascending order of the logits, gradient."""
-    error = error[ranking.order]
+    error = ranking.sort(error)
     own = ranking.positives_above() - ranking.self_step
     rivals = ranking.positives_above(error) - ranking.self_step * error
     false_positives = ranking.negatives.counts()
     position = 1 + own + false_positives
     update = torch.where(false_positives > EPS, (false_positives + rivals) / position, 0.0) / len(error)
     gradient = ranking.negatives.spread(update / false_positives.clamp(min=EPS))
-    return (false_positives / position).mean(), position, gradient.index_copy_(0, ranking.index, -update)
+    gradient.index_copy_(0, ranking.index, ranking.own(-update))
+    return (false_positives / position).mean(), position, gradient

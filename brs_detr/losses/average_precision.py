@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .identity import attach
 from .pairwise import average_precision_pairwise
-from .ranking import Ranking, attached_zero, flatten, negative_mask, rank
+from .ranking import Ranking, attached_zero, negative_mask, prepare, rank
 
 
 def average_precision_loss(
@@ -15,6 +15,7 @@ def average_precision_loss(
     valid: Tensor | None = None,
     delta: float = 1.0,
     method: str = "bucketed",
+    scope: str = "process",
     interpolate: bool = False,
 ) -> Tensor:
     """One minus the average precision of the ranking.
@@ -35,6 +36,9 @@ def average_precision_loss(
         method: "pairwise", "bucketed" or "exact", as for `rank_sort_loss`.
         interpolate: replace each precision by the highest at its own or a higher recall, as average precision is
             evaluated and as the official AP loss does; the official Bucketed AP does not.
+        scope: "process", or "global" to rank the logits of all processes together: each gets the loss, and its own part
+            of the gradient, that one process with everything would get. Every process must call. Travels per process:
+            one number per positive, and one table of 4 numbers (exact; bucketed 2) per positive of all processes.
 
     Returns:
         scalar in [0, 1], float32 or wider; a zero attached to the graph without positives.
@@ -42,15 +46,15 @@ def average_precision_loss(
     Raises:
         ValueError: for an unknown method, a negative delta, or arguments whose shapes or types do not fit.
     """
-    flat, valid = flatten(logits, positives, valid, delta, method)
-    if len(positives) == 0:
+    flat, valid, group = prepare(logits, positives, valid, delta, method, scope)
+    if group.positives == 0:
         return attached_zero(flat)
     with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
         if method == "pairwise":
             negative = negative_mask(flat, positives, valid)
             terms = average_precision_pairwise(flat.double(), positives, negative, delta, interpolate)
         else:
-            ranking = rank(flat, positives, valid, delta, method)
+            ranking = rank(flat, positives, valid, delta, method, group)
             terms = _from_ranking(ranking, full_self=method != "bucketed", interpolate=interpolate)
     return attach(flat, *terms)
 
@@ -70,5 +74,5 @@ def _from_ranking(ranking: Ranking, full_self: bool, interpolate: bool) -> tuple
         weight = torch.where(raised, (1 - best) / false_positives.clamp(min=1e-300), weight)
         error = 1 - best
     count = len(error)
-    gradient = ranking.negatives.spread(weight / count).index_copy_(0, ranking.index, -error / count)
+    gradient = ranking.negatives.spread(weight / count).index_copy_(0, ranking.index, ranking.own(-error / count))
     return error.mean(), gradient

@@ -1,6 +1,6 @@
 """Weights of localisation losses that follow the ranking loss, so that nobody has to tune them.
 
-`self_balance` is the value-based rule of Rank & Sort (Oksuz et al., ICCV 2021, Sec. 3.3), `score_weights` its per-box
+`self_balance` is the value-based rule of Rank & Sort (Oksuz et al., ICCV 2021, Sec. 3.3), `box_scores` its per-box
 weights, and `EpochBalance` the slower rule of aLRP (Oksuz et al., NeurIPS 2020, Sec. 4.2).
 """
 
@@ -33,18 +33,16 @@ def self_balance(term: Tensor, target: Tensor, weight: float = 1.0, floor: float
     return term * (torch.where(target == 0, torch.ones_like(ratio), ratio) * weight)
 
 
-def score_weights(logits: Tensor) -> Tensor:
-    """Weight of each positive's box loss: its highest class probability over their mean.
+def box_scores(logits: Tensor) -> Tensor:
+    """How much each positive's box loss weighs, not yet normalised: its highest class probability.
 
     Args:
         logits: (P, C) class logits of the positives' rows.
 
     Returns:
-        (P,) detached, mean 1; all ones where every probability is 0.
+        (P,) float32, detached.
     """
-    scores = logits.detach().float().sigmoid().amax(1) if len(logits) else logits.new_zeros(0)
-    mean = scores.sum() / max(len(scores), 1)
-    return torch.where(mean > 0, scores / mean.clamp(min=1e-12), torch.ones_like(scores))
+    return logits.detach().float().sigmoid().amax(1)
 
 
 class EpochBalance(nn.Module):

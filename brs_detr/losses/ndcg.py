@@ -5,11 +5,17 @@ from torch import Tensor
 
 from .identity import attach
 from .pairwise import EPS, ndcg_pairwise
-from .ranking import Ranking, attached_zero, flatten, negative_mask, rank
+from .ranking import Ranking, attached_zero, negative_mask, prepare, rank
 
 
 def ndcg_loss(
-    logits: Tensor, positives: Tensor, *, valid: Tensor | None = None, delta: float = 1.0, method: str = "bucketed"
+    logits: Tensor,
+    positives: Tensor,
+    *,
+    valid: Tensor | None = None,
+    delta: float = 1.0,
+    method: str = "bucketed",
+    scope: str = "process",
 ) -> Tensor:
     """One minus the NDCG of the ranking.
 
@@ -26,6 +32,9 @@ def ndcg_loss(
         valid: bool of the logits' shape; entries that are False are neither ranked nor given a gradient.
         delta: half width of the step.
         method: "pairwise", "bucketed" or "exact", as for `rank_sort_loss`.
+        scope: "process", or "global" to rank the logits of all processes together: each gets the loss, and its own part
+            of the gradient, that one process with everything would get. Every process must call. Travels per process:
+            one number per positive, and one table of 4 numbers (exact; bucketed 2) per positive of all processes.
 
     Returns:
         scalar, float32 or wider; a zero attached to the graph without positives. Smoothing lets ties share a rank, so
@@ -34,14 +43,14 @@ def ndcg_loss(
     Raises:
         ValueError: for an unknown method, a negative delta, or arguments whose shapes or types do not fit.
     """
-    flat, valid = flatten(logits, positives, valid, delta, method)
-    if len(positives) == 0:
+    flat, valid, group = prepare(logits, positives, valid, delta, method, scope)
+    if group.positives == 0:
         return attached_zero(flat)
     with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
         if method == "pairwise":
             terms = ndcg_pairwise(flat.double(), positives, negative_mask(flat, positives, valid), delta)
         else:
-            terms = _from_ranking(rank(flat, positives, valid, delta, method))
+            terms = _from_ranking(rank(flat, positives, valid, delta, method, group))
     return attach(flat, *terms)
 
 
@@ -53,4 +62,4 @@ def _from_ranking(ranking: Ranking) -> tuple[Tensor, Tensor]:
     gain = 1 / torch.log2(1 + position)
     update = torch.where(false_positives > EPS, (1 - gain) / ideal, 0.0)
     gradient = ranking.negatives.spread(update / false_positives.clamp(min=EPS))
-    return 1 - gain.sum() / ideal, gradient.index_copy_(0, ranking.index, -update)
+    return 1 - gain.sum() / ideal, gradient.index_copy_(0, ranking.index, ranking.own(-update))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .cells import Cells, evaluate, lines, sums_above, tally
 from .lookup import locate
+from .processes import Group
 
 
 class ExactNegatives:
@@ -20,10 +21,12 @@ class ExactNegatives:
         logits: (M,) float64, all entries, in the units of `cells.scores`.
         positives: (P,) int64 entries that are positives.
         valid: (M,) bool or None; False entries are ignored.
+        group: the processes that rank together; one table of (2, K + 1) numbers is summed over them.
     """
 
-    def __init__(self, cells: Cells, logits: Tensor, positives: Tensor, valid: Tensor | None = None):
+    def __init__(self, cells: Cells, logits: Tensor, positives: Tensor, valid: Tensor | None, group: Group):
         self.cells = cells
+        self.group = group
         self.where = locate(cells.points, logits).index_fill_(0, positives, 0)
         if valid is not None:
             self.where *= valid
@@ -31,7 +34,7 @@ class ExactNegatives:
         self.x = logits.clamp(cells.points[0], cells.points[-1])
 
     def counts(self) -> Tensor:
-        return sums_above(self.cells, tally(self.cells, self.where, self.x))
+        return sums_above(self.cells, self.group.total(tally(self.cells, self.where, self.x)))
 
     def spread(self, weight: Tensor) -> Tensor:
         return evaluate(lines(self.cells, weight), self.where, self.x)
@@ -44,10 +47,10 @@ class BucketedNegatives:
     at or below it, so no negative needs sorting; negatives that no ramp reaches (s < min positive - delta) are dropped
     first. The prototypes then go through the same cells as exact negatives do.
 
-    Args: as for `ExactNegatives`.
+    Args: as for `ExactNegatives`; the table summed over processes holds the P + 1 buckets.
     """
 
-    def __init__(self, cells: Cells, logits: Tensor, positives: Tensor, valid: Tensor | None = None):
+    def __init__(self, cells: Cells, logits: Tensor, positives: Tensor, valid: Tensor | None, group: Group):
         self.cells = cells
         edges = torch.cat([cells.points[:1], cells.scores]) if cells.delta > 0 else cells.scores
         self.bucket = locate(edges, logits).index_fill_(0, positives, 0)
@@ -58,6 +61,7 @@ class BucketedNegatives:
         x = logits.clamp(max=torch.finfo(torch.float32).max).clamp_(min=edges[0])
         table[0].index_add_(0, self.bucket, torch.ones_like(x))
         table[1].index_add_(0, self.bucket, x)
+        table = group.total(table)
         self.size = table[0, 1:]
         # A mean may round past an edge of its bucket, and would then lie on the wrong side of a positive.
         upper = torch.cat([edges[1:], cells.points[-1:]])

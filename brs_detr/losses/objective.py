@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .alrp import alrp_loss
 from .average_precision import average_precision_loss
-from .balance import CAP, EpochBalance, score_weights, self_balance
+from .balance import CAP, EpochBalance, box_scores, self_balance
 from .ndcg import ndcg_loss
+from .processes import SCOPES, averaged_later, process_sum, sum_over, world_size
 from .rank_sort import rank_sort_loss
 from .scores import SCORE_LOSSES
 
@@ -38,12 +38,8 @@ def _positive_rows(labels: Tensor, classes: int, valid: Tensor | None, rows: Ten
 
 
 def _process_mean(value: Tensor) -> Tensor:
-    """Mean of a scalar over all processes."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        value = value.clone()
-        dist.all_reduce(value)
-        value = value / dist.get_world_size()
-    return value
+    """Mean of a normaliser over all processes, at least 1."""
+    return (process_sum(value) / world_size()).clamp(min=1)
 
 
 def _scalar(value: Tensor | float, like: Tensor) -> Tensor:
@@ -92,9 +88,13 @@ class RankingObjective(nn.Module):
         cap: largest balance ratio, see `self_balance`.
         tau: least IoU of a positive, with aLRP: its error is the GIoU loss / 2 / (1 - tau).
         period: iterations per epoch of aLRP's balance.
+        scope: "process", or "global" for one ranking over all processes. Then every value is that of the whole batch,
+            and
+            gradients are multiplied by the number of processes, since data-parallel training averages them: the step is
+            the one that a single process with the whole batch would take.
 
     Raises:
-        ValueError: for an unknown loss.
+        ValueError: for an unknown loss or scope.
     """
 
     def __init__(
@@ -108,10 +108,14 @@ class RankingObjective(nn.Module):
         cap: float = CAP,
         tau: float = 0.5,
         period: int = 3665,
+        scope: str = "process",
     ):
         super().__init__()
         if loss not in RANKING_LOSSES:
             raise ValueError(f"unknown ranking loss {loss!r}: choose one of {', '.join(RANKING_LOSSES)}")
+        if scope not in SCOPES:
+            raise ValueError(f"unknown scope {scope!r}: choose one of {', '.join(SCOPES)}")
+        self.scope = scope
         self.loss = loss
         self.family, self.method, paper_delta = RANKING_LOSSES[loss]
         self.weight = weight
@@ -158,14 +162,23 @@ class RankingObjective(nn.Module):
             positives = rows * classes + labels[rows]
             mask = None if valid is None else valid[:, None].expand(-1, classes)
             terms = self._ranking_terms(logits, positives, quality, localisation, mask)
-            rest = {name: values.float() for name, values in localisation.items() if name not in terms}
-            if len(rows) == 0:
-                rest = {name: _zero(values, logits) for name, values in rest.items()}
-            else:
-                weights = score_weights(logits[rows]) if self.score_weighted else torch.ones_like(quality)
-                target = sum(term for name, term in terms.items() if name in ("rank", "sort"))
-                rest = {name: self._balance((values * weights).mean(), target) for name, values in rest.items()}
-        return {name: term * self.weight for name, term in terms.items()} | rest
+            target = sum(term for name, term in terms.items() if name in ("rank", "sort"))
+            terms = {name: averaged_later(term, self.scope) * self.weight for name, term in terms.items()}
+            whole = sum_over(torch.full((1,), float(len(rows)), device=logits.device), self.scope).clamp(min=1)
+            weights = self._box_weights(logits[rows], whole)
+            for name, values in localisation.items():
+                if name not in terms:
+                    mean = sum_over(values.float() * weights, self.scope) / whole + _zero(logits)
+                    terms[name] = averaged_later(self._balance(mean, target), self.scope)
+        return terms
+
+    def _box_weights(self, logits: Tensor, whole: Tensor) -> Tensor:
+        """Weight of each positive's box losses (P,), mean 1 over all positives that are ranked together."""
+        if not self.score_weighted:
+            return logits.new_ones(len(logits))
+        scores = box_scores(logits)
+        mean = sum_over(scores, self.scope) / whole
+        return torch.where(mean > 0, scores / mean.clamp(min=torch.finfo(mean.dtype).tiny), torch.ones_like(scores))
 
     def _ranking_terms(
         self,
@@ -176,7 +189,7 @@ class RankingObjective(nn.Module):
         valid: Tensor | None,
     ) -> dict[str, Tensor]:
         """Terms of the ranking loss itself, not yet weighted."""
-        how = {"valid": valid, "delta": self.delta, "method": self.method}
+        how = {"valid": valid, "delta": self.delta, "method": self.method, "scope": self.scope}
         if self.family == "rank_sort":
             terms = rank_sort_loss(logits, positives, quality, **how)
             return {"rank": terms.ranking, "sort": terms.sorting}
@@ -286,7 +299,7 @@ class ScoreObjective(nn.Module):
             if localisation_weight is not None:
                 localisation_weight = localisation_weight.detach().float()
                 if self.normaliser == "positives":
-                    normaliser = _process_mean(localisation_weight.sum()).clamp(min=1)
+                    normaliser = _process_mean(localisation_weight.sum())
             for name, values in localisation.items():
                 values = values.float() if localisation_weight is None else values.float() * localisation_weight
                 terms[name] = (values.sum() + _zero(logits)) / normaliser * self.weights[name]
@@ -294,7 +307,7 @@ class ScoreObjective(nn.Module):
 
     def _normaliser(self, logits: Tensor, valid: Tensor | None, positives: int, count: Tensor | float | None) -> Tensor:
         if self.normaliser == "positives":
-            return _process_mean(_scalar(positives if count is None else count, logits)).clamp(min=1)
+            return _process_mean(_scalar(positives if count is None else count, logits))
         if count is not None:
             return _scalar(count, logits).clamp(min=1)
         return _scalar(len(logits) if valid is None else valid.sum(), logits).clamp(min=1)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .identity import attach_two
 from .pairwise import rank_sort_pairwise
-from .ranking import attached_zero, check_per_positive, flatten, negative_mask, rank
+from .ranking import Ranking, attached_zero, check_per_positive, negative_mask, prepare, rank
 from .sorting import sorting_terms
 
 
@@ -26,6 +26,7 @@ def rank_sort_loss(
     valid: Tensor | None = None,
     delta: float = 0.5,
     method: str = "bucketed",
+    scope: str = "process",
 ) -> RankSort:
     """Rank every positive above every negative, and the positives among themselves by their localisation quality.
 
@@ -48,6 +49,9 @@ def rank_sort_loss(
         method: "pairwise" compares all pairs in O(P M), the reference; "exact" gives the same in O((P + M) log P) time
             and O(P + M) memory; "bucketed" replaces the negatives between two neighbouring positives by their mean,
             which changes nothing at delta = 0 and approximates the gradient of the negatives above it.
+        scope: "process", or "global" to rank the logits of all processes together: each gets the loss, and its own part
+            of the gradient, that one process with everything would get. Every process must call. Travels per process:
+            two numbers per positive, and one table of 4 numbers (exact; bucketed 2) per positive of all processes.
 
     Returns:
         two scalars >= 0, in float32 or wider; zeros attached to the graph without positives.
@@ -55,16 +59,16 @@ def rank_sort_loss(
     Raises:
         ValueError: for an unknown method, a negative delta, or arguments whose shapes or types do not fit.
     """
-    flat, valid = flatten(logits, positives, valid, delta, method)
+    flat, valid, group = prepare(logits, positives, valid, delta, method, scope)
     check_per_positive("quality", quality, positives)
-    if len(positives) == 0:
+    if group.positives == 0:
         return RankSort(attached_zero(flat), attached_zero(flat))
     with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
         quality = quality.detach().double()
         if method == "pairwise":
             terms = _pairwise(flat, positives, quality, valid, delta)
         else:
-            terms = _fast(flat, positives, quality, valid, delta, method)
+            terms = _from_ranking(rank(flat, positives, valid, delta, method, group), quality)
     return RankSort(*attach_two(flat, *terms))
 
 
@@ -74,17 +78,19 @@ def _pairwise(flat: Tensor, positives: Tensor, quality: Tensor, valid: Tensor | 
     return ranking, sorting, dense, positives, sparse[positives]
 
 
-def _fast(flat: Tensor, positives: Tensor, quality: Tensor, valid: Tensor | None, delta: float, method: str):
-    count = len(positives)
-    ranking = rank(flat, positives, valid, delta, method)
-    quality = quality[ranking.order]
+def _from_ranking(ranking: Ranking, quality: Tensor):
+    """Ranking and sorting term, gradient of the first (M,), entries of the positives and gradient of the second
+    there.
+    """
+    count = len(ranking.order)
+    quality = ranking.sort(quality)
     above = ranking.positives_above()
     false_positives = ranking.negatives.counts()
     position = above + false_positives
     ranking_error = false_positives / position
     # l_R(i) H / N_FP(i) = H / rank(i): nothing is divided by N_FP, which may be 0.
     dense = ranking.negatives.spread(1 / (position * count))
-    dense.index_copy_(0, ranking.index, -ranking_error / count)
+    dense.index_copy_(0, ranking.index, ranking.own(-ranking_error / count))
     inverse = ranking.positives_above(1 - quality)
-    sorting_error, sparse = sorting_terms(ranking.cells.scores, quality, delta, above, inverse)
-    return ranking_error.mean(), sorting_error.mean(), dense, ranking.index, sparse / count
+    sorting_error, sparse = sorting_terms(ranking.cells.scores, quality, ranking.cells.delta, above, inverse)
+    return ranking_error.mean(), sorting_error.mean(), dense, ranking.index, ranking.own(sparse / count)

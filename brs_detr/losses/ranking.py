@@ -10,24 +10,36 @@ from torch import Tensor
 from .cells import Cells, make_cells, sums_above, tally
 from .lookup import locate
 from .negatives import BucketedNegatives, ExactNegatives
+from .processes import Group
 
 METHODS = ("pairwise", "bucketed", "exact")
 
 
 @dataclass
 class Ranking:
-    """What every ranking loss is computed from; all (P,) tensors are in ascending order of the positives' logits.
+    """What every ranking loss is computed from; (P,) means the positives of all processes that rank together, in
+    ascending order of their logits.
 
-    index: (P,) int64 entries of the positives in the flat logits.
-    order: (P,) int64 permutation from the caller's order into ascending order.
+    index: entries of this process's positives in its flat logits, in the caller's order.
+    order: (P,) int64, ascending order of all positives.
     cells: partition of the line by the positives.
     negatives: the other valid entries.
+    group: the processes that rank together.
     """
 
     index: Tensor
     order: Tensor
     cells: Cells
     negatives: BucketedNegatives | ExactNegatives
+    group: Group
+
+    def sort(self, values: Tensor) -> Tensor:
+        """Values of this process's positives, in the caller's order, to (P,)."""
+        return self.group.gather(values).index_select(0, self.order)
+
+    def own(self, values: Tensor) -> Tensor:
+        """Values (P,) of this process's positives only, in the caller's order."""
+        return self.group.mine(torch.empty_like(values).index_copy_(0, self.order, values))
 
     @property
     def self_step(self) -> float:
@@ -40,23 +52,23 @@ class Ranking:
         return sums_above(self.cells, tally(self.cells, locate(self.cells.points, scores), scores, weight))
 
 
-def rank(logits: Tensor, positives: Tensor, valid: Tensor | None, delta: float, method: str) -> Ranking:
-    """Rank flat logits (M,) by a fast method; needs P >= 1."""
+def rank(logits: Tensor, positives: Tensor, valid: Tensor | None, delta: float, method: str, group: Group) -> Ranking:
+    """Rank flat logits (M,) by a fast method; the group needs at least one positive."""
     x = logits.detach().double()
-    scores, order = x.index_select(0, positives).sort(stable=True)
+    scores, order = group.gather(x.index_select(0, positives)).sort(stable=True)
     # Centred, so that a constant added to all logits costs no precision.
     centre = scores.mean()
     scores, x = scores - centre, x - centre
     cells = make_cells(scores, delta)
     kind = BucketedNegatives if method == "bucketed" else ExactNegatives
-    return Ranking(positives[order], order, cells, kind(cells, x, positives, valid))
+    return Ranking(positives, order, cells, kind(cells, x, positives, valid, group), group)
 
 
-def flatten(logits: Tensor, positives: Tensor, valid: Tensor | None, delta: float, method: str):
+def prepare(logits: Tensor, positives: Tensor, valid: Tensor | None, delta: float, method: str, scope: str):
     """Check what all losses have in common.
 
     Returns:
-        logits (M,) in at least float32, and valid (M,) or None.
+        logits (M,) in at least float32, valid (M,) or None, and the group of processes that rank together.
 
     Raises:
         ValueError: naming the argument that is wrong.
@@ -77,8 +89,11 @@ def flatten(logits: Tensor, positives: Tensor, valid: Tensor | None, delta: floa
                 f"got {valid.dtype} of shape {tuple(valid.shape)}"
             )
         valid = valid.reshape(-1)
+    group = Group(scope, len(positives), logits.device)
+    if method == "pairwise" and len(group.counts) > 1:
+        raise ValueError("the pairwise method ranks one process's logits: use bucketed or exact with scope='global'")
     flat = logits.reshape(-1)
-    return flat if flat.dtype == torch.float64 else flat.float(), valid
+    return flat if flat.dtype == torch.float64 else flat.float(), valid, group
 
 
 def check_per_positive(name: str, values: Tensor, positives: Tensor) -> None:

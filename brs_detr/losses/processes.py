@@ -1,0 +1,86 @@
+"""Who takes part in one ranking: this process alone, or all processes of a distributed run."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+SCOPES = ("process", "global")
+
+
+def world_size() -> int:
+    """Number of processes; 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_sum(value: Tensor) -> Tensor:
+    """Sum of a tensor over all processes, without gradient."""
+    value = value.detach()
+    if world_size() > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+def sum_over(values: Tensor, scope: str) -> Tensor:
+    """Sum of all values, here or of all processes; the gradient is that of this process's values."""
+    own = values.sum()
+    if scope == "process" or world_size() == 1:
+        return own
+    return own + (process_sum(own) - own.detach())
+
+
+def averaged_later(term: Tensor, scope: str) -> Tensor:
+    """The same value with the gradient times the number of processes, for data-parallel training to divide by it."""
+    if scope == "process" or world_size() == 1:
+        return term
+    return term + (world_size() - 1) * (term - term.detach())
+
+
+class Group:
+    """The processes that rank together, and how many positives each has.
+
+    Args:
+        scope: "process", or "global" for all processes; the latter has each process tell the others its number of
+            positives,
+            for which the host waits.
+        positives: number of positives here.
+        device: where tensors are exchanged.
+
+    Raises:
+        ValueError: for an unknown scope.
+    """
+
+    def __init__(self, scope: str, positives: int, device: torch.device):
+        if scope not in SCOPES:
+            raise ValueError(f"unknown scope {scope!r}: choose one of {', '.join(SCOPES)}")
+        self.counts = [positives]
+        self.own = 0
+        if scope == "global" and world_size() > 1:
+            counts = torch.zeros(world_size(), dtype=torch.int64, device=device)
+            counts[dist.get_rank()] = positives
+            self.counts = process_sum(counts).tolist()
+            self.own = dist.get_rank()
+
+    @property
+    def positives(self) -> int:
+        """Number of positives of all processes together."""
+        return sum(self.counts)
+
+    def total(self, value: Tensor) -> Tensor:
+        """Sum over the group."""
+        return value if len(self.counts) == 1 else process_sum(value)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Values of this process's positives (P,) to those of all positives of the group, process by process."""
+        if len(self.counts) == 1:
+            return values
+        padded = values.new_zeros(max(self.counts))
+        padded[: len(values)] = values
+        parts = [torch.empty_like(padded) for _ in self.counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, self.counts)])
+
+    def mine(self, values: Tensor) -> Tensor:
+        """The part of gathered values that belongs to this process, (P,)."""
+        start = sum(self.counts[: self.own])
+        return values[start : start + self.counts[self.own]]
