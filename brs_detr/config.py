@@ -194,7 +194,7 @@ class TrainConfig:
     ema_decay: float | None = None
     eval_every: int = 1  # epochs
     log_every: int = 50  # optimiser steps
-    save_every: int | None = None  # optimiser steps between saved states; null: once an epoch
+    save_every: int | None = 1000  # optimiser steps between saved states; null: only at the end of an epoch
     patience: int | None = None  # validations without a better one before the training ends early; null: never
     trackers: tuple[str, ...] = ()  # of Accelerate: tensorboard, wandb, ...
     tf32: bool = True  # float32 products on a GPU may round their inputs to 10 bits

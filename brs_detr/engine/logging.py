@@ -46,6 +46,12 @@ class RunLog:
             return
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """Append a message to log.txt only."""
+        if not self.main:
+            return
         with self.text_path.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 

@@ -26,15 +26,26 @@ class Progress:
         title: e.g. "epoch 3/12".
         total: steps of the epoch.
         done: steps already done before this call (a resumed epoch).
-        say: prints a plain line where there is no terminal.
+        say: prints a line; used where there is no terminal.
+        note: keeps a line in the log file; used where the bar shows it.
         show: False on all but the main process.
     """
 
-    def __init__(self, title: str, total: int, done: int, say: Callable[[str], None], show: bool = True):
-        self.title, self.total, self.done, self.say = title, total, done, say
-        self.show = show
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        done: int,
+        say: Callable[[str], None],
+        note: Callable[[str], None],
+        show: bool = True,
+    ):
+        self.title, self.total, self.done = title, total, done
+        self.say, self.note, self.show = say, note, show
         on_terminal = show and sys.stderr.isatty()
-        self.bar = tqdm(desc=title, total=total, initial=done, unit="step", leave=False) if on_terminal else None
+        shape = "{desc} |{bar:12}| {n_fmt}/{total_fmt} {elapsed}{postfix}"  # room for the figures behind it
+        options = {"total": total, "initial": done, "leave": False, "bar_format": shape}
+        self.bar = tqdm(desc=title, **options) if on_terminal else None
 
     def step(self) -> None:
         """One step is done."""
@@ -44,10 +55,12 @@ class Progress:
 
     def report(self, text: str) -> None:
         """Show the latest figures: behind the bar, or as a line of their own."""
+        line = f"{self.title} step {self.done}/{self.total}: {text}"
         if self.bar is not None:
             self.bar.set_postfix_str(text)
+            self.note(line)
         elif self.show:
-            self.say(f"{self.title} step {self.done}/{self.total}: {text}")
+            self.say(line)
 
     def close(self) -> None:
         """Take the bar away."""

@@ -135,7 +135,7 @@ class Trainer:
         self.model.train()
         title = f"epoch {position.epoch + 1}/{settings.epochs}"
         main = self.accelerator.is_main_process
-        progress = Progress(title, self.steps_per_epoch, position.step_in_epoch, self.log.say, main)
+        progress = Progress(title, self.steps_per_epoch, position.step_in_epoch, self.log.say, self.log.note, show=main)
         batches = self.batches.epoch(position.epoch, position.step_in_epoch * settings.accumulate)
         self.watch.reset()
         try:
