@@ -23,7 +23,6 @@ from brs_detr.models.aux_samples import AuxSamples
 from brs_detr.ops.anchors import AnchorGrid, Size, batch_rows, valid_extents, valid_rows
 from brs_detr.ops.box_coder import BoxCoder
 
-GROUPS = 32  # of GroupNorm, as in the published models
 PRIOR = 0.01  # initial class probability (Lin et al., "Focal Loss", section 4.1)
 
 
@@ -50,11 +49,12 @@ class ATSSHead(nn.Module):
     """Classes and boxes at every cell of a feature pyramid.
 
     Args:
-        dim: channels of the feature maps, a multiple of 32.
+        dim: channels of the feature maps.
         num_classes: object classes.
         strides: pixels per cell of each map.
         objective: called as in `losses/objective.py`.
         stacked_convs: 3x3 convolutions of each tower.
+        norm_groups: of the towers' GroupNorm; must divide `dim`.
         centerness: predict centerness, weigh box losses with its target and detections with its value.
         centerness_weight: factor of the centerness loss.
         topk: candidates per level and object.
@@ -73,6 +73,7 @@ class ATSSHead(nn.Module):
         *,
         objective: Callable[..., dict[str, Tensor]],
         stacked_convs: int = 1,
+        norm_groups: int = 32,
         centerness: bool = False,
         centerness_weight: float = 12.0,
         topk: int = 9,
@@ -89,8 +90,8 @@ class ATSSHead(nn.Module):
         self.nms_iou, self.max_detections = nms_iou, max_detections
         self.anchors = AnchorGrid(strides, (scale,), (1.0,))
         self.coder = BoxCoder((0.1, 0.1, 0.2, 0.2))
-        self.class_tower = _tower(dim, stacked_convs)
-        self.box_tower = _tower(dim, stacked_convs)
+        self.class_tower = _tower(dim, stacked_convs, norm_groups)
+        self.box_tower = _tower(dim, stacked_convs, norm_groups)
         self.score = nn.Conv2d(dim, num_classes, 3, padding=1)
         self.delta = nn.Conv2d(dim, 4, 3, padding=1)
         self.centerness = nn.Conv2d(dim, 1, 3, padding=1) if centerness else None
@@ -223,11 +224,11 @@ def process_mean(value: Tensor) -> Tensor:
     return value
 
 
-def _tower(dim: int, depth: int) -> nn.Sequential:
+def _tower(dim: int, depth: int, groups: int) -> nn.Sequential:
     """3x3 convolutions, each with GroupNorm and ReLU."""
     return nn.Sequential(
         *(
-            nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.GroupNorm(GROUPS, dim), nn.ReLU())
+            nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.GroupNorm(groups, dim), nn.ReLU())
             for _ in range(depth)
         )
     )

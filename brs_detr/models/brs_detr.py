@@ -61,7 +61,7 @@ class BRSDETR(nn.Module):
         rpn, roi, atss: the auxiliary dense heads on the encoder's maps.
         objective: of the decoder layers, encoder proposals and auxiliary query sets.
         matcher: assigns predictions of the decoder and of the encoder proposals to objects.
-        dim: width; num_classes: K; queries: decoder queries.
+        dim: width; num_classes: K; queries: decoder queries; norm_groups: of the coarsest map's GroupNorm.
         max_aux_queries: most auxiliary queries a picture and dense head.
         detections_per_image: detections returned a picture.
         rank_all_encoder_columns: the released code ranks all K columns of the class-agnostic encoder proposals,
@@ -85,6 +85,7 @@ class BRSDETR(nn.Module):
         dim: int,
         num_classes: int,
         queries: int = 300,
+        norm_groups: int = 32,
         max_aux_queries: int = 300,
         detections_per_image: int = 100,
         rank_all_encoder_columns: bool = True,
@@ -97,7 +98,7 @@ class BRSDETR(nn.Module):
         self.proposals, self.decoder = proposals, decoder
         self.query_content = nn.Embedding(queries, dim)
         self.box_embedding = BoxEmbedding(dim)
-        self.coarsest = nn.Sequential(nn.Conv2d(dim, dim, 3, 2, 1), nn.GroupNorm(32, dim))
+        self.coarsest = nn.Sequential(nn.Conv2d(dim, dim, 3, 2, 1), nn.GroupNorm(norm_groups, dim))
         self.rpn, self.roi, self.atss = rpn, roi, atss
         self.aux_embeddings = nn.ModuleDict({"roi": AuxQueryEmbedding(dim), "atss": AuxQueryEmbedding(dim)})
         self.objective, self.matcher = objective, matcher

@@ -109,6 +109,7 @@ def build_brs_detr(settings: Any, num_classes: int) -> BRSDETR:
         num_classes,
         strides,
         stacked_convs=settings.atss.stacked_convs,
+        norm_groups=settings.norm_groups,
         objective=build_objective(settings, "atss"),
         centerness=settings.atss.centerness,
         centerness_weight=settings.score_weights.atss.centerness,
@@ -116,7 +117,7 @@ def build_brs_detr(settings: Any, num_classes: int) -> BRSDETR:
     )
     return BRSDETR(
         backbone=backbone,
-        neck=ChannelMapper(backbone.channels, dim, settings.levels),
+        neck=ChannelMapper(backbone.channels, dim, settings.levels, settings.norm_groups),
         encoder=DeformableEncoder(
             dim,
             layers=settings.encoder_layers,
@@ -133,6 +134,7 @@ def build_brs_detr(settings: Any, num_classes: int) -> BRSDETR:
         dim=dim,
         num_classes=num_classes,
         queries=settings.queries,
+        norm_groups=settings.norm_groups,
         max_aux_queries=settings.max_aux_queries,
         detections_per_image=settings.detections_per_image,
         rank_all_encoder_columns=settings.encoder_ranking == "all",

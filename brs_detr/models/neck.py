@@ -37,15 +37,18 @@ class ChannelMapper(nn.Module):
         channels: of the backbone's levels.
         dim: width of every output.
         levels: how many maps to return; at least `len(channels)`.
+        norm_groups: GroupNorm's groups; must divide `dim`.
     """
 
-    def __init__(self, channels: Sequence[int], dim: int = 256, levels: int = 4) -> None:
+    def __init__(self, channels: Sequence[int], dim: int = 256, levels: int = 4, norm_groups: int = 32) -> None:
         super().__init__()
         if levels < len(channels):
             raise ValueError(f"model.levels is {levels}, the backbone already gives {len(channels)} levels")
-        self.projections = nn.ModuleList(ConvNorm(c, dim, 1) for c in channels)
+        self.projections = nn.ModuleList(ConvNorm(c, dim, 1, groups=norm_groups) for c in channels)
         widths = [channels[-1]] + [dim] * (levels - len(channels) - 1)
-        self.extra = nn.ModuleList(ConvNorm(c, dim, 3, stride=2) for c, _ in zip(widths, range(levels - len(channels))))
+        self.extra = nn.ModuleList(
+            ConvNorm(c, dim, 3, 2, norm_groups) for c, _ in zip(widths, range(levels - len(channels)))
+        )
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """list of (B, c, h, w) -> list of (B, dim, h, w), finest first."""
