@@ -20,9 +20,9 @@ from brs_detr.data.outlines import SHAPES, mask_polygons, polygon_area, shape_ou
 # ids with gaps and out of order, as other people's datasets have them
 CATEGORY_IDS = {"disc": 7, "ring": 3, "rectangle": 20, "triangle": 11, "star": 42}
 SUPERSAMPLING = 3
-LEAST_VISIBLE = 0.45
+LEAST_VISIBLE = 0.55
 LEAST_INSIDE = 0.75
-LEAST_CONTRAST = 70.0
+LEAST_CONTRAST = 80.0
 
 
 def make_dataset(
@@ -30,8 +30,8 @@ def make_dataset(
     *,
     train: int = 1000,
     val: int = 200,
-    image_size: int = 112,
-    max_objects: int = 5,
+    image_size: int = 80,
+    max_objects: int = 4,
     seed: int = 0,
 ) -> Path:
     """Write `images/{train,val}/*.jpg` and `annotations/{train,val}.json`.
@@ -82,7 +82,7 @@ def draw_scene(random: np.random.Generator, image_size: int, max_objects: int) -
     sides = [image_size, round(image_size * random.uniform(0.75, 1))]
     height, width = sides if random.random() < 0.5 else sides[::-1]
     canvas = _background(random, height, width)
-    for _ in range(random.integers(2, 7)):
+    for _ in range(random.integers(1, 5)):
         _draw_clutter(random, canvas)
     count = 0 if random.random() < 0.025 else random.integers(1, max_objects + 1)
     shapes, visible, full = [], [], []
@@ -159,7 +159,7 @@ def _place(
     height, width = canvas.shape[:2]
     for _ in range(8):
         shape = SHAPES[random.integers(len(SHAPES))]
-        radius = min(height, width) * np.exp(random.uniform(np.log(0.065), np.log(0.3)))
+        radius = min(height, width) * np.exp(random.uniform(np.log(0.09), np.log(0.32)))
         centre = random.uniform(0, 1, 2) * (width, height)
         outlines = [(centre + radius * o) * SUPERSAMPLING for o in shape_outline(shape, random)]
         picture = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
@@ -222,8 +222,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", help="folder to write to")
     parser.add_argument("--train", type=int, default=1000, help="training pictures (default 1000)")
     parser.add_argument("--val", type=int, default=200, help="validation pictures (default 200)")
-    parser.add_argument("--image-size", type=int, default=112, help="long side in pixels (default 112)")
-    parser.add_argument("--max-objects", type=int, default=5, help="most objects in a picture (default 5)")
+    parser.add_argument("--image-size", type=int, default=80, help="long side in pixels (default 80)")
+    parser.add_argument("--max-objects", type=int, default=4, help="most objects in a picture (default 4)")
     parser.add_argument("--seed", type=int, default=0)
 
 
