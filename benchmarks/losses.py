@@ -1,0 +1,206 @@
+"""Time, peak memory and accuracy of the Rank & Sort loss by all three methods, beside torchvision's focal loss.
+
+Repeats the synthetic setting of the Bucketed Ranking-based Losses supplement (Sec. S.3.2): L logits, m percent of them
+positive, logits N(-1, 1) for positives and N(1, 1) for negatives ("paper"); and one like a trained detector, N(2, 1.5)
+and N(-5, 1.5) ("trained").
+
+    python benchmarks/losses.py --quick
+    python benchmarks/losses.py --sizes 10000 100000 1000000 --plot docs/images/losses_time.png
+    python benchmarks/losses.py --device cuda
+
+All methods of one row run in turn in the same process, forward and backward, float32; times are medians. `~` marks the
+pairwise form extrapolated from a part of its positives; peaks are of focal, bucketed and exact. The error is the
+largest difference of a gradient from the pairwise one in float64 (`*`: from the exact one in float64, where pairwise
+would take too long).
+"""
+
+import argparse
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torchvision.ops import sigmoid_focal_loss
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from brs_detr.losses import rank_sort_loss
+
+DISTRIBUTIONS = {"paper": ((-1.0, 1.0), (1.0, 1.0)), "trained": ((2.0, 1.5), (-5.0, 1.5))}
+PERCENTAGES = (0.1, 1.0, 2.0, 5.0)
+PAIRS = 2 * 10**7
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations create while they live; on a GPU, use its allocator instead."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in given and storage._cdata not in self.known:
+                    self.known.add(storage._cdata)
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _freed(self, key: int, size: int):
+        self.known.discard(key)
+        self.live -= size
+
+
+def sample(length: int, percent: float, distribution: str, device: str):
+    """Shuffled logits (L,), indices of the positives (P,), their qualities, and focal loss targets (L,)."""
+    count = max(1, round(length * percent / 100))
+    (own_mean, own_spread), (mean, spread) = DISTRIBUTIONS[distribution]
+    logits = torch.randn(length) * spread + mean
+    positives = torch.randperm(length)[:count]
+    logits[positives] = torch.randn(count) * own_spread + own_mean
+    targets = torch.zeros(length)
+    targets[positives] = 1
+    return logits.to(device), positives.to(device), torch.rand(count).to(device), targets.to(device)
+
+
+def timed(function: Callable[[], None], device: str) -> float:
+    """Milliseconds of one call."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def peak_megabytes(function: Callable[[], None], device: str) -> float:
+    """Most memory alive at once during one call, beyond what was there before."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with PeakMemory() as memory:
+        function()
+    return memory.peak / 2**20
+
+
+def rank_sort_step(logits: Tensor, positives: Tensor, quality: Tensor, method: str) -> Tensor:
+    """Gradient of both terms of Rank & Sort, by a forward and a backward pass."""
+    leaf = logits.detach().requires_grad_()
+    sum(rank_sort_loss(leaf, positives, quality, method=method)).backward()
+    return leaf.grad
+
+
+def focal_step(logits: Tensor, targets: Tensor) -> Tensor:
+    """Gradient of torchvision's focal loss, likewise."""
+    leaf = logits.detach().requires_grad_()
+    sigmoid_focal_loss(leaf, targets, reduction="sum").backward()
+    return leaf.grad
+
+
+def measure(length: int, percent: float, distribution: str, device: str, repeats: int) -> dict[str, float | str]:
+    """One row of the table."""
+    logits, positives, quality, targets = sample(length, percent, distribution, device)
+    steps = {
+        "focal": lambda: focal_step(logits, targets),
+        "bucketed": lambda: rank_sort_step(logits, positives, quality, "bucketed"),
+        "exact": lambda: rank_sort_step(logits, positives, quality, "exact"),
+    }
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(repeats + 1):
+        for name, step in steps.items():
+            elapsed = timed(step, device)
+            if turn:
+                times[name].append(elapsed)
+    row: dict[str, float | str] = {name: statistics.median(values) for name, values in times.items()}
+    row |= {f"{name} peak": peak_megabytes(step, device) for name, step in steps.items()}
+
+    part = min(len(positives), max(1, PAIRS // length))
+    whole = part == len(positives)
+    pairwise = timed(lambda: rank_sort_step(logits, positives[:part], quality[:part], "pairwise"), device)
+    row["pairwise"] = f"{'' if whole else '~'}{pairwise * len(positives) / part:.1f}"
+    truth = rank_sort_step(logits.double(), positives, quality.double(), "pairwise" if whole else "exact")
+    for method in ("bucketed", "exact"):
+        error = (rank_sort_step(logits, positives, quality, method) - truth).abs().max().item()
+        row[f"{method} error"] = f"{error:.0e}{'' if whole else '*'}"
+    return row | {"distribution": distribution, "L": length, "percent": percent, "P": len(positives)}
+
+
+def as_line(row: dict[str, float | str]) -> str:
+    """One line of the printed table."""
+    focal, bucketed, exact = (row[name] for name in ("focal", "bucketed", "exact"))
+    peaks = " / ".join(f"{row[name + ' peak']:.1f}" for name in ("focal", "bucketed", "exact"))
+    return (
+        f"| {row['distribution']} | {row['L']} | {row['percent']} % | {row['P']} | {focal:.2f} | {row['pairwise']} "
+        f"| {bucketed:.2f} ({bucketed / focal:.1f}x) | {exact:.2f} ({exact / focal:.1f}x) | {peaks} "
+        f"| {row['bucketed error']} | {row['exact error']} |"
+    )
+
+
+def plot(rows: list[dict[str, float | str]], path: str) -> None:
+    """Time over the number of positives, one panel per number of logits."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row["distribution"] == rows[0]["distribution"]]
+    lengths = sorted({row["L"] for row in rows})
+    figure, panels = plt.subplots(1, len(lengths), figsize=(3.6 * len(lengths), 3.2), squeeze=False, sharey=True)
+    for panel, length in zip(panels[0], lengths):
+        chosen = [row for row in rows if row["L"] == length]
+        for name, style in (("focal", "k--"), ("bucketed", "C0o-"), ("exact", "C3s-"), ("pairwise", "C7^:")):
+            values = [float(str(row[name]).lstrip("~")) for row in chosen]
+            panel.loglog([row["P"] for row in chosen], values, style, label=name, markersize=4)
+        panel.set(title=f"{length:,} logits", xlabel="positives")
+    panels[0][0].set_ylabel("forward + backward [ms]")
+    panels[0][0].legend(frameon=False)
+    figure.tight_layout()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="numbers of logits")
+    parser.add_argument("--percentages", type=float, nargs="+", default=PERCENTAGES, help="percent of positives")
+    parser.add_argument("--distributions", nargs="+", default=list(DISTRIBUTIONS), choices=list(DISTRIBUTIONS))
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--quick", action="store_true", help="two small sizes, three repeats")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--plot", help="file to draw the times into (needs matplotlib)")
+    options = parser.parse_args()
+    if options.quick:
+        options.sizes, options.repeats = [10_000, 100_000], 3
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    print(f"torch {torch.__version__}, {options.device}, {options.threads} thread(s), median of {options.repeats}")
+    print("| logits | L | m | P | focal ms | pairwise ms | bucketed ms | exact ms | peak MB | error bucketed | exact |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    rows = []
+    for distribution in options.distributions:
+        for length in options.sizes:
+            for percent in options.percentages:
+                rows.append(measure(length, percent, distribution, options.device, options.repeats))
+                print(as_line(rows[-1]), flush=True)
+    if options.plot:
+        plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    main()
