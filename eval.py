@@ -46,8 +46,10 @@ def evaluate(weights_path: Path, overrides: list[str], out: Path | None = None, 
     dataset = run.open_val_set(config)
     run.require_same_categories(weights.classes, weights.category_ids, dataset, str(file))
     process = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    loader = build_eval_loader(dataset, config.eval.batch_size, config.data.workers, **process)
-    summary, results = run.score(model.to(accelerator.device), dataset, loader, config, accelerator)
+    loader = build_eval_loader(dataset, config.eval.batch_size, run.worker_count(config), **process)
+    summary, results = run.score(
+        model.to(accelerator.device), weights.category_ids, dataset, loader, config, accelerator
+    )
     if summary is None:
         return
     out = out or file.parent / "evaluation"

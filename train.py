@@ -58,7 +58,7 @@ def train(config: configuration.Config, *, dry_run: bool = False) -> int:
     config = run.with_subset(config, accelerator)
 
     # data
-    process = {"rank": accelerator.process_index, "world_size": plan.processes, "workers": config.data.workers}
+    process = {"rank": accelerator.process_index, "world_size": plan.processes, "workers": run.worker_count(config)}
     train_set, val_set = run.open_train_set(config), run.open_val_set(config)
     log.say(f"{train_set.summary()}\n{val_set.summary()}")
     run.require_same_categories(train_set.classes, train_set.category_ids, val_set, train_set.json_path)
@@ -80,7 +80,7 @@ def train(config: configuration.Config, *, dry_run: bool = False) -> int:
         return 0
 
     def validate(module):
-        summary, _ = run.score(module, val_set, val_loader, config, accelerator, extended=False)
+        summary, _ = run.score(module, train_set.category_ids, val_set, val_loader, config, accelerator, extended=False)
         return {} if summary is None else summary.stats
 
     def save(name, tensors, facts):

@@ -97,6 +97,13 @@ def open_val_set(config: Config) -> CocoDetection:
     return CocoDetection(json_path, images, transforms=val_transforms(config), train=False)
 
 
+def worker_count(config: Config) -> int:
+    """Loader processes: as the recipe says, but not more than there are cores (the batches do not depend on it)."""
+    return min(
+        config.data.workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+
+
 def require_same_categories(
     classes: Sequence[str], category_ids: Sequence[int], dataset: CocoDetection, owner: str
 ) -> None:
@@ -275,12 +282,19 @@ def describe_model(config: Config, model: nn.Module, transfer: Transfer | None) 
 
 
 def score(
-    model: nn.Module, dataset: CocoDetection, loader: DataLoader, config: Config, accelerator: Accelerator, **options
+    model: nn.Module,
+    category_ids: Sequence[int],
+    dataset: CocoDetection,
+    loader: DataLoader,
+    config: Config,
+    accelerator: Accelerator,
+    **options,
 ) -> tuple[Summary | None, list[dict]]:
     """Predict a dataset and evaluate what was found.
 
     Args:
         model: the bare detector.
+        category_ids: the dataset's id of each label of the detector.
         dataset: opened by `open_val_set`.
         loader: this process's batches of it.
         config: its `eval` section.
@@ -296,7 +310,7 @@ def score(
     if not accelerator.is_main_process:
         return None, []
     require_all(detections, dataset.image_ids)
-    results = coco_results(detections, dataset.category_ids)
+    results = coco_results(detections, category_ids)
     counted = (*(limit for limit in (1, 10) if limit < most), most)
     return evaluate_coco(dataset.ground_truth(), results, max_detections=counted, **options), results
 
