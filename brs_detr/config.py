@@ -134,6 +134,7 @@ class ATSSConfig:
 
     stacked_convs: int = 1
     topk: int = 9
+    anchor_scale: float = 8.0  # side of the anchors, in strides
     centerness: bool = False
 
 

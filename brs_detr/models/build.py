@@ -114,6 +114,7 @@ def build_brs_detr(settings: Any, num_classes: int) -> BRSDETR:
         centerness=settings.atss.centerness,
         centerness_weight=settings.score_weights.atss.centerness,
         topk=settings.atss.topk,
+        scale=settings.atss.anchor_scale,
     )
     return BRSDETR(
         backbone=backbone,
