@@ -1,4 +1,5 @@
-# make demo: from a fresh clone to a trained detector; make test: the whole test suite; make lint: ruff.
+# make demo: from a fresh clone to a trained detector (SEED=1, ARGS="train.epochs=2" change it);
+# make test: the whole test suite; make lint: ruff.
 # Everything is installed into .venv; PYTHON chooses the interpreter (3.11 to 3.13).
 
 PYTHON ?= python3
@@ -7,6 +8,7 @@ BIN := $(VENV)/bin
 DATA := datasets/demo
 RUN ?= runs/demo
 SEED ?= 0
+ARGS ?=
 # without a GPU, several threads on few cores only slow small products down; with one, this changes nothing
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --quiet
 
@@ -27,7 +29,7 @@ $(DATA)/annotations/val.json: $(VENV)/installed brs_detr/data/synthetic.py
 	$(BIN)/python -m brs_detr make-dataset $(DATA)
 
 demo: $(DATA)/annotations/val.json
-	$(LAUNCH) train.py configs/demo.yaml output_dir=$(RUN) seed=$(SEED) --overwrite
+	$(LAUNCH) train.py configs/demo.yaml output_dir=$(RUN) seed=$(SEED) $(ARGS) --overwrite
 	$(BIN)/python eval.py $(RUN)
 	@echo "pictures: $(RUN)/evaluation/pictures.png, curves: $(RUN)/evaluation/curves.png"
 

@@ -24,6 +24,7 @@ from brs_detr.engine.guard import NonFiniteError
 from brs_detr.engine.logging import RunLog
 from brs_detr.engine.state import latest_state, read_facts
 from brs_detr.engine.trainer import Trainer
+from brs_detr.resuming import require_free_folder, require_same_run
 
 EXIT_REFUSED, EXIT_NOT_FINITE, EXIT_PREEMPTED = 2, 3, 75
 
@@ -50,7 +51,7 @@ def train(config: configuration.Config, *, dry_run: bool = False) -> int:
     """Train as the config says; returns the exit code."""
     if dry_run:
         config = replace(config, output_dir=f"{config.output_dir}/dry-run", train=replace(config.train, overwrite=True))
-    run.require_free_folder(config)
+    require_free_folder(config)
     accelerator = run.start_accelerator(config)
     plan = run.plan_of(config, accelerator)
     settings = run.loop_settings(config, plan)
@@ -112,7 +113,7 @@ def open_log(config: configuration.Config, plan, accelerator) -> tuple[Path | No
     folder = Path(config.output_dir)
     state, notes = latest_state(folder / "state") if config.train.resume else (None, [])
     if state is not None:
-        changes = run.require_same_run(config, plan, read_facts(state), state)
+        changes = require_same_run(config, plan, read_facts(state), state)
         notes += [f"resumed from {state}", *(f"changed since: {change}" for change in changes)]
     accelerator.wait_for_everyone()
     log = RunLog(folder, accelerator, None if state is None else read_facts(state))

@@ -1,0 +1,67 @@
+"""What keeps one run from damaging another: a folder is not written over, a run not resumed as a different one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+from brs_detr.config import Config, ConfigError, differences, from_dict
+from brs_detr.engine.plan import BatchPlan
+
+# settings in which a resumed run may differ: they change no number of the training
+_FREE_TO_CHANGE = (
+    "output_dir",
+    "data.workers",
+    "train.resume",
+    "train.overwrite",
+    "train.allow_changes",
+    "train.log_every",
+    "train.save_every",
+    "train.trackers",
+    "train.on_nonfinite",
+    "eval.",
+)
+
+
+def require_same_run(config: Config, plan: BatchPlan, facts: dict, state: Path) -> list[str]:
+    """Differences between a saved run and this one that would change its numbers.
+
+    Returns:
+        The differences, when `train.allow_changes` permits them.
+
+    Raises:
+        ConfigError: there are some, and it does not.
+    """
+    saved = from_dict(facts["config"], str(state))
+    changes = [c for c in differences(saved, config) if not c.startswith(_FREE_TO_CHANGE)]
+    for name, value in dataclasses.asdict(plan).items():
+        if facts["launch"][name] != value:
+            changes.append(f"launch {name}: {facts['launch'][name]} -> {value}")
+    if changes and not config.train.allow_changes:
+        raise ConfigError(
+            f"{state}: the run to resume had other settings ({'; '.join(changes)}); "
+            "restore them, or go on with train.allow_changes=true"
+        )
+    return changes
+
+
+def require_free_folder(config: Config) -> None:
+    """Refuse to write over an existing run, unless told; then remove what a later resume could mistake for the new one.
+
+    Raises:
+        ConfigError: the output folder holds a run, and neither resuming nor overwriting was asked for.
+    """
+    train, folder = config.train, Path(config.output_dir)
+    metrics = folder / "metrics.jsonl"
+    exists = (metrics.exists() and metrics.stat().st_size > 0) or any((folder / "state").glob("step-*"))
+    if exists and not (train.resume or train.overwrite):
+        raise ConfigError(
+            f"{folder} holds a run already: add --resume to go on with it, --overwrite to start anew, "
+            "or choose another output_dir"
+        )
+    if train.overwrite and not train.resume and int(os.environ.get("RANK", "0")) == 0:
+        shutil.rmtree(folder / "state", ignore_errors=True)
+        for name in ("best.safetensors", "last.safetensors"):
+            (folder / name).unlink(missing_ok=True)
