@@ -9,7 +9,7 @@ DATA := datasets/demo
 RUN ?= runs/demo
 SEED ?= 0
 ARGS ?=
-# without a GPU, several threads on few cores only slow small products down; with one, this changes nothing
+# every question that accelerate would ask or warn about is answered here
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --quiet
 
 .PHONY: demo test lint clean
