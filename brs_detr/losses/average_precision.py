@@ -20,7 +20,7 @@ def average_precision_loss(
 ) -> Tensor:
     """One minus the average precision of the ranking.
 
-    With rank = rank+ + N_FP as in `rank_sort_loss` (Bucketed Ranking-based Losses, Eq. 9 and 13):
+    With rank = rank+ + N_FP as in `rank_sort_loss` (Bucketed Ranking-based Losses, Eq. 3, 9 and 13):
 
         loss = mean_i 1 - p(i),  p(i) = rank+(i) / rank(i)
 

@@ -1,6 +1,6 @@
 """Weights of localisation losses that follow the ranking loss, so that nobody has to tune them.
 
-`self_balance` is the value-based rule of Rank & Sort (Oksuz et al., ICCV 2021, Sec. 3.3), `box_scores` its per-box
+`self_balance` is the value-based rule of Rank & Sort (Oksuz et al., ICCV 2021), `box_scores` its per-box
 weights, and `EpochBalance` the slower rule of aLRP (Oksuz et al., NeurIPS 2020, Sec. 4.2).
 """
 

@@ -34,19 +34,22 @@ def quadrant_sums(row: Tensor, values: Tensor, rows_before: Tensor, columns_befo
     rows_before, inside = rows_before.int(), columns_before.int()
     sums = values.new_zeros(len(values), len(rows_before))
     # More bits at a time mean fewer passes over larger tables; measured on one CPU thread.
-    step = 3 if bits <= 14 else 2
+    step = 3 if bits <= 12 else 2
     while bits:
         level = Level(bits, min(bits, step), size)
         bits -= level.step
-        table = _digit_table(row, values, level)
-        at = _table_index(rows_before, inside, level)
-        sums += table.flatten(1).index_select(1, at)
-        inside = _count(table[0], at)
+        equal, below = _digit_tables(row, values, level)
+        at, digit = level.place(rows_before, inside), level.digit(rows_before)
+        # Nothing has a digit below 0, and nothing comes before the first item.
+        some = (inside > 0) & (digit > 0)
+        sums.addcmul_(below.index_select(1, (digit - 1).clamp_(min=0) * size + at), some.to(sums.dtype))
+        inside = equal.index_select(0, digit * size + at).mul_(inside > 0)
         if bits:
-            own = _table_index(row, position & (level.node - 1), level)
-            target = ((row >> bits) << bits) + _count(table[0], own)
-            row = torch.empty_like(row).index_copy_(0, target.long(), row)
-            values = torch.empty_like(values).index_copy_(1, target.long(), values)
+            digit = level.digit(row)
+            rank = equal.index_select(0, digit * size + position) - 1
+            target = (((row >> bits) << bits) + rank).long()
+            row = torch.empty_like(row).index_copy_(0, target, row)
+            values = torch.empty_like(values).index_copy_(1, target, values)
     return sums
 
 
@@ -54,28 +57,25 @@ class Level:
     """One pass: nodes of 2^bits items whose rows agree in all higher bits; the next `step` bits are the digit."""
 
     def __init__(self, bits: int, step: int, size: int):
-        self.bits, self.step = bits, step
-        self.node = 1 << bits
-        self.plane = (size >> bits) * (self.node + 1)
+        self.bits, self.step, self.size = bits, step, size
 
     def digit(self, row: Tensor) -> Tensor:
         return (row >> (self.bits - self.step)) & ((1 << self.step) - 1)
 
-
-def _digit_table(row: Tensor, values: Tensor, level: Level) -> Tensor:
-    """Sums of the first items of each node whose digit is below 0, 1, ...: (V, 2^step + 1, nodes * (node + 1))."""
-    digits = torch.arange((1 << level.step) + 1, device=row.device, dtype=torch.int32)
-    below = level.digit(row) < digits[:, None]
-    table = (values[:, None] * below).unflatten(2, (-1, level.node)).cumsum(3)
-    return pad(table, (1, 0)).flatten(2)
+    def place(self, row: Tensor, inside: Tensor) -> Tensor:
+        """Position of the last of the first `inside` items of the row's node."""
+        return (((row >> self.bits) << self.bits) + inside - 1).clamp_(min=0, max=self.size - 1)
 
 
-def _table_index(row: Tensor, inside: Tensor, level: Level) -> Tensor:
-    """Where a flat table holds, for the node and digit of `row`, the sum of smaller digits over `inside` items."""
-    return level.digit(row) * level.plane + (row >> level.bits) * (level.node + 1) + inside
+def _digit_tables(row: Tensor, values: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+    """Running sums within each node, up to and including each position.
 
-
-def _count(counts: Tensor, at: Tensor) -> Tensor:
-    """How many items have exactly the digit, not a smaller one."""
-    flat = counts.flatten()
-    return (flat.index_select(0, at + counts.shape[1]) - flat.index_select(0, at)).int()
+    Returns:
+        (2^step * n,) int32, the number of items with digit 0, 1, ...;
+        (V, (2^step - 1) * n), the values of the items with a digit below 1, 2, ...
+    """
+    digit = level.digit(row).view(-1, 1 << level.bits)
+    digits = torch.arange(1 << level.step, device=row.device, dtype=torch.int32)[:, None, None]
+    equal = (digit == digits).cumsum(2, dtype=torch.int32)
+    below = (values.view(-1, 1, *digit.shape) * (digit < digits[1:])).cumsum(3)
+    return equal.flatten(), below.flatten(1)

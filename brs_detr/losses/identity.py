@@ -1,5 +1,5 @@
-"""Identity update: a loss value with a gradient that is given, not differentiated (Chen et al., CVPR 2019, Sec.
-3.2).
+"""Identity update: a loss value with a gradient that is given, not differentiated (Rank & Sort, Oksuz et al., ICCV
+2021).
 """
 
 import torch

@@ -25,7 +25,9 @@ def _rows(logits: Tensor, positives: Tensor, negative: Tensor, delta: float) -> 
 def rank_sort_pairwise(
     logits: Tensor, positives: Tensor, quality: Tensor, negative: Tensor, delta: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rank & Sort loss (Oksuz et al., ICCV 2021, Eq. 3 to 9); quality (P,) is t_i. Ranking term, then sorting term."""
+    """Rank & Sort loss (Bucketed Ranking-based Losses, Eq. 10, 11, S.3, S.4), ranking term first; quality (P,) is
+    t_i.
+    """
     count = len(positives)
     ranking = sorting = logits.new_zeros(())
     ranking_gradient, sorting_gradient = torch.zeros_like(logits), torch.zeros_like(logits)
@@ -51,9 +53,7 @@ def rank_sort_pairwise(
 def average_precision_pairwise(
     logits: Tensor, positives: Tensor, negative: Tensor, delta: float, interpolate: bool
 ) -> tuple[Tensor, Tensor]:
-    """AP loss (Chen et al., CVPR 2019, Eq. 5 to 8); `interpolate` raises each precision to the best at higher
-    recall.
-    """
+    """AP loss (Bucketed Ranking-based Losses, Eq. 3, 9); `interpolate` takes the best precision at higher recall."""
     count = len(positives)
     value, gradient = logits.new_zeros(()), torch.zeros_like(logits)
     best = logits.new_zeros(())

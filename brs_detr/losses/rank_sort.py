@@ -31,7 +31,7 @@ def rank_sort_loss(
     """Rank every positive above every negative, and the positives among themselves by their localisation quality.
 
     With x_ij = s_j - s_i, the smoothed step H, rank+(i) = sum of H(x_ij) over positives (i included with H(0)),
-    N_FP(i) = sum over negatives and rank = rank+ + N_FP (RS Loss, Eq. 3 to 9):
+    N_FP(i) = sum over negatives and rank = rank+ + N_FP (Bucketed Ranking-based Losses, Eq. 10, 11, S.3 and S.4):
 
         ranking = mean_i N_FP(i) / rank(i)
         sorting = mean_i l_S(i) - l_S*(i),  l_S(i) = sum_j H(x_ij) (1 - t_j) / rank+(i),  l_S*: over t_j >= t_i only

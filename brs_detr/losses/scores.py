@@ -45,7 +45,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, rows: Tensor, quality: Tensor,
 
 
 def quality_focal(logits: Tensor, labels: Tensor, rows: Tensor, quality: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Quality focal loss (Li et al., NeurIPS 2020, Eq. 4): cross entropy against the IoU, weighed with |IoU - p|^gamma.
+    """Quality focal loss (Li et al., NeurIPS 2020): cross entropy against the IoU, weighed with |IoU - p|^gamma.
 
     Arguments as for `focal`; `quality` is the target of the positives' own class.
     """

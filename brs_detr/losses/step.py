@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def smooth_step(x: Tensor, delta: float) -> Tensor:
-    """H(x): 0 below -delta, 1 above delta, linear between (AP Loss, Chen et al., CVPR 2019, Eq. 3).
+    """H(x): 0 below -delta, 1 above delta, linear between (Bucketed Ranking-based Losses, Eq. 2).
 
     Args:
         x: differences s_j - s_i of logits, any shape.
