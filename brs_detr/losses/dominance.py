@@ -21,16 +21,15 @@ def quadrant_sums(row: Tensor, values: Tensor, rows_before: Tensor, columns_befo
         columns_before: (Q,) int64 in 0..n.
 
     Returns:
-        (1 + V, Q): the number of items, then the sums.
+        (V, Q).
     """
     count = len(row)
     bits = count.bit_length()
     size = 1 << bits
     position = torch.arange(size, device=row.device, dtype=torch.int32)
     row = torch.cat([row.int(), position[count:]])
-    values = pad(torch.cat([torch.ones_like(values[:1]), values]), (0, size - count))
-    # Items that fill up to a power of two lie below all rows asked for, but every node of the tree has to be full.
-    values[0, count:] = 1
+    # Every node of the tree has to be full; the items that fill it up lie in rows that no query reaches.
+    values = pad(values, (0, size - count))
     rows_before, inside = rows_before.int(), columns_before.int()
     sums = values.new_zeros(len(values), len(rows_before))
     # More bits at a time mean fewer passes over larger tables; measured on one CPU thread.

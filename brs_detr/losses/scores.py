@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import sigmoid_focal_loss
 
 
 def _one_hot(logits: Tensor, labels: Tensor, rows: Tensor, value: Tensor | float = 1.0) -> Tensor:
@@ -26,6 +25,9 @@ def focal(logits: Tensor, labels: Tensor, rows: Tensor, quality: Tensor, alpha: 
     Returns:
         (N,).
     """
+    # Imported here because the ranking losses are usable where torchvision is not installed.
+    from torchvision.ops import sigmoid_focal_loss
+
     return sigmoid_focal_loss(logits, _one_hot(logits, labels, rows), alpha, gamma).sum(1)
 
 

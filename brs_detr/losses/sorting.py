@@ -56,17 +56,17 @@ def dense_missorted(scores: Tensor, quality: Tensor, delta: float):
 
 def quadrant_missorted(scores: Tensor, quality: Tensor, delta: float):
     """`dense_missorted` from quadrant sums, in O(P log P)."""
-    mass, error = _missorted_sums(scores, quality, (1 - quality)[None], delta)
+    mass, error = _missorted_sums(scores, quality, torch.stack([torch.ones_like(quality), 1 - quality]), delta)
 
     def spread(x: Tensor) -> Tensor:
         # With both signs turned, j looks at i as i looked at j.
-        return _missorted_sums(-scores.flip(0), -quality.flip(0), x.flip(0)[None], delta)[1].flip(0)
+        return _missorted_sums(-scores.flip(0), -quality.flip(0), x.flip(0)[None], delta)[0].flip(0)
 
     return mass.clamp(min=0), error, spread
 
 
 def _missorted_sums(scores: Tensor, quality: Tensor, values: Tensor, delta: float) -> Tensor:
-    """sum_j v_j H(s_j - s_i) [t_j < t_i] for ascending scores; values (V, P), result (1 + V, P) with v = 1 first."""
+    """sum_j v_j H(s_j - s_i) [t_j < t_i] for ascending scores; values and result (V, P)."""
     count = len(scores)
     ascending, order = quality.sort(stable=True)
     row = torch.empty_like(order).index_copy_(0, order, torch.arange(count, device=order.device)).flip(0)
@@ -74,8 +74,8 @@ def _missorted_sums(scores: Tensor, quality: Tensor, values: Tensor, delta: floa
     if delta == 0:
         return quadrant_sums(row, values.flip(1), rows_before, count - torch.searchsorted(scores, scores))
     starts = count - torch.searchsorted(scores, torch.cat([scores - delta, scores + delta]))
-    values = torch.cat([values, scores[None], values * scores]).flip(1)
+    values = torch.cat([values, values * scores]).flip(1)
     sums = quadrant_sums(row, values, rows_before.repeat(2), starts)
-    low, high = sums.unflatten(0, (2, -1)).chunk(2, 2)
-    on_ramp, moment = low - high
-    return high[0] + (moment - scores * on_ramp) / (2 * delta) + on_ramp / 2
+    low, high = sums.chunk(2, 1)
+    (on_ramp, moment), above = (low - high).chunk(2), high.chunk(2)[0]
+    return above + (moment - scores * on_ramp) / (2 * delta) + on_ramp / 2
