@@ -299,16 +299,3 @@ def test_a_fault_of_the_user_ends_in_one_sentence(capsys):
     assert cli.main(["info", "nowhere.yaml"]) == 2
     assert cli.main(["predict", "nowhere", "nowhere"]) == 2
     assert [line[:7] for line in capsys.readouterr().err.splitlines()] == ["error: "] * 2
-
-
-def test_an_official_checkpoint_becomes_a_weights_file(tmp_path, capsys):
-    """Built backwards from our own names: every tensor of the recipe's detector must be asked for and found."""
-    categories = [{"id": 9 - i, "name": f"c{i}"} for i in range(3)]  # labels follow the order of the json, not the ids
-    (tmp_path / "classes.json").write_text(json.dumps({"categories": categories}))
-    command = ["convert", DEMO, str(tmp_path / "official.pth"), str(tmp_path / "out.safetensors")]
-    command += ["--classes", str(tmp_path / "classes.json")]
-    assert cli.main(command) == 2 and "no such file" in capsys.readouterr().err
-    (tmp_path / "official.pth").write_bytes(b"nonsense")
-    assert cli.main(command) == 2 and "not a torch file" in capsys.readouterr().err
-    torch.save({"state_dict": {"module.neck.convs.0.conv.weight": torch.zeros(1)}}, tmp_path / "official.pth")
-    assert cli.main(command) == 2 and "does not fit" in capsys.readouterr().err

@@ -1,65 +1,39 @@
-"""`convert`: an official Co-DETR or BRS-DETR checkpoint as a weights file for eval.py and fine-tuning."""
+"""`convert`: an official Co-DETR or BRS-DETR checkpoint as a weights file for eval.py and train.py, or back again."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from brs_detr.config import ConfigError, load_config, to_dict
-from brs_detr.convert.keys import to_ours
-from brs_detr.engine.checkpoint import CheckpointError, Weights, save_weights
-from brs_detr.run import build_detector
+from brs_detr.config import ConfigError
+from brs_detr.convert.official import export, from_official
+from brs_detr.convert.read import read_official
+from brs_detr.engine.checkpoint import save_weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `convert`."""
-    parser.add_argument("config", help="the recipe that the checkpoint belongs to")
-    parser.add_argument("checkpoint", type=Path, help="official .pth file")
-    parser.add_argument("out", type=Path, help=".safetensors file to write")
-    parser.add_argument("overrides", nargs="*", help="settings to change")
+    parser.add_argument("source", type=Path, help="official .pth file (with --to-official: a .safetensors file)")
+    parser.add_argument("target", type=Path, help=".safetensors file to write (with --to-official: a .pth file)")
     parser.add_argument(
-        "--classes", type=Path, required=True, help="COCO json whose categories, in its order, it knows"
+        "--num-classes-from",
+        type=Path,
+        metavar="FILE",
+        help="COCO json that the checkpoint was trained on, for checkpoints of other classes than COCO's 80",
     )
+    parser.add_argument("--to-official", action="store_true", help="write official names instead")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Convert, check against the recipe's detector, write; returns the exit code."""
-    config = load_config(options.config, options.overrides)
-    tensors, unknown = to_ours(read_official(options.checkpoint))
-    # the official code numbers classes in the order of the json
-    categories = json.loads(options.classes.read_text(encoding="utf-8"))["categories"]
-    model = build_detector(config, len(categories), initial_weights=False)
-    state = model.state_dict()
-    missing = sorted(set(state) - set(tensors))
-    odd = [name for name in state if name in tensors and state[name].shape != tensors[name].shape]
-    if missing or unknown or odd:
-        raise ConfigError(
-            f"{options.checkpoint}: does not fit {options.config} with {len(categories)} classes: "
-            f"{len(missing)} tensors missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}, "
-            f"{len(odd)} of another shape {odd[:3]}"
-        )
-    names, ids = [entry["name"] for entry in categories], [entry["id"] for entry in categories]
-    save_weights(options.out, Weights({name: tensors[name] for name in state}, names, ids, to_dict(config)))
-    print(f"{len(state)} tensors written to {options.out}")
+    """Convert, print what became of the tensors, write; returns the exit code."""
+    wanted = ".pth" if options.to_official else ".safetensors"
+    if options.target.suffix != wanted or options.target.resolve() == options.source.resolve():
+        raise ConfigError(f"{options.target}: the file to write must be another one and end in {wanted}")
+    if options.to_official:
+        count = export(options.source, options.target)
+        print(f"{options.target}: {count} tensors with official names written")
+        return 0
+    weights, report = from_official(read_official(options.source), str(options.source), options.num_classes_from)
+    save_weights(options.target, weights)
+    print(f"{options.source}: {report}\n{options.target} written; evaluate: eval.py {options.target} data.root=...")
     return 0
-
-
-def read_official(path: Path) -> dict[str, Tensor]:
-    """The state dict of an official file, without wrappers and prefixes.
-
-    Raises:
-        CheckpointError: absent, or not a torch file of plain tensors.
-    """
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except Exception as error:  # torch raises many kinds for a damaged or foreign file
-        raise CheckpointError(f"{path}: not a torch file of plain tensors ({str(error).splitlines()[0]})") from None
-    state = content.get("state_dict", content)
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}

@@ -1,7 +1,8 @@
-"""One table from the official Co-DETR / BRS-DETR parameter names to ours.
+"""One table from the official Co-DETR / BRS-DETR parameter names to ours, read in both directions.
 
-Each rule is a pattern of the official name and our name; `{k}` stands for a number, and AUX names the dense head that
-an auxiliary index means. Backbone names of ResNets are the same on both sides (torchvision's).
+Each rule is a pattern of the official name and our name; `{k}` stands for a number, `{next}` for the number after it,
+and `{aux}` for the dense head that an auxiliary index means. Names of ResNets and all other names of a Swin are the
+same on both sides.
 """
 
 from __future__ import annotations
@@ -9,11 +10,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+import torch
+from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor
 
 AUX = ("roi", "atss")
 
 RULES: tuple[tuple[str, str], ...] = (
+    # the original Swin merges patches at the end of a stage, timm's at the start of the next
+    ("backbone.layers.{k}.downsample.", "backbone.layers.{next}.downsample."),
+    ("backbone.", "backbone."),
     ("neck.convs.{k}.conv.", "neck.projections.{k}.conv."),
     ("neck.convs.{k}.gn.", "neck.projections.{k}.norm."),
     ("neck.extra_convs.{k}.conv.", "neck.extra.{k}.conv."),
@@ -40,6 +46,7 @@ RULES: tuple[tuple[str, str], ...] = (
     ("query_head.transformer.pos_feats_trans.{k}.", "aux_embeddings.{aux}.feature_projection."),
     ("query_head.transformer.pos_feats_norm.{k}.", "aux_embeddings.{aux}.feature_norm."),
     ("query_head.downsample.{k}.", "coarsest.{k}."),
+    # of the branches, the one after the decoder's last belongs to the encoder proposals: see ENCODER_BRANCHES
     ("query_head.cls_branches.{k}.", "decoder.classifiers.{k}."),
     ("query_head.reg_branches.{k}.", "decoder.regressors.{k}."),
     ("query_head.query_embedding.", "query_content."),
@@ -60,15 +67,28 @@ RULES: tuple[tuple[str, str], ...] = (
     ("bbox_head.0.scales.{k}.scale", "atss.scales.{k}"),
 )
 
-
-def _pattern(rule: str) -> re.Pattern[str]:
-    return re.compile(re.escape(rule).replace(re.escape("{k}"), r"(\d+)"))
-
+ENCODER_BRANCHES = {"decoder.classifiers": "proposals.classifier", "decoder.regressors": "proposals.regressor"}
 
 HEAD_OFFSETS = "query_head.transformer.head_pos_embed.weight"
 """One (2, 1) table in the official files, one scalar per auxiliary embedding in ours."""
 
-_COMPILED = tuple((_pattern(official), ours) for official, ours in RULES)
+DROPPED: tuple[tuple[str, str], ...] = (
+    (r"\.num_batches_tracked$", "a count of batches that frozen normalisation does not use"),
+    (r"^backbone\.layers\..*\.relative_position_index$", "follows from the window size"),
+    (r"^ema_", "a running average beside the weights; the weights themselves are converted"),
+)
+"""Official tensors that have no counterpart here, and why."""
+
+
+def _pattern(rule: str) -> re.Pattern[str]:
+    escaped = re.escape(rule)
+    for name in ("{k}", "{next}"):
+        escaped = escaped.replace(re.escape(name), r"(\d+)")
+    return re.compile(escaped.replace(re.escape("{aux}"), f"({'|'.join(AUX)})"))
+
+
+_FROM_OFFICIAL = tuple((_pattern(official), ours) for official, ours in RULES)
+_FROM_OURS = tuple((_pattern(ours), ours, official) for official, ours in RULES)
 
 
 def our_key(official: str, decoder_layers: int) -> str | None:
@@ -78,24 +98,50 @@ def our_key(official: str, decoder_layers: int) -> str | None:
         official: name without a `module.` prefix.
         decoder_layers: D; branch D of the official list belongs to the encoder proposals.
     """
-    if official.startswith("backbone."):
-        return official
-    for pattern, ours in _COMPILED:
+    for pattern, ours in _FROM_OFFICIAL:
         found = pattern.match(official)
         if found is None:
             continue
         number = int(found.group(1)) if found.groups() else 0
-        if number == decoder_layers and ours.startswith(("decoder.classifiers", "decoder.regressors")):
-            ours = "proposals." + ours.split(".")[1].rstrip("s") + "."
-        aux = AUX[number] if "{aux}" in ours else ""
-        return ours.format(k=number, aux=aux) + official[found.end() :]
+        if "{aux}" in ours and number >= len(AUX):
+            return None
+        if number == decoder_layers:
+            for branch, encoder_branch in ENCODER_BRANCHES.items():
+                ours = ours.replace(branch + ".{k}", encoder_branch)
+        name = ours.format(k=number, next=number + 1, aux=AUX[number] if "{aux}" in ours else "")
+        return name + official[found.end() :]
+    return None
+
+
+def official_key(ours: str, decoder_layers: int) -> str | None:
+    """The official name of one of our parameters; the reverse of `our_key`."""
+    for branch, encoder_branch in ENCODER_BRANCHES.items():
+        if ours.startswith(encoder_branch + "."):
+            ours = f"{branch}.{decoder_layers}." + ours.removeprefix(encoder_branch + ".")
+    for pattern, template, official in _FROM_OURS:
+        found = pattern.match(ours)
+        if found is None:
+            continue
+        number = 0
+        if found.groups():
+            number = AUX.index(found.group(1)) if "{aux}" in template else int(found.group(1))
+        number -= "{next}" in template
+        return official.format(k=number) + ours[found.end() :]
     return None
 
 
 def decoder_layers(keys: Iterable[str]) -> int:
     """Number of decoder layers in an official state dict's keys."""
-    found = [re.match(r"query_head\.transformer\.decoder\.layers\.(\d+)\.", key) for key in keys]
-    return max((int(m.group(1)) for m in found if m), default=-1) + 1
+    return 1 + max(_numbers(r"query_head\.transformer\.decoder\.layers\.(\d+)\.", keys), default=-1)
+
+
+def _numbers(pattern: str, keys: Iterable[str]) -> list[int]:
+    return [int(found.group(1)) for key in keys if (found := re.match(pattern, key))]
+
+
+def why_dropped(official: str) -> str | None:
+    """Why an official tensor is left out, or None where it is not."""
+    return next((why for pattern, why in DROPPED if re.search(pattern, official)), None)
 
 
 def to_ours(official: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -115,4 +161,35 @@ def to_ours(official: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str
             unknown.append(key)
         else:
             renamed[ours] = value
+    return renamed, unknown
+
+
+def to_official(ours: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Rename one of our state dicts, and rebuild the tensors that only the official models store.
+
+    Args:
+        ours: state dict of a detector.
+
+    Returns:
+        The renamed tensors (batch counts are zero), and our names that have no official one.
+    """
+    layers = 1 + max(_numbers(r"decoder\.layers\.(\d+)\.", ours), default=-1)
+    offsets = [f"aux_embeddings.{head}.offset" for head in AUX]
+    renamed, unknown = {}, []
+    for key, value in ours.items():
+        if key in offsets:
+            continue
+        if (official := official_key(key, layers)) is None:
+            unknown.append(key)
+            continue
+        renamed[official] = value
+        if official.endswith(".running_var"):
+            counter = official.replace("running_var", "num_batches_tracked")
+            renamed[counter] = ours.get(key.replace("running_var", "num_batches_tracked"), torch.tensor(0))
+        elif official.endswith(".relative_position_bias_table"):
+            window = (round(value.shape[0] ** 0.5) + 1) // 2
+            index = get_relative_position_index(window, window)
+            renamed[official.replace("bias_table", "index")] = index
+    if all(name in ours for name in offsets):
+        renamed[HEAD_OFFSETS] = torch.stack([ours[name] for name in offsets])
     return renamed, unknown
