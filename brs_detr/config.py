@@ -143,7 +143,10 @@ class ModelConfig:
     """The detector."""
 
     name: Literal["brs_detr", "co_detr"] = "brs_detr"
-    loss: Literal["brs", "rs", "ap", "bap", "alrp", "focal"] = "brs"
+    # Rank & Sort, AP, aLRP, NDCG; b...: bucketed; focal and quality_focal: score-based
+    loss: Literal["brs", "rs", "bap", "ap", "balrp", "alrp", "bndcg", "ndcg", "focal", "quality_focal"] = "brs"
+    ranking_delta: float | None = None  # half width of the ranking's step; null: the loss's own (Rank & Sort 0.5)
+    ranking_scope: Literal["process", "global"] = "process"  # rank each process's batch, or that of all processes
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     dim: int = 256
     heads: int = 8
@@ -323,7 +326,7 @@ def _rules(config: Config) -> Iterator[tuple[bool, str]]:
     )
     yield (train.ema_decay or 0) >= 1, f"train.ema_decay={train.ema_decay} must be below 1"
     yield (
-        model.atss.centerness and model.loss != "focal",
+        model.atss.centerness and model.loss not in ("focal", "quality_focal"),
         (f"model.atss.centerness=true needs model.loss=focal; model.loss={model.loss} ranks by quality instead"),
     )
 

@@ -22,7 +22,7 @@ from brs_detr.models.proposals import ProposalHead
 from brs_detr.models.roi_head import RoIHead
 from brs_detr.models.rpn import RPNHead
 
-SCORE_BASED = ("focal",)
+SCORE_BASED = ("focal", "quality_focal")
 
 
 def build_model(settings: Any, num_classes: int) -> nn.Module:
@@ -46,15 +46,21 @@ def build_objective(settings: Any, head: str):
     Ranking losses weigh a head with one number, box terms follow by self-balancing; score-based ones weigh each term.
     """
     if settings.loss not in SCORE_BASED:
-        weight = getattr(settings.ranking_weights, head)
-        return RankingObjective(settings.loss, weight=weight, score_weighted=settings.score_weighted)
+        return RankingObjective(
+            settings.loss,
+            weight=getattr(settings.ranking_weights, head),
+            delta=settings.ranking_delta,
+            score_weighted=settings.score_weighted,
+            tau=0.7 if head == "rpn" else 0.5,  # least IoU of a positive there (aLRP paper, supplement)
+            scope=settings.ranking_scope,
+        )
     weights = getattr(settings.score_weights, head)
     terms = {"cls": weights.cls, "l1": weights.l1, "giou": weights.giou}
     if head == "rpn":
         return ScoreObjective("binary_cross_entropy", weights=terms, normaliser="rows")
     if head == "roi":
         return ScoreObjective("cross_entropy", weights=terms, normaliser="rows")
-    return ScoreObjective("focal", weights=terms)
+    return ScoreObjective(settings.loss, weights=terms)
 
 
 def build_brs_detr(settings: Any, num_classes: int) -> BRSDETR:
