@@ -1,0 +1,75 @@
+"""Chooses the recorded arrays that live with the tests: `python tests/golden/select_arrays.py GOLDEN_FOLDER`.
+
+From the full recording (about 40 MB) it keeps the transformer's weights and arrays of one batch, every ranking problem
+of the rank-based training step, and the smaller cases of the loss functions.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+HERE = Path(__file__).parent
+PARTS = {
+    "encoder_weights": ("query_head.transformer.encoder.", "query_head.transformer.level_embeds"),
+    "decoder_weights": (
+        "query_head.transformer.decoder.",
+        "query_head.transformer.enc_output",
+        "query_head.transformer.pos_trans",
+        "query_head.cls_branches.",
+        "query_head.reg_branches.",
+        "query_head.query_embedding.",
+    ),
+}
+FORWARD = ("neck.", "memory", "enc_outputs_class", "enc_bbox_preds", "enc_topk_index", "all_cls_scores")
+FORWARD += ("all_bbox_preds", "match.", "gt_bboxes.", "gt_labels.")
+LARGEST_CASE = 1100  # logits
+LOSSES = ("rs", "brs", "ap", "bap", "alrp")
+
+
+def select(golden: Path) -> None:
+    """Write the chosen arrays beside this file."""
+    folders = {family: golden / family for family in ("co_detr", "brs_detr")}
+    weights = {family: load_file(folder / "state_dict.safetensors") for family, folder in folders.items()}
+    for name, beginnings in PARTS.items():
+        chosen = {key: value for key, value in weights["brs_detr"].items() if key.startswith(beginnings)}
+        assert all(torch.equal(value, weights["co_detr"][key]) for key, value in chosen.items())
+        save_file(chosen, HERE / f"{name}.safetensors")
+    arrays, found = (load_file(folders["brs_detr"] / f"{name}.safetensors") for name in ("train_normal", "eval"))
+    kept = {key: value for key, value in arrays.items() if key.startswith(FORWARD) and ".labels" not in key}
+    kept |= {key: value for key, value in found.items() if key.startswith("detr_sorted.batch")}
+    both = load_file(folders["co_detr"] / "train_normal.safetensors")
+    assert all(torch.allclose(kept[name], both[name], atol=1e-4) for name in ("all_cls_scores", "all_bbox_preds"))
+    kept |= {f"co_detr.{key}": value for key, value in both.items() if key.startswith("match.") and "pos_query" in key}
+    save_file(kept, HERE / "forward.safetensors")
+    save_file({k: v for k, v in arrays.items() if k.startswith("rank.")}, HERE / "ranking.safetensors")
+    terms = {
+        family: json.loads((folder / "summary.json").read_text())["normal"]["losses"]
+        for family, folder in folders.items()
+    }
+    (HERE / "losses.json").write_text(json.dumps(terms, indent=1))
+    np.savez_compressed(HERE / "loss_functions.npz", **loss_cases(golden / "losses"))
+
+
+def loss_cases(folder: Path) -> dict[str, np.ndarray]:
+    """Inputs, outputs and gradients in float64 of the cases that the official losses get through."""
+    kept = {}
+    for path in sorted(folder.glob("*.npz")):
+        case = np.load(path)
+        if len(case["logits"]) > LARGEST_CASE:
+            continue
+        for name in ("logits", "targets", "delta", "regression_losses"):
+            if name in case:
+                kept[f"{path.stem}/{name}"] = case[name]
+        for loss in LOSSES:
+            if str(case[f"{loss}_status64"]) == "ok" and f"{loss}_grad64" in case:
+                for kind in ("out64", "grad64"):
+                    kept[f"{path.stem}/{loss}_{kind}"] = case[f"{loss}_{kind}"]
+    return kept
+
+
+if __name__ == "__main__":
+    select(Path(sys.argv[1]))
