@@ -31,6 +31,7 @@ def small_model():
     def settings(softmax):
         recipe = "co_detr_r50" if softmax else "brs_detr_r50"
         narrow = ["dim=64", "ffn_dim=32", "queries=12", "encoder_layers=1", "decoder_layers=2", "roi.fc_dim=64"]
-        return load_config(ROOT / "configs" / f"{recipe}_12e_coco.yaml", [f"model.{s}" for s in narrow]).model
+        overrides = [f"model.{setting}" for setting in narrow] + ["model.backbone.pretrained=false"]
+        return load_config(ROOT / "configs" / f"{recipe}_12e_coco.yaml", overrides).model
 
     return settings
