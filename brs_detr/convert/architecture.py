@@ -21,7 +21,7 @@ RPN_ANCHORS = 9
 LARGE_QUERIES = 900
 
 OTHER_VARIANTS: tuple[tuple[str, str], ...] = (
-    (r"decoder\.classifiers\.", "a detector with the names of this project, which eval.py and train.py read as it is"),
+    (r"decoder\.classifiers\.", "a detector of this project already, whose .safetensors eval.py and train.py read"),
     (r"query_head\.(label_embedding|dn_generator)\.", "Co-DINO (it has denoising queries)"),
     (r"query_head\.transformer\.(query_embed|decoder\.ref_point_head)\.", "Co-DINO"),
     (r"query_head\.transformer\.reference_points\.", "a one-stage Co-Deformable-DETR, without encoder proposals"),

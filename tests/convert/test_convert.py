@@ -141,7 +141,7 @@ def test_other_architectures_and_incomplete_ones_are_refused(save, capsys, chang
         (["transformer.encoder.layers.0.linear1.weight", "class_embed.weight"], "a DETR from another code base"),
         (["backbone.conv1.weight", "roi_head.bbox_head.fc_cls.weight"], "a two-stage detector"),
         (["conv1.weight", "fc.weight"], "its 2 tensors are called conv1.weight, fc.weight"),
-        (["decoder.classifiers.0.weight"], "names of this project"),
+        (["decoder.classifiers.0.weight"], "a detector of this project already"),
     ],
 )
 def test_files_of_other_detectors_are_called_by_their_name(tmp_path, capsys, names, message):

@@ -132,19 +132,12 @@ def as_released(model):
         goals = coder.decode(unit, model.rpn.coder.encode(anchors, objects))
         return paired_iou(boxes.detach(), goals), {"giou": paired_giou_loss(boxes, goals)}
 
-    model.rpn._localise = around_a_unit_box
-    keep_empty_boxes(model)
-
-
-def keep_empty_boxes(model):
-    """Let the RPN suppress and keep boxes without area too, as the released rank-based head does."""
-
     def empty_boxes_too(boxes, scores, levels, size):
         boxes = clip_boxes_to_image(boxes, size)
-        most = model.rpn.keep if model.rpn.training else model.rpn.test_keep
-        kept = batched_nms(boxes, scores, levels, model.rpn.nms_iou)[:most]
+        kept = batched_nms(boxes, scores, levels, model.rpn.nms_iou)[: model.rpn.keep]
         return boxes[kept], scores[kept]
 
+    model.rpn._localise = around_a_unit_box
     model.rpn._suppress = empty_boxes_too
 
 

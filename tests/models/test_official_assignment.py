@@ -30,10 +30,17 @@ class Spy(torch.nn.Module):
         return result
 
 
-@pytest.fixture(params=[(family, case) for family in official.FAMILIES for case in official.CASES], ids="-".join)
-def seen(golden, request, monkeypatch):
+@pytest.fixture(
+    scope="module", params=[(family, case) for family in official.FAMILIES for case in official.CASES], ids="-".join
+)
+def seen(golden, request):
     """Recorded arrays, and what our training step did on the same batch."""
-    family, case = request.param
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return observe(golden, *request.param, monkeypatch)
+
+
+def observe(golden, family, case, monkeypatch):
+    """Run one recorded batch with spies at every choice."""
     model = official.load_official(golden, family, monkeypatch).train()
     official.in_index_order(model, monkeypatch)
     if family == "brs_detr":
@@ -52,7 +59,7 @@ def seen(golden, request, monkeypatch):
         model.losses(model.encode(pixels, official.padding(sizes)), sizes, targets)
     calls = {name: spy.calls[0] for name, spy in spies.items()}
     counts = [len(target["labels"]) for target in targets]
-    return {"arrays": arrays, "sizes": sizes, "targets": targets, "counts": counts, "decoded": decoded, **calls}
+    return {"arrays": arrays, "sizes": sizes, "counts": counts, "decoded": decoded, **calls}
 
 
 def test_matched_queries_and_tokens(seen):
