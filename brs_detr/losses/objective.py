@@ -15,7 +15,7 @@ from .alrp import alrp_loss
 from .average_precision import average_precision_loss
 from .balance import CAP, EpochBalance, box_scores, self_balance
 from .ndcg import ndcg_loss
-from .processes import SCOPES, averaged_later, process_sum, sum_over, world_size
+from .processes import SCOPES, averaged_later, process_mean, sum_over
 from .rank_sort import rank_sort_loss
 from .scores import SCORE_LOSSES
 
@@ -35,11 +35,6 @@ def _positive_rows(labels: Tensor, classes: int, valid: Tensor | None, rows: Ten
             f"quality has {len(quality)} entries for {len(rows)} positive rows: give one per positive, in row order"
         )
     return rows
-
-
-def _process_mean(value: Tensor) -> Tensor:
-    """Mean of a normaliser over all processes, at least 1."""
-    return (process_sum(value) / world_size()).clamp(min=1)
 
 
 def _scalar(value: Tensor | float, like: Tensor) -> Tensor:
@@ -87,7 +82,8 @@ class RankingObjective(nn.Module):
         box_weight: factor of every localisation term with "ap" and "bap".
         cap: largest balance ratio, see `self_balance`.
         tau: least IoU of a positive, with aLRP: its error is the GIoU loss / 2 / (1 - tau).
-        period: iterations per epoch of aLRP's balance.
+        period: iterations per epoch of aLRP's balance; None balances by value, as Rank & Sort does: for an objective
+            that several prediction sets share, whose iterations are not to be averaged together.
         scope: "process", or "global" for one ranking over all processes. Then every value is that of the whole batch,
             and
             gradients are multiplied by the number of processes, since data-parallel training averages them: the step is
@@ -107,7 +103,7 @@ class RankingObjective(nn.Module):
         box_weight: float = 2.0,
         cap: float = CAP,
         tau: float = 0.5,
-        period: int = 3665,
+        period: int | None = 3665,
         scope: str = "process",
     ):
         super().__init__()
@@ -124,7 +120,7 @@ class RankingObjective(nn.Module):
         self.box_weight = box_weight
         self.cap = cap
         self.tau = tau
-        self.epoch_balance = EpochBalance(period) if self.family == "alrp" else None
+        self.epoch_balance = EpochBalance(period) if self.family == "alrp" and period is not None else None
 
     def forward(
         self,
@@ -201,7 +197,11 @@ class RankingObjective(nn.Module):
             raise ValueError("aLRP ranks boxes by their GIoU loss: give the objective a localisation term 'giou'")
         error = localisation["giou"].float() / 2 / (1 - self.tau)
         terms = alrp_loss(logits, positives, error, **how)
-        return {"rank": terms.classification, "giou": self.epoch_balance(*terms)}
+        if self.epoch_balance is None:
+            boxes = self_balance(terms.localisation, terms.classification, cap=self.cap)
+        else:
+            boxes = self.epoch_balance(*terms)
+        return {"rank": terms.classification, "giou": boxes}
 
     def _balance(self, term: Tensor, target: Tensor) -> Tensor:
         if self.family == "average_precision":
@@ -299,7 +299,7 @@ class ScoreObjective(nn.Module):
             if localisation_weight is not None:
                 localisation_weight = localisation_weight.detach().float()
                 if self.normaliser == "positives":
-                    normaliser = _process_mean(localisation_weight.sum())
+                    normaliser = process_mean(localisation_weight.sum())
             for name, values in localisation.items():
                 values = values.float() if localisation_weight is None else values.float() * localisation_weight
                 terms[name] = (values.sum() + _zero(logits)) / normaliser * self.weights[name]
@@ -307,7 +307,7 @@ class ScoreObjective(nn.Module):
 
     def _normaliser(self, logits: Tensor, valid: Tensor | None, positives: int, count: Tensor | float | None) -> Tensor:
         if self.normaliser == "positives":
-            return _process_mean(_scalar(positives if count is None else count, logits))
+            return process_mean(_scalar(positives if count is None else count, logits))
         if count is not None:
             return _scalar(count, logits).clamp(min=1)
         return _scalar(len(logits) if valid is None else valid.sum(), logits).clamp(min=1)

@@ -21,6 +21,11 @@ def process_sum(value: Tensor) -> Tensor:
     return value
 
 
+def process_mean(value: Tensor) -> Tensor:
+    """Mean of a normaliser over all processes, at least 1, in float32 and without gradient."""
+    return (process_sum(value.float()) / world_size()).clamp(min=1)
+
+
 def sum_over(values: Tensor, scope: str) -> Tensor:
     """Sum of all values, here or of all processes; the gradient is that of this process's values."""
     own = values.sum()

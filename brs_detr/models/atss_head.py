@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchvision.ops import batched_nms, clip_boxes_to_image
@@ -19,6 +18,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 from brs_detr.assign.atss import atss_assign
 from brs_detr.assign.batch import join
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
+from brs_detr.losses.processes import process_mean
 from brs_detr.models.aux_samples import AuxSamples
 from brs_detr.ops.anchors import AnchorGrid, Size, batch_rows, valid_extents, valid_rows
 from brs_detr.ops.box_coder import BoxCoder
@@ -153,7 +153,7 @@ class ATSSHead(nn.Module):
         )
         if goal is not None:
             logits = batch_rows(output.centerness, extents)[rows, 0].float()
-            value = binary_cross_entropy_with_logits(logits, goal, reduction="sum") / process_mean(count).clamp(min=1)
+            value = binary_cross_entropy_with_logits(logits, goal, reduction="sum") / process_mean(count)
             terms = {**terms, "centerness": self.centerness_weight * value}
         samples = self._samples(
             features, anchors, extents, labels, objects.new_zeros(labels.shape[0], 4).index_copy(0, rows, objects)
@@ -212,16 +212,6 @@ def centerness_target(anchors: Tensor, objects: Tensor) -> Tensor:
     centre = (anchors[:, :2] + anchors[:, 2:]) * 0.5
     low, high = centre - objects[:, :2], objects[:, 2:] - centre
     return (torch.minimum(low, high) / torch.maximum(low, high)).prod(dim=1).sqrt()
-
-
-def process_mean(value: Tensor) -> Tensor:
-    """Mean of a scalar over all processes."""
-    value = value.detach().float()
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        value = value.clone()
-        dist.all_reduce(value)
-        value = value / dist.get_world_size()
-    return value
 
 
 def _tower(dim: int, depth: int, groups: int) -> nn.Sequential:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from brs_detr.ops.deform_attn import deformable_sampling
-from brs_detr.ops.images import Size
+from brs_detr.ops.images import Size, level_sizes
 
 
 class DeformableAttention(nn.Module):
@@ -78,8 +78,7 @@ class DeformableAttention(nn.Module):
         weights = weights.view(batch, queries, self.heads, self.levels, self.points)
         centres = references[:, :, None, :, None, :2]
         if references.shape[-1] == 2:
-            cells = offsets.new_tensor([(w, h) for h, w in shapes])
-            locations = centres + offsets / cells[None, None, None, :, None, :]
+            locations = centres + offsets / level_sizes(shapes, offsets)[:, None]
         else:
             # points reach half a box away at an offset of `points` (Deformable DETR, A.4)
             locations = centres + offsets / self.points * references[:, :, None, :, None, 2:] * 0.5

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -52,6 +53,7 @@ def build_objective(settings: Any, head: str):
             delta=settings.ranking_delta,
             score_weighted=settings.score_weighted,
             tau=0.7 if head == "rpn" else 0.5,  # least IoU of a positive there (aLRP paper, supplement)
+            period=None,  # aLRP: one objective serves many query sets a step
             scope=settings.ranking_scope,
         )
     weights = getattr(settings.score_weights, head)
@@ -63,74 +65,81 @@ def build_objective(settings: Any, head: str):
     return ScoreObjective(settings.loss, weights=terms)
 
 
+def build_dense_heads(settings: Any, num_classes: int, strides: Sequence[int]) -> tuple[RPNHead, RoIHead, ATSSHead]:
+    """The auxiliary heads on maps of the given strides; the RoI head pools from all but the coarsest."""
+    score_based = settings.loss in SCORE_BASED
+    rpn, roi, atss = settings.rpn, settings.roi, settings.atss
+    octave = [rpn.anchor_scale * 2 ** (i / rpn.scales_per_octave) for i in range(rpn.scales_per_octave)]
+    return (
+        RPNHead(
+            settings.dim,
+            strides,
+            scales=octave,
+            ratios=rpn.anchor_ratios,
+            objective=build_objective(settings, "rpn"),
+            localisation="l1" if score_based else "giou",
+            sampler=None if rpn.sample is None else RandomSampler(rpn.sample, 0.5),
+            before_nms=rpn.proposals_before_nms,
+            keep=rpn.proposals,
+            test_before_nms=rpn.test_proposals_before_nms,
+            test_keep=rpn.test_proposals,
+            nms_iou=rpn.nms_iou,
+        ),
+        RoIHead(
+            settings.dim,
+            num_classes,
+            strides[:-1],
+            fc_dim=roi.fc_dim,
+            objective=build_objective(settings, "roi"),
+            softmax=score_based,
+            sampler=None if roi.sample is None else RandomSampler(roi.sample, 0.25),
+            add_ground_truth=roi.add_ground_truth,
+            max_rois=roi.max_rois,
+            finest_scale=14 * strides[0],
+        ),
+        ATSSHead(
+            settings.dim,
+            num_classes,
+            strides,
+            stacked_convs=atss.stacked_convs,
+            norm_groups=settings.norm_groups,
+            objective=build_objective(settings, "atss"),
+            centerness=atss.centerness,
+            centerness_weight=settings.score_weights.atss.centerness,
+            topk=atss.topk,
+            scale=atss.anchor_scale,
+        ),
+    )
+
+
 def build_brs_detr(settings: Any, num_classes: int) -> BRSDETR:
     """BRS-DETR, or with `loss: focal` Co-DETR."""
-    score_based = settings.loss in SCORE_BASED
-    dim = settings.dim
+    dim, chosen = settings.dim, settings.backbone
     layer = {"heads": settings.heads, "levels": settings.levels, "points": settings.points, "hidden": settings.ffn_dim}
     backbone = build_backbone(
-        settings.backbone.name,
-        pretrained=settings.backbone.pretrained,
-        checkpoint=settings.backbone.checkpoint,
-        frozen_stages=settings.backbone.frozen_stages,
-        norm=settings.backbone.norm,
-        drop_path=settings.backbone.drop_path,
-        activation_checkpointing=settings.backbone.activation_checkpointing,
-        strides=settings.backbone.levels,
+        chosen.name,
+        pretrained=chosen.pretrained,
+        checkpoint=chosen.checkpoint,
+        frozen_stages=chosen.frozen_stages,
+        norm=chosen.norm,
+        drop_path=chosen.drop_path,
+        activation_checkpointing=chosen.activation_checkpointing,
+        strides=chosen.levels,
     )
     strides = list(backbone.strides)
     while len(strides) <= settings.levels:  # the neck's extra levels, and one more for the dense heads
         strides.append(2 * strides[-1])
-    rpn = RPNHead(
+    encoder = DeformableEncoder(
         dim,
-        strides,
-        scales=[
-            settings.rpn.anchor_scale * 2 ** (i / settings.rpn.scales_per_octave)
-            for i in range(settings.rpn.scales_per_octave)
-        ],
-        ratios=settings.rpn.anchor_ratios,
-        objective=build_objective(settings, "rpn"),
-        localisation="l1" if score_based else "giou",
-        sampler=RandomSampler(settings.rpn.sample, 0.5) if settings.rpn.sample else None,
-        before_nms=settings.rpn.proposals_before_nms,
-        keep=settings.rpn.proposals,
-        test_before_nms=settings.rpn.test_proposals_before_nms,
-        test_keep=settings.rpn.test_proposals,
-        nms_iou=settings.rpn.nms_iou,
+        layers=settings.encoder_layers,
+        activation_checkpointing=chosen.activation_checkpointing,
+        **layer,
     )
-    roi = RoIHead(
-        dim,
-        num_classes,
-        strides[: settings.levels],
-        fc_dim=settings.roi.fc_dim,
-        objective=build_objective(settings, "roi"),
-        softmax=score_based,
-        sampler=RandomSampler(settings.roi.sample, 0.25) if settings.roi.sample else None,
-        add_ground_truth=settings.roi.add_ground_truth,
-        max_rois=settings.roi.max_rois,
-        finest_scale=14 * strides[0],
-    )
-    atss = ATSSHead(
-        dim,
-        num_classes,
-        strides,
-        stacked_convs=settings.atss.stacked_convs,
-        norm_groups=settings.norm_groups,
-        objective=build_objective(settings, "atss"),
-        centerness=settings.atss.centerness,
-        centerness_weight=settings.score_weights.atss.centerness,
-        topk=settings.atss.topk,
-        scale=settings.atss.anchor_scale,
-    )
+    rpn, roi, atss = build_dense_heads(settings, num_classes, strides)
     return BRSDETR(
         backbone=backbone,
         neck=ChannelMapper(backbone.channels, dim, settings.levels, settings.norm_groups),
-        encoder=DeformableEncoder(
-            dim,
-            layers=settings.encoder_layers,
-            activation_checkpointing=settings.backbone.activation_checkpointing,
-            **layer,
-        ),
+        encoder=encoder,
         proposals=ProposalHead(dim, num_classes, settings.queries),
         decoder=QueryDecoder(dim, num_classes, layers=settings.decoder_layers, **layer),
         rpn=rpn,

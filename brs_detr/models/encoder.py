@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from brs_detr.models.attention import DeformableAttention, FeedForward
 from brs_detr.models.position import sine_of_cells
-from brs_detr.ops.images import Size
+from brs_detr.ops.images import Size, level_sizes
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class DeformableEncoder(nn.Module):
         blank = torch.cat([mask.flatten(1) for mask in masks], dim=1)
         valid_sizes = torch.stack([torch.stack([(~m[:, 0, :]).sum(1), (~m[:, :, 0]).sum(1)], -1) for m in masks], 1)
         valid_sizes = valid_sizes.to(torch.float32)
-        valid_ratios = valid_sizes / valid_sizes.new_tensor([(w, h) for h, w in shapes])
+        valid_ratios = valid_sizes / level_sizes(shapes, valid_sizes)
         centres = torch.cat([cell_centres(s, valid_sizes[:, i]) for i, s in enumerate(shapes)], dim=1)
         references = centres[:, :, None] * valid_ratios[:, None]
         for layer in self.layers:

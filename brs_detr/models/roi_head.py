@@ -141,7 +141,7 @@ class RoIHead(nn.Module):
 
         Returns:
             {"roi." + name: scalar}, finite and attached to the graph without any positive too; and samples, positives
-            before background, cut to `aux_limit` and to the smallest number of RoIs among the pictures.
+            before background, cut to `aux_limit`.
         """
         rois, assignments = self._sample(proposals, sizes, targets)
         output = self(features, rois)
@@ -158,10 +158,9 @@ class RoIHead(nn.Module):
             count=max(labels.shape[0], 1) if self.softmax else None,
         )
         counts = [roi.shape[0] for roi in rois]
-        limit = min(self.aux_limit, *counts)
         goals = objects.new_zeros(labels.shape[0], 4).index_copy(0, rows, objects)
         columns = (column.split(counts) for column in (torch.cat(rois), labels, goals, output.features))
-        samples = AuxSamples(*([part[:limit] for part in column] for column in columns))
+        samples = AuxSamples(*([part[: self.aux_limit] for part in column] for column in columns))
         return {f"roi.{name}": value for name, value in terms.items()}, samples
 
     @torch.no_grad()

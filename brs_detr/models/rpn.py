@@ -181,7 +181,9 @@ class RPNHead(nn.Module):
     def _suppress(self, boxes: Tensor, scores: Tensor, levels: Tensor, size: Size) -> tuple[Tensor, Tensor]:
         """Clip one picture's candidates (n, 4), drop the empty ones, suppress level by level and keep the best."""
         boxes = clip_boxes_to_image(boxes, size)
-        filled = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        filled = (
+            (boxes[:, 2:] > boxes[:, :2]).all(dim=1).nonzero()[:, 0]
+        )  # the host must know their number: NMS follows
         boxes, scores, levels = boxes[filled], scores[filled], levels[filled]
         kept = batched_nms(boxes, scores, levels, self.nms_iou)[: self.keep if self.training else self.test_keep]
         return boxes[kept], scores[kept]

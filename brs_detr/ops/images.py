@@ -15,6 +15,12 @@ from torch import Tensor
 Size = tuple[int, int]
 
 
+def level_sizes(shapes: Sequence[Size], like: Tensor) -> Tensor:
+    """(h, w) of L feature levels -> (L, 2) as (w, h), in the dtype and on the device of `like`, without waiting."""
+    sizes = torch.tensor([(w, h) for h, w in shapes], dtype=like.dtype)
+    return sizes.to(like.device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class ImageBatch:
     """Pictures padded at the right and bottom.

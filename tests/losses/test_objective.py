@@ -210,6 +210,12 @@ def test_alrp_starts_at_fifty_and_follows_the_last_epoch():
     assert objective.epoch_balance.factor.item() == pytest.approx(ratio.item(), rel=1e-5)
 
 
+def test_alrp_balanced_by_value_weighs_boxes_like_the_classification():
+    objective = RankingObjective("alrp", weight=3.0, period=None)
+    terms = objective(leaf(8, CLASSES), LABELS, quality=QUALITY, localisation={"giou": 1 - QUALITY})
+    torch.testing.assert_close(terms["giou"], terms["rank"])
+
+
 def test_alrp_needs_boxes():
     with pytest.raises(ValueError, match="localisation term 'giou'"):
         RankingObjective("alrp")(leaf(8, CLASSES), LABELS, quality=QUALITY, localisation={})

@@ -63,6 +63,13 @@ def test_every_parameter_gets_a_finite_gradient_whatever_the_batch_holds(setting
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("loss", ["rs", "bap", "ap", "balrp", "alrp", "bndcg", "ndcg", "quality_focal"])
+def test_every_loss_trains_every_head(loss):
+    settings = replace(FOCAL if loss == "quality_focal" else SMALL, loss=loss)
+    _, losses = train_step(settings, [picture(), picture()], [target(3), target(0)])
+    assert sum(losses.values()) > 0
+
+
 @pytest.mark.parametrize("settings", [SMALL, FOCAL])
 def test_one_class_trains(settings):
     train_step(settings, [picture()], [target(3, classes=1)], classes=1)
