@@ -15,17 +15,16 @@ class EpochBatches:
 
     Args:
         loader: its `batch_sampler` has `set_epoch(epoch, start_batch)`.
-        limit: batches of an epoch; None for all of them.
     """
 
-    def __init__(self, loader: DataLoader, limit: int | None = None):
-        self.loader, self.limit = loader, limit
+    def __init__(self, loader: DataLoader):
+        self.loader = loader
 
     def __len__(self) -> int:
-        whole = len(self.loader.batch_sampler)
-        return whole if self.limit is None else min(whole, self.limit)
+        return len(self.loader.batch_sampler)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Batches of an epoch from position `start`; earlier ones are neither read nor augmented."""
+        """Batches of an epoch from position `start`, which may lie past its end; earlier ones are not even read."""
         self.loader.batch_sampler.set_epoch(epoch, start)
-        return islice(iter(self.loader), len(self) - start)
+        # accumulation that does not divide the epoch counts its last step as a full one, so `start` may be too large
+        return islice(iter(self.loader), max(0, len(self) - start))
