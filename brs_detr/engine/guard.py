@@ -52,23 +52,17 @@ def describe(terms: list[dict[str, Tensor]], batches: list[Batch], model: nn.Mod
 
 
 def save_batch(path: Path, *, seed: int, step: int, batches: list[Batch], model: nn.Module) -> None:
-    """Save what reproduces a failed step: pictures, targets, the step's seed, and the weights it ran with."""
+    """Save what reproduces a failed step: pictures, targets, the step's seed, and the weights it ran with.
+
+    `torch.load(path, weights_only=True)` reads it back: {"seed", "step", "weights", "batches"}, each batch with the
+    fields of an `ImageBatch` and its "targets".
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = [
         {"pixels": i.pixels.cpu(), "sizes": i.sizes, "original_sizes": i.original_sizes, "targets": targets}
         for i, targets in batches
     ]
     torch.save({"seed": seed, "step": step, "batches": stored, "weights": model.state_dict()}, path)
-
-
-def load_batch(path: Path) -> dict[str, Any]:
-    """Read a file of `save_batch`; its batches are ready for `model(images, targets)`."""
-    stored = torch.load(path, map_location="cpu", weights_only=True)
-    stored["batches"] = [
-        (ImageBatch(b["pixels"], [tuple(s) for s in b["sizes"]], [tuple(s) for s in b["original_sizes"]]), b["targets"])
-        for b in stored["batches"]
-    ]
-    return stored
 
 
 def _ids(targets: list[dict[str, Any]]) -> str:

@@ -103,6 +103,15 @@ class LossMeter:
         stacked = torch.stack([term.detach().float().reshape(()) for term in terms.values()])
         self.pending.append((tuple(terms), stacked))
 
+    def share(self, accelerator: Accelerator) -> None:
+        """Replace each term by its mean over the processes, for only the main one's state is saved; called by all."""
+        if accelerator.num_processes == 1 or not self.pending:
+            return
+        names, values = zip(*self.pending, strict=True)
+        merged = torch.cat([value.to(accelerator.device) for value in values])
+        means = accelerator.reduce(merged, reduction="mean").split([len(keys) for keys in names])
+        self.pending = list(zip(names, means, strict=True))
+
     def state_dict(self) -> dict[str, Any]:
         """What is not reported yet; saved with the run, so that a resumed one reports the same means."""
         return {"pending": [(list(names), values.cpu()) for names, values in self.pending]}

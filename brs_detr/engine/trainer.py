@@ -113,8 +113,12 @@ class Trainer:
         Raises:
             NonFiniteError: a loss or gradient was not finite and `on_nonfinite` is "stop".
         """
+        patience = self.settings.patience
         with self._listening():
             while self.position.epoch < self.settings.epochs:
+                if patience is not None and self.position.worse >= patience:  # asked first: also of a resumed run
+                    self.log.say(f"no better validation for {self.position.worse} times: training ends early")
+                    return True
                 if not self._train_epoch():
                     self._save_state()
                     self.log.say(f"told to stop: saved at step {self.position.step}; continue with --resume")
@@ -124,9 +128,6 @@ class Trainer:
                 if self.position.epoch % self.settings.eval_every == 0 or last:
                     self._validate()
                 self._save_state()
-                if self.settings.patience is not None and self.position.worse >= self.settings.patience:
-                    self.log.say(f"no better validation for {self.position.worse} times: training ends early")
-                    return True
         return True
 
     def _train_epoch(self) -> bool:
@@ -181,6 +182,8 @@ class Trainer:
                 self.meter.add({**terms, "gradient_norm": norm})
         else:
             self._not_finite(group, all_terms)
+            if accelerator.scaler is not None and accelerator.scaler.is_enabled():
+                accelerator.scaler.update()  # ends the scaler's step, which unscaling the gradients has begun
         self.optimizer.zero_grad()
         return stop
 
@@ -195,7 +198,11 @@ class Trainer:
 
     def _clip(self, norm: Tensor) -> None:
         if self.accelerator.distributed_type == DistributedType.FSDP:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+            # a plain number, which also fits sharded gradients; Accelerate's clipping would unscale a second time
+            factor = min(1.0, self.settings.clip_norm / (norm.item() + 1e-6))
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
         else:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.settings.clip_norm, norm)
 
@@ -248,6 +255,8 @@ class Trainer:
         """Evaluate, keep the weights just evaluated as the last ones, and as the best ones where they are."""
         accelerator, position = self.accelerator, self.position
         module = self.ema.module if self.ema is not None else accelerator.unwrap_model(self.model)
+        if accelerator.num_processes > 1:
+            share_buffers(module)
         figures = self.validate(module) if self.validate is not None else {}
         weights = module.state_dict() if self.ema is not None else accelerator.get_state_dict(self.model)
         score = self._from_main(figures.get("AP", math.nan))
@@ -271,6 +280,7 @@ class Trainer:
         return self.accelerator.reduce(mine.to(self.accelerator.device), reduction="sum").item()
 
     def _save_state(self) -> None:
+        self.meter.share(self.accelerator)
         save_state(self.folder / "state", self.accelerator, self.position, self.settings.facts)
 
     @contextlib.contextmanager
@@ -290,6 +300,12 @@ class Trainer:
 def seed_step(seed: int, step: int, process: int) -> None:
     """Seed torch's generators (all devices) so that a step's random draws depend on nothing that went before."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, process]).generate_state(1, np.uint64)[0] >> 1))
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give every process the main one's buffers: batch statistics differ, since each process saw other pictures."""
+    for buffer in module.buffers():
+        torch.distributed.broadcast(buffer, src=0)
 
 
 def to_device(targets: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
-CHECKS = ("gradient", "gathering", "empty rank", "resume", "non-finite")
+CHECKS = ("gradient", "gathering", "empty rank", "resume", "buffers", "non-finite")
 
 
 @pytest.fixture(scope="module")

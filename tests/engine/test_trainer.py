@@ -5,10 +5,13 @@ import math
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
 from torch import nn
 
-from brs_detr.engine.guard import NonFiniteError, load_batch
+from brs_detr.engine.guard import NonFiniteError
 from brs_detr.engine.logging import read_metrics
+from brs_detr.engine.state import latest_state, read_facts
 from brs_detr.engine.trainer import seed_step
 from brs_detr.ops.images import ImageBatch
 
@@ -81,11 +84,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_what_reproduces_it(t
     ids = [target["image_id"] for _, targets in list(toy.ToyBatches(7).epoch(1))[4:5] for target in targets]
     assert "step 6:" in text  # 4 steps an epoch; batch 4 belongs to the third of the second
     assert "decoder.0.l1" in text and f"images {ids[0]}, {ids[1]}" in text and "nonfinite-6.pt" in text
-    stored = load_batch(tmp_path / "nonfinite-6.pt")
+    stored = torch.load(tmp_path / "nonfinite-6.pt", weights_only=True)
     model = toy.ToyDetector()
     model.load_state_dict(stored["weights"])
     seed_step(stored["seed"], stored["step"], 0)
-    losses = [model(images, targets) for images, targets in stored["batches"]]
+    keys = ("pixels", "sizes", "original_sizes")
+    losses = [model(ImageBatch(*(batch[key] for key in keys)), batch["targets"]) for batch in stored["batches"]]
     assert not all(math.isfinite(value.item()) for terms in losses for value in terms.values())
 
 
@@ -104,6 +108,47 @@ def test_skipping_goes_on_and_counts(toy, tmp_path):
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines if line["kind"] == "skipped"] == [6]
     assert all(line["loss"] is None or math.isfinite(line["loss"]) for line in lines if line["kind"] == "train")
+
+
+def with_scaler(trainer, monkeypatch):
+    """The trainer as under fp16, with the scaler on the CPU."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    accelerator = trainer.accelerator
+    monkeypatch.setattr(accelerator, "scaler", scaler)
+    monkeypatch.setattr(accelerator, "unscale_gradients", lambda: scaler.unscale_(trainer.optimizer.optimizer))
+    trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
+    return scaler
+
+
+def test_skipping_goes_on_under_a_gradient_scaler(toy, tmp_path, monkeypatch):
+    trainer, _ = toy.build(tmp_path, poison=(1, 4), on_nonfinite="skip")
+    with_scaler(trainer, monkeypatch)
+    assert trainer.fit()
+    assert trainer.position.skipped == 1
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_sharded_gradients_are_unscaled_once_and_clipped_to_the_norm(toy, tmp_path, monkeypatch):
+    """Under FSDP the norm comes from Accelerate, which unscales; the scaler refuses to do that twice."""
+    trainer, accelerator = toy.build(tmp_path)
+    scaler = with_scaler(trainer, monkeypatch)
+    trainer.settings = dataclasses.replace(trainer.settings, clip_norm=1e-3)
+
+    def clip(parameters, most):
+        accelerator.unscale_gradients()
+        return nn.utils.clip_grad_norm_(parameters, most)
+
+    norms = []
+    step = trainer.optimizer.step
+    monkeypatch.setattr(type(accelerator), "distributed_type", DistributedType.FSDP)
+    monkeypatch.setattr(accelerator, "clip_grad_norm_", clip)
+    monkeypatch.setattr(
+        trainer.optimizer,
+        "step",
+        lambda: norms.append(nn.utils.get_total_norm([p.grad for p in trainer.model.parameters()])) or step(),
+    )
+    trainer._step(list(toy.ToyBatches(1).epoch(0)))
+    assert norms[0] == pytest.approx(1e-3, rel=1e-2) and scaler.get_scale() == 4.0
 
 
 def test_every_line_of_metrics_can_be_read_by_a_program(toy, tmp_path):
@@ -140,6 +185,18 @@ def test_early_stopping_waits_for_the_given_number_of_validations(toy, tmp_path)
     trainer.validate = lambda module: {"AP": next(scores)}
     trainer.fit()
     assert trainer.position.epoch == 4  # 0.4 and 0.5 are both not better than 0.5
+
+
+def test_a_run_that_ended_early_trains_no_further_when_it_is_resumed(toy, tmp_path):
+    trainer, _ = toy.build(tmp_path, epochs=9)
+    trainer.settings = dataclasses.replace(trainer.settings, patience=2)
+    trainer.validate = lambda module: {"AP": 0.5}
+    trainer.fit()
+    state, _ = latest_state(tmp_path / "state")
+    resumed, accelerator = toy.build(tmp_path, epochs=9, resumed_at=read_facts(state))
+    resumed.settings = trainer.settings
+    accelerator.load_state(str(state))
+    assert resumed.fit() and resumed.position.epoch == trainer.position.epoch == 3
 
 
 def test_the_averaged_weights_are_what_is_validated_and_saved(toy, tmp_path, weights):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 from brs_detr.config import apply_overrides, load_config
 from brs_detr.engine.evaluate import predict
 from brs_detr.engine.guard import NonFiniteError
+from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.state import latest_state, read_facts
 from brs_detr.models.build import build_model
 from brs_detr.ops.images import ImageBatch
@@ -113,11 +115,12 @@ def check_empty_rank(accelerator):
 
 def check_resume(accelerator, folder):
     """Stopped in the middle of an epoch and resumed, two processes end where they would have ended."""
+    names = ("whole", "stopped")
     whole, _ = toy.build(folder / "whole", accelerator=accelerator, ema=0.9)
     whole.fit()
     reference = [p.detach().clone() for p in whole.model.parameters()]
     stopped, _ = toy.build(folder / "stopped", accelerator=accelerator, ema=0.9)
-    stopped.batches.stop_at = (1, 2, stopped)
+    stopped.batches.stop_at = (1, 0, stopped)  # between two reports
     assert stopped.fit() is False
     state, _ = latest_state(folder / "stopped" / "state")
     resumed, _ = toy.build(folder / "stopped", accelerator=accelerator, ema=0.9, resumed_at=read_facts(state))
@@ -126,6 +129,22 @@ def check_resume(accelerator, folder):
     resumed.fit()
     for ours, theirs in zip(resumed.model.parameters(), reference):
         assert torch.equal(ours, theirs)
+    if accelerator.is_main_process:
+        logged = [[line.get("terms") for line in read_metrics(folder / name / "metrics.jsonl")] for name in names]
+        assert len(logged[0]) == len(logged[1])
+        for ours, theirs in zip(*logged):
+            assert ours is theirs is None or ours == pytest.approx(theirs, rel=1e-6)
+
+
+def check_buffers(accelerator, folder):
+    """Batch statistics differ between processes; validated, in each process, are those that are saved."""
+    trainer, _ = toy.build(folder / "buffers", accelerator=accelerator, ema=0.9)
+    for module in (accelerator.unwrap_model(trainer.model), trainer.ema.module):
+        module.register_buffer("running_mean", torch.tensor([float(accelerator.process_index)]))
+    seen = []
+    trainer.validate = lambda module: seen.append(module.running_mean.clone()) or {"AP": 0.0}
+    trainer._validate()
+    assert seen[0].item() == 0.0
 
 
 def check_non_finite(accelerator, folder):
@@ -151,6 +170,7 @@ def main():
         "gathering": lambda: check_gathering(accelerator),
         "empty rank": lambda: check_empty_rank(accelerator),
         "resume": lambda: check_resume(accelerator, folder),
+        "buffers": lambda: check_buffers(accelerator, folder),
         "non-finite": lambda: check_non_finite(accelerator, folder),
     }
     for name, check in checks.items():
