@@ -18,7 +18,11 @@ from brs_detr.config import ConfigError
 from brs_detr.data.faults import DataError
 from brs_detr.data.loader import build_eval_loader
 from brs_detr.engine.checkpoint import CheckpointError, write_text
+from brs_detr.evaluation.coco import GroundTruth
+from brs_detr.launch import start_accelerator
 from brs_detr.report import write_curves, write_pictures
+from brs_detr.resuming import require_writable
+from brs_detr.scoring import score
 
 EXIT_REFUSED = 2
 
@@ -42,17 +46,17 @@ def main(arguments: list[str] | None = None) -> int:
 def evaluate(weights_path: Path, overrides: list[str], out: Path | None = None, pictures: int = 0) -> None:
     """Evaluate a run folder's best weights, or a weights file, on the val split of its config."""
     model, weights, config, file = run.restore(weights_path, overrides)
-    accelerator = run.start_accelerator(config)
+    out = out or file.parent / "evaluation"
+    require_writable(out, "--out")
+    accelerator = start_accelerator(config)
     dataset = run.open_val_set(config)
     run.require_same_categories(weights.classes, weights.category_ids, dataset, str(file))
     process = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     loader = build_eval_loader(dataset, config.eval.batch_size, run.worker_count(config), **process)
-    summary, results = run.score(
-        model.to(accelerator.device), weights.category_ids, dataset, loader, config, accelerator
-    )
+    truth = GroundTruth.read(dataset.ground_truth())
+    summary, results = score(model.to(accelerator.device), weights.category_ids, truth, loader, config, accelerator)
     if summary is None:
         return
-    out = out or file.parent / "evaluation"
     write_text(out / "results.json", json.dumps(results))
     summary.save(out)
     write_pictures(out, dataset, results, pictures)

@@ -24,7 +24,10 @@ from brs_detr.engine.guard import NonFiniteError
 from brs_detr.engine.logging import RunLog
 from brs_detr.engine.state import latest_state, read_facts
 from brs_detr.engine.trainer import Trainer
+from brs_detr.evaluation.coco import GroundTruth
+from brs_detr.launch import describe_machine, start_accelerator
 from brs_detr.resuming import require_free_folder, require_same_run
+from brs_detr.scoring import score
 
 EXIT_REFUSED, EXIT_NOT_FINITE, EXIT_PREEMPTED = 2, 3, 75
 
@@ -36,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="settings to change, e.g. optim.lr=1e-4")
     parser.add_argument("--resume", action="store_true", help="go on with the run in output_dir, if there is one")
     parser.add_argument("--overwrite", action="store_true", help="start anew although output_dir holds a run")
-    parser.add_argument("--dry-run", action="store_true", help="one step at the largest shape, then report memory")
+    parser.add_argument("--dry-run", action="store_true", help="two steps at the largest shape, then report memory")
     options = parser.parse_intermixed_args(arguments)
     try:
         config = configuration.load_config(options.config, options.overrides)
@@ -52,7 +55,7 @@ def train(config: configuration.Config, *, dry_run: bool = False) -> int:
     if dry_run:
         config = replace(config, output_dir=f"{config.output_dir}/dry-run", train=replace(config.train, overwrite=True))
     require_free_folder(config)
-    accelerator = run.start_accelerator(config)
+    accelerator = start_accelerator(config, trackers=not dry_run)
     plan = run.plan_of(config, accelerator)
     settings = run.loop_settings(config, plan)
     state, log = open_log(config, plan, accelerator)
@@ -77,11 +80,17 @@ def train(config: configuration.Config, *, dry_run: bool = False) -> int:
     ema = None if decay is None else ModelEmaV3(model, decay=decay, use_warmup=True)
     model, optimizer = accelerator.prepare(model, run.build_optimizer(config, model))
     if dry_run:
-        log.say(largest_step(model, accelerator, **run.largest_shape(config, plan, train_set)))
+        log.say(largest_step(model, optimizer, accelerator, **run.largest_shape(config, plan, train_set)))
         return 0
 
+    truth, told = GroundTruth.read(val_set.ground_truth()), set()
+
     def validate(module):
-        summary, _ = run.score(module, train_set.category_ids, val_set, val_loader, config, accelerator, extended=False)
+        summary, _ = score(module, train_set.category_ids, truth, val_loader, config, accelerator, extended=False)
+        for note in summary.notes if summary is not None else []:
+            if note not in told:  # the same ones come every time
+                log.say(f"note: {note}")
+                told.add(note)
         return {} if summary is None else summary.stats
 
     def save(name, tensors, facts):
@@ -117,7 +126,7 @@ def open_log(config: configuration.Config, plan, accelerator) -> tuple[Path | No
         notes += [f"resumed from {state}", *(f"changed since: {change}" for change in changes)]
     accelerator.wait_for_everyone()
     log = RunLog(folder, accelerator, None if state is None else read_facts(state))
-    for note in [run.describe_machine(accelerator), str(plan), *notes]:
+    for note in [describe_machine(accelerator), str(plan), *notes]:
         log.say(note)
     if accelerator.is_main_process:
         write_text(folder / "config.yaml", configuration.dump(config))

@@ -218,6 +218,7 @@ class EvalConfig:
     batch_size: int = 1  # pictures a process
     score_threshold: float = 0.0
     max_detections: int = 100
+    predict_with: Literal["decoder", "roi", "atss"] = "decoder"  # the head whose boxes count; no NMS with the decoder
 
 
 @dataclass(frozen=True)
@@ -293,10 +294,13 @@ def _rules(config: Config) -> Iterator[tuple[bool, str]]:
     for name, value in leaves(config):
         numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
         least = 1 if name in _AT_LEAST_ONE.split() else 0
-        yield any(v < least for v in numbers), f"{name}={value} must be at least {least}"
+        null = f", or null: {_MAY_BE_NULL[name]}" if name in _MAY_BE_NULL else ""
+        yield any(v < least for v in numbers), f"{name}={value} must be at least {least}{null}"
+        yield name in _POSITIVE and any(v <= 0 for v in numbers), f"{name}={value} must be above 0"
         yield name in _NOT_EMPTY and value == (), f"{name} needs at least one entry"
     for name, value in (("data.augment.flip", augment.flip), ("model.rpn.nms_iou", model.rpn.nms_iou)):
         yield value > 1, f"{name}={value} must lie between 0 and 1"
+    yield any(b >= 1 for b in config.optim.betas), f"optim.betas={list(config.optim.betas)} must be below 1"
     yield model.dim % model.heads != 0, f"model.dim={model.dim} must be a multiple of model.heads={model.heads}"
     groups = f"model.dim={model.dim} must be a multiple of model.norm_groups={model.norm_groups}, and larger"
     yield model.dim % model.norm_groups != 0 or model.dim == model.norm_groups, groups
@@ -338,8 +342,20 @@ _AT_LEAST_ONE = """
     train.eval_every train.log_every train.save_every train.patience train.overfit_batches eval.batch_size
     eval.max_detections model.norm_groups
     model.rpn.proposals model.rpn.proposals_before_nms model.roi.fc_dim model.atss.topk
+    model.rpn.test_proposals model.rpn.test_proposals_before_nms model.rpn.scales_per_octave model.rpn.sample
+    model.roi.sample model.roi.max_rois model.max_aux_queries
+    data.augment.crop_short_sides data.augment.crop_long_side
 """
-_NOT_EMPTY = frozenset({"data.augment.short_sides", "data.augment.crop_short_sides", "model.backbone.levels"})
+_POSITIVE = frozenset({"model.rpn.anchor_scale", "model.rpn.anchor_ratios", "model.atss.anchor_scale"})
+_NOT_EMPTY = frozenset(
+    {
+        "data.augment.short_sides",
+        "data.augment.crop_short_sides",
+        "model.backbone.levels",
+        "model.rpn.anchor_ratios",
+    }
+)
+_MAY_BE_NULL = {"model.rpn.sample": "all", "model.roi.sample": "all", "model.roi.max_rois": "no limit"}
 
 
 def _layers(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

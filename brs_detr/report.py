@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from brs_detr.data.coco import CocoDetection
+from brs_detr.data.pictures import PictureError
 from brs_detr.evaluation.curves import draw_curves, draw_precision_recall
 from brs_detr.evaluation.pictures import contact_sheet, draw_detections
 from brs_detr.evaluation.summary import Summary
@@ -33,7 +34,10 @@ def write_pictures(
     labels = {category: label for label, category in enumerate(dataset.category_ids)}
     paths, drawn = [], []
     for index in chosen:
-        image, target = dataset.load(index)
+        try:
+            image, target = dataset.load(index)
+        except PictureError:  # the evaluation has counted it
+            continue
         found = [result for result in results if result["image_id"] == target["image_id"]]
         boxes = torch.tensor([result["bbox"] for result in found]).reshape(-1, 4)
         detections = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from brs_detr.config import Config, ConfigError, differences, from_dict
@@ -51,9 +52,11 @@ def require_free_folder(config: Config) -> None:
     """Refuse to write over an existing run, unless told; then remove what a later resume could mistake for the new one.
 
     Raises:
-        ConfigError: the output folder holds a run, and neither resuming nor overwriting was asked for.
+        ConfigError: the output folder cannot be written to, or it holds a run, and neither resuming nor overwriting was
+            asked for.
     """
     train, folder = config.train, Path(config.output_dir)
+    require_writable(folder, "output_dir")
     metrics = folder / "metrics.jsonl"
     exists = (metrics.exists() and metrics.stat().st_size > 0) or any((folder / "state").glob("step-*"))
     if exists and not (train.resume or train.overwrite):
@@ -65,3 +68,17 @@ def require_free_folder(config: Config) -> None:
         shutil.rmtree(folder / "state", ignore_errors=True)
         for name in ("best.safetensors", "last.safetensors"):
             (folder / name).unlink(missing_ok=True)
+
+
+def require_writable(folder: Path, name: str) -> None:
+    """Make a folder, and a file in it for a moment, before hours are spent on what is to be written there.
+
+    Raises:
+        ConfigError: it cannot be done; names the setting or option `name`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{name}={folder}: cannot be written to ({error.strerror}); choose another folder") from None

@@ -11,49 +11,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import nn
 from torch.optim import AdamW
-from torch.utils.data import DataLoader
 
 from brs_detr import config as configuration
 from brs_detr.config import Config, ConfigError
+from brs_detr.data.annotations import load_json
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.transforms import EvalTransforms, TrainTransforms
 from brs_detr.engine.checkpoint import Weights, find_weights, load_weights
-from brs_detr.engine.evaluate import coco_results, predict, require_all
 from brs_detr.engine.finetune import Transfer, load_matching, rows_per_class
 from brs_detr.engine.optim import Schedule, build_adamw, count_parameters, parameter_groups
 from brs_detr.engine.overfit import write_subset
 from brs_detr.engine.plan import BatchPlan, plan_batches
 from brs_detr.engine.trainer import Settings
-from brs_detr.evaluation.coco import Summary, evaluate_coco
 from brs_detr.models.build import build_model
-
-
-def start_accelerator(config: Config) -> Accelerator:
-    """Accelerate's view of the launch: devices, processes, precision and trackers.
-
-    Raises:
-        ConfigError: the precision is not to be had on this machine, or a tracker is not installed.
-    """
-    if config.train.precision == "fp16" and not torch.cuda.is_available():
-        raise ConfigError("train.precision=fp16 needs a GPU; use bf16 or no")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
-    try:
-        accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # else several processes on CPUs would not find each other
-            mixed_precision=config.train.precision,
-            log_with=list(config.train.trackers) or None,
-            project_dir=config.output_dir if config.train.trackers else None,
-        )
-        if config.train.trackers:
-            accelerator.init_trackers("brs_detr")
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"train.trackers={list(config.train.trackers)}: {error}") from None
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise ConfigError(f"{launched} processes were launched but {accelerator.num_processes} take part; use torchrun")
-    return accelerator
 
 
 def train_transforms(config: Config) -> TrainTransforms:
@@ -124,12 +97,25 @@ def require_same_categories(
 
 
 def build_detector(config: Config, num_classes: int, *, initial_weights: bool = True) -> nn.Module:
-    """The detector, seeded; with `initial_weights=False` nothing is downloaded or read, for weights are loaded next."""
+    """The detector, seeded; with `initial_weights=False` nothing is downloaded or read, for weights are loaded next.
+
+    Raises:
+        ConfigError: the backbone does not exist, does not fit the settings, or its weights cannot be had.
+    """
     backbone = config.model.backbone
     if not initial_weights:
         backbone = dataclasses.replace(backbone, pretrained=False, checkpoint=None)
     torch.manual_seed(config.seed)
-    return build_model(dataclasses.replace(config.model, backbone=backbone), num_classes)
+    try:
+        model = build_model(dataclasses.replace(config.model, backbone=backbone), num_classes)
+    except (ValueError, RuntimeError, OSError, EOFError, SafetensorError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        place = "" if "model.backbone" in reason else f"model.backbone.name={backbone.name}: "
+        if backbone.checkpoint and backbone.checkpoint not in reason:
+            place = f"model.backbone.checkpoint={backbone.checkpoint}: "
+        raise ConfigError(place + reason) from error
+    model.predict_with = config.eval.predict_with
+    return model
 
 
 def load_initial_weights(model: nn.Module, config: Config, classes: Sequence[str]) -> Transfer | None:
@@ -161,6 +147,16 @@ def restore(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, Weigh
     weights = load_weights(file)
     config = configuration.apply_overrides(configuration.from_dict(weights.config, str(file)), overrides)
     model = build_detector(config, len(weights.classes), initial_weights=False)
+    own = model.state_dict()
+    shapes = {n: (tuple(t.shape), tuple(own[n].shape)) for n, t in weights.tensors.items() if n in own}
+    differ = [
+        f"{name} {ours} in the file, {theirs} in the model" for name, (ours, theirs) in shapes.items() if ours != theirs
+    ]
+    if differ:
+        raise ConfigError(
+            f"{file}: {len(differ)} tensors have another shape than the model's ({'; '.join(differ[:2])}); "
+            "was a model setting overridden?"
+        )
     missing, unexpected = model.load_state_dict(weights.tensors, strict=False)
     if missing or unexpected:
         raise ConfigError(
@@ -239,26 +235,38 @@ def loop_settings(config: Config, plan: BatchPlan) -> Settings:
 
 
 def with_subset(config: Config, accelerator: Accelerator) -> Config:
-    """Under `train.overfit_batches`: a config that trains and validates on the first pictures of the training set."""
+    """Under `train.overfit_batches`: a config that trains and validates on the first pictures of the training set.
+
+    Raises:
+        DataError: the annotation file is missing or is no dataset.
+    """
     if config.train.overfit_batches is None:
         return config
     data = config.data
     target = Path(config.output_dir, "overfit.json").resolve()
     if accelerator.is_main_process:
         pictures = config.train.overfit_batches * config.train.total_batch_size
-        write_subset(Path(data.root, data.train_json), target, pictures)
+        write_subset(load_json(Path(data.root, data.train_json)), target, pictures)
     accelerator.wait_for_everyone()
     paths = {"train_json": str(target), "val_json": str(target), "val_images": data.train_images}
     return dataclasses.replace(config, data=dataclasses.replace(data, **paths))
 
 
 def largest_shape(config: Config, plan: BatchPlan, dataset: CocoDetection) -> dict:
-    """Arguments of `largest_step`: the largest pictures of the augmentation, as full as the fullest of the dataset."""
-    augment = config.data.augment
-    short = min(max(augment.short_sides), augment.long_side)
+    """Arguments of `largest_step`: the largest batch of the augmentation, as full as the fullest of the pictures.
+
+    A picture alone is as large as it can be; several are padded to the tallest and to the widest of them.
+    """
+    transforms = train_transforms(config)
+    pictures = np.unique(dataset.packed.picture_sizes, axis=0).tolist()
+    sizes = sorted({size for picture in pictures for size in transforms.largest_sizes(*picture)})
+    largest = max(sizes, key=math.prod)
+    if plan.per_device > 1 and len(dataset) > 1:
+        largest = (max(h for h, _ in sizes), max(w for _, w in sizes))
     return {
         "pictures": plan.per_device,
-        "size": (short, augment.long_side),
+        "accumulate": plan.accumulate,
+        "size": largest,
         "objects": int(np.diff(dataset.packed.offsets).max()),
         "num_classes": dataset.num_classes,
     }
@@ -278,47 +286,3 @@ def describe_model(config: Config, model: nn.Module, transfer: Transfer | None) 
             "set model.backbone.norm=group and model.backbone.frozen_stages=0, or give it weights"
         )
     return lines
-
-
-def score(
-    model: nn.Module,
-    category_ids: Sequence[int],
-    dataset: CocoDetection,
-    loader: DataLoader,
-    config: Config,
-    accelerator: Accelerator,
-    **options,
-) -> tuple[Summary | None, list[dict]]:
-    """Predict a dataset and evaluate what was found.
-
-    Args:
-        model: the bare detector.
-        category_ids: the dataset's id of each label of the detector.
-        dataset: opened by `open_val_set`.
-        loader: this process's batches of it.
-        config: its `eval` section.
-        accelerator: of the launch.
-        options: handed to `evaluate_coco`.
-
-    Returns:
-        The figures and the detections in COCO's result format; (None, []) in all but the main process.
-    """
-    most = config.eval.max_detections
-    limits = {"score_threshold": config.eval.score_threshold, "max_detections": most}
-    detections = predict(model, loader, accelerator, progress=True, **limits)
-    if not accelerator.is_main_process:
-        return None, []
-    require_all(detections, dataset.image_ids)
-    results = coco_results(detections, category_ids)
-    counted = (*(limit for limit in (1, 10) if limit < most), most)
-    return evaluate_coco(dataset.ground_truth(), results, max_detections=counted, **options), results
-
-
-def describe_machine(accelerator: Accelerator) -> str:
-    """Device, processes, precision and versions, in one line."""
-    device = accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
-    return (
-        f"torch {torch.__version__} on {device.type} ({name}), {accelerator.num_processes} process(es), "
-        f"precision {accelerator.mixed_precision}"
-    )

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file
 
 from brs_detr import cli
@@ -40,6 +42,7 @@ TINY = [
     "train.log_every=1",
     "train.save_every=2",
     "train.ema_decay=0.9",
+    "optim.lr=0.001",
 ]
 
 
@@ -182,8 +185,12 @@ def test_overfitting_uses_the_training_pictures_for_validation(data, tmp_path):
 
 def test_a_dry_run_reports_memory_and_leaves_no_run(data, tmp_path, capsys):
     command = [DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path / 'run'}"]
-    assert train([*command, "--dry-run"]) == 0
-    assert "peak memory" in capsys.readouterr().out
+    crop = {"crop_policy": "true", "crop_min": 32, "crop_max": 64, "crop_short_sides": "[64]", "long_side": 200}
+    assert train([*command, "--dry-run", *(f"data.augment.{key}={value}" for key, value in crop.items())]) == 0
+    said = capsys.readouterr().out
+    # a crop of 32 x 64 resized to a short side of 64, in either direction: two pictures are padded to both
+    assert "peak memory" in said and "of 128x128 with" in said
+    assert "an optimiser step of " in said and "step of 0 parameters" not in said
     AcceleratorState._reset_state(reset_partial_state=True)
     assert train([*command, "--dry-run"]) == 0
     assert not (tmp_path / "run" / "state").exists()
@@ -201,7 +208,13 @@ def test_bf16_trains(data, tmp_path):
         ("data.root=nowhere", "does not exist"),
         ("optim.lrr=1", "did you mean optim.lr"),
         ("train.per_device_batch_size=3", "choose one of 1, 2, 4"),
-        ("train.trackers=[nothing]", "train.trackers"),
+        ("train.trackers=[nothing]", "train.trackers: nothing is not known"),
+        ("train.trackers=[dvclive]", "train.trackers: dvclive is not installed"),
+        ("output_dir=/dev/null/run", "output_dir=/dev/null/run: cannot be written to"),
+        ("model.backbone.name=resnet5", "model.backbone.name=resnet5: timm has no such model"),
+        ("model.backbone.frozen_stages=9", "model.backbone.frozen_stages=9"),
+        ("model.backbone.levels=[3]", "model.backbone.levels"),
+        ("model.backbone.checkpoint=nowhere.pth", "model.backbone.checkpoint: there is no file nowhere.pth"),
         pytest.param(
             "train.precision=fp16", "needs a GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="GPU")
         ),
@@ -211,6 +224,82 @@ def test_what_cannot_run_is_refused_in_one_sentence(data, tmp_path, capsys, over
     assert train([DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}", override]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and error[0].startswith("error: ") and reason in error[0]
+
+
+def test_overfitting_without_the_data_is_refused_in_one_sentence(tmp_path, capsys):
+    command = [DEMO, *TINY, "data.root=nowhere", f"output_dir={tmp_path}", "train.overfit_batches=1"]
+    assert train(command) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_pretrained_weights_that_cannot_be_had_are_named(data, tmp_path, capsys, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("brs_detr.models.backbones.timm.create_model", offline)
+    command = [DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}", "model.backbone.pretrained=true"]
+    assert train(command) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "no route to host" in error and "\n" not in error
+
+
+def test_a_setting_that_changes_shapes_is_refused_when_weights_are_loaded(run, capsys):
+    assert evaluate([str(run), "model.ffn_dim=64"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "another shape than the model's" in error and "(32," in error and "\n" not in error
+
+
+def test_eval_needs_and_opens_no_tracker_of_the_training(run, tmp_path):
+    assert evaluate([str(run), "train.trackers=[dvclive]", "--out", str(tmp_path), "--pictures", "0"]) == 0
+    arguments = [str(run), "train.trackers=[tensorboard]", f"output_dir={tmp_path}", "--out", str(tmp_path / "out")]
+    assert evaluate([*arguments, "--pictures", "0"]) == 0
+    assert not list(tmp_path.rglob("events.*"))
+
+
+def test_a_picture_that_proves_damaged_is_left_out_of_the_figures(run, data, tmp_path):
+    """Both of its entry and of what is found on it: the other pictures count as they always did."""
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    truth = json.loads((root / "annotations" / "val.json").read_text())
+    victim = truth["images"][2]
+    file = root / "images" / "val" / victim["file_name"].split("/")[-1]
+    Image.open(file).save(file, format="PNG")  # checksummed, so that any damage is an error; the name does not matter
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+    arguments = [str(run), f"data.root={root}", "--pictures", "7", "--out"]
+    with pytest.warns(UserWarning, match="left out of the evaluation"):
+        assert evaluate([*arguments, str(tmp_path / "damaged")]) == 0
+    notes = json.loads((tmp_path / "damaged" / "evaluation.json").read_text())["notes"]
+    assert f"1 picture(s) cannot be read and are left out: image id {victim['id']}" in notes
+    truth["images"].remove(victim)
+    truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] != victim["id"]]
+    (root / "annotations" / "val.json").write_text(json.dumps(truth))
+    assert evaluate([*arguments, str(tmp_path / "without")]) == 0
+    assert figures(tmp_path / "damaged") == pytest.approx(figures(tmp_path / "without"), abs=1e-12)
+
+
+@pytest.mark.parametrize("head", ["roi", "atss"])
+def test_the_boxes_of_an_auxiliary_head_can_be_evaluated(run, tmp_path, head):
+    found = {}
+    for name in ("decoder", head):
+        assert evaluate([str(run), f"eval.predict_with={name}", "--out", str(tmp_path / name), "--pictures", "0"]) == 0
+        found[name] = json.loads((tmp_path / name / "results.json").read_text())
+    assert found[head] != found["decoder"]
+
+
+def test_predicted_pictures_of_one_name_in_two_folders_do_not_replace_each_other(run, data, tmp_path):
+    pictures = sorted((data / "images" / "val").iterdir())
+    names = ["a/1.png", "b/1.png", "b/1.jpg", "2.png"]
+    for name, picture in zip(names, pictures):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.open(picture).save(tmp_path / "in" / name)
+    assert cli.main(["predict", str(run), str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert sorted(entry["file_name"] for entry in found) == sorted(names)
+    drawn = {p.relative_to(tmp_path / "out" / "pictures").as_posix() for p in tmp_path.glob("out/pictures/**/*.png")}
+    assert drawn == {"a/1.png", "b/1.png.png", "b/1.jpg.png", "2.png"}
+    assert cli.main(["predict", str(run), str(tmp_path / "in"), "--out", "/dev/null/out"]) == 2
 
 
 def test_other_categories_in_validation_are_refused_with_the_difference(data, tmp_path, capsys):

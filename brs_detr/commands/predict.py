@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from brs_detr.data.pictures import PictureError, read_picture
 from brs_detr.engine.checkpoint import write_text
 from brs_detr.evaluation.pictures import draw_detections
 from brs_detr.ops.images import ImageBatch
+from brs_detr.resuming import require_writable
 from brs_detr.run import restore, val_transforms
 
 
@@ -33,9 +35,11 @@ def run(options: argparse.Namespace) -> int:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(device)
     transforms = val_transforms(config)
-    found, drawn = [], options.out / "pictures"
-    drawn.mkdir(parents=True, exist_ok=True)
-    for path in picture_files(options.pictures):
+    files = picture_files(options.pictures)
+    root = options.pictures if options.pictures.is_dir() else options.pictures.parent
+    found, drawn = [], drawing_names([path.relative_to(root) for path in files])
+    require_writable(options.out, "--out")
+    for path, drawing in zip(files, drawn, strict=True):
         try:
             image = read_picture(str(path))
         except PictureError as error:
@@ -47,10 +51,11 @@ def run(options: argparse.Namespace) -> int:
         keep = (output["scores"] >= options.threshold).cpu()
         kept = {key: value.cpu()[keep] for key, value in output.items()}
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        draw_detections(picture, kept, None, weights.classes, threshold=options.threshold).save(
-            drawn / f"{path.stem}.png"
-        )
-        found.append({"file_name": path.name, "objects": describe(kept, weights.classes, weights.category_ids)})
+        target = options.out / "pictures" / drawing
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draw_detections(picture, kept, None, weights.classes, threshold=options.threshold).save(target)
+        name = path.relative_to(root).as_posix()
+        found.append({"file_name": name, "objects": describe(kept, weights.classes, weights.category_ids)})
         print(f"{path}: {len(kept['scores'])} objects")
     write_text(options.out / "predictions.json", json.dumps(found, indent=1))
     print(f"saved in {options.out}")
@@ -69,6 +74,12 @@ def picture_files(path: Path) -> list[Path]:
         raise FileNotFoundError(f"{path}: no such picture or folder")
     known = Image.registered_extensions()
     return sorted(file for file in path.rglob("*") if file.suffix.lower() in known)
+
+
+def drawing_names(files: list[Path]) -> list[Path]:
+    """A name of its own for the drawing of each file: a/b.jpg -> a/b.png, or a/b.jpg.png where a/b.gif is there too."""
+    taken = Counter(file.with_suffix("") for file in files)
+    return [file.with_suffix(".png") if taken[file.with_suffix("")] == 1 else Path(f"{file}.png") for file in files]
 
 
 def describe(output: dict[str, torch.Tensor], classes: list[str], category_ids: list[int]) -> list[dict]:

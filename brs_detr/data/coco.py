@@ -89,7 +89,8 @@ class CocoDetection(Dataset):
         image_dir: folder that the json's file names are relative to.
         transforms: `(image, target, generator) -> (image, target)`, see `transforms.py`; None changes nothing.
         train: clip boxes, leave out what cannot be learnt from, and replace unreadable pictures by others. Otherwise
-            the json's boxes stay as they are, and pictures whose header is unreadable are left out.
+            the json's boxes stay as they are, pictures whose header is unreadable are left out, and one that proves
+            damaged when it is read comes black and marked, for the evaluation to leave out.
         keep_empty: keep images without objects in training, as background.
         min_side: smallest side in pixels of a training picture.
         seed: of the augmentation.
@@ -179,14 +180,15 @@ class CocoDetection(Dataset):
 
         Returns:
             (3, h, w) uint8 RGB and {"boxes": (n, 4) float32 xyxy pixels, "labels": (n,) int64, "image_id": int,
-            "original_size": (h, w) of the frame that detections are reported in}.
+            "original_size": (h, w) of the frame that detections are reported in}; in evaluation also
+            "unreadable": True where a black picture stands for a damaged one.
 
         Raises:
-            PictureError: the picture cannot be read, in evaluation; or none can, in training.
+            PictureError: in training, where neither the picture nor the next ones can be read.
         """
         index, epoch = index if isinstance(index, tuple) else (index, 0)
         index = int(index)
-        image, target, index = self._load_or_replace(index) if self.train else (*self.load(index), index)
+        image, target, index = self._load_or_replace(index) if self.train else (*self._load_or_mark(index), index)
         if self.transforms is not None:
             image, target = self.transforms(image, target, self._generator(epoch, index))
         return image, target
@@ -293,6 +295,24 @@ class CocoDetection(Dataset):
                 self._found[candidate] = _UNREADABLE
                 warnings.warn(f"{error} Another picture takes its place.", stacklevel=2)
         raise PictureError(f"{self.path(index)}: neither this picture nor the next ones can be read.")
+
+    def _load_or_mark(self, index: int) -> tuple[Tensor, Target]:
+        """The picture, or a black one of its size whose target says that it stands for an unreadable one."""
+        try:
+            return self.load(index)
+        except PictureError as error:
+            if self._found[index] != _UNREADABLE:
+                warnings.warn(f"{error} It is left out of the evaluation.", stacklevel=2)
+            self._found[index] = _UNREADABLE
+        height, width = self.packed.picture_sizes[index].tolist()
+        target = {
+            "boxes": torch.zeros(0, 4),
+            "labels": torch.zeros(0, dtype=torch.int64),
+            "image_id": int(self.packed.image_ids[index]),
+            "original_size": tuple(self.packed.frames[index].tolist()),
+            "unreadable": True,
+        }
+        return torch.zeros(3, height, width, dtype=torch.uint8), target
 
     def _generator(self, epoch: int, index: int) -> torch.Generator:
         words = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1, np.uint64)

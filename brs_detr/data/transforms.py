@@ -19,7 +19,7 @@ from brs_detr.data.coco import Target
 Size = tuple[int, int]
 
 
-def resized_size(height: int, width: int, short_side: int, long_side: int) -> Size:
+def resized_size(height: float, width: float, short_side: int, long_side: int) -> Size:
     """(h, w) with the aspect ratio kept, the short side at `short_side` unless the long side would pass `long_side`."""
     scale = min(long_side / max(height, width), short_side / min(height, width))
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
@@ -87,6 +87,22 @@ class TrainTransforms:
         if self.colour_jitter > 0:
             image = self._jitter(image, generator)
         return image.contiguous(), {**target, "boxes": boxes.as_subclass(Tensor), "labels": labels}
+
+    def largest_sizes(self, height: int, width: int) -> list[Size]:
+        """(h, w) of the tallest, the widest and the largest pictures that one of this size can become.
+
+        A crop can turn a wide picture tall, so the sizes of both policies count.
+        """
+        ratios = [width / height] if self.crop < 1 else []
+        for short_side in self.crop_short_sides if self.crop > 0 else ():
+            h, w = resized_size(height, width, short_side, self.crop_long_side)
+            low, high = self.crop_size
+            narrowest, widest = min(w, low) / min(h, high), min(w, high) / min(h, low)
+            ratios += [narrowest, widest]
+            # with both sides at their limit the area is largest, wherever a crop can have that ratio
+            full = self.long_side / max(self.short_sides)
+            ratios += [min(max(ratio, narrowest), widest) for ratio in (full, 1 / full)]
+        return [resized_size(1.0, ratio, max(self.short_sides), self.long_side) for ratio in ratios]
 
     def _resize(
         self, image: Tensor, boxes: Tensor, short_sides: Sequence[int], long_side: int, generator: torch.Generator

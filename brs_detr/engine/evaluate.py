@@ -1,4 +1,4 @@
-"""Running a detector over a dataset and turning what it finds into COCO results.
+"""Running a detector over a dataset.
 
 Every picture is predicted once in some process; the main process gathers the detections by image id, drops duplicates
 and refuses to score a set with a picture missing.
@@ -35,7 +35,8 @@ def predict(
 
     Args:
         model: the bare detector (not wrapped for DDP: processes may hold different numbers of batches).
-        batches: of this process, with targets that carry "image_id".
+        batches: of this process, with targets that carry "image_id" and, where the picture is only a stand-in for
+            one that cannot be read, "unreadable".
         accelerator: of the launch; gives device, precision and the gathering.
         score_threshold: detections at or below it are dropped, unless it is 0.
         max_detections: most detections a picture, the best ones.
@@ -43,7 +44,8 @@ def predict(
 
     Returns:
         One dict a picture, ascending by "image_id", in every process: "boxes" (n, 4) float32 xyxy pixels of the
-        original picture, "scores" (n,) float32 descending, "labels" (n,) int64; all numpy.
+        original picture, "scores" (n,) float32 descending, "labels" (n,) int64, all numpy, and "unreadable" (bool):
+        nothing is found on such a picture.
     """
     training = model.training
     model.eval()
@@ -54,7 +56,9 @@ def predict(
             with accelerator.autocast():
                 outputs = model(images.to(accelerator.device), None)
             for target, output in zip(targets, outputs, strict=True):
-                found.append(_to_host(int(target["image_id"]), output, score_threshold, max_detections))
+                unreadable = bool(target.get("unreadable"))
+                kept = _to_host(output, score_threshold, 0 if unreadable else max_detections)
+                found.append({"image_id": int(target["image_id"]), "unreadable": unreadable, **kept})
     finally:
         model.train(training)
     if accelerator.num_processes > 1:
@@ -63,34 +67,13 @@ def predict(
     return [unique[image_id] for image_id in sorted(unique)]
 
 
-def _to_host(image_id: int, output: dict[str, torch.Tensor], threshold: float, limit: int) -> Detections:
+def _to_host(output: dict[str, torch.Tensor], threshold: float, limit: int) -> Detections:
     scores, order = output["scores"].float().sort(descending=True, stable=True)
     order = order[:limit]
     boxes, labels = output["boxes"].float()[order].cpu().numpy(), output["labels"][order].cpu().numpy()
     scores = scores[:limit].cpu().numpy()
     keep = scores > threshold if threshold > 0 else np.ones(len(scores), dtype=bool)
-    return {"image_id": image_id, "boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
-
-
-def coco_results(detections: Sequence[Detections], category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """COCO's result format, ready for json.
-
-    Args:
-        detections: of `predict`.
-        category_ids: the dataset's id of label 0, 1, ...
-
-    Returns:
-        [{"image_id", "category_id", "bbox": [x, y, w, h] in pixels, "score"}, ...]
-    """
-    results = []
-    for found in detections:
-        boxes = found["boxes"].astype(np.float64)
-        boxes[:, 2:] -= boxes[:, :2]
-        for box, score, label in zip(boxes.tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True):
-            results.append(
-                {"image_id": found["image_id"], "category_id": category_ids[label], "bbox": box, "score": score}
-            )
-    return results
+    return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
 
 
 def require_all(detections: Sequence[Detections], image_ids: Iterable[int]) -> None:

@@ -140,6 +140,21 @@ def test_an_unreadable_picture_is_replaced_in_training_and_left_out_of_evaluatio
     assert open_set(path, train=False).image_ids == [993, 986]
 
 
+def test_a_picture_that_proves_damaged_when_read_is_marked_in_evaluation(two):
+    """Its header is fine, so that only reading it tells; the rest of the epoch goes on."""
+    file = two.parent / "images" / "000.png"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+    dataset = open_set(two, train=False)
+    size = tuple(dataset.packed.picture_sizes[0].tolist())
+    with pytest.warns(UserWarning, match=r"000\.png.*left out of the evaluation"):
+        image, target = dataset[0]
+    assert target["unreadable"] and target["original_size"] == size and tuple(image.shape) == (3, *size)
+    assert len(target["boxes"]) == 0 and "unreadable" not in dataset[1][1]
+    assert dataset.report["picture_unreadable"] == 1
+
+
 def test_workers_report_the_unreadable_picture_they_met(two):
     path = two
     (path.parent / "images" / "000.png").write_bytes(b"nothing")

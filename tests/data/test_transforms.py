@@ -36,6 +36,19 @@ def test_boxes_follow_pixels(policy):
     assert seen > 40
 
 
+@pytest.mark.parametrize("size", [(160, 240), (240, 160), (50, 400), (300, 300)])
+@pytest.mark.parametrize("policy", [0.0, 0.5, 1.0])
+def test_no_picture_is_larger_than_the_largest_sizes_and_some_come_near(size, policy):
+    transform = TrainTransforms(**SMALL, crop=policy)
+    bounds = torch.tensor(transform.largest_sizes(*size))
+    image, target = painted(*size)
+    drawn = [transform(image, target, torch.Generator().manual_seed(seed))[0].shape[1:] for seed in range(300)]
+    drawn = torch.tensor(drawn)
+    for found, bound in ((drawn, bounds), (drawn.prod(1, keepdim=True), bounds.prod(1, keepdim=True))):
+        found, bound = found.amax(0), bound.amax(0)
+        assert (found <= bound * 1.02 + 1).all() and (found >= bound * 0.85).all(), (found, bound)
+
+
 def test_flip_mirrors_pixels_and_boxes():
     transform = TrainTransforms(short_sides=(160,), crop=0, flip=1)
     image, target = transform(*painted(), torch.Generator())

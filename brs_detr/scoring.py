@@ -1,0 +1,61 @@
+"""A detector's figures on a dataset: prediction in all processes, COCO's evaluation in the main one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+
+from brs_detr.config import Config
+from brs_detr.data.faults import DataError
+from brs_detr.engine.evaluate import predict, require_all
+from brs_detr.evaluation.coco import GroundTruth, Summary, detections_to_results, evaluate_coco
+
+
+def score(
+    model: nn.Module,
+    category_ids: Sequence[int],
+    truth: GroundTruth,
+    loader: DataLoader,
+    config: Config,
+    accelerator: Accelerator,
+    **options,
+) -> tuple[Summary | None, list[dict]]:
+    """Predict a dataset and evaluate what was found.
+
+    Args:
+        model: the bare detector.
+        category_ids: the dataset's id of each label of the detector.
+        truth: of the dataset, checked once for all evaluations.
+        loader: this process's batches of it.
+        config: its `eval` section.
+        accelerator: of the launch.
+        options: handed to `evaluate_coco`.
+
+    Returns:
+        The figures and the detections in COCO's result format; (None, []) in all but the main process.
+
+    Raises:
+        DataError: no picture could be read.
+    """
+    most = config.eval.max_detections
+    limits = {"score_threshold": config.eval.score_threshold, "max_detections": most}
+    detections = predict(model, loader, accelerator, progress=True, **limits)
+    unreadable = [found["image_id"] for found in detections if found["unreadable"]]
+    if len(unreadable) == len(detections):  # in every process, so that none waits for the others
+        raise DataError("none of the pictures to evaluate can be read; `python -m brs_detr check-data` names the fault")
+    if not accelerator.is_main_process:
+        return None, []
+    require_all(detections, truth.image_ids)
+    results = [
+        result for found in detections for result in detections_to_results(found["image_id"], found, category_ids)
+    ]
+    counted = (*(limit for limit in (1, 10) if limit < most), most)
+    readable = sorted(set(truth.image_ids) - set(unreadable))
+    summary = evaluate_coco(truth, results, image_ids=readable, max_detections=counted, **options)
+    if unreadable:
+        shown = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")
+        summary.notes.append(f"{len(unreadable)} picture(s) cannot be read and are left out: image id {shown}")
+    return summary, results
