@@ -24,10 +24,9 @@ from brs_detr.engine.guard import NonFiniteError
 from brs_detr.engine.logging import RunLog
 from brs_detr.engine.state import latest_state, read_facts
 from brs_detr.engine.trainer import Trainer
-from brs_detr.evaluation.coco import GroundTruth
 from brs_detr.launch import describe_machine, start_accelerator
 from brs_detr.resuming import require_free_folder, require_same_run
-from brs_detr.scoring import score
+from brs_detr.scoring import validator
 
 EXIT_REFUSED, EXIT_NOT_FINITE, EXIT_PREEMPTED = 2, 3, 75
 
@@ -61,7 +60,6 @@ def train(config: configuration.Config, *, dry_run: bool = False) -> int:
     state, log = open_log(config, plan, accelerator)
     config = run.with_subset(config, accelerator)
 
-    # data
     process = {"rank": accelerator.process_index, "world_size": plan.processes, "workers": run.worker_count(config)}
     train_set, val_set = run.open_train_set(config), run.open_val_set(config)
     log.say(f"{train_set.summary()}\n{val_set.summary()}")
@@ -69,29 +67,10 @@ def train(config: configuration.Config, *, dry_run: bool = False) -> int:
     batches = EpochBatches(build_train_loader(train_set, plan.per_device, seed=config.seed, **process))
     val_loader = build_eval_loader(val_set, config.eval.batch_size, **process)
 
-    # model and optimiser; weights that a saved state holds are not fetched first
-    model = run.build_detector(config, train_set.num_classes, initial_weights=state is None)
-    transfer = run.load_initial_weights(model, config, train_set.classes) if state is None else None
-    run.freeze(model, config)
-    for line in run.describe_model(config, model, transfer):
-        log.say(line)
-    model.to(accelerator.device)
-    decay = config.train.ema_decay
-    ema = None if decay is None else ModelEmaV3(model, decay=decay, use_warmup=True)
-    model, optimizer = accelerator.prepare(model, run.build_optimizer(config, model))
+    model, optimizer, ema = prepare_model(config, accelerator, train_set, log, fresh=state is None)
     if dry_run:
         log.say(largest_step(model, optimizer, accelerator, **run.largest_shape(config, plan, train_set)))
         return 0
-
-    truth, told = GroundTruth.read(val_set.ground_truth()), set()
-
-    def validate(module):
-        summary, _ = score(module, train_set.category_ids, truth, val_loader, config, accelerator, extended=False)
-        for note in summary.notes if summary is not None else []:
-            if note not in told:  # the same ones come every time
-                log.say(f"note: {note}")
-                told.add(note)
-        return {} if summary is None else summary.stats
 
     def save(name, tensors, facts):
         labels = (train_set.classes, train_set.category_ids)
@@ -106,7 +85,7 @@ def train(config: configuration.Config, *, dry_run: bool = False) -> int:
         folder=Path(config.output_dir),
         log=log,
         settings=settings,
-        validate=validate,
+        validate=validator(train_set.category_ids, val_set, val_loader, config, accelerator, log.say),
         save=save,
         ema=ema,
     )
@@ -115,6 +94,22 @@ def train(config: configuration.Config, *, dry_run: bool = False) -> int:
     finished = trainer.fit()
     accelerator.end_training()
     return 0 if finished else EXIT_PREEMPTED
+
+
+def prepare_model(config: configuration.Config, accelerator, train_set, log: RunLog, *, fresh: bool) -> tuple:
+    """Detector and optimiser as Accelerate prepares them, and the averaged detector (None without EMA).
+
+    Not `fresh`: a saved state is loaded next, so no initial weights are fetched or read.
+    """
+    model = run.build_detector(config, train_set.num_classes, initial_weights=fresh)
+    transfer = run.load_initial_weights(model, config, train_set.classes) if fresh else None
+    run.freeze(model, config)
+    for line in run.describe_model(config, model, transfer):
+        log.say(line)
+    model.to(accelerator.device)
+    decay = config.train.ema_decay
+    ema = None if decay is None else ModelEmaV3(model, decay=decay, use_warmup=True)
+    return *accelerator.prepare(model, run.build_optimizer(config, model)), ema
 
 
 def open_log(config: configuration.Config, plan, accelerator) -> tuple[Path | None, RunLog]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
 from brs_detr.config import Config
+from brs_detr.data.coco import CocoDetection
 from brs_detr.data.faults import DataError
 from brs_detr.engine.evaluate import predict, require_all
 from brs_detr.evaluation.coco import GroundTruth, Summary, detections_to_results, evaluate_coco
@@ -59,3 +60,31 @@ def score(
         shown = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")
         summary.notes.append(f"{len(unreadable)} picture(s) cannot be read and are left out: image id {shown}")
     return summary, results
+
+
+def validator(
+    category_ids: Sequence[int],
+    dataset: CocoDetection,
+    loader: DataLoader,
+    config: Config,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+) -> Callable[[nn.Module], dict[str, float]]:
+    """What the trainer calls after an epoch: a function from a detector to its figures, {} outside the main process.
+
+    Args:
+        category_ids, loader, config, accelerator: as for `score`.
+        dataset: opened with `train=False`; its annotations are checked once, here.
+        say: told each note of an evaluation the first time it comes up.
+    """
+    truth, told = GroundTruth.read(dataset.ground_truth()), set()
+
+    def validate(module: nn.Module) -> dict[str, float]:
+        summary, _ = score(module, category_ids, truth, loader, config, accelerator, extended=False)
+        for note in summary.notes if summary is not None else []:
+            if note not in told:
+                say(f"note: {note}")
+                told.add(note)
+        return {} if summary is None else summary.stats
+
+    return validate

@@ -6,6 +6,7 @@ Loss terms stay on the device until they are reported, so logging costs no synch
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -143,3 +144,8 @@ def grouped(terms: dict[str, float]) -> dict[str, float]:
         part = name.split(".", 1)[0]
         groups[part] = groups.get(part, 0.0) + value
     return groups
+
+
+def json_number(value: float) -> float | None:
+    """A number as JSON can hold it: NaN and infinities become null."""
+    return value if math.isfinite(value) else None

@@ -16,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -24,8 +23,9 @@ from accelerate.utils import DistributedType
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from brs_detr.engine.devices import seed_step, share_buffers, to_device
 from brs_detr.engine.guard import Batch, NonFiniteError, describe, finite, save_batch
-from brs_detr.engine.logging import LossMeter, RunLog, grouped
+from brs_detr.engine.logging import LossMeter, RunLog, grouped, json_number
 from brs_detr.engine.optim import Schedule, set_learning_rate
 from brs_detr.engine.progress import Progress, Stopwatch, duration
 from brs_detr.engine.state import Position, save_state
@@ -295,27 +295,3 @@ class Trainer:
             yield
         finally:
             signal.signal(signal.SIGTERM, former)
-
-
-def seed_step(seed: int, step: int, process: int) -> None:
-    """Seed torch's generators (all devices) so that a step's random draws depend on nothing that went before."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, process]).generate_state(1, np.uint64)[0] >> 1))
-
-
-def share_buffers(module: nn.Module) -> None:
-    """Give every process the main one's buffers: batch statistics differ, since each process saw other pictures."""
-    for buffer in module.buffers():
-        torch.distributed.broadcast(buffer, src=0)
-
-
-def to_device(targets: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
-    """Targets with their tensors on `device`; other values as they are."""
-    return [
-        {key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in t.items()}
-        for t in targets
-    ]
-
-
-def json_number(value: float) -> float | None:
-    """A number as JSON can hold it: NaN and infinities become null."""
-    return value if math.isfinite(value) else None

@@ -9,10 +9,10 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import nn
 
+from brs_detr.engine.devices import seed_step
 from brs_detr.engine.guard import NonFiniteError
 from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.state import latest_state, read_facts
-from brs_detr.engine.trainer import seed_step
 from brs_detr.ops.images import ImageBatch
 
 
