@@ -59,7 +59,7 @@ def evaluate(weights_path: Path, overrides: list[str], out: Path | None = None, 
         return
     write_text(out / "results.json", json.dumps(results))
     summary.save(out)
-    write_pictures(out, dataset, results, pictures)
+    write_pictures(out, dataset, results, pictures, summary.thresholds())
     write_curves(out, summary, file.parent / "metrics.jsonl")
     epoch = weights.extra.get("epoch", "?")
     print(f"{file} (epoch {epoch}) on {dataset.json_path}\n\n{summary.table()}\n\nsaved in {out}")

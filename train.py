@@ -72,8 +72,10 @@ def train(config: configuration.Config, *, dry_run: bool = False) -> int:
         log.say(largest_step(model, optimizer, accelerator, **run.largest_shape(config, plan, train_set)))
         return 0
 
+    thresholds: dict[str, float] = {}
+
     def save(name, tensors, facts):
-        labels = (train_set.classes, train_set.category_ids)
+        labels, facts = (train_set.classes, train_set.category_ids), {**facts, "thresholds": thresholds}
         save_weights(Path(config.output_dir, name), Weights(tensors, *labels, configuration.to_dict(config), facts))
 
     trainer = Trainer(
@@ -85,7 +87,7 @@ def train(config: configuration.Config, *, dry_run: bool = False) -> int:
         folder=Path(config.output_dir),
         log=log,
         settings=settings,
-        validate=validator(train_set.category_ids, val_set, val_loader, config, accelerator, log.say),
+        validate=validator(train_set.category_ids, val_set, val_loader, config, accelerator, log.say, thresholds),
         save=save,
         ema=ema,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from brs_detr.evaluation.summary import Summary
 
 
 def write_pictures(
-    out: Path, dataset: CocoDetection, results: list[dict[str, Any]], count: int, threshold: float = 0.3
+    out: Path, dataset: CocoDetection, results: list[dict[str, Any]], count: int, thresholds: Mapping[str, float]
 ) -> list[Path]:
     """Draw evenly spaced pictures of a dataset with what was found and what is true.
 
@@ -24,7 +26,7 @@ def write_pictures(
         dataset: opened with `train=False`.
         results: detections in COCO's format.
         count: number of pictures; 0 for none.
-        threshold: lowest score that is drawn.
+        thresholds: by class name the lowest score that is drawn; nothing of a class without one.
 
     Returns:
         The sheet's path and those of the pictures; empty for none.
@@ -32,6 +34,8 @@ def write_pictures(
     step = max(1, len(dataset) // count) if count else 0
     chosen = range(0, len(dataset), step)[:count] if step else range(0)
     labels = {category: label for label, category in enumerate(dataset.category_ids)}
+    least = {category: thresholds.get(name, math.inf) for category, name in zip(dataset.category_ids, dataset.classes)}
+    results = [result for result in results if result["score"] >= least[result["category_id"]]]
     paths, drawn = [], []
     for index in chosen:
         try:
@@ -46,7 +50,7 @@ def write_pictures(
             "labels": torch.tensor([labels[result["category_id"]] for result in found], dtype=torch.long),
         }
         title = dataset.file_name(index)
-        drawn.append(draw_detections(image, detections, target, dataset.classes, threshold=threshold, title=title))
+        drawn.append(draw_detections(image, detections, target, dataset.classes, threshold=0.0, title=title))
         paths.append(out / "pictures" / f"{target['image_id']}.png")
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
         drawn[-1].save(paths[-1])

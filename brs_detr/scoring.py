@@ -69,6 +69,7 @@ def validator(
     config: Config,
     accelerator: Accelerator,
     say: Callable[[str], None],
+    thresholds: dict[str, float],
 ) -> Callable[[nn.Module], dict[str, float]]:
     """What the trainer calls after an epoch: a function from a detector to its figures, {} outside the main process.
 
@@ -76,11 +77,14 @@ def validator(
         category_ids, loader, config, accelerator: as for `score`.
         dataset: opened with `train=False`; its annotations are checked once, here.
         say: told each note of an evaluation the first time it comes up.
+        thresholds: filled by each validation with the score of every class's best F1.
     """
     truth, told = GroundTruth.read(dataset.ground_truth()), set()
 
     def validate(module: nn.Module) -> dict[str, float]:
-        summary, _ = score(module, category_ids, truth, loader, config, accelerator, extended=False)
+        summary, _ = score(module, category_ids, truth, loader, config, accelerator)
+        thresholds.clear()
+        thresholds.update({} if summary is None else summary.thresholds())
         for note in summary.notes if summary is not None else []:
             if note not in told:
                 say(f"note: {note}")

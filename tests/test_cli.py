@@ -15,7 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from brs_detr import cli
+from brs_detr.commands.predict import lowest_scores
 from brs_detr.data.synthetic import make_dataset
+from brs_detr.engine.checkpoint import Weights
 from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.trainer import Trainer
 
@@ -376,6 +378,14 @@ def test_predict_writes_a_json_and_pictures(run, data, tmp_path):
     assert len(found) == 7 and len(list((tmp_path / "pictures").iterdir())) == 7
     names = {"disc", "ring", "rectangle", "triangle", "star"}
     assert {thing["name"] for entry in found for thing in entry["objects"]} <= names
+
+
+def test_predict_reports_from_the_score_that_was_best_in_validation():
+    classes, labels = ["disc", "ring"], ([7, 3], {})
+    validated = Weights({}, classes, *labels, {"thresholds": {"ring": 0.04}})
+    assert lowest_scores(validated, None) == [1.0, 0.04]
+    assert lowest_scores(validated, 0.2) == [0.2, 0.2]
+    assert lowest_scores(Weights({}, classes, *labels), None) == [0.3, 0.3]
 
 
 def test_check_data_reads_a_recipe(data, tmp_path, capsys):

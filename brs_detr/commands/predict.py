@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from brs_detr.data.pictures import PictureError, read_picture
-from brs_detr.engine.checkpoint import write_text
+from brs_detr.engine.checkpoint import Weights, write_text
 from brs_detr.evaluation.pictures import draw_detections
 from brs_detr.ops.images import ImageBatch
 from brs_detr.resuming import require_writable
@@ -24,7 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pictures", type=Path, help="picture, or folder of pictures")
     parser.add_argument("overrides", nargs="*", help="settings to change, e.g. data.test_short_side=640")
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder to write to")
-    parser.add_argument("--threshold", type=float, default=0.3, help="lowest score that is reported (default 0.3)")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        help="lowest score that is reported (default: of each class's best F1)",
+    )
     parser.add_argument("--device", help="default: a GPU if there is one")
 
 
@@ -34,6 +38,7 @@ def run(options: argparse.Namespace) -> int:
     model, weights, config, _ = restore(options.weights, options.overrides)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(device)
+    least = torch.tensor(lowest_scores(weights, options.threshold), device=device)
     transforms = val_transforms(config)
     files = picture_files(options.pictures)
     root = options.pictures if options.pictures.is_dir() else options.pictures.parent
@@ -48,18 +53,29 @@ def run(options: argparse.Namespace) -> int:
         empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
         resized, _ = transforms(image, empty)
         output = model(ImageBatch.from_list([resized], [tuple(image.shape[-2:])]).to(device), None)[0]
-        keep = (output["scores"] >= options.threshold).cpu()
+        keep = (output["scores"] >= least[output["labels"]]).cpu()
         kept = {key: value.cpu()[keep] for key, value in output.items()}
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
         target = options.out / "pictures" / drawing
         target.parent.mkdir(parents=True, exist_ok=True)
-        draw_detections(picture, kept, None, weights.classes, threshold=options.threshold).save(target)
+        draw_detections(picture, kept, None, weights.classes, threshold=0.0).save(target)
         name = path.relative_to(root).as_posix()
         found.append({"file_name": name, "objects": describe(kept, weights.classes, weights.category_ids)})
         print(f"{path}: {len(kept['scores'])} objects")
     write_text(options.out / "predictions.json", json.dumps(found, indent=1))
     print(f"saved in {options.out}")
     return 0 if found else 1
+
+
+def lowest_scores(weights: Weights, threshold: float | None) -> list[float]:
+    """The lowest score to report for each class: the one asked for, or the one of its best F1 in the last validation.
+
+    A file that was never validated here (a converted one) gets 0.3; a class that validation never found right, 1.
+    """
+    stored = weights.extra.get("thresholds")
+    if threshold is not None or not stored:
+        return [0.3 if threshold is None else threshold] * len(weights.classes)
+    return [stored.get(name, 1.0) for name in weights.classes]
 
 
 def picture_files(path: Path) -> list[Path]:

@@ -30,7 +30,7 @@ class Weights:
         classes: name of label 0, 1, ...
         category_ids: the dataset's id of label 0, 1, ...
         config: the resolved config as nested plain values; empty where the file holds none.
-        extra: further facts: "epoch", "step", "metrics".
+        extra: further facts: "epoch", "step", "metrics", "thresholds" (score of each class's best F1).
     """
 
     tensors: dict[str, Tensor]

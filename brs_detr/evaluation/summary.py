@@ -67,6 +67,13 @@ class Summary:
         blocks += [f"note: {note}" for note in self.notes]
         return "\n\n".join(blocks)
 
+    def thresholds(self) -> dict[str, float]:
+        """By class name, the score at which detections have their best F1 at IoU 0.5; none for a class never found.
+
+        Ranking losses order detections and do not calibrate them: a good score may be 0.03, so the cut is measured.
+        """
+        return {row["name"]: row["score"] for row in self.per_class if row.get("f1", -1) > 0}
+
     def save(self, folder: str | Path) -> list[Path]:
         """Write `evaluation.json` and `per_class.csv` into `folder`; returns their paths."""
         folder = Path(folder)
