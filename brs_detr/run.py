@@ -126,7 +126,8 @@ def load_initial_weights(model: nn.Module, config: Config, classes: Sequence[str
     rows = {}
     if weights.classes != list(classes):
         rows = rows_per_class(model, build_detector(config, len(classes) + 1, initial_weights=False))
-    return load_matching(model, weights.tensors, weights.classes, classes, rows)
+    objectness = getattr(model, "objectness", ())
+    return load_matching(model, weights.tensors, weights.classes, classes, rows, objectness)
 
 
 def restore(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, Weights, Config, Path]:

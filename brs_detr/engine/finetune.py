@@ -6,7 +6,7 @@ four classes): a second detector with one class more shows it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,7 @@ def load_matching(
     old_classes: Sequence[str],
     classes: Sequence[str],
     class_rows: Mapping[str, int],
+    objectness: Collection[str] = (),
 ) -> Transfer:
     """Load every tensor that fits; class-dependent ones row by row for the class names that both sides share.
 
@@ -70,6 +71,7 @@ def load_matching(
         old_classes: class names of `tensors`.
         classes: class names of `model`.
         class_rows: of `rows_per_class`; may be empty where the classes are the same.
+        objectness: class-dependent tensors whose first row means "any object", whatever the classes; it is copied.
     """
     shared = [(old_classes.index(name), new) for new, name in enumerate(classes) if name in old_classes]
     same = list(old_classes) == list(classes)
@@ -81,8 +83,8 @@ def load_matching(
         elif (same or not rows) and source.shape == target.shape:
             filled[name] = source
             kept.append(name)
-        elif rows and shared and source.shape[1:] == target.shape[1:]:
-            filled[name] = _copy_rows(source, target, shared, rows, len(old_classes), len(classes))
+        elif rows and (pairs := [(0, 0)] if name in objectness else shared) and source.shape[1:] == target.shape[1:]:
+            filled[name] = _copy_rows(source, target, pairs, rows, len(old_classes), len(classes))
             by_class.append(name)
         else:
             fresh.append(name)

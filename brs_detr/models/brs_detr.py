@@ -69,6 +69,9 @@ class BRSDETR(nn.Module):
         predict_with: "decoder", or a dense head's own detections: "roi" or "atss".
     """
 
+    objectness = ("proposals.classifier.weight", "proposals.classifier.bias")
+    """Tensors whose first row scores any object, whatever the classes: fine-tuning on other classes keeps that row."""
+
     def __init__(
         self,
         *,

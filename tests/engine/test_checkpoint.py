@@ -102,6 +102,18 @@ def test_fine_tuning_reports_what_was_re_initialised_and_what_was_not_used():
     assert "7 re-initialised" in str(report) and "gone" in str(report)
 
 
+def test_the_first_row_of_an_objectness_tensor_survives_other_classes():
+    old, new = Detector(3), Detector(5)
+    name = next(iter(rows_per_class(old, Detector(4))))
+    fresh = new.state_dict()[name].clone()
+    load_matching(
+        new, old.state_dict(), list("abc"), list("vwxyz"), rows_per_class(new, Detector(6)), objectness=(name,)
+    )
+    loaded, rows = new.state_dict()[name], rows_per_class(new, Detector(6))[name]
+    assert torch.equal(loaded[:rows], old.state_dict()[name][:rows])
+    assert torch.equal(loaded[rows : 5 * rows], fresh[rows : 5 * rows])
+
+
 def test_the_same_classes_load_without_any_rule():
     old, new = Detector(3), Detector(3)
     report = load_matching(new, old.state_dict(), list("abc"), list("abc"), {})
