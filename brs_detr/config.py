@@ -330,6 +330,10 @@ def _rules(config: Config) -> Iterator[tuple[bool, str]]:
     )
     yield (train.ema_decay or 0) >= 1, f"train.ema_decay={train.ema_decay} must be below 1"
     yield (
+        model.name == "co_detr" and model.loss not in ("focal", "quality_focal"),
+        (f"model.name=co_detr is the detector with score-based losses; model.loss={model.loss} makes it brs_detr"),
+    )
+    yield (
         model.atss.centerness and model.loss not in ("focal", "quality_focal"),
         (f"model.atss.centerness=true needs model.loss=focal; model.loss={model.loss} ranks by quality instead"),
     )

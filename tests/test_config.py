@@ -96,6 +96,7 @@ def test_a_base_has_no_base(tmp_path):
         ("data.augment.short_sides=[]", "needs at least one entry"),
         ("model.heads=7", "model.dim=256 must be a multiple of model.heads=7"),
         ("model.atss.centerness=true", "needs model.loss=focal"),
+        ("model.name=co_detr", "model.loss=brs makes it brs_detr"),
         ("train.lr_steps=[12]", "must lie before the end"),
         ("train.lr_steps=[3, 2]", "must increase"),
         ("train.per_device_batch_size=32", "above train.total_batch_size=16"),
