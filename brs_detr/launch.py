@@ -11,6 +11,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
 from brs_detr.config import Config, ConfigError
+from brs_detr.engine.sharding import is_sharded, sharding_plugin, sharding_wanted
 
 
 def start_accelerator(config: Config, *, trackers: bool = False) -> Accelerator:
@@ -28,6 +29,7 @@ def start_accelerator(config: Config, *, trackers: bool = False) -> Accelerator:
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # else several processes on CPUs would not find each other
             mixed_precision=config.train.precision,
+            fsdp_plugin=sharding_plugin(),
             log_with=names or None,
             project_dir=config.output_dir if names else None,
         )
@@ -41,6 +43,8 @@ def start_accelerator(config: Config, *, trackers: bool = False) -> Accelerator:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ConfigError(f"{launched} processes were launched but {accelerator.num_processes} take part; use torchrun")
+    if sharding_wanted() and launched > 1 and not is_sharded(accelerator):
+        raise ConfigError("the launch asks for FSDP, which Accelerate has for GPUs only; leave it out on CPUs")
     return accelerator
 
 

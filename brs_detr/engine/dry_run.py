@@ -49,7 +49,9 @@ def largest_step(
     for _ in range(20):  # under fp16 the scaler skips steps until its scale fits
         start = time.perf_counter()
         for _ in range(batches):
-            loss = torch.stack(list(model(images, targets).values())).sum()
+            with accelerator.autocast():
+                terms = model(images, targets)
+            loss = torch.stack(list(terms.values())).sum()
             accelerator.backward(loss / batches)
         optimizer.step()
         value = loss.item()  # waits for the device

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from brs_detr.engine.sharding import local
 from brs_detr.ops.images import ImageBatch
 
 Batch = tuple[ImageBatch, list[dict[str, Any]]]
@@ -45,14 +46,15 @@ def describe(terms: list[dict[str, Tensor]], batches: list[Batch], model: nn.Mod
     if parts:
         return "; ".join(parts)
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all().item():
+        if parameter.grad is not None and not torch.isfinite(local(parameter.grad)).all().item():
             ids = _ids([target for _, targets in batches for target in targets])
             return f"every loss term is finite, but the gradient of {name} is not (images {ids})"
     return "this process sees only finite values, another one does not"
 
 
 def save_batch(path: Path, *, seed: int, step: int, batches: list[Batch], model: nn.Module) -> None:
-    """Save what reproduces a failed step: pictures, targets, the step's seed, and the weights it ran with.
+    """Save what reproduces a failed step: pictures, targets, the step's seed, and the weights it ran with (this
+    process's part of them where they are sharded).
 
     `torch.load(path, weights_only=True)` reads it back: {"seed", "step", "weights", "batches"}, each batch with the
     fields of an `ImageBatch` and its "targets".
@@ -62,7 +64,8 @@ def save_batch(path: Path, *, seed: int, step: int, batches: list[Batch], model:
         {"pixels": i.pixels.cpu(), "sizes": i.sizes, "original_sizes": i.original_sizes, "targets": targets}
         for i, targets in batches
     ]
-    torch.save({"seed": seed, "step": step, "batches": stored, "weights": model.state_dict()}, path)
+    weights = {name: local(tensor) for name, tensor in model.state_dict().items()}
+    torch.save({"seed": seed, "step": step, "batches": stored, "weights": weights}, path)
 
 
 def _ids(targets: list[dict[str, Any]]) -> str:

@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from brs_detr.engine.guard import Batch, NonFiniteError, describe, finite, save_
 from brs_detr.engine.logging import LossMeter, RunLog, grouped, json_number
 from brs_detr.engine.optim import Schedule, set_learning_rate
 from brs_detr.engine.progress import Progress, Stopwatch, duration
+from brs_detr.engine.sharding import average_whole_gradients, is_sharded, whole, whole_weights
 from brs_detr.engine.state import Position, save_state
 
 
@@ -166,7 +166,8 @@ class Trainer:
         for index, (images, targets) in enumerate(group):
             last = index + 1 == len(group)
             with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
-                terms = self.model(images.to(accelerator.device), to_device(targets, accelerator.device))
+                with accelerator.autocast():  # Accelerate wraps the forward pass itself, but not of a sharded model
+                    terms = self.model(images.to(accelerator.device), to_device(targets, accelerator.device))
                 # a mean over the accumulated batches: what DDP's mean over processes is, for the same reason
                 accelerator.backward(torch.stack(list(terms.values())).sum() / len(group))
             all_terms.append({name: term.detach() for name, term in terms.items()})
@@ -189,15 +190,16 @@ class Trainer:
 
     def _gradient_norm(self) -> Tensor:
         """L2 norm of all gradients, (), without changing them: clipping by a NaN would hide where it came from."""
-        if self.accelerator.distributed_type == DistributedType.FSDP:  # each process holds a part of every gradient
-            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), math.inf)
+        if is_sharded(self.accelerator):  # each process holds a part of every gradient
+            average_whole_gradients(self.model)
+            norm = whole(self.accelerator.clip_grad_norm_(self.model.parameters(), math.inf))
         else:
             self.accelerator.unscale_gradients()
             norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         return torch.as_tensor(norm, dtype=torch.float32, device=self.accelerator.device)
 
     def _clip(self, norm: Tensor) -> None:
-        if self.accelerator.distributed_type == DistributedType.FSDP:
+        if is_sharded(self.accelerator):
             # a plain number, which also fits sharded gradients; Accelerate's clipping would unscale a second time
             factor = min(1.0, self.settings.clip_norm / (norm.item() + 1e-6))
             for parameter in self.model.parameters():
@@ -257,7 +259,8 @@ class Trainer:
         module = self.ema.module if self.ema is not None else accelerator.unwrap_model(self.model)
         if accelerator.num_processes > 1:
             share_buffers(module)
-        figures = self.validate(module) if self.validate is not None else {}
+        with whole_weights(module, accelerator):
+            figures = self.validate(module) if self.validate is not None else {}
         weights = module.state_dict() if self.ema is not None else accelerator.get_state_dict(self.model)
         score = self._from_main(figures.get("AP", math.nan))
         better = not math.isnan(score) and (position.best is None or score > position.best)
