@@ -6,7 +6,6 @@ Co-DETR trains it with focal loss and centerness; BRS-DETR drops the branch and 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -20,10 +19,10 @@ from brs_detr.assign.batch import join
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
 from brs_detr.losses.processes import process_mean
 from brs_detr.models.aux_samples import AuxSamples
-from brs_detr.ops.anchors import AnchorGrid, Size, batch_rows, valid_extents, valid_rows
+from brs_detr.models.decoder import PRIOR_BIAS
+from brs_detr.ops.anchors import AnchorGrid, batch_rows, valid_extents, valid_rows
 from brs_detr.ops.box_coder import BoxCoder
-
-PRIOR = 0.01  # initial class probability (Lin et al., "Focal Loss", section 4.1)
+from brs_detr.ops.images import Size
 
 
 class ATSSOutput(NamedTuple):
@@ -101,7 +100,7 @@ class ATSSHead(nn.Module):
                 nn.init.normal_(layer.weight, std=0.01)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-        nn.init.constant_(self.score.bias, -math.log((1 - PRIOR) / PRIOR))
+        nn.init.constant_(self.score.bias, PRIOR_BIAS)
 
     def forward(self, features: Sequence[Tensor]) -> ATSSOutput:
         """Feature maps (B, dim, h, w), one per stride -> predictions at every cell."""

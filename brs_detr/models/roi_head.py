@@ -18,8 +18,8 @@ from brs_detr.assign.max_iou import IGNORED, max_iou_assign
 from brs_detr.assign.random_sampler import RandomSampler
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
 from brs_detr.models.aux_samples import AuxSamples
-from brs_detr.ops.anchors import Size
 from brs_detr.ops.box_coder import BoxCoder
+from brs_detr.ops.images import Size
 
 
 class RoIOutput(NamedTuple):

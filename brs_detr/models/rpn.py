@@ -18,8 +18,9 @@ from brs_detr.assign.batch import join
 from brs_detr.assign.max_iou import IGNORED, max_iou_assign
 from brs_detr.assign.random_sampler import RandomSampler
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
-from brs_detr.ops.anchors import AnchorGrid, Size, batch_rows, valid_extents, valid_rows
+from brs_detr.ops.anchors import AnchorGrid, batch_rows, valid_extents, valid_rows
 from brs_detr.ops.box_coder import BoxCoder
+from brs_detr.ops.images import Size
 
 OCTAVE_SCALES = (4.0, 4.0 * 2 ** (1 / 3), 4.0 * 2 ** (2 / 3))
 
