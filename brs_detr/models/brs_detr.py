@@ -155,7 +155,7 @@ class BRSDETR(nn.Module):
         """Main decoder pass from (B, Q, 4) references -> predictions of every layer."""
         position, _ = self.box_embedding(references)
         count = references.shape[1]
-        content = self.query_content.weight[:count].expand(len(references), -1, -1)
+        content = self.query_content.weight[:count].expand(references.shape[0], -1, -1)
         return self.decoder(content, position, references, memory)
 
     def detect(self, memory: Memory, images: ImageBatch) -> list[dict[str, Tensor]]:
