@@ -61,7 +61,8 @@ class TimmBackbone(nn.Module):
     def train(self, mode: bool = True) -> TimmBackbone:
         """As usual, except that frozen parts stay in evaluation mode."""
         super().train(mode)
-        keep_frozen_in_eval(self)
+        if mode:  # a backbone frozen as a whole comes back here with False
+            keep_frozen_in_eval(self)
         return self
 
     def forward(self, x: Tensor) -> list[Tensor]:

@@ -99,6 +99,11 @@ def test_frozen_stages_count_the_stem():
         build_backbone("resnet18", pretrained=False, frozen_stages=9)
 
 
+def test_a_backbone_frozen_as_a_whole_stays_in_evaluation():
+    backbone = build_backbone("resnet18", pretrained=False, norm="batch").requires_grad_(False)
+    assert not any(module.training for module in backbone.train().modules())
+
+
 def test_batch_statistics_of_frozen_stages_do_not_move():
     backbone = build_backbone("resnet18", pretrained=False, norm="batch")
     before = copy.deepcopy(backbone.state_dict())
