@@ -1,4 +1,4 @@
-"""Train a detector: `accelerate launch train.py CONFIG [a.b=value ...] [--resume | --overwrite] [--dry-run]`.
+"""Train a detector: `accelerate launch train.py CONFIG [a.b=value ...] [--resume | --overwrite] [--dry-run | --profile]`.
 
 Exit codes: 0 trained to the end; 2 a setting, dataset or checkpoint cannot be used; 3 a loss was not finite; 75 told to
 stop by SIGTERM, saved, ready for `--resume`.
@@ -17,16 +17,19 @@ from brs_detr import config as configuration
 from brs_detr import run
 from brs_detr.data.faults import DataError
 from brs_detr.data.loader import build_eval_loader, build_train_loader
+from brs_detr.data.pictures import PictureError
+from brs_detr.data.sheet import write_samples
 from brs_detr.engine.batches import EpochBatches
 from brs_detr.engine.checkpoint import CheckpointError, Weights, save_weights, write_text
 from brs_detr.engine.dry_run import largest_step
 from brs_detr.engine.guard import NonFiniteError
 from brs_detr.engine.logging import RunLog
+from brs_detr.engine.profile import profile_steps
 from brs_detr.engine.sharding import is_sharded, keep_scalars_whole
 from brs_detr.engine.state import latest_state, read_facts
 from brs_detr.engine.trainer import Trainer
 from brs_detr.launch import describe_machine, start_accelerator
-from brs_detr.resuming import require_free_folder, require_same_run
+from brs_detr.resuming import require_free_folder, require_same_data, require_same_run
 from brs_detr.scoring import validator
 
 EXIT_REFUSED, EXIT_NOT_FINITE, EXIT_PREEMPTED = 2, 3, 75
@@ -39,25 +42,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="settings to change, e.g. optim.lr=1e-4")
     parser.add_argument("--resume", action="store_true", help="go on with the run in output_dir, if there is one")
     parser.add_argument("--overwrite", action="store_true", help="start anew although output_dir holds a run")
-    parser.add_argument("--dry-run", action="store_true", help="two steps at the largest shape, then report memory")
+    trial = parser.add_mutually_exclusive_group()
+    trial.add_argument("--dry-run", action="store_true", help="two steps at the largest shape, then report memory")
+    trial.add_argument("--profile", action="store_true", help="eight steps, then report where their time went")
     options = parser.parse_intermixed_args(arguments)
     try:
         config = configuration.load_config(options.config, options.overrides)
         flags = {name: True for name in ("resume", "overwrite") if getattr(options, name)}
-        return train(replace(config, train=replace(config.train, **flags)), dry_run=options.dry_run)
-    except (configuration.ConfigError, DataError, CheckpointError, NonFiniteError) as error:
+        trial = "dry-run" if options.dry_run else "profile" if options.profile else None
+        return train(replace(config, train=replace(config.train, **flags)), trial)
+    except (configuration.ConfigError, DataError, PictureError, CheckpointError, NonFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_NOT_FINITE if isinstance(error, NonFiniteError) else EXIT_REFUSED
 
 
-def train(config: configuration.Config, *, dry_run: bool = False) -> int:
-    """Train as the config says; returns the exit code."""
-    if dry_run:
-        config = replace(config, output_dir=f"{config.output_dir}/dry-run", train=replace(config.train, overwrite=True))
+def train(config: configuration.Config, trial: str | None = None) -> int:
+    """Train as the config says, or only try a "dry-run" or "profile" of it; returns the exit code."""
+    if trial is not None:
+        flags = {"overwrite": True, "resume": False}
+        config = replace(config, output_dir=f"{config.output_dir}/{trial}", train=replace(config.train, **flags))
     require_free_folder(config)
-    accelerator = start_accelerator(config, trackers=not dry_run)
+    accelerator = start_accelerator(config, trackers=trial is None)
     plan = run.plan_of(config, accelerator)
-    settings = run.loop_settings(config, plan)
     state, log = open_log(config, plan, accelerator)
     config = run.with_subset(config, accelerator)
 
@@ -65,11 +71,18 @@ def train(config: configuration.Config, *, dry_run: bool = False) -> int:
     train_set, val_set = run.open_train_set(config), run.open_val_set(config)
     log.say(f"{train_set.summary()}\n{val_set.summary()}")
     run.require_same_categories(train_set.classes, train_set.category_ids, val_set, train_set.json_path)
+    data = run.data_facts(train_set, val_set)
+    if state is not None:
+        require_same_data(config, data, read_facts(state), state)
+    elif accelerator.is_main_process:
+        write_samples(train_set, Path(config.output_dir, "train_samples.png"), 16)
     batches = EpochBatches(build_train_loader(train_set, plan.per_device, seed=config.seed, **process))
+    length = run.length_of(config, plan, len(batches))
+    log.say(run.describe_length(config, length))
     val_loader = build_eval_loader(val_set, config.eval.batch_size, **process)
 
     model, optimizer, ema = prepare_model(config, accelerator, train_set, log, fresh=state is None)
-    if dry_run:
+    if trial == "dry-run":
         log.say(largest_step(model, optimizer, accelerator, **run.largest_shape(config, plan, train_set)))
         return 0
 
@@ -83,15 +96,18 @@ def train(config: configuration.Config, *, dry_run: bool = False) -> int:
         accelerator=accelerator,
         model=model,
         optimizer=optimizer,
-        schedule=run.build_schedule(config, plan, len(batches)),
+        schedule=run.build_schedule(config, length),
         batches=batches,
         folder=Path(config.output_dir),
         log=log,
-        settings=settings,
+        settings=run.loop_settings(config, plan, length, data),
         validate=validator(train_set.category_ids, val_set, val_loader, config, accelerator, log.say, thresholds),
         save=save,
         ema=ema,
     )
+    if trial == "profile":
+        log.say(profile_steps(trainer, Path(config.output_dir)))
+        return 0
     if state is not None:
         accelerator.load_state(str(state))
     finished = trainer.fit()

@@ -188,6 +188,7 @@ class TrainConfig:
     """Length, schedule and bookkeeping of the training."""
 
     epochs: int = 12
+    steps: int | None = None  # optimiser steps instead, rounded up to whole epochs; for the cosine schedule
     schedule: Literal["step", "cosine"] = "step"
     lr_steps: tuple[int, ...] = (10, 11)  # epochs after which the rate falls
     lr_gamma: float = 0.2
@@ -196,9 +197,9 @@ class TrainConfig:
     per_device_batch_size: int | None = None  # null: the whole share of a process at once
     precision: Literal["no", "bf16", "fp16"] = "no"
     ema_decay: float | None = None
-    eval_every: int = 1  # epochs
+    eval_every: int | None = 1  # epochs; null: about twenty validations altogether
     log_every: int = 50  # optimiser steps
-    save_every: int | None = 1000  # optimiser steps between saved states; null: only at the end of an epoch
+    save_every: int | None = 1000  # optimiser steps between saved states; null: only after validations
     patience: int | None = None  # validations without a better one before the training ends early; null: never
     trackers: tuple[str, ...] = ()  # of Accelerate: tensorboard, wandb, ...
     tf32: bool = True  # float32 products on a GPU may round their inputs to 10 bits
@@ -322,6 +323,10 @@ def _rules(config: Config) -> Iterator[tuple[bool, str]]:
         ),
     )
     yield (
+        train.schedule == "step" and train.steps is not None and steps != (),
+        f"train.steps={train.steps} leaves no epochs to name in train.lr_steps={list(steps)}; set train.schedule=cosine",
+    )
+    yield (
         (train.per_device_batch_size or 1) > train.total_batch_size,
         (
             f"train.per_device_batch_size={train.per_device_batch_size} is above "
@@ -342,7 +347,7 @@ def _rules(config: Config) -> Iterator[tuple[bool, str]]:
 _AT_LEAST_ONE = """
     data.augment.long_side data.augment.short_sides data.augment.crop_min data.test_short_side data.test_long_side
     model.dim model.heads model.points model.levels model.decoder_layers model.ffn_dim model.queries
-    model.detections_per_image model.backbone.levels train.epochs train.total_batch_size train.per_device_batch_size
+    model.detections_per_image model.backbone.levels train.epochs train.steps train.total_batch_size train.per_device_batch_size
     train.eval_every train.log_every train.save_every train.patience train.overfit_batches eval.batch_size
     eval.max_detections model.norm_groups
     model.rpn.proposals model.rpn.proposals_before_nms model.roi.fc_dim model.atss.topk

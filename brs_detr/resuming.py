@@ -14,6 +14,9 @@ from brs_detr.engine.plan import BatchPlan
 # settings in which a resumed run may differ: they change no number of the training
 _FREE_TO_CHANGE = (
     "output_dir",
+    "data.root",  # what lies there is compared instead, as are the annotations and the names of the pictures
+    "data.train_",
+    "data.val_",
     "data.workers",
     "train.resume",
     "train.overwrite",
@@ -46,6 +49,27 @@ def require_same_run(config: Config, plan: BatchPlan, facts: dict, state: Path) 
             "restore them, or go on with train.allow_changes=true"
         )
     return changes
+
+
+def require_same_data(config: Config, data: dict[str, str], facts: dict, state: Path) -> None:
+    """Refuse to go on with a run whose annotations have changed: its epochs would hold other pictures.
+
+    Args:
+        config: of this run.
+        data: fingerprints of the "train" and "val" annotations.
+        facts: stored with `state`.
+        state: named in the error.
+
+    Raises:
+        ConfigError: naming the files, unless `train.allow_changes` permits it.
+    """
+    paths = {"train": config.data.train_json, "val": config.data.val_json}
+    changed = [paths[split] for split, digest in data.items() if facts["data"][split] != digest]
+    if changed and not config.train.allow_changes:
+        raise ConfigError(
+            f"{' and '.join(changed)} changed since {state} was saved, or pictures are missing; restore them, "
+            "or go on with train.allow_changes=true"
+        )
 
 
 def require_free_folder(config: Config) -> None:

@@ -24,7 +24,7 @@ from brs_detr.engine.checkpoint import Weights, find_weights, load_weights
 from brs_detr.engine.finetune import Transfer, load_matching, rows_per_class
 from brs_detr.engine.optim import Schedule, build_adamw, count_parameters, parameter_groups
 from brs_detr.engine.overfit import write_subset
-from brs_detr.engine.plan import BatchPlan, plan_batches
+from brs_detr.engine.plan import FEW_STEPS, BatchPlan, Length, plan_batches, plan_length
 from brs_detr.engine.trainer import Settings
 from brs_detr.models.build import build_model
 
@@ -67,6 +67,11 @@ def open_val_set(config: Config) -> CocoDetection:
     """The validation pictures at their test size."""
     json_path, images = Path(config.data.root, config.data.val_json), Path(config.data.root, config.data.val_images)
     return CocoDetection(json_path, images, transforms=val_transforms(config), train=False)
+
+
+def data_facts(train_set: CocoDetection, val_set: CocoDetection) -> dict[str, str]:
+    """What a resumed run must find again: a fingerprint of the annotations, wherever they lie."""
+    return {"train": train_set.fingerprint(), "val": val_set.fingerprint()}
 
 
 def worker_count(config: Config) -> int:
@@ -168,11 +173,27 @@ def restore(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, Weigh
     return model.eval(), weights, config, file
 
 
-def build_schedule(config: Config, plan: BatchPlan, batches_per_epoch: int) -> Schedule:
+def length_of(config: Config, plan: BatchPlan, batches_per_epoch: int) -> Length:
+    """How long the training is on its dataset."""
+    train = config.train
+    return plan_length(batches_per_epoch, plan, epochs=train.epochs, steps=train.steps, eval_every=train.eval_every)
+
+
+def describe_length(config: Config, length: Length) -> str:
+    """A line for the log, and a warning where there are too few steps to learn anything."""
+    if length.steps >= FEW_STEPS or config.train.overfit_batches is not None:
+        return str(length)
+    return (
+        f"{length}\nwarning: {length.steps} optimiser steps are few, a detector takes thousands; "
+        f"raise train.epochs={length.epochs}, or use train.steps=5000 train.schedule=cosine train.eval_every=null"
+    )
+
+
+def build_schedule(config: Config, length: Length) -> Schedule:
     """The learning-rate schedule in optimiser steps."""
-    train, steps_per_epoch = config.train, math.ceil(batches_per_epoch / plan.accumulate)
-    milestones = [epoch * steps_per_epoch for epoch in train.lr_steps]
-    return Schedule(train.schedule, train.epochs * steps_per_epoch, milestones, train.lr_gamma, train.warmup_steps)
+    train = config.train
+    milestones = [epoch * length.steps_per_epoch for epoch in train.lr_steps]
+    return Schedule(train.schedule, length.steps, milestones, train.lr_gamma, train.warmup_steps)
 
 
 def build_optimizer(config: Config, model: nn.Module) -> AdamW:
@@ -218,20 +239,20 @@ def plan_of(config: Config, accelerator: Accelerator) -> BatchPlan:
         raise ConfigError(str(error)) from None
 
 
-def loop_settings(config: Config, plan: BatchPlan) -> Settings:
+def loop_settings(config: Config, plan: BatchPlan, length: Length, data: dict[str, str]) -> Settings:
     """The training loop's numbers, and what a resumed run must agree on."""
     train = config.train
     return Settings(
-        epochs=train.epochs,
+        epochs=length.epochs,
         accumulate=plan.accumulate,
         seed=config.seed,
         clip_norm=config.optim.clip_norm,
         log_every=train.log_every,
-        eval_every=train.eval_every,
+        eval_every=length.eval_every,
         save_every=train.save_every,
         patience=train.patience,
         on_nonfinite=train.on_nonfinite,
-        facts={"config": configuration.to_dict(config), "launch": dataclasses.asdict(plan)},
+        facts={"config": configuration.to_dict(config), "launch": dataclasses.asdict(plan), "data": data},
     )
 
 

@@ -1,5 +1,6 @@
 """The commands as a user types them, on a dataset of a few drawn pictures."""
 
+import gzip
 import importlib.util
 import json
 import os
@@ -124,7 +125,7 @@ def test_the_figures_do_not_depend_on_the_batch_size(run, tmp_path):
 
 def test_a_run_killed_in_the_middle_of_an_epoch_ends_the_same(run, data, tmp_path, monkeypatch):
     """With the real detector and loader, and with another number of workers after the kill."""
-    step = Trainer._step
+    step = Trainer.step
 
     def die(self, group):
         if self.position.step == 5:  # saved at step 4, in the middle of the second epoch
@@ -133,7 +134,7 @@ def test_a_run_killed_in_the_middle_of_an_epoch_ends_the_same(run, data, tmp_pat
 
     command = [DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}"]
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", die)
+        patch.setattr(Trainer, "step", die)
         with pytest.raises(KeyboardInterrupt):
             train(command)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -196,6 +197,49 @@ def test_a_dry_run_reports_memory_and_leaves_no_run(data, tmp_path, capsys):
     AcceleratorState._reset_state(reset_partial_state=True)
     assert train([*command, "--dry-run"]) == 0
     assert not (tmp_path / "run" / "state").exists()
+
+
+def test_a_profile_says_where_the_time_went_and_leaves_no_run(data, tmp_path, capsys):
+    command = [DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path / 'run'}", "--profile"]
+    assert train(command) == 0
+    said = capsys.readouterr().out
+    for part in ("forward", "backward", "optimiser", "waiting for data", "aten::"):
+        assert part in said
+    with gzip.open(tmp_path / "run" / "profile" / "trace.json.gz") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"step: forward", "step: backward"} <= names
+    assert not (tmp_path / "run" / "profile" / "best.safetensors").exists()
+
+
+def test_a_run_starts_with_a_sheet_of_what_the_detector_sees(run):
+    with Image.open(run / "train_samples.png") as sheet:
+        assert sheet.size == (4 * 320, 3 * 320)  # ten pictures, four in a row
+
+
+def test_a_run_is_not_resumed_on_other_annotations(run, data, tmp_path, capsys):
+    """The dataset may lie elsewhere, but it must be the same one."""
+    shutil.copytree(data, tmp_path / "data")
+    shutil.copytree(run, tmp_path / "run")
+    command = [DEMO, *TINY, f"data.root={tmp_path / 'data'}", f"output_dir={tmp_path / 'run'}", "--resume"]
+    assert train(command) == 0
+    path = tmp_path / "data" / "annotations" / "train.json"
+    annotations = json.loads(path.read_text())
+    annotations["annotations"][0]["bbox"][2] -= 2
+    path.write_text(json.dumps(annotations))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert train(command) == 2
+    assert "annotations/train.json changed since" in capsys.readouterr().err
+
+
+def test_a_length_in_steps_is_rounded_up_to_epochs_and_too_few_are_warned_of(data, tmp_path, capsys):
+    command = [DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}"]
+    assert train([*command, "train.steps=4", "train.eval_every=null", "train.save_every=null"]) == 0
+    said = capsys.readouterr().out
+    assert "2 epochs of 3 optimiser steps, 6 in all; validation every epoch" in said
+    assert "warning: 6 optimiser steps are few" in said
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert train([*command, "train.steps=4", "train.schedule=step", "train.lr_steps=[1]"]) == 2
+    assert "train.schedule=cosine" in capsys.readouterr().err
 
 
 def test_bf16_trains(data, tmp_path):

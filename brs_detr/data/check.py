@@ -14,7 +14,7 @@ from brs_detr.data import annotations as reading
 from brs_detr.data.coco import CocoDetection, Transform
 from brs_detr.data.faults import DROPPED, KEPT, POLICY, REPAIRED, DataError, FaultLog
 from brs_detr.data.pictures import PictureError, inspect_picture
-from brs_detr.data.sheet import write_sheet
+from brs_detr.data.sheet import write_samples
 from brs_detr.data.transforms import TrainTransforms
 
 EXIT_TRAINABLE, EXIT_UNTRAINABLE = 0, 1
@@ -191,9 +191,7 @@ def _require_equal_classes(classes: dict[str, dict[int, str]]) -> None:
 def _write_files(args: argparse.Namespace, dataset: CocoDetection, log: FaultLog, number: int) -> int:
     if args.samples > 0:
         path = _numbered(args.sheet, number)
-        step = max(1, len(dataset) // args.samples)
-        samples = [dataset[index] for index in range(0, len(dataset), step)][: args.samples]
-        write_sheet(samples, dataset.classes, path)
+        write_samples(dataset, path, args.samples)
         print(f"\nwhat the model will see: {path}")
     if args.csv:
         write_csv(log, _numbered(args.csv, number))

@@ -11,6 +11,19 @@ from torch import Tensor
 COLOURS = ("#ff5c5c", "#4dd2ff", "#ffd24d", "#6ee06e", "#d58cff", "#ff9e4d", "#5cffd1", "#ff7ad1")
 
 
+def write_samples(dataset: Sequence, path: str | Path, count: int) -> None:
+    """Draw `count` pictures from all over a dataset as its transforms give them in the first epoch.
+
+    Args:
+        dataset: has `classes`; its items are what `write_sheet` draws.
+        path: picture file to write.
+        count: pictures on the sheet; fewer where the dataset has fewer.
+    """
+    step = max(1, len(dataset) // count)
+    chosen = range(0, len(dataset), step)[:count]
+    write_sheet((dataset[index] for index in chosen), dataset.classes, path)
+
+
 def write_sheet(
     samples: Iterable[tuple[Tensor, dict]], classes: Sequence[str], path: str | Path, columns: int = 4, cell: int = 320
 ) -> None:

@@ -1,4 +1,4 @@
-"""From the recipe's total batch to what each process holds at once.
+"""From a recipe's numbers to those of a launch and a dataset: what each process holds at once, and how long it trains.
 
 The recipe states the pictures of one optimiser step over all processes; the share of a process and the number of
 accumulated batches follow from the launch, so the learning rate never has to.
@@ -6,6 +6,7 @@ accumulated batches follow from the launch, so the learning rate never has to.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -50,3 +51,43 @@ def plan_batches(total: int, per_device: int | None, processes: int) -> BatchPla
             f"processes; choose one of {', '.join(map(str, fitting))}"
         )
     return BatchPlan(total, processes, per_device, share // per_device)
+
+
+FEW_STEPS = 500
+VALIDATIONS = 20
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a training is: whole epochs, each of so many optimiser steps, validated every so many epochs."""
+
+    epochs: int
+    steps_per_epoch: int
+    eval_every: int
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps altogether."""
+        return self.epochs * self.steps_per_epoch
+
+    def __str__(self) -> str:
+        return (
+            f"{self.epochs} epochs of {self.steps_per_epoch:,} optimiser steps, {self.steps:,} in all; "
+            f"validation every {self.eval_every} epochs".replace("every 1 epochs", "every epoch")
+        )
+
+
+def plan_length(batches: int, plan: BatchPlan, *, epochs: int, steps: int | None, eval_every: int | None) -> Length:
+    """Settle the number of epochs for a dataset.
+
+    Args:
+        batches: of one epoch in one process.
+        plan: tells how many of them make an optimiser step.
+        epochs: the recipe's; ignored where it asks for steps.
+        steps: optimiser steps that the training takes at least; None: as many as the epochs have.
+        eval_every: epochs between validations; None: about twenty validations altogether.
+    """
+    steps_per_epoch = math.ceil(batches / plan.accumulate)
+    if steps is not None:
+        epochs = math.ceil(steps / steps_per_epoch)
+    return Length(epochs, steps_per_epoch, eval_every or max(1, epochs // VALIDATIONS))

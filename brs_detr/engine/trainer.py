@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from brs_detr.engine.devices import seed_step, share_buffers, to_device
 from brs_detr.engine.guard import Batch, NonFiniteError, describe, finite, save_batch
@@ -127,7 +128,7 @@ class Trainer:
                 last = self.position.epoch == self.settings.epochs
                 if self.position.epoch % self.settings.eval_every == 0 or last:
                     self._validate()
-                self._save_state()
+                    self._save_state()
         return True
 
     def _train_epoch(self) -> bool:
@@ -144,7 +145,7 @@ class Trainer:
                 waiting = time.perf_counter()
                 group = list(islice(batches, settings.accumulate))
                 self.watch.add(time.perf_counter() - waiting, sum(len(images) for images, _ in group))
-                stop = self._step(group)
+                stop = self.step(group)
                 position.step, position.step_in_epoch = position.step + 1, position.step_in_epoch + 1
                 progress.step()
                 if position.step % settings.log_every == 0 or position.step_in_epoch == self.steps_per_epoch:
@@ -157,7 +158,7 @@ class Trainer:
             progress.close()
         return True
 
-    def _step(self, group: list[Batch]) -> bool:
+    def step(self, group: list[Batch]) -> bool:
         """One optimiser step over accumulated batches; True when some process was told to stop."""
         accelerator, position = self.accelerator, self.position
         seed_step(self.settings.seed, position.step, accelerator.process_index)
@@ -166,17 +167,20 @@ class Trainer:
         for index, (images, targets) in enumerate(group):
             last = index + 1 == len(group)
             with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
-                with accelerator.autocast():  # Accelerate wraps the forward pass itself, but not of a sharded model
+                # Accelerate wraps the forward pass itself, but not of a sharded model
+                with accelerator.autocast(), record_function("step: forward"):
                     terms = self.model(images.to(accelerator.device), to_device(targets, accelerator.device))
-                # a mean over the accumulated batches: what DDP's mean over processes is, for the same reason
-                accelerator.backward(torch.stack(list(terms.values())).sum() / len(group))
+                with record_function("step: backward"):
+                    # a mean over the accumulated batches: what DDP's mean over processes is, for the same reason
+                    accelerator.backward(torch.stack(list(terms.values())).sum() / len(group))
             all_terms.append({name: term.detach() for name, term in terms.items()})
         norm = self._gradient_norm()
         healthy, stop = self._agree(all_terms, norm)
         if healthy:
             if self.settings.clip_norm is not None:
                 self._clip(norm)
-            self.optimizer.step()
+            with record_function("step: optimiser"):
+                self.optimizer.step()
             if self.ema is not None:
                 self.ema.update(accelerator.unwrap_model(self.model), step=position.step)
             for terms in all_terms:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brs_detr.engine.plan import plan_batches
+from brs_detr.engine.plan import plan_batches, plan_length
 
 
 @given(per=st.integers(1, 8), accumulate=st.integers(1, 8), processes=st.integers(1, 8))
@@ -22,3 +22,17 @@ def test_without_a_limit_a_process_holds_its_whole_share():
 def test_what_cannot_be_split_is_refused_with_what_could(per, processes, hint):
     with pytest.raises(ValueError, match=hint):
         plan_batches(16, per, processes)
+
+
+@given(batches=st.integers(1, 50), accumulate=st.integers(1, 8), steps=st.integers(1, 999))
+def test_a_length_in_steps_is_the_fewest_whole_epochs_that_reach_it(batches, accumulate, steps):
+    length = plan_length(batches, plan_batches(accumulate, 1, 1), epochs=12, steps=steps, eval_every=None)
+    assert length.steps >= steps > length.steps - length.steps_per_epoch
+    assert length.steps_per_epoch * accumulate >= batches > (length.steps_per_epoch - 1) * accumulate
+    assert 1 <= length.eval_every <= length.epochs
+    assert length.epochs // length.eval_every <= max(20, 2 * 20 - 1)
+
+
+def test_without_steps_the_epochs_are_those_of_the_recipe():
+    length = plan_length(10, plan_batches(2, 1, 1), epochs=12, steps=None, eval_every=1)
+    assert str(length) == "12 epochs of 5 optimiser steps, 60 in all; validation every epoch"

@@ -43,7 +43,7 @@ def one_step(toy, folder, group):
     trainer.optimizer = accelerator.prepare(
         torch.optim.SGD([{"params": trainer.model.parameters(), "initial_lr": 1.0}])
     )
-    trainer._step(group)
+    trainer.step(group)
     return torch.cat([p.flatten() for p in trainer.model.parameters()])
 
 
@@ -70,7 +70,7 @@ def test_the_gradient_is_clipped_and_its_norm_logged(toy, tmp_path):
     before = [p.detach().clone() for p in trainer.model.parameters()]
     optimizer = torch.optim.SGD([{"params": trainer.model.parameters(), "initial_lr": 1.0}])
     trainer.optimizer = trainer.accelerator.prepare(optimizer)
-    trainer._step(next(iter([list(toy.ToyBatches(2).epoch(0))])))
+    trainer.step(next(iter([list(toy.ToyBatches(2).epoch(0))])))
     moved = math.sqrt(sum((p - q).square().sum().item() for p, q in zip(trainer.model.parameters(), before)))
     assert 0 < moved <= 1.01e-6
     assert trainer.meter.mean(trainer.accelerator)["gradient_norm"] > 1e-3
@@ -147,7 +147,7 @@ def test_sharded_gradients_are_unscaled_once_and_clipped_to_the_norm(toy, tmp_pa
         "step",
         lambda: norms.append(nn.utils.get_total_norm([p.grad for p in trainer.model.parameters()])) or step(),
     )
-    trainer._step(list(toy.ToyBatches(1).epoch(0)))
+    trainer.step(list(toy.ToyBatches(1).epoch(0)))
     assert norms[0] == pytest.approx(1e-3, rel=1e-2) and scaler.get_scale() == 4.0
 
 

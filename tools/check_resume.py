@@ -1,0 +1,177 @@
+"""Kill a training many times, resume it each time, and compare its end with that of a run that was never killed.
+
+`python tools/check_resume.py [--kills 20] [--seed 0]` trains `train.py` with the demo's detector on a small generated
+dataset: loader workers, averaged weights, two accumulated batches a step, states written in the middle of an epoch.
+Half of the kills come at a random time, half while a state or a weights file is being written. SIGKILL goes to the
+whole process group, workers included. The last lines are the verdict; the exit code is 0 only if all is equal, bit for
+bit: weights, averaged weights, optimiser, and every logged figure but the timings. About five minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from brs_detr.data.synthetic import make_dataset  # noqa: E402
+
+SETTINGS = """
+    data.workers=2 train.epochs=6 train.total_batch_size=4 train.per_device_batch_size=2 train.save_every=3
+    train.log_every=2 train.ema_decay=0.9 train.warmup_steps=5
+""".split()
+TIMINGS = ("images_per_s", "data_s", "step_s")
+
+
+def main() -> int:
+    """Run the comparison; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        make_dataset(place / "data", train=41, val=6, image_size=64)
+        began = time.perf_counter()
+        start(place, "whole").wait()
+        duration = time.perf_counter() - began
+        print(f"never killed: {duration:.0f} s")
+        if not kill_and_resume(place, options.kills, random.Random(options.seed)):
+            return 1
+        faults = compare(place / "whole", place / "killed")
+    for fault in faults:
+        print(f"DIFFERENT: {fault}")
+    print(f"{options.kills} kills in a row: {'NOT THE SAME RUN' if faults else 'the same run, bit for bit'}")
+    return 1 if faults else 0
+
+
+def start(place: Path, name: str) -> subprocess.Popen:
+    """The training, as a process group of its own, always with the same command."""
+    log = open(place / f"{name}.log", "a", encoding="utf-8")
+    command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "configs/demo.yaml"), "--resume"]
+    command += [f"data.root={place / 'data'}", f"output_dir={place / name}", *SETTINGS]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=place)
+
+
+def kill_and_resume(place: Path, kills: int, chance: random.Random) -> bool:
+    """Kill and resume, then let the run end; False, with what it said, where a run ended by itself with an error."""
+    folder, done = place / "killed", 0
+    while done < kills:
+        process = start(place, "killed")
+        writing = done % 2 == 1
+        moment = wait_for_writing(folder, process, chance) if writing else wait_for_training(folder, process, chance)
+        if process.poll() is not None:
+            if process.returncode or done < kills // 2:
+                print(f"ended with {process.returncode} after {done} kills:\n{(place / 'killed.log').read_text()}")
+                return False
+            print(f"the run has ended after {done} kills: fewer than asked for; give it more epochs")
+            return False
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        done += 1
+        print(f"kill {done}: {moment}; states {[state.name for state in states(folder)]}", flush=True)
+    code = start(place, "killed").wait()
+    if code:
+        print(f"the last run ended with {code}:\n{(place / 'killed.log').read_text()}")
+    return code == 0
+
+
+def states(folder: Path) -> list[Path]:
+    """What lies in the folder of states, unfinished ones included."""
+    return sorted((folder / "state").glob("*step-*")) if (folder / "state").is_dir() else []
+
+
+def wait_for_training(folder: Path, process: subprocess.Popen, chance: random.Random) -> str:
+    """Wait until something is logged by this process, then a random time."""
+    log = folder / "log.txt"
+    before = log.stat().st_size if log.exists() else 0
+    wait_until(lambda: log.exists() and log.stat().st_size > before, process)
+    time.sleep(chance.uniform(0, 4))
+    return "at a random time"
+
+
+def wait_for_writing(folder: Path, process: subprocess.Popen, chance: random.Random) -> str:
+    """Wait until one of the next few unfinished states and weights files appears, then some milliseconds."""
+    seen = {(path, modified(path)) for path in unfinished(folder)}
+    name = "nothing"
+    for _ in range(chance.randrange(1, 6)):
+        wait_until(lambda: {(path, modified(path)) for path in unfinished(folder)} - seen, process)
+        new = {(path, modified(path)) for path in unfinished(folder)} - seen
+        name = min((path.name for path, _ in new), default=name)
+        seen |= new
+    time.sleep(chance.uniform(0, 0.03))
+    return f"while writing {name}"
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """Files and folders that are being written: their names begin with a dot."""
+    return [path for path in [*folder.glob(".*"), *(folder / "state").glob(".*")] if modified(path)]
+
+
+def modified(path: Path) -> int:
+    """When a file was last written; 0 once it is gone."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def wait_until(reached: Callable[[], object], process: subprocess.Popen) -> None:
+    """Wait, looking every millisecond, until something is so or the process has ended."""
+    while process.poll() is None and not reached():
+        time.sleep(0.001)
+
+
+def compare(whole: Path, killed: Path) -> list[str]:
+    """What differs between the ends of two runs."""
+    faults = []
+    newest = states(whole)[-1].name
+    for name in ("last.safetensors", "best.safetensors", f"state/{newest}/model.safetensors"):
+        one, other = load_file(whole / name), load_file(killed / name)
+        differ = [key for key in one.keys() | other.keys() if not torch.equal(one[key], other[key])]
+        faults += [f"{name}: {len(differ)} tensors, {differ[0]} first"] if differ else []
+    for path in sorted((whole / "state" / newest).glob("*.bin")) + sorted((whole / "state" / newest).glob("*.pkl")):
+        one, other = (torch.load(p, weights_only=False) for p in (path, killed / "state" / newest / path.name))
+        for state in (one, other):  # Python's and NumPy's generators are saved too; nothing in a run draws from them
+            if isinstance(state, dict):
+                state.pop("random_state", None), state.pop("numpy_random_seed", None)
+        faults += [] if equal(one, other) else [f"{newest}/{path.name}"]
+    one, other = (figures(folder) for folder in (whole, killed))
+    faults += [f"metrics.jsonl: {a} and {b}" for a, b in zip(one, other) if a != b]
+    faults += [f"metrics.jsonl: {len(one)} and {len(other)} lines"] if len(one) != len(other) else []
+    return faults
+
+
+def equal(one: object, other: object) -> bool:
+    """Are two nests of dictionaries, sequences and tensors the same."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other)
+
+
+def figures(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl without their timings."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
