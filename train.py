@@ -26,10 +26,10 @@ from brs_detr.engine.guard import NonFiniteError
 from brs_detr.engine.logging import RunLog
 from brs_detr.engine.profile import profile_steps
 from brs_detr.engine.sharding import is_sharded, keep_scalars_whole
-from brs_detr.engine.state import latest_state, read_facts
+from brs_detr.engine.state import agreed_state, read_facts
 from brs_detr.engine.trainer import Trainer
 from brs_detr.launch import describe_machine, start_accelerator
-from brs_detr.resuming import require_free_folder, require_same_data, require_same_run
+from brs_detr.resuming import require_free_folder, require_same_data, require_same_run, require_shared_folder
 from brs_detr.scoring import validator
 
 EXIT_REFUSED, EXIT_NOT_FINITE, EXIT_PREEMPTED = 2, 3, 75
@@ -71,9 +71,9 @@ def train(config: configuration.Config, trial: str | None = None) -> int:
     train_set, val_set = run.open_train_set(config), run.open_val_set(config)
     log.say(f"{train_set.summary()}\n{val_set.summary()}")
     run.require_same_categories(train_set.classes, train_set.category_ids, val_set, train_set.json_path)
-    data = run.data_facts(train_set, val_set)
+    facts = run.facts_of(config, plan, train_set, val_set)
     if state is not None:
-        require_same_data(config, data, read_facts(state), state)
+        require_same_data(config, facts["data"], read_facts(state), state)
     elif accelerator.is_main_process:
         write_samples(train_set, Path(config.output_dir, "train_samples.png"), 16)
     batches = EpochBatches(build_train_loader(train_set, plan.per_device, seed=config.seed, **process))
@@ -100,7 +100,7 @@ def train(config: configuration.Config, trial: str | None = None) -> int:
         batches=batches,
         folder=Path(config.output_dir),
         log=log,
-        settings=run.loop_settings(config, plan, length, data),
+        settings=run.loop_settings(config, plan, length, facts),
         validate=validator(train_set.category_ids, val_set, val_loader, config, accelerator, log.say, thresholds),
         save=save,
         ema=ema,
@@ -138,7 +138,8 @@ def prepare_model(config: configuration.Config, accelerator, train_set, log: Run
 def open_log(config: configuration.Config, plan, accelerator) -> tuple[Path | None, RunLog]:
     """The saved state to resume from (None for a fresh start) and the run's log."""
     folder = Path(config.output_dir)
-    state, notes = latest_state(folder / "state") if config.train.resume else (None, [])
+    require_shared_folder(config, accelerator)
+    state, notes = agreed_state(folder / "state", accelerator) if config.train.resume else (None, [])
     if state is not None:
         changes = require_same_run(config, plan, read_facts(state), state)
         notes += [f"resumed from {state}", *(f"changed since: {change}" for change in changes)]

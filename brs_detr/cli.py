@@ -17,6 +17,7 @@ COMMANDS = {
     "make-dataset": ("brs_detr.data.synthetic", "draw a small dataset of shapes in COCO's format"),
     "check-data": ("brs_detr.commands.check_data", "find every fault of a dataset before training does"),
     "convert-dataset": ("brs_detr.data.convert", "turn a Pascal VOC or YOLO folder into COCO jsons"),
+    "replay": ("brs_detr.commands.replay", "run a batch again that a training saved because something was not finite"),
     "convert": ("brs_detr.commands.convert", "turn an official Co-DETR or BRS-DETR checkpoint into a weights file"),
 }
 EXIT_REFUSED = 2

@@ -194,7 +194,7 @@ class TrainConfig:
     lr_gamma: float = 0.2
     warmup_steps: int = 0  # optimiser steps
     total_batch_size: int = 16  # pictures an optimiser step, over all processes and accumulated batches
-    per_device_batch_size: int | None = None  # null: the whole share of a process at once
+    per_device_batch_size: int | None = None  # at most, at once; null: the whole share of a process
     precision: Literal["no", "bf16", "fp16"] = "no"
     ema_decay: float | None = None
     eval_every: int | None = 1  # epochs; null: about twenty validations altogether

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,9 +70,14 @@ def open_val_set(config: Config) -> CocoDetection:
     return CocoDetection(json_path, images, transforms=val_transforms(config), train=False)
 
 
-def data_facts(train_set: CocoDetection, val_set: CocoDetection) -> dict[str, str]:
-    """What a resumed run must find again: a fingerprint of the annotations, wherever they lie."""
-    return {"train": train_set.fingerprint(), "val": val_set.fingerprint()}
+def facts_of(config: Config, plan: BatchPlan, train_set: CocoDetection, val_set: CocoDetection) -> dict[str, Any]:
+    """What is stored with every state: what a resumed run must find again, the annotations wherever they lie."""
+    return {
+        "config": configuration.to_dict(config),
+        "launch": dataclasses.asdict(plan),
+        "data": {"train": train_set.fingerprint(), "val": val_set.fingerprint()},
+        "classes": train_set.classes,
+    }
 
 
 def worker_count(config: Config) -> int:
@@ -239,8 +245,8 @@ def plan_of(config: Config, accelerator: Accelerator) -> BatchPlan:
         raise ConfigError(str(error)) from None
 
 
-def loop_settings(config: Config, plan: BatchPlan, length: Length, data: dict[str, str]) -> Settings:
-    """The training loop's numbers, and what a resumed run must agree on."""
+def loop_settings(config: Config, plan: BatchPlan, length: Length, facts: dict[str, Any]) -> Settings:
+    """The training loop's numbers; `facts` go into every saved state."""
     train = config.train
     return Settings(
         epochs=length.epochs,
@@ -252,7 +258,7 @@ def loop_settings(config: Config, plan: BatchPlan, length: Length, data: dict[st
         save_every=train.save_every,
         patience=train.patience,
         on_nonfinite=train.on_nonfinite,
-        facts={"config": configuration.to_dict(config), "launch": dataclasses.asdict(plan), "data": data},
+        facts=facts,
     )
 
 

@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,10 +18,12 @@ from safetensors.torch import load_file
 
 from brs_detr import cli
 from brs_detr.commands.predict import lowest_scores
+from brs_detr.config import from_dict
 from brs_detr.data.synthetic import make_dataset
 from brs_detr.engine.checkpoint import Weights
 from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.trainer import Trainer
+from brs_detr.run import build_detector
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = str(ROOT / "configs" / "demo.yaml")
@@ -242,6 +245,27 @@ def test_a_length_in_steps_is_rounded_up_to_epochs_and_too_few_are_warned_of(dat
     assert "train.schedule=cosine" in capsys.readouterr().err
 
 
+def test_a_batch_that_was_not_finite_can_be_run_again(data, tmp_path, capsys):
+    command = [DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}", "optim.lr=1e30", "train.warmup_steps=0"]
+    assert train(command) == 3
+    error = capsys.readouterr().err
+    (saved,) = tmp_path.glob("nonfinite-*.pt")
+    assert f"python -m brs_detr replay {saved}" in error
+    term = re.search(r"loss terms? ([\w.]+)", error)[1]
+    assert cli.main(["replay", str(saved)]) == 0
+    said = capsys.readouterr().out
+    assert "the first module whose output is not finite: " in said and term in said
+    stored = torch.load(saved, weights_only=True)
+    assert f"images {', '.join(str(t['image_id']) for t in stored['batches'][0]['targets'])};" in said
+    # weights that are sound again: nothing to be found, and the exit code says so
+    sound = build_detector(from_dict(stored["facts"]["config"], "test"), len(stored["facts"]["classes"]))
+    torch.save({**stored, "weights": sound.state_dict()}, tmp_path / "sound.pt")
+    assert cli.main(["replay", str(tmp_path / "sound.pt")]) == 1
+    assert "everything is finite here" in capsys.readouterr().out
+    assert cli.main(["replay", str(tmp_path / "config.yaml")]) == 2
+    assert "is no batch that a training saved" in capsys.readouterr().err
+
+
 def test_bf16_trains(data, tmp_path):
     command = [DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}", "train.epochs=1", "train.precision=bf16"]
     assert train(command) == 0
@@ -253,7 +277,7 @@ def test_bf16_trains(data, tmp_path):
     [
         ("data.root=nowhere", "does not exist"),
         ("optim.lrr=1", "did you mean optim.lr"),
-        ("train.per_device_batch_size=3", "choose one of 1, 2, 4"),
+        ("train.per_device_batch_size=5", "is above train.total_batch_size=4"),
         ("train.trackers=[nothing]", "train.trackers: nothing is not known"),
         ("train.trackers=[dvclive]", "train.trackers: dvclive is not installed"),
         ("output_dir=/dev/null/run", "output_dir=/dev/null/run: cannot be written to"),

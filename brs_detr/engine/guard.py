@@ -52,12 +52,14 @@ def describe(terms: list[dict[str, Tensor]], batches: list[Batch], model: nn.Mod
     return "this process sees only finite values, another one does not"
 
 
-def save_batch(path: Path, *, seed: int, step: int, batches: list[Batch], model: nn.Module) -> None:
-    """Save what reproduces a failed step: pictures, targets, the step's seed, and the weights it ran with (this
-    process's part of them where they are sharded).
+def save_batch(
+    path: Path, *, seed: int, step: int, process: int, batches: list[Batch], model: nn.Module, facts: dict[str, Any]
+) -> None:
+    """Save what reproduces a failed step: pictures, targets, what the step's random numbers follow from, the run's facts
+    (config, class names), and the weights it ran with (this process's part of them where they are sharded).
 
-    `torch.load(path, weights_only=True)` reads it back: {"seed", "step", "weights", "batches"}, each batch with the
-    fields of an `ImageBatch` and its "targets".
+    `torch.load(path, weights_only=True)` reads it back: {"seed", "step", "process", "facts", "weights", "batches"},
+    each batch with the fields of an `ImageBatch` and its "targets". `python -m brs_detr replay` runs it again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = [
@@ -65,7 +67,8 @@ def save_batch(path: Path, *, seed: int, step: int, batches: list[Batch], model:
         for i, targets in batches
     ]
     weights = {name: local(tensor) for name, tensor in model.state_dict().items()}
-    torch.save({"seed": seed, "step": step, "batches": stored, "weights": weights}, path)
+    place = {"seed": seed, "step": step, "process": process, "facts": facts}
+    torch.save({**place, "batches": stored, "weights": weights}, path)
 
 
 def _ids(targets: list[dict[str, Any]]) -> str:

@@ -31,11 +31,12 @@ def plan_batches(total: int, per_device: int | None, processes: int) -> BatchPla
 
     Args:
         total: pictures an optimiser step.
-        per_device: most pictures a process holds at once; None: its whole share.
+        per_device: most pictures a process holds at once; None: its whole share. Where it does not divide the share,
+            the next smaller number that does is taken.
         processes: of the launch.
 
     Raises:
-        ValueError: the total cannot be split evenly; says which numbers would do.
+        ValueError: the total cannot be shared evenly; says which numbers would do.
     """
     if total % processes:
         raise ValueError(
@@ -43,13 +44,8 @@ def plan_batches(total: int, per_device: int | None, processes: int) -> BatchPla
             f"launch a divisor of {total} processes, or set train.total_batch_size to a multiple of {processes}"
         )
     share = total // processes
-    per_device = per_device or share
-    if share % per_device:
-        fitting = [n for n in range(1, share + 1) if share % n == 0]
-        raise ValueError(
-            f"train.per_device_batch_size={per_device} does not divide the {share} pictures of each of {processes} "
-            f"processes; choose one of {', '.join(map(str, fitting))}"
-        )
+    most = min(per_device or share, share)
+    per_device = next(n for n in range(most, 0, -1) if share % n == 0)
     return BatchPlan(total, processes, per_device, share // per_device)
 
 
@@ -71,10 +67,9 @@ class Length:
         return self.epochs * self.steps_per_epoch
 
     def __str__(self) -> str:
-        return (
-            f"{self.epochs} epochs of {self.steps_per_epoch:,} optimiser steps, {self.steps:,} in all; "
-            f"validation every {self.eval_every} epochs".replace("every 1 epochs", "every epoch")
-        )
+        epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs:,} epochs"
+        every = "every epoch" if self.eval_every == 1 else f"every {self.eval_every} epochs"
+        return f"{epochs} of {self.steps_per_epoch:,} optimiser steps, {self.steps:,} in all; validation {every}"
 
 
 def plan_length(batches: int, plan: BatchPlan, *, epochs: int, steps: int | None, eval_every: int | None) -> Length:

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from brs_detr.engine.checkpoint import CheckpointError, write_text
+from brs_detr.engine.sharding import is_sharded
 
 MANIFEST = "manifest.json"
 
@@ -115,6 +117,41 @@ def latest_state(folder: Path) -> tuple[Path | None, list[str]]:
             "or from the weights with train.init_from"
         )
     return None, []
+
+
+def agreed_state(folder: Path, accelerator: Accelerator) -> tuple[Path | None, list[str]]:
+    """`latest_state` as the main process finds it, in every process: all resume from the same one.
+
+    Raises:
+        CheckpointError: every state is damaged, or the newest one does not fit the launch (see `require_layout`).
+    """
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [latest_state(folder)]
+        except CheckpointError as error:
+            found = [error]
+    [found] = broadcast_object_list(found)
+    if isinstance(found, CheckpointError):
+        raise found
+    if found[0] is not None:
+        require_layout(found[0], is_sharded(accelerator))
+    return found
+
+
+def require_layout(state: Path, sharded: bool) -> None:
+    """Refuse a state whose weights lie on disk as this launch cannot read them.
+
+    Raises:
+        CheckpointError: it was saved with sharded weights and the launch does not shard, or the other way round.
+    """
+    was_sharded = any(state.glob("pytorch_model_fsdp*"))
+    if was_sharded != sharded:
+        was, now = ("with", "does not use") if was_sharded else ("without", "uses")
+        raise CheckpointError(
+            f"{state} was saved {was} FSDP, which this launch {now}; resume with the launch the run was started with, "
+            "or start another run from its weights with train.init_from"
+        )
 
 
 def find_fault(state: Path) -> str | None:

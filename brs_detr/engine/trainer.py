@@ -229,10 +229,12 @@ class Trainer:
         what = describe(all_terms, group, model)
         self.position.skipped += 1
         if self.settings.on_nonfinite == "stop" or self.position.skipped == 1:
-            rank = f"-process{self.accelerator.process_index}" if self.accelerator.num_processes > 1 else ""
+            process, settings = self.accelerator.process_index, self.settings
+            rank = f"-process{process}" if self.accelerator.num_processes > 1 else ""
             path = self.folder / f"nonfinite-{step}{rank}.pt"
-            save_batch(path, seed=self.settings.seed, step=step, batches=group, model=model)
-            what += f"; the batch is saved in {path}"
+            facts = {"facts": settings.facts, "seed": settings.seed}
+            save_batch(path, step=step, process=process, batches=group, model=model, **facts)
+            what += f"; the batch is saved, see `python -m brs_detr replay {path}`"
         if self.settings.on_nonfinite == "stop":
             raise NonFiniteError(f"step {step}: {what}. To skip such steps and go on: train.on_nonfinite=skip")
         self.log.say(f"step {step}: {what}; skipped ({self.position.skipped} so far)")

@@ -18,10 +18,16 @@ def test_without_a_limit_a_process_holds_its_whole_share():
     assert str(plan_batches(16, 2, 4)) == "total batch 16 = 4 processes x 2 pictures x 2 accumulated"
 
 
-@pytest.mark.parametrize(("per", "processes", "hint"), [(None, 3, "multiple of 3"), (3, 1, "1, 2, 4, 8, 16")])
-def test_what_cannot_be_split_is_refused_with_what_could(per, processes, hint):
-    with pytest.raises(ValueError, match=hint):
-        plan_batches(16, per, processes)
+@pytest.mark.parametrize(("most", "processes", "held"), [(4, 4, 4), (4, 8, 2), (3, 1, 2), (16, 16, 1), (5, 2, 4)])
+def test_a_process_holds_at_most_what_it_may_and_the_total_stays(most, processes, held):
+    plan = plan_batches(16, most, processes)
+    assert plan.per_device == held
+    assert plan.processes * plan.per_device * plan.accumulate == 16
+
+
+def test_a_total_that_cannot_be_shared_is_refused_with_what_could():
+    with pytest.raises(ValueError, match="multiple of 3"):
+        plan_batches(16, None, 3)
 
 
 @given(batches=st.integers(1, 50), accumulate=st.integers(1, 8), steps=st.integers(1, 999))

@@ -1,0 +1,124 @@
+"""`replay`: run the batch again that a training saved because something was not finite, and say where it begins."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from brs_detr.config import Config, ConfigError, from_dict
+from brs_detr.engine.devices import seed_step, to_device
+from brs_detr.ops.images import ImageBatch
+from brs_detr.run import build_detector, freeze
+
+EXIT_REPRODUCED, EXIT_FINITE = 0, 1
+_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `replay`."""
+    parser.add_argument("batch", type=Path, help="nonfinite-STEP.pt of a run")
+    parser.add_argument("--device", help="default: a GPU if there is one")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Replay a saved step; returns the exit code: 0 where something is not finite again, 1 where all is finite."""
+    saved = read_saved(options.batch)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    config = from_dict(saved["facts"]["config"], str(options.batch))
+    model = rebuild(config, saved, options.batch).to(device)
+    batches = [
+        (ImageBatch(batch["pixels"], batch["sizes"], batch["original_sizes"]), batch["targets"])
+        for batch in saved["batches"]
+    ]
+    print(f"step {saved['step']}, process {saved['process']}, precision {config.train.precision}")
+    seed_step(saved["seed"], saved["step"], saved["process"])
+    faults: list[str] = []
+    for number, (images, targets) in enumerate(batches):
+        ids = ", ".join(str(target["image_id"]) for target in targets)
+        objects = sum(len(target["boxes"]) for target in targets)
+        print(f"batch {number + 1} of {len(batches)}: images {ids}; {objects} objects")
+        faults += replay_batch(model, images.to(device), to_device(targets, device), config.train.precision)
+    print("\n".join(faults or ["everything is finite here: another process, device or precision was the cause"]))
+    return EXIT_REPRODUCED if faults else EXIT_FINITE
+
+
+def read_saved(path: Path) -> dict[str, Any]:
+    """What `save_batch` wrote.
+
+    Raises:
+        ConfigError: it is not such a file.
+    """
+    wrong = ConfigError(f"{path}: is no batch that a training saved; these are called nonfinite-STEP.pt")
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such file")
+    if not zipfile.is_zipfile(path):  # what torch.load makes of other files is anyone's guess
+        raise wrong
+    try:
+        saved = torch.load(path, weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]})") from None
+    if not isinstance(saved, dict) or "config" not in saved.get("facts", {}):
+        raise wrong
+    return saved
+
+
+def rebuild(config: Config, saved: dict[str, Any], path: Path) -> nn.Module:
+    """The detector of the failed step, in training mode.
+
+    Raises:
+        ConfigError: the weights are a process's part of sharded ones.
+    """
+    model = build_detector(config, len(saved["facts"]["classes"]), initial_weights=False)
+    freeze(model, config)
+    try:
+        model.load_state_dict(saved["weights"])
+    except RuntimeError:
+        raise ConfigError(
+            f"{path}: holds one process's part of sharded weights; only its pictures and targets are of use"
+        ) from None
+    return model.train()
+
+
+def replay_batch(model: nn.Module, images: ImageBatch, targets: list[dict[str, Any]], precision: str) -> list[str]:
+    """Forward and backward pass; a sentence for each kind of thing that is not finite, the earliest first."""
+    faults = [f"image {t['image_id']} has a box that is not finite" for t in targets if not healthy([t["boxes"]])]
+    modules: list[str] = []
+    hooks = [module.register_forward_hook(_watch(name, modules)) for name, module in model.named_modules() if name]
+    dtype = _PRECISION.get(precision)
+    with torch.autocast(images.pixels.device.type, dtype=dtype, enabled=dtype is not None):
+        terms = model(images, targets)
+    for hook in hooks:
+        hook.remove()
+    if modules:
+        faults.append(f"the first module whose output is not finite: {modules[0]} ({len(modules)} altogether)")
+    bad = [name for name, value in terms.items() if not healthy([value])]
+    if bad:
+        faults.append(f"loss terms that are not finite: {', '.join(bad)}")
+    torch.stack(list(terms.values())).sum().backward()
+    bad = [name for name, p in model.named_parameters() if p.grad is not None and not healthy([p.grad])]
+    if bad:
+        faults.append(f"gradients that are not finite: {len(bad)} parameters, {bad[0]} first")
+    return faults
+
+
+def healthy(values: Iterable[Any]) -> bool:
+    """Are all numbers of all tensors finite."""
+    return all(bool(torch.isfinite(v).all()) for v in values if isinstance(v, Tensor) and v.is_floating_point())
+
+
+def _watch(name: str, found: list[str]):
+    """A forward hook that notes the module's name if its output is not finite."""
+
+    def look(module: nn.Module, inputs: tuple, output: Any) -> None:
+        values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else [output]
+        if not healthy(values):
+            found.append(name)
+
+    return look
