@@ -6,7 +6,11 @@ import dataclasses
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 
 from brs_detr.config import Config, ConfigError, differences, from_dict
 from brs_detr.engine.plan import BatchPlan
@@ -92,6 +96,29 @@ def require_free_folder(config: Config) -> None:
         shutil.rmtree(folder / "state", ignore_errors=True)
         for name in ("best.safetensors", "last.safetensors"):
             (folder / name).unlink(missing_ok=True)
+
+
+def require_shared_folder(config: Config, accelerator: Accelerator) -> None:
+    """Refuse an output folder that is not one and the same for all processes: some would resume, others start anew.
+
+    Raises:
+        ConfigError: in every process, naming those that look elsewhere.
+    """
+    if accelerator.num_processes == 1:
+        return
+    folder = Path(config.output_dir)
+    [name] = broadcast_object_list([f".launch-{time.time_ns()}"])
+    if accelerator.is_main_process:
+        (folder / name).touch()
+    accelerator.wait_for_everyone()
+    seen = gather_object([(accelerator.process_index, (folder / name).exists())])
+    if accelerator.is_main_process:
+        (folder / name).unlink()
+    if elsewhere := [str(process) for process, sees in seen if not sees]:
+        raise ConfigError(
+            f"output_dir={folder}: process {', '.join(elsewhere)} sees another folder there than process 0; "
+            "choose one that all machines share"
+        )
 
 
 def require_writable(folder: Path, name: str) -> None:
