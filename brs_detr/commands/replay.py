@@ -73,16 +73,14 @@ def rebuild(config: Config, saved: dict[str, Any], path: Path) -> nn.Module:
     """The detector of the failed step, in training mode.
 
     Raises:
-        ConfigError: the weights are a process's part of sharded ones.
+        ConfigError: the weights are not those of the detector that the config describes.
     """
     model = build_detector(config, len(saved["facts"]["classes"]), initial_weights=False)
     freeze(model, config)
     try:
         model.load_state_dict(saved["weights"])
     except RuntimeError:
-        raise ConfigError(
-            f"{path}: holds one process's part of sharded weights; only its pictures and targets are of use"
-        ) from None
+        raise ConfigError(f"{path}: its weights do not fit this version's detector; only its batch is of use") from None
     return model.train()
 
 

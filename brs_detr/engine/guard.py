@@ -7,12 +7,12 @@ failed is taken apart to name the term, the pictures and the parameter.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from brs_detr.engine.sharding import local
+from brs_detr.engine.sharding import local, whole
 from brs_detr.ops.images import ImageBatch
 
 Batch = tuple[ImageBatch, list[dict[str, Any]]]
@@ -27,8 +27,16 @@ def finite(total: Tensor, norm: Tensor) -> Tensor:
     return torch.isfinite(total.detach()) & torch.isfinite(norm.detach().to(total.device))
 
 
-def describe(terms: list[dict[str, Tensor]], batches: list[Batch], model: nn.Module) -> str:
-    """Name what is not finite in a failed step.
+class Findings(NamedTuple):
+    """What one process sees of a failed step: sentences on its loss terms, the first gradient, its pictures' ids."""
+
+    terms: str
+    gradient: str
+    images: str
+
+
+def inspect(terms: list[dict[str, Tensor]], batches: list[Batch], model: nn.Module) -> Findings:
+    """Look for what is not finite in a failed step.
 
     Args:
         terms: loss terms of each accumulated batch.
@@ -43,20 +51,35 @@ def describe(terms: list[dict[str, Tensor]], batches: list[Batch], model: nn.Mod
             plural = "terms" if len(bad) > 1 else "term"
             verb = "are" if len(bad) > 1 else "is"
             parts.append(f"loss {plural} {', '.join(bad[:3])}{more} {verb} not finite (images {_ids(targets)})")
-    if parts:
-        return "; ".join(parts)
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(local(parameter.grad)).all().item():
-            ids = _ids([target for _, targets in batches for target in targets])
-            return f"every loss term is finite, but the gradient of {name} is not (images {ids})"
-    return "this process sees only finite values, another one does not"
+    gradients = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+    bad = next((name for name, gradient in gradients if not torch.isfinite(local(gradient)).all().item()), "")
+    return Findings("; ".join(parts), bad, _ids([target for _, targets in batches for target in targets]))
+
+
+def describe(findings: list[Findings]) -> tuple[str, int]:
+    """Name what is not finite, and the first process to blame.
+
+    Gradients are averaged before they are looked at: they tell of no process, and only where all loss terms are finite.
+
+    Args:
+        findings: of each process.
+    """
+    guilty = {process: found.terms for process, found in enumerate(findings) if found.terms}
+    if guilty:
+        several = len(findings) > 1
+        return "; ".join(f"process {p}: {text}" if several else text for p, text in guilty.items()), min(guilty)
+    images = ", ".join(found.images for found in findings)
+    name = next((found.gradient for found in findings if found.gradient), None)
+    if name is None:
+        return f"losses and gradients are finite one by one, but too large to be summed (images {images})", 0
+    return f"every loss term is finite, but the gradient of {name} is not (images {images})", 0
 
 
 def save_batch(
     path: Path, *, seed: int, step: int, process: int, batches: list[Batch], model: nn.Module, facts: dict[str, Any]
 ) -> None:
-    """Save what reproduces a failed step: pictures, targets, what the step's random numbers follow from, the run's facts
-    (config, class names), and the weights it ran with (this process's part of them where they are sharded).
+    """Save what reproduces a failed step: pictures, targets, what the step's random numbers follow from, the run's
+    facts (config, class names), and the weights it ran with. Every process has to call it: sharded weights are gathered.
 
     `torch.load(path, weights_only=True)` reads it back: {"seed", "step", "process", "facts", "weights", "batches"},
     each batch with the fields of an `ImageBatch` and its "targets". `python -m brs_detr replay` runs it again.
@@ -66,7 +89,7 @@ def save_batch(
         {"pixels": i.pixels.cpu(), "sizes": i.sizes, "original_sizes": i.original_sizes, "targets": targets}
         for i, targets in batches
     ]
-    weights = {name: local(tensor) for name, tensor in model.state_dict().items()}
+    weights = {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}
     place = {"seed": seed, "step": step, "process": process, "facts": facts}
     torch.save({**place, "batches": stored, "weights": weights}, path)
 

@@ -19,12 +19,13 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather_object
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.profiler import record_function
 
 from brs_detr.engine.devices import seed_step, share_buffers, to_device
-from brs_detr.engine.guard import Batch, NonFiniteError, describe, finite, save_batch
+from brs_detr.engine.guard import Batch, NonFiniteError, describe, finite, inspect, save_batch
 from brs_detr.engine.logging import LossMeter, RunLog, grouped, json_number
 from brs_detr.engine.optim import Schedule, set_learning_rate
 from brs_detr.engine.progress import Progress, Stopwatch, duration
@@ -225,17 +226,21 @@ class Trainer:
         return failed == 0, stops > 0
 
     def _not_finite(self, group: list[Batch], all_terms: list[dict[str, Tensor]]) -> None:
-        step, model = self.position.step, self.accelerator.unwrap_model(self.model)
-        what = describe(all_terms, group, model)
+        accelerator, settings, step = self.accelerator, self.settings, self.position.step
+        model = accelerator.unwrap_model(self.model)
+        what, process = describe(gather_object([inspect(all_terms, group, model)]))
         self.position.skipped += 1
-        if self.settings.on_nonfinite == "stop" or self.position.skipped == 1:
-            process, settings = self.accelerator.process_index, self.settings
-            rank = f"-process{process}" if self.accelerator.num_processes > 1 else ""
-            path = self.folder / f"nonfinite-{step}{rank}.pt"
-            facts = {"facts": settings.facts, "seed": settings.seed}
-            save_batch(path, step=step, process=process, batches=group, model=model, **facts)
-            what += f"; the batch is saved, see `python -m brs_detr replay {path}`"
-        if self.settings.on_nonfinite == "stop":
+        if settings.on_nonfinite == "stop" or self.position.skipped == 1:
+            several = accelerator.num_processes > 1
+            mine, theirs = (
+                self.folder / f"nonfinite-{step}{f'-process{rank}' if several else ''}.pt"
+                for rank in (accelerator.process_index, process)
+            )
+            facts = {"process": accelerator.process_index, "facts": settings.facts, "seed": settings.seed}
+            save_batch(mine, step=step, batches=group, model=model, **facts)
+            what += f"; the batch is saved, see `python -m brs_detr replay {theirs}`"
+        if settings.on_nonfinite == "stop":
+            accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
             raise NonFiniteError(f"step {step}: {what}. To skip such steps and go on: train.on_nonfinite=skip")
         self.log.say(f"step {step}: {what}; skipped ({self.position.skipped} so far)")
         self.log.metrics("skipped", step, {"reason": what, "count": self.position.skipped})

@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 two_processes.py FOLDER
 
 import importlib.util
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -148,14 +149,17 @@ def check_buffers(accelerator, folder):
 
 
 def check_non_finite(accelerator, folder):
-    """One process meets a NaN: both stop, at the same step, and the one that met it names the term."""
+    """One process meets a NaN: both stop, at the same step, and name its term, pictures and batch."""
     poison = (0, 3) if accelerator.process_index == 1 else None
     trainer, _ = toy.build(folder / "poison", accelerator=accelerator, poison=poison)
     try:
         trainer.fit()
     except NonFiniteError as error:
-        assert str(error).startswith("step 1:")
-        assert ("decoder.0.l1" in str(error)) == (accelerator.process_index == 1)
+        assert str(error).startswith("step 1: process 1: loss term")
+        (_, targets), *_ = islice(toy.ToyBatches(7, rank=1, world=2).epoch(0), 3, 4)
+        ids = ", ".join(str(target["image_id"]) for target in targets)
+        assert "decoder.0.l1" in str(error) and f"(images {ids})" in str(error) and "1-process1.pt" in str(error)
+        assert all((folder / "poison" / f"nonfinite-1-process{process}.pt").exists() for process in (0, 1))
     else:
         raise AssertionError("nobody stopped")
 
