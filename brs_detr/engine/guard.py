@@ -79,7 +79,7 @@ def save_batch(
     path: Path, *, seed: int, step: int, process: int, batches: list[Batch], model: nn.Module, facts: dict[str, Any]
 ) -> None:
     """Save what reproduces a failed step: pictures, targets, what the step's random numbers follow from, the run's
-    facts (config, class names), and the weights it ran with. Every process has to call it: sharded weights are gathered.
+    facts (config, class names), and the weights it ran with. Every process calls it: sharded weights are gathered.
 
     `torch.load(path, weights_only=True)` reads it back: {"seed", "step", "process", "facts", "weights", "batches"},
     each batch with the fields of an `ImageBatch` and its "targets". `python -m brs_detr replay` runs it again.
