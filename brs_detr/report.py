@@ -12,6 +12,7 @@ import torch
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.pictures import PictureError
 from brs_detr.evaluation.curves import draw_curves, draw_precision_recall
+from brs_detr.evaluation.matrix import draw_confusion
 from brs_detr.evaluation.pictures import contact_sheet, draw_detections
 from brs_detr.evaluation.summary import Summary
 
@@ -61,8 +62,11 @@ def write_pictures(
 
 
 def write_curves(out: Path, summary: Summary, metrics: Path) -> list[Path]:
-    """Draw precision over recall and, where the run's metrics.jsonl is at hand, its training curves."""
+    """Draw the confusion matrix, precision over recall and, where metrics.jsonl is at hand, the training curves."""
     paths = []
+    if summary.confusion is not None:
+        paths.append(out / "confusion.png")
+        draw_confusion(summary.confusion, paths[-1])
     if summary.curves:
         paths.append(out / "precision_recall.png")
         draw_precision_recall(summary.curves, paths[-1])

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from brs_detr.evaluation.confusion import confusion_matrix
 from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.evaluation.lrp import optimal_lrp
 from brs_detr.evaluation.matches import ClassMatches, match_classes
@@ -45,7 +46,7 @@ def evaluate_coco(
             `bbox` (n, 4) xywh and `score`.
         image_ids: evaluate these images only; default all of the annotation file.
         max_detections: detections counted for each image and class; AP uses the largest, AR is given for each.
-        extended: also match at IoU 0.5 for precision, recall and F1 at the best score, and for oLRP.
+        extended: also match at IoU 0.5 for precision, recall and F1 at the best score, oLRP and the confusion matrix.
         backend: `auto`, `pycocotools` or `faster`.
 
     Raises:
@@ -65,15 +66,14 @@ def evaluate_coco(
     matches = match_classes(boxes, detections, list(truth.names), max_detections=limits[-1]) if extended else {}
     stats = _stats(precision, recall, limits)
     per_class = _per_class(truth, boxes, precision, recall, matches)
+    confusion = None
     if extended:
         stats |= {name: _mean(np.array([row[name] for row in per_class])) for name in LRP_NAMES}
-    curves = {}
-    for category, match in matches.items():
-        if match.objects:
-            p, r = match.precision_recall()
-            curves[truth.names[category]] = (p.tolist(), r.tolist())
+        lowest = {row["category_id"]: row["score"] for row in per_class if row["f1"] > 0}
+        confusion = confusion_matrix(boxes, detections, truth.names, lowest, max_detections=limits[-1])
     notes = _notes(truth, chosen, limits[-1], broken, len(detections))
-    return Summary(stats, per_class, notes, curves, len(chosen), len(detections))
+    curves = _curves(truth.names, precision)
+    return Summary(stats, per_class, notes, curves, len(chosen), len(detections), confusion)
 
 
 def fast_backend_installed() -> bool:
@@ -152,6 +152,15 @@ def _per_class(
     return rows
 
 
+def _curves(names: Mapping[int, str], precision: np.ndarray) -> dict[str, list[float]]:
+    """Precision at IoU 0.5 over COCO's 101 recalls of every class with objects; a name that comes twice gets its id."""
+    times, curves = Counter(names.values()), {}
+    for k, (category, name) in enumerate(names.items()):
+        if precision[0, 0, k, 0, -1] > -1:
+            curves[name if times[name] == 1 else f"{name} ({category})"] = precision[0, :, k, 0, -1].tolist()
+    return curves
+
+
 def _notes(truth: GroundTruth, image_ids: list[int], limit: int, broken: int, detections: int) -> list[str]:
     notes = [f"{count:,} x {fault}" for fault, count in sorted(truth.faults.items())]
     most, image = truth.most_objects(image_ids)
@@ -160,6 +169,8 @@ def _notes(truth: GroundTruth, image_ids: list[int], limit: int, broken: int, de
             f"image {image} holds {most} objects of one class but only {limit} detections of a class are counted: "
             "its recall cannot reach 1; raise max_detections (the last number)"
         )
+    if not most:
+        notes.append("none of the pictures holds an object that counts: there is nothing to measure")
     if broken:
         notes.append(f"{broken:,} detections with NaN or infinity were left out")
     if not detections:

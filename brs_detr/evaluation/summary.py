@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from brs_detr.evaluation.confusion import Confusion
 
 HEADLINE = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 CLASS_COLUMNS = (
@@ -24,6 +27,7 @@ CLASS_COLUMNS = (
     ("score", "at score", 1),
     ("oLRP", "oLRP", 100),
 )
+CONFUSIONS = 5  # shown below the table of classes
 
 
 @dataclass
@@ -36,17 +40,20 @@ class Summary:
         per_class: one row a class: name, category_id, images, objects, the measures above, and precision, recall and
             f1 at IoU 0.5 and the score where f1 is largest.
         notes: what a reader of the numbers should know, one sentence each.
-        curves: by class name, `(precision, recall)` lists at IoU 0.5.
+        curves: by the name of each class with objects, its precision at IoU 0.5 over recalls 0, 0.01, ..., 1 as COCO
+            interpolates it: the best at this recall or a higher one. Their mean is AP50.
         images: number of evaluated images.
         detections: number of detections.
+        confusion: as which class objects are found; None unless the evaluation was an extended one.
     """
 
     stats: dict[str, float]
     per_class: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
-    curves: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
+    curves: dict[str, list[float]] = field(default_factory=dict)
     images: int = 0
     detections: int = 0
+    confusion: Confusion | None = None
 
     def table(self, classes: bool = True) -> str:
         """The figures in percent: the overall line, the classes (unless there is one) and the notes."""
@@ -64,6 +71,9 @@ class Summary:
                 for row in self.per_class
             ]
             blocks.append(text_table(header, rows))
+            confused = self.confusion.most_frequent(CONFUSIONS) if self.confusion is not None else []
+            if confused:
+                blocks.append("\n".join(["most frequent confusions", *(f"  {line}" for line in confused)]))
         blocks += [f"note: {note}" for note in self.notes]
         return "\n\n".join(blocks)
 
@@ -71,21 +81,50 @@ class Summary:
         """By class name, the score at which detections have their best F1 at IoU 0.5; none for a class never found.
 
         Ranking losses order detections and do not calibrate them: a good score may be 0.03, so the cut is measured.
+        Two classes of one name share the lower score.
         """
-        return {row["name"]: row["score"] for row in self.per_class if row.get("f1", -1) > 0}
+        lowest: dict[str, float] = {}
+        for row in self.per_class:
+            if row.get("f1", -1) > 0:
+                lowest[row["name"]] = min(row["score"], lowest.get(row["name"], row["score"]))
+        return lowest
 
-    def save(self, folder: str | Path) -> list[Path]:
-        """Write `evaluation.json` and `per_class.csv` into `folder`; returns their paths."""
+    def save(self, folder: str | Path, about: Mapping[str, Any] | None = None) -> list[Path]:
+        """Write the figures into `folder`; returns the paths.
+
+        Args:
+            folder: gets `evaluation.json`, `per_class.csv` (a measure that does not exist is an empty cell there) and,
+                as far as there are any, `precision_recall.csv` and `confusion.csv`.
+            about: further entries of the json, such as which weights were evaluated.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        paths = [folder / "evaluation.json", folder / "per_class.csv"]
-        content = {key: value for key, value in asdict(self).items() if key != "curves"}
-        paths[0].write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        with paths[1].open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(self.per_class[0]) if self.per_class else ["name"])
-            writer.writeheader()
-            writer.writerows(self.per_class)
-        return paths
+        content = {"about": dict(about or {}), "images": self.images, "detections": self.detections}
+        content |= {"stats": self.stats, "per_class": self.per_class, "notes": self.notes}
+        columns = list(self.per_class[0]) if self.per_class else ["name"]
+        tables = {"per_class.csv": [columns, *([_cell(row[c]) for c in columns] for row in self.per_class)]}
+        if self.curves:
+            recalls = [n / 100 for n in range(101)]
+            tables["precision_recall.csv"] = [["recall", *self.curves], *zip(recalls, *self.curves.values())]
+        if self.confusion is not None:
+            tables["confusion.csv"] = self.confusion.table()
+            content["confusion"] = self.confusion.as_dict()
+        (folder / "evaluation.json").write_text(_json(content) + "\n", encoding="utf-8")
+        for name, rows in tables.items():
+            with (folder / name).open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(rows)
+        return [folder / name for name in ("evaluation.json", *tables)]
+
+
+def _cell(value: Any) -> Any:
+    return "" if isinstance(value, float) and value < 0 else value
+
+
+def _json(content: Any) -> str:
+    """Indented, but a list of plain values on one line: a matrix of 80 classes would fill 7,000 lines."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    text = re.sub(r"\[\n *([^][{}]*?)\n *\]", r"[\1]", text)
+    return re.sub(r"\[[^][{}]*\]", lambda found: re.sub(r"\n *", " ", found[0]), text)
 
 
 def percent(value: float) -> str:
@@ -94,7 +133,7 @@ def percent(value: float) -> str:
 
 
 def _figure(value: float, scale: int) -> str:
-    return "-" if value < 0 else f"{value * scale:.1f}" if scale == 100 else f"{value:.2f}"
+    return "-" if value < 0 else f"{value * scale:.1f}" if scale == 100 else f"{value:.3f}"
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,6 +1,7 @@
 """Evaluation against COCO's own code, hand-made cases with known answers, and faulty annotation files."""
 
 import contextlib
+import csv
 import io
 import json
 
@@ -107,6 +108,7 @@ def test_a_dataset_without_objects_has_no_measure():
     summary = evaluate_coco(dataset([]), [result(1, 7, (0, 0, 5, 5), 0.5)])
     assert set(summary.stats.values()) == {-1.0}
     assert " -" in summary.table()
+    assert "none of the pictures holds an object" in summary.table()
 
 
 def test_average_precision_of_a_hand_made_ranking():
@@ -227,10 +229,55 @@ def test_detections_become_results_with_original_categories():
 
 
 def test_nothing_is_printed_and_files_are_written(tmp_path, capfd):
-    truth = dataset([(1, 7, (0, 0, 20, 20))], categories=((7, "cell"), (9, "Zürich, city")))
-    summary = evaluate_coco(truth, [result(1, 7, (0, 0, 20, 20), 0.5)])
+    truth = dataset([(1, 7, (0, 0, 20, 20))], categories=((7, "cell"), (9, "Zürich, [city]")))
+    summary = evaluate_coco(truth, [result(1, 7, (0, 0, 20, 20), 0.5), result(1, 7, (50, 50, 20, 20), 0.6)])
     assert capfd.readouterr().out == ""
-    report, table = summary.save(tmp_path / "new")
-    assert json.loads(report.read_text(encoding="utf-8"))["stats"]["AP"] == pytest.approx(1.0)
-    assert table.read_text(encoding="utf-8").count("\n") == 3
-    assert "Zürich, city" in summary.table() and "100.0" in summary.table()
+    paths = summary.save(tmp_path / "new", {"weights": "a.safetensors"})
+    assert [path.name for path in paths] == [
+        "evaluation.json",
+        "per_class.csv",
+        "precision_recall.csv",
+        "confusion.csv",
+    ]
+    report = json.loads(paths[0].read_text(encoding="utf-8"))
+    assert report["about"] == {"weights": "a.safetensors"}
+    assert (report["stats"], report["per_class"]) == (summary.stats, summary.per_class)
+    assert report["confusion"]["counts"] == summary.confusion.counts.tolist() == [[1, 0, 0], [0, 0, 0], [1, 0, 0]]
+    assert report["confusion"]["found"] == ["cell", "Zürich, [city]", "missed"]
+    cell, city = rows_of(paths[1])
+    assert float(cell["AP50"]) == pytest.approx(0.5)
+    assert city["name"] == "Zürich, [city]" and city["AP50"] == city["score"] == ""  # not -1, which would be averaged
+    points = [float(row["cell"]) for row in rows_of(paths[2])]
+    assert len(points) == 101 and sum(points) / 101 == pytest.approx(summary.stats["AP50"])
+    assert rows_of(paths[3])[0] == {"true / found": "cell", "cell": "1", "Zürich, [city]": "0", "missed": "0"}
+    assert "Zürich, [city]" in summary.table()
+
+
+def rows_of(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_average_is_that_of_the_classes_with_objects(shared_data):
+    """A class that the images do not hold has no figures and does not lower the mean, however much of it is found."""
+    truth = json.loads((shared_data / "tiny_coco" / "annotations" / "val.json").read_text())
+    summary = evaluate_coco(truth, noisy_results(truth))
+    present = {a["category_id"] for a in truth["annotations"] if not a["iscrowd"]}
+    assert 0 < len(present) < len(truth["categories"])
+    for row in summary.per_class:
+        assert (row["AP"] >= 0) == (row["category_id"] in present)
+        assert (row["f1"] >= 0) == (row["oLRP"] >= 0) == (row["AP"] >= 0)
+    for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "oLRP"):
+        values = [row[name] for row in summary.per_class if row[name] >= 0]
+        assert summary.stats[name] == pytest.approx(sum(values) / len(values), abs=1e-12), name
+    curves = list(summary.curves.values())
+    assert len(curves) == len(present)
+    assert np.mean(curves) == pytest.approx(summary.stats["AP50"], abs=1e-12)
+
+
+def test_two_classes_of_one_name_keep_figures_of_their_own():
+    truth = dataset([(1, 7, (0, 0, 20, 20)), (1, 9, (40, 0, 20, 20))], categories=((7, "cell"), (9, "cell")))
+    summary = evaluate_coco(truth, [result(1, 7, (0, 0, 20, 20), 0.5), result(1, 9, (40, 0, 20, 20), 0.25)])
+    assert list(summary.curves) == ["cell (7)", "cell (9)"]
+    assert summary.thresholds() == {"cell": 0.25}
+    assert summary.confusion.counts.diagonal().tolist() == [1, 1, 0]

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from brs_detr.evaluation.curves import draw_curves, draw_precision_recall, nice_ticks, smoothed, tick_text
+from brs_detr.evaluation.curves import draw_curves, draw_precision_recall, smoothed
 from brs_detr.evaluation.drawing import colour, ink_on
+from brs_detr.evaluation.panels import Line, Panel, legend, nice_ticks, tick_text
 from brs_detr.evaluation.pictures import contact_sheet, draw_detections
 
 GREY = Image.new("RGB", (200, 100), (120, 120, 120))
@@ -114,8 +115,22 @@ def test_scant_records_still_give_a_picture(lines):
 
 
 def test_precision_recall_of_many_classes():
-    curves = {f"class {i}": ([1.0, 0.5], [0.5, 1.0]) for i in range(12)} | {"none": ([], [])}
-    assert draw_precision_recall(curves).size == (640, 400)
+    curves = {f"a class with the number {i}": [1.0 - i / 20] * 50 + [0.0] * 51 for i in range(12)}
+    picture = draw_precision_recall(curves)
+    assert picture.size == (640, 400)
+    first = {name: curves[name] for name in list(curves)[:10]}
+    assert draw_precision_recall(first | {"other": [0.5] * 101}).tobytes() != picture.tobytes()  # in the mean
+    assert draw_precision_recall({}).size == draw_precision_recall({"one": [1.0] * 101}).size == (640, 400)
+
+
+def test_a_legend_names_what_fits_and_counts_the_rest():
+    few = Panel("few", "x", [Line(f"line {i}", [(0, 0), (1, 1)], (0, 0, 0)) for i in range(8)])
+    assert [text for _, _, text, _ in legend(few)] == [f"line {i}" for i in range(8)]
+    many = Panel("many", "x", [Line(f"line {i}", [(0, 0), (1, 1)], (0, 0, 0)) for i in range(80)])
+    entries = legend(many)
+    assert entries[-1][2] == f"and {80 - (len(entries) - 1)} more"
+    assert {row for _, row, _, _ in entries} == {0, 1, 2}
+    assert legend(Panel("one", "x", few.lines[:1])) == []  # its title says what it is
 
 
 def test_ticks_are_round_and_inside():
