@@ -10,7 +10,6 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
@@ -45,19 +44,6 @@ def keep_scalars_whole(model: nn.Module, accelerator: Accelerator) -> None:
     """Leave parameters without dimensions out of the sharding, which cannot part them; call it before `prepare`."""
     owners = [m for m in model.modules() if any(p.ndim == 0 for p in m.parameters(recurse=False))]
     accelerator.state.fsdp_plugin.ignored_modules = owners or None
-
-
-def average_whole_gradients(model: nn.Module) -> None:
-    """Average over processes the gradients of parameters that are not sharded: FSDP reduces only its own."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p, DTensor)]
-    if not gradients or not torch.distributed.is_initialized():
-        return
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    torch.distributed.all_reduce(flat)
-    for gradient, mean in zip(
-        gradients, (flat / torch.distributed.get_world_size()).split([g.numel() for g in gradients])
-    ):
-        gradient.copy_(mean.view_as(gradient))
 
 
 def local(tensor: Tensor) -> Tensor:

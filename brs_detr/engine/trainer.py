@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from brs_detr.engine.devices import seed_step, share_buffers, to_device
+from brs_detr.engine.gradients import average_whole_gradients, clip_gradients, gradient_norm
 from brs_detr.engine.guard import Batch, NonFiniteError, describe, finite, inspect, save_batch
 from brs_detr.engine.logging import LossMeter, RunLog, grouped, json_number
 from brs_detr.engine.optim import Schedule, set_learning_rate
 from brs_detr.engine.progress import Progress, Stopwatch, duration
-from brs_detr.engine.sharding import average_whole_gradients, is_sharded, whole, whole_weights
+from brs_detr.engine.sharding import is_sharded, whole_weights
 from brs_detr.engine.state import Position, save_state
 
 
@@ -175,11 +176,14 @@ class Trainer:
                     # a mean over the accumulated batches: what DDP's mean over processes is, for the same reason
                     accelerator.backward(torch.stack(list(terms.values())).sum() / len(group))
             all_terms.append({name: term.detach() for name, term in terms.items()})
-        norm = self._gradient_norm()
+        if is_sharded(accelerator):
+            average_whole_gradients(self.model)
+        accelerator.unscale_gradients()
+        norm = gradient_norm(self.model).to(accelerator.device, torch.float32)
         healthy, stop = self._agree(all_terms, norm)
         if healthy:
             if self.settings.clip_norm is not None:
-                self._clip(norm)
+                clip_gradients(self.model, norm, self.settings.clip_norm)
             with record_function("step: optimiser"):
                 self.optimizer.step()
             if self.ema is not None:
@@ -192,26 +196,6 @@ class Trainer:
                 accelerator.scaler.update()  # ends the scaler's step, which unscaling the gradients has begun
         self.optimizer.zero_grad()
         return stop
-
-    def _gradient_norm(self) -> Tensor:
-        """L2 norm of all gradients, (), without changing them: clipping by a NaN would hide where it came from."""
-        if is_sharded(self.accelerator):  # each process holds a part of every gradient
-            average_whole_gradients(self.model)
-            norm = whole(self.accelerator.clip_grad_norm_(self.model.parameters(), math.inf))
-        else:
-            self.accelerator.unscale_gradients()
-            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        return torch.as_tensor(norm, dtype=torch.float32, device=self.accelerator.device)
-
-    def _clip(self, norm: Tensor) -> None:
-        if is_sharded(self.accelerator):
-            # a plain number, which also fits sharded gradients; Accelerate's clipping would unscale a second time
-            factor = min(1.0, self.settings.clip_norm / (norm.item() + 1e-6))
-            for parameter in self.model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(factor)
-        else:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.settings.clip_norm, norm)
 
     def _agree(self, all_terms: list[dict[str, Tensor]], norm: Tensor) -> tuple[bool, bool]:
         """(is the step finite, is any process told to stop), the same answer in every process; one synchronisation."""
