@@ -161,6 +161,7 @@ class ModelConfig:
     encoder_ranking: Literal["all", "first"] = "all"  # columns of the encoder proposals' logits that are ranked
     score_weighted: bool = False  # localisation terms weighted by the scores of their boxes
     detections_per_image: int = 100
+    deformable_attention: Literal["torch", "triton"] = "torch"  # triton: fused kernels, where there is a GPU
     matcher: MatcherConfig = field(default_factory=MatcherConfig)
     ranking_weights: RankingWeights = field(default_factory=RankingWeights)
     score_weights: ScoreWeights = field(default_factory=ScoreWeights)

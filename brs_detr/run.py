@@ -303,7 +303,11 @@ def largest_shape(config: Config, plan: BatchPlan, dataset: CocoDetection) -> di
 def describe_model(config: Config, model: nn.Module, transfer: Transfer | None) -> list[str]:
     """Lines for the log: size, what was loaded, and a warning where a random backbone cannot learn."""
     total, trainable = count_parameters(model)
-    lines = [f"{config.model.name} with loss {config.model.loss}: {total:,} parameters, {trainable:,} trained"]
+    how = config.model.deformable_attention if torch.cuda.is_available() else "torch"
+    lines = [
+        f"{config.model.name} with loss {config.model.loss}: {total:,} parameters, {trainable:,} trained, "
+        f"deformable attention by {how}"
+    ]
     if transfer is not None:
         lines.append(f"{config.train.init_from}: {transfer}")
     backbone = config.model.backbone

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from brs_detr.ops.deform_attn import deformable_sampling
 from brs_detr.ops.images import Size, level_sizes
+
+Sampling = Callable[[Tensor, Sequence[Size], Tensor, Tensor], Tensor]
 
 
 class DeformableAttention(nn.Module):
@@ -30,6 +32,7 @@ class DeformableAttention(nn.Module):
         if dim % heads:
             raise ValueError(f"model.dim {dim} is not a multiple of model.heads {heads}")
         self.heads, self.levels, self.points = heads, levels, points
+        self.sampling: Sampling = deformable_sampling
         self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
         self.attention_weights = nn.Linear(dim, heads * levels * points)
         self.value_proj = nn.Linear(dim, dim)
@@ -82,7 +85,16 @@ class DeformableAttention(nn.Module):
         else:
             # points reach half a box away at an offset of `points` (Deformable DETR, A.4)
             locations = centres + offsets / self.points * references[:, :, None, :, None, 2:] * 0.5
-        return self.output_proj(deformable_sampling(value, shapes, locations, weights))
+        return self.output_proj(self.sampling(value, shapes, locations, weights))
+
+
+def use_sampling(model: nn.Module, sampling: Sampling) -> None:
+    """Let all deformable attention in `model` read its samples by `sampling`, which has to be the same function as
+    `deformable_sampling`, only computed in another way.
+    """
+    for module in model.modules():
+        if isinstance(module, DeformableAttention):
+            module.sampling = sampling
 
 
 class FeedForward(nn.Module):

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from brs_detr.assign.hungarian import HungarianMatcher
 from brs_detr.assign.random_sampler import RandomSampler
 from brs_detr.losses.objective import RankingObjective, ScoreObjective
 from brs_detr.models.atss_head import ATSSHead
+from brs_detr.models.attention import Sampling, use_sampling
 from brs_detr.models.backbones import build_backbone
 from brs_detr.models.brs_detr import BRSDETR
 from brs_detr.models.decoder import QueryDecoder
@@ -22,6 +24,7 @@ from brs_detr.models.neck import ChannelMapper
 from brs_detr.models.proposals import ProposalHead
 from brs_detr.models.roi_head import RoIHead
 from brs_detr.models.rpn import RPNHead
+from brs_detr.ops.deform_attn import deformable_sampling
 
 SCORE_BASED = ("focal", "quality_focal")
 
@@ -112,6 +115,21 @@ def build_dense_heads(settings: Any, num_classes: int, strides: Sequence[int]) -
     )
 
 
+def choose_sampling(name: str) -> Sampling:
+    """How deformable attention reads its samples: "torch", or "triton" where there is a GPU.
+
+    Raises:
+        ValueError: Triton is wanted but not installed.
+    """
+    if name == "torch" or not torch.cuda.is_available():
+        return deformable_sampling
+    try:
+        from brs_detr.ops.deform_attn_triton import fused_sampling
+    except ImportError as error:
+        raise ValueError(f"model.deformable_attention=triton: {error}; install triton, or use torch") from error
+    return fused_sampling
+
+
 def build_brs_detr(settings: Any, num_classes: int) -> BRSDETR:
     """BRS-DETR, or with `loss: focal` Co-DETR."""
     dim, chosen = settings.dim, settings.backbone
@@ -135,13 +153,16 @@ def build_brs_detr(settings: Any, num_classes: int) -> BRSDETR:
         activation_checkpointing=chosen.activation_checkpointing,
         **layer,
     )
+    decoder = QueryDecoder(dim, num_classes, layers=settings.decoder_layers, **layer)
+    for part in (encoder, decoder):
+        use_sampling(part, choose_sampling(settings.deformable_attention))
     rpn, roi, atss = build_dense_heads(settings, num_classes, strides)
     return BRSDETR(
         backbone=backbone,
         neck=ChannelMapper(backbone.channels, dim, settings.levels, settings.norm_groups),
         encoder=encoder,
         proposals=ProposalHead(dim, num_classes, settings.queries),
-        decoder=QueryDecoder(dim, num_classes, layers=settings.decoder_layers, **layer),
+        decoder=decoder,
         rpn=rpn,
         roi=roi,
         atss=atss,

@@ -7,12 +7,15 @@ import torch
 from torch import nn
 
 from brs_detr.convert.keys import our_key
+from brs_detr.models.attention import use_sampling
 from brs_detr.models.aux_queries import AuxQueryEmbedding
+from brs_detr.models.build import choose_sampling
 from brs_detr.models.decoder import QueryDecoder
 from brs_detr.models.encoder import DeformableEncoder, level_masks
 from brs_detr.models.neck import ChannelMapper
 from brs_detr.models.position import inverse_sigmoid, sine_of_cells
 from brs_detr.models.proposals import BoxEmbedding, ProposalHead
+from brs_detr.ops.deform_attn import deformable_sampling
 from brs_detr.ops.images import ImageBatch
 
 DIM, CLASSES, QUERIES = 64, 5, 20
@@ -148,3 +151,23 @@ def test_inverse_sigmoid_undoes_the_sigmoid_and_is_finite_at_the_ends():
     x = torch.linspace(-8, 8, 33, dtype=torch.float64)
     torch.testing.assert_close(inverse_sigmoid(x.sigmoid()), x)
     assert inverse_sigmoid(torch.tensor([-1.0, 0.0, 1.0, 2.0])).isfinite().all()
+
+
+def test_every_deformable_attention_samples_as_it_is_told():
+    encoder = DeformableEncoder(8, layers=2, heads=2, levels=1, points=1, hidden=8)
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return deformable_sampling(*arguments)
+
+    maps, padding = [torch.randn(1, 8, 3, 4)], torch.zeros(1, 24, 32, dtype=torch.bool)
+    before = encoder(maps, padding).tokens
+    use_sampling(encoder, counted)
+    assert torch.equal(encoder(maps, padding).tokens, before)
+    assert len(calls) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels are taken")
+def test_fused_kernels_are_left_out_without_a_gpu():
+    assert choose_sampling("triton") is choose_sampling("torch") is deformable_sampling

@@ -1,0 +1,188 @@
+"""Multi-scale deformable sampling as one Triton kernel forward and one backward.
+
+The plain torch version keeps every sample of every query for the backward pass, (B, heads, Q, dim, points) a level;
+here they stay in registers and are read again when the gradient is computed: nothing is kept but the inputs. Triton
+compiles at the first call; nothing is compiled at installation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from brs_detr.ops.deform_attn import deformable_sampling
+from brs_detr.ops.images import Size
+
+QUERIES_PER_PROGRAM = 16  # 32 make the backward kernel run out of registers
+
+
+def fused_sampling(value: Tensor, shapes: Sequence[Size], locations: Tensor, weights: Tensor) -> Tensor:
+    """`triton_sampling` on a GPU, the plain torch version elsewhere and in float64: a model trained there runs here."""
+    if not value.is_cuda or value.dtype == torch.float64:
+        return deformable_sampling(value, shapes, locations, weights)
+    return triton_sampling(value, shapes, locations, weights)
+
+
+def triton_sampling(value: Tensor, shapes: Sequence[Size], locations: Tensor, weights: Tensor) -> Tensor:
+    """The same function as `deform_attn.deformable_sampling`, on a GPU.
+
+    The gradient of `value` is summed with atomic additions in float32: its last bits depend on their order.
+
+    Args:
+        value: (B, N, heads, dim) tokens of all levels, row-major, one level after the other; N = sum of h * w; of
+            float32 or half precision.
+        shapes: (h, w) of each of the L levels, host integers.
+        locations: (B, Q, heads, L, points, 2) as (x, y) in [0, 1] of the padded map; samples outside read zeros.
+        weights: (B, Q, heads, L, points), normally summing to 1 over levels and points.
+
+    Returns:
+        (B, Q, heads * dim) in value's dtype, sampled and summed in float32.
+
+    Raises:
+        ValueError: the level shapes do not add up to N, or value is float64.
+    """
+    if sum(h * w for h, w in shapes) != value.shape[1]:
+        raise ValueError(f"levels {list(shapes)} do not hold the {value.shape[1]} tokens of the value tensor")
+    if value.dtype == torch.float64:
+        raise ValueError("the Triton kernel sums in float32; use the torch version for float64")
+    return _Sampling.apply(value, locations.float(), weights.float(), tuple(map(tuple, shapes)))
+
+
+class _Sampling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value: Tensor, locations: Tensor, weights: Tensor, shapes: tuple[Size, ...]) -> Tensor:
+        value, locations, weights = value.contiguous(), locations.contiguous(), weights.contiguous()
+        batch, tokens, heads, dim = value.shape
+        queries, levels, points = locations.shape[1], len(shapes), locations.shape[4]
+        out = value.new_empty(batch, queries, heads * dim)
+        ctx.table, ctx.sizes = _level_table(shapes, value.device), (tokens, queries, heads, dim, levels, points)
+        ctx.save_for_backward(value, locations, weights)
+        _forward[_grid(batch, heads, queries)](value, ctx.table, locations, weights, out, *ctx.sizes, **_blocks(dim))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        value, locations, weights = ctx.saved_tensors
+        of_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
+        of_locations, of_weights = torch.empty_like(locations), torch.empty_like(weights)
+        grid = _grid(value.shape[0], value.shape[2], locations.shape[1])
+        inputs = (value, ctx.table, locations, weights, gradient.contiguous())
+        _backward[grid](*inputs, of_value, of_locations, of_weights, *ctx.sizes, **_blocks(value.shape[3]))
+        return of_value.to(value.dtype), of_locations, of_weights, None
+
+
+@lru_cache(maxsize=1024)
+def _level_table(shapes: tuple[Size, ...], device: torch.device) -> Tensor:
+    """(L, 3) int32: height, width and first token of each level; kept, so that a step copies nothing to the device."""
+    rows, start = [], 0
+    for height, width in shapes:
+        rows.append((height, width, start))
+        start += height * width
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+def _grid(batch: int, heads: int, queries: int) -> tuple[int, int]:
+    return triton.cdiv(queries, QUERIES_PER_PROGRAM), batch * heads
+
+
+def _blocks(dim: int) -> dict[str, int]:
+    return {"BLOCK_Q": QUERIES_PER_PROGRAM, "BLOCK_D": triton.next_power_of_2(dim), "num_warps": 4}
+
+
+@triton.jit
+def _corner(base, y, x, h, w, channels, stride, rows, columns):
+    """The values of one neighbour of each query's location, zero outside the level; their offsets and mask.
+
+    base: the level's first cell; y, x: (BLOCK_Q,) whole floats; channels: (BLOCK_D,); stride: from cell to cell; rows,
+    columns: which queries and channels are there. All results (BLOCK_Q, BLOCK_D).
+    """
+    # compared as floats: a location far outside, or NaN, must not become an index
+    inside = (y >= 0) & (y < h) & (x >= 0) & (x < w) & rows
+    cell = tl.where(inside, y, 0.0).to(tl.int32) * w + tl.where(inside, x, 0.0).to(tl.int32)
+    offsets = cell[:, None] * stride + channels[None, :]
+    mask = inside[:, None] & columns[None, :]
+    return tl.load(base + offsets, mask=mask, other=0.0).to(tl.float32), offsets, mask
+
+
+@triton.jit
+def _place(locations, weights, sample, h, w, rows):
+    """Cell above and left of each location, the fractions beyond it, and the sample's weight; all (BLOCK_Q,)."""
+    x = tl.load(locations + sample * 2, mask=rows, other=0.0) * w - 0.5
+    y = tl.load(locations + sample * 2 + 1, mask=rows, other=0.0) * h - 0.5
+    weight = tl.load(weights + sample, mask=rows, other=0.0)
+    return tl.floor(y), tl.floor(x), y - tl.floor(y), x - tl.floor(x), weight
+
+
+@triton.jit
+def _forward(
+    value, table, locations, weights, out,
+    tokens, queries, heads, dim, LEVELS: tl.constexpr, POINTS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    head, picture = tl.program_id(1) % heads, (tl.program_id(1) // heads).to(tl.int64)
+    query, c = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
+    rows, columns, stride = query < queries, c < dim, heads * dim
+    slot = (picture * queries + query) * heads + head
+    total = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
+    for level in range(LEVELS):
+        h, w, start = tl.load(table + level * 3), tl.load(table + level * 3 + 1), tl.load(table + level * 3 + 2)
+        base = value + ((picture * tokens + start) * heads + head) * dim
+        for point in range(POINTS):
+            sample = slot * (LEVELS * POINTS) + level * POINTS + point
+            y, x, down, right, weight = _place(locations, weights, sample, h, w, rows)
+            v00, _, _ = _corner(base, y, x, h, w, c, stride, rows, columns)
+            v01, _, _ = _corner(base, y, x + 1, h, w, c, stride, rows, columns)
+            v10, _, _ = _corner(base, y + 1, x, h, w, c, stride, rows, columns)
+            v11, _, _ = _corner(base, y + 1, x + 1, h, w, c, stride, rows, columns)
+            upper = v00 * (1 - right)[:, None] + v01 * right[:, None]
+            lower = v10 * (1 - right)[:, None] + v11 * right[:, None]
+            total += (upper * (1 - down)[:, None] + lower * down[:, None]) * weight[:, None]
+    tl.store(
+        out + slot[:, None] * dim + c[None, :], total.to(out.dtype.element_ty), mask=rows[:, None] & columns[None, :]
+    )
+
+
+@triton.jit
+def _backward(
+    value, table, locations, weights, gradient, of_value, of_locations, of_weights,
+    tokens, queries, heads, dim, LEVELS: tl.constexpr, POINTS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    head, picture = tl.program_id(1) % heads, (tl.program_id(1) // heads).to(tl.int64)
+    query, c = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
+    rows, columns, stride = query < queries, c < dim, heads * dim
+    slot = (picture * queries + query) * heads + head
+    there = rows[:, None] & columns[None, :]
+    arriving = tl.load(gradient + slot[:, None] * dim + c[None, :], mask=there, other=0.0).to(tl.float32)
+    for level in range(LEVELS):
+        h, w, start = tl.load(table + level * 3), tl.load(table + level * 3 + 1), tl.load(table + level * 3 + 2)
+        first = ((picture * tokens + start) * heads + head) * dim
+        base, of_base = value + first, of_value + first
+        for point in range(POINTS):
+            sample = slot * (LEVELS * POINTS) + level * POINTS + point
+            y, x, down, right, weight = _place(locations, weights, sample, h, w, rows)
+            up, left = 1 - down, 1 - right
+            v00, at00, m00 = _corner(base, y, x, h, w, c, stride, rows, columns)
+            v01, at01, m01 = _corner(base, y, x + 1, h, w, c, stride, rows, columns)
+            v10, at10, m10 = _corner(base, y + 1, x, h, w, c, stride, rows, columns)
+            v11, at11, m11 = _corner(base, y + 1, x + 1, h, w, c, stride, rows, columns)
+            weighted = arriving * weight[:, None]
+            tl.atomic_add(of_base + at00, weighted * (up * left)[:, None], mask=m00)
+            tl.atomic_add(of_base + at01, weighted * (up * right)[:, None], mask=m01)
+            tl.atomic_add(of_base + at10, weighted * (down * left)[:, None], mask=m10)
+            tl.atomic_add(of_base + at11, weighted * (down * right)[:, None], mask=m11)
+            upper, lower = v00 * left[:, None] + v01 * right[:, None], v10 * left[:, None] + v11 * right[:, None]
+            to_weight = tl.sum(arriving * (upper * up[:, None] + lower * down[:, None]), axis=1)
+            to_x = tl.sum(weighted * ((v01 - v00) * up[:, None] + (v11 - v10) * down[:, None]), axis=1) * w
+            to_y = tl.sum(weighted * (lower - upper), axis=1) * h
+            tl.store(of_weights + sample, to_weight, mask=rows)
+            tl.store(of_locations + sample * 2, to_x, mask=rows)
+            tl.store(of_locations + sample * 2 + 1, to_y, mask=rows)
