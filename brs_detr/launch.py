@@ -12,6 +12,7 @@ from accelerate.utils import LoggerType
 
 from brs_detr.config import Config, ConfigError
 from brs_detr.engine.sharding import is_sharded, sharding_plugin, sharding_wanted
+from brs_detr.settings import leaves
 
 
 def start_accelerator(config: Config, *, trackers: bool = False) -> Accelerator:
@@ -37,7 +38,9 @@ def start_accelerator(config: Config, *, trackers: bool = False) -> Accelerator:
         raise ConfigError(f"the launch and train.precision={config.train.precision} do not fit: {error}") from error
     if names:
         try:
-            accelerator.init_trackers("brs_detr")
+            plain = (int, float, str)  # what trackers can hold
+            settings = {name: value if isinstance(value, plain) else str(value) for name, value in leaves(config)}
+            accelerator.init_trackers("brs_detr", config=settings)
         except Exception as error:  # each tracker has its own kinds: no login, no network, no rights
             raise ConfigError(f"train.trackers={names}: {' '.join(str(error).split())}") from error
     launched = int(os.environ.get("WORLD_SIZE", "1"))

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
 from brs_detr import cli
 from brs_detr.commands.predict import lowest_scores
-from brs_detr.config import from_dict
+from brs_detr.config import from_dict, load_config
 from brs_detr.data.synthetic import make_dataset
 from brs_detr.engine.checkpoint import Weights
 from brs_detr.engine.logging import read_metrics
@@ -431,6 +432,14 @@ def test_trackers_get_what_metrics_gets(data, tmp_path):
 
     events = EventAccumulator(str(next(tmp_path.rglob("events.*")).parent)).Reload()
     assert {"train/loss", "train/lr", "train/terms/decoder.0.rank", "val/AP"} <= set(events.Tags()["scalars"])
+    settings = yaml.safe_load(next(tmp_path.rglob("hparams.yml")).read_text())
+    assert settings["optim.lr"] == 0.001 and settings["model.loss"] == "brs"
+
+
+def test_info_prints_the_settings_as_a_recipe(tmp_path, capsys):
+    assert cli.main(["info", DEMO, "optim.lr=0.5", "--settings"]) == 0
+    (tmp_path / "same.yaml").write_text(capsys.readouterr().out)
+    assert load_config(tmp_path / "same.yaml") == load_config(DEMO, ["optim.lr=0.5"])
 
 
 def test_info_shows_the_official_parameter_count_without_a_network(capsys):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from brs_detr.config import Config, load_config
+from brs_detr.config import Config, dump, load_config
 from brs_detr.engine.optim import count_parameters
 from brs_detr.evaluation.coco import fast_backend_installed
 from brs_detr.evaluation.summary import text_table
@@ -25,12 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `info`."""
     parser.add_argument("config", help="recipe, e.g. configs/brs_detr_r50_12e_coco.yaml")
     parser.add_argument("overrides", nargs="*", help="settings to change, e.g. model.queries=900")
+    parser.add_argument("--settings", action="store_true", help="print every setting, as the run would have it")
     parser.add_argument("--classes", type=int, help="number of classes (default: of the training json, else 80)")
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the report of a recipe; returns the exit code."""
     config = load_config(options.config, options.overrides)
+    if options.settings:
+        print(dump(config), end="")
+        return 0
     classes, source = count_classes(config, options.classes)
     model = build_detector(config, classes, initial_weights=False)
     print("\n\n".join([heading(config, classes, source), parts(model), inputs(config, model), machine(config)]))
@@ -94,9 +98,10 @@ def machine(config: Config) -> str:
         device = ", ".join(f"cuda:{i} {gpu.name} {gpu.total_memory / 2**30:.0f} GB" for i, gpu in enumerate(gpus))
     else:
         device = f"CPU only ({os.cpu_count()} cores)"
+    attention = config.model.deformable_attention if torch.cuda.is_available() else "torch"
     evaluation = "faster-coco-eval" if fast_backend_installed() else "pycocotools"
     return (
         f"Python {platform.python_version()}, {versions}\n"
         f"device: {device}; precision {config.train.precision}\n"
-        f"Hungarian matching: SciPy on the CPU; evaluation: {evaluation}"
+        f"deformable attention by {attention}; Hungarian matching: SciPy on the CPU; evaluation: {evaluation}"
     )
