@@ -1,12 +1,15 @@
 """Running a detector over a dataset.
 
 Every picture is predicted once in some process; the main process gathers the detections by image id, drops duplicates
-and refuses to score a set with a picture missing.
+and refuses to score a set with a picture missing. The detector computes in full float32 whatever it trains in: under
+bf16 the rounding of a picture depends on how many share its batch, and scores that round to one value are in any order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,7 +40,7 @@ def predict(
         model: the bare detector (not wrapped for DDP: processes may hold different numbers of batches).
         batches: of this process, with targets that carry "image_id" and, where the picture is only a stand-in for
             one that cannot be read, "unreadable".
-        accelerator: of the launch; gives device, precision and the gathering.
+        accelerator: of the launch; gives device and gathering.
         score_threshold: detections at or below it are dropped, unless it is 0.
         max_detections: most detections a picture, the best ones.
         progress: show a bar in the main process where there is a terminal.
@@ -49,12 +52,12 @@ def predict(
     """
     training = model.training
     model.eval()
-    found = []
+    detect, found = without_autocast(model), []
     bar = tqdm(batches, desc="validation", leave=False, disable=None if progress else True)
     try:
         for images, targets in bar:
-            with accelerator.autocast():
-                outputs = model(images.to(accelerator.device), None)
+            with full_float32():
+                outputs = detect(images.to(accelerator.device), None)
             for target, output in zip(targets, outputs, strict=True):
                 unreadable = bool(target.get("unreadable"))
                 kept = _to_host(output, score_threshold, 0 if unreadable else max_detections)
@@ -65,6 +68,25 @@ def predict(
         found = gather_object(found)
     unique = {detections["image_id"]: detections for detections in found}
     return [unique[image_id] for image_id in sorted(unique)]
+
+
+def without_autocast(model: nn.Module) -> Callable:
+    """The detector's own forward pass: Accelerate puts one under autocast in its place, in the instance alone."""
+    return partial(type(model).forward, model) if "forward" in vars(model) else model
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """On a GPU no product rounds its float32 inputs to TF32 inside."""
+    libraries = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    allowed = [library.allow_tf32 for library in libraries]
+    try:
+        for library in libraries:
+            library.allow_tf32 = False
+        yield
+    finally:
+        for library, value in zip(libraries, allowed, strict=True):
+            library.allow_tf32 = value
 
 
 def _to_host(output: dict[str, torch.Tensor], threshold: float, limit: int) -> Detections:

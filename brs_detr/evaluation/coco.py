@@ -166,7 +166,7 @@ def _notes(truth: GroundTruth, image_ids: list[int], limit: int, broken: int, de
     most, image = truth.most_objects(image_ids)
     if most > limit:
         notes.append(
-            f"image {image} holds {most} objects of one class but only {limit} detections of a class are counted: "
+            f"image {image} holds {most} objects of one class but only {limit} detection(s) of a class count: "
             "its recall cannot reach 1; raise max_detections (the last number)"
         )
     if not most:

@@ -60,11 +60,11 @@ class GroundTruth:
         """Ids of all images."""
         return [image["id"] for image in self.dataset["images"]]
 
-    def most_objects(self, image_ids: Iterable[int]) -> tuple[int, int | None]:
-        """(largest number of objects of one class in one image, that image's id); crowds do not count."""
+    def most_objects(self, image_ids: Iterable[int], *, by_class: bool = True) -> tuple[int, int | None]:
+        """(largest number of objects in one image, that image's id); of one class or of all. Crowds do not count."""
         wanted = set(image_ids)
         counts = Counter(
-            (a["image_id"], a["category_id"])
+            (a["image_id"], a["category_id"] if by_class else None)
             for a in self.dataset["annotations"]
             if a["image_id"] in wanted and not a["iscrowd"]
         )

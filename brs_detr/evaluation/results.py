@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -74,6 +75,11 @@ def check_results(
         for n, (i, c, b, s) in enumerate(rows, 1)
     ]
     return annotations, int((~finite).sum())
+
+
+def finite_results(results: Iterable[Result]) -> list[Result]:
+    """The results that the evaluation counts: those without NaN or infinity, which no json can hold either."""
+    return [result for result in results if all(map(math.isfinite, (*result["bbox"], result["score"])))]
 
 
 def _columns(results: Sequence[Result]) -> dict[str, list[Any]]:
