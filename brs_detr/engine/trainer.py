@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -283,13 +284,23 @@ class Trainer:
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:
-        """SIGTERM asks for a stop after the step under way instead of ending the process."""
+        """SIGTERM and Ctrl-C ask for a stop after the step under way; a second Ctrl-C ends the process at once."""
+        own, asked_at = os.getpid(), math.inf
 
-        def ask(*_: Any) -> None:
-            self.asked_to_stop = True
+        def ask(number: int, _: Any) -> None:
+            nonlocal asked_at
+            if os.getpid() != own:  # a loader's worker: it ends with this process, and must not end before
+                return
+            # torchrun passes on a Ctrl-C that the terminal has sent already: not a second one
+            if number == signal.SIGINT and time.monotonic() > asked_at + 2:
+                raise KeyboardInterrupt
+            if not self.asked_to_stop and number == signal.SIGINT:
+                self.log.say("stopping after this step; press Ctrl-C again to end without saving")
+            self.asked_to_stop, asked_at = True, min(asked_at, time.monotonic())
 
-        former = signal.signal(signal.SIGTERM, ask)
+        former = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, former)
+            for number, handler in former.items():
+                signal.signal(number, handler)
