@@ -168,6 +168,9 @@ class RankingObjective(nn.Module):
                     terms[name] = averaged_later(self._balance(mean, target), self.scope)
         return terms
 
+    def shared_count(self, positives: Tensor | float, like: Tensor) -> None:
+        """Nothing: a ranking is not divided by a number that processes exchange."""
+
     def _box_weights(self, logits: Tensor, whole: Tensor) -> Tensor:
         """Weight of each positive's box losses (P,), mean 1 over all positives that are ranked together."""
         if not self.score_weighted:
@@ -218,9 +221,8 @@ class ScoreObjective(nn.Module):
         weights: factor of "cls" and of every localisation term.
         alpha: weight of positives in focal loss.
         gamma: focusing exponent of focal and quality focal loss.
-        normaliser: "positives" divides by the number of positives (or `count`), averaged over all processes and at
-            least 1;
-            "rows" by the number of valid rows (or `count`) of this process.
+        normaliser: "positives" divides by the number of positives, averaged over all processes and at least 1;
+            "rows" by the number of valid rows of this process.
 
     Raises:
         ValueError: for an unknown classification loss or normaliser, or weights without "cls".
@@ -271,7 +273,7 @@ class ScoreObjective(nn.Module):
             rows: (P,) int64 ascending rows of the positives; spares a device synchronisation.
             localisation_weight: (P,) weights of the localisation losses; their sum is then those terms' normaliser
                 ("positives" only).
-            count: replaces the number of positives or rows.
+            count: replaces the mean number of positives, see `shared_count`, or the number of rows.
 
         Returns:
             {"cls", and every key of `localisation`} -> scalar.
@@ -305,9 +307,17 @@ class ScoreObjective(nn.Module):
                 terms[name] = (values.sum() + _zero(logits)) / normaliser * self.weights[name]
         return terms
 
+    def shared_count(self, positives: Tensor | float, like: Tensor) -> Tensor:
+        """What to give as `count` for several sets of as many positives, (): processes exchange it once for all sets.
+
+        Args:
+            positives: number of positives here; `like`: a tensor on the device of the exchange.
+        """
+        return process_mean(_scalar(positives, like))
+
     def _normaliser(self, logits: Tensor, valid: Tensor | None, positives: int, count: Tensor | float | None) -> Tensor:
-        if self.normaliser == "positives":
-            return process_mean(_scalar(positives if count is None else count, logits))
         if count is not None:
             return _scalar(count, logits).clamp(min=1)
+        if self.normaliser == "positives":
+            return self.shared_count(positives, logits)
         return _scalar(len(logits) if valid is None else valid.sum(), logits).clamp(min=1)

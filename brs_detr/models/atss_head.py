@@ -17,7 +17,6 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 from brs_detr.assign.atss import atss_assign
 from brs_detr.assign.batch import join
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
-from brs_detr.losses.processes import process_mean
 from brs_detr.models.aux_samples import AuxSamples
 from brs_detr.models.decoder import PRIOR_BIAS
 from brs_detr.ops.anchors import AnchorGrid, batch_rows, valid_extents, valid_rows
@@ -140,6 +139,7 @@ class ATSSHead(nn.Module):
         chosen = torch.cat(anchors)[rows]
         boxes = self.coder.decode(chosen, batch_rows(output.deltas, extents)[rows])
         count = sum((assigned >= 0).sum().clamp(min=1) for assigned in assignments)
+        count = self.objective.shared_count(count, boxes)
         goal = None if output.centerness is None else centerness_target(chosen, objects)
         terms = self.objective(
             batch_rows(output.logits, extents),
@@ -152,7 +152,7 @@ class ATSSHead(nn.Module):
         )
         if goal is not None:
             logits = batch_rows(output.centerness, extents)[rows, 0].float()
-            value = binary_cross_entropy_with_logits(logits, goal, reduction="sum") / process_mean(count)
+            value = binary_cross_entropy_with_logits(logits, goal, reduction="sum") / count
             terms = {**terms, "centerness": self.centerness_weight * value}
         samples = self._samples(
             features, anchors, extents, labels, objects.new_zeros(labels.shape[0], 4).index_copy(0, rows, objects)

@@ -192,10 +192,12 @@ class BRSDETR(nn.Module):
         names = ["encoder", *(f"decoder.{i}" for i in range(len(layers.logits)))]
         matches = self.matcher([tuple(t.detach() for t in s) for s in sets], packed)
         for name, (logits, boxes, labels), (rows, objects) in zip(names, sets, matches, strict=True):
+            if name in names[:2]:  # every decoder layer matches as many objects as the first
+                count = self.objective.shared_count(len(rows), packed.boxes)
             if name == "encoder" and not self.rank_all_encoder_columns:
                 logits = logits[..., :1]
             found = packed.boxes[objects], packed.scales[objects]
-            losses |= self.set_losses(name, Predictions(logits, boxes), rows, labels[objects], *found)
+            losses |= self.set_losses(name, Predictions(logits, boxes), rows, labels[objects], *found, count)
         losses |= self.aux_losses(memory, {"roi": roi_samples, "atss": atss_samples}, sizes)
         return losses
 
@@ -209,13 +211,21 @@ class BRSDETR(nn.Module):
         for head, queries in zip(samples, chosen, strict=True):
             position, content = self.aux_embeddings[head](queries.boxes, queries.features)
             layers = self.decoder(content, position, queries.boxes, memory)
+            count = self.objective.shared_count(len(queries.rows), queries.boxes)
             for i, predictions in enumerate(zip(layers.logits, layers.boxes)):
-                found = queries.rows, queries.labels, queries.targets, queries.scales
+                found = queries.rows, queries.labels, queries.targets, queries.scales, count
                 losses |= self.set_losses(f"aux_{head}.{i}", Predictions(*predictions), *found)
         return losses
 
     def set_losses(
-        self, name: str, predictions: Predictions, rows: Tensor, labels: Tensor, targets: Tensor, scales: Tensor
+        self,
+        name: str,
+        predictions: Predictions,
+        rows: Tensor,
+        labels: Tensor,
+        targets: Tensor,
+        scales: Tensor,
+        count: Tensor | None,
     ) -> dict[str, Tensor]:
         """Terms of one prediction set.
 
@@ -224,6 +234,7 @@ class BRSDETR(nn.Module):
             predictions: logits (B, Q, K), boxes (B, Q, 4) cxcywh.
             rows: (P,) positives among the B * Q rows.
             labels: (P,). targets: (P, 4) cxcywh. scales: (P, 4) pixels.
+            count: the objective's `shared_count` of P.
 
         Returns:
             `name.term` -> scalar. Quality and GIoU are those of the boxes in pixels.
@@ -241,5 +252,6 @@ class BRSDETR(nn.Module):
                 "giou": paired_giou_loss(pixels, target_pixels),
             },
             rows=rows,
+            count=count,
         )
         return {f"{name}.{term}": value for term, value in terms.items()}

@@ -108,7 +108,7 @@ class ReleasedObjective(nn.Module):
 
     def __init__(self, ours):
         super().__init__()
-        self.ours = ours
+        self.ours, self.shared_count = ours, ours.shared_count
 
     def forward(self, logits, labels, *, quality, localisation, valid=None, rows=None, **others):
         kept = quality > 0

@@ -23,6 +23,7 @@ class Spy(torch.nn.Module):
         super().__init__()
         self.calls = []
         self.inner = inner
+        self.shared_count = getattr(inner, "shared_count", None)  # of an objective
 
     def forward(self, *args, **kwargs):
         result = self.inner(*args, **kwargs)
