@@ -225,7 +225,7 @@ class BRSDETR(nn.Module):
         labels: Tensor,
         targets: Tensor,
         scales: Tensor,
-        count: Tensor | None,
+        count: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Terms of one prediction set.
 
@@ -234,7 +234,7 @@ class BRSDETR(nn.Module):
             predictions: logits (B, Q, K), boxes (B, Q, 4) cxcywh.
             rows: (P,) positives among the B * Q rows.
             labels: (P,). targets: (P, 4) cxcywh. scales: (P, 4) pixels.
-            count: the objective's `shared_count` of P.
+            count: the objective's `shared_count` of P; None: it asks the other processes itself.
 
         Returns:
             `name.term` -> scalar. Quality and GIoU are those of the boxes in pixels.
