@@ -58,6 +58,9 @@ train, evaluate = script("train"), script("eval")
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
+    """For each test and, since one of them asks for bf16, for whatever runs next."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
