@@ -4,45 +4,137 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import os
+import shlex
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from brs_detr.data.faults import DataError
+from brs_detr.data.labelled import Notes, choose_pair, hold_out, inspect, read_lines, to_coco
 from brs_detr.data.voc import read_voc
 from brs_detr.data.yolo import read_yolo
+
+NOTES_FILE = "convert-notes.txt"
+RECIPE = "configs/brs_detr_r50_12e_coco.yaml"
+_BEGINNING = '{"info": {"description": "converted by brs_detr'  # of every json that is written here
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `convert-dataset`."""
-    parser.add_argument("format", choices=("voc", "yolo"), help="what the folder is")
-    parser.add_argument("source", help="folder of the dataset, or its data.yaml")
+    parser.add_argument("format", choices=("voc", "yolo"), help="what the dataset is")
+    parser.add_argument("source", help="folder of the dataset; of YOLO also its data.yaml or obj.data")
     parser.add_argument("out", help="folder to write SPLIT.json to")
-    parser.add_argument("--classes", help="VOC: comma-separated names in the order wanted (default: by alphabet)")
+    names = "class names in the order wanted: a text file with one a line, or separated by commas"
+    parser.add_argument("--classes", metavar="NAMES", help=f"{names} (default: VOC by alphabet, YOLO as numbered)")
+    held = "make a val split of this part of train (always the same pictures), where there is none"
+    parser.add_argument("--val-fraction", type=float, metavar="F", help=held)
     parser.add_argument("--one-based", action="store_true", help="VOC: corners count from 1 and are both included")
     parser.add_argument("--keep-difficult", action="store_true", help="VOC: difficult objects are ordinary objects")
 
 
 def run(args: argparse.Namespace) -> int:
-    """`convert-dataset`: write the annotations, say what was skipped and what to put in a recipe."""
-    try:
-        if args.format == "voc":
-            classes = [name.strip() for name in (args.classes or "").split(",") if name.strip()]
-            options = {"one_based": args.one_based, "keep_difficult": args.keep_difficult}
-            datasets, pictures, skipped = read_voc(args.source, classes=classes, **options)
-        else:
-            datasets, pictures, skipped = read_yolo(args.source)
-    except DataError as error:
-        print(f"cannot be converted: {error}", file=sys.stderr)
-        return 1
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    """`convert-dataset`: write the annotations, say what was left out and which commands come next.
+
+    Raises:
+        DataError: the dataset cannot be converted, or a file that was not made by this command is in the way.
+    """
+    classes = _class_names(args.classes)
+    if args.format == "voc":
+        labelled = read_voc(args.source, classes=classes, one_based=args.one_based, keep_difficult=args.keep_difficult)
+    elif args.one_based or args.keep_difficult:
+        raise DataError("--one-based and --keep-difficult are about VOC; YOLO labels have neither.")
+    else:
+        labelled = read_yolo(args.source, classes=classes)
+    if args.val_fraction is not None:
+        hold_out(labelled, args.val_fraction)
+    inspect(labelled, args.source)
+    datasets, pictures = to_coco(labelled)
+    out = Path(args.out).absolute()
     for split, data in datasets.items():
-        path = Path(args.out) / f"{split}.json"
-        path.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+        path = write_dataset(data, out / f"{split}.json")
         counts = (len(data["images"]), len(data["annotations"]), len(data["categories"]))
         print("{}: {:,} images, {:,} objects, {} classes".format(path, *counts))
-    for line in skipped[:20]:
-        print(f"skipped: {line}")
-    if len(skipped) > 20:
-        print(f"... and {len(skipped) - 20:,} more skipped")
-    print(f"pictures: {pictures} (check with: python -m brs_detr check-data JSON --images {pictures})")
+    print_notes(labelled.notes, out / NOTES_FILE)
+    print(next_steps(out, pictures, *choose_pair(labelled)))
     return 0
+
+
+def print_notes(notes: Notes, path: Path) -> None:
+    """Print the first cases of each kind of note; write all of them to a file."""
+    lines = [f"{kind}: {place}\n" for kind, places in notes.places.items() for place in places]
+    if lines:
+        path.write_text("".join(lines), encoding="utf-8")
+        print("\n".join(notes.lines()))
+        print(f"every case: {path}")
+
+
+def _class_names(text: str | None) -> list[str]:
+    if text is None:
+        return []
+    names = read_lines(Path(text)) if os.path.isfile(text) else [name.strip() for name in text.split(",")]
+    while names and not names[-1]:
+        names.pop()
+    if not names or "" in names or len(set(names)) < len(names):
+        raise DataError(
+            f"--classes {text}: this is neither a file with one name a line nor names apart by commas, each once."
+        )
+    return names
+
+
+def write_dataset(data: dict[str, Any], path: Path) -> Path:
+    """Write a COCO json; one of an earlier conversion is replaced.
+
+    Raises:
+        DataError: the file there was not made by a conversion.
+    """
+    if path.exists() and not path.read_bytes()[: len(_BEGINNING)] == _BEGINNING.encode():
+        raise DataError(f"{path} is there already and was not made by this command; choose another folder to write to.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    info = {"description": _BEGINNING.rpartition('"')[2]}
+    temporary = path.with_suffix(".json.partial")
+    temporary.write_text(json.dumps({"info": info, **data}, ensure_ascii=False), encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def next_steps(out: Path, pictures: str, train: str, val: str | None) -> str:
+    """The command lines that check the dataset and train on it."""
+    check = [
+        shlex.join(["python", "-m", "brs_detr", "check-data", str(out / f"{split}.json"), "--images", pictures])
+        for split in (train, val)
+        if split
+    ]
+    if val is None:
+        return "\n".join(
+            [
+                "next:",
+                *check,
+                "training needs a train and a val split; --val-fraction 0.1 takes the second out of the first",
+            ]
+        )
+    settings = {
+        "data.root": pictures,
+        "data.train_json": str(out / f"{train}.json"),
+        "data.train_images": ".",
+        "data.val_json": str(out / f"{val}.json"),
+        "data.val_images": ".",
+    }
+    words = [
+        "accelerate",
+        "launch",
+        "train.py",
+        RECIPE,
+        *(f"{key}={_as_yaml(value)}" for key, value in settings.items()),
+    ]
+    return "\n".join(["next:", *check, shlex.join([*words, "output_dir=runs/mine"])])
+
+
+def _as_yaml(text: str) -> str:
+    """A text as a value on the command line of train.py, which reads it as YAML."""
+    try:
+        plain = yaml.safe_load(text) == text
+    except yaml.YAMLError:
+        plain = False
+    return text if plain else json.dumps(text)

@@ -1,149 +1,106 @@
-"""YOLO folders (a data.yaml, images/, labels/) to COCO annotations."""
+"""YOLO datasets: a text file of fractions per picture; folders are read in `yolo_layout`, lines in `yolo_labels`."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import yaml
+from tqdm import tqdm
 
 from brs_detr.data.faults import DataError
-from brs_detr.data.outlines import polygon_area
+from brs_detr.data.labelled import Labelled, Notes, Sample, count_endings, settle
 from brs_detr.data.pictures import PictureError, inspect_picture
-from brs_detr.data.voc import ENDINGS
+from brs_detr.data.yolo_labels import find_label_files, places_of, read_labels, to_annotation
+from brs_detr.data.yolo_layout import MADE_UP, Layout, find_layout
+
+_NOT_LABELS = (
+    "classes",
+    "predefined_classes",
+    "train",
+    "val",
+    "test",
+    "notes",
+    "readme",
+    "convert-notes",
+)  # how other files begin
 
 
-def read_yolo(root: str | Path) -> tuple[dict[str, dict[str, Any]], str, list[str]]:
-    """Read `class cx cy w h` lines (fractions of the picture), or `class x1 y1 x2 y2 ...` outlines.
+def read_yolo(source: str | Path, *, classes: Sequence[str] = ()) -> Labelled:
+    """Read lines of `class cx cy w h` (fractions of the picture), outlines, oriented boxes or poses.
+
+    An outline's box is the rectangle around it. Category ids are the class numbers of the labels.
 
     Args:
-        root: a data.yaml, or the folder that holds it; without one, a folder with `classes.txt`, `images` and `labels`.
-
-    Returns:
-        COCO dictionaries by split name (category ids are the class numbers of the labels), the folder that file names
-        are relative to, and the lines of what was skipped.
+        source: a data.yaml, darknet's .data, or a folder with or without one of them.
+        classes: names of the classes 0, 1, ... instead of those that the dataset gives.
 
     Raises:
-        DataError: the class names or the pictures cannot be found.
+        DataError: there is no picture, no label file, or no line of them can be used.
     """
-    root = Path(root)
-    file = root if root.is_file() else next((p for p in (root / "data.yaml", root / "data.yml") if p.is_file()), None)
-    folder = file.parent if file else root
-    if file is None:
-        names, splits = _names_of_text(root), _splits_of_folders(root)
-    else:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        names, splits = _names_of_yaml(settings, file), _splits_of_yaml(settings, folder)
-    if not any(splits.values()):
-        raise DataError(f"{root}: no picture was found for the splits {', '.join(splits) or '(none)'}.")
-    base = os.path.commonpath([str(p.parent.resolve()) for paths in splits.values() for p in paths])
-    skipped: list[str] = []
-    datasets = {split: _dataset(paths, names, base, skipped) for split, paths in splits.items() if paths}
-    return datasets, base, skipped
+    notes = Notes()
+    layout = find_layout(Path(source), notes)
+    names = dict(enumerate(classes)) or layout.names
+    files = find_label_files(path for paths in layout.splits.values() for path in paths)
+    splits = _labelled_splits(layout, files, notes)
+    samples: dict[Path, Sample | None] = {}
+    for path in tqdm(dict.fromkeys(path for paths in splits.values() for path in paths), disable=None, leave=False):
+        samples[path] = _sample(path, files[path], names, layout.keypoints, notes)
+    labelled = {split: [samples[path] for path in paths if samples[path]] for split, paths in splits.items()}
+    if not names:
+        found = {item["category_id"] for group in labelled.values() for sample in group for item in sample.objects}
+        names = {number: f"class_{number}" for number in sorted(found)}
+        for name in names.values():
+            notes.add(MADE_UP, name)
+    _note_label_files(files, notes)
+    return Labelled(names, labelled, notes)
 
 
-def _dataset(paths: list[Path], names: dict[int, str], base: str, skipped: list[str]) -> dict[str, Any]:
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for path in paths:
-        try:
-            height, width = inspect_picture(path).upright_size  # fractions are of the picture as shown
-        except PictureError as error:
-            skipped.append(str(error))
-            continue
-        key = len(images) + 1
-        images.append({"id": key, "file_name": os.path.relpath(path.resolve(), base), "height": height, "width": width})
-        label_file = _label_file(path)
-        lines = label_file.read_text(encoding="utf-8").splitlines() if label_file.is_file() else []
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            annotation = _annotation(line, width, height, names)
-            if annotation is None:
-                skipped.append(f"{label_file}:{number}: not `class cx cy w h` or an outline, or an unknown class")
-                continue
-            annotations.append({"id": len(annotations) + 1, "image_id": key, **annotation})
-    categories = [{"id": number, "name": name} for number, name in sorted(names.items())]
-    return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def _annotation(line: str, width: int, height: int, names: dict[int, str]) -> dict[str, Any] | None:
-    try:
-        label, *values = (float(word) for word in line.split())
-    except ValueError:
-        return None
-    if label not in names or not np.isfinite(values).all():
-        return None
-    if len(values) == 4:
-        cx, cy, w, h = values
-        box = [(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height]
-        extra: dict[str, Any] = {"area": box[2] * box[3]}
-    elif len(values) >= 6 and len(values) % 2 == 0:
-        outline = np.reshape(values, (-1, 2)) * (width, height)
-        low, high = outline.min(0), outline.max(0)
-        box = [*low.tolist(), *(high - low).tolist()]
-        extra = {"area": abs(polygon_area(outline)), "segmentation": [outline.ravel().tolist()]}
-    else:
-        return None
-    return {"category_id": int(label), "bbox": [round(value, 4) for value in box], "iscrowd": 0, **extra}
-
-
-def _label_file(path: Path) -> Path:
-    """.../images/.../x.jpg has .../labels/.../x.txt; else x.txt lies beside it."""
-    head, found, tail = str(path).rpartition(f"{os.sep}images{os.sep}")
-    if found:
-        label = Path(f"{head}{os.sep}labels{os.sep}{tail}").with_suffix(".txt")
-        if label.is_file() or not path.with_suffix(".txt").is_file():
-            return label
-    return path.with_suffix(".txt")
-
-
-def _names_of_yaml(settings: dict[str, Any], file: Path) -> dict[int, str]:
-    names = settings.get("names")
-    if isinstance(names, list):
-        names = dict(enumerate(names))
-    if not isinstance(names, dict) or not names:
-        raise DataError(f"{file}: it has no list `names` of the classes.")
-    return {int(number): str(name) for number, name in names.items()}
-
-
-def _names_of_text(root: Path) -> dict[int, str]:
-    for name in ("classes.txt", "obj.names", "labels/classes.txt"):
-        if (root / name).is_file():
-            lines = (root / name).read_text(encoding="utf-8").split("\n")
-            return {number: line.strip() for number, line in enumerate(lines) if line.strip()}
-    raise DataError(f"{root}: neither data.yaml nor classes.txt names the classes.")
-
-
-def _splits_of_yaml(settings: dict[str, Any], folder: Path) -> dict[str, list[Path]]:
-    root = folder / str(settings.get("path") or "")
+def _labelled_splits(layout: Layout, files: dict[Path, Path | None], notes: Notes) -> dict[str, list[Path]]:
+    """The splits but for those that nobody has labelled."""
     splits = {}
-    for split in ("train", "val", "test"):
-        entries = settings.get(split) or []
-        entries = entries if isinstance(entries, list) else [entries]
-        splits[split] = [path for entry in entries for path in _pictures(str(entry), (root, folder))]
+    for split, pictures in layout.splits.items():
+        if any(files[picture] for picture in pictures):
+            splits[split] = list(dict.fromkeys(pictures))
+        elif pictures:
+            notes.add("splits left out without a single label file", f"{split} ({len(pictures):,} pictures)")
+    if not splits:
+        picture = next(iter(files))
+        looked = ", ".join(map(str, places_of(picture)))
+        others = count_endings(picture.parent, (".xml", ".json"))
+        raise DataError(f"{layout.source}: no picture has a label file, {picture} none of {looked}{others}.")
     return splits
 
 
-def _pictures(entry: str, roots: tuple[Path, ...]) -> list[Path]:
-    """Pictures of one entry: a folder, or a text file that lists them. Exports often have one `../` too many."""
-    for text in (entry, entry.removeprefix("../")):
-        for root in roots:
-            place = root / text
-            if place.is_dir():
-                return sorted(path for path in place.rglob("*") if path.suffix in ENDINGS)
-            if place.is_file():
-                lines = [line.strip() for line in place.read_text(encoding="utf-8").splitlines() if line.strip()]
-                return [root / line.removeprefix("./") for line in lines]
-    return []
+def _sample(picture: Path, file: Path | None, names: dict[int, str], keypoints: int, notes: Notes) -> Sample | None:
+    try:
+        info = inspect_picture(picture)
+    except PictureError as error:
+        notes.add("pictures left out that cannot be read", error)
+        return None
+    if file is None:
+        notes.add("pictures without a label file: kept as background", picture)
+    elif file.stat().st_size == 0:
+        notes.add("pictures with an empty label file: kept as background", picture)
+    if info.orientation in (2, 3, 4):
+        notes.add(
+            "pictures that EXIF mirrors or stands on their head: boxes are written for the stored pixels", picture
+        )
+    objects = []
+    for place, (label, shape) in read_labels(file, keypoints, notes) if file else ():
+        if names and label not in names:
+            notes.add("label lines left out whose class has no name", f"{place} (class {label})")
+            continue
+        objects.append((place, {"category_id": label, **to_annotation(shape, info.upright_size, info.orientation)}))
+    return Sample(picture, info.upright_size, settle(objects, info.upright_size, notes))
 
 
-def _splits_of_folders(root: Path) -> dict[str, list[Path]]:
-    images = root / "images" if (root / "images").is_dir() else root
-    folders = sorted(
-        path for path in images.iterdir() if path.is_dir() and path.name in ("train", "val", "valid", "test")
-    )
-    groups = {path.name: path for path in folders} or {"all": images}
-    return {name: sorted(p for p in path.rglob("*") if p.suffix in ENDINGS) for name, path in groups.items()}
+def _note_label_files(files: dict[Path, Path | None], notes: Notes) -> None:
+    """Note label files of two pictures (a.jpg and a.png) and those of none."""
+    used: dict[Path, Path] = {}
+    for picture, file in files.items():
+        if file is not None and used.setdefault(file, picture) is not picture:
+            notes.add("pictures that share their label file with another picture", f"{picture} and {used[file]}")
+    for folder in sorted({file.parent for file in used}):
+        for file in sorted(folder.glob("*.txt")):
+            if file not in used and not file.stem.lower().startswith(_NOT_LABELS):
+                notes.add("label files left out whose picture is in no split", file)

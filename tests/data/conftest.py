@@ -59,3 +59,20 @@ def write_dataset():
 def change():
     """`change(path, edit)`, see above."""
     return _change
+
+
+def _write_picture(path: Path, height: int = 40, width: int = 80, orientation: int | None = None) -> Path:
+    """A picture of noise, with EXIF's orientation if one is given; a PNG unless the name ends in .jpg."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    Image.fromarray(pixels).save(path, "JPEG" if path.suffix.lower() == ".jpg" else "PNG", exif=exif)
+    return path
+
+
+@pytest.fixture(scope="session")
+def write_picture():
+    """`write_picture(path, height, width, orientation)`, see above."""
+    return _write_picture

@@ -1,155 +1,179 @@
-"""Converted folders hold the boxes that were drawn, and open as datasets."""
+"""`convert-dataset`: what it writes, prints and refuses; and that boxes survive the way there and back."""
 
-import argparse
 import json
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from brs_detr.data import convert
-from brs_detr.data.coco import CocoDetection
-from brs_detr.data.faults import DataError
+from brs_detr import cli
+from brs_detr.config import load_config
+from brs_detr.data.convert import NOTES_FILE
 from brs_detr.data.voc import read_voc
 from brs_detr.data.yolo import read_yolo
+from brs_detr.run import open_train_set, open_val_set
 
-
-def picture(path, h=40, w=80, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (h, w, 3), dtype=np.uint8)).save(path, **options)
-
-
-def voc_object(name, box, difficult=0):
-    corners = "".join(f"<{key}>{value}</{key}>" for key, value in zip(("xmin", "ymin", "xmax", "ymax"), box))
-    return f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{corners}</bndbox></object>"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture()
-def voc(tmp_path):
-    root = tmp_path / "VOC"
-    (root / "Annotations").mkdir(parents=True)
-    (root / "ImageSets" / "Main").mkdir(parents=True)
-    objects = [
-        voc_object("dog", (11, 6, 30, 25)) + voc_object("cat", (1, 1, 80, 40), 1),
-        voc_object("ant", (5, 5, 9, 9)),
-        "",
-    ]
-    for i, text in enumerate(objects):
-        picture(root / "JPEGImages" / f"{i}.jpg")
-        size = "<size><width>80</width><height>40</height><depth>3</depth></size>" if i else ""
-        xml = f"<annotation><filename>{i}.jpg</filename>{size}{text}</annotation>"
-        (root / "Annotations" / f"{i}.xml").write_text(xml)
-    (root / "ImageSets" / "Main" / "train.txt").write_text("0\n2\n")
-    (root / "ImageSets" / "Main" / "val.txt").write_text("1\n")
-    (root / "ImageSets" / "Main" / "dog_train.txt").write_text("0 1\n")
-    return root
+def yolo(tmp_path, write_picture):
+    """Twelve pictures in one folder, eleven of them with the same box, in a place with blanks in its name."""
+    folder = tmp_path / "my data: #1" / "flat"
+    for i in range(12):
+        write_picture(folder / f"{i}.jpg")
+        (folder / f"{i}.txt").write_text("1 0.5 0.5 0.25 0.5\n" if i else "")
+    (folder / "classes.txt").write_text("cat\n🐕 dog\n")
+    return folder
 
 
-def test_voc_boxes_splits_and_classes(voc):
-    datasets, pictures, skipped = read_voc(voc)
-    assert set(datasets) == {"train", "val"} and pictures == str(voc / "JPEGImages") and not skipped
-    train, val = datasets["train"], datasets["val"]
-    assert (
-        train["categories"]
-        == val["categories"]
-        == [{"id": i + 1, "name": n} for i, n in enumerate(["ant", "cat", "dog"])]
-    )
-    assert train["annotations"][0]["bbox"] == [11, 6, 19, 19] and train["annotations"][0]["category_id"] == 3
-    assert [a["iscrowd"] for a in train["annotations"]] == [0, 1]
-    assert [(image["height"], image["width"]) for image in train["images"]] == [(40, 80)] * 2
+def convert(*arguments):
+    return cli.main(["convert-dataset", *map(str, arguments)])
 
 
-def test_voc_original_convention_counts_from_one(voc):
-    train = read_voc(voc, one_based=True, keep_difficult=True)[0]["train"]
-    assert [a["bbox"] for a in train["annotations"]] == [[10, 5, 20, 20], [0, 0, 80, 40]]
-    assert [a["iscrowd"] for a in train["annotations"]] == [0, 0]
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_voc_order_of_classes_and_unknown_ones(voc):
-    assert read_voc(voc, classes=["dog", "cat", "ant"])[0]["val"]["annotations"][0]["category_id"] == 3
-    with pytest.raises(DataError, match="ant are not among the classes"):
-        read_voc(voc, classes=["dog", "cat"])
+def test_the_printed_commands_work_as_printed(yolo, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out put"
+    assert convert("yolo", yolo, out, "--val-fraction", 0.25) == 0
+    printed = capsys.readouterr().out
+    assert f"{out}/train.json: 9 images, " in printed and "2 classes" in printed
+    monkeypatch.chdir(tmp_path)
+    checks = [line for line in printed.splitlines() if "check-data" in line]
+    for line in checks:
+        python, m, package, *arguments = shlex.split(line)
+        assert (python, m, package) == ("python", "-m", "brs_detr") and cli.main([*arguments, "--samples", "1"]) == 0
+    (training,) = [shlex.split(line) for line in printed.splitlines() if line.startswith("accelerate launch train.py")]
+    config = load_config(ROOT / training[3], training[4:])
+    train, val = open_train_set(config), open_val_set(config)
+    assert len(checks) == 2 and (len(train), len(val)) == (9, 3) and train.classes == ["cat", "🐕 dog"]
 
 
-def test_voc_faults_are_listed_not_fatal(voc):
-    (voc / "Annotations" / "0.xml").write_text("<annotation>")
-    (voc / "JPEGImages" / "2.jpg").unlink()
-    datasets, _, skipped = read_voc(voc)
-    assert len(skipped) == 2 and "0.xml" in skipped[0] and "2.xml" in skipped[1]
-    assert not datasets["train"]["images"] and len(datasets["val"]["images"]) == 1
+def test_without_a_val_split_it_says_how_to_make_one(yolo, tmp_path, capsys):
+    assert convert("yolo", yolo, tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert "--val-fraction" in printed and "train.py" not in printed
+    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == [NOTES_FILE, "train.json"]
 
 
-@pytest.fixture()
-def yolo(tmp_path):
-    root = tmp_path / "yolo"
-    for split, label in (
-        ("train", "1 0.5 0.5 0.25 0.5\n0 0.1 0.1 0.1 0.6 0.4 0.6\n"),
-        ("valid", "0 0.25 0.5 0.5 1\n9 0 0 1 1\n\nx\n"),
-    ):
-        picture(root / split / "images" / "a b.jpg")
-        picture(root / split / "images" / "empty.png")
-        (root / split / "labels").mkdir(parents=True)
-        (root / split / "labels" / "a b.txt").write_text(label)
-    (root / "data.yaml").write_text("train: ../train/images\nval: ../valid/images\nnc: 2\nnames: ['cat', 'dog']\n")
-    return root
+def test_every_note_is_written_down(yolo, tmp_path, capsys):
+    for i in range(5):
+        (yolo / f"{i}.txt").write_text("9 0.5 0.5 0.25 0.5\n1 0.5 0.5 0.25 0.5")
+    convert("yolo", yolo, tmp_path / "out")
+    assert "5 x label lines left out whose class has no name" in capsys.readouterr().out
+    assert (tmp_path / "out" / NOTES_FILE).read_text(encoding="utf-8").count("no name") == 5
 
 
-@pytest.mark.parametrize("target", ["", "data.yaml"])
-def test_yolo_boxes_outlines_and_a_roboflow_layout(yolo, target):
-    datasets, base, skipped = read_yolo(yolo / target)
-    train, val = datasets["train"], datasets["val"]
-    assert [image["file_name"] for image in train["images"]] == ["train/images/a b.jpg", "train/images/empty.png"]
-    assert base == str(yolo) and train["categories"] == [{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}]
-    assert train["annotations"][0]["bbox"] == [30, 10, 20, 20] and train["annotations"][0]["category_id"] == 1
-    outline = train["annotations"][1]
-    assert (
-        outline["bbox"] == [8, 4, 24, 20]
-        and outline["area"] == pytest.approx(240)
-        and len(outline["segmentation"][0]) == 6
-    )
-    assert len(val["annotations"]) == 1 and len(skipped) == 2 and "a b.txt:2" in skipped[0]
-
-
-def test_yolo_without_a_yaml(tmp_path):
-    picture(tmp_path / "images" / "train" / "x.jpg")
-    (tmp_path / "labels" / "train").mkdir(parents=True)
-    (tmp_path / "labels" / "train" / "x.txt").write_text("0 0.5 0.5 1 1")
-    (tmp_path / "classes.txt").write_text("thing\n")
-    data = read_yolo(tmp_path)[0]["train"]
-    assert data["annotations"][0]["bbox"] == [0, 0, 80, 40] and data["categories"] == [{"id": 0, "name": "thing"}]
-
-
-def test_yolo_fractions_are_of_the_upright_picture(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    picture(tmp_path / "images" / "x.jpg", exif=exif)
-    (tmp_path / "images" / "x.txt").write_text("0 0.5 0.5 1 1")
-    (tmp_path / "classes.txt").write_text("thing")
-    data = read_yolo(tmp_path)[0]["all"]
-    assert (data["images"][0]["height"], data["images"][0]["width"]) == (80, 40)
-    path = tmp_path / "x.json"
-    path.write_text(json.dumps(data))
-    image, target = CocoDetection(path, tmp_path / "images", train=True)[0]
-    assert image.shape == (3, 80, 40) and target["boxes"].tolist() == [[0, 0, 40, 80]]
-
-
-@pytest.mark.parametrize("kind", ["voc", "yolo"])
-def test_command_writes_what_training_opens(kind, voc, yolo, tmp_path, capsys):
-    parser = argparse.ArgumentParser()
-    convert.add_arguments(parser)
-    source = {"voc": voc, "yolo": yolo}[kind]
-    assert convert.run(parser.parse_args([kind, str(source), str(tmp_path / "out")])) == 0
-    pictures = {"voc": voc / "JPEGImages", "yolo": yolo}[kind]
-    assert f"--images {pictures}" in capsys.readouterr().out
+def test_converting_again_gives_the_same_bytes(yolo, tmp_path):
+    for name in ("a", "b", "b"):
+        convert("yolo", yolo, tmp_path / name, "--val-fraction", "0.5")
     for split in ("train", "val"):
-        assert len(CocoDetection(tmp_path / "out" / f"{split}.json", pictures, train=True)) == 2 - (
-            kind == "voc" and split == "val"
-        )
+        assert (tmp_path / "a" / f"{split}.json").read_bytes() == (tmp_path / "b" / f"{split}.json").read_bytes()
+
+
+def test_a_json_of_someone_else_is_not_overwritten(yolo, tmp_path, capsys):
+    theirs = tmp_path / "out" / "train.json"
+    theirs.parent.mkdir()
+    theirs.write_text('{"images": []}')
+    assert convert("yolo", yolo, theirs.parent) == 2
+    assert theirs.read_text() == '{"images": []}' and "not made by this command" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_names_given_by_hand(yolo, tmp_path, as_file):
+    names = tmp_path / "names.txt"
+    names.write_text("x\ny\n\n")
+    assert convert("yolo", yolo, tmp_path / "out", "--classes", names if as_file else "x, y") == 0
+    assert read(tmp_path / "out" / "train.json")["categories"] == [{"id": 0, "name": "x"}, {"id": 1, "name": "y"}]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--classes", "x,,y"], "--classes x,,y"),
+        (["--classes", "x,x"], "each once"),
+        (["--classes", ""], "--classes"),
+        (["--one-based"], "are about VOC"),
+        (["--val-fraction", "10"], "between 0 and 1"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(yolo, tmp_path, capsys, options, sentence):
+    assert convert("yolo", yolo, tmp_path / "out", *options) == 2
+    assert sentence in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["voc", "yolo"])
-def test_an_empty_folder_is_refused_with_a_sentence(kind, tmp_path, capsys):
-    parser = argparse.ArgumentParser()
-    convert.add_arguments(parser)
-    assert convert.run(parser.parse_args([kind, str(tmp_path), str(tmp_path / "out")])) == 1
-    assert "cannot be converted: " in capsys.readouterr().err
+def test_an_empty_folder_is_refused_with_one_sentence(kind, tmp_path, capsys):
+    assert convert(kind, tmp_path, tmp_path / "out") == 2
+    assert capsys.readouterr().err.startswith("error: ") and not (tmp_path / "out").exists()
+
+
+# COCO to the other formats and back
+
+
+def write_yolo(data, pictures, root):
+    """A YOLO folder with six digits, as most tools write them; class numbers are ranks of the category ids."""
+    rank = {
+        entry["id"]: number for number, entry in enumerate(sorted(data["categories"], key=lambda entry: entry["id"]))
+    }
+    (root / "images").symlink_to(pictures)
+    (root / "labels").mkdir()
+    names = {rank[entry["id"]]: entry["name"] for entry in data["categories"]}
+    (root / "data.yaml").write_text(f"train: list.txt\nnames: {json.dumps([names[i] for i in sorted(names)])}\n")
+    (root / "list.txt").write_text("".join(f"./images/{image['file_name']}\n" for image in data["images"]))
+    for image in data["images"]:
+        scale = np.array([image["width"], image["height"]] * 2)
+        lines = []
+        for entry in of_image(data, image):
+            x, y, w, h = entry["bbox"]
+            fractions = np.array([x + w / 2, y + h / 2, w, h]) / scale
+            lines.append(f"{rank[entry['category_id']]} " + " ".join(f"{value:.6f}" for value in fractions) + "\n")
+        (root / "labels" / image["file_name"]).with_suffix(".txt").write_text("".join(lines))
+
+
+def write_voc(data, pictures, root):
+    """A VOC folder; corners have two digits after the point."""
+    names = {entry["id"]: entry["name"] for entry in data["categories"]}
+    (root / "JPEGImages").symlink_to(pictures)
+    (root / "Annotations").mkdir()
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    (root / "ImageSets" / "Main" / "train.txt").write_text("\n".join(Path(i["file_name"]).stem for i in data["images"]))
+    for image in data["images"]:
+        objects = ""
+        for entry in of_image(data, image):
+            x, y, w, h = entry["bbox"]
+            corners = zip(("xmin", "ymin", "xmax", "ymax"), (round(v, 2) for v in (x, y, x + w, y + h)))
+            box = "".join(f"<{key}>{value}</{key}>" for key, value in corners)
+            objects += f"<object><name>{names[entry['category_id']]}</name><bndbox>{box}</bndbox></object>"
+        size = f"<size><width>{image['width']}</width><height>{image['height']}</height></size>"
+        text = f"<annotation><filename>{image['file_name']}</filename>{size}{objects}</annotation>"
+        (root / "Annotations" / image["file_name"]).with_suffix(".xml").write_text(text, encoding="utf-8")
+
+
+def of_image(data, image):
+    return [entry for entry in data["annotations"] if entry["image_id"] == image["id"] and not entry["iscrowd"]]
+
+
+@pytest.mark.parametrize("name", ["bccd", "nuclei", "tiny_coco"])
+@pytest.mark.parametrize(("write", "read_back"), [(write_yolo, read_yolo), (write_voc, read_voc)])
+def test_boxes_of_real_pictures_survive_the_way_there_and_back(shared_data, tmp_path, name, write, read_back):
+    data = read(shared_data / name / "annotations" / "val.json")
+    write(data, shared_data / name / "images", tmp_path)
+    labelled = read_back(tmp_path)
+    assert not any(kind.startswith(("boxes", "label lines", "objects")) for kind in labelled.notes.places)
+    samples = {sample.path.name: sample for sample in labelled.splits["train"]}
+    names = {entry["id"]: entry["name"] for entry in data["categories"]}
+    assert samples.keys() == {image["file_name"] for image in data["images"]}
+    for image in data["images"]:
+        sample, entries = samples[image["file_name"]], of_image(data, image)
+        assert sample.size == (image["height"], image["width"])
+        assert [labelled.classes[item["category_id"]] for item in sample.objects] == [
+            names[e["category_id"]] for e in entries
+        ]
+        # half a unit of the last digit for each of the numbers that a side is made of
+        tolerance = 1.01e-6 * max(sample.size) if write is write_yolo else 0.0101
+        for item, entry in zip(sample.objects, entries, strict=True):
+            assert item["bbox"] == pytest.approx(entry["bbox"], abs=tolerance + 1e-4)

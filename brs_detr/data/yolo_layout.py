@@ -1,0 +1,245 @@
+"""What a YOLO dataset consists of: pictures by split and class names, from a yaml, a darknet file or the folders."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from brs_detr.data.faults import DataError
+from brs_detr.data.labelled import (
+    PICTURE_ENDINGS,
+    PICTURE_FOLDERS,
+    Notes,
+    decode,
+    find_files,
+    read_lines,
+    split_named,
+    split_of,
+)
+from brs_detr.data.yolo_labels import LABEL_FOLDERS, places_of
+
+_SPLIT_KEYS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
+MADE_UP = "class names made up, for neither a yaml nor a classes.txt gives them (--classes does)"
+_CLASS_FILES = ("classes.txt", "obj.names", "_darknet.labels")
+
+
+@dataclass
+class Layout:
+    """What a dataset consists of.
+
+    Attributes:
+        source: file or folder that said so, for messages.
+        names: class names by number; empty where nothing tells them.
+        splits: picture files by split.
+        keypoints: numbers after each box of a pose dataset, else 0.
+    """
+
+    source: Path
+    names: dict[int, str]
+    splits: dict[str, list[Path]] = field(default_factory=dict)
+    keypoints: int = 0
+
+
+def find_layout(source: Path, notes: Notes) -> Layout:
+    """Layout of a .yaml, of darknet's .data, or of a folder with or without one of them.
+
+    Raises:
+        DataError: it is none of these, cannot be read, or leads to no picture.
+    """
+    if not source.exists():
+        raise DataError(f"{source}: there is no such file or folder.")
+    file = source if source.is_file() else _settings_file(source)
+    if file is None:
+        return _of_folder(source, notes)
+    if file.suffix.lower() in (".yaml", ".yml"):
+        return _of_settings(_read_yaml(file), file, notes)
+    if file.suffix.lower() == ".data":
+        pairs = (line.partition("=") for line in read_lines(file) if not line.startswith("#"))
+        settings = {key.strip(): value.strip() for key, _, value in pairs}
+        return _of_settings({**settings, "nc": settings.get("classes")}, file, notes)
+    raise DataError(f"{source}: this is neither a folder nor a data.yaml; an archive must be unpacked first.")
+
+
+def _settings_file(folder: Path) -> Path | None:
+    """The folder's yaml that names splits or classes, or its .data file."""
+    files = [file for file in sorted(folder.glob("*.y*ml")) if {"names", "train", "val"} & set(_read_yaml(file, False))]
+    files = [file for file in files if file.name in _YAML_NAMES][:1] or files
+    files = files or sorted(folder.glob("*.data"))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise DataError(f"{folder}: several files describe a dataset; give one of {names} instead of the folder.")
+    return files[0] if files else None
+
+
+def _read_yaml(file: Path, strict: bool = True) -> dict[str, Any]:
+    """Settings with every scalar as text: a class may be called `no`, `null` or `007`."""
+    try:
+        settings = yaml.load(decode(file.read_bytes()), Loader=yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        if strict or file.name in _YAML_NAMES:
+            raise DataError(f"{file}: this is not valid YAML: {' '.join(str(error).split())}.") from None
+        settings = {}
+    if strict and not isinstance(settings, dict):
+        raise DataError(f"{file}: this is not the data.yaml of a dataset: it has no `train` and no `names`.")
+    return settings if isinstance(settings, dict) else {}
+
+
+def _of_settings(settings: dict[str, Any], file: Path, notes: Notes) -> Layout:
+    file = Path(os.path.abspath(file))
+    base = str(settings.get("path") or "")
+    root = _locate(base, (file.parent, Path.cwd())) if base else None
+    if base and root is None:
+        notes.add("paths not found, the file's own folder is taken", f"{file}: path: {base}")
+    roots = tuple(dict.fromkeys((root or file.parent, file.parent, Path.cwd())))
+    layout = Layout(file, {}, keypoints=_keypoints(settings, file))
+    for key, split in _SPLIT_KEYS.items():
+        entries = settings.get(key) or []
+        for entry in entries if isinstance(entries, list) else [entries]:
+            pictures = _pictures(entry, roots, f"{file.name}: {key}: {entry}", notes)
+            layout.splits[split] = layout.splits.get(split, []) + pictures
+    if not any(layout.splits.values()) or not layout.splits.get("train", [""]):
+        what = "for its `train`" if any(layout.splits.values()) else "for its splits"
+        download = "; fetch the pictures first, its `download` is not followed" if settings.get("download") else ""
+        found = "; ".join(notes.lines(1)) or "it names none of train, val, test"
+        raise DataError(f"{file}: no picture was found {what} ({found}){download}.")
+    layout.names = _names_of_settings(settings, file, roots, notes) or names_of_text(_homes(roots[0], layout))
+    return layout
+
+
+def _keypoints(settings: dict[str, Any], file: Path) -> int:
+    try:
+        return math.prod(int(number) for number in settings.get("kpt_shape") or [0])
+    except (TypeError, ValueError):
+        raise DataError(f"{file}: kpt_shape must be two whole numbers, not {settings['kpt_shape']}.") from None
+
+
+def _names_of_settings(settings: dict[str, Any], file: Path, roots: Iterable[Path], notes: Notes) -> dict[int, str]:
+    names, count = settings.get("names"), settings.get("nc")
+    if isinstance(names, str) and names:
+        place = _locate(names, roots)
+        names = [line for line in read_lines(place)] if place and place.is_file() else [names]
+        names = {number: name for number, name in enumerate(names) if name}
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    try:
+        names = {int(number): str(name).strip() for number, name in (names or {}).items()}
+        if names and count and int(count) != len(names):
+            notes.add("settings that disagree: `names` is taken", f"{file}: nc is {count}, names has {len(names)}")
+        if names or not count:
+            return names
+        for number in range(int(count)):
+            notes.add(MADE_UP, f"class_{number}")
+        return {number: f"class_{number}" for number in range(int(count))}
+    except (AttributeError, TypeError, ValueError):
+        raise DataError(f"{file}: `names` must be a list of names or `number: name` pairs, `nc` a number.") from None
+
+
+def _of_folder(source: Path, notes: Notes) -> Layout:
+    """Splits by lists in the folder (train.txt ...) or by folder names; else all pictures are train."""
+    root = Path(os.path.abspath(source))
+    while len(inside := [place for place in root.iterdir() if not place.name.startswith((".", "__"))]) == 1:
+        if not inside[0].is_dir() or split_named(inside[0].name) or inside[0].name.lower() in PICTURE_FOLDERS:
+            break
+        root = inside[0]
+        if _settings_file(root):
+            return find_layout(root, notes)
+    lists = {key: f"{key}.txt" for key in _SPLIT_KEYS if _is_list(root / f"{key}.txt")}
+    if lists:
+        return _of_settings(lists, root / next(iter(lists.values())), notes)
+    homes = [place for place in inside if place.is_dir() and place.name.lower() in PICTURE_FOLDERS]
+    layout, groups = Layout(root, {}), {}
+    for picture in [path for home in homes or [root] for path in find_files(home, PICTURE_ENDINGS, notes)]:
+        groups.setdefault(split_of(picture, root), []).append(picture)
+    rest = groups.pop(None, [])
+    if groups:
+        for picture in rest:
+            notes.add("pictures left out beside the folders of the splits", picture)
+    layout.splits = groups or {split_named(root.name) or "train": rest}
+    if not any(layout.splits.values()):
+        raise DataError(f"{source}: no picture was found here; give the folder or data.yaml of a YOLO dataset.")
+    layout.names = names_of_text(_homes(root, layout))
+    return layout
+
+
+def _is_list(path: Path) -> bool:
+    """Does a text file list pictures? (train.txt may also be the labels of train.jpg.)"""
+    first = next(filter(None, read_lines(path)), "") if path.is_file() else ""
+    return first.lower().endswith(PICTURE_ENDINGS)
+
+
+def _homes(root: Path, layout: Layout) -> list[Path]:
+    """Folders that a file of class names may lie in."""
+    folders = [root, root / "data", *(root / name for name in LABEL_FOLDERS)]
+    for pictures in layout.splits.values():
+        folders += [place.parent for place in (pictures and places_of(pictures[0])) or []]
+    return list(dict.fromkeys(folders))
+
+
+def names_of_text(folders: Iterable[Path]) -> dict[int, str]:
+    """Class names by line number, from the classes.txt or obj.names in one of the folders; {} where there is none.
+
+    Raises:
+        DataError: two of the files disagree, so one number would stand for two classes.
+    """
+    first, names = None, {}
+    for file in (folder / name for folder in folders for name in _CLASS_FILES):
+        if file.is_file():
+            found = {number: line for number, line in enumerate(read_lines(file)) if line}
+            if first and found != names:
+                raise DataError(f"{first} and {file} name different classes; bring the labels to one list first.")
+            first, names = first or file, found
+    return names
+
+
+def _pictures(entry: Any, roots: tuple[Path, ...], where: str, notes: Notes) -> list[Path]:
+    """Pictures of one entry: a folder, a text file that lists them, or one picture."""
+    place = _locate(entry, roots) if isinstance(entry, str) else None
+    if place is None:
+        notes.add("entries left out that lead nowhere", f"{where} (looked for in {', '.join(map(str, roots))})")
+        return []
+    if place != Path(os.path.normpath(roots[0] / entry)):
+        notes.add("entries found elsewhere", f"{where} is {place}")
+    if place.is_dir():
+        return find_files(place, PICTURE_ENDINGS, notes)
+    return _listed(place, roots, notes) if place.suffix.lower() == ".txt" else [place]
+
+
+def _listed(file: Path, roots: tuple[Path, ...], notes: Notes) -> list[Path]:
+    roots = tuple(dict.fromkeys((file.parent, *roots)))
+    found: dict[Path, None] = {}
+    folders: dict[str, Path] = {}  # lines name few folders: each is looked for once
+    for line in filter(None, read_lines(file)):
+        head, _, name = line.replace("\\", "/").rpartition("/")
+        place = folders[head] / name if head in folders else None
+        if place is None or not place.is_file():
+            place = _locate(line, roots)
+        if place is None or not place.is_file():
+            notes.add("pictures left out that a list names and that are not there", f"{file.name}: {line}")
+            continue
+        folders[head] = place.parent
+        found[place] = None
+    return list(found)
+
+
+def _locate(text: str, roots: Iterable[Path]) -> Path | None:
+    """A path as written under one of the roots; else without its first parts, which may be another machine's.
+
+    Many exports have one `../` too many, or the folder they were written in. Nothing is guessed from a last part that
+    any dataset has, like `images`.
+    """
+    parts = PurePosixPath(text.replace("\\", "/")).parts
+    for start in range(max(1, len(parts))):
+        if start and len(parts) - start == 1 and parts[-1].lower() in (*PICTURE_FOLDERS, "..", "data"):
+            return None
+        for root in roots:
+            place = Path(os.path.normpath(root.joinpath(*parts[start:])))
+            if place.exists():
+                return place
+    return None

@@ -1,0 +1,196 @@
+"""YOLO datasets as exports and people leave them: each leads to the same pictures and class names."""
+
+import os
+
+import pytest
+
+from brs_detr.data.faults import DataError
+from brs_detr.data.labelled import Notes
+from brs_detr.data.yolo_layout import find_layout
+
+
+def make(root, files):
+    """Files by name; what is no text file stays empty (layouts are found without opening pictures)."""
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(text.encode())
+    return root
+
+
+def look(source):
+    notes = Notes()
+    layout = find_layout(source, notes)
+    splits = {split: [path.name for path in paths] for split, paths in layout.splits.items()}
+    return layout, splits, "\n".join(notes.lines())
+
+
+PICTURES = {"images/train/a.jpg": "", "images/val/b.jpg": ""}
+BOTH = {"train": ["a.jpg"], "val": ["b.jpg"]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train: images/train\nval: images/val\n",
+        "path: .\ntrain: images/train\nvalid: images/val\ntest:\n",
+        "path: ../datasets/gone\ntrain: [images/train]\nval: ./images/val/  # comment\n",
+        "path: /content/mine\r\ntrain: /content/mine/images/train\r\nval: D:\\mine\\images\\val\r\n",
+        "\ufefftrain: ../images/train\nval: ../images/val\n",
+        "train: lists/train.txt\nval: lists/val.txt\n",
+    ],
+)
+def test_entries_of_a_yaml_lead_to_the_pictures(tmp_path, text):
+    lists = {"lists/train.txt": "./images/train/a.jpg\r\n", "lists/val.txt": "\ufeffD:\\x\\images\\val\\b.jpg\n"}
+    root = make(tmp_path / "mine", PICTURES | lists | {"data.yaml": text})
+    assert look(root)[1] in (BOTH, BOTH | {"test": []}) and look(root / "data.yaml")[1] == look(root)[1]
+
+
+def test_entries_relative_to_the_working_folder(tmp_path, monkeypatch):
+    make(tmp_path, PICTURES | {"cfg/x.yaml": "train: images/train\nval: images/val\n"})
+    monkeypatch.chdir(tmp_path)
+    assert look(tmp_path / "cfg" / "x.yaml")[1] == BOTH
+
+
+def test_exports_with_one_step_up_too_many(tmp_path):
+    pictures = {"train/images/a.jpg": "", "valid/images/b.jpg": ""}
+    yaml = "train: ../train/images\nval: ../valid/images\ntest: ../test/images\nnames: ['cat']\n"
+    _, splits, notes = look(make(tmp_path / "mine", pictures | {"data.yaml": yaml}))
+    assert {split: names for split, names in splits.items() if names} == BOTH and "test: ../test/images" in notes
+
+
+def test_a_missing_split_is_never_guessed_from_a_folder_that_any_dataset_has(tmp_path):
+    files = {"images/a.jpg": "", "data.yaml": "train: images\nval: ../valid/images\n"}
+    _, splits, notes = look(make(tmp_path / "mine", files))
+    assert splits == {"train": ["a.jpg"], "val": []} and "lead nowhere: data.yaml: val: ../valid/images" in notes
+
+
+def test_lists_name_pictures_that_are_not_there(tmp_path):
+    files = {"data.yaml": "train: train.txt\n", "train.txt": "images/train/a.jpg\nimages/train/gone.jpg\n\n"}
+    _, splits, notes = look(make(tmp_path, PICTURES | files))
+    assert splits == {"train": ["a.jpg"]} and "train.txt: images/train/gone.jpg" in notes
+
+
+@pytest.mark.parametrize("source", ["", "obj.data"])
+def test_darknet_files_of_another_folder(tmp_path, source):
+    root = make(
+        tmp_path,
+        {
+            "obj.data": "classes = 2\ntrain = data/train.txt\nvalid = data/valid.txt\nnames = data/obj.names\n",
+            "obj.names": "cat\ndog\n",
+            "train.txt": "data/obj_train_data/a.jpg\n",
+            "valid.txt": "data/obj_valid_data/b.jpg\n",
+            "obj_train_data/a.jpg": "",
+            "obj_valid_data/b.jpg": "",
+        },
+    )
+    layout, splits, _ = look(root / source)
+    assert splits == BOTH and layout.names == {0: "cat", 1: "dog"}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("images/train/a.jpg", "images/val/b.jpg"),
+        ("train/images/a.jpg", "valid/images/b.jpg"),
+        ("train/a.jpg", "validation/b.jpg"),
+        ("images/train2017/a.jpg", "images/val2017/b.jpg"),
+        ("unpacked/mine/train/a.jpg", "unpacked/mine/val/b.jpg"),
+    ],
+)
+def test_folders_tell_the_splits_where_there_is_no_yaml(tmp_path, names):
+    assert look(make(tmp_path, dict.fromkeys(names, "")))[1] == BOTH
+
+
+def test_a_folder_without_splits_is_train_or_what_its_name_says(tmp_path):
+    assert look(make(tmp_path / "mine", {"a.jpg": "", "a.txt": ""}))[1] == {"train": ["a.jpg"]}
+    assert look(make(tmp_path / "valid", {"a.jpg": ""}))[1] == {"val": ["a.jpg"]}
+
+
+def test_lists_in_a_folder_are_not_mistaken_for_the_labels_of_train_jpg(tmp_path):
+    assert look(make(tmp_path / "a", PICTURES | {"train.txt": "images/train/a.jpg\n"}))[1] == {"train": ["a.jpg"]}
+    assert look(make(tmp_path / "b", {"train.jpg": "", "train.txt": "0 .5 .5 1 1\n"}))[1] == {"train": ["train.jpg"]}
+
+
+def test_pictures_beside_the_split_folders_are_noted(tmp_path):
+    _, splits, notes = look(make(tmp_path, {"train/a.jpg": "", "val/b.jpg": "", "preview.png": ""}))
+    assert splits == BOTH and "preview.png" in notes
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("names: [cat, no, 007]", {0: "cat", 1: "no", 2: "007"}),
+        ("names: {0: cat, 5: 🐕}", {0: "cat", 5: "🐕"}),
+        ("names:\n- ' cat '\nnc: 1", {0: "cat"}),
+        ("nc: 2", {0: "class_0", 1: "class_1"}),
+        ("names: person\nnc: 1", {0: "person"}),
+        ("names: my.names", {0: "cat", 1: "dog"}),
+        ("names:", {}),
+        ("", {}),
+    ],
+)
+def test_class_names_of_a_yaml(tmp_path, text, names):
+    files = {"data.yaml": f"train: images/train\n{text}\n", "my.names": "cat\ndog\n\n"}
+    assert look(make(tmp_path, PICTURES | files))[0].names == names
+
+
+def test_class_names_beside_a_yaml_that_has_none(tmp_path):
+    files = {"data.yaml": "train: images/train\n", "classes.txt": "cat\r\ndog\r\n"}
+    assert look(make(tmp_path, PICTURES | files))[0].names == {0: "cat", 1: "dog"}
+
+
+@pytest.mark.parametrize("place", ["classes.txt", "data/obj.names", "labels/classes.txt", "labels/train/classes.txt"])
+def test_class_names_of_text_files(tmp_path, place):
+    files = {place: "cat\n\ntraffic light\n", "labels/train/a.txt": ""}
+    assert look(make(tmp_path, PICTURES | files))[0].names == {0: "cat", 2: "traffic light"}
+
+
+def test_two_lists_of_classes_that_differ_are_refused(tmp_path):
+    files = {"labels/train/classes.txt": "cat\ndog", "labels/val/classes.txt": "dog\ncat"}
+    with pytest.raises(DataError, match=r"train.classes.txt and .*val.classes.txt name different classes"):
+        look(make(tmp_path, PICTURES | files))
+
+
+def test_names_that_disagree_with_their_number_are_noted(tmp_path):
+    assert (
+        "nc is 3, names has 1" in look(make(tmp_path, PICTURES | {"data.yaml": "train: images\nnc: 3\nnames: [a]"}))[2]
+    )
+
+
+def test_shape_of_poses(tmp_path):
+    files = {"data.yaml": "train: images\nkpt_shape: [17, 3]\n"}
+    assert look(make(tmp_path, PICTURES | files))[0].keypoints == 51
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ({}, "no picture was found here"),
+        ({"data.yaml": "train: [images"}, "not valid YAML"),
+        ({"data.yaml": "names: {cat: 0}\ntrain: images"}, "`names` must be"),
+        ({"data.yaml": "names: [cat]\nnc: two\ntrain: images"}, "`nc` a number"),
+        ({"data.yaml": "kpt_shape: [a, 3]\ntrain: images"}, "kpt_shape must be"),
+        ({"data.yaml": "names: [cat]"}, "names none of train, val, test"),
+        ({"data.yaml": "train: imgaes\nval: images\nnames: [cat]"}, "no picture was found for its `train`.*imgaes"),
+        ({"data.yaml": "train: pics\nnames: [cat]\ndownload: https://x.y/z.zip"}, "fetch the pictures first"),
+        ({"a.yaml": "train: images", "b.yaml": "train: images"}, "give one of a.yaml, b.yaml"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_a_sentence(tmp_path, files, sentence):
+    with pytest.raises(DataError, match=sentence):
+        look(make(tmp_path, files | (PICTURES if files else {})))
+
+
+@pytest.mark.parametrize("name", ["gone", "archive.zip"])
+def test_what_is_no_folder_is_refused(tmp_path, name):
+    (tmp_path / "archive.zip").touch()
+    with pytest.raises(DataError, match=r"no such file|unpacked first"):
+        look(tmp_path / name)
+
+
+def test_folders_that_are_links(tmp_path):
+    make(tmp_path / "store", PICTURES)
+    (tmp_path / "mine").mkdir()
+    os.symlink(tmp_path / "store" / "images", tmp_path / "mine" / "images")
+    layout, splits, _ = look(tmp_path / "mine")
+    assert splits == BOTH and layout.splits["train"] == [tmp_path / "mine/images/train/a.jpg"]
