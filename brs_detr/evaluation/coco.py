@@ -85,6 +85,9 @@ def _accumulate(
     truth: GroundTruth, detections: list[dict], image_ids: list[int], limits: list[int], backend: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """COCO's precision (IoU, recall, class, area, limit) and recall (IoU, class, area, limit); -1 where undefined."""
+    # numbered anew: the compiled code keeps ids in floating point, which takes neighbours above 2^53 for one
+    images = {image: number for number, image in enumerate(image_ids, 1)}
+    classes = {category: number for number, category in enumerate(truth.names, 1)}
     if backend not in ("auto", "pycocotools", "faster"):
         raise ValueError(f"backend {backend} is not known; write auto, pycocotools or faster")
     with contextlib.redirect_stdout(io.StringIO()):  # COCO's code prints its progress
@@ -98,12 +101,19 @@ def _accumulate(
         for annotations in (truth.dataset["annotations"], detections):
             side = COCO()
             # copies, since the evaluation writes its own marks into the annotations
-            side.dataset = {**truth.dataset, "annotations": [dict(annotation) for annotation in annotations]}
+            copies = [
+                {**row, "image_id": images[row["image_id"]], "category_id": classes[row["category_id"]]}
+                for row in annotations
+                if row["image_id"] in images
+            ]
+            lists = {"images": images.values(), "categories": classes.values()}
+            side.dataset = {key: [{"id": number} for number in numbers] for key, numbers in lists.items()}
+            side.dataset["annotations"] = copies
             side.createIndex()
             sides.append(side)
         evaluation = Evaluation(*sides, "bbox")
-        evaluation.params.imgIds = image_ids
-        evaluation.params.catIds = list(truth.names)
+        evaluation.params.imgIds = list(images.values())
+        evaluation.params.catIds = list(classes.values())
         evaluation.params.maxDets = limits
         evaluation.evaluate()
         evaluation.accumulate()

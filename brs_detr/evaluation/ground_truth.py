@@ -35,7 +35,7 @@ class GroundTruth:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: a list that COCO's format needs is missing.
+            ValueError: a list that COCO's format needs is missing, or a category has no id.
         """
         if isinstance(annotations, cls):
             return annotations
@@ -49,7 +49,7 @@ class GroundTruth:
                 raise ValueError(f"{source}: no list `{key}`, so this is not a COCO detection dataset")
         faults: Counter[str] = Counter()
         images = _images(annotations["images"], faults)
-        names = {c["id"]: str(c.get("name", c["id"])) for c in annotations["categories"]}
+        names = _names(annotations["categories"], source)
         boxes = _annotations(annotations["annotations"], images, names, faults)
         categories = [{"id": key, "name": names[key]} for key in sorted(names)]
         dataset = {"images": list(images.values()), "annotations": boxes, "categories": categories}
@@ -74,15 +74,33 @@ class GroundTruth:
         return most, image
 
 
+def whole_id(value: Any) -> int | None:
+    """An id as a whole number, which some tools quote or write as 3.0; None for anything else."""
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        return int(value)
+    return int(value) if _number(value) and value == value // 1 else None
+
+
+def _names(entries: list[Any], source: str) -> dict[int, str]:
+    names = {}
+    for entry in entries:
+        key = whole_id(entry.get("id")) if isinstance(entry, dict) else None
+        if key is None:
+            raise ValueError(f"{source}: the category {entry!r} has no whole number as its id")
+        names[key] = str(entry.get("name", key))
+    return names
+
+
 def _images(entries: list[Any], faults: Counter[str]) -> dict[int, dict[str, Any]]:
     images: dict[int, dict[str, Any]] = {}
     for entry in entries:
-        if not isinstance(entry, dict) or "id" not in entry:
+        key = whole_id(entry.get("id")) if isinstance(entry, dict) else None
+        if key is None:
             faults["image without id dropped"] += 1
-        elif entry["id"] in images:
+        elif key in images:
             faults["second image of the same id dropped"] += 1
         else:
-            images[entry["id"]] = {key: entry.get(key) for key in ("id", "file_name", "height", "width")}
+            images[key] = {"id": key, **{name: entry.get(name) for name in ("file_name", "height", "width")}}
     return images
 
 
@@ -103,8 +121,8 @@ def _annotations(
         kept.append(
             {
                 "id": len(kept) + 1,  # COCO's code takes an id of 0 for "not matched"
-                "image_id": entry["image_id"],
-                "category_id": entry["category_id"],
+                "image_id": whole_id(entry["image_id"]),
+                "category_id": whole_id(entry["category_id"]),
                 "bbox": box,
                 "area": float(area),
                 "iscrowd": int(bool(entry.get("iscrowd") or entry.get("ignore"))),
@@ -117,10 +135,10 @@ def _fault(entry: Any, images: dict[int, Any], names: dict[int, str]) -> str | N
     """What makes an annotation unusable, or None."""
     if not isinstance(entry, dict):
         return "annotation is no object"
-    image, box = entry.get("image_id"), entry.get("bbox")
-    if not _number(image) or image not in images:
+    image, box = whole_id(entry.get("image_id")), entry.get("bbox")
+    if image not in images:
         return "annotation of an unknown image"
-    if not _number(entry.get("category_id")) or entry["category_id"] not in names:
+    if whole_id(entry.get("category_id")) not in names:
         return "annotation of an unknown category"
     if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(_number(v) for v in box):
         return "box is not four numbers"

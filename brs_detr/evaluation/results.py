@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from brs_detr.evaluation.ground_truth import whole_id
+
 Result = dict[str, Any]
 
 
@@ -58,14 +60,15 @@ def check_results(
         ValueError: an image or category id is not in the annotation file.
     """
     columns = results if isinstance(results, Mapping) else _columns(results)
-    images, categories = np.asarray(columns["image_id"]), np.asarray(columns["category_id"])
+    images, categories = (_ids(columns[name]) for name in ("image_id", "category_id"))
     boxes = np.asarray(columns["bbox"], np.float64).reshape(-1, 4)
     scores = np.asarray(columns["score"], np.float64)
     for what, ids, known in (("image", images, known_images), ("category", categories, known_categories)):
-        unknown = sorted(set(ids.tolist()) - set(known))
+        unknown = set(ids.tolist()) - set(known)
         if unknown:
             raise ValueError(
-                f"the results name {len(unknown)} {what} ids that the annotations lack (such as {unknown[:3]}); "
+                f"the results name {len(unknown)} {what} ids that the annotations lack "
+                f"(such as {sorted(unknown, key=str)[:3]}); "
                 "do they belong to another annotation file?"
             )
     finite = np.isfinite(boxes).all(1) & np.isfinite(scores)
@@ -80,6 +83,12 @@ def check_results(
 def finite_results(results: Iterable[Result]) -> list[Result]:
     """The results that the evaluation counts: those without NaN or infinity, which no json can hold either."""
     return [result for result in results if all(map(math.isfinite, (*result["bbox"], result["score"])))]
+
+
+def _ids(values: Sequence[Any] | np.ndarray) -> np.ndarray:
+    """(n,) whole numbers; of any size, and quoted ones too, where they are not an integer array already."""
+    array = np.asarray(values)
+    return array if array.dtype.kind in "iu" else np.array([whole_id(value) for value in values], object)
 
 
 def _columns(results: Sequence[Result]) -> dict[str, list[Any]]:

@@ -129,6 +129,23 @@ def test_order_of_results_does_not_matter(shared_data):
     assert evaluate_coco(truth, results).stats == pytest.approx(evaluate_coco(truth, results[::-1]).stats)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", [float, str, lambda i: i + 2**53, lambda i: i + 2**62, lambda i: i + 2**64])
+def test_ids_may_be_of_any_size_and_quoted(backend, form):
+    """Neighbours above 2^53, which are one number in floating point, stay two images and two classes."""
+    truth = dataset([(i, 7 + i % 2, (i, 2 * i, 30, 30)) for i in range(1, 9)], range(1, 9), ((7, "a"), (8, "b")))
+    results = noisy_results(truth, seed=5)
+    expected = evaluate_coco(truth, results, backend="pycocotools")
+    assert 0 < expected.stats["AP"] < 1
+    for row in truth["images"] + truth["categories"]:
+        row["id"] = form(row["id"])
+    for row in truth["annotations"] + results:
+        row["image_id"], row["category_id"] = form(row["image_id"]), form(row["category_id"])
+    summary = evaluate_coco(truth, results, backend=backend)
+    assert summary.stats == pytest.approx(expected.stats, abs=1e-12)
+    assert summary.confusion.counts.tolist() == expected.confusion.counts.tolist()
+
+
 def test_columns_and_lists_are_the_same():
     truth = dataset([(1, 7, (10, 10, 30, 30)), (2, 7, (0, 0, 50, 40))], images=(1, 2))
     results = noisy_results(truth, seed=1)
@@ -198,8 +215,12 @@ def test_results_that_do_not_belong_are_refused():
         evaluate_coco(truth, [result(5, 7, (0, 0, 2, 2), 0.5)])
     with pytest.raises(ValueError, match=r"1 category ids .*\[1\]"):
         evaluate_coco(truth, [result(1, 1, (0, 0, 2, 2), 0.5)])
+    with pytest.raises(ValueError, match=r"1 image ids .*None"):
+        evaluate_coco(truth, [result("one", 7, (0, 0, 2, 2), 0.5)])
     with pytest.raises(ValueError, match="no list `images`"):
         evaluate_coco({"annotations": []}, [])
+    with pytest.raises(ValueError, match="no whole number as its id"):
+        evaluate_coco(truth | {"categories": [{"name": "cell"}]}, [])
 
 
 def test_detections_that_are_not_numbers_are_left_out_and_told():
