@@ -280,6 +280,8 @@ class Trainer:
 
     def _save_state(self) -> None:
         self.meter.share(self.accelerator)
+        if is_sharded(self.accelerator):  # batch statistics of any process would be saved, the main one's count
+            share_buffers(self.model)
         save_state(self.folder / "state", self.accelerator, self.position, self.settings.facts)
 
     @contextlib.contextmanager
