@@ -17,7 +17,7 @@ from brs_detr.data.voc import read_voc
 from brs_detr.data.yolo import read_yolo
 
 NOTES_FILE = "convert-notes.txt"
-RECIPE = "configs/brs_detr_r50_12e_coco.yaml"
+RECIPE = "configs/brs_detr_r50_small_dataset.yaml"
 _BEGINNING = '{"info": {"description": "converted by brs_detr'  # of every json that is written here
 
 
@@ -40,6 +40,13 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DataError: the dataset cannot be converted, or a file that was not made by this command is in the way.
     """
+    try:
+        return _convert(args)
+    except OSError as error:  # a file that may not be read, a folder that cannot be written to
+        raise DataError(f"{error.filename or args.source}: {error.strerror or error}.") from error
+
+
+def _convert(args: argparse.Namespace) -> int:
     classes = _class_names(args.classes)
     if args.format == "voc":
         labelled = read_voc(args.source, classes=classes, one_based=args.one_based, keep_difficult=args.keep_difficult)

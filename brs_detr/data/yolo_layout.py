@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -23,6 +23,7 @@ from brs_detr.data.labelled import (
     split_of,
 )
 from brs_detr.data.yolo_labels import LABEL_FOLDERS, places_of
+from brs_detr.data.yolo_paths import locate, pictures_of
 
 _SPLIT_KEYS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
@@ -61,17 +62,15 @@ def find_layout(source: Path, notes: Notes) -> Layout:
     if file.suffix.lower() in (".yaml", ".yml"):
         return _of_settings(_read_yaml(file), file, notes)
     if file.suffix.lower() == ".data":
-        pairs = (line.partition("=") for line in read_lines(file) if not line.startswith("#"))
-        settings = {key.strip(): value.strip() for key, _, value in pairs}
-        return _of_settings({**settings, "nc": settings.get("classes")}, file, notes)
+        return _of_settings(_read_pairs(file), file, notes)
     raise DataError(f"{source}: this is neither a folder nor a data.yaml; an archive must be unpacked first.")
 
 
 def _settings_file(folder: Path) -> Path | None:
     """The folder's yaml that names splits or classes, or its .data file."""
-    files = [file for file in sorted(folder.glob("*.y*ml")) if {"names", "train", "val"} & set(_read_yaml(file, False))]
+    files = [file for file in sorted(folder.glob("*.y*ml")) if _is_about_pictures(_read_yaml(file, False))]
     files = [file for file in files if file.name in _YAML_NAMES][:1] or files
-    files = files or sorted(folder.glob("*.data"))
+    files = files or [file for file in sorted(folder.glob("*.data")) if _is_about_pictures(_read_pairs(file))]
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
         raise DataError(f"{folder}: several files describe a dataset; give one of {names} instead of the folder.")
@@ -91,24 +90,37 @@ def _read_yaml(file: Path, strict: bool = True) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
+def _read_pairs(file: Path) -> dict[str, Any]:
+    """Darknet's `key = value` lines, its number of classes under the name that a yaml has for it."""
+    pairs = (line.partition("=") for line in read_lines(file) if not line.startswith("#"))
+    settings = {key.strip(): value.strip() for key, _, value in pairs}
+    return {**settings, "nc": settings.get("classes")}
+
+
+def _is_about_pictures(settings: dict[str, Any]) -> bool:
+    """Other programs' settings may lie in the folder too, some with a section `train`."""
+    return "names" in settings or any(isinstance(settings.get(key), (str, list)) for key in ("train", "val"))
+
+
 def _of_settings(settings: dict[str, Any], file: Path, notes: Notes) -> Layout:
     file = Path(os.path.abspath(file))
     base = str(settings.get("path") or "")
-    root = _locate(base, (file.parent, Path.cwd())) if base else None
+    root = locate(base, (file.parent, Path.cwd())) if base else None
     if base and root is None:
         notes.add("paths not found, the file's own folder is taken", f"{file}: path: {base}")
     roots = tuple(dict.fromkeys((root or file.parent, file.parent, Path.cwd())))
     layout = Layout(file, {}, keypoints=_keypoints(settings, file))
+    if not any(settings.get(key) for key in _SPLIT_KEYS):
+        layout.splits = _of_folder(file.parent, notes).splits
     for key, split in _SPLIT_KEYS.items():
         entries = settings.get(key) or []
         for entry in entries if isinstance(entries, list) else [entries]:
-            pictures = _pictures(entry, roots, f"{file.name}: {key}: {entry}", notes)
+            pictures = pictures_of(entry, roots, f"{file.name}: {key}: {entry}", notes)
             layout.splits[split] = layout.splits.get(split, []) + pictures
     if not any(layout.splits.values()) or not layout.splits.get("train", [""]):
         what = "for its `train`" if any(layout.splits.values()) else "for its splits"
         download = "; fetch the pictures first, its `download` is not followed" if settings.get("download") else ""
-        found = "; ".join(notes.lines(1)) or "it names none of train, val, test"
-        raise DataError(f"{file}: no picture was found {what} ({found}){download}.")
+        raise DataError(f"{file}: no picture was found {what} ({'; '.join(notes.lines(1))}){download}.")
     layout.names = _names_of_settings(settings, file, roots, notes) or names_of_text(_homes(roots[0], layout))
     return layout
 
@@ -123,13 +135,13 @@ def _keypoints(settings: dict[str, Any], file: Path) -> int:
 def _names_of_settings(settings: dict[str, Any], file: Path, roots: Iterable[Path], notes: Notes) -> dict[int, str]:
     names, count = settings.get("names"), settings.get("nc")
     if isinstance(names, str) and names:
-        place = _locate(names, roots)
+        place = locate(names, roots)
         names = [line for line in read_lines(place)] if place and place.is_file() else [names]
         names = {number: name for number, name in enumerate(names) if name}
     if isinstance(names, list):
         names = dict(enumerate(names))
     try:
-        names = {int(number): str(name).strip() for number, name in (names or {}).items()}
+        names = {int(number): name.strip() for number, name in (names or {}).items()}
         if names and count and int(count) != len(names):
             notes.add("settings that disagree: `names` is taken", f"{file}: nc is {count}, names has {len(names)}")
         if names or not count:
@@ -196,50 +208,3 @@ def names_of_text(folders: Iterable[Path]) -> dict[int, str]:
                 raise DataError(f"{first} and {file} name different classes; bring the labels to one list first.")
             first, names = first or file, found
     return names
-
-
-def _pictures(entry: Any, roots: tuple[Path, ...], where: str, notes: Notes) -> list[Path]:
-    """Pictures of one entry: a folder, a text file that lists them, or one picture."""
-    place = _locate(entry, roots) if isinstance(entry, str) else None
-    if place is None:
-        notes.add("entries left out that lead nowhere", f"{where} (looked for in {', '.join(map(str, roots))})")
-        return []
-    if place != Path(os.path.normpath(roots[0] / entry)):
-        notes.add("entries found elsewhere", f"{where} is {place}")
-    if place.is_dir():
-        return find_files(place, PICTURE_ENDINGS, notes)
-    return _listed(place, roots, notes) if place.suffix.lower() == ".txt" else [place]
-
-
-def _listed(file: Path, roots: tuple[Path, ...], notes: Notes) -> list[Path]:
-    roots = tuple(dict.fromkeys((file.parent, *roots)))
-    found: dict[Path, None] = {}
-    folders: dict[str, Path] = {}  # lines name few folders: each is looked for once
-    for line in filter(None, read_lines(file)):
-        head, _, name = line.replace("\\", "/").rpartition("/")
-        place = folders[head] / name if head in folders else None
-        if place is None or not place.is_file():
-            place = _locate(line, roots)
-        if place is None or not place.is_file():
-            notes.add("pictures left out that a list names and that are not there", f"{file.name}: {line}")
-            continue
-        folders[head] = place.parent
-        found[place] = None
-    return list(found)
-
-
-def _locate(text: str, roots: Iterable[Path]) -> Path | None:
-    """A path as written under one of the roots; else without its first parts, which may be another machine's.
-
-    Many exports have one `../` too many, or the folder they were written in. Nothing is guessed from a last part that
-    any dataset has, like `images`.
-    """
-    parts = PurePosixPath(text.replace("\\", "/")).parts
-    for start in range(max(1, len(parts))):
-        if start and len(parts) - start == 1 and parts[-1].lower() in (*PICTURE_FOLDERS, "..", "data"):
-            return None
-        for root in roots:
-            place = Path(os.path.normpath(root.joinpath(*parts[start:])))
-            if place.exists():
-                return place
-    return None

@@ -82,6 +82,12 @@ def test_a_json_of_someone_else_is_not_overwritten(yolo, tmp_path, capsys):
     assert theirs.read_text() == '{"images": []}' and "not made by this command" in capsys.readouterr().err
 
 
+def test_a_place_that_cannot_be_written_to_is_named(yolo, tmp_path, capsys):
+    (tmp_path / "out").write_text("a file")
+    assert convert("yolo", yolo, tmp_path / "out") == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/out")
+
+
 @pytest.mark.parametrize("as_file", [False, True])
 def test_names_given_by_hand(yolo, tmp_path, as_file):
     names = tmp_path / "names.txt"

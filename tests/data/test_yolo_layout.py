@@ -134,6 +134,16 @@ def test_class_names_of_a_yaml(tmp_path, text, names):
     assert look(make(tmp_path, PICTURES | files))[0].names == names
 
 
+def test_a_yaml_with_names_only_leaves_the_splits_to_the_folders(tmp_path):
+    layout, splits, _ = look(make(tmp_path, PICTURES | {"data.yaml": "names: [cat]\n"}))
+    assert splits == BOTH and layout.names == {0: "cat"}
+
+
+def test_settings_of_other_programs_are_not_taken_for_a_datasets(tmp_path):
+    files = {"config.yaml": "train: {lr: 0.1}\n", "args.yaml": "mode: train\n", "x.data": "\0\1", "list.yaml": "- 1\n"}
+    assert look(make(tmp_path, PICTURES | files))[1] == BOTH
+
+
 def test_class_names_beside_a_yaml_that_has_none(tmp_path):
     files = {"data.yaml": "train: images/train\n", "classes.txt": "cat\r\ndog\r\n"}
     assert look(make(tmp_path, PICTURES | files))[0].names == {0: "cat", 1: "dog"}
@@ -170,7 +180,8 @@ def test_shape_of_poses(tmp_path):
         ({"data.yaml": "names: {cat: 0}\ntrain: images"}, "`names` must be"),
         ({"data.yaml": "names: [cat]\nnc: two\ntrain: images"}, "`nc` a number"),
         ({"data.yaml": "kpt_shape: [a, 3]\ntrain: images"}, "kpt_shape must be"),
-        ({"data.yaml": "names: [cat]"}, "names none of train, val, test"),
+        ({"data.yaml": "names: [{id: 0}]\ntrain: images"}, "`names` must be"),
+        ({"data.yaml": "train: images/none\nnames: [cat]", "images/none/x": ""}, "no picture was found"),
         ({"data.yaml": "train: imgaes\nval: images\nnames: [cat]"}, "no picture was found for its `train`.*imgaes"),
         ({"data.yaml": "train: pics\nnames: [cat]\ndownload: https://x.y/z.zip"}, "fetch the pictures first"),
         ({"a.yaml": "train: images", "b.yaml": "train: images"}, "give one of a.yaml, b.yaml"),
