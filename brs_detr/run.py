@@ -18,8 +18,9 @@ from torch.optim import AdamW
 
 from brs_detr import config as configuration
 from brs_detr.config import Config, ConfigError
-from brs_detr.data.annotations import load_json
+from brs_detr.data.categories import categories_differ
 from brs_detr.data.coco import CocoDetection
+from brs_detr.data.json_file import load_json
 from brs_detr.data.transforms import EvalTransforms, TrainTransforms
 from brs_detr.engine.checkpoint import Weights, find_weights, load_weights
 from brs_detr.engine.finetune import Transfer, load_matching, rows_per_class
@@ -93,18 +94,13 @@ def require_same_categories(
     """Refuse a dataset whose categories are not those that `owner` (the training set, a checkpoint) knows.
 
     Raises:
-        ConfigError: with what each side has and the other has not.
+        ConfigError: naming the ids that differ.
     """
-    ours, theirs = set(zip(category_ids, classes)), set(zip(dataset.category_ids, dataset.classes))
-    if ours == theirs:
-        return
-    only = [
-        f"only in {name}: {', '.join(f'{i} {text}' for i, text in sorted(pairs)) or 'nothing'}"
-        for name, pairs in ((owner, ours - theirs), (dataset.json_path, theirs - ours))
-    ]
-    raise ConfigError(
-        f"{dataset.json_path}: its categories (id and name) differ from those of {owner}: " + "; ".join(only)
-    )
+    differ = categories_differ((category_ids, classes), (dataset.category_ids, dataset.classes))
+    if differ:
+        raise ConfigError(
+            f"{dataset.json_path}: its categories are not those of {owner}: {differ}; give both the same `categories`"
+        )
 
 
 def build_detector(config: Config, num_classes: int, *, initial_weights: bool = True) -> nn.Module:

@@ -27,7 +27,10 @@ def sources_of(recipe: str, overrides: list[str]) -> list[Source]:
     """The datasets of a recipe, each with the transforms that training and validation use."""
     config: Config = load_config(recipe, overrides)
     root, data = Path(config.data.root), config.data
+    train = (str(root / data.train_json), str(root / data.train_images))
+    val = (str(root / data.val_json), str(root / data.val_images))
+    limits = {"keep_empty": data.keep_empty, "min_side": data.min_side}
     return [
-        Source(str(root / data.train_json), str(root / data.train_images), train_transforms(config)),
-        Source(str(root / data.val_json), str(root / data.val_images), val_transforms(config)),
+        Source(*train, train_transforms(config), options=limits),
+        Source(*val, val_transforms(config), train=False),
     ]

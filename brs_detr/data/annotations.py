@@ -5,17 +5,15 @@ Nothing here opens a picture, and nothing keeps the json's Python objects. What 
 
 from __future__ import annotations
 
-import gc
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from brs_detr.data.faults import DataError, FaultLog
+from brs_detr.data.faults import DataError, FaultLog, printable
+from brs_detr.data.json_file import BOX_FROM_MASK
+from brs_detr.data.numbers import is_number, unquote, whole_number
 
 
 @dataclass
@@ -50,7 +48,7 @@ class Objects:
     """Columns over annotations.
 
     Attributes:
-        ids: (N,) int64; rows: (N,) int64 into the images; labels: (N,) int32, 0..C-1.
+        ids: (N,) int64, 0 where the json has none; rows: (N,) int64 into the images; labels: (N,) int32, 0..C-1.
         xywh: (N, 4) float64 pixels; areas: (N,) float64; crowd: (N,) bool.
     """
 
@@ -69,93 +67,47 @@ class Objects:
         return Objects(*(getattr(self, field.name)[which] for field in fields(self)))
 
 
-def load_json(path: str | Path) -> dict[str, Any]:
-    """Read a COCO json; polygons and run lengths are dropped while it is parsed, for they are most of its memory.
+def read_images(data: dict[str, Any], path: str | Path, log: FaultLog) -> Images:
+    """The images with usable entries; the size is 0 where the json gives none.
 
     Raises:
-        DataError: the file is missing, is no JSON, or is not a detection dataset.
+        DataError: there is none.
     """
-    try:
-        with open(path, encoding="utf-8-sig") as file, _no_collection():
-            data = json.load(file, object_hook=_without_masks)
-    except FileNotFoundError:
-        raise DataError(f"{path}: this annotation file does not exist.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: this is not a JSON file ({error}).") from None
-    if isinstance(data, list):
-        raise DataError(f"{path}: this is a list, as detection results are; a dataset has images and annotations.")
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(data, dict) or not isinstance(data.get(key), list):
-            raise DataError(f"{path}: this is not a COCO detection dataset: it has no list `{key}`.")
-    return data
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Parsing makes millions of objects and no garbage: the collector would only walk them again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _without_masks(entry: dict[str, Any]) -> dict[str, Any]:
-    entry.pop("segmentation", None)
-    return entry
-
-
-def read_categories(data: dict[str, Any], path: str | Path, log: FaultLog) -> tuple[list[int], list[str]]:
-    """Category ids in ascending order and their names; label `k` is the k-th of them.
-
-    Raises:
-        DataError: there is no category, an id is not a whole number, or an id occurs twice.
-    """
-    names: dict[int, str] = {}
-    for entry in data["categories"]:
-        key = _whole(entry.get("id")) if isinstance(entry, dict) else None
-        if key is None:
-            raise DataError(f"{path}: the category {entry!r} has no whole number as its id.")
-        if key in names:
-            raise DataError(f"{path}: two categories have the id {key}; give each its own.")
-        name = entry.get("name")
-        if not isinstance(name, str) or not name:
-            log.add("category_name_missing", f"category {key}")
-            name = str(key)
-        elif name in names.values():
-            log.add("category_name_duplicate", f"category {key}", name)
-        names[key] = name
-    if not names:
-        raise DataError(f"{path}: the list `categories` is empty, so there is nothing to detect.")
-    ids = sorted(names)
-    return ids, [names[key] for key in ids]
-
-
-def read_images(data: dict[str, Any], log: FaultLog) -> Images:
-    """The images with usable entries; the size is 0 where the json gives none."""
     ids: list[int] = []
     names: list[str] = []
     sizes: list[tuple[int, int]] = []
     seen: set[int] = set()
+    named: set[str] = set()
     for position, entry in enumerate(data["images"]):
-        key = _whole(entry.get("id")) if isinstance(entry, dict) else None
+        if isinstance(entry, dict) and unquote(entry, ("id", "width", "height")):
+            log.add("number_as_text", f"image entry {position}")
+        key = whole_number(entry.get("id")) if isinstance(entry, dict) else None
         name = entry.get("file_name") if isinstance(entry, dict) else None
         if key is None or not isinstance(name, str) or not name:
-            log.add("image_malformed", f"image entry {position}", "its id must be a whole number, file_name a text")
+            log.add("image_malformed", f"image entry {position}", repr(entry)[:80])
             continue
         if key in seen:
             log.add("image_id_duplicate", f"image {key} ({name})")
             continue
+        if name in named:
+            log.add("picture_listed_twice", f"image {key} ({name})")
         seen.add(key)
-        height, width = _whole(entry.get("height")), _whole(entry.get("width"))
-        known = height is not None and width is not None and height > 0 and width > 0
+        named.add(name)
+        height, width = whole_number(entry.get("height")), whole_number(entry.get("width"))
+        known = height is not None and width is not None and 0 < height < 2**31 and 0 < width < 2**31
         ids.append(key)
         names.append(name)
         sizes.append((height, width) if known else (0, 0))
+    if not ids:
+        raise DataError(
+            f"{path}: none of its {len(data['images']):,} image entries has a whole number as its id and a file_name; "
+            f"the first is {printable(repr(data['images'][0]))[:120]}."
+        )
     frames = np.array(sizes, np.int32).reshape(-1, 2)
     return Images(np.array(ids, np.int64), names, frames, frames.copy())
+
+
+_NUMBERS_OF_ANNOTATIONS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "ignore")
 
 
 def read_objects(data: dict[str, Any], images: Images, category_ids: list[int], log: FaultLog) -> Objects:
@@ -164,67 +116,87 @@ def read_objects(data: dict[str, Any], images: Images, category_ids: list[int], 
     label_of = {key: label for label, key in enumerate(category_ids)}
     ids, rows, labels, boxes, areas, crowd = ([] for _ in range(6))
     seen: set[int] = set()
+    unlisted: set[int | None] = set()
     for position, entry in enumerate(data["annotations"]):
         if not isinstance(entry, dict) or "image_id" not in entry or "category_id" not in entry:
-            log.add("annotation_malformed", f"annotation entry {position}")
+            log.add("annotation_malformed", f"annotation entry {position}", repr(entry)[:80])
             continue
+        box = entry.get("bbox")
+        # exact types first, for speed: this loop runs once per annotation
+        if str in map(type, entry.values()) or (type(box) is list and str in map(type, box)):
+            if unquote(entry, _NUMBERS_OF_ANNOTATIONS):
+                log.add("number_as_text", f"annotation entry {position}")
+            box = entry.get("bbox")
         key, row, label = entry.get("id"), _get(row_of, entry["image_id"]), _get(label_of, entry["category_id"])
         if row is None or label is None:
             kind = "image_id_unknown" if row is None else "category_id_unknown"
             name = kind.removesuffix("_unknown")
-            log.add(kind, f"annotation {key}", f"{name} {entry[name]!r}")
+            log.add(kind, _where(entry, position), f"{name} {entry[name]!r}")
+            if row is not None:
+                unlisted.add(whole_number(entry["category_id"]))
             continue
-        box = entry.get("bbox")
-        wrong = _wrong_box(box)
+        wrong, key = _wrong_box(box), whole_number(key)
         if wrong:
-            log.add(wrong, f"annotation {key} ({images.names[row]})", f"bbox {box!r}" if "bbox" in entry else "")
+            log.add(wrong, _where(entry, position, images.names[row]), f"bbox {box!r}" if "bbox" in entry else "")
             continue
-        key = _whole(key)
+        is_crowd, area, faults = _crowd_and_area(entry, box)
+        if BOX_FROM_MASK in entry:
+            faults.append(("box_from_mask", ""))
         if key in seen:
-            log.add("annotation_id_duplicate", f"annotation {key} ({images.names[row]})")
+            faults.append(("annotation_id_duplicate", ""))
         elif key is not None:
             seen.add(key)
-        is_crowd, area = _crowd_and_area(entry, box, images.names[row], log)
+        for kind, detail in faults:
+            log.add(kind, _where(entry, position, images.names[row]), detail)
         ids.append(key or 0)
         rows.append(row)
         labels.append(label)
         boxes.append(box)
         areas.append(area)
         crowd.append(is_crowd)
+    labels = np.array(labels, np.int32)
+    if unlisted:
+        _note_shift(category_ids, unlisted | {category_ids[label] for label in np.unique(labels)}, log)
     xywh = np.array(boxes, np.float64).reshape(-1, 4)
-    return Objects(
-        np.array(ids, np.int64),
-        np.array(rows, np.int64),
-        np.array(labels, np.int32),
-        xywh,
-        np.array(areas, np.float64),
-        np.array(crowd, bool),
-    )
+    ids, rows = np.array(ids, np.int64), np.array(rows, np.int64)
+    return Objects(ids, rows, labels, xywh, np.array(areas, np.float64), np.array(crowd, bool))
 
 
-def _crowd_and_area(entry: dict[str, Any], box: list, name: str, log: FaultLog) -> tuple[bool, float]:
-    crowd, area = entry.get("iscrowd"), entry.get("area")
-    where = ""
-    if crowd is None or crowd or "ignore" in entry or not _number(area) or not 0 < area < 1e18:
-        where = f"annotation {entry.get('id')} ({name})"
-    if crowd is None:
-        log.add("iscrowd_missing", where)
+def _note_shift(listed: list[int], used: set[int | None], log: FaultLog) -> None:
+    """Annotations counted from 0 and categories from 1, or the reverse: most ids exist and mean another class."""
+    for shift in (1, -1):
+        if None not in used and {key + shift for key in used} <= set(listed):
+            known = f"the categories have ids {listed[0]}..{listed[-1]}, the annotations use {min(used)}..{max(used)}"
+            log.add("category_ids_shifted", known)
+
+
+def _where(entry: dict[str, Any], position: int, name: str = "") -> str:
+    """How a message names an annotation: by its id or, without one, by its place in the list."""
+    key = entry.get("id")
+    return f"annotation {f'entry {position}' if key is None else key}" + (f" ({name})" if name else "")
+
+
+def _crowd_and_area(entry: dict[str, Any], box: list) -> tuple[bool, float, list[tuple[str, str]]]:
+    """(is it to be ignored, its area, (kind, detail) of what is wrong with either)."""
+    crowd, area, faults = entry.get("iscrowd"), entry.get("area"), []
+    if crowd is None or type(crowd) is str:
+        faults.append(("iscrowd_missing", "" if crowd is None else f"iscrowd {crowd!r}"))
+        crowd = False
     elif crowd:
-        log.add("crowd", where)
-    if not crowd and entry.get("ignore"):
-        log.add("ignored", where)
+        faults.append(("crowd", ""))
+    if not crowd and entry.get("ignore") and type(entry["ignore"]) is not str:
+        faults.append(("ignored", ""))
         crowd = True
-    if not _number(area) or not 0 < area < 1e18:
-        log.add("area_missing" if area is None else "area_not_positive", where, "" if area is None else f"area {area}")
+    if not is_number(area) or not 0 < area < 1e18:
+        faults.append(("area_missing", "") if area is None else ("area_not_positive", f"area {area}"))
         area = box[2] * box[3]
-    return bool(crowd), float(area)
+    return bool(crowd), float(area), faults
 
 
-# these four run once per number of the json: exact types first, for speed
 def _wrong_box(box: Any) -> str | None:
     if box is None:
         return "box_missing"
-    if type(box) is not list or len(box) != 4 or not _NUMBERS.issuperset(map(type, box)):
+    if type(box) is not list or len(box) != 4 or not all(map(is_number, box)):
         return "box_not_four_numbers"
     x, y, w, h = box
     if not (-1e9 < x < 1e9 and -1e9 < y < 1e9 and -1e9 < w < 1e9 and -1e9 < h < 1e9):  # NaN compares false
@@ -234,20 +206,5 @@ def _wrong_box(box: Any) -> str | None:
     return "box_empty" if w == 0 or h == 0 else None
 
 
-_NUMBERS = frozenset((int, float))
-
-
-def _number(value: Any) -> bool:
-    return type(value) in _NUMBERS
-
-
-def _whole(value: Any) -> int | None:
-    if type(value) is str and value.isascii() and value.isdigit():  # some tools quote their ids and sizes
-        value = int(value)
-    if type(value) is int:
-        return value if -(2**62) < value < 2**62 else None
-    return int(value) if type(value) is float and abs(value) < 2**53 and value.is_integer() else None
-
-
 def _get(table: dict[int, int], key: Any) -> int | None:
-    return table.get(key) if type(key) is int else table.get(_whole(key))
+    return table.get(key) if type(key) is int else table.get(whole_number(key))

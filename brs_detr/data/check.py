@@ -3,105 +3,115 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from brs_detr.data import annotations as reading
+from brs_detr.data.categories import categories_differ
 from brs_detr.data.coco import CocoDetection, Transform
-from brs_detr.data.faults import DROPPED, KEPT, POLICY, REPAIRED, DataError, FaultLog
-from brs_detr.data.pictures import PictureError, inspect_picture
+from brs_detr.data.faults import DROPPED, KEPT, POLICY, REPAIRED, WARNED, DataError, FaultLog
+from brs_detr.data.files import usual_folder
+from brs_detr.data.json_file import load_json
+from brs_detr.data.look import look_at
+from brs_detr.data.pictures import PICTURE_ENDINGS
 from brs_detr.data.sheet import write_samples
 from brs_detr.data.transforms import TrainTransforms
 
 EXIT_TRAINABLE, EXIT_UNTRAINABLE = 0, 1
-_PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
-_FORMAT_OF_ENDING = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
 
 
-class Source(NamedTuple):
-    """One dataset to check: annotation file, folder of its pictures, and the augmentation that training will use."""
+@dataclass(frozen=True)
+class Source:
+    """One dataset to check.
+
+    Attributes:
+        json_path, image_dir: annotation file and folder of its pictures.
+        transforms: what the contact sheet shows them through.
+        train: is it trained on, or evaluated on.
+        options: further arguments of `CocoDetection`.
+    """
 
     json_path: str
     image_dir: str
     transforms: Transform
+    train: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
 
 
-def check_dataset(source: Source, log: FaultLog) -> CocoDetection:
-    """Open a dataset as training does and look at every picture.
+def check_dataset(source: Source, log: FaultLog, listed: Collection[str] | None = None) -> CocoDetection:
+    """Open a dataset as training or evaluation does and look at every picture.
 
     Args:
         source: what to check.
         log: filled with every fault.
+        listed: absolute paths of pictures that some json names; default those of this one.
 
     Returns:
-        the dataset as training will use it.
+        the dataset as it will be used.
 
     Raises:
-        DataError: it cannot be trained on.
+        DataError: it cannot be used.
     """
-    dataset = CocoDetection(
-        source.json_path, source.image_dir, transforms=source.transforms, train=True, inspect=True, log=log
-    )
-    readable = [_check_picture(dataset, index, log) for index in range(len(dataset))]
+    options = {"transforms": source.transforms, "train": source.train, "inspect": True, **source.options}
+    dataset = CocoDetection(source.json_path, source.image_dir, log=log, **options)
+    readable = [look_at(dataset, index, log) for index in range(len(dataset))]
     if not any(readable):
-        raise DataError(f"{source.json_path}: none of its pictures can be read.")
-    _find_unlisted(dataset, log)
+        raise DataError(f"{source.json_path}: none of its pictures can be read: {'; '.join(log.lines((DROPPED,)))}.")
+    _find_unlisted(dataset, listed_files(source) if listed is None else listed, log)
     return dataset
 
 
-def _check_picture(dataset: CocoDetection, index: int, log: FaultLog) -> bool:
-    name = dataset.file_name(index)
-    where = f"image {dataset.packed.image_ids[index]} ({name})"
-    try:
-        info = inspect_picture(dataset.path(index))
-        pixels, _ = dataset.load(index)
-    except PictureError as error:
-        log.add("picture_unreadable", where, str(error))
-        return False
-    if info.mode != "RGB":
-        log.add("picture_converted", where, f"mode {info.mode}")
-    if _FORMAT_OF_ENDING.get(Path(name).suffix.lower(), info.format) not in (info.format, _alias(info.format)):
-        log.add("picture_name_misleads", where, f"it is a {info.format} file")
-    if not name.isascii() or " " in name:
-        log.add("picture_name_unusual", where)
-    if pixels[:, ::4, ::4].float().std() < 2:
-        log.add("picture_uniform", where)
-    return True
+def listed_files(source: Source) -> set[str]:
+    """Absolute paths of the pictures that a json names.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    return {os.path.abspath(os.path.join(source.image_dir, name)) for name in file_names(source.json_path)}
 
 
-def _alias(kind: str) -> str:
-    return {"MPO": "JPEG"}.get(kind, kind)  # what several cameras call their JPEG files
+def file_names(json_path: str | Path) -> list[str]:
+    """The file names of a json's image entries."""
+    entries = load_json(json_path)["images"]
+    names = [entry.get("file_name") for entry in entries if isinstance(entry, dict)]
+    return [name for name in names if isinstance(name, str) and name]
 
 
-def _find_unlisted(dataset: CocoDetection, log: FaultLog) -> None:
+def _find_unlisted(dataset: CocoDetection, listed: Collection[str], log: FaultLog) -> None:
     """Note the picture files beside the listed ones that no image entry names."""
-    listed = {entry["file_name"] for entry in reading.load_json(dataset.json_path)["images"] if _has_name(entry)}
-    for folder in sorted({os.path.dirname(name) for name in listed}):
-        path = os.path.join(dataset.image_dir, folder)
-        for name in sorted(os.listdir(path)) if os.path.isdir(path) else ():
-            relative = os.path.join(folder, name)
-            if name.lower().endswith(_PICTURE_ENDINGS) and relative not in listed:
-                log.add("picture_not_listed", relative)
+    used = {os.path.abspath(dataset.path(index)) for index in range(len(dataset))}
+    for folder in sorted({os.path.dirname(path) for path in used}):
+        for name in sorted(os.listdir(folder)):
+            path = os.path.join(folder, name)
+            if name.lower().endswith(PICTURE_ENDINGS) and path not in used and path not in listed:
+                log.add("picture_not_listed", os.path.relpath(path, dataset.image_dir))
 
 
-def _has_name(entry: object) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("file_name"), str)
+def note_shared_pictures(datasets: Iterable[CocoDetection], dataset: CocoDetection, log: FaultLog) -> None:
+    """Note the pictures of a dataset that one of others has as well."""
+    paths = {os.path.realpath(other.path(index)) for other in datasets for index in range(len(other))}
+    for index in range(len(dataset)):
+        if os.path.realpath(dataset.path(index)) in paths:
+            where = f"image {dataset.packed.image_ids[index]} ({dataset.file_name(index)})"
+            log.add("picture_in_both_splits", where)
 
 
 def report(dataset: CocoDetection, log: FaultLog, show: int) -> str:
     """The findings as text: totals, classes, then each kind of fault with its policy and its first cases."""
     counts = dataset.report
+    purpose = "trained" if dataset.train else "evaluated"
     lines = [
         f"{dataset.json_path}: {counts['images']:,} of {counts['images_listed']:,} images and "
-        f"{counts['objects']:,} of {counts['annotations_listed']:,} annotations will be trained on",
+        f"{counts['objects']:,} of {counts['annotations_listed']:,} annotations will be {purpose} on",
         f"{dataset.num_classes} classes: "
         + ", ".join(f"{name} (id {key})" for name, key in zip(dataset.classes, dataset.category_ids, strict=True)),
     ]
-    headings = {DROPPED: "left out", REPAIRED: "repaired", KEPT: "worth knowing"}
+    headings = {WARNED: "warning", DROPPED: "left out", REPAIRED: "repaired", KEPT: "worth knowing"}
     for action, heading in headings.items():
         for kind in (kind for kind in POLICY if POLICY[kind][0] == action and log.counts[kind]):
             lines.append(f"\n{heading}: {log.counts[kind]:,} x {kind.replace('_', ' ')}: {POLICY[kind][1]}")
@@ -120,23 +130,6 @@ def write_csv(log: FaultLog, path: str | Path) -> None:
         writer = csv.writer(file)
         writer.writerow(["kind", "action", "where", "detail"])
         writer.writerows([fault.kind, fault.action, fault.where, fault.detail] for fault in log.faults)
-
-
-def find_images(json_path: str | Path) -> str:
-    """The folder that most likely holds the pictures of a json, from where datasets usually keep them.
-
-    Raises:
-        DataError: none of the usual places has the first picture.
-    """
-    path = Path(json_path)
-    names = [entry["file_name"] for entry in reading.load_json(path)["images"] if _has_name(entry)]
-    stem = path.stem.removeprefix("instances_")
-    places = [path.parent, *(root / sub for root in (path.parent, path.parent.parent) for sub in ("images", stem, ""))]
-    places += [path.parent.parent / "images" / stem]
-    for place in places:
-        if any((place / name).exists() for name in names[:20]):
-            return str(place)
-    raise DataError(f"{json_path}: its pictures are not in a usual place; name their folder with --images DIR.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -160,32 +153,46 @@ def run(args: argparse.Namespace, resolve: Callable[[str], Sequence[Source]] | N
     Returns:
         exit code: 0 if it can be trained on (and, under `--strict`, nothing is left out), else 1.
     """
-    code, classes = EXIT_TRAINABLE, {}
     try:
         if Path(args.target).suffix in (".yaml", ".yml") and resolve is not None:
             sources = resolve(args.target)
         else:
-            sources = [Source(args.target, args.images or find_images(args.target), TrainTransforms())]
-        for number, source in enumerate(sources):
-            log = FaultLog(examples=None)
-            dataset = check_dataset(source, log)
-            print(report(dataset, log, args.show))
-            code = max(code, _write_files(args, dataset, log, number))
-            classes[source.json_path] = dict(zip(dataset.category_ids, dataset.classes, strict=True))
-        _require_equal_classes(classes)
+            images = args.images or usual_folder(args.target, file_names(args.target))
+            sources = [Source(args.target, str(images), TrainTransforms())]
     except DataError as error:
-        print(f"cannot be trained on: {error}", file=sys.stderr)
-        return EXIT_UNTRAINABLE
+        return _refuse(error)
+    code, datasets, listed = EXIT_TRAINABLE, [], set()
+    for source in sources:
+        with contextlib.suppress(DataError):  # named below
+            listed |= listed_files(source)
+    for number, source in enumerate(sources):
+        log = FaultLog(examples=None)
+        try:
+            dataset = check_dataset(source, log, listed)
+        except DataError as error:
+            code = _refuse(error)
+            continue
+        note_shared_pictures(datasets, dataset, log)
+        print(report(dataset, log, args.show))
+        code = max(code, _write_files(args, dataset, log, number))
+        datasets.append(dataset)
+    return max(code, _compare_classes(datasets))
+
+
+def _refuse(error: DataError) -> int:
+    print(f"cannot be trained on: {error}", file=sys.stderr)
+    return EXIT_UNTRAINABLE
+
+
+def _compare_classes(datasets: Sequence[CocoDetection]) -> int:
+    code = EXIT_TRAINABLE
+    for other in datasets[1:]:
+        first = datasets[0]
+        differ = categories_differ((first.category_ids, first.classes), (other.category_ids, other.classes))
+        if differ:
+            paths = f"{other.json_path}: its categories are not those of {first.json_path}"
+            code = _refuse(DataError(f"{paths}: {differ}; give both the same list `categories`."))
     return code
-
-
-def _require_equal_classes(classes: dict[str, dict[int, str]]) -> None:
-    (first, expected), *others = classes.items()
-    for path, found in others:
-        differing = sorted({key for key in expected | found if expected.get(key) != found.get(key)})
-        if differing:
-            cases = [f"{key} is {expected.get(key, 'absent')} / {found.get(key, 'absent')}" for key in differing[:5]]
-            raise DataError(f"{first} and {path} differ in their categories: id {', id '.join(cases)}.")
 
 
 def _write_files(args: argparse.Namespace, dataset: CocoDetection, log: FaultLog, number: int) -> int:

@@ -1,17 +1,15 @@
 """A COCO-format dataset held as a few numpy arrays, whatever its size.
 
-Python objects per annotation would be copied into every worker process as their reference counts change; arrays are
-shared. Classes, ids and their number come from the json alone.
+Classes, ids and their number come from the json alone.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,65 +19,20 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from brs_detr.data import annotations as reading
-from brs_detr.data.faults import POLICY, DataError, FaultLog
-from brs_detr.data.frames import find_pictures, judge_boxes, same_aspect, settle_sizes
+from brs_detr.data.categories import read_categories
+from brs_detr.data.doubts import doubt_layout
+from brs_detr.data.faults import DROPPED, POLICY, WARNED, DataError, FaultLog, printable
+from brs_detr.data.files import find_pictures, guess_folder
+from brs_detr.data.frames import judge_boxes, require_readable, same_aspect, settle_sizes
+from brs_detr.data.json_file import load_json
+from brs_detr.data.packed import pack
 from brs_detr.data.pictures import PictureError, read_picture
 
 Target = dict[str, Any]
 Transform = Callable[[Tensor, Target, torch.Generator], tuple[Tensor, Target]]
 
 _UNREADABLE, _MISMATCH = 1, 2
-
-
-@dataclass(frozen=True)
-class PackedAnnotations:
-    """All annotations of a dataset, sorted by image.
-
-    Attributes:
-        image_ids: (I,) int64, as in the json.
-        names: (bytes,) uint8, all file names in UTF-8 one after the other; name_offsets: (I + 1,) int64.
-        frames: (I, 2) int32 (h, w) that the boxes are drawn in.
-        picture_sizes: (I, 2) int32 (h, w) of the file, as far as known.
-        offsets: (I + 1,) int64, image i owns rows offsets[i]:offsets[i + 1] of the following.
-        boxes: (N, 4) float32 xyxy pixels; labels: (N,) int32 0..C-1; areas: (N,) float32; iscrowd: (N,) bool.
-    """
-
-    image_ids: np.ndarray
-    names: np.ndarray
-    name_offsets: np.ndarray
-    frames: np.ndarray
-    picture_sizes: np.ndarray
-    offsets: np.ndarray
-    boxes: np.ndarray
-    labels: np.ndarray
-    areas: np.ndarray
-    iscrowd: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    def file_name(self, index: int) -> str:
-        return self.names[self.name_offsets[index] : self.name_offsets[index + 1]].tobytes().decode()
-
-
-def pack(images: reading.Images, objects: reading.Objects) -> PackedAnnotations:
-    """Sort the annotations by image and drop what is not a number."""
-    objects = objects.keep(np.argsort(objects.rows, kind="stable"))
-    encoded = [name.encode() for name in images.names]
-    xyxy = objects.xywh.copy()
-    xyxy[:, 2:] += xyxy[:, :2]
-    return PackedAnnotations(
-        image_ids=images.ids,
-        names=np.frombuffer(b"".join(encoded), np.uint8),
-        name_offsets=np.cumsum([0, *map(len, encoded)], dtype=np.int64),
-        frames=images.frames,
-        picture_sizes=images.pictures,
-        offsets=np.searchsorted(objects.rows, np.arange(len(images) + 1)),
-        boxes=xyxy.astype(np.float32),
-        labels=objects.labels,
-        areas=objects.areas.astype(np.float32),
-        iscrowd=objects.crowd,
-    )
+_console = logging.getLogger(__name__)  # what workers meet; without further settings it prints to stderr
 
 
 class CocoDetection(Dataset):
@@ -141,26 +94,30 @@ class CocoDetection(Dataset):
 
     @property
     def report(self) -> dict[str, int]:
-        """How many images and objects there are, and how many faults of each kind were met so far."""
+        """How many images and objects are used, and how many faults of each kind were met so far."""
+        packed, found = self.packed, self._found[: len(self)].numpy()
         counts = Counter(self._log.counts)
-        counts["picture_unreadable"] += int((self._found == _UNREADABLE).sum())
-        counts["size_mismatch"] += int((self._found == _MISMATCH).sum())
-        crowd = int(self.packed.iscrowd.sum())
+        counts["picture_unreadable"] += int((found == _UNREADABLE).sum())
+        counts["size_mismatch"] += int((found == _MISMATCH).sum())
+        readable = np.repeat(found != _UNREADABLE, np.diff(packed.offsets))
         totals = {
-            "images": len(self),
+            "images": int((found != _UNREADABLE).sum()),
             "images_listed": self._listed[0],
-            "objects": len(self.packed.labels) - crowd,
+            "objects": int((readable & ~packed.iscrowd).sum()),
             "annotations_listed": self._listed[1],
         }
         return totals | {kind: counts[kind] for kind in POLICY if counts[kind]}
 
     def summary(self) -> str:
         """The report as lines for people."""
+        report, lines = self.report, self._log.lines()
         head = (
-            f"{self.json_path}: {len(self):,} of {self._listed[0]:,} images, {self.report['objects']:,} of "
-            f"{self._listed[1]:,} annotations used, {self.num_classes} classes"
+            f"{self.json_path}: {report['images']:,} of {report['images_listed']:,} images, {report['objects']:,} of "
+            f"{report['annotations_listed']:,} annotations used, {self.num_classes} classes"
         )
-        return "\n".join([head, *(f"  {line}" for line in self._log.lines())])
+        if 2 * report["objects"] < report["annotations_listed"]:
+            lines.insert(0, "warning: fewer than half of the annotations are used")
+        return "\n".join([head, *(f"  {line}" for line in lines)])
 
     def fingerprint(self) -> str:
         """A digest of classes, file names, sizes and boxes as they are used; not of the pictures' content."""
@@ -205,7 +162,11 @@ class CocoDetection(Dataset):
         """The picture as stored and its objects, before augmentation; crowds are left out."""
         packed = self.packed
         frame = (int(packed.frames[index, 0]), int(packed.frames[index, 1]))
-        image = read_picture(self.path(index), frame)
+        try:
+            image = read_picture(self.path(index), frame)
+        except PictureError:
+            self._found[index] = _UNREADABLE
+            raise
         rows = slice(packed.offsets[index], packed.offsets[index + 1])
         use = ~packed.iscrowd[rows]
         boxes, labels = packed.boxes[rows][use], packed.labels[rows][use].astype(np.int64)
@@ -251,26 +212,21 @@ class CocoDetection(Dataset):
         return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
     def _read(self, inspect: bool) -> tuple[reading.Images, reading.Objects, tuple[int, int]]:
-        log, data = self._log, reading.load_json(self.json_path)
-        self.category_ids, self.classes = reading.read_categories(data, self.json_path, log)
-        images = reading.read_images(data, log)
+        log, data = self._log, load_json(self.json_path)
+        self.category_ids, self.classes = read_categories(data, self.json_path, log)
+        images = reading.read_images(data, self.json_path, log)
         objects = reading.read_objects(data, images, self.category_ids, log)
         listed = (len(data["images"]), len(data["annotations"]))
         del data
-        if not len(images):
-            raise DataError(
-                f"{self.json_path}: none of its {listed[0]:,} image entries has a whole-number id and a file_name."
-            )
         found = find_pictures(images, self.image_dir, log)
         if not found.any():
-            first = os.path.join(self.image_dir, images.names[0])
-            raise DataError(
-                f"{self.json_path}: none of its {listed[0]:,} pictures is in {self.image_dir} (looked for {first}); "
-                "is this the right image folder?"
-            )
+            raise DataError(f"{self.json_path}: {_where_else(images.names, self.image_dir)}")
         images, objects = _select(images, objects, found)
+        if not inspect:
+            require_readable(images, self.image_dir, self.json_path)
         readable = settle_sizes(images, objects, self.image_dir, log, every=inspect)
         images, objects = _select(images, objects, readable)
+        doubt_layout(images, objects, log)
         objects = judge_boxes(images, objects, log, self.train)
         for label in set(range(len(self.classes))) - set(objects.labels.tolist()):
             log.add("category_unused", f"category {self.category_ids[label]}", self.classes[label])
@@ -285,7 +241,7 @@ class CocoDetection(Dataset):
             self._log.add("image_without_objects", images.where(row))
         images, objects = _select(images, objects, big & (occupied | keep_empty))
         if objects.crowd.all():
-            reasons = "; ".join(self._log.lines()) or "there is none"
+            reasons = "; ".join(self._log.lines((WARNED, DROPPED))) or "there is none"
             raise DataError(
                 f"{self.json_path}: 0 of its {self._listed[1]:,} annotations can be used for training: {reasons}."
             )
@@ -300,18 +256,17 @@ class CocoDetection(Dataset):
             try:
                 return *self.load(candidate), candidate
             except PictureError as error:
-                self._found[candidate] = _UNREADABLE
-                warnings.warn(f"{error} Another picture takes its place.", stacklevel=2)
+                _console.warning("%s Another picture takes its place.", error)
         raise PictureError(f"{self.path(index)}: neither this picture nor the next ones can be read.")
 
     def _load_or_mark(self, index: int) -> tuple[Tensor, Target]:
         """The picture, or a black one of its size whose target says that it stands for an unreadable one."""
+        known = self._found[index] == _UNREADABLE
         try:
             return self.load(index)
         except PictureError as error:
-            if self._found[index] != _UNREADABLE:
-                warnings.warn(f"{error} It is left out of the evaluation.", stacklevel=2)
-            self._found[index] = _UNREADABLE
+            if not known:
+                _console.warning("%s It is left out of the evaluation.", error)
         height, width = self.packed.picture_sizes[index].tolist()
         target = {
             "boxes": torch.zeros(0, 4),
@@ -325,6 +280,17 @@ class CocoDetection(Dataset):
     def _generator(self, epoch: int, index: int) -> torch.Generator:
         words = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
+
+
+def _where_else(names: list[str], image_dir: str) -> str:
+    """Says that no picture is in its folder, and which folder beside that one holds them."""
+    first = os.path.join(image_dir, names[0])
+    missing = f"none of its {len(names):,} pictures is in {image_dir} (looked for {printable(first)})"
+    beside = Path(os.path.abspath(image_dir)).parent
+    while not beside.is_dir():
+        beside = beside.parent
+    guess = guess_folder(names, beside) if beside != beside.parent else None
+    return f"{missing}; " + (f"{guess[1]:,} are in {guess[0]}." if guess else "is this the right image folder?")
 
 
 def _select(images: reading.Images, objects: reading.Objects, keep: np.ndarray) -> tuple:

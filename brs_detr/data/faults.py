@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 KEPT = "kept"
 REPAIRED = "repaired"
 DROPPED = "dropped"
+WARNED = "warned"  # kept, and said first: it may spoil the training
 
 # kind: (what happens to it, one sentence for people)
 POLICY: dict[str, tuple[str, str]] = {
@@ -26,6 +28,9 @@ POLICY: dict[str, tuple[str, str]] = {
         "own size is used",
     ),
     "picture_missing": (DROPPED, "the image is left out"),
+    "picture_elsewhere": (REPAIRED, "the one picture under the image folder whose path agrees with the name is used"),
+    "picture_listed_twice": (WARNED, "used once per entry, each time with the annotations of that entry only"),
+    "picture_in_both_splits": (WARNED, "trained on and evaluated on: the figures will be too good"),
     "picture_unreadable": (DROPPED, "another picture takes its place in training; left out of evaluation"),
     "picture_turned": (REPAIRED, "the json's size is the upright one: the EXIF rotation is applied"),
     "picture_not_turned": (KEPT, "the json's size is the stored one: the EXIF rotation is not applied"),
@@ -33,19 +38,31 @@ POLICY: dict[str, tuple[str, str]] = {
     "picture_converted": (REPAIRED, "converted to 8-bit RGB"),
     "picture_name_misleads": (KEPT, "read by its content, not by its name"),
     "picture_name_unusual": (KEPT, "spaces and letters outside ASCII in a file name are fine"),
-    "picture_uniform": (KEPT, "used, but it is almost of one colour: look at it"),
+    "picture_has_pages": (KEPT, "of several pages or frames the first is used"),
+    "picture_uniform": (WARNED, "used, but it is almost of one colour: look at it"),
+    "picture_dark": (
+        WARNED,
+        "used, but nothing in it is brighter than a quarter of the range: stretch 10- to 14-bit values in 16-bit files",
+    ),
+    "picture_blank_below": (
+        WARNED,
+        "used, but its lower part repeats one colour or pattern: padding, or a damaged file: look at it",
+    ),
     "picture_not_listed": (KEPT, "a file that no image entry names is not used"),
     # annotations
     "annotation_malformed": (DROPPED, "an annotation that is no object, or lacks its image or category id, is dropped"),
     "annotation_id_duplicate": (KEPT, "both are kept; ids of annotations are not used"),
     "image_id_unknown": (DROPPED, "an annotation of an image that is not listed is dropped"),
     "category_id_unknown": (DROPPED, "an annotation of a category that is not listed is dropped"),
+    "category_ids_shifted": (WARNED, "used as they stand: are the categories counted from 1, the annotations from 0?"),
+    "number_as_text": (REPAIRED, "a number in quotes is read as that number"),
     "crowd": (DROPPED, "background in training; an ignored region in evaluation"),
     "ignored": (DROPPED, "annotations marked `ignore` are background in training; ignored in evaluation"),
     "iscrowd_missing": (REPAIRED, "taken as 0"),
     "area_missing": (REPAIRED, "width times height is used"),
     "area_not_positive": (REPAIRED, "width times height is used"),
-    "box_missing": (DROPPED, "an annotation without a box is dropped"),
+    "box_from_mask": (REPAIRED, "an annotation without a box gets the one around its polygons or mask"),
+    "box_missing": (DROPPED, "an annotation with neither a box nor a mask is dropped"),
     "box_not_four_numbers": (DROPPED, "a box must be four numbers x, y, width, height"),
     "box_not_finite": (DROPPED, "a box with NaN or infinity is dropped"),
     "box_negative": (DROPPED, "a box of negative width or height is dropped"),
@@ -53,6 +70,7 @@ POLICY: dict[str, tuple[str, str]] = {
     "box_too_small": (DROPPED, "a box under 1 pixel wide or high, after clipping, is dropped"),
     "box_outside": (DROPPED, "a box wholly outside its picture is dropped"),
     "box_clipped": (REPAIRED, "a box partly outside its picture is clipped to it"),
+    "box_layout_doubtful": (WARNED, "read as x, y, width, height in pixels all the same: look at the contact sheet"),
     "box_duplicate": (DROPPED, "the same box and category on the same image is used once"),
     # categories
     "category_name_duplicate": (KEPT, "two categories with one name stay two classes"),
@@ -100,13 +118,21 @@ class FaultLog:
             raise KeyError(f"{kind} is not a kind of fault")
         self.counts[kind] += 1
         if self._examples is None or self.counts[kind] <= self._examples:
-            self.faults.append(Fault(kind, where, detail))
+            self.faults.append(Fault(kind, printable(where), printable(detail)))
 
-    def lines(self) -> list[str]:
-        """One line per kind: how many, an example, and what happens to them."""
+    def lines(self, actions: Collection[str] = (WARNED, DROPPED, REPAIRED, KEPT)) -> list[str]:
+        """One line per kind, the gravest first: how many, an example, and what happens to them."""
         first = {fault.kind: fault for fault in reversed(self.faults)}
         lines = []
-        for kind, count in self.counts.items():
-            example = first[kind].where + (f" ({first[kind].detail})" if first[kind].detail else "")
-            lines.append(f"{count:,} x {kind.replace('_', ' ')}, first: {example}; {POLICY[kind][1]}")
+        for action in actions:
+            for kind in (kind for kind in self.counts if POLICY[kind][0] == action):
+                example = first[kind].where + (f" ({first[kind].detail})" if first[kind].detail else "")
+                warning = "warning: " if action == WARNED else ""
+                name = kind.replace("_", " ")
+                lines.append(f"{warning}{self.counts[kind]:,} x {name}, first: {example}; {POLICY[kind][1]}")
         return lines
+
+
+def printable(text: str) -> str:
+    """The text on one line that any terminal and file takes: what cannot be shown becomes a question mark."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)

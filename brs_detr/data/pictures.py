@@ -6,6 +6,7 @@ the annotations expect says so. A damaged file is an error that names it, never 
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,22 +17,30 @@ from torch import Tensor
 
 Size = tuple[int, int]
 
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif", ".jp2")
 ORIENTATION_TAG = 0x0112
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
 class PictureError(ValueError):
-    """A picture file that cannot be used; the message names the file."""
+    """A picture file that cannot be used; the message names the file.
+
+    A data loader hands on a worker's error as its traceback with the message at the end: only that is kept.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
 class PictureInfo(NamedTuple):
-    """What a file's header says, without decoding it."""
+    """What a file's header says, without decoding it; `frames` counts pages or moments."""
 
     stored_size: Size
     upright_size: Size
     orientation: int
     mode: str
     format: str
+    frames: int
 
 
 def read_picture(path: str | Path, expected_size: Size | None = None) -> Tensor:
@@ -51,7 +60,9 @@ def read_picture(path: str | Path, expected_size: Size | None = None) -> Tensor:
     keep = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # another library may have set it: it turns a cut file grey in silence
     try:
-        with Image.open(path) as picture:
+        content = Path(path).read_bytes()
+        with Image.open(io.BytesIO(content)) as picture:
+            _require_whole(picture.format, content)
             picture.load()
             if expected_size is not None and _needs_turning(picture, expected_size):
                 picture = ImageOps.exif_transpose(picture)
@@ -59,7 +70,7 @@ def read_picture(path: str | Path, expected_size: Size | None = None) -> Tensor:
     except PictureError:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds, some from C
-        raise PictureError(f"{path}: this picture cannot be read ({_reason(error)}).") from error
+        raise PictureError(f"{path}: this picture cannot be read ({_reason(error, path)}).") from error
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = keep
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
@@ -76,22 +87,29 @@ def inspect_picture(path: str | Path) -> PictureInfo:
             width, height = picture.size
             orientation = _orientation(picture)
             upright = _turned((height, width), orientation)
-            info = PictureInfo((height, width), upright, orientation, picture.mode, picture.format or "")
-        if not _has_ending(path, info.format):
-            raise PictureError(f"{path}: this picture cannot be read (the file is cut short).")
-    except PictureError:
-        raise
+            kind = picture.format or ""
+            info = PictureInfo((height, width), upright, orientation, picture.mode, kind, _frames(picture))
+        _require_ending(kind, _tail(path))
     except Exception as error:
-        raise PictureError(f"{path}: this picture cannot be read ({_reason(error)}).") from error
+        raise PictureError(f"{path}: this picture cannot be read ({_reason(error, path)}).") from error
     return info
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, path: str | Path) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        with open(path, "rb") as file:
+            start = file.read(24)
+        return f"it begins with {str(start)[1:]}, which is no picture" if start else "the file is empty"
     if isinstance(error, FileNotFoundError):
         return "the file does not exist"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "it is not a picture, or an empty file"
-    return str(error).rstrip(".") or type(error).__name__
+    return (getattr(error, "strerror", None) or str(error)).rstrip(".") or type(error).__name__
+
+
+def _frames(picture: Image.Image) -> int:
+    try:
+        return getattr(picture, "n_frames", 1)
+    except Exception:  # only the first one is read, so a fault in a later one does no harm
+        return 1
 
 
 def _orientation(picture: Image.Image) -> int:
@@ -138,13 +156,30 @@ def _from_floats(picture: Image.Image, path: str | Path) -> Image.Image:
     return Image.fromarray(np.rint(values * (255 if high <= 1 else 1)).astype(np.uint8))
 
 
-def _has_ending(path: str | Path, kind: str) -> bool:
-    """Whether a JPEG or PNG file still has its end marker near its end (some cameras append data after it)."""
-    marker = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(kind)
-    if marker is None:
-        return True
+_END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
+_MARGIN = 65536  # a preview with an end marker of its own lies in the first bytes
+
+
+def _require_whole(kind: str | None, content: bytes) -> None:
+    """Find what decoding does not: bytes that never came (as zeros they decode to grey), a wrong checksum in a PNG."""
+    _require_ending(kind, content if len(content) < 2 * _MARGIN else content[_MARGIN:])
+    if kind == "PNG":
+        with Image.open(io.BytesIO(content)) as picture:
+            picture.verify()
+
+
+def _require_ending(kind: str | None, tail: bytes) -> None:
+    if _END_MARKERS.get(kind, b"") not in tail:
+        raise ValueError("the file is cut short")
+
+
+def _tail(path: str | Path) -> bytes:
+    """The last bytes of a file or, where no end marker is among them, all: phones append films to pictures."""
     with open(path, "rb") as file:
-        file.seek(0, 2)
-        size = file.tell()
-        file.seek(max(0, size - 65536))
-        return marker in file.read()
+        size = file.seek(0, 2)
+        file.seek(max(0, size - _MARGIN))
+        tail = file.read()
+        if size > 2 * _MARGIN and not any(marker in tail for marker in _END_MARKERS.values()):
+            file.seek(_MARGIN)
+            tail = file.read()
+        return tail

@@ -27,7 +27,7 @@ EXPECTED = {
     "10": "box_not_finite",
     "11": "box_not_four_numbers",
     "12": "box_missing",
-    "13": "box_not_four_numbers",
+    "13": "number_as_text",
     "14": "box_missing",
     "15": "area_missing",
     "16": "iscrowd_missing",
@@ -123,7 +123,7 @@ def test_splits_with_other_categories_are_refused(tmp_path, write_dataset, capsy
         path = write_dataset(tmp_path / name, sizes=[(40, 50)], boxes=[[(1, 2, 3, 20, 20)]], categories=categories)
         sources.append(check.Source(str(path), str(path.parent / "images"), EvalTransforms()))
     assert check.run(arguments("my.yaml", "--samples", 0), lambda target: sources) == 1
-    assert "id 2 is b / absent, id 3 is absent / b" in capsys.readouterr().err
+    assert "id 2 is 'b' there and absent here, id 3 is absent there and 'b' here" in capsys.readouterr().err
 
 
 def test_one_colour_is_worth_a_look(tmp_path, write_dataset):

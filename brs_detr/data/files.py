@@ -1,0 +1,147 @@
+"""Where the pictures of a json are: exactly where it says, or where its tool's way of writing paths leads to.
+
+Labelling tools export names with the folders of another machine, with backslashes, as URLs, or in another case. If no
+file lies where the json says, the one file under the image folder whose path agrees with the name is taken.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+
+from brs_detr.data.annotations import Images
+from brs_detr.data.faults import DataError, FaultLog
+from brs_detr.data.pictures import PICTURE_ENDINGS
+
+_MOST_FILES = 1_000_000  # that a search goes through, in case someone names the root of a disk
+
+
+def find_pictures(images: Images, image_dir: str | Path, log: FaultLog) -> np.ndarray:
+    """Find the file of every image; changes `images.names` where it is another one than the json names.
+
+    Folders are listed once, rather than asked for each file. A name that leads nowhere is compared with the pictures
+    under `image_dir`: written in another way (case, backslashes, URL encoding, Unicode form) it may be the same path.
+    Only where no picture at all lies as stated may paths also begin with other folders, or files end differently.
+
+    Returns:
+        (I,) bool: whether it was found.
+
+    Raises:
+        DataError: a folder may not be read.
+    """
+    listings: dict[str, set[str]] = {}
+    found = np.zeros(len(images), bool)
+    for row, name in enumerate(images.names):
+        folder, base = os.path.split(os.path.join(image_dir, name))
+        if folder not in listings:
+            listings[folder] = _files_in(folder)
+        found[row] = base in listings[folder]
+    if not found.all():
+        _search(images, found, image_dir, log)
+    for row in np.flatnonzero(~found):
+        log.add("picture_missing", images.where(row))
+    return found
+
+
+def _files_in(folder: str) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            # the entry knows its kind; only a link must be followed
+            return {e.name for e in entries if (os.path.isfile(e.path) if e.is_symlink() else e.is_file())}
+    except PermissionError as error:
+        raise DataError(f"{folder}: this folder of pictures cannot be read ({error.strerror}).") from None
+    except (OSError, ValueError):  # no such folder, or a name that cannot be one
+        return set()
+
+
+def _search(images: Images, found: np.ndarray, image_dir: str | Path, log: FaultLog) -> None:
+    by_stem = defaultdict(list)
+    for path in pictures_under(image_dir):
+        by_stem[_parts(path, loose=True)[-1]].append(path)
+    taken = {os.path.normpath(images.names[row]) for row in np.flatnonzero(found)}
+    for loose in (False, True):
+        if loose and found.any():
+            return
+        chosen: dict[str, list[int]] = defaultdict(list)
+        for row in np.flatnonzero(~found):
+            wanted, last = _parts(images.names[row], loose), _parts(images.names[row], loose=True)[-1:]
+            agreeing = [path for path in by_stem[last[0]] if _agree(wanted, _parts(path, loose), loose)] if last else []
+            if len(agreeing) == 1 and agreeing[0] not in taken:
+                chosen[agreeing[0]].append(row)
+        for path, rows in chosen.items():
+            if len({images.names[row] for row in rows}) > 1:
+                continue  # two names that differ in folders lead to one file: it is not known whose it is
+            for row in rows:
+                log.add("picture_elsewhere", images.where(row), path)
+                images.names[row], found[row] = path, True
+
+
+def _agree(wanted: Sequence[str], path: Sequence[str], loose: bool) -> bool:
+    """Are they the same or, if loose, does the longer end as the shorter one?"""
+    shared = min(len(wanted), len(path))
+    return wanted[-shared:] == path[-shared:] if loose else wanted == path
+
+
+def _parts(name: str, loose: bool) -> list[str]:
+    """Folders and file name in one way of writing; loose: without the ending."""
+    path = unicodedata.normalize("NFC", unquote(name)).replace("\\", "/").casefold()
+    parts = [part.partition("?")[0].strip() for part in path.split("/")]
+    parts = [part for part in parts if part not in ("", ".")]
+    return [*parts[:-1], os.path.splitext(parts[-1])[0]] if loose and parts else parts
+
+
+def pictures_under(folder: str | Path) -> Iterator[str]:
+    """Paths, relative to a folder, of the files under it that are named like pictures; not behind linked folders."""
+    looked_at = 0
+    for place, folders, names in os.walk(folder):
+        folders.sort()
+        relative = os.path.relpath(place, folder)
+        for name in sorted(names):
+            if name.lower().endswith(PICTURE_ENDINGS):
+                yield name if relative == "." else os.path.join(relative, name)
+        looked_at += len(names)
+        if looked_at > _MOST_FILES:
+            return
+
+
+def guess_folder(names: Iterable[str], start: str | Path) -> tuple[Path, int] | None:
+    """The folder under `start` that holds the most pictures of these names, whatever folders the names begin with.
+
+    Returns:
+        that folder, or the one around all of them where it holds fewer than nine tenths, and how many were found
+        there; None where there is none.
+    """
+    wanted = {tuple(_parts(name, loose=True)[-1:]) for name in names}
+    counts = Counter(os.path.dirname(p) for p in pictures_under(start) if tuple(_parts(p, loose=True)[-1:]) in wanted)
+    if not counts:
+        return None
+    folder, count = counts.most_common(1)[0]
+    if count < 0.9 * len(wanted):
+        folder, count = os.path.commonpath(counts), counts.total()
+    return Path(start, folder), count
+
+
+def usual_folder(json_path: str | Path, names: Sequence[str]) -> Path:
+    """The folder that most likely holds the pictures of a json, from where datasets usually keep them.
+
+    Raises:
+        DataError: they are not under the json's folder nor the one above.
+    """
+    path = Path(json_path)
+    stem = path.stem.removeprefix("instances_")
+    places = [path.parent, *(root / sub for root in (path.parent, path.parent.parent) for sub in ("images", stem, ""))]
+    places += [path.parent.parent / "images" / stem]
+    for place in places:
+        if any(os.path.isfile(place / name) for name in names[:20]):
+            return place
+    for root in (path.parent, path.parent.parent):
+        guess = guess_folder(names, root)
+        if guess is not None:
+            return guess[0]
+    raise DataError(f"{json_path}: its pictures are not in a usual place; name their folder with --images DIR.")

@@ -1,0 +1,93 @@
+"""Opening a COCO json: in any Unicode encoding, packed with gzip or not, and without keeping its masks in memory."""
+
+from __future__ import annotations
+
+import gc
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from brs_detr.data.faults import DataError, printable
+from brs_detr.data.masks import mask_box
+
+BOX_FROM_MASK = "box_from_mask"  # key of an annotation whose box was not in the file
+
+
+def load_json(path: str | Path) -> dict[str, Any]:
+    """Read a COCO json.
+
+    Polygons and run lengths are dropped while it is parsed, for they are most of its memory; an annotation without a
+    box gets the one around them, and a true entry `box_from_mask`.
+
+    Raises:
+        DataError: the file cannot be opened, is no JSON, or is not a detection dataset.
+    """
+    content = _read(path)
+    start = printable(content[:40].decode("utf-8", "replace"))
+    try:
+        text = content.decode(json.detect_encoding(content))
+        del content
+        with _no_collection():
+            data = json.loads(text, object_hook=_without_mask)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: this is not a JSON file in UTF-8 ({error.reason} at byte {error.start}).") from None
+    except (ValueError, RecursionError) as error:  # bad syntax, numbers of thousands of digits, endless nesting
+        reason = str(error) if text.strip() else "it is empty"
+        raise DataError(f"{path}: this is not a JSON file ({reason}; it begins with {start!r}).") from None
+    del text
+    _require_lists(data, path)
+    return data
+
+
+def _read(path: str | Path) -> bytes:
+    try:
+        content = Path(path).read_bytes()
+        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+    except FileNotFoundError:
+        raise DataError(f"{path}: this annotation file does not exist.") from None
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"{path}: this annotation file cannot be read ({reason}).") from None
+
+
+def _require_lists(data: Any, path: str | Path) -> None:
+    if isinstance(data, list):
+        raise DataError(f"{path}: this is a list, as detection results are; a dataset has images and annotations.")
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(data, dict) or not isinstance(data.get(key), list):
+            known = ", ".join(map(str, list(data)[:6])) if isinstance(data, dict) else ""
+            found = f"it has {printable(known)}" if known else f"it is {printable(str(data))[:40]}"
+            if isinstance(data, dict) and key in data:
+                found = f"its `{key}` is {_kind(data[key])}"
+            raise DataError(f"{path}: this is not a COCO detection dataset: it has no list `{key}` ({found}).")
+    if not data["images"]:
+        raise DataError(f"{path}: its list `images` is empty.")
+
+
+def _kind(value: Any) -> str:
+    return {dict: "an object, not a list", type(None): "null"}.get(type(value), f"a {type(value).__name__}")
+
+
+def _without_mask(entry: dict[str, Any]) -> dict[str, Any]:
+    mask = entry.pop("segmentation", None)
+    if mask and not entry.get("bbox"):
+        box = mask_box(mask)
+        if box is not None:
+            entry["bbox"], entry[BOX_FROM_MASK] = box, True
+    return entry
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Parsing makes millions of objects and no garbage: the collector would only walk them again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
