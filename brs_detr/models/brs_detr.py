@@ -31,6 +31,24 @@ PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
 
+def best_pairs(predictions: Predictions, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `limit` best (query, class) pairs of each picture, without NMS.
+
+    Args:
+        predictions: logits (B, Q, K), boxes (B, Q, 4) cxcywh in [0, 1].
+        limit: pairs to keep a picture; fewer where there are fewer.
+
+    Returns:
+        boxes (B, n, 4) xyxy in [0, 1], scores (B, n), labels (B, n), best first.
+    """
+    scores = predictions.logits.sigmoid().flatten(1)
+    scores, index = scores.topk(min(limit, scores.shape[1]), dim=1)
+    classes = predictions.logits.shape[-1]
+    queries = (index // classes)[..., None].expand(-1, -1, 4)
+    boxes = box_convert(predictions.boxes, "cxcywh", "xyxy").clamp(0, 1).gather(1, queries)
+    return boxes, scores, index % classes
+
+
 def detections_from(predictions: Predictions, original_sizes: Sequence[Size], limit: int) -> list[dict[str, Tensor]]:
     """The `limit` best (query, class) pairs of each picture, without NMS.
 
@@ -42,14 +60,11 @@ def detections_from(predictions: Predictions, original_sizes: Sequence[Size], li
     Returns:
         One dict a picture: boxes (n, 4) xyxy pixels of the stored picture, scores (n,), labels (n,), best first.
     """
-    scores = predictions.logits.sigmoid().flatten(1)
-    classes = predictions.logits.shape[-1]
-    scores, index = scores.topk(min(limit, scores.shape[1]), dim=1)
-    boxes = box_convert(predictions.boxes, "cxcywh", "xyxy").clamp(0, 1)
+    boxes, scores, labels = best_pairs(predictions, limit)
     found = []
     for row, (h, w) in enumerate(original_sizes):
-        chosen = boxes[row, index[row] // classes] * boxes.new_tensor([w, h, w, h])
-        found.append({"boxes": chosen, "scores": scores[row], "labels": index[row] % classes})
+        pixels = boxes[row] * boxes.new_tensor([w, h, w, h])
+        found.append({"boxes": pixels, "scores": scores[row], "labels": labels[row]})
     return found
 
 

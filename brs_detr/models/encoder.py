@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -41,9 +40,17 @@ class Memory:
 
 
 def level_masks(padding: Tensor, shapes: Sequence[Size]) -> list[Tensor]:
-    """(B, H, W) pixel padding -> (B, h, w) bool a level, by nearest neighbour."""
-    pixels = padding[:, None].float()
-    return [F.interpolate(pixels, size=shape)[:, 0].to(torch.bool) for shape in shapes]
+    """(B, H, W) pixel padding -> (B, h, w) bool a level: cell i reads pixel floor(i * H / h).
+
+    In whole numbers, and not by `F.interpolate`, since exported to ONNX that reads other pixels at some sizes.
+    """
+    height, width = padding.shape[-2:]
+    masks = []
+    for h, w in shapes:
+        rows = torch.arange(h, device=padding.device) * height // h
+        columns = torch.arange(w, device=padding.device) * width // w
+        masks.append(padding.index_select(1, rows).index_select(2, columns))
+    return masks
 
 
 def cell_centres(shape: Size, valid_size: Tensor) -> Tensor:
@@ -116,7 +123,7 @@ class DeformableEncoder(nn.Module):
         Returns:
             The memory. Tokens in the padding are not blanked; whoever reads them masks.
         """
-        shapes = [(int(m.shape[-2]), int(m.shape[-1])) for m in maps]
+        shapes = [(m.shape[-2], m.shape[-1]) for m in maps]
         masks = level_masks(padding, shapes)
         dim = maps[0].shape[1]
         x = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
