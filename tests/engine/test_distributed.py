@@ -1,4 +1,4 @@
-"""Two processes over gloo: gradients, gathering, an empty process, resuming, stopping together."""
+"""Two and three processes over gloo: gradients, gathering, pictures without objects, resuming, stopping together."""
 
 import os
 import subprocess
@@ -8,19 +8,29 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
-CHECKS = ("gradient", "gathering", "empty rank", "resume", "buffers", "non-finite")
+CHECKS = ("gradient", "gathering", "resume", "buffers", "non-finite", "shared folder", "scaler")
+
+
+def launch(processes, folder, *checks):
+    """What the checks printed."""
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += [str(SCRIPT), str(folder), *checks]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return run.stdout + run.stderr
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
-    """What the checks printed; they run once."""
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
-    folder = tmp_path_factory.mktemp("two")
-    run = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=300)
-    return run.stdout + run.stderr
+    """What the checks with two processes printed; they run once."""
+    return launch(2, tmp_path_factory.mktemp("two"), *CHECKS)
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_with_two_processes(output, check):
     assert f"holds: {check}" in output, output[-4000:]
+
+
+def test_pictures_without_objects_in_some_or_all_of_three_processes(tmp_path):
+    output = launch(3, tmp_path, "empty pictures")
+    assert "holds: empty pictures" in output, output[-4000:]

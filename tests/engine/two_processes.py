@@ -1,6 +1,6 @@
 """Checks that need two processes; started by test_distributed.py through torchrun, prints a line for each that holds.
 
-torchrun --nproc-per-node 2 two_processes.py FOLDER
+torchrun --nproc-per-node 2 two_processes.py FOLDER CHECK ...
 """
 
 import importlib.util
@@ -13,14 +13,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
-from brs_detr.config import apply_overrides, load_config
+from brs_detr.config import Config, ConfigError, apply_overrides, load_config
 from brs_detr.engine.evaluate import predict
+from brs_detr.engine.gradients import average_whole_gradients, clip_gradients, gradient_norm
 from brs_detr.engine.guard import NonFiniteError
 from brs_detr.engine.logging import read_metrics
-from brs_detr.engine.state import latest_state, read_facts
+from brs_detr.engine.sharding import whole
+from brs_detr.engine.state import agreed_state, read_facts
 from brs_detr.models.build import build_model
 from brs_detr.ops.images import ImageBatch
+from brs_detr.resuming import require_shared_folder
 
 HERE = Path(__file__).resolve()
 SPEC = importlib.util.spec_from_file_location("toy_run", HERE.with_name("toy_run.py"))
@@ -93,20 +97,34 @@ def check_gathering(accelerator):
     assert all(np.all(f["boxes"] == f["image_id"]) for f in found)
 
 
-def check_empty_rank(accelerator):
-    """A process whose pictures hold nothing steps with the others: no hang, no parameter without a gradient."""
-    config = apply_overrides(load_config(HERE.parents[2] / "configs" / "demo.yaml"), TINY)
-    torch.manual_seed(0)
-    model = accelerator.prepare_model(build_model(config.model, 3))
-    full = accelerator.process_index == 0
+SCORE_BASED = ["model.name=co_detr", "model.loss=focal", "model.atss.centerness=true"]
+VARIANTS = ([], ["model.ranking_scope=global"], SCORE_BASED)
+
+
+def check_empty_pictures(accelerator):
+    """Processes whose pictures hold nothing, all but one or all, step too: no hang, no parameter without a gradient.
+
+    DDP would refuse the second step if a parameter had no part in the first.
+    """
+    config = load_config(HERE.parents[2] / "configs" / "demo.yaml")
+    for settings in VARIANTS:
+        torch.manual_seed(0)
+        detector = build_model(apply_overrides(config, [*TINY, *settings]).model, 3)
+        model = accelerator.prepare_model(detector)
+        for full in ({0}, set(), {accelerator.num_processes - 1}, set()):
+            step_on_full(accelerator, model, accelerator.process_index in full)
+        accelerator._models.clear()
+
+
+def step_on_full(accelerator, model, full):
+    """A backward pass on a picture with two objects, or with none."""
     boxes = torch.tensor([[8.0, 8, 40, 40], [20, 10, 60, 50]]) if full else torch.zeros(0, 4)
     targets = [{"boxes": boxes, "labels": torch.arange(len(boxes)), "image_id": 0}]
     images = ImageBatch(torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8), [(64, 64)], [(64, 64)])
-    for _ in range(2):
-        model.zero_grad()
-        loss = sum(model(images, targets).values())
-        assert torch.isfinite(loss)
-        loss.backward()
+    model.zero_grad()
+    terms = model(images, targets)
+    assert all(torch.isfinite(term) for term in terms.values()), terms
+    sum(terms.values()).backward()
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing, missing
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).sum()
@@ -123,7 +141,7 @@ def check_resume(accelerator, folder):
     stopped, _ = toy.build(folder / "stopped", accelerator=accelerator, ema=0.9)
     stopped.batches.stop_at = (1, 0, stopped)  # between two reports
     assert stopped.fit() is False
-    state, _ = latest_state(folder / "stopped" / "state")
+    state, _ = agreed_state(folder / "stopped" / "state", accelerator)
     resumed, _ = toy.build(folder / "stopped", accelerator=accelerator, ema=0.9, resumed_at=read_facts(state))
     accelerator.load_state(str(state))
     assert 0 < resumed.position.step < whole.position.step
@@ -164,21 +182,69 @@ def check_non_finite(accelerator, folder):
         raise AssertionError("nobody stopped")
 
 
+def check_shared_folder(accelerator, folder):
+    """Processes that look into different folders are named, and all of them stop."""
+    require_shared_folder(Config(output_dir=str(folder)), accelerator)
+    assert not list(folder.glob(".launch-*"))
+    mine = folder / f"machine{accelerator.process_index}"
+    mine.mkdir()
+    with pytest.raises(ConfigError, match=r"process 1 sees another folder there than process 0; choose one that"):
+        require_shared_folder(Config(output_dir=str(mine)), accelerator)
+
+
+class Scaled(nn.Module):
+    """A linear map and a factor that cannot be sharded."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.factors = nn.ParameterList([nn.Parameter(torch.tensor(1.0))])
+
+    def forward(self, x):
+        return (self.linear(x) * self.factors[0]).sum()
+
+
+def check_scaler(accelerator):
+    """fp16's gradient scaler over sharded weights: an overflow in the part of one process is skipped by all."""
+    torch.manual_seed(0)
+    model = Scaled()
+    fully_shard(model, ignored_params={model.factors[0]})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for overflow, expected in ((False, 4.0), (True, 2.0), (False, 2.0)):
+        before = [p.detach().clone() for p in map(whole, model.parameters())]
+        scaler.scale(model(torch.ones(2, 4) * (accelerator.process_index + 1))).backward()
+        if overflow and accelerator.process_index == 1:
+            model.linear.weight.grad.to_local()[0, 0] = float("inf")
+        average_whole_gradients(model)
+        scaler.unscale_(optimizer)
+        norm = gradient_norm(model)
+        clip_gradients(model, norm, 1e-2)
+        assert overflow != norm.isfinite()
+        scaler.step(optimizer)
+        scaler.update()
+        moved = torch.stack([(whole(p) - b).norm() for p, b in zip(model.parameters(), before)]).norm()
+        torch.testing.assert_close(moved.detach(), torch.tensor(0.0 if overflow else 1e-3), rtol=1e-3, atol=0)
+        assert scaler.get_scale() == expected
+        optimizer.zero_grad()
+
+
 def main():
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
+    folder, chosen = Path(sys.argv[1]), sys.argv[2:]
     accelerator = Accelerator(cpu=True)
-    assert accelerator.num_processes == 2
     checks = {
         "gradient": lambda: check_gradient(accelerator),
         "gathering": lambda: check_gathering(accelerator),
-        "empty rank": lambda: check_empty_rank(accelerator),
+        "empty pictures": lambda: check_empty_pictures(accelerator),
         "resume": lambda: check_resume(accelerator, folder),
         "buffers": lambda: check_buffers(accelerator, folder),
         "non-finite": lambda: check_non_finite(accelerator, folder),
+        "shared folder": lambda: check_shared_folder(accelerator, folder),
+        "scaler": lambda: check_scaler(accelerator),
     }
-    for name, check in checks.items():
-        check()
+    for name in chosen:
+        checks[name]()
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             print(f"holds: {name}", flush=True)
