@@ -103,7 +103,7 @@ def decode(data: bytes, declared: str | None = None) -> str:
         try:
             if encoding:
                 return data.decode(encoding)
-        except (UnicodeDecodeError, LookupError):
+        except (UnicodeError, LookupError):
             continue
     return data.decode("latin-1")
 

@@ -28,7 +28,7 @@ def read_trees(paths: Iterable[Path], notes: Notes) -> dict[Path, ElementTree.El
     for path in paths:
         try:
             tree = _parse(path.read_bytes())
-        except (ElementTree.ParseError, ValueError) as error:
+        except (ElementTree.ParseError, LookupError, ValueError) as error:
             notes.add("xml files left out that are not valid", f"{path} ({error})")
             continue
         for element in tree.iter():
@@ -43,7 +43,7 @@ def read_trees(paths: Iterable[Path], notes: Notes) -> dict[Path, ElementTree.El
 def _parse(data: bytes) -> ElementTree.Element:
     try:
         return ElementTree.fromstring(data)
-    except (ElementTree.ParseError, ValueError) as error:  # often another encoding than declared, or a bare &
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # often the wrong encoding is declared
         declared = re.search(rb"""<\?xml[^>]*encoding=["']([\w-]+)""", data[:200])
         text = decode(data, declared[1].decode() if declared else None).lstrip("\ufeff")
         text = re.sub(r"^\s*<\?xml[^>]*\?>", "", text).strip()
