@@ -228,6 +228,8 @@ def test_difficult_objects_are_ignored_unless_told_otherwise(voc, tmp_path):
         ("utf-8", "latin-1", "Käfer"),
         ("utf-16", "utf-8", "Käfer"),
         ("gbk", "gbk", "猫"),
+        ("no-such-code", "utf-8", "Käfer"),
+        ("idna", "utf-8", "Käfer"),
     ],
 )
 def test_encodings_declared_or_not(voc, declared, encoding, word):
