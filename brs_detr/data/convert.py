@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,10 @@ def _convert(args: argparse.Namespace) -> int:
     inspect(labelled, args.source)
     datasets, pictures = to_coco(labelled)
     out = Path(args.out).absolute()
-    for split, data in datasets.items():
-        path = write_dataset(data, out / f"{split}.json")
+    paths = {split: out / f"{split}.json" for split in datasets}
+    require_free(paths.values())
+    for split, path in paths.items():
+        data = write_dataset(datasets[split], path)
         counts = (len(data["images"]), len(data["annotations"]), len(data["categories"]))
         print("{}: {:,} images, {:,} objects, {} classes".format(path, *counts))
     print_notes(labelled.notes, out / NOTES_FILE)
@@ -71,6 +74,7 @@ def _convert(args: argparse.Namespace) -> int:
 def print_notes(notes: Notes, path: Path) -> None:
     """Print the first cases of each kind of note; write all of them to a file."""
     lines = [f"{kind}: {place}\n" for kind, places in notes.places.items() for place in places]
+    path.unlink(missing_ok=True)
     if lines:
         path.write_text("".join(lines), encoding="utf-8")
         print("\n".join(notes.lines()))
@@ -90,52 +94,40 @@ def _class_names(text: str | None) -> list[str]:
     return names
 
 
-def write_dataset(data: dict[str, Any], path: Path) -> Path:
-    """Write a COCO json; one of an earlier conversion is replaced.
+def require_free(paths: Iterable[Path]) -> None:
+    """Refuse to replace a json of someone else; those of an earlier conversion are replaced.
 
     Raises:
-        DataError: the file there was not made by a conversion.
+        DataError: with the file's name.
     """
-    if path.exists() and not path.read_bytes()[: len(_BEGINNING)] == _BEGINNING.encode():
-        raise DataError(f"{path} is there already and was not made by this command; choose another folder to write to.")
+    for path in filter(Path.exists, paths):
+        if not path.read_bytes().startswith(_BEGINNING.encode()):
+            raise DataError(f"{path} is there already and was not made by this command; choose another folder for it.")
+
+
+def write_dataset(data: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Write a COCO json, whole or not at all; returns the data."""
     path.parent.mkdir(parents=True, exist_ok=True)
     info = {"description": _BEGINNING.rpartition('"')[2]}
     temporary = path.with_suffix(".json.partial")
     temporary.write_text(json.dumps({"info": info, **data}, ensure_ascii=False), encoding="utf-8")
     temporary.replace(path)
-    return path
+    return data
 
 
 def next_steps(out: Path, pictures: str, train: str, val: str | None) -> str:
     """The command lines that check the dataset and train on it."""
-    check = [
-        shlex.join(["python", "-m", "brs_detr", "check-data", str(out / f"{split}.json"), "--images", pictures])
-        for split in (train, val)
-        if split
-    ]
+    lines = ["next:"]
+    for split in filter(None, (train, val)):
+        words = ["python", "-m", "brs_detr", "check-data", str(out / f"{split}.json"), "--images", pictures]
+        lines.append(shlex.join(words))
     if val is None:
-        return "\n".join(
-            [
-                "next:",
-                *check,
-                "training needs a train and a val split; --val-fraction 0.1 takes the second out of the first",
-            ]
-        )
-    settings = {
-        "data.root": pictures,
-        "data.train_json": str(out / f"{train}.json"),
-        "data.train_images": ".",
-        "data.val_json": str(out / f"{val}.json"),
-        "data.val_images": ".",
-    }
-    words = [
-        "accelerate",
-        "launch",
-        "train.py",
-        RECIPE,
-        *(f"{key}={_as_yaml(value)}" for key, value in settings.items()),
-    ]
-    return "\n".join(["next:", *check, shlex.join([*words, "output_dir=runs/mine"])])
+        hint = "training needs a train and a val split; --val-fraction 0.1 takes the second out of the first"
+        return "\n".join([*lines, hint])
+    settings = {"data.root": pictures, "data.train_json": str(out / f"{train}.json"), "data.train_images": "."}
+    settings |= {"data.val_json": str(out / f"{val}.json"), "data.val_images": ".", "output_dir": "runs/mine"}
+    words = [f"{key}={_as_yaml(value)}" for key, value in settings.items()]
+    return "\n".join([*lines, shlex.join(["accelerate", "launch", "train.py", RECIPE, *words])])
 
 
 def _as_yaml(text: str) -> str:

@@ -75,10 +75,11 @@ def test_converting_again_gives_the_same_bytes(yolo, tmp_path):
 
 
 def test_a_json_of_someone_else_is_not_overwritten(yolo, tmp_path, capsys):
-    theirs = tmp_path / "out" / "train.json"
+    theirs = tmp_path / "out" / "val.json"
     theirs.parent.mkdir()
     theirs.write_text('{"images": []}')
-    assert convert("yolo", yolo, theirs.parent) == 2
+    assert convert("yolo", yolo, theirs.parent, "--val-fraction", "0.1") == 2
+    assert list(theirs.parent.iterdir()) == [theirs]
     assert theirs.read_text() == '{"images": []}' and "not made by this command" in capsys.readouterr().err
 
 
