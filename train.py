@@ -25,7 +25,7 @@ from brs_detr.engine.dry_run import largest_step
 from brs_detr.engine.guard import NonFiniteError
 from brs_detr.engine.logging import RunLog
 from brs_detr.engine.profile import profile_steps
-from brs_detr.engine.sharding import is_sharded, keep_scalars_whole
+from brs_detr.engine.sharding import is_sharded, keep_known_layers, keep_scalars_whole
 from brs_detr.engine.state import agreed_state, read_facts
 from brs_detr.engine.trainer import Trainer
 from brs_detr.launch import describe_machine, start_accelerator
@@ -129,6 +129,7 @@ def prepare_model(config: configuration.Config, accelerator, train_set, log: Run
     decay = config.train.ema_decay
     if is_sharded(accelerator):
         keep_scalars_whole(model, accelerator)
+        log.say(keep_known_layers(model, accelerator))
         if decay is not None:
             raise configuration.ConfigError("train.ema_decay averages whole weights, FSDP shards them; set it to null")
     ema = None if decay is None else ModelEmaV3(model, decay=decay, use_warmup=True)

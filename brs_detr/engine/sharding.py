@@ -46,6 +46,21 @@ def keep_scalars_whole(model: nn.Module, accelerator: Accelerator) -> None:
     accelerator.state.fsdp_plugin.ignored_modules = owners or None
 
 
+def keep_known_layers(model: nn.Module, accelerator: Accelerator) -> str:
+    """Of the layer classes that the launch wants to be sharded one by one, keep those the model has; before `prepare`.
+
+    Returns:
+        A line for the log: how many layers of which class, and which classes the model has not.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    names = plugin.transformer_cls_names_to_wrap or []
+    counts = {name: sum(type(module).__name__ == name for module in model.modules()) for name in names}
+    plugin.transformer_cls_names_to_wrap = [name for name in names if counts[name]]
+    layers = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    absent = ", ".join(name for name, count in counts.items() if not count)
+    return f"layers sharded one by one: {layers or 'none'}" + (f"; not in this detector: {absent}" if absent else "")
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor, any other tensor as it is; no process waits for another."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
