@@ -50,21 +50,20 @@ PAIRS = {  # settings of the run without and of the run with sharded weights
 }
 
 
-def sharding(without=()):
+def sharding():
     """The environment that `accelerate launch` makes of configs/accelerate/fsdp.yaml."""
     settings = yaml.safe_load(LAUNCH_FILE.read_text())["fsdp_config"]
-    classes = settings["fsdp_transformer_layer_cls_to_wrap"].split(",")
     return {
         "ACCELERATE_USE_FSDP": "true",
         "FSDP_VERSION": str(settings["fsdp_version"]),
         "FSDP_AUTO_WRAP_POLICY": settings["fsdp_auto_wrap_policy"],
-        "FSDP_TRANSFORMER_CLS_TO_WRAP": ",".join(name for name in classes if name not in without),
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": settings["fsdp_transformer_layer_cls_to_wrap"],
         "FSDP_RESHARD_AFTER_FORWARD": str(settings["fsdp_reshard_after_forward"]).lower(),
         "FSDP_STATE_DICT_TYPE": settings["fsdp_state_dict_type"],
     }
 
 
-RESNET = sharding(without=["PadThenRollBlock"])  # as the docs say for other backbones than Swin
+SHARDED = sharding()
 
 
 class Runs:
@@ -90,7 +89,7 @@ class Runs:
 def jobs_of(folder, data):
     """Every run that a test below looks at, in order."""
 
-    def job(name, *settings, environment=RESNET, out=None, flags=("--overwrite",), **more):
+    def job(name, *settings, environment=SHARDED, out=None, flags=("--overwrite",), **more):
         place = [f"data.root={data}", f"output_dir={folder / (out or name)}"]
         arguments = [DEMO, *BASE, *place, *settings, *flags]
         return {"name": name, "arguments": arguments, "environment": environment, **more}
@@ -99,9 +98,9 @@ def jobs_of(folder, data):
     for name, (without, sharded) in PAIRS.items():
         tiny = {"tiny_swin": name == "swin"}
         jobs.append(job(f"{name}-plain", *without, environment=PLAIN, **tiny))
-        jobs.append(job(name, *sharded, environment=sharding() if name == "swin" else RESNET, **tiny))
+        jobs.append(job(name, *sharded, **tiny))
     resume = {"flags": ["--resume"], "out": "killed"}
-    score = {"name": "score", "script": "eval", "arguments": [str(folder / "co_detr")], "environment": RESNET}
+    score = {"name": "score", "script": "eval", "arguments": [str(folder / "co_detr")], "environment": SHARDED}
     return [
         *jobs,
         job("killed", *ACCUMULATED, kill=3),
@@ -186,10 +185,11 @@ def test_sharded_weights_go_where_the_unsharded_ones_go(runs, name):
     assert (flat(sharded, trained) - flat(plain, trained)).norm() < 0.01 * moved.norm()
 
 
-def test_the_launch_file_shards_every_kind_of_layer_it_names(runs):
+def test_layers_of_the_classes_in_the_launch_file_are_sharded_one_by_one(runs):
+    assert "layers sharded one by one: 6 PadThenRollBlock, 1 EncoderLayer, 2 DecoderLayer\n" in runs.printed("swin")
     kinds = "FSDPBRSDETR FSDPDecoderLayer FSDPEncoderLayer FSDPPadThenRollBlock"
-    assert f"sharded: {kinds}\n" in runs.printed("swin")
-    assert "sharded:\n" in runs.printed("swin-plain")
+    assert f"sharded: {kinds}\n" in runs.printed("swin") and "sharded:\n" in runs.printed("swin-plain")
+    assert "1 EncoderLayer, 2 DecoderLayer; not in this detector: PadThenRollBlock\n" in runs.printed("global")
 
 
 def test_bf16_with_sharded_weights_stays_close(runs):
@@ -274,7 +274,7 @@ def test_evaluating_the_weights_gives_what_the_training_printed(runs):
 
 @pytest.mark.parametrize("version, reason", [("2", "Accelerate has for GPUs only"), ("1", "set fsdp_version: 2")])
 def test_sharding_that_would_be_left_out_in_silence_is_refused(monkeypatch, version, reason):
-    for name, value in {**RESNET, "FSDP_VERSION": version, "WORLD_SIZE": "2"}.items():
+    for name, value in {**SHARDED, "FSDP_VERSION": version, "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     on_cpus = SimpleNamespace(num_processes=2, distributed_type=DistributedType.MULTI_CPU)
     monkeypatch.setattr("brs_detr.launch.Accelerator", lambda **_: on_cpus)
