@@ -1,0 +1,71 @@
+"""Multi-scale deformable sampling from plain indexing, for graphs that must run where `grid_sample` does not.
+
+Exported, `grid_sample` becomes ONNX's GridSample, which some runtimes lack and others have computed wrongly. Here each
+location's four neighbours are looked up as rows of one table of tokens and summed with their bilinear weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from brs_detr.ops.images import Size, level_sizes
+
+
+def gathered_sampling(value: Tensor, shapes: Sequence[Size], locations: Tensor, weights: Tensor) -> Tensor:
+    """The function that `deform_attn.deformable_sampling` is, gradients included; it takes more memory.
+
+    Args:
+        value: (B, N, heads, dim) tokens of all levels, row-major, one level after the other; N = sum of h * w.
+        shapes: (h, w) of each of the L levels, host integers.
+        locations: (B, Q, heads, L, points, 2) as (x, y) in [0, 1] of the padded map; samples outside read zeros.
+        weights: (B, Q, heads, L, points), normally summing to 1 over levels and points.
+
+    Returns:
+        (B, Q, heads * dim) in value's dtype. Half-precision values are sampled and summed in float32.
+
+    Raises:
+        ValueError: the level shapes do not add up to N.
+    """
+    batch, tokens, heads, dim = value.shape
+    lengths = [h * w for h, w in shapes]
+    if sum(lengths) != tokens:
+        raise ValueError(f"levels {list(shapes)} hold {sum(lengths)} tokens, the value tensor has {tokens}")
+    compute, device = torch.promote_types(value.dtype, torch.float32), value.device
+    with torch.autocast(device.type, enabled=False):
+        locations, weights = locations.to(compute), weights.to(compute)
+        table = value.to(compute).reshape(batch * tokens * heads, dim)
+        widths, heights = level_sizes(shapes, locations)[:, :, None].unbind(1)  # (L, 1) each, beside (..., L, points)
+        starts = torch.tensor([sum(lengths[:level]) for level in range(len(lengths))]).to(device)[:, None]
+        first = torch.arange(batch, device=device).view(batch, 1, 1, 1, 1) * tokens + starts
+        head = torch.arange(heads, device=device).view(heads, 1, 1)
+        columns = neighbours(locations[..., 0] * widths - 0.5, widths)
+        total = value.new_zeros(batch, locations.shape[1], heads, dim, dtype=compute)
+        for row, row_share in neighbours(locations[..., 1] * heights - 0.5, heights):
+            for column, column_share in columns:
+                index = (first + row * widths.long() + column) * heads + head
+                samples = table.index_select(0, index.flatten()).view(*index.shape[:3], -1, dim)
+                shares = (row_share * column_share * weights).flatten(3)
+                total = total + (shares.unsqueeze(-2) @ samples).squeeze(-2)
+    return total.flatten(2).to(value.dtype)
+
+
+def neighbours(positions: Tensor, lengths: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The cells before and after each position on an axis, and their linear weights.
+
+    Args:
+        positions: any shape, in cells; cell i lies at i.
+        lengths: cells on the axis, to broadcast with the positions.
+
+    Returns:
+        Twice: cells (int64), moved to the nearest end where they lie outside, and weights, then 0.
+    """
+    before = positions.floor()
+    share = positions - before
+    found = []
+    for cells, weights in ((before, 1 - share), (before + 1, share)):
+        inside = (cells >= 0) & (cells < lengths)
+        found.append((cells.clamp(min=0).minimum(lengths - 1).long(), weights * inside))
+    return found
