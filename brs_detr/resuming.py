@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import os
 import shutil
+import socket
 import tempfile
 import time
 from pathlib import Path
+from typing import IO
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -31,6 +34,8 @@ _FREE_TO_CHANGE = (
     "train.on_nonfinite",
     "eval.",
 )
+
+_held: list[IO[str]] = []  # a lock lasts as long as its file is open
 
 
 def require_same_run(config: Config, plan: BatchPlan, facts: dict, state: Path) -> list[str]:
@@ -92,10 +97,36 @@ def require_free_folder(config: Config) -> None:
             f"{folder} holds a run already: add --resume to go on with it, --overwrite to start anew, "
             "or choose another output_dir"
         )
-    if train.overwrite and not train.resume and int(os.environ.get("RANK", "0")) == 0:
+    main = int(os.environ.get("RANK", "0")) == 0
+    if main:
+        hold_folder(folder)
+    if train.overwrite and not train.resume and main:
         shutil.rmtree(folder / "state", ignore_errors=True)
         for name in ("best.safetensors", "last.safetensors"):
             (folder / name).unlink(missing_ok=True)
+
+
+def hold_folder(folder: Path) -> None:
+    """Keep other trainings out of a folder as long as this process lives, however it ends; only the main process does.
+
+    A launcher that is killed may leave its processes training.
+
+    Raises:
+        ConfigError: another process trains there.
+    """
+    file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (closing it would give the folder up)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        who = file.read().strip()
+        raise ConfigError(f"output_dir={folder}: {who} is training there; wait for its end or stop it") from None
+    except OSError:
+        return  # a file system without locks
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _held.append(file)
 
 
 def require_shared_folder(config: Config, accelerator: Accelerator) -> None:
