@@ -25,7 +25,7 @@ def profile_steps(trainer: Trainer, folder: Path, rows: int = 15) -> str:
         rows: lines of the table that are returned.
 
     Returns:
-        Time of a step, of its parts and of the costliest operations, as text.
+        Time of a step, of its parts and of the costliest operations, as text; "" in all but the main process.
     """
     cuda = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -42,6 +42,8 @@ def profile_steps(trainer: Trainer, folder: Path, rows: int = 15) -> str:
             trainer.step(group)
             trainer.position.step += 1
     seconds = (time.perf_counter() - start) / RECORDED
+    if not trainer.accelerator.is_main_process:
+        return ""  # it would write to the same files
     folder.mkdir(parents=True, exist_ok=True)
     _write_trace(profiler, folder / "trace.json.gz")
     averages, order = profiler.key_averages(), "self_device_time_total" if cuda else "self_cpu_time_total"
