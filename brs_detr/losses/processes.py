@@ -45,9 +45,8 @@ class Group:
     """The processes that rank together, and how many positives each has.
 
     Args:
-        scope: "process", or "global" for all processes; the latter has each process tell the others its number of
-            positives,
-            for which the host waits.
+        scope: "process", or "global" for all processes; these tell each other their numbers of positives, for which
+            the host waits.
         positives: number of positives here.
         device: where tensors are exchanged.
 
