@@ -82,7 +82,7 @@ def read_images(data: dict[str, Any], path: str | Path, log: FaultLog) -> Images
         if isinstance(entry, dict) and unquote(entry, ("id", "width", "height")):
             log.add("number_as_text", f"image entry {position}")
         key = whole_number(entry.get("id")) if isinstance(entry, dict) else None
-        name = entry.get("file_name") if isinstance(entry, dict) else None
+        name = (entry.get("file_name") or entry.get("coco_url")) if isinstance(entry, dict) else None
         if key is None or not isinstance(name, str) or not name:
             log.add("image_malformed", f"image entry {position}", repr(entry)[:80])
             continue

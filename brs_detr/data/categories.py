@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from brs_detr.data.faults import DataError, FaultLog, printable
-from brs_detr.data.numbers import whole_number
+from brs_detr.data.numbers import unquote, whole_number
 
 
 def read_categories(data: dict[str, Any], path: str | Path, log: FaultLog) -> tuple[list[int], list[str]]:
@@ -17,7 +17,9 @@ def read_categories(data: dict[str, Any], path: str | Path, log: FaultLog) -> tu
         DataError: there is no category, an id is not a whole number, or an id occurs twice.
     """
     names: dict[int, str] = {}
-    for entry in data["categories"]:
+    for position, entry in enumerate(data["categories"]):
+        if isinstance(entry, dict) and unquote(entry, ("id",)):
+            log.add("number_as_text", f"category entry {position}")
         key = whole_number(entry.get("id")) if isinstance(entry, dict) else None
         if key is None:
             shown = printable(repr(entry))[:80]

@@ -78,7 +78,7 @@ def listed_files(source: Source) -> set[str]:
 def file_names(json_path: str | Path) -> list[str]:
     """The file names of a json's image entries."""
     entries = load_json(json_path)["images"]
-    names = [entry.get("file_name") for entry in entries if isinstance(entry, dict)]
+    names = [entry.get("file_name") or entry.get("coco_url") for entry in entries if isinstance(entry, dict)]
     return [name for name in names if isinstance(name, str) and name]
 
 
@@ -140,7 +140,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=16, help="pictures on the contact sheet (default 16; 0: none)")
     parser.add_argument("--show", type=int, default=5, help="cases printed of each fault (default 5)")
     parser.add_argument("--csv", help="file to write every single fault to")
-    parser.add_argument("--strict", action="store_true", help="also fail when anything is left out")
+    parser.add_argument("--strict", action="store_true", help="also fail when anything is left out or warned about")
 
 
 def run(args: argparse.Namespace, resolve: Callable[[str], Sequence[Source]] | None = None) -> int:
@@ -202,8 +202,8 @@ def _write_files(args: argparse.Namespace, dataset: CocoDetection, log: FaultLog
         print(f"\nwhat the model will see: {path}")
     if args.csv:
         write_csv(log, _numbered(args.csv, number))
-    dropped = sum(log.counts[kind] for kind in POLICY if POLICY[kind][0] == DROPPED)
-    return EXIT_UNTRAINABLE if args.strict and dropped else EXIT_TRAINABLE
+    grave = any(log.counts[kind] for kind in POLICY if POLICY[kind][0] in (WARNED, DROPPED))
+    return EXIT_UNTRAINABLE if args.strict and grave else EXIT_TRAINABLE
 
 
 def _numbered(path: str, number: int) -> str:

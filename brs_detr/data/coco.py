@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from brs_detr.data import annotations as reading
 from brs_detr.data.categories import read_categories
 from brs_detr.data.doubts import doubt_layout
-from brs_detr.data.faults import DROPPED, POLICY, WARNED, DataError, FaultLog, printable
+from brs_detr.data.faults import DROPPED, KEPT, POLICY, REPAIRED, WARNED, DataError, FaultLog, printable
 from brs_detr.data.files import find_pictures, guess_folder
 from brs_detr.data.frames import judge_boxes, require_readable, same_aspect, settle_sizes
 from brs_detr.data.json_file import load_json
@@ -110,14 +110,26 @@ class CocoDetection(Dataset):
 
     def summary(self) -> str:
         """The report as lines for people."""
-        report, lines = self.report, self._log.lines()
+        report, warnings = self.report, self._log.lines((WARNED,))
         head = (
             f"{self.json_path}: {report['images']:,} of {report['images_listed']:,} images, {report['objects']:,} of "
             f"{report['annotations_listed']:,} annotations used, {self.num_classes} classes"
         )
         if 2 * report["objects"] < report["annotations_listed"]:
-            lines.insert(0, "warning: fewer than half of the annotations are used")
-        return "\n".join([head, *(f"  {line}" for line in lines)])
+            warnings.insert(0, "fewer than half of the annotations are used")
+        lines = [f"  warning: {line}" for line in warnings]
+        return "\n".join([head, *lines, *(f"  {line}" for line in self._log.lines((DROPPED, REPAIRED, KEPT)))])
+
+    def met_while_reading(self) -> list[str]:
+        """Lines on what no header told and the loader's workers found out."""
+        found = self._found[: len(self)].numpy()
+        lines = []
+        for state, kind in ((_UNREADABLE, "picture_unreadable"), (_MISMATCH, "size_mismatch")):
+            rows = np.flatnonzero(found == state)
+            if len(rows):
+                first = f"image {self.packed.image_ids[rows[0]]} ({printable(self.file_name(int(rows[0])))})"
+                lines.append(f"{len(rows):,} x {kind.replace('_', ' ')}, first: {first}; {POLICY[kind][1]}")
+        return lines
 
     def fingerprint(self) -> str:
         """A digest of classes, file names, sizes and boxes as they are used; not of the pictures' content."""
@@ -285,12 +297,15 @@ class CocoDetection(Dataset):
 def _where_else(names: list[str], image_dir: str) -> str:
     """Says that no picture is in its folder, and which folder beside that one holds them."""
     first = os.path.join(image_dir, names[0])
-    missing = f"none of its {len(names):,} pictures is in {image_dir} (looked for {printable(first)})"
+    link = ", a link that leads nowhere" if os.path.islink(first) else ""
+    missing = f"none of its {len(names):,} pictures is in {image_dir} (looked for {printable(first)[:200]}{link})"
     beside = Path(os.path.abspath(image_dir)).parent
     while not beside.is_dir():
         beside = beside.parent
-    guess = guess_folder(names, beside) if beside != beside.parent else None
-    return f"{missing}; " + (f"{guess[1]:,} are in {guess[0]}." if guess else "is this the right image folder?")
+    folder, count = (beside != beside.parent and guess_folder(names, beside)) or (None, 0)
+    if folder is None or folder == Path(os.path.abspath(image_dir)):
+        return f"{missing}; is this the right image folder?"
+    return f"{missing}; {count:,} pictures of these names are in {folder}."
 
 
 def _select(images: reading.Images, objects: reading.Objects, keep: np.ndarray) -> tuple:

@@ -18,14 +18,22 @@ WARNED = "warned"  # kept, and said first: it may spoil the training
 POLICY: dict[str, tuple[str, str]] = {
     # pictures
     "image_malformed": (DROPPED, "an image entry without a usable id or file name is dropped, with its annotations"),
-    "image_id_duplicate": (DROPPED, "the first image entry with an id is kept, later ones are dropped"),
-    "image_too_small": (DROPPED, "pictures with a side under the minimum are left out of training"),
-    "image_without_objects": (KEPT, "kept as background (keep_empty=False leaves it out of training)"),
+    "image_id_duplicate": (
+        WARNED,
+        "the first image entry with an id is kept, with the annotations of all of them; later ones are dropped",
+    ),
+    "image_too_small": (DROPPED, "pictures with a side under data.min_side are left out of training"),
+    "image_without_objects": (KEPT, "kept as background (data.keep_empty=false leaves it out of training)"),
     "size_missing": (REPAIRED, "the picture's own size is used"),
     "size_mismatch": (
         REPAIRED,
-        "boxes that fit the json's size are scaled to the picture if the aspect ratio agrees; otherwise the picture's "
-        "own size is used",
+        "boxes that fit the json's size are scaled to a picture of that aspect ratio; boxes that do not fit are taken "
+        "in the picture's own frame",
+    ),
+    "size_of_other_shape": (
+        WARNED,
+        "the boxes would fit both; they are taken in the picture's own frame, which is wrong if it was stretched: look "
+        "at the contact sheet",
     ),
     "picture_missing": (DROPPED, "the image is left out"),
     "picture_elsewhere": (REPAIRED, "the one picture under the image folder whose path agrees with the name is used"),
@@ -34,7 +42,10 @@ POLICY: dict[str, tuple[str, str]] = {
     "picture_unreadable": (DROPPED, "another picture takes its place in training; left out of evaluation"),
     "picture_turned": (REPAIRED, "the json's size is the upright one: the EXIF rotation is applied"),
     "picture_not_turned": (KEPT, "the json's size is the stored one: the EXIF rotation is not applied"),
-    "picture_mirrored": (KEPT, "the size cannot tell whether this EXIF flip was applied: pixels are taken as stored"),
+    "picture_mirrored": (
+        WARNED,
+        "the size cannot tell whether this EXIF turn was applied; pixels are taken as stored: look at them",
+    ),
     "picture_converted": (REPAIRED, "converted to 8-bit RGB"),
     "picture_name_misleads": (KEPT, "read by its content, not by its name"),
     "picture_name_unusual": (KEPT, "spaces and letters outside ASCII in a file name are fine"),
@@ -44,10 +55,7 @@ POLICY: dict[str, tuple[str, str]] = {
         WARNED,
         "used, but nothing in it is brighter than a quarter of the range: stretch 10- to 14-bit values in 16-bit files",
     ),
-    "picture_blank_below": (
-        WARNED,
-        "used, but its lower part repeats one colour or pattern: padding, or a damaged file: look at it",
-    ),
+    "picture_part_blank": (WARNED, "used, but a part of it is blank, by design or from a damaged file: look at it"),
     "picture_not_listed": (KEPT, "a file that no image entry names is not used"),
     # annotations
     "annotation_malformed": (DROPPED, "an annotation that is no object, or lacks its image or category id, is dropped"),
@@ -77,6 +85,9 @@ POLICY: dict[str, tuple[str, str]] = {
     "category_unused": (KEPT, "a category without any annotation stays a class"),
     "category_name_missing": (REPAIRED, "the id is used as the name"),
 }
+
+
+_LONGEST = 160  # letters of a place or a detail: a json may hold anything
 
 
 class DataError(ValueError):
@@ -118,7 +129,7 @@ class FaultLog:
             raise KeyError(f"{kind} is not a kind of fault")
         self.counts[kind] += 1
         if self._examples is None or self.counts[kind] <= self._examples:
-            self.faults.append(Fault(kind, printable(where), printable(detail)))
+            self.faults.append(Fault(kind, printable(where)[:_LONGEST], printable(detail)[:_LONGEST]))
 
     def lines(self, actions: Collection[str] = (WARNED, DROPPED, REPAIRED, KEPT)) -> list[str]:
         """One line per kind, the gravest first: how many, an example, and what happens to them."""
@@ -127,9 +138,7 @@ class FaultLog:
         for action in actions:
             for kind in (kind for kind in self.counts if POLICY[kind][0] == action):
                 example = first[kind].where + (f" ({first[kind].detail})" if first[kind].detail else "")
-                warning = "warning: " if action == WARNED else ""
-                name = kind.replace("_", " ")
-                lines.append(f"{warning}{self.counts[kind]:,} x {name}, first: {example}; {POLICY[kind][1]}")
+                lines.append(f"{self.counts[kind]:,} x {kind.replace('_', ' ')}, first: {example}; {POLICY[kind][1]}")
         return lines
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -75,8 +75,8 @@ def _search(images: Images, found: np.ndarray, image_dir: str | Path, log: Fault
             if len(agreeing) == 1 and agreeing[0] not in taken:
                 chosen[agreeing[0]].append(row)
         for path, rows in chosen.items():
-            if len({images.names[row] for row in rows}) > 1:
-                continue  # two names that differ in folders lead to one file: it is not known whose it is
+            if len({images.names[row] for row in rows}) > 1 or not os.path.isfile(os.path.join(image_dir, path)):
+                continue  # names in two folders lead to one file: whose it is, is not known
             for row in rows:
                 log.add("picture_elsewhere", images.where(row), path)
                 images.names[row], found[row] = path, True
@@ -110,25 +110,31 @@ def pictures_under(folder: str | Path) -> Iterator[str]:
             return
 
 
-def guess_folder(names: Iterable[str], start: str | Path) -> tuple[Path, int] | None:
+def guess_folder(names: Sequence[str], start: str | Path) -> tuple[Path, int] | None:
     """The folder under `start` that holds the most pictures of these names, whatever folders the names begin with.
 
     Returns:
         that folder, or the one around all of them where it holds fewer than nine tenths, and how many were found
         there; None where there is none.
     """
-    wanted = {tuple(_parts(name, loose=True)[-1:]) for name in names}
-    counts = Counter(os.path.dirname(p) for p in pictures_under(start) if tuple(_parts(p, loose=True)[-1:]) in wanted)
+    wanted, counts = {tuple(_parts(name, loose=True)[-1:]) for name in names}, Counter()
+    for path in pictures_under(start):
+        if tuple(_parts(path, loose=True)[-1:]) in wanted and os.path.isfile(os.path.join(start, path)):
+            counts[os.path.dirname(path)] += 1
     if not counts:
         return None
     folder, count = counts.most_common(1)[0]
-    if count < 0.9 * len(wanted):
+    if count < 0.9 * len(names):
         folder, count = os.path.commonpath(counts), counts.total()
     return Path(start, folder), count
 
 
 def usual_folder(json_path: str | Path, names: Sequence[str]) -> Path:
     """The folder that most likely holds the pictures of a json, from where datasets usually keep them.
+
+    Args:
+        json_path: annotation file.
+        names: file names in it; without any there is nothing to look for.
 
     Raises:
         DataError: they are not under the json's folder nor the one above.
@@ -138,7 +144,7 @@ def usual_folder(json_path: str | Path, names: Sequence[str]) -> Path:
     places = [path.parent, *(root / sub for root in (path.parent, path.parent.parent) for sub in ("images", stem, ""))]
     places += [path.parent.parent / "images" / stem]
     for place in places:
-        if any(os.path.isfile(place / name) for name in names[:20]):
+        if not names or any(os.path.isfile(place / name) for name in names[:20]):
             return place
     for root in (path.parent, path.parent.parent):
         guess = guess_folder(names, root)

@@ -49,7 +49,7 @@ def settle_sizes(images: Images, objects: Objects, image_dir: str | Path, log: F
         try:
             info = inspect_picture(path)
         except PictureError as error:
-            log.add("picture_unreadable", images.where(row), str(error).removeprefix(f"{path}: ").rstrip("."))
+            log.add("picture_unreadable", images.where(row), error.reason)
             readable[row] = False
             continue
         stated = (int(images.frames[row, 0]), int(images.frames[row, 1]))
@@ -68,12 +68,16 @@ def _judge_size(stated: tuple[int, int], info: PictureInfo, fits: bool, where: s
             kind = "picture_not_turned" if upright != stored else "picture_mirrored"
             log.add(kind, where, f"EXIF orientation {info.orientation}")
         return stated, stated
-    sizes = f"the json says {stated[1]}x{stated[0]}, the picture is {stored[1]}x{stored[0]}"
     if stated == (0, 0):
         log.add("size_missing", where)
+        if info.orientation != 1:
+            log.add("picture_mirrored", where, f"EXIF orientation {info.orientation}")
         return stored, stored
     scaled = fits and same_aspect(stated, stored)
-    log.add("size_mismatch", where, f"{sizes}; boxes are {'scaled' if scaled else 'taken in the picture frame'}")
+    doubtful = fits and not scaled and stated != stored[::-1]  # not just width and height interchanged
+    sizes = f"the json says {stated[1]}x{stated[0]}, the picture is {stored[1]}x{stored[0]}"
+    taken = "boxes are scaled" if scaled else "boxes are taken in the picture's frame"
+    log.add("size_of_other_shape" if doubtful else "size_mismatch", where, f"{sizes}; {taken}")
     return (stated if scaled else stored), stored
 
 

@@ -27,7 +27,7 @@ def load_json(path: str | Path) -> dict[str, Any]:
         DataError: the file cannot be opened, is no JSON, or is not a detection dataset.
     """
     content = _read(path)
-    start = printable(content[:40].decode("utf-8", "replace"))
+    start = f"it begins with {printable(content[:40].decode('utf-8', 'replace'))!r}" if content else "it is empty"
     try:
         text = content.decode(json.detect_encoding(content))
         del content
@@ -36,8 +36,7 @@ def load_json(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: this is not a JSON file in UTF-8 ({error.reason} at byte {error.start}).") from None
     except (ValueError, RecursionError) as error:  # bad syntax, numbers of thousands of digits, endless nesting
-        reason = str(error) if text.strip() else "it is empty"
-        raise DataError(f"{path}: this is not a JSON file ({reason}; it begins with {start!r}).") from None
+        raise DataError(f"{path}: this is not a JSON file ({error}; {start}).") from None
     del text
     _require_lists(data, path)
     return data
@@ -73,8 +72,8 @@ def _kind(value: Any) -> str:
 
 
 def _without_mask(entry: dict[str, Any]) -> dict[str, Any]:
-    mask = entry.pop("segmentation", None)
-    if mask and not entry.get("bbox"):
+    mask, stated = entry.pop("segmentation", None), entry.get("bbox")
+    if mask and (not stated or (type(stated) is list and not any(stated))):  # four zeros, too, stand for no box
         box = mask_box(mask)
         if box is not None:
             entry["bbox"], entry[BOX_FROM_MASK] = box, True

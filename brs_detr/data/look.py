@@ -8,7 +8,7 @@ from torch import Tensor
 
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.faults import FaultLog
-from brs_detr.data.pictures import PictureError, inspect_picture
+from brs_detr.data.pictures import PictureError, has_zeroed_part, inspect_picture
 
 _FORMAT_OF_ENDING = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
 _JPEG_OF_CAMERAS = "MPO"  # with a second picture inside that is a preview or another eye's view
@@ -31,7 +31,7 @@ def look_at(dataset: CocoDetection, index: int, log: FaultLog) -> bool:
         info = inspect_picture(path)
         pixels, _ = dataset.load(index)
     except PictureError as error:
-        log.add("picture_unreadable", where, str(error).removeprefix(f"{path}: ").rstrip("."))
+        log.add("picture_unreadable", where, error.reason)
         return False
     if info.mode != "RGB":
         log.add("picture_converted", where, f"mode {info.mode}")
@@ -47,12 +47,14 @@ def look_at(dataset: CocoDetection, index: int, log: FaultLog) -> bool:
     elif pixels.max() < 64:
         log.add("picture_dark", where, f"the brightest value is {pixels.max()} of 255")
     elif share_blank_below(pixels) >= 0.25:
-        log.add("picture_blank_below", where, f"{share_blank_below(pixels):.0%} of its height")
+        log.add("picture_part_blank", where, f"the lower {share_blank_below(pixels):.0%}")
+    elif has_zeroed_part(path):
+        log.add("picture_part_blank", where, "the file holds zeros instead of pixels")
     return True
 
 
 def share_blank_below(pixels: Tensor, period: int = 16) -> float:
-    """The share of a picture's height, from below, whose rows repeat themselves, as where a JPEG's data are zero.
+    """The share of a picture's height, from below, whose rows repeat themselves, as in a cut file that was saved again.
 
     Args:
         pixels: (3, h, w) uint8.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,8 @@ def mask_box(mask: Any) -> list[float] | None:
     """The box (x, y, w, h) in pixels around a COCO segmentation, without drawing it.
 
     Args:
-        mask: a list of polygons [x0, y0, x1, y1, ...] of three or more points, or {"size": [h, w], "counts": run
-            lengths down the columns, as a list or in COCO's compressed text}.
+        mask: polygons [x0, y0, x1, y1, ...] of three or more points in all, however the list is nested, or {"size":
+            [h, w], "counts": run lengths down the columns, as a list or in COCO's compressed text}.
 
     Returns:
         the box; None where the mask is empty or malformed.
@@ -20,13 +21,21 @@ def mask_box(mask: Any) -> list[float] | None:
     try:
         if isinstance(mask, dict):
             return _runs_box(mask["counts"], *mask["size"])
-        points = np.concatenate([np.asarray(part, float).reshape(-1, 2) for part in mask if len(part) >= 6])
-        if not np.isfinite(points).all():
+        points = np.array(list(_numbers(mask))).reshape(-1, 2)
+        if len(points) < 3 or not np.isfinite(points).all():
             return None
         low, high = points.min(0), points.max(0)
         return [*low.tolist(), *(high - low).tolist()]
-    except (TypeError, ValueError, KeyError, OverflowError):
+    except (TypeError, ValueError, KeyError, OverflowError, RecursionError):
         return None
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _numbers(item)
+    else:
+        yield float(value)
 
 
 def _runs_box(counts: str | list[int], height: int, width: int) -> list[float] | None:

@@ -31,6 +31,11 @@ class PictureError(ValueError):
     def __init__(self, message: str) -> None:
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
+    @property
+    def reason(self) -> str:
+        """The message without the file's name."""
+        return str(self).rpartition(": this picture ")[2].removeprefix("cannot be read: ").removesuffix(".")
+
 
 class PictureInfo(NamedTuple):
     """What a file's header says, without decoding it; `frames` counts pages or moments."""
@@ -70,7 +75,7 @@ def read_picture(path: str | Path, expected_size: Size | None = None) -> Tensor:
     except PictureError:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds, some from C
-        raise PictureError(f"{path}: this picture cannot be read ({_reason(error, path)}).") from error
+        raise PictureError(f"{path}: this picture cannot be read: {_reason(error, path)}.") from error
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = keep
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
@@ -89,9 +94,10 @@ def inspect_picture(path: str | Path) -> PictureInfo:
             upright = _turned((height, width), orientation)
             kind = picture.format or ""
             info = PictureInfo((height, width), upright, orientation, picture.mode, kind, _frames(picture))
-        _require_ending(kind, _tail(path))
+        if not _seems_whole(kind, path):
+            raise ValueError("the file is cut short")
     except Exception as error:
-        raise PictureError(f"{path}: this picture cannot be read ({_reason(error, path)}).") from error
+        raise PictureError(f"{path}: this picture cannot be read: {_reason(error, path)}.") from error
     return info
 
 
@@ -157,29 +163,43 @@ def _from_floats(picture: Image.Image, path: str | Path) -> Image.Image:
 
 
 _END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
-_MARGIN = 65536  # a preview with an end marker of its own lies in the first bytes
+
+
+def has_zeroed_part(path: str | Path) -> bool:
+    """Whether a JPEG holds a kilobyte of zeros in place of pixels: they decode, without an error, to one colour.
+
+    A large blank area can, in rare cases, look the same.
+    """
+    content = Path(path).read_bytes()
+    start = _pixels_begin(content) if content.startswith(b"\xff\xd8") else len(content)
+    return content.find(bytes(1024), start, max(start, content.find(b"\xff\xd9", start))) >= 0
 
 
 def _require_whole(kind: str | None, content: bytes) -> None:
     """Find what decoding does not: bytes that never came (as zeros they decode to grey), a wrong checksum in a PNG."""
-    _require_ending(kind, content if len(content) < 2 * _MARGIN else content[_MARGIN:])
+    if not _has_ending(kind, content):
+        raise ValueError("the file is cut short")
     if kind == "PNG":
         with Image.open(io.BytesIO(content)) as picture:
             picture.verify()
 
 
-def _require_ending(kind: str | None, tail: bytes) -> None:
-    if _END_MARKERS.get(kind, b"") not in tail:
-        raise ValueError("the file is cut short")
+def _has_ending(kind: str | None, content: bytes) -> bool:
+    start = _pixels_begin(content) if kind in ("JPEG", "MPO") else 0
+    return content.find(_END_MARKERS.get(kind, b""), start) >= 0
 
 
-def _tail(path: str | Path) -> bytes:
-    """The last bytes of a file or, where no end marker is among them, all: phones append films to pictures."""
+def _pixels_begin(content: bytes) -> int:
+    """Where the header of a JPEG ends; in it may lie a preview with an end marker of its own."""
+    place = 2
+    while content[place : place + 1] == b"\xff" and content[place + 1 : place + 2] != b"\xda":
+        place += 2 + int.from_bytes(content[place + 2 : place + 4])
+    return min(place, len(content))
+
+
+def _seems_whole(kind: str, path: str | Path) -> bool:
+    """Whether the end marker is among the last bytes or, since phones append films to pictures, further ahead."""
     with open(path, "rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - _MARGIN))
+        file.seek(max(0, file.seek(0, 2) - 65536))
         tail = file.read()
-        if size > 2 * _MARGIN and not any(marker in tail for marker in _END_MARKERS.values()):
-            file.seek(_MARGIN)
-            tail = file.read()
-        return tail
+    return _END_MARKERS.get(kind, b"") in tail or _has_ending(kind, Path(path).read_bytes())
