@@ -111,6 +111,8 @@ def train(config: configuration.Config, trial: str | None = None) -> int:
     if state is not None:
         accelerator.load_state(str(state))
     finished = trainer.fit()
+    for line in train_set.met_while_reading():
+        log.say(f"training pictures: {line}")
     accelerator.end_training()
     return 0 if finished else EXIT_PREEMPTED
 
