@@ -1,7 +1,9 @@
-"""Train a detector: `accelerate launch train.py CONFIG [a.b=value ...] [--resume | --overwrite] [--dry-run | --profile]`.
+"""Train a detector: `accelerate launch train.py CONFIG [a.b=value ...] [--resume | --overwrite]`.
+
+`--dry-run` and `--profile` only try it.
 
 Exit codes: 0 trained to the end; 2 a setting, dataset or checkpoint cannot be used; 3 a loss was not finite; 75 told to
-stop by SIGTERM, saved, ready for `--resume`.
+stop by SIGTERM or Ctrl-C, saved, ready for `--resume`.
 """
 
 from __future__ import annotations

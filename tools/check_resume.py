@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -29,10 +30,16 @@ sys.path.insert(0, str(ROOT))
 
 from brs_detr.data.synthetic import make_dataset  # noqa: E402
 
-SETTINGS = """
-    data.workers=2 train.epochs=6 train.total_batch_size=4 train.per_device_batch_size=2 train.save_every=3
-    train.log_every=2 train.ema_decay=0.9 train.warmup_steps=5
-""".split()
+SETTINGS = [
+    "data.workers=2",
+    "train.epochs=6",
+    "train.total_batch_size=4",
+    "train.per_device_batch_size=2",
+    "train.save_every=3",
+    "train.log_every=2",
+    "train.ema_decay=0.9",
+    "train.warmup_steps=5",
+]
 TIMINGS = ("images_per_s", "data_s", "step_s")
 
 
@@ -60,11 +67,11 @@ def main() -> int:
 
 def start(place: Path, name: str) -> subprocess.Popen:
     """The training, as a process group of its own, always with the same command."""
-    log = open(place / f"{name}.log", "a", encoding="utf-8")
     command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "configs/demo.yaml"), "--resume"]
     command += [f"data.root={place / 'data'}", f"output_dir={place / name}", *SETTINGS]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=place)
+    with open(place / f"{name}.log", "a", encoding="utf-8") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=place)
 
 
 def kill_and_resume(place: Path, kills: int, chance: random.Random) -> bool:
@@ -106,20 +113,20 @@ def wait_for_training(folder: Path, process: subprocess.Popen, chance: random.Ra
 
 def wait_for_writing(folder: Path, process: subprocess.Popen, chance: random.Random) -> str:
     """Wait until one of the next few unfinished states and weights files appears, then some milliseconds."""
-    seen = {(path, modified(path)) for path in unfinished(folder)}
+    seen = writes(folder)
     name = "nothing"
     for _ in range(chance.randrange(1, 6)):
-        wait_until(lambda: {(path, modified(path)) for path in unfinished(folder)} - seen, process)
-        new = {(path, modified(path)) for path in unfinished(folder)} - seen
+        new = wait_until(lambda known=frozenset(seen): writes(folder) - known, process) or set()
         name = min((path.name for path, _ in new), default=name)
         seen |= new
     time.sleep(chance.uniform(0, 0.03))
     return f"while writing {name}"
 
 
-def unfinished(folder: Path) -> list[Path]:
-    """Files and folders that are being written: their names begin with a dot."""
-    return [path for path in [*folder.glob(".*"), *(folder / "state").glob(".*")] if modified(path)]
+def writes(folder: Path) -> set[tuple[Path, int]]:
+    """Files and folders that are being written, with the time: their names end in .partial."""
+    places = [*folder.glob(".*.partial"), *(folder / "state").glob(".*.partial")]
+    return {(path, modified(path)) for path in places if modified(path)}
 
 
 def modified(path: Path) -> int:
@@ -130,10 +137,13 @@ def modified(path: Path) -> int:
         return 0
 
 
-def wait_until(reached: Callable[[], object], process: subprocess.Popen) -> None:
-    """Wait, looking every millisecond, until something is so or the process has ended."""
-    while process.poll() is None and not reached():
+def wait_until(reached: Callable[[], Any], process: subprocess.Popen) -> Any:
+    """Wait, looking every millisecond, until something is so or the process has ended; returns what was so."""
+    while process.poll() is None:
+        if found := reached():
+            return found
         time.sleep(0.001)
+    return None
 
 
 def compare(whole: Path, killed: Path) -> list[str]:
