@@ -23,7 +23,7 @@ from brs_detr.data.categories import read_categories
 from brs_detr.data.doubts import doubt_layout
 from brs_detr.data.faults import DROPPED, KEPT, POLICY, REPAIRED, WARNED, DataError, FaultLog, printable
 from brs_detr.data.files import find_pictures, guess_folder
-from brs_detr.data.frames import judge_boxes, require_readable, same_aspect, settle_sizes
+from brs_detr.data.frames import judge_boxes, same_aspect, settle_sizes
 from brs_detr.data.json_file import load_json
 from brs_detr.data.packed import pack
 from brs_detr.data.pictures import PictureError, read_picture
@@ -234,8 +234,6 @@ class CocoDetection(Dataset):
         if not found.any():
             raise DataError(f"{self.json_path}: {_where_else(images.names, self.image_dir)}")
         images, objects = _select(images, objects, found)
-        if not inspect:
-            require_readable(images, self.image_dir, self.json_path)
         readable = settle_sizes(images, objects, self.image_dir, log, every=inspect)
         images, objects = _select(images, objects, readable)
         doubt_layout(images, objects, log)

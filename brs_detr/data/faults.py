@@ -39,7 +39,7 @@ POLICY: dict[str, tuple[str, str]] = {
     "picture_elsewhere": (REPAIRED, "the one picture under the image folder whose path agrees with the name is used"),
     "picture_listed_twice": (WARNED, "used once per entry, each time with the annotations of that entry only"),
     "picture_in_both_splits": (WARNED, "trained on and evaluated on: the figures will be too good"),
-    "picture_unreadable": (DROPPED, "another picture takes its place in training; left out of evaluation"),
+    "picture_unreadable": (DROPPED, "left out; in training another one takes its place where only decoding tells"),
     "picture_turned": (REPAIRED, "the json's size is the upright one: the EXIF rotation is applied"),
     "picture_not_turned": (KEPT, "the json's size is the stored one: the EXIF rotation is not applied"),
     "picture_mirrored": (

@@ -13,48 +13,40 @@ import numpy as np
 
 from brs_detr.data.annotations import Images, Objects
 from brs_detr.data.faults import DataError, FaultLog
-from brs_detr.data.pictures import PictureError, PictureInfo, inspect_picture, read_picture
-
-
-def require_readable(images: Images, image_dir: str | Path, json_path: str | Path) -> None:
-    """Make sure that some picture can be read, without looking at all of them.
-
-    Raises:
-        DataError: none of up to a hundred pictures from all over the dataset can.
-    """
-    rows = range(0, len(images), max(1, len(images) // 100))[:100]
-    for row in rows:
-        try:
-            read_picture(os.path.join(image_dir, images.names[row]))
-            return
-        except PictureError as error:
-            last = error
-    raise DataError(f"{json_path}: none of {len(rows)} pictures looked at can be read; the last was {last}")
+from brs_detr.data.pictures import PictureError, PictureInfo, inspect_picture
 
 
 def settle_sizes(images: Images, objects: Objects, image_dir: str | Path, log: FaultLog, every: bool) -> np.ndarray:
     """Decide in which frame each image's boxes are drawn; changes `images.frames` and `images.pictures`.
 
-    A header is read where the json gives no size or a box sticks out of it, or of every picture if told so.
+    A header is read where the json gives no size or a box sticks out of it, and of a hundred pictures from all over the
+    dataset; or of every picture, if told so.
 
     Returns:
         (I,) bool: False where the file turned out not to be a readable picture.
+
+    Raises:
+        DataError: no picture that was looked at can be read.
     """
     extent = np.zeros((len(images), 2))
     np.maximum.at(extent, objects.rows, (objects.xywh[:, :2] + objects.xywh[:, 2:])[:, ::-1])
     fits = (extent <= images.frames + 1).all(1)
+    sampled = np.arange(len(images)) % max(1, len(images) // 100) == 0
     readable = np.ones(len(images), bool)
-    for row in np.flatnonzero(~fits | (images.frames[:, 0] == 0) | every):
+    looked_at = np.flatnonzero(~fits | (images.frames[:, 0] == 0) | sampled | every)
+    for row in looked_at:
         path = os.path.join(image_dir, images.names[row])
         try:
             info = inspect_picture(path)
         except PictureError as error:
             log.add("picture_unreadable", images.where(row), error.reason)
-            readable[row] = False
+            readable[row], last = False, error
             continue
         stated = (int(images.frames[row, 0]), int(images.frames[row, 1]))
         frame, picture = _judge_size(stated, info, bool(fits[row]), images.where(row), log)
         images.frames[row], images.pictures[row] = frame, picture
+    if not readable[looked_at].any():
+        raise DataError(f"{image_dir}: none of {len(looked_at):,} pictures looked at can be read; the last is {last}")
     return readable
 
 

@@ -25,6 +25,13 @@ def open_set(path, train=True, **options):
     return CocoDetection(path, path.parent / "images", train=train, **options)
 
 
+def damage(file):
+    """One wrong byte among the pixels: only reading all of them finds it."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+
+
 def test_labels_are_positions_of_ascending_category_ids(two):
     dataset = open_set(two)
     assert dataset.category_ids == [1, 17, 90] and dataset.classes == ["a", "b", "c"] and dataset.num_classes == 3
@@ -132,21 +139,20 @@ def test_a_json_without_sizes_takes_them_from_the_pictures(two, change):
 
 def test_an_unreadable_picture_is_replaced_in_training_and_left_out_of_evaluation(two, caplog):
     path = two
-    (path.parent / "images" / "000.png").write_bytes(b"")
+    damage(path.parent / "images" / "000.png")
     dataset = open_set(path)
     assert dataset[0][1]["image_id"] == dataset[0][1]["image_id"] == 993
     assert caplog.text.count("000.png") == 1
+    assert ["image 1000 (000.png)" in line for line in dataset.met_while_reading()] == [True]
     assert dataset.report["picture_unreadable"] == 1
     assert (dataset.report["images"], dataset.report["objects"]) == (2, 1)  # what is really trained on
-    assert open_set(path, train=False).image_ids == [993, 986]
+    (path.parent / "images" / "000.png").write_bytes(b"")
+    assert open_set(path, train=False).image_ids == open_set(path).image_ids == [993, 986]  # the header tells
 
 
 def test_a_picture_that_proves_damaged_when_read_is_marked_in_evaluation(two, caplog):
     """Its header is fine, so that only reading it tells; the rest of the epoch goes on."""
-    file = two.parent / "images" / "000.png"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 255
-    file.write_bytes(content)
+    damage(two.parent / "images" / "000.png")
     dataset = open_set(two, train=False)
     size = tuple(dataset.packed.picture_sizes[0].tolist())
     image, target = dataset[0]
@@ -158,7 +164,7 @@ def test_a_picture_that_proves_damaged_when_read_is_marked_in_evaluation(two, ca
 
 def test_workers_report_the_unreadable_picture_they_met(two):
     path = two
-    (path.parent / "images" / "000.png").write_bytes(b"nothing")
+    damage(path.parent / "images" / "000.png")
     dataset = open_set(path)
     loader = torch.utils.data.DataLoader(dataset, num_workers=1, collate_fn=list)
     assert [batch[0][1]["image_id"] for batch in loader] == [993, 993, 986]
