@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -124,6 +125,47 @@ def test_splits_with_other_categories_are_refused(tmp_path, write_dataset, capsy
         sources.append(check.Source(str(path), str(path.parent / "images"), EvalTransforms()))
     assert check.run(arguments("my.yaml", "--samples", 0), lambda target: sources) == 1
     assert "id 2 is 'b' there and absent here, id 3 is absent there and 'b' here" in capsys.readouterr().err
+
+
+def test_all_splits_are_checked_even_where_the_first_is_refused(tmp_path, write_dataset, capsys):
+    paths = [write_dataset(tmp_path / name, sizes=[(40, 50)], boxes=[[(1, 2, 3, 20, 20)]]) for name in ("a", "b")]
+    paths[0].write_text("{")
+    sources = [check.Source(str(path), str(path.parent / "images"), EvalTransforms()) for path in paths]
+    assert check.run(arguments("my.yaml", "--samples", 0), lambda target: sources) == 1
+    out, err = capsys.readouterr()
+    assert "not a JSON file" in err and f"{paths[1]}: 1 of 1 images" in out
+
+
+def test_a_split_for_evaluation_is_opened_as_evaluation_opens_it(tmp_path, write_dataset, capsys):
+    path = write_dataset(tmp_path, sizes=[(40, 50), (20, 20)], boxes=[[(1, -2, 3, 20, 20)], []])
+    source = check.Source(str(path), str(tmp_path / "images"), EvalTransforms(), train=False)
+    assert check.run(arguments("my.yaml", "--samples", 0), lambda target: [source]) == 0
+    out = capsys.readouterr().out
+    assert "2 of 2 images and 1 of 1 annotations will be evaluated on" in out and "clipped" not in out
+
+
+def test_the_limits_of_a_recipe_are_those_of_the_check(tmp_path, write_dataset):
+    path = write_dataset(tmp_path, sizes=[(20, 20), (50, 50)], boxes=[[(1, 2, 3, 10, 10)], []])
+    limits = {"min_side": 8, "keep_empty": False}
+    source = check.Source(str(path), str(tmp_path / "images"), EvalTransforms(), options=limits)
+    assert check.check_dataset(source, FaultLog()).report["images"] == 1
+
+
+def test_pictures_of_both_splits_are_named_and_those_of_the_other_are_not_called_unlisted(
+    tmp_path, write_dataset, capsys
+):
+    path = write_dataset(tmp_path, sizes=[(40, 50)] * 3, boxes=[[(1, 2, 3, 20, 20)]] * 3)
+    data = json.loads(path.read_text())
+    for name, images in (("train", data["images"][:2]), ("val", data["images"][1:])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**data, "images": images}))
+    sources = [
+        check.Source(str(tmp_path / f"{name}.json"), str(tmp_path / "images"), EvalTransforms())
+        for name in ("train", "val")
+    ]
+    assert check.run(arguments("my.yaml", "--samples", 0), lambda target: sources) == 0
+    out = capsys.readouterr().out
+    assert "1 x picture in both splits" in out and "image 993 (001.png)" in out and "picture not listed" not in out
+    assert check.run(arguments("my.yaml", "--samples", 0, "--strict"), lambda target: sources) == 1
 
 
 def test_one_colour_is_worth_a_look(tmp_path, write_dataset):

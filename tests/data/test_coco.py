@@ -10,6 +10,7 @@ from pycocotools.coco import COCO
 
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.faults import POLICY, DataError
+from brs_detr.data.pictures import PictureError
 
 
 @pytest.fixture()
@@ -191,6 +192,7 @@ UNTRAINABLE = {
     "no whole number": lambda path, change: change(path, lambda data: data["categories"].append({"id": "x"})),
     "right image folder": lambda path, _: shutil.rmtree(path.parent / "images"),
     "none of its 3 image entries": lambda path, change: change(path, lambda d: [i.update(id="x") for i in d["images"]]),
+    "is empty": lambda path, change: change(path, lambda data: data.update(images=[])),
     "0 of its 3 annotations": lambda path, change: change(
         path, lambda data: [a.update(bbox=0) for a in data["annotations"]]
     ),
@@ -257,3 +259,88 @@ def test_quoted_numbers_are_numbers(two, change):
     dataset = open_set(change(two, quote))
     assert dataset.image_ids == [1000, 993, 986] and "size_missing" not in dataset.report
     assert [dataset[i][1]["labels"].tolist() for i in range(3)] == before
+
+
+def test_annotations_counted_from_0_and_categories_from_1_are_doubted(two, change):
+    categories = [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}, {"id": 3, "name": "c"}]
+    path = change(two, lambda data: data.update(categories=categories))
+    for first, doubted in ((0, 1), (1, 0)):
+        change(
+            path, lambda data, first=first: [a.update(category_id=first + i) for i, a in enumerate(data["annotations"])]
+        )
+        dataset = open_set(path)
+        assert dataset.report.get("category_ids_shifted", 0) == doubted
+        assert ("  warning: 1 x category ids shifted" in dataset.summary()) == doubted
+
+
+def test_entries_that_share_a_file_or_an_id_are_warned_about(two, change):
+    def share(data):
+        data["images"] += [{**data["images"][0], "id": 7}, {**data["images"][1], "id": 1000}]
+
+    report = open_set(change(two, share)).report
+    assert report["picture_listed_twice"] == report["image_id_duplicate"] == 1 and report["images"] == 4
+
+
+@pytest.mark.parametrize(
+    ("value", "crowds"), [(True, 1), ("1", 1), ("true", 1), (False, 0), ("0", 0), ("False", 0), ("no", 0), (None, 0)]
+)
+def test_iscrowd_as_tools_write_it(two, change, value, crowds):
+    dataset = open_set(change(two, lambda data: data["annotations"][0].update(iscrowd=value)))
+    assert dataset.report["objects"] == 3 - crowds and dataset.report.get("crowd", 0) == crowds
+
+
+def test_annotations_without_ids_are_named_by_their_place(two, change):
+    def strip(data):
+        for annotation in data["annotations"]:
+            del annotation["id"], annotation["area"]
+
+    assert "first: annotation entry 0 (000.png)" in open_set(change(two, strip)).summary()
+
+
+def test_a_picture_of_another_shape_than_stated_is_doubted_but_not_one_with_its_sides_interchanged(two, change):
+    change(two, lambda data: data["images"][0].update(width=300, height=300))
+    assert open_set(two).report["size_of_other_shape"] == 1
+    change(two, lambda data: (data["images"][0].update(width=40, height=60), data["annotations"].pop(1)))
+    report = open_set(two).report
+    assert report["size_mismatch"] == 1 and "size_of_other_shape" not in report
+
+
+def test_fewer_than_half_of_the_annotations_is_a_warning(two, change):
+    change(two, lambda data: [annotation.update(bbox=[0, 0, 0, 5]) for annotation in data["annotations"][:2]])
+    assert "warning: fewer than half of the annotations are used" in open_set(two).summary()
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_pictures_that_all_cannot_be_read_are_refused_at_the_start(two, train):
+    for file in (two.parent / "images").iterdir():
+        file.write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(DataError, match=r"none of 3 pictures looked at can be read; .* begins with 'version https"):
+        open_set(two, train)
+
+
+def test_the_sentence_of_a_worker_comes_without_its_traceback(two):
+    dataset = open_set(two)
+    for file in (two.parent / "images").iterdir():
+        damage(file)  # after the start, as when a disk fails
+    loader = torch.utils.data.DataLoader(dataset, num_workers=1, collate_fn=list)
+    with pytest.raises(PictureError) as error:
+        list(loader)
+    assert str(error.value) == f"{dataset.path(0)}: neither this picture nor the next ones can be read."
+
+
+def test_the_folder_that_holds_the_pictures_is_named(two):
+    (two.parent / "images").rename(two.parent / "train2017")
+    with pytest.raises(
+        DataError, match=r"none of its 3 pictures is in .*images .* 3 pictures .* are in .*train2017\.$"
+    ):
+        open_set(two)
+
+
+def test_pictures_known_by_their_url_alone(two, change):
+    def as_lvis(data):
+        for image in data["images"]:
+            image["coco_url"] = "http://images.cocodataset.org/train2017/" + image.pop("file_name")
+
+    dataset = open_set(change(two, as_lvis))
+    assert [dataset.file_name(i) for i in range(3)] == ["000.png", "001.png", "002.png"]
+    assert dataset[0][0].shape == (3, 40, 60)

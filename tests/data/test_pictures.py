@@ -1,5 +1,7 @@
 """Pictures of every kind come out as the RGB a person sees, and damaged ones never come out at all."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -92,3 +94,58 @@ def test_what_is_no_picture_is_named(tmp_path, content):
     for read in (read_picture, inspect_picture):
         with pytest.raises(PictureError, match=r"y\.jpg: this picture cannot be read"):
             read(path)
+
+
+def noise_jpeg(h=64, w=64):
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (h, w, 3), dtype=np.uint8)).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("read", [read_picture, inspect_picture])
+def test_a_film_behind_the_picture_does_no_harm(tmp_path, read):
+    path = tmp_path / "x.jpg"
+    path.write_bytes(noise_jpeg() + bytes(200_000))
+    read(path)
+
+
+def test_the_end_of_a_preview_is_not_that_of_the_picture(tmp_path):
+    """A file whose second half never came, as zeros, with a preview in its header."""
+    whole, preview = noise_jpeg(), noise_jpeg(8, 8)
+    header = whole[:2] + b"\xff\xe2" + (len(preview) + 2).to_bytes(2) + preview
+    path = tmp_path / "x.jpg"
+    path.write_bytes(header + whole[2:])
+    read_picture(path)
+    path.write_bytes(header + whole[2 : len(whole) // 2] + bytes(len(whole) // 2))
+    with pytest.raises(PictureError, match="cut short"):
+        read_picture(path)
+
+
+def test_a_wrong_checksum_in_a_png_is_an_error(tmp_path):
+    path = save(tmp_path, ramp(64, 64))
+    content = bytearray(path.read_bytes())
+    content[content.index(b"IEND") - 6] ^= 1  # the checksum of the pixels
+    path.write_bytes(content)
+    with pytest.raises(PictureError, match="checksum"):
+        read_picture(path)
+
+
+def test_the_reason_comes_with_what_the_file_begins_with(tmp_path):
+    path = tmp_path / "x.jpg"
+    for content, reason in (
+        (b"<html>404", "it begins with '<html>404', which is no picture"),
+        (b"", "the file is empty"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(PictureError) as error:
+            read_picture(path)
+        assert error.value.reason == reason
+    with pytest.raises(PictureError, match="Is a directory"):
+        read_picture(tmp_path)
+
+
+def test_frames_are_counted_and_the_first_is_read(tmp_path):
+    first, second = (Image.fromarray(np.dstack([values] * 3)) for values in (ramp(), ramp()[::-1].copy()))
+    first.save(tmp_path / "x.tif", save_all=True, append_images=[second])
+    assert inspect_picture(tmp_path / "x.tif").frames == 2
+    assert np.array_equal(read_picture(tmp_path / "x.tif")[0], ramp())
