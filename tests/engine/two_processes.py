@@ -185,6 +185,7 @@ def check_non_finite(accelerator, folder):
 def check_shared_folder(accelerator, folder):
     """Processes that look into different folders are named, and all of them stop."""
     require_shared_folder(Config(output_dir=str(folder)), accelerator)
+    accelerator.wait_for_everyone()  # the main process has removed its mark
     assert not list(folder.glob(".launch-*"))
     mine = folder / f"machine{accelerator.process_index}"
     mine.mkdir()
