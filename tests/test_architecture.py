@@ -20,6 +20,7 @@ ALLOWED = {
     "config": {"settings", "config_rules"},
     "models": {"ops", "assign", "losses"},
     "convert": {"ops", "models", "settings", "config", "engine"},
+    "export": {"ops", "models"},
     "engine": {"ops", "assign", "losses", "models"},
 }
 LIBRARIES_OF_LOSSES = {"torch", "torchvision"}
