@@ -21,6 +21,7 @@ COMMANDS = {
     "convert": ("brs_detr.commands.convert", "turn an official Co-DETR or BRS-DETR checkpoint into a weights file"),
 }
 EXIT_REFUSED = 2
+_PATH_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,13 +42,19 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, OSError, ValueError) as error:
         if not _is_for_the_user(error):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_sentence(error)}", file=sys.stderr)
         return EXIT_REFUSED
 
 
 def _is_for_the_user(error: Exception) -> bool:
-    """Is this one of our own errors, whose sentence says what to mend, rather than a fault of the program?"""
-    return type(error).__module__.startswith("brs_detr.") or isinstance(error, FileNotFoundError)
+    """Is this one of our own errors or a path that cannot be used, rather than a fault of the program?"""
+    return type(error).__module__.startswith("brs_detr.") or isinstance(error, _PATH_ERRORS)
+
+
+def _sentence(error: Exception) -> str:
+    """The error's own words; those of the operating system without its number."""
+    named = isinstance(error, OSError) and error.filename is not None and error.strerror
+    return f"{error.filename}: {error.strerror}" if named else str(error)
 
 
 if __name__ == "__main__":

@@ -149,6 +149,14 @@ def test_a_run_killed_in_the_middle_of_an_epoch_ends_the_same(run, data, tmp_pat
         assert mine.get("loss") == other.get("loss") and mine.get("AP") == other.get("AP")
 
 
+def test_a_path_that_cannot_be_used_is_named_in_one_sentence(data, tmp_path, capsys):
+    json_path, images = data / "annotations" / "val.json", data / "images" / "val"
+    command = ["check-data", str(json_path), "--images", str(images), "--samples", "0", "--csv"]
+    for bad, reason in ((tmp_path, "Is a directory"), (json_path / "x.csv", "Not a directory")):
+        assert cli.main([*command, str(bad)]) == 2
+        assert capsys.readouterr().err == f"error: {bad}: {reason}\n"
+
+
 def test_a_run_is_not_overwritten_by_accident(run, data, capsys):
     assert train([DEMO, *TINY, f"data.root={data}", f"output_dir={run}"]) == 2
     assert "holds a run already" in capsys.readouterr().err
