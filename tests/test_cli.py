@@ -157,6 +157,14 @@ def test_a_path_that_cannot_be_used_is_named_in_one_sentence(data, tmp_path, cap
         assert capsys.readouterr().err == f"error: {bad}: {reason}\n"
 
 
+def test_what_holds_no_picture_and_no_json_is_refused_in_one_sentence(run, tmp_path, capsys):
+    assert cli.main(["predict", str(run), str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: no picture in this folder\n"
+    (tmp_path / "train.json").write_text("<html>")
+    assert cli.main(["info", DEMO, *TINY, f"data.root={tmp_path}", "data.train_json=train.json"]) == 2
+    assert "this is not a JSON file" in capsys.readouterr().err
+
+
 def test_a_run_is_not_overwritten_by_accident(run, data, capsys):
     assert train([DEMO, *TINY, f"data.root={data}", f"output_dir={run}"]) == 2
     assert "holds a run already" in capsys.readouterr().err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import platform
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from brs_detr.config import Config, dump, load_config
+from brs_detr.data.json_file import load_json
 from brs_detr.engine.optim import count_parameters
 from brs_detr.evaluation.coco import fast_backend_installed
 from brs_detr.evaluation.summary import text_table
@@ -47,7 +47,7 @@ def count_classes(config: Config, asked: int | None) -> tuple[int, str]:
     if asked is not None:
         return asked, "as asked"
     if path.is_file():
-        return len(json.loads(path.read_text(encoding="utf-8"))["categories"]), f"from {path}"
+        return len(load_json(path)["categories"]), f"from {path}"
     return COCO_CLASSES, f"as COCO has; {path} is not there"
 
 

@@ -82,14 +82,17 @@ def picture_files(path: Path) -> list[Path]:
     """The picture itself, or every file of a folder that Pillow may read, by name.
 
     Raises:
-        FileNotFoundError: there is no such file or folder.
+        FileNotFoundError: there is no such file or folder, or no picture in it.
     """
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such picture or folder")
     known = Image.registered_extensions()
-    return sorted(file for file in path.rglob("*") if file.suffix.lower() in known)
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in known)
+    if not files:
+        raise FileNotFoundError(f"{path}: no picture in this folder")
+    return files
 
 
 def drawing_names(files: list[Path]) -> list[Path]:

@@ -108,6 +108,7 @@ def report(dataset: CocoDetection, log: FaultLog, show: int) -> str:
     lines = [
         f"{dataset.json_path}: {counts['images']:,} of {counts['images_listed']:,} images and "
         f"{counts['objects']:,} of {counts['annotations_listed']:,} annotations will be {purpose} on",
+        f"pictures in {dataset.image_dir}",
         f"{dataset.num_classes} classes: "
         + ", ".join(f"{name} (id {key})" for name, key in zip(dataset.classes, dataset.category_ids, strict=True)),
     ]

@@ -137,7 +137,7 @@ def usual_folder(json_path: str | Path, names: Sequence[str]) -> Path:
         names: file names in it; without any there is nothing to look for.
 
     Raises:
-        DataError: they are not under the json's folder nor the one above.
+        DataError: they are not under the json's folder nor, if that is one for annotations, beside it.
     """
     path = Path(json_path)
     stem = path.stem.removeprefix("instances_")
@@ -146,8 +146,9 @@ def usual_folder(json_path: str | Path, names: Sequence[str]) -> Path:
     for place in places:
         if not names or any(os.path.isfile(place / name) for name in names[:20]):
             return place
-    for root in (path.parent, path.parent.parent):
-        guess = guess_folder(names, root)
-        if guess is not None:
-            return guess[0]
+    # not further up: there another dataset may have pictures of the same names
+    beside = path.parent.parent if path.parent.name.lower().startswith("annotation") else path.parent
+    guess = guess_folder(names, beside)
+    if guess is not None:
+        return guess[0]
     raise DataError(f"{json_path}: its pictures are not in a usual place; name their folder with --images DIR.")

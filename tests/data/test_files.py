@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from brs_detr.data.annotations import Images
-from brs_detr.data.faults import FaultLog
+from brs_detr.data.faults import DataError, FaultLog
 from brs_detr.data.files import find_pictures, guess_folder, usual_folder
 
 
@@ -124,3 +124,9 @@ def test_usual_places(tmp_path):
     json_path = tmp_path / "annotations" / "instances_train.json"
     assert usual_folder(json_path, ["c.jpg"]) == tmp_path / "train"
     assert usual_folder(json_path, ["upload/a.jpg", "upload/b.jpg"]) == tmp_path / "images"
+
+
+def test_pictures_of_the_dataset_next_door_are_not_taken(tmp_path):
+    make(tmp_path, "ours/set.json", "theirs/images/0001.jpg")
+    with pytest.raises(DataError, match="name their folder with --images"):
+        usual_folder(tmp_path / "ours" / "set.json", ["0001.jpg"])
