@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, compare_versions
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -26,12 +26,14 @@ def sharding_plugin() -> FullyShardedDataParallelPlugin | None:
     """What the launch says about FSDP, with float32 weights; None where it says nothing.
 
     Raises:
-        ValueError: the launch asks for the first version of FSDP, or contradicts itself.
+        ValueError: the launch asks for the first version of FSDP or contradicts itself, or Accelerate is too old.
     """
     if not sharding_wanted():
         return None
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise ValueError("FSDP of version 1 is not supported; set fsdp_version: 2 as configs/accelerate/fsdp.yaml does")
+    if compare_versions("accelerate", "<", "1.11"):  # older ones would shard scalars too, which torch refuses
+        raise ValueError("FSDP needs accelerate 1.11 or newer; pip install --upgrade accelerate")
     return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy())
 
 
