@@ -1,0 +1,172 @@
+"""`export`: a trained detector as an ONNX file, checked against torch in onnxruntime."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
+
+from brs_detr.commands.predict import lowest_scores
+from brs_detr.config import Config, ConfigError
+from brs_detr.data.pictures import read_picture
+from brs_detr.engine.checkpoint import Weights, publish
+from brs_detr.export.graph import OLDEST_OPSET, ExportError, write_onnx
+from brs_detr.export.parity import MOST_PIXELS, MOST_SCORE, ExportedDetector, compare
+from brs_detr.models.brs_detr import BRSDETR
+from brs_detr.ops.images import ImageBatch, Size
+from brs_detr.resuming import require_writable
+from brs_detr.run import restore
+
+PIXELS = {"uint8": torch.uint8, "float32": torch.float32}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `export`."""
+    parser.add_argument("weights", type=Path, help="run folder (its best weights) or .safetensors file")
+    parser.add_argument("overrides", nargs="*", help="settings to change, e.g. model.detections_per_image=50")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.onnx", help="file to write")
+    parser.add_argument("--height", type=int, help="of the input, in pixels (default: data.test_long_side)")
+    parser.add_argument("--width", type=int, help="of the input, in pixels (default: data.test_long_side)")
+    parser.add_argument("--any-size", action="store_true", help="leave height and width of the input free")
+    parser.add_argument("--pixels", choices=PIXELS, default="uint8", help="type of the input, 0..255 in either case")
+    parser.add_argument("--opset", type=int, default=OLDEST_OPSET, help="version of ONNX's operators (default: 18)")
+    parser.add_argument(
+        "--picture", type=Path, action="append", default=[], help="check with this picture too; may be repeated"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Export, check, and only then give the file its name; returns the exit code."""
+    require_packages("onnx", "onnxscript")
+    if options.out.suffix != ".onnx":
+        raise ConfigError(f"--out={options.out}: the name of the file must end in .onnx")
+    if options.any_size and (options.height or options.width):
+        raise ConfigError("--any-size leaves height and width free; leave out --height and --width, or it")
+    require_writable(options.out.parent, "--out")
+    model, weights, config, file = restore(options.weights, options.overrides)
+    if config.eval.predict_with != "decoder":
+        raise ConfigError(
+            f"eval.predict_with={config.eval.predict_with}: only the decoder's detections can be exported; "
+            "add eval.predict_with=decoder"
+        )
+    size = input_size(config, options)
+    shown = "any size" if options.any_size else f"{size[0]}x{size[1]} pixels"
+    print(f"{file}: exporting for pictures of {shown} (height x width)")
+    partial = options.out.with_name(f".{options.out.name}.partial")
+    try:
+        write_onnx(
+            model,
+            partial,
+            size,
+            any_size=options.any_size,
+            opset=options.opset,
+            pixels=PIXELS[options.pixels],
+            metadata=metadata(weights, config, None if options.any_size else size),
+        )
+        check(model, partial, config, options, size)
+        publish(partial, options.out)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB, opset {options.opset}")
+    return 0
+
+
+def require_packages(*names: str) -> None:
+    """Refuse to begin without the packages that torch's exporter needs.
+
+    Raises:
+        ExportError: with the line that installs them.
+    """
+    if missing := [name for name in names if not installed(name)]:
+        raise ExportError(f"export needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def installed(name: str) -> bool:
+    """Whether a package can be imported."""
+    return importlib.util.find_spec(name) is not None
+
+
+def input_size(config: Config, options: argparse.Namespace) -> Size:
+    """(H, W) of the graph: as asked, else a square in which every picture fits at its test size.
+
+    Raises:
+        ConfigError: a side is too small for the maps to have two cells.
+    """
+    least = 2 * max(config.model.backbone.levels) * 2 ** (config.model.levels - len(config.model.backbone.levels))
+    for name, side in (("--height", options.height), ("--width", options.width)):
+        if side is not None and side < least:
+            raise ConfigError(f"{name}={side}: the coarsest of this detector's maps needs at least {least} pixels")
+    default = max(config.data.test_long_side, least)
+    return options.height or default, options.width or default
+
+
+def metadata(weights: Weights, config: Config, size: Size | None) -> dict[str, Any]:
+    """What the file's user has to know: what the labels mean, and how a picture is to be resized."""
+    return {
+        "classes": weights.classes,
+        "category_ids": weights.category_ids,
+        "thresholds": lowest_scores(weights, None),
+        "size": size,
+        "short_side": config.data.test_short_side,
+        "long_side": config.data.test_long_side,
+        "antialias": config.data.antialias,
+    }
+
+
+def check(model: BRSDETR, path: Path, config: Config, options: argparse.Namespace, size: Size) -> None:
+    """Compare the file in onnxruntime with the detector in torch, on noise and on the pictures given.
+
+    Raises:
+        ExportError: they differ by more than rounding.
+    """
+    if not installed("onnxruntime"):
+        print("not checked: onnxruntime is not installed (pip install onnxruntime)")
+        return
+    exported = ExportedDetector(path)
+    cases = {}
+    for name, share in (("noise", (0.75, 1.0)), ("noise, upright", (1.0, 0.75))):
+        height, width = (math.ceil(side * part) for side, part in zip(size, share, strict=True))
+        cases[name] = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+    for picture in options.picture:
+        image = read_picture(picture)
+        fitted = fitted_size(image.shape[-2:], config, None if options.any_size else size)
+        antialias = config.data.antialias
+        cases[str(picture)] = resize(image, list(fitted), InterpolationMode.BILINEAR, antialias=antialias)
+    version = importlib.metadata.version("onnxruntime")
+    print(f"onnxruntime {version} against torch {torch.__version__}, largest differences:")
+    for name, image in cases.items():
+        canvas = tuple(image.shape[-2:]) if options.any_size else size
+        images = padded(image.to(PIXELS[options.pixels]), canvas)
+        found = compare(model, exported, images)
+        shape = f"{image.shape[-2]}x{image.shape[-1]}"
+        print(f"  {name} ({shape}): boxes {found.boxes:.1g} pixels, scores {found.scores:.1g}")
+        if not found.small:
+            raise ExportError(
+                f"{options.out} was not written: onnxruntime differs from torch by {found.boxes:.2g} pixels and "
+                f"{found.scores:.2g} in scores, where {MOST_PIXELS} and {MOST_SCORE} would be rounding"
+            )
+
+
+def fitted_size(picture: Size, config: Config, limit: Size | None) -> Size:
+    """(h, w) of a picture as `data.test_short_side` and `data.test_long_side` say, smaller where the graph's is."""
+    height, width = picture
+    factor = min(config.data.test_long_side / max(picture), config.data.test_short_side / min(picture))
+    if limit is not None:
+        factor = min(factor, limit[0] / height, limit[1] / width)
+    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+
+
+def padded(image: Tensor, canvas: Size) -> ImageBatch:
+    """A batch of one (3, h, w) picture in the top left corner of a (H, W) canvas."""
+    height, width = image.shape[-2:]
+    pixels = image.new_zeros(1, 3, *canvas)
+    pixels[0, :, :height, :width] = image
+    return ImageBatch(pixels, [(height, width)], [(height, width)])

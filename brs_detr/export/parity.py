@@ -1,0 +1,111 @@
+"""Does onnxruntime compute with the exported file what torch computes with the detector?
+
+Two programs never round alike, and a detector chooses twice: proposals by score, then (query, class) pairs by score.
+Of equals up to rounding either may come first, and a query takes its content by its proposal's rank. So the reference
+follows the file's own choice of proposals, once it has turned out to be a best one up to rounding, and a detection may
+equal any of torch's with its label and score.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert
+
+from brs_detr.models.brs_detr import BRSDETR
+from brs_detr.models.decoder import Predictions
+from brs_detr.ops.images import ImageBatch
+
+MOST_PIXELS = 0.1
+"""Largest difference of a box's corner, in pixels of the input, that counts as rounding."""
+MOST_SCORE = 1e-3
+"""The same for a score in [0, 1]."""
+
+
+class Differences(NamedTuple):
+    """Largest differences between two computations: of boxes in pixels, of scores; inf where one has no counterpart."""
+
+    boxes: float
+    scores: float
+
+    @property
+    def small(self) -> bool:
+        """Whether both may be rounding."""
+        return self.boxes <= MOST_PIXELS and self.scores <= MOST_SCORE
+
+
+class ExportedDetector:
+    """An ONNX file of `graph.write_onnx` in onnxruntime on the CPU, that also tells which proposals it chose.
+
+    Args:
+        path: of the file. onnx and onnxruntime have to be installed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import onnx
+        import onnxruntime
+
+        model = onnx.load(path)
+        first_choice = next(node for node in model.graph.node if node.op_type == "TopK")
+        model.graph.output.add().CopyFrom(
+            onnx.helper.make_tensor_value_info(first_choice.output[1], onnx.TensorProto.INT64, None)
+        )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+
+    def __call__(self, images: ImageBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """boxes (B, n, 4), scores (B, n), labels (B, n), chosen proposals (B, Q) of a batch of the file's size."""
+        inputs = {"pixels": images.pixels.numpy(), "sizes": torch.tensor(images.sizes).numpy()}
+        return tuple(torch.from_numpy(array) for array in self.session.run(None, inputs))
+
+
+@torch.no_grad()
+def compare(model: BRSDETR, exported: ExportedDetector, images: ImageBatch) -> Differences:
+    """The largest differences between an exported file and the detector it was made from.
+
+    Args:
+        model: in eval mode on the CPU.
+        exported: its file.
+        images: of the file's size and type of pixels.
+    """
+    boxes, scores, labels, chosen = exported(images)
+    padding = images.padding_mask()
+    memory = model.encode(model.normalise(images.pixels, padding), padding)
+    found = model.proposals(memory)
+    of_tokens = found.predictions.logits[..., 0].masked_fill(~found.valid, -torch.inf).sigmoid()
+    choice = (of_tokens.gather(1, chosen) - of_tokens.gather(1, found.chosen)).abs().max()
+    references = found.predictions.boxes.gather(1, chosen[..., None].expand(-1, -1, 4))
+    layers = model.decode(memory, references)
+    last = Predictions(layers.logits[-1], layers.boxes[-1])
+    differences = largest_differences(last, images, boxes, scores, labels)
+    return Differences(differences.boxes, max(differences.scores, float(choice)))
+
+
+def largest_differences(
+    predictions: Predictions, images: ImageBatch, boxes: Tensor, scores: Tensor, labels: Tensor
+) -> Differences:
+    """How far detections are from the best that predictions allow.
+
+    Args:
+        predictions: logits (B, Q, K), boxes (B, Q, 4) cxcywh in [0, 1].
+        images: whose sizes the boxes are scaled by.
+        boxes, scores, labels: (B, n, 4) xyxy pixels, (B, n) descending, (B, n).
+
+    Returns:
+        For scores: the largest difference rank by rank. For boxes: of each detection to the nearest predicted box with
+        its label and score, the largest.
+    """
+    all_scores = predictions.logits.sigmoid()
+    best = all_scores.flatten(1).topk(scores.shape[1], dim=1).values
+    extents = torch.tensor(images.sizes).flip(1).repeat(1, 2)[:, None]
+    all_boxes = box_convert(predictions.boxes, "cxcywh", "xyxy").clamp(0, 1) * extents
+    of_label = all_scores.gather(2, labels[:, None].expand(-1, all_scores.shape[1], -1))  # (B, Q, n)
+    apart = (all_boxes[:, :, None] - boxes[:, None]).abs().amax(-1)
+    apart = apart.masked_fill((of_label - scores[:, None]).abs() > MOST_SCORE, torch.inf)
+    return Differences(float(apart.amin(1).max()), float((scores - best).abs().max()))

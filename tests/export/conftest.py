@@ -1,0 +1,73 @@
+"""Small detectors with spread-out random weights, and one of them as an ONNX file."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from brs_detr.config import BackboneConfig, ModelConfig
+from brs_detr.export.graph import write_onnx
+from brs_detr.models.brs_detr import BRSDETR
+from brs_detr.models.build import build_model
+
+SMALL = ModelConfig(
+    backbone=BackboneConfig(
+        name="test_resnet.r160_in1k", pretrained=False, frozen_stages=0, norm="batch", levels=(16, 32)
+    ),
+    dim=64,
+    heads=4,
+    levels=3,
+    encoder_layers=1,
+    decoder_layers=1,
+    ffn_dim=32,
+    queries=12,
+    detections_per_image=20,
+)
+
+
+def spread_weights(model: BRSDETR, seed: int = 3) -> BRSDETR:
+    """Random weights that give scores far apart and boxes off their proposals, as training does; in eval mode."""
+    torch.manual_seed(seed)
+    for head in (*model.decoder.regressors, model.proposals.regressor):
+        nn.init.normal_(head[-1].weight, std=0.1)
+    for head in (*model.decoder.classifiers, model.proposals.classifier):
+        nn.init.normal_(head.weight, std=0.5)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
+            nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def spread():
+    """`spread_weights`."""
+    return spread_weights
+
+
+@pytest.fixture(scope="session")
+def build():
+    """From a backbone's name to a detector."""
+
+    def small_detector(backbone: str = SMALL.backbone.name) -> BRSDETR:
+        torch.manual_seed(2)
+        return spread_weights(build_model(replace(SMALL, backbone=replace(SMALL.backbone, name=backbone)), 3))
+
+    return small_detector
+
+
+@pytest.fixture(scope="session")
+def detector(build) -> BRSDETR:
+    """On a ResNet."""
+    return build()
+
+
+@pytest.fixture(scope="session")
+def exported(detector, tmp_path_factory) -> Path:
+    """The detector as a file for pictures of any size, traced at 150 x 210."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    path = tmp_path_factory.mktemp("export") / "small.onnx"
+    write_onnx(detector, path, (150, 210), any_size=True, metadata={"classes": ["a", "b", "c"], "size": None})
+    return path

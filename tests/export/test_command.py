@@ -1,0 +1,154 @@
+"""`python -m brs_detr export` and the example that reads what it writes, as a user types them."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from brs_detr import cli
+from brs_detr.commands import export
+from brs_detr.config import apply_overrides, load_config, to_dict
+from brs_detr.data.transforms import EvalTransforms
+from brs_detr.engine.checkpoint import Weights, save_weights
+from brs_detr.export.parity import Differences
+from brs_detr.run import build_detector
+
+ROOT = Path(__file__).resolve().parents[2]
+CLASSES = ["ring", "disc", "star"]
+TINY = ["model.decoder_layers=1", "model.ffn_dim=32", "model.queries=12", "model.detections_per_image=10"]
+
+
+@pytest.fixture(scope="module")
+def weights(spread, tmp_path_factory):
+    """A weights file of a small detector with random weights."""
+    config = apply_overrides(load_config(ROOT / "configs" / "demo.yaml"), TINY)
+    model = spread(build_detector(config, len(CLASSES), initial_weights=False))
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    extra = {"thresholds": {"ring": 0.2, "disc": 0.1}}
+    save_weights(path, Weights(model.state_dict(), CLASSES, [7, 3, 12], to_dict(config), extra))
+    return path
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    """A picture of just the size of the detector's input: neither resizing nor padding, which round, come in."""
+    path = tmp_path_factory.mktemp("pictures") / "noise.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 70, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def no_export(monkeypatch):
+    """Exporting, which takes seconds, replaced by writing an empty file."""
+    monkeypatch.setattr(export, "write_onnx", lambda model, path, size, **options: path.write_bytes(b""))
+
+
+def test_what_is_exported_is_checked_and_the_example_finds_what_predict_finds(weights, picture, tmp_path, capsys):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    out = tmp_path / "new" / "model.onnx"
+    command = ["export", str(weights), "--out", str(out), "--height", "70", "--width", "70", "--picture", str(picture)]
+    assert cli.main(command) == 0
+    said = capsys.readouterr().out
+    assert len(re.findall(r"\): boxes [\d.e+-]+ pixels, scores [\d.e+-]+", said)) == 3 and str(picture) in said
+    assert [path.name for path in out.parent.iterdir()] == ["model.onnx"]
+
+    example = [sys.executable, str(ROOT / "examples" / "onnx_detect.py"), str(out), str(picture)]
+    printed = subprocess.run(example, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert cli.main(["predict", str(weights), str(picture), "--out", str(tmp_path / "torch")]) == 0
+    (expected,) = json.loads((tmp_path / "torch" / "predictions.json").read_text())
+    assert len(printed) == len(expected["objects"]) > 0
+    for line, one in zip(printed, expected["objects"]):
+        found = re.fullmatch(r"(\S+)  x (\S+) y (\S+) width (\S+) height (\S+)  (\w+) \(category (\d+)\)", line)
+        assert (found[6], int(found[7])) == (one["name"], one["category_id"])
+        assert float(found[1]) == pytest.approx(one["score"], abs=2e-4)
+        assert [float(found[i]) for i in (2, 3, 4, 5)] == pytest.approx(one["bbox"], abs=0.03)
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("size", [(60, 44), (90, 123)])
+def test_the_example_resizes_as_predict_does(antialias, size):
+    """To a grey level, with and without the low-pass filter, smaller and larger."""
+    pytest.importorskip("onnxruntime")
+    spec = importlib.util.spec_from_file_location("onnx_detect", ROOT / "examples" / "onnx_detect.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    smooth = torch.nn.functional.interpolate(torch.rand(1, 3, 9, 12) * 255, size=(75, 103), mode="bilinear")[0].byte()
+    facts = {"short_side": min(size), "long_side": max(size), "antialias": antialias, "size": None}
+    ours = example.resize(Image.fromarray(smooth.permute(1, 2, 0).numpy()), facts)
+    theirs, _ = EvalTransforms(min(size), max(size), antialias)(smooth, {"boxes": torch.zeros(0, 4)})
+    assert ours.size == (theirs.shape[2], theirs.shape[1])
+    apart = torch.from_numpy(np.array(ours)).permute(2, 0, 1).int() - theirs.int()
+    assert apart.abs().max() <= 1
+
+
+def test_a_file_that_computes_something_else_is_not_written(weights, tmp_path, capsys, monkeypatch, no_export):
+    monkeypatch.setattr(export, "installed", lambda name: True)
+    monkeypatch.setattr(export, "ExportedDetector", lambda path: None)
+    monkeypatch.setattr(export, "compare", lambda *arguments: Differences(3.5, 0.0))
+    monkeypatch.setattr(export.importlib.metadata, "version", lambda name: "1")
+    assert cli.main(["export", str(weights), "--out", str(tmp_path / "model.onnx")]) == 2
+    assert "was not written: onnxruntime differs from torch by 3.5 pixels" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_onnxruntime_the_file_is_written_unchecked(weights, tmp_path, capsys, monkeypatch, no_export):
+    monkeypatch.setattr(export, "installed", lambda name: name != "onnxruntime")
+    assert cli.main(["export", str(weights), "--out", str(tmp_path / "model.onnx")]) == 0
+    assert "not checked: onnxruntime is not installed (pip install onnxruntime)" in capsys.readouterr().out
+    assert (tmp_path / "model.onnx").exists()
+
+
+def test_without_the_exporters_packages_nothing_begins(weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export, "installed", lambda name: False)
+    assert cli.main(["export", str(weights), "--out", str(tmp_path / "model.onnx")]) == 2
+    assert "pip install onnx onnxscript" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["eval.predict_with=roi", "--out", "model.onnx"], "eval.predict_with=decoder"),
+        (["--out", "model.pt"], "must end in .onnx"),
+        (["--out", "model.onnx", "--any-size", "--width", "64"], "leave out --height and --width"),
+        (["--out", "model.onnx", "--height", "12"], "--height=12: the coarsest of this detector's maps needs"),
+        (["--out", "model.onnx", "--opset", "9"], "--opset=9"),
+        (["--out", "/dev/null/model.onnx"], "--out=/dev/null: cannot be written to"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_sentence(weights, tmp_path, capsys, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(export, "installed", lambda name: True)
+    assert cli.main(["export", str(weights), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_picture_fits_the_default_input_at_its_test_size(weights, tmp_path, monkeypatch, no_export):
+    asked = {}
+    monkeypatch.setattr(export, "write_onnx", lambda model, path, size, **options: asked.update(options, size=size))
+    monkeypatch.setattr(export, "check", lambda model, path, *rest: path.write_bytes(b""))
+    overrides = ["data.test_short_side=60", "data.test_long_side=90"]
+    assert cli.main(["export", str(weights), *overrides, "--out", str(tmp_path / "model.onnx")]) == 0
+    facts = asked["metadata"]
+    assert asked["size"] == facts["size"] == (90, 90) and asked["pixels"] == torch.uint8
+    assert facts["classes"] == CLASSES and facts["category_ids"] == [7, 3, 12]
+    assert facts["thresholds"] == [0.2, 0.1, 1.0]  # star: never found right in validation
+    assert (facts["short_side"], facts["long_side"], facts["antialias"]) == (60, 90, True)
+
+
+def test_a_picture_larger_than_the_input_is_shrunk_to_fit():
+    config = apply_overrides(load_config(ROOT / "configs" / "demo.yaml"), ["data.test_short_side=60"])
+    assert export.fitted_size((120, 120), config, None) == (60, 60)
+    assert export.fitted_size((120, 120), config, (60, 80)) == (60, 60)
+    assert export.fitted_size((120, 120), config, (60, 45)) == (45, 45)
+    assert export.fitted_size((240, 120), config, (160, 160)) == (80, 40)  # data.test_long_side is 80
