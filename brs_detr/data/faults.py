@@ -53,7 +53,7 @@ POLICY: dict[str, tuple[str, str]] = {
     "picture_uniform": (WARNED, "used, but it is almost of one colour: look at it"),
     "picture_dark": (
         WARNED,
-        "used, but nothing in it is brighter than a quarter of the range: stretch 10- to 14-bit values in 16-bit files",
+        "used, but nothing in it is bright: if these are 10- to 14-bit values in a 16-bit file, stretch them beforehand",
     ),
     "picture_part_blank": (WARNED, "used, but a part of it is blank, by design or from a damaged file: look at it"),
     "picture_not_listed": (KEPT, "a file that no image entry names is not used"),

@@ -44,7 +44,7 @@ def look_at(dataset: CocoDetection, index: int, log: FaultLog) -> bool:
         log.add("picture_has_pages", where, f"{info.frames} in the file")
     if pixels[:, ::4, ::4].float().std() < 2:
         log.add("picture_uniform", where)
-    elif pixels.max() < 64:
+    elif pixels.max() < (64 if info.mode.startswith("I") else 17):  # 14 bits of 16; 12 bits, where colours hide the 16
         log.add("picture_dark", where, f"the brightest value is {pixels.max()} of 255")
     elif share_blank_below(pixels) >= 0.25:
         log.add("picture_part_blank", where, f"the lower {share_blank_below(pixels):.0%}")

@@ -37,6 +37,10 @@ def test_twelve_bits_in_sixteen_are_dark(looks):
     assert looks(Image.fromarray(values).save) == (True, {"picture_converted": 1, "picture_dark": 1})
 
 
+def test_a_night_picture_of_8_bits_is_not_called_dark(looks):
+    assert looks(Image.fromarray(noise(high=40)).save) == (True, {})
+
+
 def test_pages_and_frames(looks):
     frames = [Image.fromarray(noise(high=250)), Image.fromarray(noise(high=200))]
     found = looks(lambda path: frames[0].save(path, "TIFF", save_all=True, append_images=frames[1:]))
