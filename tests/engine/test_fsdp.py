@@ -23,7 +23,7 @@ from brs_detr.engine.state import latest_state
 from brs_detr.launch import start_accelerator
 
 ROOT = Path(__file__).resolve().parents[2]
-OLD = compare_versions("accelerate", "<", "1.11")
+OLD = compare_versions("accelerate", "<", "1.13")
 DEMO = str(ROOT / "configs" / "demo.yaml")
 LAUNCH_FILE = ROOT / "configs" / "accelerate" / "fsdp.yaml"
 PLAIN = {"ACCELERATE_USE_FSDP": "false"}
@@ -142,7 +142,7 @@ def make_data(folder):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     if OLD:
-        pytest.skip("FSDP needs accelerate 1.11 or newer")
+        pytest.skip("FSDP needs accelerate 1.13 or newer")
     folder = tmp_path_factory.mktemp("runs")
     data = make_data(folder)
     (folder / "jobs.json").write_text(json.dumps(jobs_of(folder, data)))
@@ -275,7 +275,7 @@ def test_evaluating_the_weights_gives_what_the_training_printed(runs):
         assert figures[name] == pytest.approx(validated[name], abs=1e-6), name
 
 
-REFUSED = [("2", "accelerate 1.11 or newer" if OLD else "Accelerate has for GPUs only"), ("1", "set fsdp_version: 2")]
+REFUSED = [("2", "accelerate 1.13 or newer" if OLD else "Accelerate has for GPUs only"), ("1", "set fsdp_version: 2")]
 
 
 @pytest.mark.parametrize("version, reason", REFUSED)
