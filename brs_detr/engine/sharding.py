@@ -32,7 +32,7 @@ def sharding_plugin() -> FullyShardedDataParallelPlugin | None:
         return None
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise ValueError("FSDP of version 1 is not supported; set fsdp_version: 2 as configs/accelerate/fsdp.yaml does")
-    if compare_versions("accelerate", "<", "1.13"):  # older ones shard scalars, which torch refuses, or do not resume exactly
+    if compare_versions("accelerate", "<", "1.13"):  # older ones shard scalars, or do not resume exactly
         raise ValueError("FSDP needs accelerate 1.13 or newer; pip install --upgrade accelerate")
     return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy())
 
