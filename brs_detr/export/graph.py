@@ -134,7 +134,9 @@ def write_onnx(
     except Exception as error:  # the exporters raise a dozen kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         mend = "give --height and --width instead of --any-size" if any_size else "try another --height and --width"
-        raise ExportError(f"torch {torch.__version__} cannot export this detector ({reason}); {mend}") from error
+        raise ExportError(
+            f"torch {torch.__version__} cannot export this detector ({reason}); {mend}, or newer onnx and onnxscript"
+        ) from error
     if (got := written.model.opset_imports[""]) != opset:
         raise ExportError(f"--opset={opset}: torch {torch.__version__} could only write opset {got}; leave out --opset")
     for node in written.model.graph:

@@ -51,6 +51,7 @@ def no_export(monkeypatch):
     monkeypatch.setattr(export, "write_onnx", lambda model, path, size, **options: path.write_bytes(b""))
 
 
+@pytest.mark.slow
 def test_what_is_exported_is_checked_and_the_example_finds_what_predict_finds(weights, picture, tmp_path, capsys):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)

@@ -81,6 +81,7 @@ def test_another_detector_is_told_apart(detector, build, exported):
     assert found.scores < 1e-5 and not found.small
 
 
+@pytest.mark.slow
 def test_a_swin_is_exported_for_one_size(build, tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
