@@ -17,6 +17,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from brs_detr.engine.checkpoint import write_text
+
 
 class RunLog:
     """log.txt, metrics.jsonl and Accelerate's trackers of one run; silent on all but the main process.
@@ -37,7 +39,7 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         lines = read_metrics(self.metrics_path) if resumed_at is not None else []
         kept = [json.dumps(line) + "\n" for line in lines if not _is_later(line, resumed_at)]
-        self.metrics_path.write_text("".join(kept), encoding="utf-8")
+        write_text(self.metrics_path, "".join(kept))
         if resumed_at is None:
             self.text_path.write_text("", encoding="utf-8")
 

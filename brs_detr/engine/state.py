@@ -88,8 +88,14 @@ def save_state(
     if accelerator.is_main_process:
         sums = {str(file.relative_to(partial)): _checksum(file, flush=True) for file in _files(partial)}
         write_text(partial / MANIFEST, json.dumps({"files": sums, "facts": facts | place}, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
+        if final.exists():  # saved before its validation: it stays until the new one has its place
+            former = folder / f"{final.name}.former"
+            shutil.rmtree(former, ignore_errors=True)
+            os.replace(final, former)
+            os.replace(partial, final)
+            shutil.rmtree(former, ignore_errors=True)
+        else:
+            os.replace(partial, final)
         for old in sorted(folder.glob("step-*"))[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()

@@ -151,5 +151,42 @@ def test_a_state_in_the_middle_of_being_written_is_no_state(reference, tmp_path)
     assert latest_state(tmp_path / "state")[0].name < newest.name
 
 
+def test_a_kill_while_a_state_of_the_same_step_is_written_leaves_one_of_them(toy, tmp_path, monkeypatch):
+    """The last step of an epoch is saved twice: after the step and after the validation."""
+    replace, renamed = shutil.os.replace, []
+
+    def mortal(source, target):
+        if target.name.startswith("step-"):
+            renamed.append(target.name)
+            if len(renamed) == moment:
+                raise Killed
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", mortal)
+    for moment in (2, 3, 4):
+        folder = tmp_path / str(moment)
+        renamed.clear()
+        trainer, _ = toy.build(folder, epochs=1, count=6, save_every=3)
+        with contextlib.suppress(Killed):
+            trainer.fit()
+        state, complaints = latest_state(folder / "state")
+        assert read_facts(state)["step"] == 3 and not complaints
+        if moment == 4:  # not killed
+            assert [path.name for path in (folder / "state").iterdir()] == ["step-00000003"]
+
+
+def test_metrics_survive_a_kill_while_they_are_cut_to_the_state(toy, reference, tmp_path, monkeypatch):
+    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
+    former = read_metrics(tmp_path / "metrics.jsonl")
+
+    def killed(*_):
+        raise Killed
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(Killed):
+        resume(toy, tmp_path)
+    assert read_metrics(tmp_path / "metrics.jsonl") == former != []
+
+
 def test_no_state_is_no_error(tmp_path):
     assert latest_state(tmp_path / "state") == (None, [])
