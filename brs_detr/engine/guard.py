@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from brs_detr.engine.checkpoint import publish
 from brs_detr.engine.sharding import local, whole
 from brs_detr.ops.images import ImageBatch
 
@@ -91,7 +92,9 @@ def save_batch(
     ]
     weights = {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}
     place = {"seed": seed, "step": step, "process": process, "facts": facts}
-    torch.save({**place, "batches": stored, "weights": weights}, path)
+    partial = path.with_name(f".{path.name}.partial")
+    torch.save({**place, "batches": stored, "weights": weights}, partial)
+    publish(partial, path)
 
 
 def _ids(targets: list[dict[str, Any]]) -> str:

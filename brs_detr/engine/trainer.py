@@ -201,9 +201,11 @@ class Trainer:
     def _agree(self, all_terms: list[dict[str, Tensor]], norm: Tensor) -> tuple[bool, bool]:
         """(is the step finite, is any process told to stop), the same answer in every process; one synchronisation."""
         total = torch.stack([value.float() for terms in all_terms for value in terms.values()]).sum()
-        # under fp16 an overflowing gradient is the scaler's business: it skips the step and lowers its scale
-        scaled = self.accelerator.scaler is not None and self.accelerator.scaler.is_enabled()
-        bad = ~finite(total, total if scaled else norm)
+        # under fp16 an overflowing gradient is the scaler's business: it skips the step and halves its scale; what is
+        # still not finite where gradients are no longer enlarged would be skipped for ever
+        scaler = self.accelerator.scaler
+        enlarged = scaler is not None and scaler.is_enabled() and scaler.get_scale() > 1
+        bad = ~finite(total, total if enlarged else norm)
         flags = torch.stack([bad.float(), torch.full_like(total, float(self.asked_to_stop))])
         if self.accelerator.num_processes > 1:
             flags = self.accelerator.reduce(flags, reduction="sum")
@@ -263,7 +265,8 @@ class Trainer:
         position.best, position.worse = (score, 0) if better else (position.best, position.worse + 1)
         if figures:
             self.log.metrics("val", position.step, {"epoch": position.epoch, **figures})
-            mark = " (best so far)" if better else f" (best {position.best})"
+            best = math.nan if position.best is None else position.best
+            mark = " (best so far)" if better else f" (best {best:.4f})"
             shown = " ".join(f"{name} {value:.4f}" for name, value in figures.items() if name in ("AP", "AP50", "AP75"))
             self.log.say(f"epoch {position.epoch}/{self.settings.epochs} validation: {shown}{mark}")
         if accelerator.is_main_process:

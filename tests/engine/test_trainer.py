@@ -37,6 +37,7 @@ def merged(batches):
 def one_step(toy, folder, group):
     """Parameters after one optimiser step over a group of batches."""
     trainer, accelerator = toy.build(folder)
+    trainer.settings = dataclasses.replace(trainer.settings, clip_norm=None)  # clipped, a wrong factor would not show
     torch.manual_seed(1)
     trainer.model = Mean()
     trainer.optimizer = accelerator.prepare(
@@ -61,6 +62,19 @@ def test_a_step_of_the_run_depends_on_seed_step_and_process_only():
         assert torch.equal(draws[key], torch.rand(5))
     values = torch.stack(list(draws.values()))
     assert len({tuple(row.tolist()) for row in values}) == 4
+
+
+def test_every_step_draws_other_numbers_and_the_same_ones_when_repeated(toy, tmp_path):
+    trainer, accelerator = toy.build(tmp_path)
+    trainer.optimizer = accelerator.prepare(
+        torch.optim.SGD([{"params": trainer.model.parameters(), "initial_lr": 0.0}])
+    )
+    group, losses = list(toy.ToyBatches(2).epoch(0)), []
+    for step in (3, 4, 3):
+        trainer.position.step = step
+        trainer.step(group)
+        losses.append(trainer.meter.mean(accelerator)["decoder.0.l1"])
+    assert losses[0] == losses[2] != losses[1]
 
 
 def test_the_gradient_is_clipped_and_its_norm_logged(toy, tmp_path):
@@ -90,6 +104,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_what_reproduces_it(t
     keys = ("pixels", "sizes", "original_sizes")
     losses = [model(ImageBatch(*(batch[key] for key in keys)), batch["targets"]) for batch in stored["batches"]]
     assert not all(math.isfinite(value.item()) for terms in losses for value in terms.values())
+
+
+def test_a_batch_that_could_not_be_written_to_its_end_leaves_no_file_of_its_name(toy, tmp_path, monkeypatch):
+    trainer, _ = toy.build(tmp_path, poison=(0, 0))
+
+    def full(content, path):
+        path.write_bytes(b"half of it")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="no space left"):
+        trainer.fit()
+    assert not list(tmp_path.glob("nonfinite-*"))
 
 
 def test_a_gradient_that_is_not_finite_is_named_by_its_parameter(toy, tmp_path):
@@ -125,6 +152,16 @@ def test_skipping_goes_on_under_a_gradient_scaler(toy, tmp_path, monkeypatch):
     assert trainer.fit()
     assert trainer.position.skipped == 1
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_an_overflow_is_the_scalers_business_but_not_for_ever(toy, tmp_path, monkeypatch):
+    """A gradient that is not finite at any scale would otherwise be a training in which nothing is ever learnt."""
+    trainer, _ = toy.build(tmp_path, epochs=9)
+    scaler = with_scaler(trainer, monkeypatch)  # from 4 to 1 in two steps
+    trainer.model.head.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(NonFiniteError, match=r"step 2: .*gradient of head\.weight"):
+        trainer.fit()
+    assert trainer.position.step == 2 and scaler.get_scale() == 1.0
 
 
 def test_gradients_are_unscaled_once_and_clipped_to_the_norm(toy, tmp_path, monkeypatch):
@@ -189,6 +226,28 @@ def test_a_run_that_ended_early_trains_no_further_when_it_is_resumed(toy, tmp_pa
     resumed.settings = trainer.settings
     accelerator.load_state(str(state))
     assert resumed.fit() and resumed.position.epoch == trainer.position.epoch == 3
+
+
+def test_it_is_validated_every_so_many_epochs_and_at_the_end(toy, tmp_path):
+    trainer, _ = toy.build(tmp_path, epochs=5)
+    trainer.settings = dataclasses.replace(trainer.settings, eval_every=2)
+    trainer.fit()
+    assert [line["epoch"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "val"] == [2, 4, 5]
+
+
+def test_the_average_follows_the_weights_but_not_in_a_skipped_step(toy, tmp_path):
+    trainer, _ = toy.build(tmp_path, ema=0.9, poison=(0, 1), accumulate=1, on_nonfinite="skip")
+    trainer.position.step = 7
+    average = trainer.ema.module.head.weight
+    sound, poisoned = list(toy.ToyBatches(2, poison=(0, 1)).epoch(0))
+    former, decay = average.detach().clone(), trainer.ema.get_decay(7)
+    trainer.step([sound])
+    expected = decay * former + (1 - decay) * trainer.model.head.weight
+    assert 0 < decay < 1 and not torch.equal(average, former)
+    torch.testing.assert_close(average, expected)
+    trainer.step([poisoned])
+    assert torch.equal(average, trainer.ema.module.head.weight) and trainer.position.skipped == 1
+    torch.testing.assert_close(average, expected)
 
 
 def test_the_averaged_weights_are_what_is_validated_and_saved(toy, tmp_path, weights):
