@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import time
 
@@ -48,11 +49,12 @@ def largest_step(
     done = 0
     for _ in range(20):  # under fp16 the scaler skips steps until its scale fits
         start = time.perf_counter()
-        for _ in range(batches):
-            with accelerator.autocast():
-                terms = model(images, targets)
-            loss = torch.stack(list(terms.values())).sum()
-            accelerator.backward(loss / batches)
+        for batch in range(batches):  # as the trainer does: before the last one sharded gradients stay whole
+            with contextlib.nullcontext() if batch + 1 == batches else accelerator.no_sync(model):
+                with accelerator.autocast():
+                    terms = model(images, targets)
+                loss = torch.stack(list(terms.values())).sum()
+                accelerator.backward(loss / batches)
         optimizer.step()
         value = loss.item()  # waits for the device
         seconds = time.perf_counter() - start
