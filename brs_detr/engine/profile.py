@@ -9,6 +9,7 @@ from itertools import chain, count, islice
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from brs_detr.engine.trainer import Trainer
@@ -49,10 +50,11 @@ def profile_steps(trainer: Trainer, folder: Path, rows: int = 15) -> str:
     averages, order = profiler.key_averages(), "self_device_time_total" if cuda else "self_cpu_time_total"
     (folder / "profile.txt").write_text(averages.table(sort_by=order, row_limit=-1), encoding="utf-8")
     parts = [event for event in averages if event.key.startswith("step: ")]
+    on_host = [event for event in parts if event.device_type == DeviceType.CPU]  # a GPU has spans of the same names
     lines = [f"{seconds:.3f} s a step under the profiler, a mean of {RECORDED} steps; of these on the host:"]
     lines += [
         f"  {event.key.removeprefix('step: '):<18} {event.cpu_time_total / RECORDED / 1e6:8.3f} s"
-        for event in sorted({event.key: event for event in parts}.values(), key=lambda e: -e.cpu_time_total)
+        for event in sorted(on_host, key=lambda event: -event.cpu_time_total)
     ]
     costly = sorted((e for e in averages if e not in parts), key=lambda event: -getattr(event, order))[:rows]
     lines.append(f"costliest operations on the {'GPU' if cuda else 'CPU'}, without what they call, a step:")
