@@ -51,7 +51,8 @@ def triton_sampling(value: Tensor, shapes: Sequence[Size], locations: Tensor, we
         raise ValueError(f"levels {list(shapes)} do not hold the {value.shape[1]} tokens of the value tensor")
     if value.dtype == torch.float64:
         raise ValueError("the Triton kernel sums in float32; use the torch version for float64")
-    return _Sampling.apply(value, locations.float(), weights.float(), tuple(map(tuple, shapes)))
+    with torch.cuda.device_of(value):  # Triton launches on the current device, which may be another GPU
+        return _Sampling.apply(value, locations.float(), weights.float(), tuple(map(tuple, shapes)))
 
 
 class _Sampling(torch.autograd.Function):
