@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Replay a saved step; returns the exit code: 0 where something is not finite again, 1 where all is finite."""
     saved = read_saved(options.batch)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(options.device)
     config = from_dict(saved["facts"]["config"], str(options.batch))
     model = rebuild(config, saved, options.batch).to(device)
     batches = [
@@ -44,9 +44,25 @@ def run(options: argparse.Namespace) -> int:
         ids = ", ".join(str(target["image_id"]) for target in targets)
         objects = sum(len(target["boxes"]) for target in targets)
         print(f"batch {number + 1} of {len(batches)}: images {ids}; {objects} objects")
-        faults += replay_batch(model, images.to(device), to_device(targets, device), config.train.precision)
+        model.zero_grad()
+        found = replay_batch(model, images.to(device), to_device(targets, device), config.train.precision)
+        faults += [f"batch {number + 1}: {fault}" if len(batches) > 1 else fault for fault in found]
     print("\n".join(faults or ["everything is finite here: another process, device or precision was the cause"]))
     return EXIT_REPRODUCED if faults else EXIT_FINITE
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device named; without a name a GPU if there is one.
+
+    Raises:
+        ConfigError: this machine has no such device.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0][:120]
+        raise ConfigError(f"--device {name}: cannot be used here ({reason}); leave it out, or write cpu") from None
 
 
 def read_saved(path: Path) -> dict[str, Any]:
