@@ -71,13 +71,6 @@ def rules(config: Any) -> Iterator[tuple[bool, str]]:
         train.schedule == "step" and train.steps is not None and steps != (),
         f"train.lr_steps={list(steps)} are epochs, train.steps={train.steps} leaves none; set train.schedule=cosine",
     )
-    yield (
-        (train.per_device_batch_size or 1) > train.total_batch_size,
-        (
-            f"train.per_device_batch_size={train.per_device_batch_size} is above "
-            f"train.total_batch_size={train.total_batch_size}"
-        ),
-    )
     yield (train.ema_decay or 0) >= 1, f"train.ema_decay={train.ema_decay} must be below 1"
     yield (
         model.name == "co_detr" and model.loss not in ("focal", "quality_focal"),

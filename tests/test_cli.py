@@ -294,7 +294,6 @@ def test_bf16_trains(data, tmp_path):
     [
         ("data.root=nowhere", "does not exist"),
         ("optim.lrr=1", "did you mean optim.lr"),
-        ("train.per_device_batch_size=5", "is above train.total_batch_size=4"),
         ("train.trackers=[nothing]", "train.trackers: nothing is not known"),
         ("train.trackers=[dvclive]", "train.trackers: dvclive is not installed"),
         ("output_dir=/dev/null/run", "output_dir=/dev/null/run: cannot be written to"),

@@ -99,7 +99,6 @@ def test_a_base_has_no_base(tmp_path):
         ("model.name=co_detr", "model.loss=brs makes it brs_detr"),
         ("train.lr_steps=[12]", "must lie before the end"),
         ("train.lr_steps=[3, 2]", "must increase"),
-        ("train.per_device_batch_size=32", "above train.total_batch_size=16"),
         ("train.ema_decay=1.0", "must be below 1"),
         ("optim.betas=[0.9, 1.0]", "optim.betas=[0.9, 1.0] must be below 1"),
         ("model.max_aux_queries=0", "must be at least 1"),

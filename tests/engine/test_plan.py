@@ -18,7 +18,9 @@ def test_without_a_limit_a_process_holds_its_whole_share():
     assert str(plan_batches(16, 2, 4)) == "total batch 16 = 4 processes x 2 pictures x 2 accumulated"
 
 
-@pytest.mark.parametrize(("most", "processes", "held"), [(4, 4, 4), (4, 8, 2), (3, 1, 2), (16, 16, 1), (5, 2, 4)])
+@pytest.mark.parametrize(
+    ("most", "processes", "held"), [(4, 4, 4), (4, 8, 2), (3, 1, 2), (16, 16, 1), (5, 2, 4), (32, 1, 16)]
+)
 def test_a_process_holds_at_most_what_it_may_and_the_total_stays(most, processes, held):
     plan = plan_batches(16, most, processes)
     assert plan.per_device == held
