@@ -1,5 +1,6 @@
-"""One training at a time in a folder."""
+"""One training at a time in a folder, no run written over by accident, none resumed as another one."""
 
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from brs_detr.config import ConfigError
-from brs_detr.resuming import hold_folder
+from brs_detr.config import Config, ConfigError, TrainConfig, to_dict
+from brs_detr.engine.plan import plan_batches
+from brs_detr.resuming import hold_folder, require_free_folder, require_same_run
 
 HOLD = "import sys, pathlib, brs_detr.resuming as r; r.hold_folder(pathlib.Path(sys.argv[1])); print('held'); input()"
 
@@ -25,3 +27,33 @@ def test_a_folder_is_held_by_one_process_until_it_ends_even_if_it_is_killed(tmp_
     other.communicate()
     hold_folder(tmp_path)
     hold_folder(tmp_path)  # the same process may go on with its own run
+
+
+def facts_of(config, plan):
+    return {"config": to_dict(config), "launch": dataclasses.asdict(plan)}
+
+
+def test_another_launch_is_another_run_unless_told(tmp_path):
+    config, saved = Config(), plan_batches(16, 2, 4)
+    assert require_same_run(config, saved, facts_of(config, saved), tmp_path) == []
+    other = plan_batches(16, 2, 2)
+    with pytest.raises(ConfigError, match=r"launch processes: 4 -> 2; launch accumulate: 2 -> 4.*allow_changes=true"):
+        require_same_run(config, other, facts_of(config, saved), tmp_path)
+    config = Config(train=TrainConfig(allow_changes=True))
+    assert len(require_same_run(config, other, facts_of(config, saved), tmp_path)) == 2
+
+
+@pytest.mark.parametrize("flag", [None, "resume", "overwrite"])
+def test_only_overwriting_removes_what_a_later_resume_would_mistake_for_its_own(tmp_path, flag):
+    files = [tmp_path / "state" / "step-00000001" / "manifest.json", tmp_path / "best.safetensors"]
+    files += [tmp_path / "last.safetensors", tmp_path / "evaluation" / "evaluation.json"]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    config = Config(output_dir=str(tmp_path), train=TrainConfig(**({flag: True} if flag else {})))
+    if flag is None:
+        with pytest.raises(ConfigError, match="holds a run already: add --resume"):
+            require_free_folder(config)
+    else:
+        require_free_folder(config)
+    assert [file.exists() for file in files] == ([False] * 3 + [True] if flag == "overwrite" else [True] * 4)

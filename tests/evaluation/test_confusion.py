@@ -108,6 +108,12 @@ def test_the_right_class_comes_before_a_better_score():
     ]
 
 
+def test_of_two_objects_in_one_place_the_last_one_is_confused():
+    truths = [truth(3, (0, 0, 10, 10)), truth(7, (0, 0, 10, 10))]
+    counts = confusion_matrix(truths, [found(20, (0, 0, 10, 10))], NAMES, ALL).counts
+    assert counts.tolist() == [[0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+
+
 def test_a_crowd_is_neither_missed_nor_makes_detections_of_its_class_false():
     truths = [truth(3, (0, 0, 40, 40), crowd=1)]
     assert not confusion_matrix(truths, [], NAMES, ALL).counts.any()
