@@ -53,7 +53,7 @@ POLICY: dict[str, tuple[str, str]] = {
     "picture_uniform": (WARNED, "used, but it is almost of one colour: look at it"),
     "picture_dark": (
         WARNED,
-        "used, but nothing in it is bright: if these are 10- to 14-bit values in a 16-bit file, stretch them beforehand",
+        "used, but nothing in it is bright: 10- to 14-bit values in a 16-bit file are better stretched beforehand",
     ),
     "picture_part_blank": (WARNED, "used, but a part of it is blank, by design or from a damaged file: look at it"),
     "picture_not_listed": (KEPT, "a file that no image entry names is not used"),
