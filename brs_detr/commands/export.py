@@ -58,8 +58,8 @@ def run(options: argparse.Namespace) -> int:
             "add eval.predict_with=decoder"
         )
     size = input_size(config, options)
-    shown = "any size" if options.any_size else f"{size[0]}x{size[1]} pixels"
-    print(f"{file}: exporting for pictures of {shown} (height x width)")
+    pictures = {str(path): read_picture(path) for path in options.picture}
+    print(f"{file}: exporting for {'any size' if options.any_size else f'{size[0]}x{size[1]} (height x width)'}")
     partial = options.out.with_name(f".{options.out.name}.partial")
     try:
         write_onnx(
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
             pixels=PIXELS[options.pixels],
             metadata=metadata(weights, config, None if options.any_size else size),
         )
-        check(model, partial, config, options, size)
+        check(model, partial, config, options, size, pictures)
         publish(partial, options.out)
     finally:
         partial.unlink(missing_ok=True)
@@ -97,6 +97,8 @@ def installed(name: str) -> bool:
 def input_size(config: Config, options: argparse.Namespace) -> Size:
     """(H, W) of the graph: as asked, else a square in which every picture fits at its test size.
 
+    Under `--any-size` that of the picture with which the graph is traced, wide and as large as a test picture can be.
+
     Raises:
         ConfigError: a side is too small for the maps to have two cells.
     """
@@ -104,8 +106,8 @@ def input_size(config: Config, options: argparse.Namespace) -> Size:
     for name, side in (("--height", options.height), ("--width", options.width)):
         if side is not None and side < least:
             raise ConfigError(f"{name}={side}: the coarsest of this detector's maps needs at least {least} pixels")
-    default = max(config.data.test_long_side, least)
-    return options.height or default, options.width or default
+    short, long = max(config.data.test_short_side, least), max(config.data.test_long_side, least)
+    return (short, long) if options.any_size else (options.height or long, options.width or long)
 
 
 def metadata(weights: Weights, config: Config, size: Size | None) -> dict[str, Any]:
@@ -121,8 +123,10 @@ def metadata(weights: Weights, config: Config, size: Size | None) -> dict[str, A
     }
 
 
-def check(model: BRSDETR, path: Path, config: Config, options: argparse.Namespace, size: Size) -> None:
-    """Compare the file in onnxruntime with the detector in torch, on noise and on the pictures given.
+def check(
+    model: BRSDETR, path: Path, config: Config, options: argparse.Namespace, size: Size, pictures: dict[str, Tensor]
+) -> None:
+    """Compare the file in onnxruntime with the detector in torch, on noise and on (3, h, w) pictures by name.
 
     Raises:
         ExportError: they differ by more than rounding.
@@ -131,15 +135,13 @@ def check(model: BRSDETR, path: Path, config: Config, options: argparse.Namespac
         print("not checked: onnxruntime is not installed (pip install onnxruntime)")
         return
     exported = ExportedDetector(path)
-    cases = {}
-    for name, share in (("noise", (0.75, 1.0)), ("noise, upright", (1.0, 0.75))):
-        height, width = (math.ceil(side * part) for side, part in zip(size, share, strict=True))
-        cases[name] = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
-    for picture in options.picture:
-        image = read_picture(picture)
-        fitted = fitted_size(image.shape[-2:], config, None if options.any_size else size)
-        antialias = config.data.antialias
-        cases[str(picture)] = resize(image, list(fitted), InterpolationMode.BILINEAR, antialias=antialias)
+    (height, width), part = size, 0.75
+    upright = (width, math.ceil(height * part)) if options.any_size else (height, math.ceil(width * part))
+    shapes = {"noise": (math.ceil(height * part), width), "noise, upright": upright}
+    cases = {name: torch.randint(0, 256, (3, *shape), dtype=torch.uint8) for name, shape in shapes.items()}
+    for name, picture in pictures.items():
+        fitted = list(fitted_size(picture.shape[-2:], config, None if options.any_size else size))
+        cases[name] = resize(picture, fitted, InterpolationMode.BILINEAR, antialias=config.data.antialias)
     version = importlib.metadata.version("onnxruntime")
     print(f"onnxruntime {version} against torch {torch.__version__}, largest differences:")
     for name, image in cases.items():

@@ -123,6 +123,7 @@ def test_without_the_exporters_packages_nothing_begins(weights, tmp_path, capsys
         (["--out", "model.onnx", "--height", "12"], "--height=12: the coarsest of this detector's maps needs"),
         (["--out", "model.onnx", "--opset", "9"], "--opset=9"),
         (["--out", "/dev/null/model.onnx"], "--out=/dev/null: cannot be written to"),
+        (["--out", "model.onnx", "--picture", "absent.jpg"], "absent.jpg: this picture cannot be read"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_sentence(weights, tmp_path, capsys, monkeypatch, arguments, said):
