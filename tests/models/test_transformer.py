@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from brs_detr.convert.keys import our_key
@@ -72,6 +73,16 @@ def test_level_masks_equal_the_official_ones(official):
     for level, mask in enumerate(level_masks(padding, memory.shapes)):
         assert torch.equal(mask, arrays[f"mask.{level}"].bool())
         close(sine_of_cells(mask, DIM // 2).movedim(1, -1), arrays[f"pos_embed.{level}"].movedim(1, -1), ~mask)
+
+
+def test_level_masks_read_the_pixels_of_nearest_neighbour_interpolation():
+    """At every level of a backbone that halves and rounds up, as all those of the recipes do."""
+    for side in range(9, 400, 3):
+        padding, cells = torch.rand(1, side, side + 1) < 0.5, [(side, side + 1)]
+        while cells[-1] != (1, 1):
+            cells.append(tuple((n + 1) // 2 for n in cells[-1]))
+        for shape, mask in zip(cells[1:], level_masks(padding, cells[1:]), strict=True):
+            assert torch.equal(mask, F.interpolate(padding[:, None].float(), size=shape)[:, 0].bool())
 
 
 def test_proposals_equal_the_official_ones(official):
