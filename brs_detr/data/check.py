@@ -62,6 +62,9 @@ def check_dataset(source: Source, log: FaultLog, listed: Collection[str] | None 
     readable = [look_at(dataset, index, log) for index in range(len(dataset))]
     if not any(readable):
         raise DataError(f"{source.json_path}: none of its pictures can be read: {'; '.join(log.lines((DROPPED,)))}.")
+    if not dataset.report["objects"]:
+        reasons = "; ".join(log.lines((WARNED, DROPPED))) or "there is none"
+        raise DataError(f"{source.json_path}: none of its annotations can be evaluated: {reasons}.")
     _find_unlisted(dataset, listed_files(source) if listed is None else listed, log)
     return dataset
 

@@ -144,6 +144,20 @@ def test_a_split_for_evaluation_is_opened_as_evaluation_opens_it(tmp_path, write
     assert "2 of 2 images and 1 of 1 annotations will be evaluated on" in out and "clipped" not in out
 
 
+@pytest.mark.parametrize("annotations", ["none", "crowds"])
+def test_a_split_for_evaluation_needs_an_object(tmp_path, write_dataset, change, annotations, capsys):
+    path = write_dataset(tmp_path, sizes=[(40, 50)], boxes=[[(1, 2, 3, 20, 20)]])
+    edit = {"none": list.clear, "crowds": lambda entries: entries[0].update(iscrowd=1)}[annotations]
+    source = check.Source(
+        str(change(path, lambda data: edit(data["annotations"]))),
+        str(tmp_path / "images"),
+        EvalTransforms(),
+        train=False,
+    )
+    assert check.run(arguments("my.yaml", "--samples", 0), lambda target: [source]) == 1
+    assert "none of its annotations can be evaluated" in capsys.readouterr().err
+
+
 def test_the_limits_of_a_recipe_are_those_of_the_check(tmp_path, write_dataset):
     path = write_dataset(tmp_path, sizes=[(20, 20), (50, 50)], boxes=[[(1, 2, 3, 10, 10)], []])
     limits = {"min_side": 8, "keep_empty": False}
