@@ -31,7 +31,13 @@ from brs_detr.engine.sharding import is_sharded, keep_known_layers, keep_scalars
 from brs_detr.engine.state import agreed_state, read_facts
 from brs_detr.engine.trainer import Trainer
 from brs_detr.launch import describe_machine, start_accelerator
-from brs_detr.resuming import require_free_folder, require_same_data, require_same_run, require_shared_folder
+from brs_detr.resuming import (
+    remove_run,
+    require_free_folder,
+    require_same_data,
+    require_same_run,
+    require_shared_folder,
+)
 from brs_detr.scoring import validator
 
 EXIT_REFUSED, EXIT_NOT_FINITE, EXIT_PREEMPTED = 2, 3, 75
@@ -77,6 +83,8 @@ def train(config: configuration.Config, trial: str | None = None) -> int:
     if state is not None:
         require_same_data(config, facts["data"], read_facts(state), state)
     elif accelerator.is_main_process:
+        if config.train.overwrite and not config.train.resume:
+            remove_run(Path(config.output_dir))
         write_samples(train_set, Path(config.output_dir, "train_samples.png"), 16)
     batches = EpochBatches(build_train_loader(train_set, plan.per_device, seed=config.seed, **process))
     length = run.length_of(config, plan, len(batches))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 
 from brs_detr.settings import ConfigError
@@ -37,7 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text)
         if name == chosen:  # only what is asked for is imported, so that help is quick
             importlib.import_module(module).add_arguments(command)
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if not hasattr(options, "overrides") or not all(is_setting(word) for word in rest):
+        options = parser.parse_args(arguments)  # ends with what is wrong
+    elif rest:  # argparse takes settings in one place only, people write them after options too
+        options.overrides = [*options.overrides, *rest]
     try:
         return importlib.import_module(COMMANDS[options.command][0]).run(options) or 0
     except (ConfigError, OSError, ValueError) as error:
@@ -45,6 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"error: {_sentence(error)}", file=sys.stderr)
         return EXIT_REFUSED
+
+
+def is_setting(word: str) -> bool:
+    """Is a word of the command line of the form section.setting=value."""
+    return re.match(r"[a-z_]+(\.[a-z_0-9]+)*=", word) is not None
 
 
 def _is_for_the_user(error: Exception) -> bool:

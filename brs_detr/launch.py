@@ -74,3 +74,17 @@ def describe_machine(accelerator: Accelerator) -> str:
         f"torch {torch.__version__} on {device.type} ({name}), {accelerator.num_processes} process(es), "
         f"precision {accelerator.mixed_precision}"
     )
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device named; without a name a GPU if there is one.
+
+    Raises:
+        ConfigError: this machine has no such device.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0][:120]
+        raise ConfigError(f"--device {name}: cannot be used here ({reason}); leave it out, or write cpu") from None

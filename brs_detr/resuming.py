@@ -32,7 +32,7 @@ _FREE_TO_CHANGE = (
     "train.save_every",
     "train.trackers",
     "train.on_nonfinite",
-    "eval.",
+    "eval.batch_size",
 )
 
 _held: list[IO[str]] = []  # a lock lasts as long as its file is open
@@ -73,7 +73,7 @@ def require_same_data(config: Config, data: dict[str, str], facts: dict, state: 
         ConfigError: naming the files, unless `train.allow_changes` permits it.
     """
     paths = {"train": config.data.train_json, "val": config.data.val_json}
-    changed = [paths[split] for split, digest in data.items() if facts["data"][split] != digest]
+    changed = [paths[split] for split, digest in data.items() if facts.get("data", data)[split] != digest]
     if changed and not config.train.allow_changes:
         raise ConfigError(
             f"{' and '.join(changed)} changed since {state} was saved, or pictures are missing; restore them, "
@@ -82,7 +82,7 @@ def require_same_data(config: Config, data: dict[str, str], facts: dict, state: 
 
 
 def require_free_folder(config: Config) -> None:
-    """Refuse to write over an existing run, unless told; then remove what a later resume could mistake for the new one.
+    """Refuse to write over an existing run, unless told; keep other trainings out of the folder.
 
     Raises:
         ConfigError: the output folder cannot be written to, or it holds a run, and neither resuming nor overwriting was
@@ -97,13 +97,15 @@ def require_free_folder(config: Config) -> None:
             f"{folder} holds a run already: add --resume to go on with it, --overwrite to start anew, "
             "or choose another output_dir"
         )
-    main = int(os.environ.get("RANK", "0")) == 0
-    if main:
+    if int(os.environ.get("RANK", "0")) == 0:
         hold_folder(folder)
-    if train.overwrite and not train.resume and main:
-        shutil.rmtree(folder / "state", ignore_errors=True)
-        for name in ("best.safetensors", "last.safetensors"):
-            (folder / name).unlink(missing_ok=True)
+
+
+def remove_run(folder: Path) -> None:
+    """Remove what a later resume could mistake for a new run's; once the new one is known to begin."""
+    shutil.rmtree(folder / "state", ignore_errors=True)
+    for name in ("best.safetensors", "last.safetensors"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def hold_folder(folder: Path) -> None:

@@ -171,6 +171,11 @@ def test_a_run_is_not_overwritten_by_accident(run, data, capsys):
     assert (run / "best.safetensors").exists()
 
 
+def test_overwriting_a_run_by_one_that_cannot_begin_leaves_it_as_it_is(run, capsys):
+    assert train([DEMO, *TINY, "data.root=nowhere", f"output_dir={run}", "--overwrite"]) == 2
+    assert (run / "best.safetensors").exists() and list((run / "state").glob("step-*"))
+
+
 def test_a_changed_recipe_is_not_resumed_unless_told(run, data, capsys):
     command = [DEMO, *TINY, f"data.root={data}", f"output_dir={run}", "optim.lr=0.5", "--resume"]
     assert train(command) == 2
@@ -448,6 +453,14 @@ def test_trackers_get_what_metrics_gets(data, tmp_path):
     assert {"train/loss", "train/lr", "train/terms/decoder.0.rank", "val/AP"} <= set(events.Tags()["scalars"])
     settings = yaml.safe_load(next(tmp_path.rglob("hparams.yml")).read_text())
     assert settings["optim.lr"] == 0.001 and settings["model.loss"] == "brs"
+
+
+def test_settings_may_follow_options(capsys):
+    assert cli.main(["info", DEMO, "optim.lr=0.5", "--settings", "seed=3"]) == 0
+    said = capsys.readouterr().out
+    assert "lr: 0.5" in said and "seed: 3" in said
+    with pytest.raises(SystemExit):
+        cli.main(["info", DEMO, "--settings", "--sed", "3"])
 
 
 def test_info_prints_the_settings_as_a_recipe(tmp_path, capsys):

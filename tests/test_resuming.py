@@ -10,7 +10,7 @@ import pytest
 
 from brs_detr.config import Config, ConfigError, TrainConfig, to_dict
 from brs_detr.engine.plan import plan_batches
-from brs_detr.resuming import hold_folder, require_free_folder, require_same_run
+from brs_detr.resuming import hold_folder, remove_run, require_free_folder, require_same_run
 
 HOLD = "import sys, pathlib, brs_detr.resuming as r; r.hold_folder(pathlib.Path(sys.argv[1])); print('held'); input()"
 
@@ -44,16 +44,24 @@ def test_another_launch_is_another_run_unless_told(tmp_path):
 
 
 @pytest.mark.parametrize("flag", [None, "resume", "overwrite"])
-def test_only_overwriting_removes_what_a_later_resume_would_mistake_for_its_own(tmp_path, flag):
-    files = [tmp_path / "state" / "step-00000001" / "manifest.json", tmp_path / "best.safetensors"]
-    files += [tmp_path / "last.safetensors", tmp_path / "evaluation" / "evaluation.json"]
-    for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
+def test_a_folder_with_a_run_is_refused_unless_told_and_stays_as_it_is(tmp_path, flag):
+    state = tmp_path / "state" / "step-00000001" / "manifest.json"
+    state.parent.mkdir(parents=True)
+    state.touch()
     config = Config(output_dir=str(tmp_path), train=TrainConfig(**({flag: True} if flag else {})))
     if flag is None:
         with pytest.raises(ConfigError, match="holds a run already: add --resume"):
             require_free_folder(config)
     else:
         require_free_folder(config)
-    assert [file.exists() for file in files] == ([False] * 3 + [True] if flag == "overwrite" else [True] * 4)
+    assert state.exists()
+
+
+def test_a_run_that_is_removed_leaves_nothing_that_a_later_resume_would_mistake_for_its_own(tmp_path):
+    files = [tmp_path / "state" / "step-00000001" / "manifest.json", tmp_path / "best.safetensors"]
+    files += [tmp_path / "last.safetensors", tmp_path / "evaluation" / "evaluation.json"]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    remove_run(tmp_path)
+    assert [file.exists() for file in files] == [False] * 3 + [True]

@@ -13,6 +13,7 @@ from PIL import Image
 from brs_detr.data.pictures import PictureError, read_picture
 from brs_detr.engine.checkpoint import Weights, write_text
 from brs_detr.evaluation.pictures import draw_detections
+from brs_detr.launch import choose_device
 from brs_detr.ops.images import ImageBatch
 from brs_detr.resuming import require_writable
 from brs_detr.run import restore, val_transforms
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Predict every picture; returns the exit code: 1 where no picture could be read."""
     model, weights, config, _ = restore(options.weights, options.overrides)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(options.device)
     model.to(device)
     least = torch.tensor(lowest_scores(weights, options.threshold), device=device)
     transforms = val_transforms(config)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from brs_detr.config import Config, ConfigError, from_dict
 from brs_detr.engine.devices import seed_step, to_device
+from brs_detr.launch import choose_device
 from brs_detr.ops.images import ImageBatch
 from brs_detr.run import build_detector, freeze
 
@@ -49,20 +50,6 @@ def run(options: argparse.Namespace) -> int:
         faults += [f"batch {number + 1}: {fault}" if len(batches) > 1 else fault for fault in found]
     print("\n".join(faults or ["everything is finite here: another process, device or precision was the cause"]))
     return EXIT_REPRODUCED if faults else EXIT_FINITE
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device named; without a name a GPU if there is one.
-
-    Raises:
-        ConfigError: this machine has no such device.
-    """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0][:120]
-        raise ConfigError(f"--device {name}: cannot be used here ({reason}); leave it out, or write cpu") from None
 
 
 def read_saved(path: Path) -> dict[str, Any]:

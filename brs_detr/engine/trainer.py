@@ -118,6 +118,11 @@ class Trainer:
             NonFiniteError: a loss or gradient was not finite and `on_nonfinite` is "stop".
         """
         patience = self.settings.patience
+        if self.position.epoch >= self.settings.epochs:
+            self.log.say(
+                f"this run is complete: {self.position.epoch} of {self.settings.epochs} epochs; to go on, "
+                "raise its length and set train.allow_changes=true"
+            )
         with self._listening():
             while self.position.epoch < self.settings.epochs:
                 if patience is not None and self.position.worse >= patience:  # asked first: also of a resumed run
@@ -132,6 +137,9 @@ class Trainer:
                 if self.position.epoch % self.settings.eval_every == 0 or last:
                     self._validate()
                     self._save_state()
+                    if not last and self._told_to_stop():
+                        self.log.say(f"told to stop: saved at step {self.position.step}; continue with --resume")
+                        return False
         return True
 
     def _train_epoch(self) -> bool:
@@ -250,6 +258,11 @@ class Trainer:
             f"loss {loss:.4g} ({parts}) lr {self.lr:.2g} {speed['images_per_s']:.3g} images/s "
             f"step {speed['step_s']:.3g} s (data {speed['data_s']:.2g} s) ETA {duration(remaining * speed['step_s'])}"
         )
+
+    def _told_to_stop(self) -> bool:
+        """Is any process told to stop, the same answer in every process."""
+        told = torch.tensor(float(self.asked_to_stop), device=self.accelerator.device)
+        return self.accelerator.reduce(told, reduction="sum").item() > 0
 
     def _validate(self) -> None:
         """Evaluate, keep the weights just evaluated as the last ones, and as the best ones where they are."""

@@ -115,6 +115,28 @@ def test_told_to_stop_it_saves_and_says_so_with_a_code_of_its_own(program, refer
     assert_same_end(tmp_path, reference, weights)
 
 
+def test_told_to_stop_during_validation_it_ends_after_it_without_another_step(toy, tmp_path):
+    trainer, _ = toy.build(tmp_path)
+    validate = trainer.validate
+
+    def told(module):
+        trainer.asked_to_stop = True
+        return validate(module)
+
+    trainer.validate = told
+    assert not trainer.fit()
+    assert (trainer.position.epoch, trainer.position.step_in_epoch) == (1, 0)
+    assert read_facts(latest_state(tmp_path / "state")[0])["step"] == trainer.position.step == 4
+
+
+def test_a_finished_run_that_is_resumed_says_so(toy, tmp_path, capsys):
+    assert toy.build(tmp_path, epochs=1)[0].fit()
+    trainer, accelerator = toy.build(tmp_path, epochs=1)
+    accelerator.load_state(str(latest_state(tmp_path / "state")[0]))
+    assert trainer.fit()
+    assert "this run is complete: 1 of 1 epochs" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "missing", "manifest"])
 def test_a_damaged_state_is_named_and_the_one_before_it_used(toy, reference, tmp_path, weights, damage):
     shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
