@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from brs_detr.data.faults import DataError
 
-PICTURE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif", ".jp2")
 PICTURE_FOLDERS = ("images", "jpegimages", "image", "imgs", "img")
 _SPLIT = re.compile(
     r"(?:(train)(?:ing)?|(val)(?:id)?(?:ation)?|(test)(?:ing)?)(?:[ _-]?(?:images?|imgs?|set|data|\d{4}))*",

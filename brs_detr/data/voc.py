@@ -13,7 +13,6 @@ from tqdm import tqdm
 from brs_detr.data.faults import DataError
 from brs_detr.data.frames import same_aspect
 from brs_detr.data.labelled import (
-    PICTURE_ENDINGS,
     Labelled,
     Notes,
     Sample,
@@ -22,7 +21,7 @@ from brs_detr.data.labelled import (
     same_name,
     settle,
 )
-from brs_detr.data.pictures import PictureError, PictureInfo, inspect_picture
+from brs_detr.data.pictures import PICTURE_ENDINGS, PictureError, PictureInfo, inspect_picture
 from brs_detr.data.voc_files import by_stem, find_splits, picture_of, read_trees
 
 

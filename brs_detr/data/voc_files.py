@@ -9,7 +9,6 @@ from pathlib import Path, PureWindowsPath
 from xml.etree import ElementTree
 
 from brs_detr.data.labelled import (
-    PICTURE_ENDINGS,
     PICTURE_FOLDERS,
     Notes,
     decode,
@@ -18,6 +17,7 @@ from brs_detr.data.labelled import (
     split_named,
     split_of,
 )
+from brs_detr.data.pictures import PICTURE_ENDINGS
 
 _USUAL_LISTS = ("train", "val", "trainval", "test", "valid", "validation")
 

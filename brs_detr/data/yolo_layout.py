@@ -13,7 +13,6 @@ import yaml
 
 from brs_detr.data.faults import DataError
 from brs_detr.data.labelled import (
-    PICTURE_ENDINGS,
     PICTURE_FOLDERS,
     Notes,
     decode,
@@ -22,6 +21,7 @@ from brs_detr.data.labelled import (
     split_named,
     split_of,
 )
+from brs_detr.data.pictures import PICTURE_ENDINGS
 from brs_detr.data.yolo_labels import LABEL_FOLDERS, places_of
 from brs_detr.data.yolo_paths import locate, pictures_of
 

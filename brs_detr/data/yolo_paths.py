@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from brs_detr.data.labelled import PICTURE_ENDINGS, PICTURE_FOLDERS, Notes, find_files, read_lines
+from brs_detr.data.labelled import PICTURE_FOLDERS, Notes, find_files, read_lines
+from brs_detr.data.pictures import PICTURE_ENDINGS
 
 
 def pictures_of(entry: Any, roots: tuple[Path, ...], where: str, notes: Notes) -> list[Path]:

@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -98,6 +99,7 @@ class Trainer:
         self.schedule, self.batches, self.settings = schedule, batches, settings
         self.folder, self.log, self.validate, self.save, self.ema = folder, log, validate, save, ema
         self.meter, self.watch = LossMeter(), Stopwatch()
+        self.epoch_sums: Counter[str] = Counter()
         self.position = Position(ema=ema.module if ema is not None else None)
         accelerator.register_for_checkpointing(self.position, self.meter)
         self.asked_to_stop = False
@@ -132,6 +134,7 @@ class Trainer:
                     self._save_state()
                     self.log.say(f"told to stop: saved at step {self.position.step}; continue with --resume")
                     return False
+                self._warn_of_silent_heads()
                 self.position.epoch, self.position.step_in_epoch = self.position.epoch + 1, 0
                 last = self.position.epoch == self.settings.epochs
                 if self.position.epoch % self.settings.eval_every == 0 or last:
@@ -253,11 +256,22 @@ class Trainer:
         if torch.cuda.is_available():
             values["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         self.log.metrics("train", position.step, values)
+        self.epoch_sums.update(grouped(terms))
         parts = " ".join(f"{name} {value:.3g}" for name, value in grouped(terms).items())
         return (
             f"loss {loss:.4g} ({parts}) lr {self.lr:.2g} {speed['images_per_s']:.3g} images/s "
             f"step {speed['step_s']:.3g} s (data {speed['data_s']:.2g} s) ETA {duration(remaining * speed['step_s'])}"
         )
+
+    def _warn_of_silent_heads(self) -> None:
+        """Say which heads had no loss in the whole epoch: nothing was ever assigned to them, and they learn nothing."""
+        silent = [name for name, value in self.epoch_sums.items() if value == 0]
+        if silent:
+            self.log.say(
+                f"warning: the loss of {', '.join(silent)} was 0 in all of epoch {self.position.epoch + 1}: no "
+                "positive was ever assigned there; do anchors and picture sizes fit the objects? see train_samples.png"
+            )
+        self.epoch_sums.clear()
 
     def _told_to_stop(self) -> bool:
         """Is any process told to stop, the same answer in every process."""

@@ -259,3 +259,18 @@ def test_the_averaged_weights_are_what_is_validated_and_saved(toy, tmp_path, wei
     stored, raw = weights(tmp_path / "last.safetensors"), trainer.model.state_dict()
     assert all(torch.equal(stored[key], value) for key, value in trainer.ema.module.state_dict().items())
     assert any(not torch.equal(stored[key], raw[key]) for key in raw)
+
+
+def test_a_head_without_any_loss_in_an_epoch_is_named(toy, tmp_path, capsys):
+    trainer, _ = toy.build(tmp_path, epochs=1)
+    forward = trainer.model.forward
+    nothing = {"roi.rank": torch.zeros(()), "roi.giou": torch.zeros(())}
+    trainer.model.forward = lambda *inputs: {**forward(*inputs), **nothing}
+    assert trainer.fit()
+    said = capsys.readouterr().out
+    assert "warning: the loss of roi was 0 in all of epoch 1" in said
+
+
+def test_heads_with_a_loss_are_not(toy, tmp_path, capsys):
+    assert toy.build(tmp_path, epochs=1)[0].fit()
+    assert "warning" not in capsys.readouterr().out
