@@ -153,16 +153,13 @@ def build_brs_detr(settings: Any, num_classes: int) -> BRSDETR:
         activation_checkpointing=chosen.activation_checkpointing,
         **layer,
     )
-    decoder = QueryDecoder(dim, num_classes, layers=settings.decoder_layers, **layer)
-    for part in (encoder, decoder):
-        use_sampling(part, choose_sampling(settings.deformable_attention))
     rpn, roi, atss = build_dense_heads(settings, num_classes, strides)
-    return BRSDETR(
+    model = BRSDETR(
         backbone=backbone,
         neck=ChannelMapper(backbone.channels, dim, settings.levels, settings.norm_groups),
         encoder=encoder,
         proposals=ProposalHead(dim, num_classes, settings.queries),
-        decoder=decoder,
+        decoder=QueryDecoder(dim, num_classes, layers=settings.decoder_layers, **layer),
         rpn=rpn,
         roi=roi,
         atss=atss,
@@ -176,6 +173,8 @@ def build_brs_detr(settings: Any, num_classes: int) -> BRSDETR:
         detections_per_image=settings.detections_per_image,
         rank_all_encoder_columns=settings.encoder_ranking == "all",
     )
+    use_sampling(model, choose_sampling(settings.deformable_attention))
+    return model
 
 
 DETECTORS = {"brs_detr": build_brs_detr, "co_detr": build_brs_detr}
