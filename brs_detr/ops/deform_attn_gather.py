@@ -17,17 +17,8 @@ from brs_detr.ops.images import Size, level_sizes
 def gathered_sampling(value: Tensor, shapes: Sequence[Size], locations: Tensor, weights: Tensor) -> Tensor:
     """The function that `deform_attn.deformable_sampling` is, gradients included; it takes more memory.
 
-    Args:
-        value: (B, N, heads, dim) tokens of all levels, row-major, one level after the other; N = sum of h * w.
-        shapes: (h, w) of each of the L levels, host integers.
-        locations: (B, Q, heads, L, points, 2) as (x, y) in [0, 1] of the padded map; samples outside read zeros.
-        weights: (B, Q, heads, L, points), normally summing to 1 over levels and points.
-
-    Returns:
-        (B, Q, heads * dim) in value's dtype. Half-precision values are sampled and summed in float32.
-
-    Raises:
-        ValueError: the level shapes do not add up to N.
+    Arguments, result and errors are described there: value (B, N, heads, dim), locations (B, Q, heads, L, points, 2),
+    weights (B, Q, heads, L, points) -> (B, Q, heads * dim).
     """
     batch, tokens, heads, dim = value.shape
     lengths = [h * w for h, w in shapes]

@@ -32,17 +32,9 @@ def fused_sampling(value: Tensor, shapes: Sequence[Size], locations: Tensor, wei
 def triton_sampling(value: Tensor, shapes: Sequence[Size], locations: Tensor, weights: Tensor) -> Tensor:
     """The same function as `deform_attn.deformable_sampling`, on a GPU.
 
-    The gradient of `value` is summed with atomic additions in float32: its last bits depend on their order.
-
-    Args:
-        value: (B, N, heads, dim) tokens of all levels, row-major, one level after the other; N = sum of h * w; of
-            float32 or half precision.
-        shapes: (h, w) of each of the L levels, host integers.
-        locations: (B, Q, heads, L, points, 2) as (x, y) in [0, 1] of the padded map; samples outside read zeros.
-        weights: (B, Q, heads, L, points), normally summing to 1 over levels and points.
-
-    Returns:
-        (B, Q, heads * dim) in value's dtype, sampled and summed in float32.
+    The gradient of `value` is summed with atomic additions in float32: its last bits depend on their order. Arguments
+    and result are described there: value (B, N, heads, dim) of float32 or half precision, locations
+    (B, Q, heads, L, points, 2), weights (B, Q, heads, L, points) -> (B, Q, heads * dim), summed in float32.
 
     Raises:
         ValueError: the level shapes do not add up to N, or value is float64.
