@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import sys
 
@@ -45,6 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
         options.overrides = [*options.overrides, *rest]
     try:
         return importlib.import_module(COMMANDS[options.command][0]).run(options) or 0
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ConfigError, OSError, ValueError) as error:
         if not _is_for_the_user(error):
             raise

@@ -455,6 +455,14 @@ def test_trackers_get_what_metrics_gets(data, tmp_path):
     assert settings["optim.lr"] == 0.001 and settings["model.loss"] == "brs"
 
 
+def test_a_reader_that_has_read_enough_is_no_error():
+    command = [sys.executable, "-u", "-m", "brs_detr", "info", DEMO, "--settings"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
+    process.stderr.close()
+
+
 def test_settings_may_follow_options(capsys):
     assert cli.main(["info", DEMO, "optim.lr=0.5", "--settings", "seed=3"]) == 0
     said = capsys.readouterr().out
