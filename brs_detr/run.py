@@ -28,7 +28,7 @@ from brs_detr.engine.optim import Schedule, build_adamw, count_parameters, param
 from brs_detr.engine.overfit import write_subset
 from brs_detr.engine.plan import FEW_STEPS, BatchPlan, Length, plan_batches, plan_length
 from brs_detr.engine.trainer import Settings
-from brs_detr.models.build import build_model
+from brs_detr.models.build import build_model, sampling_here
 
 
 def train_transforms(config: Config) -> TrainTransforms:
@@ -299,10 +299,9 @@ def largest_shape(config: Config, plan: BatchPlan, dataset: CocoDetection) -> di
 def describe_model(config: Config, model: nn.Module, transfer: Transfer | None) -> list[str]:
     """Lines for the log: size, what was loaded, and a warning where a random backbone cannot learn."""
     total, trainable = count_parameters(model)
-    how = config.model.deformable_attention if torch.cuda.is_available() else "torch"
     lines = [
         f"{config.model.name} with loss {config.model.loss}: {total:,} parameters, {trainable:,} trained, "
-        f"deformable attention by {how}"
+        f"deformable attention by {sampling_here(config.model.deformable_attention)}"
     ]
     if transfer is not None:
         lines.append(f"{config.train.init_from}: {transfer}")

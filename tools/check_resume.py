@@ -10,7 +10,6 @@ bit: weights, averaged weights, optimiser, and every logged figure but the timin
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -29,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from brs_detr.data.synthetic import make_dataset  # noqa: E402
+from brs_detr.engine.logging import read_metrics  # noqa: E402
 
 SETTINGS = [
     "data.workers=2",
@@ -179,7 +179,7 @@ def equal(one: object, other: object) -> bool:
 
 def figures(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl without their timings."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    lines = read_metrics(folder / "metrics.jsonl")
     return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
 
 

@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from brs_detr.data.synthetic import make_dataset  # noqa: E402
+from brs_detr.engine.logging import read_metrics  # noqa: E402
 
 # alike for any number of processes: one ranking over all of them, no batch statistics
 SETTINGS = ["model.ranking_scope=global", "model.backbone.norm=group", "data.root=data", "data.workers=0"]
@@ -121,9 +122,8 @@ def family(process: int) -> list[int]:
 
 def figures(folder: Path) -> list[dict]:
     """The complete lines of metrics.jsonl without their timings."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    parsed = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in parsed]
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
 
 
 def differences(one: Path, other: Path) -> list[str]:

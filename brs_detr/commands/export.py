@@ -17,6 +17,7 @@ from torchvision.transforms.v2.functional import resize
 from brs_detr.commands.predict import lowest_scores
 from brs_detr.config import Config, ConfigError
 from brs_detr.data.pictures import read_picture
+from brs_detr.data.transforms import resized_size
 from brs_detr.engine.checkpoint import Weights, publish
 from brs_detr.export.graph import OLDEST_OPSET, ExportError, write_onnx
 from brs_detr.export.parity import MOST_PIXELS, MOST_SCORE, ExportedDetector, compare
@@ -159,11 +160,10 @@ def check(
 
 def fitted_size(picture: Size, config: Config, limit: Size | None) -> Size:
     """(h, w) of a picture as `data.test_short_side` and `data.test_long_side` say, smaller where the graph's is."""
-    height, width = picture
-    factor = min(config.data.test_long_side / max(picture), config.data.test_short_side / min(picture))
+    short_side: float = config.data.test_short_side
     if limit is not None:
-        factor = min(factor, limit[0] / height, limit[1] / width)
-    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+        short_side = min(short_side, min(picture) * min(limit[0] / picture[0], limit[1] / picture[1]))
+    return resized_size(*picture, short_side, config.data.test_long_side)
 
 
 def padded(image: Tensor, canvas: Size) -> ImageBatch:

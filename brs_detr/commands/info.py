@@ -16,6 +16,7 @@ from brs_detr.data.json_file import load_json
 from brs_detr.engine.optim import count_parameters
 from brs_detr.evaluation.coco import fast_backend_installed
 from brs_detr.evaluation.summary import text_table
+from brs_detr.models.build import sampling_here
 from brs_detr.run import build_detector
 
 COCO_CLASSES = 80
@@ -98,7 +99,7 @@ def machine(config: Config) -> str:
         device = ", ".join(f"cuda:{i} {gpu.name} {gpu.total_memory / 2**30:.0f} GB" for i, gpu in enumerate(gpus))
     else:
         device = f"CPU only ({os.cpu_count()} cores)"
-    attention = config.model.deformable_attention if torch.cuda.is_available() else "torch"
+    attention = sampling_here(config.model.deformable_attention)
     evaluation = "faster-coco-eval" if fast_backend_installed() else "pycocotools"
     return (
         f"Python {platform.python_version()}, {versions}\n"

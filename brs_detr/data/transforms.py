@@ -19,7 +19,7 @@ from brs_detr.data.coco import Target
 Size = tuple[int, int]
 
 
-def resized_size(height: float, width: float, short_side: int, long_side: int) -> Size:
+def resized_size(height: float, width: float, short_side: float, long_side: float) -> Size:
     """(h, w) with the aspect ratio kept, the short side at `short_side` unless the long side would pass `long_side`."""
     scale = min(long_side / max(height, width), short_side / min(height, width))
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))

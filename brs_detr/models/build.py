@@ -115,13 +115,18 @@ def build_dense_heads(settings: Any, num_classes: int, strides: Sequence[int]) -
     )
 
 
+def sampling_here(name: str) -> str:
+    """Which of "torch" and "triton" runs on this machine where `name` is wanted: without a GPU only the first."""
+    return name if torch.cuda.is_available() else "torch"
+
+
 def choose_sampling(name: str) -> Sampling:
     """How deformable attention reads its samples: "torch", or "triton" where there is a GPU.
 
     Raises:
         ValueError: Triton is wanted but not installed.
     """
-    if name == "torch" or not torch.cuda.is_available():
+    if sampling_here(name) == "torch":
         return deformable_sampling
     try:
         from brs_detr.ops.deform_attn_triton import fused_sampling
