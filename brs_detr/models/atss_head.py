@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchvision.ops import batched_nms, clip_boxes_to_image
@@ -103,12 +104,14 @@ class ATSSHead(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> ATSSOutput:
         """Feature maps (B, dim, h, w), one per stride -> predictions at every cell."""
-        logits = [self.score(self.class_tower(x)).permute(0, 2, 3, 1) for x in features]
+        logits = [rearrange(self.score(self.class_tower(x)), "b c y x -> b y x c") for x in features]
         hidden = [self.box_tower(x) for x in features]
-        deltas = [(self.delta(x).float() * scale).permute(0, 2, 3, 1) for x, scale in zip(hidden, self.scales)]
+        deltas = [
+            rearrange(self.delta(x).float() * scale, "b box y x -> b y x box") for x, scale in zip(hidden, self.scales)
+        ]
         centerness = None
         if self.centerness is not None:
-            centerness = [self.centerness(x).permute(0, 2, 3, 1) for x in hidden]
+            centerness = [rearrange(self.centerness(x), "b 1 y x -> b y x 1") for x in hidden]
         return ATSSOutput(logits, deltas, centerness)
 
     def losses(
@@ -169,7 +172,7 @@ class ATSSHead(nn.Module):
     ) -> AuxSamples:
         """Split labels (N,) and goals (N, 4) by picture and add the feature of every anchor's cell."""
         counts = [a.shape[0] for a in anchors]
-        maps = [x.permute(0, 2, 3, 1) for x in features]
+        maps = [rearrange(x, "b d y x -> b y x d") for x in features]
         vectors = [valid_rows([x[image] for x in maps], extent) for image, extent in enumerate(extents)]
         return AuxSamples(anchors, list(labels.split(counts)), list(goals.split(counts)), vectors)
 
@@ -181,7 +184,7 @@ class ATSSHead(nn.Module):
             score = output.logits[level].float().sigmoid().flatten(1)
             score, index = score.topk(min(self.before_nms, score.shape[1]), dim=1)
             cell, label = index // self.num_classes, index % self.num_classes
-            delta = output.deltas[level].flatten(1, 2).gather(1, cell[..., None].expand(-1, -1, 4))
+            delta = output.deltas[level].flatten(1, 2).take_along_dim(cell[..., None], dim=1)
             kept = score > self.score_threshold
             if output.centerness is not None:
                 score = score * output.centerness[level].float().sigmoid().flatten(1).gather(1, cell)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from brs_detr.ops.deform_attn import deformable_sampling
@@ -48,7 +49,7 @@ class DeformableAttention(nn.Module):
         steps = torch.arange(1, self.points + 1, dtype=torch.float32)
         star = directions[:, None, None, :] * steps[None, None, :, None]
         with torch.no_grad():
-            self.sampling_offsets.bias.copy_(star.expand(-1, self.levels, -1, -1).reshape(-1))
+            self.sampling_offsets.bias.copy_(repeat(star, "h 1 p xy -> (h l p xy)", l=self.levels))
         nn.init.zeros_(self.attention_weights.weight)
         nn.init.zeros_(self.attention_weights.bias)
         for layer in (self.value_proj, self.output_proj):
@@ -70,15 +71,16 @@ class DeformableAttention(nn.Module):
         Returns:
             (B, Q, dim).
         """
-        batch, queries, _ = query.shape
+        sizes = {"h": self.heads, "l": self.levels, "p": self.points}
         value = self.value_proj(tokens).masked_fill(padding[..., None], 0.0)
-        value = value.view(batch, tokens.shape[1], self.heads, -1)
+        value = rearrange(value, "b n (h d) -> b n h d", h=self.heads)
         # Locations in float32 also under autocast: bf16 has too few digits for a coordinate on a large map.
         offsets = self.sampling_offsets(query).float() if query.dtype != torch.float64 else self.sampling_offsets(query)
-        offsets = offsets.view(batch, queries, self.heads, self.levels, self.points, 2)
+        offsets = rearrange(offsets, "b q (h l p xy) -> b q h l p xy", **sizes)
         weights = self.attention_weights(query).to(offsets.dtype)
-        weights = weights.view(batch, queries, self.heads, -1).softmax(-1)
-        weights = weights.view(batch, queries, self.heads, self.levels, self.points)
+        # the weights of all levels and points of a head sum to 1
+        weights = rearrange(weights, "b q (h samples) -> b q h samples", h=self.heads).softmax(-1)
+        weights = rearrange(weights, "b q h (l p) -> b q h l p", l=self.levels)
         centres = references[:, :, None, :, None, :2]
         if references.shape[-1] == 2:
             locations = centres + offsets / level_sizes(shapes, offsets)[:, None]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import timm
 import torch
+from einops import rearrange
 from timm.models import FeatureListNet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
@@ -75,7 +76,9 @@ class TimmBackbone(nn.Module):
                     maps.append(x)
         else:
             maps = self.features(x)
-        return [level.permute(0, 3, 1, 2).contiguous() for level in maps] if self.channels_last else list(maps)
+        if self.channels_last:
+            return [rearrange(level, "b y x d -> b d y x").contiguous() for level in maps]
+        return list(maps)
 
     def _run(self, name: str, module: nn.Module, x: Tensor) -> Tensor:
         if not (self.activation_checkpointing and self.training and name in self.stages and torch.is_grad_enabled()):

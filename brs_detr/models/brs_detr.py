@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
@@ -41,11 +42,11 @@ def best_pairs(predictions: Predictions, limit: int) -> tuple[Tensor, Tensor, Te
     Returns:
         boxes (B, n, 4) xyxy in [0, 1], scores (B, n), labels (B, n), best first.
     """
-    scores = predictions.logits.sigmoid().flatten(1)
+    scores = rearrange(predictions.logits.sigmoid(), "b q k -> b (q k)")
     scores, index = scores.topk(min(limit, scores.shape[1]), dim=1)
     classes = predictions.logits.shape[-1]
-    queries = (index // classes)[..., None].expand(-1, -1, 4)
-    boxes = box_convert(predictions.boxes, "cxcywh", "xyxy").clamp(0, 1).gather(1, queries)
+    queries = (index // classes)[..., None]
+    boxes = box_convert(predictions.boxes, "cxcywh", "xyxy").clamp(0, 1).take_along_dim(queries, dim=1)
     return boxes, scores, index % classes
 
 
@@ -254,7 +255,8 @@ class BRSDETR(nn.Module):
         Returns:
             `name.term` -> scalar. Quality and GIoU are those of the boxes in pixels.
         """
-        logits, boxes = predictions.logits.flatten(0, 1), predictions.boxes.flatten(0, 1)[rows]
+        logits = rearrange(predictions.logits, "b q k -> (b q) k")
+        boxes = rearrange(predictions.boxes, "b q box -> (b q) box")[rows]
         all_labels = torch.full((len(logits),), logits.shape[1], dtype=torch.int64, device=logits.device)
         all_labels = all_labels.index_copy(0, rows, labels)
         pixels, target_pixels = (box_convert(b * scales, "cxcywh", "xyxy") for b in (boxes, targets))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -36,7 +37,7 @@ class Memory:
         """Cut tokens back into (B, dim, h, w) maps."""
         tokens = self.tokens if tokens is None else tokens
         levels = tokens.split([h * w for h, w in self.shapes], dim=1)
-        return [t.transpose(1, 2).unflatten(2, shape) for t, shape in zip(levels, self.shapes, strict=True)]
+        return [rearrange(t, "b (y x) d -> b d y x", y=h, x=w) for t, (h, w) in zip(levels, self.shapes, strict=True)]
 
 
 def level_masks(padding: Tensor, shapes: Sequence[Size]) -> list[Tensor]:
@@ -66,8 +67,8 @@ def cell_centres(shape: Size, valid_size: Tensor) -> Tensor:
     h, w = shape
     ys = torch.arange(h, device=valid_size.device, dtype=valid_size.dtype) + 0.5
     xs = torch.arange(w, device=valid_size.device, dtype=valid_size.dtype) + 0.5
-    grid = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1).reshape(1, h * w, 2)
-    return grid / valid_size[:, None]
+    grid = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1)
+    return rearrange(grid, "y x xy -> 1 (y x) xy") / valid_size[:, None]
 
 
 class EncoderLayer(nn.Module):
@@ -126,10 +127,10 @@ class DeformableEncoder(nn.Module):
         shapes = [(m.shape[-2], m.shape[-1]) for m in maps]
         masks = level_masks(padding, shapes)
         dim = maps[0].shape[1]
-        x = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
-        sines = [sine_of_cells(mask, dim // 2).flatten(2).transpose(1, 2) for mask in masks]
+        x = torch.cat([rearrange(m, "b d y x -> b (y x) d") for m in maps], dim=1)
+        sines = [rearrange(sine_of_cells(mask, dim // 2), "b d y x -> b (y x) d") for mask in masks]
         position = torch.cat([s + e for s, e in zip(sines, self.level_embed, strict=True)], dim=1)
-        blank = torch.cat([mask.flatten(1) for mask in masks], dim=1)
+        blank = torch.cat([rearrange(mask, "b y x -> b (y x)") for mask in masks], dim=1)
         valid_sizes = torch.stack([torch.stack([(~m[:, 0, :]).sum(1), (~m[:, :, 0]).sum(1)], -1) for m in masks], 1)
         valid_sizes = valid_sizes.to(torch.float32)
         valid_ratios = valid_sizes / level_sizes(shapes, valid_sizes)

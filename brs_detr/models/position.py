@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 
@@ -25,7 +26,7 @@ def _frequencies(features: int, like: Tensor, temperature: float) -> Tensor:
 
 def _interleave(angles: Tensor) -> Tensor:
     """(..., F) angles -> sine in even channels, cosine in odd ones."""
-    return torch.stack([angles[..., 0::2].sin(), angles[..., 1::2].cos()], dim=-1).flatten(-2)
+    return rearrange([angles[..., 0::2].sin(), angles[..., 1::2].cos()], "sincos ... f -> ... (f sincos)")
 
 
 def sine_of_cells(padding: Tensor, features: int, *, temperature: float = 10000.0, offset: float = -0.5) -> Tensor:
@@ -47,7 +48,7 @@ def sine_of_cells(padding: Tensor, features: int, *, temperature: float = 10000.
     x = (x + offset) / (x[:, :, -1:] + 1e-6) * (2 * math.pi)
     waves = _frequencies(features, y, temperature)
     encoded = torch.cat([_interleave(y[..., None] / waves), _interleave(x[..., None] / waves)], dim=-1)
-    return encoded.permute(0, 3, 1, 2)
+    return rearrange(encoded, "b y x d -> b d y x")
 
 
 def sine_of_boxes(boxes: Tensor, features: int, *, temperature: float = 10000.0) -> Tensor:

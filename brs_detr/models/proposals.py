@@ -71,7 +71,7 @@ class ProposalHead(nn.Module):
         boxes = (self.regressor(tokens).to(unsquashed.dtype) + unsquashed).sigmoid()
         scores = logits[..., 0].detach().masked_fill(~valid, -torch.inf)
         chosen = scores.topk(min(self.queries, scores.shape[1]), dim=1).indices
-        references = boxes.detach().gather(1, chosen[..., None].expand(-1, -1, 4))
+        references = boxes.detach().take_along_dim(chosen[..., None], dim=1)
         return Proposals(Predictions(logits, boxes), references, valid, chosen)
 
 

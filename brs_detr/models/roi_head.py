@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from einops import rearrange, reduce
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
 
@@ -109,8 +110,8 @@ class RoIHead(nn.Module):
         # the rows lie in level order; the small outputs are put back rather than the pooled windows (50 kB each)
         back = torch.empty_like(order)
         back[order] = torch.arange(order.shape[0], device=order.device)
-        deltas = self.delta(hidden).unflatten(-1, (self.num_classes, 4))
-        return RoIOutput(self.score(hidden)[back], deltas[back], pooled.mean(dim=(2, 3))[back])
+        deltas = rearrange(self.delta(hidden), "n (c box) -> n c box", box=4)
+        return RoIOutput(self.score(hidden)[back], deltas[back], reduce(pooled, "n d y x -> n d", "mean")[back])
 
     def _pool(self, features: Sequence[Tensor], rois: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """RoIAlign of every RoI on the map of its size: (N, dim, pool, pool) in level order, and that order (N,)."""

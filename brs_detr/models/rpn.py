@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
@@ -104,8 +105,8 @@ class RPNHead(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> RPNOutput:
         """Feature maps (B, dim, h, w), one per stride -> objectness and offsets of all anchors."""
         hidden = [self.conv(x).relu() for x in features]
-        logits = [self.score(x).permute(0, 2, 3, 1) for x in hidden]
-        deltas = [self.delta(x).permute(0, 2, 3, 1).unflatten(-1, (-1, 4)) for x in hidden]
+        logits = [rearrange(self.score(x), "b a y x -> b y x a") for x in hidden]
+        deltas = [rearrange(self.delta(x), "b (a box) y x -> b y x a box", box=4) for x in hidden]
         return RPNOutput(logits, deltas)
 
     def losses(self, output: RPNOutput, sizes: Sequence[Size], targets: Sequence[dict]) -> dict[str, Tensor]:
@@ -172,7 +173,7 @@ class RPNHead(nn.Module):
         ):
             score = logits.float().sigmoid().flatten(1)
             best, index = score.topk(min(most, score.shape[1]), dim=1)
-            delta = deltas.flatten(1, 3).gather(1, index[..., None].expand(-1, -1, 4))
+            delta = deltas.flatten(1, 3).take_along_dim(index[..., None], dim=1)
             boxes.append(self.coder.decode(anchors.reshape(-1, 4)[index], delta))
             scores.append(best)
             levels.append(torch.full_like(index, level))

@@ -14,6 +14,7 @@ from typing import ClassVar
 import timm
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, window_partition, window_reverse
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
@@ -106,7 +107,8 @@ class SwinBackbone(nn.Module):
             for block in stage.blocks:
                 x = self._run(block, x)
             if index in self.levels:
-                maps.append(self.get_submodule(f"norm{index}")(x).permute(0, 3, 1, 2).contiguous())
+                normed = self.get_submodule(f"norm{index}")(x)
+                maps.append(rearrange(normed, "b y x d -> b d y x").contiguous())
         return maps
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from brs_detr.ops.images import Size
@@ -37,12 +38,12 @@ def deformable_sampling(value: Tensor, shapes: Sequence[Size], locations: Tensor
         raise ValueError(f"levels {list(shapes)} hold {sum(lengths)} tokens, the value tensor has {tokens}")
     compute = torch.promote_types(value.dtype, torch.float32)
     with torch.autocast(value.device.type, enabled=False):
-        # (B * heads, L, Q, points, 2): grid_sample wants one picture a head, and coordinates in [-1, 1].
-        grids = (2 * locations.to(compute) - 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 1)
-        shares = weights.to(compute).permute(0, 2, 3, 1, 4).flatten(0, 1)
+        # grid_sample reads one image per (image, head), at coordinates in [-1, 1]
+        grids = rearrange(2 * locations.to(compute) - 1, "b q h l p xy -> (b h) l q p xy")
+        shares = rearrange(weights.to(compute), "b q h l p -> (b h) l q p")
         total = value.new_zeros(batch * heads, dim, queries, dtype=compute)
         for level, (tokens_of_level, (h, w)) in enumerate(zip(value.split(lengths, dim=1), shapes, strict=True)):
-            picture = tokens_of_level.to(compute).permute(0, 2, 3, 1).reshape(batch * heads, dim, h, w)
-            samples = F.grid_sample(picture, grids[:, level], padding_mode="zeros", align_corners=False)
+            image = rearrange(tokens_of_level.to(compute), "b (y x) h d -> (b h) d y x", y=h, x=w)
+            samples = F.grid_sample(image, grids[:, level], padding_mode="zeros", align_corners=False)
             total = total + (samples * shares[:, level].unsqueeze(1)).sum(-1)
-    return total.reshape(batch, heads * dim, queries).transpose(1, 2).to(value.dtype)
+    return rearrange(total, "(b h) d q -> b q (h d)", h=heads).to(value.dtype)
