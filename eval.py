@@ -23,12 +23,12 @@ from brs_detr.data.loader import build_eval_loader
 from brs_detr.engine.checkpoint import CheckpointError, write_text
 from brs_detr.evaluation.coco import GroundTruth
 from brs_detr.evaluation.results import finite_results
+from brs_detr.exit_codes import ExitCode
 from brs_detr.launch import start_accelerator
 from brs_detr.report import write_curves, write_pictures
 from brs_detr.resuming import require_writable
 from brs_detr.scoring import dataset_notes, score
 
-EXIT_REFUSED = 2
 FIGURES = ("model.", "eval.", "data.test_", "data.antialias")  # beginnings of the settings that figures depend on
 OPTIONAL = "confusion.csv confusion.png precision_recall.csv precision_recall.png pictures.png curves.png"
 
@@ -45,8 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         evaluate(options.weights, options.overrides, options.out, options.pictures)
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_REFUSED
-    return 0
+        return ExitCode.REFUSED
+    return ExitCode.OK
 
 
 def evaluate(weights_path: Path, overrides: list[str], out: Path | None = None, pictures: int = 0) -> None:

@@ -30,6 +30,7 @@ from brs_detr.engine.profile import profile_steps
 from brs_detr.engine.sharding import is_sharded, keep_known_layers, keep_scalars_whole
 from brs_detr.engine.state import agreed_state, read_facts
 from brs_detr.engine.trainer import Trainer
+from brs_detr.exit_codes import ExitCode
 from brs_detr.launch import describe_machine, start_accelerator
 from brs_detr.resuming import (
     remove_run,
@@ -39,8 +40,6 @@ from brs_detr.resuming import (
     require_shared_folder,
 )
 from brs_detr.scoring import validator
-
-EXIT_REFUSED, EXIT_NOT_FINITE, EXIT_PREEMPTED = 2, 3, 75
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         return train(replace(config, train=replace(config.train, **flags)), trial)
     except (configuration.ConfigError, DataError, PictureError, CheckpointError, NonFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_NOT_FINITE if isinstance(error, NonFiniteError) else EXIT_REFUSED
+        return ExitCode.NOT_FINITE if isinstance(error, NonFiniteError) else ExitCode.REFUSED
 
 
 def train(config: configuration.Config, trial: str | None = None) -> int:
@@ -94,7 +93,7 @@ def train(config: configuration.Config, trial: str | None = None) -> int:
     model, optimizer, ema = prepare_model(config, accelerator, train_set, log, fresh=state is None)
     if trial == "dry-run":
         log.say(largest_step(model, optimizer, accelerator, **run.largest_shape(config, plan, train_set)))
-        return 0
+        return ExitCode.OK
 
     thresholds: dict[str, float] = {}
 
@@ -117,14 +116,14 @@ def train(config: configuration.Config, trial: str | None = None) -> int:
     )
     if trial == "profile":
         log.say(profile_steps(trainer, Path(config.output_dir)))
-        return 0
+        return ExitCode.OK
     if state is not None:
         accelerator.load_state(str(state))
     finished = trainer.fit()
     for line in train_set.met_while_reading():
         log.say(f"training pictures: {line}")
     accelerator.end_training()
-    return 0 if finished else EXIT_PREEMPTED
+    return ExitCode.OK if finished else ExitCode.INTERRUPTED
 
 
 def prepare_model(config: configuration.Config, accelerator, train_set, log: RunLog, *, fresh: bool) -> tuple:
