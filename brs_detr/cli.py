@@ -11,7 +11,7 @@ import os
 import re
 import sys
 
-from brs_detr.exit_codes import ExitCode
+from brs_detr.exit_codes import ExitCode, Interruption
 from brs_detr.settings import ConfigError
 
 COMMANDS = {
@@ -49,6 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Interruption as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
     except (ConfigError, OSError, ValueError) as error:
         if not _is_for_the_user(error):
             raise
