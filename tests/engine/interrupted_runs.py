@@ -1,4 +1,4 @@
-"""Whole trainings of `train.py` with loader workers that meet what a week brings: `interrupted_runs.py FOLDER [NAME ...]`.
+"""Trainings of `train.py` with loader workers that meet what a week brings: `interrupted_runs.py FOLDER [NAME ...]`.
 
 Each run is forked off this process, which has imported everything, as the leader of a process group of its own. What
 happens to it happens there: a signal to the group, files that become pipes or go away, a killed worker. A line is
@@ -34,10 +34,17 @@ SPEC = spec_from_file_location("toy_run", Path(__file__).with_name("toy_run.py")
 toy = module_from_spec(SPEC)
 SPEC.loader.exec_module(toy)
 
-SETTINGS = """
-    data.workers=1 data.augment.short_sides=[64] data.test_short_side=64 data.retry_seconds=20 train.epochs=2
-    train.total_batch_size=2 train.log_every=1 train.save_every=null train.ema_decay=0.9
-""".split()
+SETTINGS = [
+    "data.workers=1",
+    "data.augment.short_sides=[64]",
+    "data.test_short_side=64",
+    "data.retry_seconds=20",
+    "train.epochs=2",
+    "train.total_batch_size=2",
+    "train.log_every=1",
+    "train.save_every=null",
+    "train.ema_decay=0.9",
+]
 STEP = 2  # when so many steps are done of the eight of an epoch, things happen
 LIMIT = 240  # seconds
 
