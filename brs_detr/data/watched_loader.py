@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
 import sys
@@ -27,6 +28,8 @@ from brs_detr.exit_codes import ExitCode, Interruption
 
 LOOK_EVERY = 0.2  # seconds
 _TO_THE_GROUP = (signal.SIGTERM, signal.SIGINT)
+# what is said of a worker that has ended: the first where a batch is awaited, the others where one is handed over
+_OF_A_DEAD_WORKER = (RuntimeError, OSError, EOFError, pickle.UnpicklingError)
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 
@@ -68,7 +71,8 @@ class WatchedLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:
         tasks, results = queue.SimpleQueue(), queue.SimpleQueue()
-        device = torch.accelerator.current_device_index() if self.pin_memory else None
+        pins = self.pin_memory and torch.accelerator.is_available()
+        device = torch.accelerator.current_device_index() if pins else None
         threading.Thread(target=_work, args=(tasks, results, device), daemon=True).start()
         begin = super().__iter__  # new workers are children of the main thread; living ones are only told to begin
         try:
@@ -85,10 +89,14 @@ class WatchedLoader(DataLoader):
     def close(self) -> None:
         """End the workers, whatever they are doing; the loader is not used any more."""
         iterator, self._iterator = self._iterator, None
-        for worker in getattr(iterator, "_workers", ()):
+        workers = getattr(iterator, "_workers", ())
+        if workers:
             iterator._shutdown = True  # torch would wait for workers that hang, and for a pipe that was cut
+        if hasattr(iterator, "_pin_memory_thread_done_event"):
+            iterator._pin_memory_thread_done_event.set()
+        for worker in workers:
             worker.kill()
-        for worker in getattr(iterator, "_workers", ()):
+        for worker in workers:
             worker.join(timeout=1)
 
     def _wait(self, task: Callable[[], Any], tasks: queue.SimpleQueue, results: queue.SimpleQueue) -> Any:
@@ -107,8 +115,8 @@ class WatchedLoader(DataLoader):
                 if self.longest_wait is not None and time.monotonic() - began > self.longest_wait:
                     raise LoaderTimeout(self._describe_wait(time.monotonic() - began)) from None
                 continue
-            if isinstance(error, RuntimeError):  # torch's word for a worker that has ended
-                self._require_living_workers()
+            if isinstance(error, _OF_A_DEAD_WORKER):
+                self._require_living_workers(patience=2.0)
             if error is not None:
                 raise error
             return value
@@ -138,8 +146,13 @@ class WatchedLoader(DataLoader):
             iterator._worker_pids_set = False
         return iterator
 
-    def _require_living_workers(self) -> None:
-        dead = [worker for worker in getattr(self._iterator, "_workers", ()) if not worker.is_alive()]
+    def _require_living_workers(self, patience: float = 0.0) -> None:
+        """Raise where a worker has ended, or does so within some seconds: its connections end a moment before."""
+        deadline, workers = time.monotonic() + patience, getattr(self._iterator, "_workers", ())
+        dead = [worker for worker in workers if not worker.is_alive()]
+        while workers and not dead and time.monotonic() < deadline:
+            time.sleep(LOOK_EVERY / 4)
+            dead = [worker for worker in workers if not worker.is_alive()]
         if dead:
             raise WorkerError(f"loader worker {dead[0].pid} {_cause_of_death(dead[0].exitcode)}") from None
 

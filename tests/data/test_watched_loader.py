@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,6 +99,23 @@ def test_a_killed_worker_is_named_with_its_signal_where_a_batch_is_waited_for_an
         list(iterator)
     watched.close()
     assert error.value.code == ExitCode.LOADER_WORKER_KILLED
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_is_killed_while_it_hands_over_a_batch_is_named_too(monkeypatch, error):
+    watched = loader(Numbers(count=100), 1)
+    iterator = iter(watched)
+    next(iterator)
+    (worker,) = multiprocessing.active_children()
+
+    def cut_off(*_, **__):
+        threading.Timer(0.3, os.kill, (worker.pid, signal.SIGKILL)).start()
+        raise error
+
+    monkeypatch.setattr(watched._iterator, "_data_queue", SimpleNamespace(get=cut_off))
+    with pytest.raises(WorkerError, match=rf"loader worker {worker.pid} was killed by SIGKILL"):
+        list(iterator)
+    watched.close()
 
 
 def test_a_worker_ignores_what_is_sent_to_the_group_from_its_first_instruction_on(monkeypatch):

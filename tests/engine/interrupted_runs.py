@@ -230,6 +230,8 @@ def check(name, folder):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     train.run.build_detector = lambda *_, **__: Detector()  # all but the detector is as in a real run
+    if sys.argv[1] == "train":  # under a launcher
+        sys.exit(train.main([*sys.argv[2:], *SETTINGS]))
     place = Path(sys.argv[1])
     data = place / "data"
     make_dataset(data, train=16, val=3, image_size=64)
