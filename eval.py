@@ -10,6 +10,7 @@ where settings differ from the training's, that is said.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from dataclasses import replace
@@ -23,12 +24,12 @@ from brs_detr.data.loader import build_eval_loader
 from brs_detr.engine.checkpoint import CheckpointError, write_text
 from brs_detr.evaluation.coco import GroundTruth
 from brs_detr.evaluation.results import finite_results
+from brs_detr.exit_codes import ExitCode, Interruption
 from brs_detr.launch import start_accelerator
 from brs_detr.report import write_curves, write_pictures
 from brs_detr.resuming import require_writable
 from brs_detr.scoring import dataset_notes, score
 
-EXIT_REFUSED = 2
 FIGURES = ("model.", "eval.", "data.test_", "data.antialias")  # beginnings of the settings that figures depend on
 OPTIONAL = "confusion.csv confusion.png precision_recall.csv precision_recall.png pictures.png curves.png"
 
@@ -45,8 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
         evaluate(options.weights, options.overrides, options.out, options.pictures)
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_REFUSED
-    return 0
+        return ExitCode.REFUSED
+    except Interruption as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    return ExitCode.OK
 
 
 def evaluate(weights_path: Path, overrides: list[str], out: Path | None = None, pictures: int = 0) -> None:
@@ -59,9 +63,12 @@ def evaluate(weights_path: Path, overrides: list[str], out: Path | None = None, 
     dataset = run.open_val_set(config)
     run.require_same_categories(weights.classes, weights.category_ids, dataset, str(file))
     process = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    loader = build_eval_loader(dataset, config.eval.batch_size, run.worker_count(config), **process)
-    truth = GroundTruth.read(dataset.ground_truth())
-    summary, results = score(model.to(accelerator.device), weights.category_ids, truth, loader, config, accelerator)
+    options = {"workers": run.worker_count(config), "timeout": config.data.timeout}
+    loader = build_eval_loader(dataset, config.eval.batch_size, **options, **process)
+    truth, listed = GroundTruth.read(dataset.ground_truth()), dataset.report["images_listed"]
+    with contextlib.closing(loader):
+        model.to(accelerator.device)
+        summary, results = score(model, weights.category_ids, truth, loader, config, accelerator, listed)
     if summary is None:
         return
     stored = configuration.from_dict(weights.config, str(file))

@@ -2,14 +2,17 @@
 
 `--dry-run` and `--profile` only try it.
 
-Exit codes: 0 trained to the end; 2 a setting, dataset or checkpoint cannot be used; 3 a loss was not finite; 75 told to
-stop by SIGTERM or Ctrl-C, saved, ready for `--resume`.
+Exit codes: 0 trained to the end; 2 a setting, dataset or checkpoint cannot be used; 3 a loss was not finite; and, saved
+and ready for `--resume`: 71 a loader worker was killed; 74 the storage failed; 75 told to stop by SIGTERM or Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +33,7 @@ from brs_detr.engine.profile import profile_steps
 from brs_detr.engine.sharding import is_sharded, keep_known_layers, keep_scalars_whole
 from brs_detr.engine.state import agreed_state, read_facts
 from brs_detr.engine.trainer import Trainer
+from brs_detr.exit_codes import ExitCode, Interruption
 from brs_detr.launch import describe_machine, start_accelerator
 from brs_detr.resuming import (
     remove_run,
@@ -39,8 +43,6 @@ from brs_detr.resuming import (
     require_shared_folder,
 )
 from brs_detr.scoring import validator
-
-EXIT_REFUSED, EXIT_NOT_FINITE, EXIT_PREEMPTED = 2, 3, 75
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,10 +60,14 @@ def main(arguments: list[str] | None = None) -> int:
         config = configuration.load_config(options.config, options.overrides)
         flags = {name: True for name in ("resume", "overwrite") if getattr(options, name)}
         trial = "dry-run" if options.dry_run else "profile" if options.profile else None
-        return train(replace(config, train=replace(config.train, **flags)), trial)
+        with _ready_to_stop():
+            return train(replace(config, train=replace(config.train, **flags)), trial)
+    except Interruption as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
     except (configuration.ConfigError, DataError, PictureError, CheckpointError, NonFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_NOT_FINITE if isinstance(error, NonFiniteError) else EXIT_REFUSED
+        return ExitCode.NOT_FINITE if isinstance(error, NonFiniteError) else ExitCode.REFUSED
 
 
 def train(config: configuration.Config, trial: str | None = None) -> int:
@@ -86,15 +92,19 @@ def train(config: configuration.Config, trial: str | None = None) -> int:
         if config.train.overwrite and not config.train.resume:
             remove_run(Path(config.output_dir))
         write_samples(train_set, Path(config.output_dir, "train_samples.png"), 16)
-    batches = EpochBatches(build_train_loader(train_set, plan.per_device, seed=config.seed, **process))
+    process["timeout"] = config.data.timeout
+    train_loader = build_train_loader(train_set, plan.per_device, seed=config.seed, **process)
+    val_loader = build_eval_loader(val_set, config.eval.batch_size, **process)
+    batches = EpochBatches(train_loader)
     length = run.length_of(config, plan, len(batches))
     log.say(run.describe_length(config, length))
-    val_loader = build_eval_loader(val_set, config.eval.batch_size, **process)
+    if warning := run.shared_memory_warning(config, plan, train_set, val_set):
+        log.say(warning)
 
     model, optimizer, ema = prepare_model(config, accelerator, train_set, log, fresh=state is None)
     if trial == "dry-run":
         log.say(largest_step(model, optimizer, accelerator, **run.largest_shape(config, plan, train_set)))
-        return 0
+        return ExitCode.OK
 
     thresholds: dict[str, float] = {}
 
@@ -115,16 +125,34 @@ def train(config: configuration.Config, trial: str | None = None) -> int:
         save=save,
         ema=ema,
     )
-    if trial == "profile":
-        log.say(profile_steps(trainer, Path(config.output_dir)))
-        return 0
     if state is not None:
         accelerator.load_state(str(state))
-    finished = trainer.fit()
+    for loader in (train_loader, val_loader):
+        loader.interrupted = lambda: trainer.asked_to_stop
+    with contextlib.closing(train_loader), contextlib.closing(val_loader):
+        if trial == "profile":
+            log.say(profile_steps(trainer, Path(config.output_dir)))
+            return ExitCode.OK
+        finished = trainer.fit()
     for line in train_set.met_while_reading():
         log.say(f"training pictures: {line}")
     accelerator.end_training()
-    return 0 if finished else EXIT_PREEMPTED
+    return ExitCode.OK if finished else ExitCode.INTERRUPTED
+
+
+@contextlib.contextmanager
+def _ready_to_stop() -> Iterator[None]:
+    """Told to stop before the training has begun, or after it has ended, there is nothing to save: end at once."""
+
+    def stop(*_) -> None:
+        print("told to stop outside the training: nothing to save; continue with --resume", file=sys.stderr)
+        sys.exit(ExitCode.INTERRUPTED)
+
+    former = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def prepare_model(config: configuration.Config, accelerator, train_set, log: RunLog, *, fresh: bool) -> tuple:

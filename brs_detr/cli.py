@@ -11,6 +11,7 @@ import os
 import re
 import sys
 
+from brs_detr.exit_codes import ExitCode, Interruption
 from brs_detr.settings import ConfigError
 
 COMMANDS = {
@@ -23,7 +24,6 @@ COMMANDS = {
     "replay": ("brs_detr.commands.replay", "run a batch again that a training saved because something was not finite"),
     "convert": ("brs_detr.commands.convert", "turn an official Co-DETR or BRS-DETR checkpoint into a weights file"),
 }
-EXIT_REFUSED = 2
 _PATH_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
@@ -49,11 +49,14 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Interruption as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
     except (ConfigError, OSError, ValueError) as error:
         if not _is_for_the_user(error):
             raise
         print(f"error: {_sentence(error)}", file=sys.stderr)
-        return EXIT_REFUSED
+        return ExitCode.REFUSED
 
 
 def is_setting(word: str) -> bool:

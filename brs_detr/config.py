@@ -43,6 +43,8 @@ class DataConfig:
     val_json: str = "annotations/instances_val2017.json"
     val_images: str = "val2017"
     workers: int = 4
+    timeout: float | None = 300.0  # seconds to wait for a batch before the run ends, saved; null: for ever
+    retry_seconds: float = 60.0  # for how long a file is tried again where the storage fails
     keep_empty: bool = True  # pictures without objects are trained on
     min_side: int = 32  # smaller pictures are not trained on
     antialias: bool = True  # low-pass filter when shrinking; the released code had none

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ _AT_LEAST_ONE = """
     model.roi.sample model.roi.max_rois model.max_aux_queries
     data.augment.crop_short_sides data.augment.crop_long_side
 """
-_POSITIVE = frozenset({"model.rpn.anchor_scale", "model.rpn.anchor_ratios", "model.atss.anchor_scale"})
+_POSITIVE = frozenset({"data.timeout", "model.rpn.anchor_scale", "model.rpn.anchor_ratios", "model.atss.anchor_scale"})
 _NOT_EMPTY = frozenset(
     {
         "data.augment.short_sides",
@@ -46,6 +47,11 @@ def rules(config: Any) -> Iterator[tuple[bool, str]]:
         yield name in _NOT_EMPTY and value == (), f"{name} needs at least one entry"
     for name, value in (("data.augment.flip", augment.flip), ("model.rpn.nms_iou", model.rpn.nms_iou)):
         yield value > 1, f"{name}={value} must lie between 0 and 1"
+    data = config.data
+    yield (
+        (data.timeout or math.inf) <= data.retry_seconds,
+        f"data.timeout={data.timeout} must be above data.retry_seconds={data.retry_seconds}",
+    )
     yield any(b >= 1 for b in config.optim.betas), f"optim.betas={list(config.optim.betas)} must be below 1"
     yield model.dim % model.heads != 0, f"model.dim={model.dim} must be a multiple of model.heads={model.heads}"
     groups = f"model.dim={model.dim} must be a multiple of model.norm_groups={model.norm_groups}, and larger"

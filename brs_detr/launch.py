@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
+from accelerate.utils import InitProcessGroupKwargs, LoggerType
 
 from brs_detr.config import Config, ConfigError
 from brs_detr.engine.sharding import is_sharded, sharding_plugin, sharding_wanted
@@ -31,6 +32,7 @@ def start_accelerator(config: Config, *, trackers: bool = False) -> Accelerator:
             cpu=not torch.accelerator.is_available(),  # else several processes on CPUs would not find each other
             mixed_precision=config.train.precision,
             fsdp_plugin=sharding_plugin(),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_longest_collective(config))],
             log_with=names or None,
             project_dir=config.output_dir if names else None,
         )
@@ -49,6 +51,12 @@ def start_accelerator(config: Config, *, trackers: bool = False) -> Accelerator:
     if sharding_wanted() and launched > 1 and not is_sharded(accelerator):
         raise ConfigError("the launch asks for FSDP, which Accelerate has for GPUs only; leave it out on CPUs")
     return accelerator
+
+
+def _longest_collective(config: Config) -> timedelta:
+    """For how long a process waits for the others: half an hour, and as long as those may wait for their data."""
+    accumulated = config.train.total_batch_size // (config.train.per_device_batch_size or config.train.total_batch_size)
+    return timedelta(minutes=30, seconds=(config.data.timeout or 0) * max(1, accumulated))
 
 
 def require_trackers(names: Sequence[str]) -> None:

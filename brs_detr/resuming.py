@@ -25,6 +25,8 @@ _FREE_TO_CHANGE = (
     "data.train_",
     "data.val_",
     "data.workers",
+    "data.timeout",
+    "data.retry_seconds",
     "train.resume",
     "train.overwrite",
     "train.allow_changes",

@@ -21,6 +21,7 @@ from brs_detr.config import Config, ConfigError
 from brs_detr.data.categories import categories_differ
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.json_file import load_json
+from brs_detr.data.shared_memory import shortage
 from brs_detr.data.transforms import EvalTransforms, TrainTransforms
 from brs_detr.engine.checkpoint import Weights, find_weights, load_weights
 from brs_detr.engine.finetune import Transfer, load_matching, rows_per_class
@@ -62,13 +63,15 @@ def open_train_set(config: Config) -> CocoDetection:
         keep_empty=data.keep_empty,
         min_side=data.min_side,
         seed=config.seed,
+        retry_seconds=data.retry_seconds,
     )
 
 
 def open_val_set(config: Config) -> CocoDetection:
     """The validation pictures at their test size."""
     json_path, images = Path(config.data.root, config.data.val_json), Path(config.data.root, config.data.val_images)
-    return CocoDetection(json_path, images, transforms=val_transforms(config), train=False)
+    options = {"transforms": val_transforms(config), "retry_seconds": config.data.retry_seconds}
+    return CocoDetection(json_path, images, train=False, **options)
 
 
 def facts_of(config: Config, plan: BatchPlan, train_set: CocoDetection, val_set: CocoDetection) -> dict[str, Any]:
@@ -274,6 +277,19 @@ def with_subset(config: Config, accelerator: Accelerator) -> Config:
     accelerator.wait_for_everyone()
     paths = {"train_json": str(target), "val_json": str(target), "val_images": data.train_images}
     return dataclasses.replace(config, data=dataclasses.replace(data, **paths))
+
+
+def shared_memory_warning(
+    config: Config, plan: BatchPlan, train_set: CocoDetection, val_set: CocoDetection
+) -> str | None:
+    """What the log should say of the shared memory that the loaders' workers may need on this machine, if anything."""
+    shape = largest_shape(config, plan, train_set)
+    resized = [val_set.transforms.output_size(h, w) for h, w in np.unique(val_set.packed.picture_sizes, axis=0)]
+    batches = (
+        3 * shape["pictures"] * math.prod(shape["size"]),
+        3 * config.eval.batch_size * max(math.prod(size) for size in resized),
+    )
+    return shortage(worker_count(config), max(batches), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def largest_shape(config: Config, plan: BatchPlan, dataset: CocoDetection) -> dict:

@@ -27,6 +27,7 @@ def score(
     loader: DataLoader,
     config: Config,
     accelerator: Accelerator,
+    images_listed: int = 0,
     **options,
 ) -> tuple[Summary | None, list[dict]]:
     """Predict a dataset and evaluate what was found.
@@ -38,6 +39,7 @@ def score(
         loader: this process's batches of it.
         config: its `eval` section.
         accelerator: of the launch.
+        images_listed: by the annotation file, those that were left out when it was read included.
         options: handed to `evaluate_coco`.
 
     Returns:
@@ -45,6 +47,7 @@ def score(
 
     Raises:
         DataError: no picture could be read.
+        Interruption: in every process, where the loader of one was interrupted.
     """
     most = config.eval.max_detections
     limits = {"score_threshold": config.eval.score_threshold, "max_detections": most}
@@ -61,6 +64,7 @@ def score(
     counted = (*(limit for limit in (1, 10) if limit < most), most)
     readable = sorted(set(truth.image_ids) - set(unreadable))
     summary = evaluate_coco(truth, results, image_ids=readable, max_detections=counted, **options)
+    summary.images_listed = max(images_listed, len(truth.image_ids))
     if unreadable:
         shown = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")
         summary.notes.append(f"{len(unreadable)} picture(s) cannot be read and are left out: image id {shown}")
@@ -119,6 +123,8 @@ def validator(
 ) -> Callable[[nn.Module], dict[str, float]]:
     """What the trainer calls after an epoch: a function from a detector to its figures, {} outside the main process.
 
+    Besides COCO's figures these are "images" and "images_left_out", the numbers of images measured and not.
+
     Args:
         category_ids, loader, config, accelerator: as for `score`.
         dataset: opened with `train=False`; its annotations are checked once, here.
@@ -136,13 +142,16 @@ def validator(
         )
 
     def validate(module: nn.Module) -> dict[str, float]:
-        summary, _ = score(module, category_ids, truth, loader, config, accelerator)
+        listed = dataset.report["images_listed"]
+        summary, _ = score(module, category_ids, truth, loader, config, accelerator, listed)
         thresholds.clear()
         thresholds.update({} if summary is None else summary.thresholds())
         for note in summary.notes if summary is not None else []:
             if note not in told:
                 say(f"note: {note}")
                 told.add(note)
-        return {} if summary is None else summary.stats
+        if summary is None:
+            return {}
+        return summary.stats | {"images": summary.images, "images_left_out": summary.images_left_out}
 
     return validate

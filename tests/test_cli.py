@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from brs_detr import cli
 from brs_detr.commands.predict import lowest_scores
 from brs_detr.config import from_dict, load_config
+from brs_detr.data.storage import StorageError
 from brs_detr.data.synthetic import make_dataset
 from brs_detr.engine.checkpoint import Weights
 from brs_detr.engine.logging import read_metrics
@@ -347,7 +349,7 @@ def test_eval_needs_and_opens_no_tracker_of_the_training(run, tmp_path):
     assert not list(tmp_path.rglob("events.*"))
 
 
-def test_a_picture_that_proves_damaged_is_left_out_of_the_figures(run, data, tmp_path):
+def test_a_picture_that_proves_damaged_is_left_out_of_the_figures(run, data, tmp_path, capsys):
     """Both of its entry and of what is found on it: the other pictures count as they always did."""
     root = tmp_path / "data"
     shutil.copytree(data, root)
@@ -360,13 +362,42 @@ def test_a_picture_that_proves_damaged_is_left_out_of_the_figures(run, data, tmp
     file.write_bytes(content)
     arguments = [str(run), f"data.root={root}", "--pictures", "7", "--out"]
     assert evaluate([*arguments, str(tmp_path / "damaged")]) == 0
-    notes = json.loads((tmp_path / "damaged" / "evaluation.json").read_text())["notes"]
-    assert f"1 picture(s) cannot be read and are left out: image id {victim['id']}" in notes
+    written = json.loads((tmp_path / "damaged" / "evaluation.json").read_text())
+    assert f"1 picture(s) cannot be read and are left out: image id {victim['id']}" in written["notes"]
+    assert (written["images"], written["images_left_out"]) == (6, 1)
+    assert "\n6 of 7 images, " in capsys.readouterr().out
     truth["images"].remove(victim)
     truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] != victim["id"]]
     (root / "annotations" / "val.json").write_text(json.dumps(truth))
     assert evaluate([*arguments, str(tmp_path / "without")]) == 0
     assert figures(tmp_path / "damaged") == pytest.approx(figures(tmp_path / "without"), abs=1e-12)
+
+
+def test_told_to_stop_before_the_training_begins_it_ends_with_the_code_of_an_interruption(data, tmp_path, monkeypatch):
+    def told(_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it goes on")
+
+    former = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("brs_detr.run.open_train_set", told)
+    with pytest.raises(SystemExit) as end:
+        train([DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}"])
+    assert end.value.code == 75 and signal.getsignal(signal.SIGTERM) is former
+
+
+def test_a_storage_that_fails_has_a_code_of_its_own_in_every_command(run, data, tmp_path, monkeypatch, capsys):
+    def gone(path, *_):
+        raise StorageError(f"{path}: the storage does not give this file: Input/output error.")
+
+    monkeypatch.setattr("brs_detr.data.coco.read_picture", gone)
+    monkeypatch.setattr("brs_detr.commands.predict.read_picture", gone)
+    out = ["--out", str(tmp_path / "out")]
+    assert train([DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path / 'run'}"]) == 74
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert evaluate([str(run), f"data.root={data}", "data.workers=1", *out]) == 74
+    assert cli.main(["predict", str(run), str(data / "images" / "val"), *out]) == 74
+    said = capsys.readouterr().err
+    assert said.count("the storage does not give this file: Input/output error.") == 3 and "Traceback" not in said
 
 
 @pytest.mark.parametrize("head", ["roi", "atss"])

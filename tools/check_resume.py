@@ -2,9 +2,10 @@
 
 `python tools/check_resume.py [--kills 20] [--seed 0]` trains `train.py` with the demo's detector on a small generated
 dataset: loader workers, averaged weights, two accumulated batches a step, states written in the middle of an epoch.
-Half of the kills come at a random time, half while a state or a weights file is being written. SIGKILL goes to the
-whole process group, workers included. The last lines are the verdict; the exit code is 0 only if all is equal, bit for
-bit: weights, averaged weights, optimiser, and every logged figure but the timings. About five minutes on two cores.
+In turn there is SIGKILL at a random time, SIGKILL while a state or a weights file is being written, and SIGTERM at a
+random time, after which the training must end with exit code 75. Each goes to the whole process group, workers
+included. The last lines are the verdict; the exit code is 0 only if all is equal, bit for bit: weights, averaged
+weights, optimiser, and every logged figure but the timings. About five minutes on two cores.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from brs_detr.data.synthetic import make_dataset  # noqa: E402
 from brs_detr.engine.logging import read_metrics  # noqa: E402
+from brs_detr.exit_codes import ExitCode  # noqa: E402
 
 SETTINGS = [
     "data.workers=2",
@@ -79,18 +81,22 @@ def kill_and_resume(place: Path, kills: int, chance: random.Random) -> bool:
     folder, done = place / "killed", 0
     while done < kills:
         process = start(place, "killed")
-        writing = done % 2 == 1
-        moment = wait_for_writing(folder, process, chance) if writing else wait_for_training(folder, process, chance)
+        number = signal.SIGTERM if done % 3 == 2 else signal.SIGKILL
+        wait = wait_for_writing if done % 3 == 1 else wait_for_training
+        moment = wait(folder, process, chance)
         if process.poll() is not None:
             if process.returncode or done < kills // 2:
                 print(f"ended with {process.returncode} after {done} kills:\n{(place / 'killed.log').read_text()}")
                 return False
             print(f"the run has ended after {done} kills: fewer than asked for; give it more epochs")
             return False
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        os.killpg(process.pid, number)
+        code, expected = process.wait(), ExitCode.INTERRUPTED if number == signal.SIGTERM else -number
+        if code not in (expected, ExitCode.OK):  # the last step may have been done
+            print(f"{number.name} {moment}: ended with {code}:\n{(place / 'killed.log').read_text()}")
+            return False
         done += 1
-        print(f"kill {done}: {moment}; states {[state.name for state in states(folder)]}", flush=True)
+        print(f"{number.name} {done}: {moment}; states {[state.name for state in states(folder)]}", flush=True)
     code = start(place, "killed").wait()
     if code:
         print(f"the last run ended with {code}:\n{(place / 'killed.log').read_text()}")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from brs_detr.data import annotations as reading
 from brs_detr.data.categories import read_categories
@@ -32,6 +32,7 @@ Target = dict[str, Any]
 Transform = Callable[[Tensor, Target, torch.Generator], tuple[Tensor, Target]]
 
 _UNREADABLE, _MISMATCH = 1, 2
+_MOST_WORKERS = 1024
 _console = logging.getLogger(__name__)  # what workers meet; without further settings it prints to stderr
 
 
@@ -42,7 +43,7 @@ class CocoDetection(Dataset):
         json_path: annotation file.
         image_dir: folder that the json's file names are relative to.
         transforms: `(image, target, generator) -> (image, target)`, see `transforms.py`; None changes nothing.
-        train: clip boxes, leave out what cannot be learnt from, and replace unreadable pictures by others. Otherwise
+        train: clip boxes, leave out what cannot be learnt from, and replace damaged pictures by others. Otherwise
             the json's boxes stay as they are, pictures whose header is unreadable are left out, and one that proves
             damaged when it is read comes black and marked, for the evaluation to leave out.
         keep_empty: keep images without objects in training, as background.
@@ -50,6 +51,8 @@ class CocoDetection(Dataset):
         seed: of the augmentation.
         inspect: read the header of every picture at the start; by default in evaluation only.
         log: where faults are counted; give one to see them all.
+        retry_seconds: for how long to try a file again where the storage fails; None: not at all, and a header that
+            the storage does not give at the start counts as damaged.
 
     Attributes:
         classes, category_ids: names and ids of the json's categories, ascending by id; label k is the k-th.
@@ -71,9 +74,10 @@ class CocoDetection(Dataset):
         seed: int = 0,
         inspect: bool | None = None,
         log: FaultLog | None = None,
+        retry_seconds: float | None = None,
     ) -> None:
         self.json_path, self.image_dir = str(json_path), str(image_dir)
-        self.transforms, self.train, self.seed = transforms, train, seed
+        self.transforms, self.train, self.seed, self.retry_seconds = transforms, train, seed, retry_seconds
         self._log = FaultLog() if log is None else log
         images, objects, self._listed = self._read(inspect=not train if inspect is None else inspect)
         if train:
@@ -82,6 +86,8 @@ class CocoDetection(Dataset):
         self._exact = None if train else objects
         # shared with the workers, which find out what no header tells
         self._found = torch.zeros(max(1, len(images)), dtype=torch.uint8).share_memory_()
+        # by worker (0: none) the image whose file it is reading, counted from 1
+        self._reading = torch.zeros(_MOST_WORKERS + 1, dtype=torch.int64).share_memory_()
 
     @property
     def num_classes(self) -> int:
@@ -161,7 +167,8 @@ class CocoDetection(Dataset):
             "unreadable": True where a black picture stands for a damaged one.
 
         Raises:
-            PictureError: in training, where neither the picture nor the next ones can be read.
+            PictureError: in training, where neither the picture nor the next ones can be decoded.
+            StorageError: the file, which was there, cannot be read; no other picture takes its place.
         """
         index, epoch = index if isinstance(index, tuple) else (index, 0)
         index = int(index)
@@ -170,15 +177,29 @@ class CocoDetection(Dataset):
             image, target = self.transforms(image, target, self._generator(epoch, index))
         return image, target
 
+    def being_read(self) -> list[str]:
+        """The files that are being read at this moment, here and in the loader's workers."""
+        return [self.path(number - 1) for number in self._reading[self._reading > 0].tolist()]
+
     def load(self, index: int) -> tuple[Tensor, Target]:
-        """The picture as stored and its objects, before augmentation; crowds are left out."""
+        """The picture as stored and its objects, before augmentation; crowds are left out.
+
+        Raises:
+            PictureError: the file cannot be decoded.
+            StorageError: the file cannot be read.
+        """
         packed = self.packed
         frame = (int(packed.frames[index, 0]), int(packed.frames[index, 1]))
+        worker = get_worker_info()
+        place = 0 if worker is None else 1 + worker.id % _MOST_WORKERS
+        self._reading[place] = index + 1
         try:
-            image = read_picture(self.path(index), frame)
+            image = read_picture(self.path(index), frame, self.retry_seconds or 0.0)
         except PictureError:
             self._found[index] = _UNREADABLE
             raise
+        finally:
+            self._reading[place] = 0
         rows = slice(packed.offsets[index], packed.offsets[index + 1])
         use = ~packed.iscrowd[rows]
         boxes, labels = packed.boxes[rows][use], packed.labels[rows][use].astype(np.int64)
@@ -234,7 +255,7 @@ class CocoDetection(Dataset):
         if not found.any():
             raise DataError(f"{self.json_path}: {_where_else(images.names, self.image_dir)}")
         images, objects = _select(images, objects, found)
-        readable = settle_sizes(images, objects, self.image_dir, log, every=inspect)
+        readable = settle_sizes(images, objects, self.image_dir, log, inspect, self.retry_seconds)
         images, objects = _select(images, objects, readable)
         doubt_layout(images, objects, log)
         objects = judge_boxes(images, objects, log, self.train)

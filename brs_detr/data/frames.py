@@ -16,7 +16,14 @@ from brs_detr.data.faults import DataError, FaultLog
 from brs_detr.data.pictures import PictureError, PictureInfo, inspect_picture
 
 
-def settle_sizes(images: Images, objects: Objects, image_dir: str | Path, log: FaultLog, every: bool) -> np.ndarray:
+def settle_sizes(
+    images: Images,
+    objects: Objects,
+    image_dir: str | Path,
+    log: FaultLog,
+    every: bool,
+    retry_seconds: float | None = None,
+) -> np.ndarray:
     """Decide in which frame each image's boxes are drawn; changes `images.frames` and `images.pictures`.
 
     A header is read where the json gives no size or a box sticks out of it, and of a hundred pictures from all over the
@@ -27,6 +34,7 @@ def settle_sizes(images: Images, objects: Objects, image_dir: str | Path, log: F
 
     Raises:
         DataError: no picture that was looked at can be read.
+        StorageError: the storage failed for `retry_seconds`; with None such a file is not readable, like others.
     """
     extent = np.zeros((len(images), 2))
     np.maximum.at(extent, objects.rows, (objects.xywh[:, :2] + objects.xywh[:, 2:])[:, ::-1])
@@ -37,7 +45,7 @@ def settle_sizes(images: Images, objects: Objects, image_dir: str | Path, log: F
     for row in looked_at:
         path = os.path.join(image_dir, images.names[row])
         try:
-            info = inspect_picture(path)
+            info = inspect_picture(path, retry_seconds)
         except PictureError as error:
             log.add("picture_unreadable", images.where(row), error.reason)
             readable[row], last = False, error

@@ -6,6 +6,7 @@ the annotations expect says so. A damaged file is an error that names it, never 
 
 from __future__ import annotations
 
+import errno
 import io
 from pathlib import Path
 from typing import NamedTuple
@@ -15,10 +16,13 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
+from brs_detr.data.storage import StorageError, persist, read_bytes
+
 Size = tuple[int, int]
 
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif", ".jp2")
 ORIENTATION_TAG = 0x0112
+_ABSENT = (errno.ENOENT, errno.EACCES, errno.EPERM)  # from the start, so another try finds nothing else
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
@@ -48,31 +52,33 @@ class PictureInfo(NamedTuple):
     frames: int
 
 
-def read_picture(path: str | Path, expected_size: Size | None = None) -> Tensor:
+def read_picture(path: str | Path, expected_size: Size | None = None, retry_seconds: float = 0.0) -> Tensor:
     """Read a picture as RGB.
 
     Args:
         path: file of any format Pillow knows; its content decides, not its name.
         expected_size: (height, width) that the annotations are drawn in. A picture with an EXIF rotation is turned
             upright if that gives this size and the stored pixels do not; otherwise the pixels are taken as stored.
+        retry_seconds: for how long to try again where the storage fails.
 
     Returns:
         (3, h, w) uint8.
 
     Raises:
-        PictureError: the file is missing, damaged, cut short, or holds values that have no 8-bit meaning.
+        PictureError: the file is damaged, cut short, or holds values that have no 8-bit meaning.
+        StorageError: the file cannot be read.
     """
     keep = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # another library may have set it: it turns a cut file grey in silence
     try:
-        content = Path(path).read_bytes()
+        content = read_bytes(path, retry_seconds)
         with Image.open(io.BytesIO(content)) as picture:
             _require_whole(picture.format, content)
             picture.load()
             if expected_size is not None and _needs_turning(picture, expected_size):
                 picture = ImageOps.exif_transpose(picture)
             pixels = np.array(_to_rgb(picture, path))
-    except PictureError:
+    except (PictureError, StorageError):
         raise
     except Exception as error:  # Pillow's decoders raise many kinds, some from C
         raise PictureError(f"{path}: this picture cannot be read: {_reason(error, path)}.") from error
@@ -81,23 +87,36 @@ def read_picture(path: str | Path, expected_size: Size | None = None) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def inspect_picture(path: str | Path) -> PictureInfo:
+def inspect_picture(path: str | Path, retry_seconds: float | None = None) -> PictureInfo:
     """Read size, EXIF orientation and mode from the header, and look whether the end of the file is there.
+
+    Args:
+        path: the file.
+        retry_seconds: for how long to try again where the storage fails; None takes its failure for the file's.
 
     Raises:
         PictureError: the file is missing, is no picture, or ends before its picture does.
+        StorageError: the storage failed, and `retry_seconds` is not None.
     """
     try:
-        with Image.open(path) as picture:
-            width, height = picture.size
-            orientation = _orientation(picture)
-            upright = _turned((height, width), orientation)
-            kind = picture.format or ""
-            info = PictureInfo((height, width), upright, orientation, picture.mode, kind, _frames(picture))
-        if not _seems_whole(kind, path):
-            raise ValueError("the file is cut short")
+        if retry_seconds is None:
+            return _inspect(path)
+        return persist(lambda: _inspect(path), path, retry_seconds, final=_ABSENT)
+    except StorageError:
+        raise
     except Exception as error:
         raise PictureError(f"{path}: this picture cannot be read: {_reason(error, path)}.") from error
+
+
+def _inspect(path: str | Path) -> PictureInfo:
+    with Image.open(path) as picture:
+        width, height = picture.size
+        orientation = _orientation(picture)
+        upright = _turned((height, width), orientation)
+        kind = picture.format or ""
+        info = PictureInfo((height, width), upright, orientation, picture.mode, kind, _frames(picture))
+    if not _seems_whole(kind, path):
+        raise ValueError("the file is cut short")
     return info
 
 

@@ -19,7 +19,9 @@ from accelerate.utils import gather_object
 from torch import nn
 from tqdm import tqdm
 
+from brs_detr.engine.agreement import raise_together
 from brs_detr.engine.guard import Batch
+from brs_detr.exit_codes import Interruption
 
 Detections = dict[str, Any]
 
@@ -49,10 +51,13 @@ def predict(
         One dict a picture, ascending by "image_id", in every process: "boxes" (n, 4) float32 xyxy pixels of the
         original picture, "scores" (n,) float32 descending, "labels" (n,) int64, all numpy, and "unreadable" (bool):
         nothing is found on such a picture.
+
+    Raises:
+        Interruption: in every process, where the batches of one were interrupted.
     """
     training = model.training
     model.eval()
-    detect, found = without_autocast(model), []
+    detect, found, interruption = without_autocast(model), [], None
     bar = tqdm(batches, desc="validation", leave=False, disable=None if progress else True)
     try:
         for images, targets in bar:
@@ -62,8 +67,11 @@ def predict(
                 unreadable = bool(target.get("unreadable"))
                 kept = _to_host(output, score_threshold, 0 if unreadable else max_detections)
                 found.append({"image_id": int(target["image_id"]), "unreadable": unreadable, **kept})
+    except Interruption as error:
+        interruption = error
     finally:
         model.train(training)
+    raise_together(interruption, accelerator)
     if accelerator.num_processes > 1:
         found = gather_object(found)
     unique = {detections["image_id"]: detections for detections in found}

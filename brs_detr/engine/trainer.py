@@ -26,6 +26,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from brs_detr.engine.agreement import raise_together
 from brs_detr.engine.devices import seed_step, share_buffers, to_device
 from brs_detr.engine.gradients import average_whole_gradients, clip_gradients, gradient_norm
 from brs_detr.engine.guard import Batch, NonFiniteError, describe, finite, inspect, save_batch
@@ -34,6 +35,7 @@ from brs_detr.engine.optim import Schedule, set_learning_rate
 from brs_detr.engine.progress import Progress, Stopwatch, duration
 from brs_detr.engine.sharding import is_sharded, whole_weights
 from brs_detr.engine.state import Position, save_state
+from brs_detr.exit_codes import ExitCode, Interruption
 
 
 class Batches(Protocol):
@@ -117,32 +119,54 @@ class Trainer:
             True when the training is complete, False when a SIGTERM ended it early (the state is saved).
 
         Raises:
+            Interruption: the batches of some process do not come (the state of the last completed step is saved).
             NonFiniteError: a loss or gradient was not finite and `on_nonfinite` is "stop".
         """
-        patience = self.settings.patience
         if self.position.epoch >= self.settings.epochs:
             self.log.say(
                 f"this run is complete: {self.position.epoch} of {self.settings.epochs} epochs; to go on, "
                 "raise its length and set train.allow_changes=true"
             )
         with self._listening():
-            while self.position.epoch < self.settings.epochs:
-                if patience is not None and self.position.worse >= patience:  # asked first: also of a resumed run
-                    self.log.say(f"no better validation for {self.position.worse} times: training ends early")
-                    return True
-                if not self._train_epoch():
-                    self._save_state()
-                    self.log.say(f"told to stop: saved at step {self.position.step}; continue with --resume")
-                    return False
-                self._warn_of_silent_heads()
-                self.position.epoch, self.position.step_in_epoch = self.position.epoch + 1, 0
-                last = self.position.epoch == self.settings.epochs
-                if self.position.epoch % self.settings.eval_every == 0 or last:
+            try:
+                finished = self._train()
+            except Interruption as error:
+                self._save_state()
+                if error.code != ExitCode.INTERRUPTED:
+                    raise Interruption(
+                        f"{error} The state is saved at step {self.position.step}.", error.code
+                    ) from error
+                finished = False
+            if not finished:
+                self.log.say(f"told to stop: saved at step {self.position.step}; continue with --resume")
+            return finished
+
+    def _train(self) -> bool:
+        """The rest of the training; False when told to stop, after saving.
+
+        Raises:
+            Interruption: nothing is saved yet; the position is that of the last completed step.
+        """
+        position, settings = self.position, self.settings
+        while position.epoch < settings.epochs:
+            if settings.patience is not None and position.worse >= settings.patience:  # first: also of a resumed run
+                self.log.say(f"no better validation for {position.worse} times: training ends early")
+                return True
+            if not self._train_epoch():
+                self._save_state()
+                return False
+            self._warn_of_silent_heads()
+            position.epoch, position.step_in_epoch = position.epoch + 1, 0
+            last = position.epoch == settings.epochs
+            if position.epoch % settings.eval_every == 0 or last:
+                try:
                     self._validate()
-                    self._save_state()
-                    if not last and self._told_to_stop():
-                        self.log.say(f"told to stop: saved at step {self.position.step}; continue with --resume")
-                        return False
+                except Interruption:  # a resumed run begins with this validation
+                    position.epoch, position.step_in_epoch = position.epoch - 1, self.steps_per_epoch
+                    raise
+                self._save_state()
+                if not last and self._told_to_stop():
+                    return False
         return True
 
     def _train_epoch(self) -> bool:
@@ -157,7 +181,7 @@ class Trainer:
         try:
             for _ in range(position.step_in_epoch, self.steps_per_epoch):
                 waiting = time.perf_counter()
-                group = list(islice(batches, settings.accumulate))
+                group = self._next_group(batches)
                 self.watch.add(time.perf_counter() - waiting, sum(len(images) for images, _ in group))
                 stop = self.step(group)
                 position.step, position.step_in_epoch = position.step + 1, position.step_in_epoch + 1
@@ -171,6 +195,20 @@ class Trainer:
         finally:
             progress.close()
         return True
+
+    def _next_group(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The batches of a step, when every process has its own: none may wait within a step for one without.
+
+        Raises:
+            Interruption: in every process, where one was interrupted while it waited.
+        """
+        group, interruption = [], None
+        try:
+            group = list(islice(batches, self.settings.accumulate))
+        except Interruption as error:
+            interruption = error
+        raise_together(interruption, self.accelerator)
+        return group
 
     def step(self, group: list[Batch]) -> bool:
         """One optimiser step over accumulated batches; True when some process was told to stop."""
@@ -295,6 +333,8 @@ class Trainer:
             best = math.nan if position.best is None else position.best
             mark = " (best so far)" if better else f" (best {best:.4f})"
             shown = " ".join(f"{name} {value:.4f}" for name, value in figures.items() if name in ("AP", "AP50", "AP75"))
+            if missing := figures.get("images_left_out"):
+                shown += f" on {figures['images']:,} of {figures['images'] + missing:,} images"
             self.log.say(f"epoch {position.epoch}/{self.settings.epochs} validation: {shown}{mark}")
         if accelerator.is_main_process:
             facts = {"epoch": position.epoch, "step": position.step, "metrics": figures}

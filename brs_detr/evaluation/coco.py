@@ -73,7 +73,7 @@ def evaluate_coco(
         confusion = confusion_matrix(boxes, detections, truth.names, lowest, max_detections=limits[-1])
     notes = _notes(truth, chosen, limits[-1], broken, len(detections))
     curves = _curves(truth.names, precision)
-    return Summary(stats, per_class, notes, curves, len(chosen), len(detections), confusion)
+    return Summary(stats, per_class, notes, curves, len(chosen), 0, len(detections), confusion)
 
 
 def fast_backend_installed() -> bool:

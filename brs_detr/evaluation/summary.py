@@ -43,6 +43,7 @@ class Summary:
         curves: by the name of each class with objects, its precision at IoU 0.5 over recalls 0, 0.01, ..., 1 as COCO
             interpolates it: the best at this recall or a higher one. Their mean is AP50.
         images: number of evaluated images.
+        images_listed: number of images of the dataset, at least `images`; 0 where it is not known.
         detections: number of detections.
         confusion: as which class objects are found; None unless the evaluation was an extended one.
     """
@@ -52,14 +53,21 @@ class Summary:
     notes: list[str] = field(default_factory=list)
     curves: dict[str, list[float]] = field(default_factory=dict)
     images: int = 0
+    images_listed: int = 0
     detections: int = 0
     confusion: Confusion | None = None
+
+    @property
+    def images_left_out(self) -> int:
+        """Images of the dataset that could not be evaluated."""
+        return max(0, self.images_listed - self.images)
 
     def table(self, classes: bool = True) -> str:
         """The figures in percent: the overall line, the classes (unless there is one) and the notes."""
         recalls = [name for name in self.stats if name.startswith("AR")]
         errors = [name for name in self.stats if name.startswith("oLRP")]
-        blocks = [f"{self.images:,} images, {self.detections:,} detections"]
+        counted = f"{self.images:,} of {self.images_listed:,}" if self.images_left_out else f"{self.images:,}"
+        blocks = [f"{counted} images, {self.detections:,} detections"]
         for names in (HEADLINE, recalls, errors):
             if names:
                 blocks.append(text_table(list(names), [[percent(self.stats[name]) for name in names]]))
@@ -99,7 +107,8 @@ class Summary:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"about": dict(about or {}), "images": self.images, "detections": self.detections}
+        content = {"about": dict(about or {}), "images": self.images, "images_left_out": self.images_left_out}
+        content["detections"] = self.detections
         content |= {"stats": self.stats, "per_class": self.per_class, "notes": self.notes}
         columns = list(self.per_class[0]) if self.per_class else ["name"]
         tables = {"per_class.csv": [columns, *([_cell(row[c]) for c in columns] for row in self.per_class)]}

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
-CHECKS = ("gradient", "gathering", "resume", "buffers", "non-finite", "shared folder", "scaler")
+CHECKS = (
+    "gradient",
+    "gathering",
+    "resume",
+    "buffers",
+    "non-finite",
+    "shared folder",
+    "scaler",
+    "interruption",
+    "interrupted validation",
+)
 
 
 def launch(processes, folder, *checks):

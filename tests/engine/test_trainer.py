@@ -261,6 +261,15 @@ def test_the_averaged_weights_are_what_is_validated_and_saved(toy, tmp_path, wei
     assert any(not torch.equal(stored[key], raw[key]) for key in raw)
 
 
+def test_figures_of_fewer_images_say_so_in_their_own_line(toy, tmp_path, capsys):
+    trainer, _ = toy.build(tmp_path, epochs=1)
+    trainer.validate = lambda module: {"AP": 0.25, "images": 4998, "images_left_out": 2}
+    trainer.fit()
+    assert "epoch 1/1 validation: AP 0.2500 on 4,998 of 5,000 images (best so far)" in capsys.readouterr().out
+    line = next(line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "val")
+    assert (line["images"], line["images_left_out"]) == (4998, 2)
+
+
 def test_a_head_without_any_loss_in_an_epoch_is_named(toy, tmp_path, capsys):
     trainer, _ = toy.build(tmp_path, epochs=1)
     forward = trainer.model.forward

@@ -22,6 +22,7 @@ from brs_detr.engine.guard import NonFiniteError
 from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.sharding import whole
 from brs_detr.engine.state import agreed_state, read_facts
+from brs_detr.exit_codes import ExitCode, Interruption
 from brs_detr.models.build import build_model
 from brs_detr.ops.images import ImageBatch
 from brs_detr.resuming import require_shared_folder
@@ -182,6 +183,66 @@ def check_non_finite(accelerator, folder):
         raise AssertionError("nobody stopped")
 
 
+class Broken:
+    """Batches of which one process gets only the first few."""
+
+    def __init__(self, batches, rank, at, interruption):
+        self.batches, self.rank, self.at, self.interruption = batches, rank, at, interruption
+
+    def __len__(self):
+        return len(self.batches)
+
+    def epoch(self, epoch, start=0):
+        for index, batch in enumerate(self.batches.epoch(epoch, start), start):
+            if (self.rank, epoch, index) == self.at:
+                raise self.interruption
+            yield batch
+
+
+def check_interruption(accelerator, folder):
+    """One process gets no batch: both save the last completed step and end alike, and the resumed run ends the same."""
+    whole, _ = toy.build(folder / "never", accelerator=accelerator)
+    whole.fit()
+    reference = [p.detach().clone() for p in whole.model.parameters()]
+    for code in (ExitCode.STORAGE, ExitCode.INTERRUPTED):
+        place = folder / f"interrupted-{code}"
+        trainer, _ = toy.build(place, accelerator=accelerator)
+        reason = Interruption("the storage is gone", code)
+        trainer.batches = Broken(trainer.batches, accelerator.process_index, (1, 1, 3), reason)
+        if code == ExitCode.INTERRUPTED:
+            assert trainer.fit() is False
+        else:
+            with pytest.raises(Interruption, match=r"process 1: the storage is gone .*saved at step 5") as error:
+                trainer.fit()
+            assert error.value.code == code
+        assert trainer.position.step == 5  # the first half of its accumulated batches had come
+        assert_resumed_alike(accelerator, place, reference)
+
+
+def check_interrupted_validation(accelerator, folder):
+    """One process gets not all of its validation batches: both leave it, and a resumed run repeats it."""
+    whole, _ = toy.build(folder / "validated", accelerator=accelerator)
+    whole.fit()
+    reference = [p.detach().clone() for p in whole.model.parameters()]
+    trainer, _ = toy.build(folder / "left", accelerator=accelerator)
+    parts = (toy.ToyBatches(3, rank=accelerator.process_index, world=2), accelerator.process_index)
+    batches = Broken(*parts, (1, 0, 1), Interruption("the storage is gone", ExitCode.STORAGE))
+    trainer.validate = lambda module: predict(module, batches.epoch(0), accelerator) and {}
+    with pytest.raises(Interruption, match="process 1: the storage is gone"):
+        trainer.fit()
+    assert (trainer.position.epoch, trainer.position.step_in_epoch, trainer.position.step) == (0, 4, 4)
+    assert_resumed_alike(accelerator, folder / "left", reference)
+
+
+def assert_resumed_alike(accelerator, folder, reference):
+    state, _ = agreed_state(folder / "state", accelerator)
+    resumed, _ = toy.build(folder, accelerator=accelerator, resumed_at=read_facts(state))
+    accelerator.load_state(str(state))
+    resumed.fit()
+    assert [line["epoch"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "val"] == [1, 2, 3]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(resumed.model.parameters(), reference))
+
+
 def check_shared_folder(accelerator, folder):
     """Processes that look into different folders are named, and all of them stop."""
     require_shared_folder(Config(output_dir=str(folder)), accelerator)
@@ -240,6 +301,8 @@ def main():
         "empty pictures": lambda: check_empty_pictures(accelerator),
         "resume": lambda: check_resume(accelerator, folder),
         "buffers": lambda: check_buffers(accelerator, folder),
+        "interruption": lambda: check_interruption(accelerator, folder),
+        "interrupted validation": lambda: check_interrupted_validation(accelerator, folder),
         "non-finite": lambda: check_non_finite(accelerator, folder),
         "shared folder": lambda: check_shared_folder(accelerator, folder),
         "scaler": lambda: check_scaler(accelerator),
