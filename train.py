@@ -39,6 +39,7 @@ from brs_detr.resuming import (
     require_shared_folder,
 )
 from brs_detr.scoring import validator
+from brs_detr.user_files import forgive_output, printable
 
 EXIT_REFUSED, EXIT_NOT_FINITE, EXIT_PREEMPTED = 2, 3, 75
 
@@ -54,13 +55,14 @@ def main(arguments: list[str] | None = None) -> int:
     trial.add_argument("--dry-run", action="store_true", help="two steps at the largest shape, then report memory")
     trial.add_argument("--profile", action="store_true", help="eight steps, then report where their time went")
     options = parser.parse_intermixed_args(arguments)
+    forgive_output()
     try:
         config = configuration.load_config(options.config, options.overrides)
         flags = {name: True for name in ("resume", "overwrite") if getattr(options, name)}
         trial = "dry-run" if options.dry_run else "profile" if options.profile else None
         return train(replace(config, train=replace(config.train, **flags)), trial)
     except (configuration.ConfigError, DataError, PictureError, CheckpointError, NonFiniteError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return EXIT_NOT_FINITE if isinstance(error, NonFiniteError) else EXIT_REFUSED
 
 

@@ -46,6 +46,10 @@ class DataConfig:
     keep_empty: bool = True  # pictures without objects are trained on
     min_side: int = 32  # smaller pictures are not trained on
     antialias: bool = True  # low-pass filter when shrinking; the released code had none
+    max_image_pixels: int = 120_000_000  # an image with more is left out; decoding takes 7 bytes a pixel
+    max_image_bytes: int = 536_870_912  # and so is an image file with more
+    max_json_bytes: int = 8_589_934_592  # an annotation file that unpacks to more is refused
+    allow_outside_images: bool = False  # follow file names of the json that lead out of the image folder
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     test_short_side: int = 800
     test_long_side: int = 1333

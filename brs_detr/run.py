@@ -21,6 +21,7 @@ from brs_detr.config import Config, ConfigError
 from brs_detr.data.categories import categories_differ
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.json_file import load_json
+from brs_detr.data.limits import Limits
 from brs_detr.data.transforms import EvalTransforms, TrainTransforms
 from brs_detr.engine.checkpoint import Weights, find_weights, load_weights
 from brs_detr.engine.finetune import Transfer, load_matching, rows_per_class
@@ -51,6 +52,11 @@ def val_transforms(config: Config) -> EvalTransforms:
     return EvalTransforms(config.data.test_short_side, config.data.test_long_side, antialias=config.data.antialias)
 
 
+def limits_of(config: Config) -> Limits:
+    """How large a recipe's files may be, and where they may lie."""
+    return Limits(**{field.name: getattr(config.data, field.name) for field in dataclasses.fields(Limits)})
+
+
 def open_train_set(config: Config) -> CocoDetection:
     """The training pictures with their augmentation."""
     data = config.data
@@ -62,13 +68,14 @@ def open_train_set(config: Config) -> CocoDetection:
         keep_empty=data.keep_empty,
         min_side=data.min_side,
         seed=config.seed,
+        limits=limits_of(config),
     )
 
 
 def open_val_set(config: Config) -> CocoDetection:
     """The validation pictures at their test size."""
     json_path, images = Path(config.data.root, config.data.val_json), Path(config.data.root, config.data.val_images)
-    return CocoDetection(json_path, images, transforms=val_transforms(config), train=False)
+    return CocoDetection(json_path, images, transforms=val_transforms(config), train=False, limits=limits_of(config))
 
 
 def facts_of(config: Config, plan: BatchPlan, train_set: CocoDetection, val_set: CocoDetection) -> dict[str, Any]:
@@ -270,7 +277,8 @@ def with_subset(config: Config, accelerator: Accelerator) -> Config:
     target = Path(config.output_dir, "overfit.json").resolve()
     if accelerator.is_main_process:
         pictures = config.train.overfit_batches * config.train.total_batch_size
-        write_subset(load_json(Path(data.root, data.train_json)), target, pictures)
+        content = load_json(Path(data.root, data.train_json), data.max_json_bytes)
+        write_subset(content, target, pictures)
     accelerator.wait_for_everyone()
     paths = {"train_json": str(target), "val_json": str(target), "val_images": data.train_images}
     return dataclasses.replace(config, data=dataclasses.replace(data, **paths))

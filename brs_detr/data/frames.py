@@ -13,10 +13,13 @@ import numpy as np
 
 from brs_detr.data.annotations import Images, Objects
 from brs_detr.data.faults import DataError, FaultLog
+from brs_detr.data.limits import Limits
 from brs_detr.data.pictures import PictureError, PictureInfo, inspect_picture
 
 
-def settle_sizes(images: Images, objects: Objects, image_dir: str | Path, log: FaultLog, every: bool) -> np.ndarray:
+def settle_sizes(
+    images: Images, objects: Objects, image_dir: str | Path, log: FaultLog, every: bool, limits: Limits | None = None
+) -> np.ndarray:
     """Decide in which frame each image's boxes are drawn; changes `images.frames` and `images.pictures`.
 
     A header is read where the json gives no size or a box sticks out of it, and of a hundred pictures from all over the
@@ -37,7 +40,7 @@ def settle_sizes(images: Images, objects: Objects, image_dir: str | Path, log: F
     for row in looked_at:
         path = os.path.join(image_dir, images.names[row])
         try:
-            info = inspect_picture(path)
+            info = inspect_picture(path, limits)
         except PictureError as error:
             log.add("picture_unreadable", images.where(row), error.reason)
             readable[row], last = False, error
