@@ -99,10 +99,11 @@ def train(config: configuration.Config, trial: str | None = None) -> int:
         return 0
 
     thresholds: dict[str, float] = {}
+    stored = configuration.to_dict(run.for_weights_file(config))
 
     def save(name, tensors, facts):
         labels, facts = (train_set.classes, train_set.category_ids), {**facts, "thresholds": thresholds}
-        save_weights(Path(config.output_dir, name), Weights(tensors, *labels, configuration.to_dict(config), facts))
+        save_weights(Path(config.output_dir, name), Weights(tensors, *labels, stored, facts))
 
     trainer = Trainer(
         accelerator=accelerator,

@@ -17,6 +17,7 @@ import yaml
 
 from brs_detr.config_rules import rules
 from brs_detr.settings import ConfigError, leaves, parse_yaml, to_dict, update
+from brs_detr.user_files import MODEST_BYTES, UserFileError, read_file
 
 
 @dataclass(frozen=True)
@@ -311,7 +312,9 @@ def _layers(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path, MODEST_BYTES).decode("utf-8")
+    except (UserFileError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: the recipe cannot be read ({error}); recipes lie in configs/") from None
     except OSError as error:
         raise ConfigError(f"{path}: the recipe cannot be read ({error.strerror}); recipes lie in configs/") from None
     recipe = parse_yaml(text, str(path))

@@ -29,6 +29,7 @@ from brs_detr.engine.optim import Schedule, build_adamw, count_parameters, param
 from brs_detr.engine.overfit import write_subset
 from brs_detr.engine.plan import FEW_STEPS, BatchPlan, Length, plan_batches, plan_length
 from brs_detr.engine.trainer import Settings
+from brs_detr.models.backbones import plain_name
 from brs_detr.models.build import build_model, sampling_here
 
 
@@ -156,11 +157,13 @@ def restore(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, Weigh
 
     Raises:
         CheckpointError: no usable file.
-        ConfigError: the overrides, or weights that do not fit the model.
+        ConfigError: the overrides, a backbone that only the network knows, or weights that do not fit the model.
     """
     file = find_weights(path)
     weights = load_weights(file)
     config = configuration.apply_overrides(configuration.from_dict(weights.config, str(file)), overrides)
+    if not any(text.lstrip("-").startswith("model.backbone.name=") for text in overrides):
+        require_known_backbone(config, file)
     model = build_detector(config, len(weights.classes), initial_weights=False)
     own = model.state_dict()
     shapes = {n: (tuple(t.shape), tuple(own[n].shape)) for n, t in weights.tensors.items() if n in own}
@@ -180,6 +183,30 @@ def restore(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, Weigh
             "was a model setting overridden?"
         )
     return model.eval(), weights, config, file
+
+
+def require_known_backbone(config: Config, file: Path) -> None:
+    """Refuse a config that came with a file and whose backbone is not in timm's own list: it may be anyone's.
+
+    Raises:
+        ConfigError: its name leads to the network or into a folder.
+    """
+    name = config.model.backbone.name
+    if ":" in name:
+        raise ConfigError(
+            f"{file}: its backbone {name} is looked up elsewhere, which is not done for a file of weights; add the "
+            "name that timm has for the network, e.g. model.backbone.name=resnet50"
+        )
+
+
+def for_weights_file(config: Config) -> Config:
+    """The config as a weights file holds it: the backbone by timm's own name, so that nothing is looked up later."""
+    backbone = config.model.backbone
+    try:
+        backbone = dataclasses.replace(backbone, name=plain_name(backbone.name))
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ConfigError(f"model.backbone.name={backbone.name}: {' '.join(str(error).split())}") from error
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=backbone))
 
 
 def length_of(config: Config, plan: BatchPlan, batches_per_epoch: int) -> Length:

@@ -11,16 +11,17 @@ PACKAGE = ROOT / "brs_detr"
 # what each part may import of the package, besides itself
 ALLOWED = {
     "user_files": set(),
+    "parsing": {"user_files"},
     "losses": set(),
     "ops": set(),
     "assign": {"ops"},
-    "data": {"ops", "user_files"},
-    "evaluation": {"ops", "user_files"},
-    "settings": {"user_files"},
+    "data": {"ops", "user_files", "parsing"},
+    "evaluation": {"ops", "user_files", "parsing"},
+    "settings": {"user_files", "parsing"},
     "config_rules": {"settings", "user_files"},
     "config": {"settings", "config_rules", "user_files"},
     "models": {"ops", "assign", "losses", "user_files"},
-    "convert": {"ops", "models", "settings", "config", "engine", "user_files"},
+    "convert": {"ops", "models", "settings", "config", "engine", "user_files", "parsing"},
     "export": {"ops", "models", "user_files"},
     "engine": {"ops", "assign", "losses", "models", "user_files"},
 }

@@ -61,9 +61,8 @@ def run(options: argparse.Namespace) -> int:
         )
     size = input_size(config, options)
     pictures = {str(path): read_picture(path, limits=limits_of(config)) for path in options.picture}
-    print(
-        f"{printable(file)}: exporting for {'any size' if options.any_size else f'{size[0]}x{size[1]} (height x width)'}"
-    )
+    shape = "any size" if options.any_size else f"{size[0]}x{size[1]} (height x width)"
+    print(f"{printable(file)}: exporting for {shape}")
     partial = options.out.with_name(f".{options.out.name}.partial")
     try:
         write_onnx(

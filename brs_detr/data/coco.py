@@ -118,7 +118,8 @@ class CocoDetection(Dataset):
         """The report as lines for people."""
         report, warnings = self.report, self._log.lines((WARNED,))
         head = (
-            f"{printable(self.json_path)}: {report['images']:,} of {report['images_listed']:,} images, {report['objects']:,} of "
+            f"{printable(self.json_path)}: {report['images']:,} of {report['images_listed']:,} images, "
+            f"{report['objects']:,} of "
             f"{report['annotations_listed']:,} annotations used, {self.num_classes} classes"
         )
         if 2 * report["objects"] < report["annotations_listed"]:

@@ -16,6 +16,7 @@ from brs_detr.data.faults import DataError
 from brs_detr.data.labelled import Notes, choose_pair, hold_out, inspect, read_lines, to_coco
 from brs_detr.data.voc import read_voc
 from brs_detr.data.yolo import read_yolo
+from brs_detr.user_files import UserFileError, printable, read_start
 
 NOTES_FILE = "convert-notes.txt"
 RECIPE = "configs/brs_detr_r50_small_dataset.yaml"
@@ -65,7 +66,7 @@ def _convert(args: argparse.Namespace) -> int:
     for split, path in paths.items():
         data = write_dataset(datasets[split], path)
         counts = (len(data["images"]), len(data["annotations"]), len(data["categories"]))
-        print("{}: {:,} images, {:,} objects, {} classes".format(path, *counts))
+        print("{}: {:,} images, {:,} objects, {} classes".format(printable(path), *counts))
     print_notes(labelled.notes, out / NOTES_FILE)
     print(next_steps(out, pictures, *choose_pair(labelled)))
     return 0
@@ -78,7 +79,7 @@ def print_notes(notes: Notes, path: Path) -> None:
     if lines:
         path.write_text("".join(lines), encoding="utf-8")
         print("\n".join(notes.lines()))
-        print(f"every case: {path}")
+        print(f"every case: {printable(path)}")
 
 
 def _class_names(text: str | None) -> list[str]:
@@ -101,7 +102,11 @@ def require_free(paths: Iterable[Path]) -> None:
         DataError: with the file's name.
     """
     for path in filter(Path.exists, paths):
-        if not path.read_bytes().startswith(_BEGINNING.encode()):
+        try:
+            ours = read_start(path, len(_BEGINNING)) == _BEGINNING.encode()
+        except UserFileError:
+            ours = False
+        if not ours:
             raise DataError(f"{path} is there already and was not made by this command; choose another folder for it.")
 
 
@@ -120,14 +125,14 @@ def next_steps(out: Path, pictures: str, train: str, val: str | None) -> str:
     lines = ["next:"]
     for split in filter(None, (train, val)):
         words = ["python", "-m", "brs_detr", "check-data", str(out / f"{split}.json"), "--images", pictures]
-        lines.append(shlex.join(words))
+        lines.append(printable(shlex.join(words)))
     if val is None:
         hint = "training needs a train and a val split; --val-fraction 0.1 takes the second out of the first"
         return "\n".join([*lines, hint])
     settings = {"data.root": pictures, "data.train_json": str(out / f"{train}.json"), "data.train_images": "."}
     settings |= {"data.val_json": str(out / f"{val}.json"), "data.val_images": ".", "output_dir": "runs/mine"}
     words = [f"{key}={_as_yaml(value)}" for key, value in settings.items()]
-    return "\n".join([*lines, shlex.join(["accelerate", "launch", "train.py", RECIPE, *words])])
+    return "\n".join([*lines, printable(shlex.join(["accelerate", "launch", "train.py", RECIPE, *words]))])
 
 
 def _as_yaml(text: str) -> str:

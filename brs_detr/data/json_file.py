@@ -13,6 +13,7 @@ from typing import Any
 from brs_detr.data.faults import DataError
 from brs_detr.data.limits import Limits
 from brs_detr.data.masks import mask_box
+from brs_detr.parsing import TwoValuesError, dict_of_pairs
 from brs_detr.user_files import UserFileError, printable, read_file, read_start, unpack_gzip
 
 BOX_FROM_MASK = "box_from_mask"  # key of an annotation whose box was not in the file
@@ -41,8 +42,8 @@ def load_json(path: str | Path, most_bytes: int = Limits.max_json_bytes) -> dict
             data = json.loads(text, object_pairs_hook=_without_mask)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: this is not a JSON file in UTF-8 ({error.reason} at byte {error.start}).") from None
-    except _TwoValues as error:
-        raise DataError(f"{path}: {error}") from None
+    except TwoValuesError as error:
+        raise DataError(f"{path}: {error}.") from None
     except (ValueError, RecursionError) as error:  # bad syntax, numbers of thousands of digits, endless nesting
         raise DataError(f"{path}: this is not a JSON file ({error}; {start}).") from None
     del text
@@ -82,30 +83,14 @@ def _kind(value: Any) -> str:
     return {dict: "an object, not a list", type(None): "null"}.get(type(value), f"a {type(value).__name__}")
 
 
-class _TwoValues(ValueError):
-    """A key that one object has twice, with different values; which of them was meant, nobody knows."""
-
-
 def _without_mask(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entry = dict(pairs)
-    if len(entry) < len(pairs):
-        _require_one_value(pairs)
+    entry = dict_of_pairs(pairs)
     mask, stated = entry.pop("segmentation", None), entry.get("bbox")
     if mask and (not stated or (type(stated) is list and not any(stated))):  # four zeros, too, stand for no box
         box = mask_box(mask)
         if box is not None:
             entry["bbox"], entry[BOX_FROM_MASK] = box, True
     return entry
-
-
-def _require_one_value(pairs: list[tuple[str, Any]]) -> None:
-    first: dict[str, Any] = {}
-    for key, value in pairs:
-        if first.setdefault(key, value) != value:
-            name = printable(key[:60])
-            raise _TwoValues(
-                f"one of its objects has the key `{name}` twice, with two values; keep the one that is meant."
-            )
 
 
 @contextmanager
