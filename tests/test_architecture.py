@@ -76,3 +76,29 @@ def test_files_stay_readable():
     """No module of the package is longer than 450 lines."""
     for path in PACKAGE.rglob("*.py"):
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 450, path
+
+
+def test_images_are_opened_in_one_place_and_as_known_formats():
+    """Pillow's own list of formats has some that start other programs (EPS: Ghostscript)."""
+    opened = []
+    for path in [*PACKAGE.rglob("*.py"), *ROOT.glob("*.py"), *(ROOT / "examples").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Image.open", "PIL.Image.open"):
+                assert "formats" in {keyword.arg for keyword in node.keywords}, f"{path.name}:{node.lineno}"
+                opened.append(path.relative_to(ROOT).as_posix())
+        assert not any(name.startswith("PIL.Image.") for name in imports_of(path)), path
+    assert opened == ["brs_detr/data/pictures.py", "examples/onnx_detect.py"]
+
+
+def test_files_are_unpickled_and_yaml_is_read_in_known_places_only():
+    """Both can be made to fill the memory: what comes before each call keeps them from it."""
+    known = {
+        "torch.load": {"convert/read.py", "models/backbone_weights.py", "commands/replay.py"},
+        "yaml.load": set(),
+        "ElementTree.parse": set(),
+        "gzip.decompress": set(),
+    }
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            assert name not in known or path.relative_to(PACKAGE).as_posix() in known[name], f"{path}: {name}"

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 
 from brs_detr.data.faults import DataError
 from brs_detr.data.labelled import Notes, choose_pair, hold_out, inspect, read_lines, to_coco
+from brs_detr.data.limits import Limits
 from brs_detr.data.voc import read_voc
 from brs_detr.data.yolo import read_yolo
 from brs_detr.user_files import UserFileError, printable, read_start
@@ -32,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", metavar="NAMES", help=f"{names} (default: VOC by alphabet, YOLO as numbered)")
     held = "make a val split of this part of train (always the same pictures), where there is none"
     parser.add_argument("--val-fraction", type=float, metavar="F", help=held)
+    most = "largest image file that is looked into (default: that of data.max_image_bytes); none is decoded"
+    parser.add_argument("--max-image-bytes", type=int, metavar="N", default=Limits.max_image_bytes, help=most)
     parser.add_argument("--one-based", action="store_true", help="VOC: corners count from 1 and are both included")
     parser.add_argument("--keep-difficult", action="store_true", help="VOC: difficult objects are ordinary objects")
 
@@ -50,12 +54,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     classes = _class_names(args.classes)
+    limits = Limits(max_image_pixels=sys.maxsize, max_image_bytes=args.max_image_bytes)
     if args.format == "voc":
-        labelled = read_voc(args.source, classes=classes, one_based=args.one_based, keep_difficult=args.keep_difficult)
+        options = {"one_based": args.one_based, "keep_difficult": args.keep_difficult}
+        labelled = read_voc(args.source, classes=classes, limits=limits, **options)
     elif args.one_based or args.keep_difficult:
         raise DataError("--one-based and --keep-difficult are about VOC; YOLO labels have neither.")
     else:
-        labelled = read_yolo(args.source, classes=classes)
+        labelled = read_yolo(args.source, classes=classes, limits=limits)
     if args.val_fraction is not None:
         hold_out(labelled, args.val_fraction)
     inspect(labelled, args.source)
