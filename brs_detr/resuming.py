@@ -25,6 +25,8 @@ _FREE_TO_CHANGE = (
     "data.train_",
     "data.val_",
     "data.workers",
+    "data.max_json_bytes",
+    "data.allow_outside_images",  # what it lets in is compared with the rest of the pictures
     "train.resume",
     "train.overwrite",
     "train.allow_changes",
