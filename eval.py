@@ -29,6 +29,7 @@ from brs_detr.launch import start_accelerator
 from brs_detr.report import write_curves, write_pictures
 from brs_detr.resuming import require_writable
 from brs_detr.scoring import dataset_notes, score
+from brs_detr.user_files import forgive_output, printable
 
 FIGURES = ("model.", "eval.", "data.test_", "data.antialias")  # beginnings of the settings that figures depend on
 OPTIONAL = "confusion.csv confusion.png precision_recall.csv precision_recall.png pictures.png curves.png"
@@ -42,13 +43,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder to write to (default: evaluation/ beside the weights)")
     parser.add_argument("--pictures", type=int, default=12, help="example pictures to draw (default 12; 0: none)")
     options = parser.parse_intermixed_args(arguments)
+    forgive_output()
     try:
         evaluate(options.weights, options.overrides, options.out, options.pictures)
     except (ConfigError, DataError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return ExitCode.REFUSED
     except Interruption as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return error.code
     return ExitCode.OK
 
@@ -80,7 +82,8 @@ def evaluate(weights_path: Path, overrides: list[str], out: Path | None = None, 
     summary.save(out, {"weights": str(file), "epoch": epoch, "annotations": dataset.json_path})
     write_pictures(out, dataset, results, pictures, summary.thresholds())
     write_curves(out, summary, file.parent / "metrics.jsonl")
-    print(f"{file} (epoch {epoch}) on {dataset.json_path}\n\n{summary.table()}\n\nsaved in {out}")
+    print(f"{printable(file)} (epoch {printable(epoch)}) on {printable(dataset.json_path)}\n")
+    print(f"{summary.table()}\n\nsaved in {printable(out)}")
 
 
 def changed_settings(stored: configuration.Config, used: configuration.Config) -> list[str]:

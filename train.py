@@ -43,6 +43,7 @@ from brs_detr.resuming import (
     require_shared_folder,
 )
 from brs_detr.scoring import validator
+from brs_detr.user_files import forgive_output, printable
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     trial.add_argument("--dry-run", action="store_true", help="two steps at the largest shape, then report memory")
     trial.add_argument("--profile", action="store_true", help="eight steps, then report where their time went")
     options = parser.parse_intermixed_args(arguments)
+    forgive_output()
     try:
         config = configuration.load_config(options.config, options.overrides)
         flags = {name: True for name in ("resume", "overwrite") if getattr(options, name)}
@@ -63,10 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
         with _ready_to_stop():
             return train(replace(config, train=replace(config.train, **flags)), trial)
     except Interruption as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return error.code
     except (configuration.ConfigError, DataError, PictureError, CheckpointError, NonFiniteError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return ExitCode.NOT_FINITE if isinstance(error, NonFiniteError) else ExitCode.REFUSED
 
 
@@ -107,10 +109,11 @@ def train(config: configuration.Config, trial: str | None = None) -> int:
         return ExitCode.OK
 
     thresholds: dict[str, float] = {}
+    stored = configuration.to_dict(run.for_weights_file(config))
 
     def save(name, tensors, facts):
         labels, facts = (train_set.classes, train_set.category_ids), {**facts, "thresholds": thresholds}
-        save_weights(Path(config.output_dir, name), Weights(tensors, *labels, configuration.to_dict(config), facts))
+        save_weights(Path(config.output_dir, name), Weights(tensors, *labels, stored, facts))
 
     trainer = Trainer(
         accelerator=accelerator,

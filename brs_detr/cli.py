@@ -13,6 +13,7 @@ import sys
 
 from brs_detr.exit_codes import ExitCode, Interruption
 from brs_detr.settings import ConfigError
+from brs_detr.user_files import forgive_output, printable
 
 COMMANDS = {
     "info": ("brs_detr.commands.info", "what a recipe builds and where it would run"),
@@ -30,6 +31,7 @@ _PATH_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirector
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    forgive_output()
     parser = argparse.ArgumentParser(
         prog="python -m brs_detr", description="BRS-DETR: commands around train.py and eval.py"
     )
@@ -50,12 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Interruption as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return error.code
     except (ConfigError, OSError, ValueError) as error:
         if not _is_for_the_user(error):
             raise
-        print(f"error: {_sentence(error)}", file=sys.stderr)
+        print(f"error: {printable(_sentence(error))}", file=sys.stderr)
         return ExitCode.REFUSED
 
 

@@ -17,6 +17,7 @@ import yaml
 
 from brs_detr.config_rules import rules
 from brs_detr.settings import ConfigError, leaves, parse_yaml, to_dict, update
+from brs_detr.user_files import MODEST_BYTES, UserFileError, read_file
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class DataConfig:
     keep_empty: bool = True  # pictures without objects are trained on
     min_side: int = 32  # smaller pictures are not trained on
     antialias: bool = True  # low-pass filter when shrinking; the released code had none
+    max_image_pixels: int = 120_000_000  # an image with more is left out; decoding takes 7 bytes a pixel
+    max_image_bytes: int = 536_870_912  # and so is an image file with more
+    max_json_bytes: int = 8_589_934_592  # an annotation file that unpacks to more is refused
+    allow_outside_images: bool = False  # follow file names of the json that lead out of the image folder
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     test_short_side: int = 800
     test_long_side: int = 1333
@@ -309,7 +314,9 @@ def _layers(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path, MODEST_BYTES).decode("utf-8")
+    except (UserFileError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: the recipe cannot be read ({error}); recipes lie in configs/") from None
     except OSError as error:
         raise ConfigError(f"{path}: the recipe cannot be read ({error.strerror}); recipes lie in configs/") from None
     recipe = parse_yaml(text, str(path))

@@ -18,6 +18,7 @@ _AT_LEAST_ONE = """
     model.rpn.test_proposals model.rpn.test_proposals_before_nms model.rpn.scales_per_octave model.rpn.sample
     model.roi.sample model.roi.max_rois model.max_aux_queries
     data.augment.crop_short_sides data.augment.crop_long_side
+    data.max_image_pixels data.max_image_bytes data.max_json_bytes
 """
 _POSITIVE = frozenset({"data.timeout", "model.rpn.anchor_scale", "model.rpn.anchor_ratios", "model.atss.anchor_scale"})
 _NOT_EMPTY = frozenset(

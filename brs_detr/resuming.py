@@ -27,6 +27,8 @@ _FREE_TO_CHANGE = (
     "data.workers",
     "data.timeout",
     "data.retry_seconds",
+    "data.max_json_bytes",
+    "data.allow_outside_images",  # what it lets in is compared with the rest of the pictures
     "train.resume",
     "train.overwrite",
     "train.allow_changes",

@@ -21,6 +21,7 @@ from brs_detr.config import Config, ConfigError
 from brs_detr.data.categories import categories_differ
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.json_file import load_json
+from brs_detr.data.limits import Limits
 from brs_detr.data.shared_memory import shortage
 from brs_detr.data.transforms import EvalTransforms, TrainTransforms
 from brs_detr.engine.checkpoint import Weights, find_weights, load_weights
@@ -29,6 +30,7 @@ from brs_detr.engine.optim import Schedule, build_adamw, count_parameters, param
 from brs_detr.engine.overfit import write_subset
 from brs_detr.engine.plan import FEW_STEPS, BatchPlan, Length, plan_batches, plan_length
 from brs_detr.engine.trainer import Settings
+from brs_detr.models.backbones import plain_name
 from brs_detr.models.build import build_model, sampling_here
 
 
@@ -52,6 +54,11 @@ def val_transforms(config: Config) -> EvalTransforms:
     return EvalTransforms(config.data.test_short_side, config.data.test_long_side, antialias=config.data.antialias)
 
 
+def limits_of(config: Config) -> Limits:
+    """How large a recipe's files may be, and where they may lie."""
+    return Limits(**{field.name: getattr(config.data, field.name) for field in dataclasses.fields(Limits)})
+
+
 def open_train_set(config: Config) -> CocoDetection:
     """The training pictures with their augmentation."""
     data = config.data
@@ -63,6 +70,7 @@ def open_train_set(config: Config) -> CocoDetection:
         keep_empty=data.keep_empty,
         min_side=data.min_side,
         seed=config.seed,
+        limits=limits_of(config),
         retry_seconds=data.retry_seconds,
     )
 
@@ -70,8 +78,8 @@ def open_train_set(config: Config) -> CocoDetection:
 def open_val_set(config: Config) -> CocoDetection:
     """The validation pictures at their test size."""
     json_path, images = Path(config.data.root, config.data.val_json), Path(config.data.root, config.data.val_images)
-    options = {"transforms": val_transforms(config), "retry_seconds": config.data.retry_seconds}
-    return CocoDetection(json_path, images, train=False, **options)
+    options = {"limits": limits_of(config), "retry_seconds": config.data.retry_seconds}
+    return CocoDetection(json_path, images, transforms=val_transforms(config), train=False, **options)
 
 
 def facts_of(config: Config, plan: BatchPlan, train_set: CocoDetection, val_set: CocoDetection) -> dict[str, Any]:
@@ -152,11 +160,13 @@ def restore(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, Weigh
 
     Raises:
         CheckpointError: no usable file.
-        ConfigError: the overrides, or weights that do not fit the model.
+        ConfigError: the overrides, a backbone that only the network knows, or weights that do not fit the model.
     """
     file = find_weights(path)
     weights = load_weights(file)
     config = configuration.apply_overrides(configuration.from_dict(weights.config, str(file)), overrides)
+    if not any(text.lstrip("-").startswith("model.backbone.name=") for text in overrides):
+        require_known_backbone(config, file)
     model = build_detector(config, len(weights.classes), initial_weights=False)
     own = model.state_dict()
     shapes = {n: (tuple(t.shape), tuple(own[n].shape)) for n, t in weights.tensors.items() if n in own}
@@ -176,6 +186,30 @@ def restore(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, Weigh
             "was a model setting overridden?"
         )
     return model.eval(), weights, config, file
+
+
+def require_known_backbone(config: Config, file: Path) -> None:
+    """Refuse a config that came with a file and whose backbone is not in timm's own list: it may be anyone's.
+
+    Raises:
+        ConfigError: its name leads to the network or into a folder.
+    """
+    name = config.model.backbone.name
+    if ":" in name:
+        raise ConfigError(
+            f"{file}: its backbone {name} is looked up elsewhere, which is not done for a file of weights; add the "
+            "name that timm has for the network, e.g. model.backbone.name=resnet50"
+        )
+
+
+def for_weights_file(config: Config) -> Config:
+    """The config as a weights file holds it: the backbone by timm's own name, so that nothing is looked up later."""
+    backbone = config.model.backbone
+    try:
+        backbone = dataclasses.replace(backbone, name=plain_name(backbone.name))
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ConfigError(f"model.backbone.name={backbone.name}: {' '.join(str(error).split())}") from error
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=backbone))
 
 
 def length_of(config: Config, plan: BatchPlan, batches_per_epoch: int) -> Length:
@@ -273,7 +307,8 @@ def with_subset(config: Config, accelerator: Accelerator) -> Config:
     target = Path(config.output_dir, "overfit.json").resolve()
     if accelerator.is_main_process:
         pictures = config.train.overfit_batches * config.train.total_batch_size
-        write_subset(load_json(Path(data.root, data.train_json)), target, pictures)
+        content = load_json(Path(data.root, data.train_json), data.max_json_bytes)
+        write_subset(content, target, pictures)
     accelerator.wait_for_everyone()
     paths = {"train_json": str(target), "val_json": str(target), "val_images": data.train_images}
     return dataclasses.replace(config, data=dataclasses.replace(data, **paths))

@@ -16,6 +16,7 @@ from brs_detr.data.coco import CocoDetection
 from brs_detr.data.faults import DROPPED, POLICY, DataError
 from brs_detr.engine.evaluate import predict, require_all
 from brs_detr.evaluation.coco import GroundTruth, Summary, detections_to_results, evaluate_coco
+from brs_detr.user_files import printable
 
 COCO_LIMIT = 100  # detections of a picture that COCO's AP counts
 
@@ -104,7 +105,9 @@ def dataset_notes(dataset: CocoDetection) -> list[str]:
     report, notes = dataset.report, []
     if report["images"] < report["images_listed"]:
         missing = report["images_listed"] - report["images"]
-        notes.append(f"{missing:,} of {report['images_listed']:,} pictures of {dataset.json_path} are not evaluated")
+        notes.append(
+            f"{missing:,} of {report['images_listed']:,} pictures of {printable(dataset.json_path)} are not evaluated"
+        )
     for kind, count in report.items():
         action, explanation = POLICY.get(kind, ("", ""))
         if action == DROPPED and kind != "crowd":

@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import yaml
 
+from brs_detr.parsing import load_yaml
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used; the message says which, where, and what to write instead."""
@@ -79,10 +81,13 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2's view of scalars: `no` is a word, 1e-4 a number; and a key written twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
+        keys = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            key = repr(key) if isinstance(key, (list, dict)) else key  # refused below
+            if key in keys:
                 raise yaml.constructor.ConstructorError(None, None, f"{key} is written twice", node.start_mark)
+            keys.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -95,7 +100,7 @@ _Loader.yaml_implicit_resolvers = {
 def parse_yaml(text: str, source: str) -> Any:
     """The value a YAML text stands for; ConfigError naming `source` where it is not YAML."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        return load_yaml(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
 
@@ -120,18 +125,23 @@ def _coerce(value: Any, hint: Any, name: str, source: str) -> Any:
             return value
         near = difflib.get_close_matches(str(value), options, n=1)
         hint_text = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{source}: {name} must be one of {', '.join(options)}, not {value!r}{hint_text}")
+        raise ConfigError(f"{source}: {name} must be one of {', '.join(options)}, not {_short(value)}{hint_text}")
     if origin is tuple:
         fixed = options[-1] is not Ellipsis
         if isinstance(value, (list, tuple)) and (not fixed or len(value) == len(options)):
             return tuple(_coerce(item, options[0], name, source) for item in value)
         wanted = f"a list of {len(options)} numbers" if fixed else "a list like [1, 2]"
-        raise ConfigError(f"{source}: {name} must be {wanted}, not {value!r}")
+        raise ConfigError(f"{source}: {name} must be {wanted}, not {_short(value)}")
     converted = _scalar(value, hint)
     if converted is None:
         kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[hint]
-        raise ConfigError(f"{source}: {name} must be {kind}, not {value!r}")
+        raise ConfigError(f"{source}: {name} must be {kind}, not {_short(value)}")
     return converted
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _scalar(value: Any, kind: type) -> Any:

@@ -46,7 +46,7 @@ def main() -> None:
 
     session = onnxruntime.InferenceSession(options.model, providers=onnxruntime.get_available_providers())
     facts = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
-    boxes, scores, labels = detect(session, facts, Image.open(options.picture).convert("RGB"))
+    boxes, scores, labels = detect(session, facts, Image.open(options.picture, formats=["JPEG", "PNG"]).convert("RGB"))
     for (x1, y1, x2, y2), score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist()):
         if score >= (facts["thresholds"][label] if options.threshold is None else options.threshold):
             name = f"{facts['classes'][label]} (category {facts['category_ids'][label]})"

@@ -537,6 +537,18 @@ def test_check_data_reads_a_recipe(data, tmp_path, capsys):
     assert "10 of 10 images" in capsys.readouterr().out
 
 
+def test_check_data_takes_limits_as_settings(data, capsys):
+    path, images = data / "annotations" / "val.json", data / "images" / "val"
+    command = ["check-data", str(path), "--images", str(images), "--samples", "0"]
+    assert cli.main([*command, "data.max_image_pixels=100"]) == 1
+    assert "more than data.max_image_pixels=100" in capsys.readouterr().err
+    assert cli.main([*command, "data.max_json_bytes=100"]) == 1
+    assert "more than data.max_json_bytes=100" in capsys.readouterr().err
+    assert cli.main(["check-data", DEMO, f"data.root={data}", "data.max_image_pixels=100"]) == 1
+    assert "more than data.max_image_pixels=100" in capsys.readouterr().err
+    assert cli.main(["info", DEMO, "data.max_image_pixels=0"]) == 2
+
+
 def test_a_fault_of_the_user_ends_in_one_sentence(capsys):
     assert cli.main(["info", "nowhere.yaml"]) == 2
     assert cli.main(["predict", "nowhere", "nowhere"]) == 2

@@ -6,21 +6,24 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from brs_detr.config import Config, load_config
+from brs_detr.config import Config, apply_overrides, load_config
 from brs_detr.data import check
 from brs_detr.data.check import Source
-from brs_detr.run import train_transforms, val_transforms
+from brs_detr.run import limits_of, train_transforms, val_transforms
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `check-data`."""
     check.add_arguments(parser)
-    parser.add_argument("overrides", nargs="*", help="settings of the recipe to change, e.g. data.root=/data/coco")
+    parser.add_argument("overrides", nargs="*", help="settings to change, e.g. data.root=/data/coco")
 
 
 def run(options: argparse.Namespace) -> int:
     """Check a json, or the training and validation sets of a recipe; returns the exit code."""
-    return check.run(options, partial(sources_of, overrides=options.overrides))
+    limits = None
+    if Path(options.target).suffix not in (".yaml", ".yml"):
+        limits = limits_of(apply_overrides(Config(), options.overrides))
+    return check.run(options, partial(sources_of, overrides=options.overrides), limits)
 
 
 def sources_of(recipe: str, overrides: list[str]) -> list[Source]:
@@ -29,8 +32,9 @@ def sources_of(recipe: str, overrides: list[str]) -> list[Source]:
     root, data = Path(config.data.root), config.data
     train = (str(root / data.train_json), str(root / data.train_images))
     val = (str(root / data.val_json), str(root / data.val_images))
-    limits = {"keep_empty": data.keep_empty, "min_side": data.min_side}
+    limits = {"limits": limits_of(config)}
+    learnt = {"keep_empty": data.keep_empty, "min_side": data.min_side, **limits}
     return [
-        Source(*train, train_transforms(config), options=limits),
-        Source(*val, val_transforms(config), train=False),
+        Source(*train, train_transforms(config), options=learnt),
+        Source(*val, val_transforms(config), train=False, options=limits),
     ]

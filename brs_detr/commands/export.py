@@ -24,7 +24,8 @@ from brs_detr.export.parity import MOST_PIXELS, MOST_SCORE, ExportedDetector, co
 from brs_detr.models.brs_detr import BRSDETR
 from brs_detr.ops.images import ImageBatch, Size
 from brs_detr.resuming import require_writable
-from brs_detr.run import restore
+from brs_detr.run import limits_of, restore
+from brs_detr.user_files import printable
 
 PIXELS = {"uint8": torch.uint8, "float32": torch.float32}
 
@@ -59,8 +60,9 @@ def run(options: argparse.Namespace) -> int:
             "add eval.predict_with=decoder"
         )
     size = input_size(config, options)
-    pictures = {str(path): read_picture(path) for path in options.picture}
-    print(f"{file}: exporting for {'any size' if options.any_size else f'{size[0]}x{size[1]} (height x width)'}")
+    pictures = {str(path): read_picture(path, limits=limits_of(config)) for path in options.picture}
+    shape = "any size" if options.any_size else f"{size[0]}x{size[1]} (height x width)"
+    print(f"{printable(file)}: exporting for {shape}")
     partial = options.out.with_name(f".{options.out.name}.partial")
     try:
         write_onnx(
@@ -76,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
         publish(partial, options.out)
     finally:
         partial.unlink(missing_ok=True)
-    print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB, opset {options.opset}")
+    print(f"{printable(options.out)}: {options.out.stat().st_size / 1e6:.1f} MB, opset {options.opset}")
     return 0
 
 
@@ -150,7 +152,7 @@ def check(
         images = padded(image.to(PIXELS[options.pixels]), canvas)
         found = compare(model, exported, images)
         shape = f"{image.shape[-2]}x{image.shape[-1]}"
-        print(f"  {name} ({shape}): boxes {found.boxes:.1g} pixels, scores {found.scores:.1g}")
+        print(f"  {printable(name)} ({shape}): boxes {found.boxes:.1g} pixels, scores {found.scores:.1g}")
         if not found.small:
             raise ExportError(
                 f"{options.out} was not written: onnxruntime differs from torch by {found.boxes:.2g} pixels and "

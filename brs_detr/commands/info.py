@@ -48,7 +48,7 @@ def count_classes(config: Config, asked: int | None) -> tuple[int, str]:
     if asked is not None:
         return asked, "as asked"
     if path.is_file():
-        return len(load_json(path)["categories"]), f"from {path}"
+        return len(load_json(path, config.data.max_json_bytes)["categories"]), f"from {path}"
     return COCO_CLASSES, f"as COCO has; {path} is not there"
 
 

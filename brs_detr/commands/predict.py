@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from brs_detr.data.pictures import PictureError, read_picture
+from brs_detr.data.pictures import PictureError, is_picture_name, read_picture
 from brs_detr.engine.checkpoint import Weights, write_text
 from brs_detr.evaluation.pictures import draw_detections
 from brs_detr.launch import choose_device
 from brs_detr.ops.images import ImageBatch
 from brs_detr.resuming import require_writable
-from brs_detr.run import restore, val_transforms
+from brs_detr.run import limits_of, restore, val_transforms
+from brs_detr.user_files import printable
+
+LONGEST_NAME = 255  # bytes of a file name that file systems take
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,27 +51,40 @@ def run(options: argparse.Namespace) -> int:
     root = options.pictures if options.pictures.is_dir() else options.pictures.parent
     found, drawn = [], drawing_names([path.relative_to(root) for path in files])
     require_writable(options.out, "--out")
-    for path, drawing in zip(files, drawn, strict=True):
+    partial = options.out / "predictions.partial.jsonl"  # what there is if this process is killed
+    with open(partial, "w", encoding="utf-8") as lines:
         try:
-            image = read_picture(str(path))
-        except PictureError as error:
-            print(f"passed over: {error}")
-            continue
-        empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
-        resized, _ = transforms(image, empty)
-        output = model(ImageBatch.from_list([resized], [tuple(image.shape[-2:])]).to(device), None)[0]
-        keep = (output["scores"] >= least[output["labels"]]).cpu()
-        kept = {key: value.cpu()[keep] for key, value in output.items()}
-        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        target = options.out / "pictures" / drawing
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draw_detections(picture, kept, None, weights.classes, threshold=0.0).save(target)
-        name = path.relative_to(root).as_posix()
-        found.append({"file_name": name, "objects": describe(kept, weights.classes, weights.category_ids)})
-        print(f"{path}: {len(kept['scores'])} objects")
-    write_text(options.out / "predictions.json", json.dumps(found, indent=1))
-    print(f"saved in {options.out}")
+            for path, drawing in zip(files, drawn, strict=True):
+                try:
+                    image = read_picture(path, limits=limits_of(config))
+                except PictureError as error:
+                    print(f"passed over: {error}")
+                    continue
+                empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+                resized, _ = transforms(image, empty)
+                output = model(ImageBatch.from_list([resized], [tuple(image.shape[-2:])]).to(device), None)[0]
+                keep = (output["scores"] >= least[output["labels"]]).cpu()
+                kept = {key: value.cpu()[keep] for key, value in output.items()}
+                name = path.relative_to(root).as_posix()
+                entry = {"file_name": name, "objects": describe(kept, weights.classes, weights.category_ids)}
+                lines.write(json.dumps(entry) + "\n")
+                lines.flush()
+                found.append(entry)
+                print(f"{printable(path)}: {len(kept['scores'])} objects")
+                picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+                target = options.out / "pictures" / drawing
+                target.parent.mkdir(parents=True, exist_ok=True)
+                draw_detections(picture, kept, None, weights.classes, threshold=0.0).save(target)
+        finally:  # whatever ends this, Ctrl-C too, what was found until then is kept
+            save(found, options.out, partial)
     return 0 if found else 1
+
+
+def save(found: list[dict], out: Path, partial: Path) -> None:
+    """Write predictions.json and remove the lines that it was kept as until then; say where it is."""
+    write_text(out / "predictions.json", json.dumps(found, indent=1))
+    partial.unlink(missing_ok=True)
+    print(f"saved in {printable(out)}")
 
 
 def lowest_scores(weights: Weights, threshold: float | None) -> list[float]:
@@ -80,7 +99,7 @@ def lowest_scores(weights: Weights, threshold: float | None) -> list[float]:
 
 
 def picture_files(path: Path) -> list[Path]:
-    """The picture itself, or every file of a folder that Pillow may read, by name.
+    """The picture itself, or every file of a folder that is named like one, by name.
 
     Raises:
         FileNotFoundError: there is no such file or folder, or no picture in it.
@@ -89,17 +108,35 @@ def picture_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such picture or folder")
-    known = Image.registered_extensions()
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in known)
+    Image.init()
+    files = sorted(file for file in path.rglob("*") if is_picture_name(file.name))
     if not files:
         raise FileNotFoundError(f"{path}: no picture in this folder")
     return files
 
 
 def drawing_names(files: list[Path]) -> list[Path]:
-    """A name of its own for the drawing of each file: a/b.jpg -> a/b.png, or a/b.jpg.png where a/b.gif is there too."""
-    taken = Counter(file.with_suffix("") for file in files)
-    return [file.with_suffix(".png") if taken[file.with_suffix("")] == 1 else Path(f"{file}.png") for file in files]
+    """A name of its own for the drawing of each file, the same whenever the files are the same.
+
+    a/b.jpg -> a/b.png, or a/b.jpg.png where a/b.gif is there too; where that is too long for a file system or another
+    drawing's, it is cut and ends in a hash of the file's name.
+    """
+    stems = Counter(file.with_suffix("") for file in files)
+    plain = [file.with_suffix(".png") if stems[file.with_suffix("")] == 1 else Path(f"{file}.png") for file in files]
+    uses, taken, names = Counter(plain), set(), []
+    for file, name in zip(files, plain, strict=True):
+        if uses[name] > 1 or len(os.fsencode(name.name)) > LONGEST_NAME:
+            name = next(name for name in _hashed_names(file) if name not in uses and name not in taken)
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def _hashed_names(file: Path) -> Iterable[Path]:
+    for attempt in range(1000):
+        digest = hashlib.sha256(os.fsencode(file) + b"\0" * attempt).hexdigest()[:16]
+        start = os.fsencode(file.name)[: LONGEST_NAME - len(digest) - len("-.png")].decode("utf-8", "ignore")
+        yield file.with_name(f"{start}-{digest}.png")
 
 
 def describe(output: dict[str, torch.Tensor], classes: list[str], category_ids: list[int]) -> list[dict]:

@@ -16,7 +16,8 @@ from brs_detr.config import Config, ConfigError, from_dict
 from brs_detr.engine.devices import seed_step, to_device
 from brs_detr.launch import choose_device
 from brs_detr.ops.images import ImageBatch
-from brs_detr.run import build_detector, freeze
+from brs_detr.run import build_detector, freeze, require_known_backbone
+from brs_detr.user_files import UserFileError, require_unpacked
 
 EXIT_REPRODUCED, EXIT_FINITE = 0, 1
 _PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,6 +34,7 @@ def run(options: argparse.Namespace) -> int:
     saved = read_saved(options.batch)
     device = choose_device(options.device)
     config = from_dict(saved["facts"]["config"], str(options.batch))
+    require_known_backbone(config, options.batch)
     model = rebuild(config, saved, options.batch).to(device)
     batches = [
         (ImageBatch(batch["pixels"], batch["sizes"], batch["original_sizes"]), batch["targets"])
@@ -64,8 +66,9 @@ def read_saved(path: Path) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):  # what torch.load makes of other files is anyone's guess
         raise wrong
     try:
+        require_unpacked(path)
         saved = torch.load(path, weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+    except (UserFileError, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]})") from None
     if not isinstance(saved, dict) or "config" not in saved.get("facts", {}):
         raise wrong

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from brs_detr.engine.checkpoint import CheckpointError
+from brs_detr.parsing import TwoValuesError, dict_of_pairs
+from brs_detr.user_files import UserFileError, read_file
 
 COCO_NAMES = tuple(
     """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
@@ -84,11 +86,14 @@ def stored_names(meta: Mapping[str, Any]) -> list[str]:
 
 def _from_json(count: int, stored: Sequence[str], path: Path, source: str) -> Classes:
     try:
-        categories = json.loads(path.read_text(encoding="utf-8"))["categories"]
+        content = read_file(path).decode("utf-8-sig")
+        categories = json.loads(content, object_pairs_hook=dict_of_pairs)["categories"]
         pairs = [(int(entry["id"]), str(entry["name"])) for entry in categories]
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, TypeError, KeyError):
+    except (UserFileError, TwoValuesError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise CheckpointError(f"{path}: no json in COCO's format with `categories` of id and name") from None
     if stored and {name for _, name in pairs} > set(stored):
         pairs = [pair for pair in pairs if pair[1] in stored]

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from brs_detr.engine.checkpoint import CheckpointError
+from brs_detr.user_files import UserFileError, require_unpacked
 
 WRAPPERS = ("state_dict", "model")
 PREFIXES = ("module.", "model.")
@@ -81,6 +82,7 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _load_pickle(path: Path) -> Any:
     try:
+        require_unpacked(path)
         with torch.serialization.safe_globals(PLAIN_NUMPY), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on pickles of other protocols, which are refused below
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -92,6 +94,8 @@ def _load_pickle(path: Path) -> Any:
                 '`state_dict` alone with torch.save({"state_dict": ...}, PATH)'
             ) from None
         raise CheckpointError(f"{path}: not a PyTorch checkpoint") from None
+    except UserFileError as error:
+        raise CheckpointError(f"{path}: not opened: {error}") from None
     except Exception:  # torch raises many kinds for a damaged or foreign file
         raise CheckpointError(
             f"{path}: cut short, damaged or no PyTorch checkpoint; compare its size with the source and fetch it again"

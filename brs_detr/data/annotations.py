@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from brs_detr.data.faults import DataError, FaultLog, printable
+from brs_detr.data.faults import DataError, FaultLog
 from brs_detr.data.json_file import BOX_FROM_MASK
 from brs_detr.data.numbers import is_number, unquote, whole_number
+from brs_detr.user_files import printable
 
 
 @dataclass

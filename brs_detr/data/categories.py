@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from brs_detr.data.faults import DataError, FaultLog, printable
+from brs_detr.data.faults import DataError, FaultLog
 from brs_detr.data.numbers import unquote, whole_number
+from brs_detr.user_files import printable
 
 
 def read_categories(data: dict[str, Any], path: str | Path, log: FaultLog) -> tuple[list[int], list[str]]:
@@ -30,7 +31,7 @@ def read_categories(data: dict[str, Any], path: str | Path, log: FaultLog) -> tu
         if key in names:
             raise DataError(f"{path}: two categories have the id {key}; give each its own.")
         name = entry.get("name")
-        name = "" if name is None else printable(" ".join(str(name).split()))
+        name = "" if name is None else _one_line(str(name))
         if not name:
             log.add("category_name_missing", f"category {key}")
             name = str(key)
@@ -58,3 +59,8 @@ def categories_differ(
 
 def _shown(names: dict[int, str], key: int) -> str:
     return f"'{names[key]}'" if key in names else "absent"
+
+
+def _one_line(name: str) -> str:
+    # question marks, not codes: weights files hold names that were made so
+    return "".join(c if c.isprintable() else "?" for c in " ".join(name.split()))

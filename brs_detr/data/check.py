@@ -17,10 +17,12 @@ from brs_detr.data.coco import CocoDetection, Transform
 from brs_detr.data.faults import DROPPED, KEPT, POLICY, REPAIRED, WARNED, DataError, FaultLog
 from brs_detr.data.files import usual_folder
 from brs_detr.data.json_file import load_json
+from brs_detr.data.limits import Limits
 from brs_detr.data.look import look_at
 from brs_detr.data.pictures import PICTURE_ENDINGS
 from brs_detr.data.sheet import write_samples
 from brs_detr.data.transforms import TrainTransforms
+from brs_detr.user_files import printable
 
 EXIT_TRAINABLE, EXIT_UNTRAINABLE = 0, 1
 
@@ -75,12 +77,13 @@ def listed_files(source: Source) -> set[str]:
     Raises:
         DataError: it cannot be read.
     """
-    return {os.path.abspath(os.path.join(source.image_dir, name)) for name in file_names(source.json_path)}
+    names = file_names(source.json_path, source.options.get("limits"))
+    return {os.path.abspath(os.path.join(source.image_dir, name)) for name in names}
 
 
-def file_names(json_path: str | Path) -> list[str]:
+def file_names(json_path: str | Path, limits: Limits | None = None) -> list[str]:
     """The file names of a json's image entries."""
-    entries = load_json(json_path)["images"]
+    entries = load_json(json_path, (limits or Limits()).max_json_bytes)["images"]
     names = [entry.get("file_name") or entry.get("coco_url") for entry in entries if isinstance(entry, dict)]
     return [name for name in names if isinstance(name, str) and name]
 
@@ -109,9 +112,9 @@ def report(dataset: CocoDetection, log: FaultLog, show: int) -> str:
     counts = dataset.report
     purpose = "trained" if dataset.train else "evaluated"
     lines = [
-        f"{dataset.json_path}: {counts['images']:,} of {counts['images_listed']:,} images and "
+        f"{printable(dataset.json_path)}: {counts['images']:,} of {counts['images_listed']:,} images and "
         f"{counts['objects']:,} of {counts['annotations_listed']:,} annotations will be {purpose} on",
-        f"pictures in {dataset.image_dir}",
+        f"pictures in {printable(dataset.image_dir)}",
         f"{dataset.num_classes} classes: "
         + ", ".join(f"{name} (id {key})" for name, key in zip(dataset.classes, dataset.category_ids, strict=True)),
     ]
@@ -147,12 +150,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="also fail when anything is left out or warned about")
 
 
-def run(args: argparse.Namespace, resolve: Callable[[str], Sequence[Source]] | None = None) -> int:
+def run(
+    args: argparse.Namespace,
+    resolve: Callable[[str], Sequence[Source]] | None = None,
+    limits: Limits | None = None,
+) -> int:
     """`check-data`: print the findings, write the sheet.
 
     Args:
         args: as made by `add_arguments`.
         resolve: gives the datasets of a recipe; the command line knows about recipes, this package does not.
+        limits: for a json that is checked without a recipe.
 
     Returns:
         exit code: 0 if it can be trained on (and, under `--strict`, nothing is left out), else 1.
@@ -161,8 +169,8 @@ def run(args: argparse.Namespace, resolve: Callable[[str], Sequence[Source]] | N
         if Path(args.target).suffix in (".yaml", ".yml") and resolve is not None:
             sources = resolve(args.target)
         else:
-            images = args.images or usual_folder(args.target, file_names(args.target))
-            sources = [Source(args.target, str(images), TrainTransforms())]
+            images = args.images or usual_folder(args.target, file_names(args.target, limits))
+            sources = [Source(args.target, str(images), TrainTransforms(), options={"limits": limits or Limits()})]
     except DataError as error:
         return _refuse(error)
     code, datasets, listed = EXIT_TRAINABLE, [], set()
@@ -184,7 +192,7 @@ def run(args: argparse.Namespace, resolve: Callable[[str], Sequence[Source]] | N
 
 
 def _refuse(error: DataError) -> int:
-    print(f"cannot be trained on: {error}", file=sys.stderr)
+    print(f"cannot be trained on: {printable(error)}", file=sys.stderr)
     return EXIT_UNTRAINABLE
 
 
@@ -203,7 +211,7 @@ def _write_files(args: argparse.Namespace, dataset: CocoDetection, log: FaultLog
     if args.samples > 0:
         path = _numbered(args.sheet, number)
         write_samples(dataset, path, args.samples)
-        print(f"\nwhat the model will see: {path}")
+        print(f"\nwhat the model will see: {printable(path)}")
     if args.csv:
         write_csv(log, _numbered(args.csv, number))
     grave = any(log.counts[kind] for kind in POLICY if POLICY[kind][0] in (WARNED, DROPPED))

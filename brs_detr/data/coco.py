@@ -21,12 +21,14 @@ from torch.utils.data import Dataset, get_worker_info
 from brs_detr.data import annotations as reading
 from brs_detr.data.categories import read_categories
 from brs_detr.data.doubts import doubt_layout
-from brs_detr.data.faults import DROPPED, KEPT, POLICY, REPAIRED, WARNED, DataError, FaultLog, printable
+from brs_detr.data.faults import DROPPED, KEPT, POLICY, REPAIRED, WARNED, DataError, FaultLog
 from brs_detr.data.files import find_pictures, guess_folder
 from brs_detr.data.frames import judge_boxes, same_aspect, settle_sizes
 from brs_detr.data.json_file import load_json
+from brs_detr.data.limits import Limits
 from brs_detr.data.packed import pack
 from brs_detr.data.pictures import PictureError, read_picture
+from brs_detr.user_files import printable
 
 Target = dict[str, Any]
 Transform = Callable[[Tensor, Target, torch.Generator], tuple[Tensor, Target]]
@@ -50,9 +52,11 @@ class CocoDetection(Dataset):
         min_side: smallest side in pixels of a training picture.
         seed: of the augmentation.
         inspect: read the header of every picture at the start; by default in evaluation only.
+        limits: of the sizes of files, and whether file names may lead out of the image folder; by default those of the
+            settings.
         log: where faults are counted; give one to see them all.
-        retry_seconds: for how long to try a file again where the storage fails; None: not at all, and a header that
-            the storage does not give at the start counts as damaged.
+        retry_seconds: for how long to try a file again where the storage fails; None: not at all, and what the storage
+            does not give counts as damaged.
 
     Attributes:
         classes, category_ids: names and ids of the json's categories, ascending by id; label k is the k-th.
@@ -73,11 +77,13 @@ class CocoDetection(Dataset):
         min_side: int = 32,
         seed: int = 0,
         inspect: bool | None = None,
+        limits: Limits | None = None,
         log: FaultLog | None = None,
         retry_seconds: float | None = None,
     ) -> None:
         self.json_path, self.image_dir = str(json_path), str(image_dir)
-        self.transforms, self.train, self.seed, self.retry_seconds = transforms, train, seed, retry_seconds
+        self.transforms, self.train, self.seed = transforms, train, seed
+        self.limits, self.retry_seconds = limits or Limits(), retry_seconds
         self._log = FaultLog() if log is None else log
         images, objects, self._listed = self._read(inspect=not train if inspect is None else inspect)
         if train:
@@ -118,7 +124,8 @@ class CocoDetection(Dataset):
         """The report as lines for people."""
         report, warnings = self.report, self._log.lines((WARNED,))
         head = (
-            f"{self.json_path}: {report['images']:,} of {report['images_listed']:,} images, {report['objects']:,} of "
+            f"{printable(self.json_path)}: {report['images']:,} of {report['images_listed']:,} images, "
+            f"{report['objects']:,} of "
             f"{report['annotations_listed']:,} annotations used, {self.num_classes} classes"
         )
         if 2 * report["objects"] < report["annotations_listed"]:
@@ -194,7 +201,7 @@ class CocoDetection(Dataset):
         place = 0 if worker is None else 1 + worker.id % _MOST_WORKERS
         self._reading[place] = index + 1
         try:
-            image = read_picture(self.path(index), frame, self.retry_seconds or 0.0)
+            image = read_picture(self.path(index), frame, self.limits, self.retry_seconds)
         except PictureError:
             self._found[index] = _UNREADABLE
             raise
@@ -245,17 +252,17 @@ class CocoDetection(Dataset):
         return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
     def _read(self, inspect: bool) -> tuple[reading.Images, reading.Objects, tuple[int, int]]:
-        log, data = self._log, load_json(self.json_path)
+        log, data = self._log, load_json(self.json_path, self.limits.max_json_bytes)
         self.category_ids, self.classes = read_categories(data, self.json_path, log)
         images = reading.read_images(data, self.json_path, log)
         objects = reading.read_objects(data, images, self.category_ids, log)
         listed = (len(data["images"]), len(data["annotations"]))
         del data
-        found = find_pictures(images, self.image_dir, log)
+        found = find_pictures(images, self.image_dir, log, self.limits.allow_outside_images)
         if not found.any():
-            raise DataError(f"{self.json_path}: {_where_else(images.names, self.image_dir)}")
+            raise DataError(f"{self.json_path}: {_where_else(images.names, self.image_dir, log)}")
         images, objects = _select(images, objects, found)
-        readable = settle_sizes(images, objects, self.image_dir, log, inspect, self.retry_seconds)
+        readable = settle_sizes(images, objects, self.image_dir, log, inspect, self.limits, self.retry_seconds)
         images, objects = _select(images, objects, readable)
         doubt_layout(images, objects, log)
         objects = judge_boxes(images, objects, log, self.train)
@@ -313,8 +320,15 @@ class CocoDetection(Dataset):
         return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
 
 
-def _where_else(names: list[str], image_dir: str) -> str:
+def _where_else(names: list[str], image_dir: str, log: FaultLog) -> str:
     """Says that no picture is in its folder, and which folder beside that one holds them."""
+    outside = log.counts["picture_outside"]
+    if outside:
+        first = next(fault.where for fault in log.faults if fault.kind == "picture_outside")
+        return (
+            f"the file names of {outside:,} of its {len(names):,} images lead out of {image_dir}, and no other image "
+            f"was found, first: {first}; data.allow_outside_images=true follows them."
+        )
     first = os.path.join(image_dir, names[0])
     link = ", a link that leads nowhere" if os.path.islink(first) else ""
     missing = f"none of its {len(names):,} pictures is in {image_dir} (looked for {printable(first)[:200]}{link})"

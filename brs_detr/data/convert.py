@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import yaml
 
 from brs_detr.data.faults import DataError
 from brs_detr.data.labelled import Notes, choose_pair, hold_out, inspect, read_lines, to_coco
+from brs_detr.data.limits import Limits
 from brs_detr.data.voc import read_voc
 from brs_detr.data.yolo import read_yolo
+from brs_detr.user_files import UserFileError, printable, read_start
 
 NOTES_FILE = "convert-notes.txt"
 RECIPE = "configs/brs_detr_r50_small_dataset.yaml"
@@ -31,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", metavar="NAMES", help=f"{names} (default: VOC by alphabet, YOLO as numbered)")
     held = "make a val split of this part of train (always the same pictures), where there is none"
     parser.add_argument("--val-fraction", type=float, metavar="F", help=held)
+    most = "largest image file that is looked into (default: that of data.max_image_bytes); none is decoded"
+    parser.add_argument("--max-image-bytes", type=int, metavar="N", default=Limits.max_image_bytes, help=most)
     parser.add_argument("--one-based", action="store_true", help="VOC: corners count from 1 and are both included")
     parser.add_argument("--keep-difficult", action="store_true", help="VOC: difficult objects are ordinary objects")
 
@@ -49,12 +54,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     classes = _class_names(args.classes)
+    limits = Limits(max_image_pixels=sys.maxsize, max_image_bytes=args.max_image_bytes)
     if args.format == "voc":
-        labelled = read_voc(args.source, classes=classes, one_based=args.one_based, keep_difficult=args.keep_difficult)
+        options = {"one_based": args.one_based, "keep_difficult": args.keep_difficult}
+        labelled = read_voc(args.source, classes=classes, limits=limits, **options)
     elif args.one_based or args.keep_difficult:
         raise DataError("--one-based and --keep-difficult are about VOC; YOLO labels have neither.")
     else:
-        labelled = read_yolo(args.source, classes=classes)
+        labelled = read_yolo(args.source, classes=classes, limits=limits)
     if args.val_fraction is not None:
         hold_out(labelled, args.val_fraction)
     inspect(labelled, args.source)
@@ -65,7 +72,7 @@ def _convert(args: argparse.Namespace) -> int:
     for split, path in paths.items():
         data = write_dataset(datasets[split], path)
         counts = (len(data["images"]), len(data["annotations"]), len(data["categories"]))
-        print("{}: {:,} images, {:,} objects, {} classes".format(path, *counts))
+        print("{}: {:,} images, {:,} objects, {} classes".format(printable(path), *counts))
     print_notes(labelled.notes, out / NOTES_FILE)
     print(next_steps(out, pictures, *choose_pair(labelled)))
     return 0
@@ -78,7 +85,7 @@ def print_notes(notes: Notes, path: Path) -> None:
     if lines:
         path.write_text("".join(lines), encoding="utf-8")
         print("\n".join(notes.lines()))
-        print(f"every case: {path}")
+        print(f"every case: {printable(path)}")
 
 
 def _class_names(text: str | None) -> list[str]:
@@ -101,7 +108,11 @@ def require_free(paths: Iterable[Path]) -> None:
         DataError: with the file's name.
     """
     for path in filter(Path.exists, paths):
-        if not path.read_bytes().startswith(_BEGINNING.encode()):
+        try:
+            ours = read_start(path, len(_BEGINNING)) == _BEGINNING.encode()
+        except UserFileError:
+            ours = False
+        if not ours:
             raise DataError(f"{path} is there already and was not made by this command; choose another folder for it.")
 
 
@@ -120,14 +131,14 @@ def next_steps(out: Path, pictures: str, train: str, val: str | None) -> str:
     lines = ["next:"]
     for split in filter(None, (train, val)):
         words = ["python", "-m", "brs_detr", "check-data", str(out / f"{split}.json"), "--images", pictures]
-        lines.append(shlex.join(words))
+        lines.append(printable(shlex.join(words)))
     if val is None:
         hint = "training needs a train and a val split; --val-fraction 0.1 takes the second out of the first"
         return "\n".join([*lines, hint])
     settings = {"data.root": pictures, "data.train_json": str(out / f"{train}.json"), "data.train_images": "."}
     settings |= {"data.val_json": str(out / f"{val}.json"), "data.val_images": ".", "output_dir": "runs/mine"}
     words = [f"{key}={_as_yaml(value)}" for key, value in settings.items()]
-    return "\n".join([*lines, shlex.join(["accelerate", "launch", "train.py", RECIPE, *words])])
+    return "\n".join([*lines, printable(shlex.join(["accelerate", "launch", "train.py", RECIPE, *words]))])
 
 
 def _as_yaml(text: str) -> str:

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from brs_detr.user_files import printable
+
 KEPT = "kept"
 REPAIRED = "repaired"
 DROPPED = "dropped"
@@ -36,6 +38,10 @@ POLICY: dict[str, tuple[str, str]] = {
         "at the contact sheet",
     ),
     "picture_missing": (DROPPED, "the image is left out"),
+    "picture_outside": (
+        DROPPED,
+        "a file name that leads out of the image folder is not followed (data.allow_outside_images=true follows it)",
+    ),
     "picture_elsewhere": (REPAIRED, "the one picture under the image folder whose path agrees with the name is used"),
     "picture_listed_twice": (WARNED, "used once per entry, each time with the annotations of that entry only"),
     "picture_in_both_splits": (WARNED, "trained on and evaluated on: the figures will be too good"),
@@ -129,7 +135,8 @@ class FaultLog:
             raise KeyError(f"{kind} is not a kind of fault")
         self.counts[kind] += 1
         if self._examples is None or self.counts[kind] <= self._examples:
-            self.faults.append(Fault(kind, printable(where)[:_LONGEST], printable(detail)[:_LONGEST]))
+            where, detail = (printable(text[:_LONGEST])[:_LONGEST] for text in (where, detail))
+            self.faults.append(Fault(kind, where, detail))
 
     def lines(self, actions: Collection[str] = (WARNED, DROPPED, REPAIRED, KEPT)) -> list[str]:
         """One line per kind, the gravest first: how many, an example, and what happens to them."""
@@ -140,8 +147,3 @@ class FaultLog:
                 example = first[kind].where + (f" ({first[kind].detail})" if first[kind].detail else "")
                 lines.append(f"{self.counts[kind]:,} x {kind.replace('_', ' ')}, first: {example}; {POLICY[kind][1]}")
         return lines
-
-
-def printable(text: str) -> str:
-    """The text on one line that any terminal and file takes: what cannot be shown becomes a question mark."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)

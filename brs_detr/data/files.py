@@ -22,12 +22,14 @@ from brs_detr.data.pictures import PICTURE_ENDINGS
 _MOST_FILES = 1_000_000  # that a search goes through, in case someone names the root of a disk
 
 
-def find_pictures(images: Images, image_dir: str | Path, log: FaultLog) -> np.ndarray:
+def find_pictures(images: Images, image_dir: str | Path, log: FaultLog, allow_outside: bool = False) -> np.ndarray:
     """Find the file of every image; changes `images.names` where it is another one than the json names.
 
     Folders are listed once, rather than asked for each file. A name that leads nowhere is compared with the pictures
     under `image_dir`: written in another way (case, backslashes, URL encoding, Unicode form) it may be the same path.
     Only where no picture at all lies as stated may paths also begin with other folders, or files end differently.
+    A name that leads out of `image_dir` (an absolute path, `..`) leads nowhere unless `allow_outside`; links within it
+    are followed.
 
     Returns:
         (I,) bool: whether it was found.
@@ -37,7 +39,11 @@ def find_pictures(images: Images, image_dir: str | Path, log: FaultLog) -> np.nd
     """
     listings: dict[str, set[str]] = {}
     found = np.zeros(len(images), bool)
+    outside = np.zeros(len(images), bool)
     for row, name in enumerate(images.names):
+        if not allow_outside and leads_outside(name, image_dir):
+            outside[row] = True
+            continue
         folder, base = os.path.split(os.path.join(image_dir, name))
         if folder not in listings:
             listings[folder] = _files_in(folder)
@@ -45,8 +51,16 @@ def find_pictures(images: Images, image_dir: str | Path, log: FaultLog) -> np.nd
     if not found.all():
         _search(images, found, image_dir, log)
     for row in np.flatnonzero(~found):
-        log.add("picture_missing", images.where(row))
+        log.add("picture_outside" if outside[row] else "picture_missing", images.where(row))
     return found
+
+
+def leads_outside(name: str, image_dir: str | Path) -> bool:
+    """Whether a file name, taken as it is written, names a place outside a folder."""
+    if not os.path.isabs(name) and ".." not in name:
+        return False
+    place, folder = os.path.abspath(os.path.join(image_dir, name)), os.path.abspath(image_dir)
+    return not place.startswith(os.path.join(folder, ""))
 
 
 def _files_in(folder: str) -> set[str]:
@@ -144,7 +158,7 @@ def usual_folder(json_path: str | Path, names: Sequence[str]) -> Path:
     places = [path.parent, *(root / sub for root in (path.parent, path.parent.parent) for sub in ("images", stem, ""))]
     places += [path.parent.parent / "images" / stem]
     for place in places:
-        if not names or any(os.path.isfile(place / name) for name in names[:20]):
+        if not names or any(not leads_outside(name, place) and os.path.isfile(place / name) for name in names[:20]):
             return place
     # not further up: there another dataset may have pictures of the same names
     beside = path.parent.parent if path.parent.name.lower().startswith("annotation") else path.parent

@@ -13,6 +13,7 @@ import numpy as np
 
 from brs_detr.data.annotations import Images, Objects
 from brs_detr.data.faults import DataError, FaultLog
+from brs_detr.data.limits import Limits
 from brs_detr.data.pictures import PictureError, PictureInfo, inspect_picture
 
 
@@ -22,6 +23,7 @@ def settle_sizes(
     image_dir: str | Path,
     log: FaultLog,
     every: bool,
+    limits: Limits | None = None,
     retry_seconds: float | None = None,
 ) -> np.ndarray:
     """Decide in which frame each image's boxes are drawn; changes `images.frames` and `images.pictures`.
@@ -45,7 +47,7 @@ def settle_sizes(
     for row in looked_at:
         path = os.path.join(image_dir, images.names[row])
         try:
-            info = inspect_picture(path, retry_seconds)
+            info = inspect_picture(path, limits, retry_seconds)
         except PictureError as error:
             log.add("picture_unreadable", images.where(row), error.reason)
             readable[row], last = False, error

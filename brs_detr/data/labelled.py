@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from brs_detr.data.faults import DataError
+from brs_detr.user_files import MODEST_BYTES, TEXT_BYTES, UserFileError, printable, read_file
 
 PICTURE_FOLDERS = ("images", "jpegimages", "image", "imgs", "img")
 _SPLIT = re.compile(
@@ -29,7 +30,7 @@ class Notes:
         self.places: dict[str, list[str]] = {}
 
     def add(self, kind: str, place: object) -> None:
-        self.places.setdefault(kind, []).append(str(place))
+        self.places.setdefault(kind, []).append(printable(place))
 
     def lines(self, show: int = 3) -> list[str]:
         """Per kind the count and the first few places."""
@@ -107,9 +108,27 @@ def decode(data: bytes, declared: str | None = None) -> str:
     return data.decode("latin-1")
 
 
+def read_modest(path: Path, most: int = MODEST_BYTES) -> bytes:
+    """The content of a file that describes a dataset or a picture.
+
+    Raises:
+        DataError: it is no regular file, or larger than any such file is.
+        OSError: as `open` does.
+    """
+    try:
+        return read_file(path, most)
+    except UserFileError as error:
+        raise DataError(f"{path}: this file is not read: {error}.") from None
+
+
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file of unknown encoding and line ends, stripped; blank ones stay in their place."""
-    return [line.strip() for line in decode(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    """The lines of a text file of unknown encoding and line ends, stripped; blank ones stay in their place.
+
+    Raises:
+        DataError, OSError: as `read_modest` does.
+    """
+    text = decode(read_modest(path, TEXT_BYTES)).replace("\r\n", "\n").replace("\r", "\n")
+    return [line.strip() for line in text.split("\n")]
 
 
 def same_name(name: str) -> str:

@@ -28,7 +28,7 @@ def look_at(dataset: CocoDetection, index: int, log: FaultLog) -> bool:
     name, path = dataset.file_name(index), dataset.path(index)
     where = f"image {dataset.packed.image_ids[index]} ({name})"
     try:
-        info = inspect_picture(path)
+        info = inspect_picture(path, dataset.limits)
         pixels, _ = dataset.load(index)
     except PictureError as error:
         log.add("picture_unreadable", where, error.reason)

@@ -21,12 +21,18 @@ from brs_detr.data.labelled import (
     same_name,
     settle,
 )
+from brs_detr.data.limits import Limits
 from brs_detr.data.pictures import PICTURE_ENDINGS, PictureError, PictureInfo, inspect_picture
 from brs_detr.data.voc_files import by_stem, find_splits, picture_of, read_trees
 
 
 def read_voc(
-    root: str | Path, *, classes: Sequence[str] = (), one_based: bool = False, keep_difficult: bool = False
+    root: str | Path,
+    *,
+    classes: Sequence[str] = (),
+    one_based: bool = False,
+    keep_difficult: bool = False,
+    limits: Limits | None = None,
 ) -> Labelled:
     """Read every `<annotation>` xml below a folder; see `voc_files` for pictures and splits.
 
@@ -36,6 +42,7 @@ def read_voc(
         one_based: corners are pixel numbers from 1, both included, as in the original VOC. By default x, y are taken
             as they are and width = xmax - xmin, as most labelling tools write them.
         keep_difficult: objects marked difficult are ordinary objects; otherwise they become crowd (ignored) regions.
+        limits: of the sizes of pictures; by default those of the settings.
 
     Raises:
         DataError: there is no annotation, or an object's name is not among `classes`.
@@ -58,7 +65,7 @@ def read_voc(
     for xml in tqdm(dict.fromkeys(xml for chosen in splits.values() for xml in chosen), disable=None, leave=False):
         path = picture_of(xml, _text(trees[xml], "filename"), pictures, notes)
         found = list(_objects(xml, trees[xml], notes, labels, one_based, keep_difficult)) if path else []
-        samples[xml] = _sample(xml, trees[xml], path, found, notes) if path else None
+        samples[xml] = _sample(xml, trees[xml], path, found, notes, limits) if path else None
     labelled = Labelled({label: name for name, label in labels.items()}, {}, notes)
     for split, chosen in splits.items():
         labelled.splits[split] = _one_per_picture([samples[xml] for xml in chosen if samples[xml]], notes)
@@ -75,10 +82,10 @@ def _labels(root: Path, trees: dict[Path, Element], classes: Sequence[str]) -> d
 
 
 def _sample(
-    xml: Path, tree: Element, path: Path, objects: list[tuple[str, dict[str, Any]]], notes: Notes
+    xml: Path, tree: Element, path: Path, objects: list[tuple[str, dict[str, Any]]], notes: Notes, limits: Limits | None
 ) -> Sample | None:
     try:
-        info = inspect_picture(path)
+        info = inspect_picture(path, limits)
     except PictureError as error:
         notes.add("pictures left out that cannot be read", error)
         return None

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from brs_detr.data.faults import DataError
 from brs_detr.data.labelled import Labelled, Notes, Sample, count_endings, settle
+from brs_detr.data.limits import Limits
 from brs_detr.data.pictures import PictureError, inspect_picture
 from brs_detr.data.yolo_labels import find_label_files, places_of, read_labels, to_annotation
 from brs_detr.data.yolo_layout import MADE_UP, Layout, find_layout
@@ -25,7 +26,7 @@ _NOT_LABELS = (
 )  # how other files begin
 
 
-def read_yolo(source: str | Path, *, classes: Sequence[str] = ()) -> Labelled:
+def read_yolo(source: str | Path, *, classes: Sequence[str] = (), limits: Limits | None = None) -> Labelled:
     """Read lines of `class cx cy w h` (fractions of the picture), outlines, oriented boxes or poses.
 
     An outline's box is the rectangle around it. Category ids are the class numbers of the labels.
@@ -33,6 +34,7 @@ def read_yolo(source: str | Path, *, classes: Sequence[str] = ()) -> Labelled:
     Args:
         source: a data.yaml, darknet's .data, or a folder with or without one of them.
         classes: names of the classes 0, 1, ... instead of those that the dataset gives.
+        limits: of the sizes of pictures; by default those of the settings.
 
     Raises:
         DataError: there is no picture, no label file, or no line of them can be used.
@@ -44,7 +46,7 @@ def read_yolo(source: str | Path, *, classes: Sequence[str] = ()) -> Labelled:
     splits = _labelled_splits(layout, files, notes)
     samples: dict[Path, Sample | None] = {}
     for path in tqdm(dict.fromkeys(path for paths in splits.values() for path in paths), disable=None, leave=False):
-        samples[path] = _sample(path, files[path], names, layout.keypoints, notes)
+        samples[path] = _sample(path, files[path], names, layout.keypoints, notes, limits)
     labelled = {split: [samples[path] for path in paths if samples[path]] for split, paths in splits.items()}
     if not names:
         found = {item["category_id"] for group in labelled.values() for sample in group for item in sample.objects}
@@ -71,9 +73,16 @@ def _labelled_splits(layout: Layout, files: dict[Path, Path | None], notes: Note
     return splits
 
 
-def _sample(picture: Path, file: Path | None, names: dict[int, str], keypoints: int, notes: Notes) -> Sample | None:
+def _sample(
+    picture: Path,
+    file: Path | None,
+    names: dict[int, str],
+    keypoints: int,
+    notes: Notes,
+    limits: Limits | None,
+) -> Sample | None:
     try:
-        info = inspect_picture(picture)
+        info = inspect_picture(picture, limits)
     except PictureError as error:
         notes.add("pictures left out that cannot be read", error)
         return None

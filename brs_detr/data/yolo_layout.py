@@ -18,16 +18,19 @@ from brs_detr.data.labelled import (
     decode,
     find_files,
     read_lines,
+    read_modest,
     split_named,
     split_of,
 )
 from brs_detr.data.pictures import PICTURE_ENDINGS
 from brs_detr.data.yolo_labels import LABEL_FOLDERS, places_of
 from brs_detr.data.yolo_paths import locate, pictures_of
+from brs_detr.parsing import load_yaml
 
 _SPLIT_KEYS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 MADE_UP = "class names made up, for neither a yaml nor a classes.txt gives them (--classes does)"
+_MOST_CLASSES = 100_000  # that are named by number alone
 _CLASS_FILES = ("classes.txt", "obj.names", "_darknet.labels")
 
 
@@ -80,7 +83,11 @@ def _settings_file(folder: Path) -> Path | None:
 def _read_yaml(file: Path, strict: bool = True) -> dict[str, Any]:
     """Settings with every scalar as text: a class may be called `no`, `null` or `007`."""
     try:
-        settings = yaml.load(decode(file.read_bytes()), Loader=yaml.BaseLoader)
+        settings = load_yaml(decode(read_modest(file)), yaml.BaseLoader)
+    except DataError:
+        if strict or file.name in _YAML_NAMES:
+            raise
+        settings = {}
     except yaml.YAMLError as error:
         if strict or file.name in _YAML_NAMES:
             raise DataError(f"{file}: this is not valid YAML: {' '.join(str(error).split())}.") from None
@@ -126,10 +133,13 @@ def _of_settings(settings: dict[str, Any], file: Path, notes: Notes) -> Layout:
 
 
 def _keypoints(settings: dict[str, Any], file: Path) -> int:
+    shape = settings.get("kpt_shape") or [0]
     try:
-        return math.prod(int(number) for number in settings.get("kpt_shape") or [0])
+        if len(shape) > 2:
+            raise ValueError(shape)
+        return math.prod(int(number) for number in shape)
     except (TypeError, ValueError):
-        raise DataError(f"{file}: kpt_shape must be two whole numbers, not {settings['kpt_shape']}.") from None
+        raise DataError(f"{file}: kpt_shape must be two whole numbers, not {str(shape)[:80]}.") from None
 
 
 def _names_of_settings(settings: dict[str, Any], file: Path, roots: Iterable[Path], notes: Notes) -> dict[int, str]:
@@ -146,9 +156,13 @@ def _names_of_settings(settings: dict[str, Any], file: Path, roots: Iterable[Pat
             notes.add("settings that disagree: `names` is taken", f"{file}: nc is {count}, names has {len(names)}")
         if names or not count:
             return names
+        if int(count) > _MOST_CLASSES:
+            raise DataError(f"{file}: nc is {int(count):,}, more classes than any dataset has; are names missing?")
         for number in range(int(count)):
             notes.add(MADE_UP, f"class_{number}")
         return {number: f"class_{number}" for number in range(int(count))}
+    except DataError:
+        raise
     except (AttributeError, TypeError, ValueError):
         raise DataError(f"{file}: `names` must be a list of names or `number: name` pairs, `nc` a number.") from None
 

@@ -72,14 +72,13 @@ def load_weights(path: Path) -> Weights:
         raise CheckpointError(f"{path}: the weights file is damaged ({error}); use an earlier one") from None
     if "brs_detr" not in metadata:
         raise CheckpointError(f"{path}: holds tensors but no class names; convert it with `python -m brs_detr convert`")
-    labels = json.loads(metadata["brs_detr"])
-    return Weights(
-        tensors,
-        labels["classes"],
-        labels["category_ids"],
-        json.loads(metadata.get("config", "{}")),
-        json.loads(metadata.get("extra", "{}")),
-    )
+    try:
+        labels = json.loads(metadata["brs_detr"])
+        config, extra = (json.loads(metadata.get(key, "{}")) for key in ("config", "extra"))
+        classes, category_ids = [str(name) for name in labels["classes"]], [int(key) for key in labels["category_ids"]]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise CheckpointError(f"{path}: its notes on classes and settings cannot be read; use another file") from None
+    return Weights(tensors, classes, category_ids, config, extra)
 
 
 def find_weights(path: Path) -> Path:

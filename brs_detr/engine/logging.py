@@ -55,7 +55,7 @@ class RunLog:
         """Append a message to log.txt only."""
         if not self.main:
             return
-        with self.text_path.open("a", encoding="utf-8") as file:
+        with self.text_path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def metrics(self, kind: str, step: int, values: dict[str, Any]) -> None:

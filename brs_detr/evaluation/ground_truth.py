@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from brs_detr.parsing import TwoValuesError, dict_of_pairs
+from brs_detr.user_files import UserFileError, read_file
+
 
 @dataclass
 class GroundTruth:
@@ -35,15 +38,15 @@ class GroundTruth:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: a list that COCO's format needs is missing, or a category has no id.
+            ValueError: it is no regular file or gives a key two values, a list that COCO's format needs is missing, or
+                a category has no id.
         """
         if isinstance(annotations, cls):
             return annotations
         source = "the annotations"
         if not isinstance(annotations, dict):
             source = str(annotations)
-            with open(annotations, encoding="utf-8-sig") as file:
-                annotations = json.load(file)
+            annotations = _load(annotations)
         for key in ("images", "annotations", "categories"):
             if not isinstance(annotations, dict) or not isinstance(annotations.get(key), list):
                 raise ValueError(f"{source}: no list `{key}`, so this is not a COCO detection dataset")
@@ -72,6 +75,13 @@ class GroundTruth:
             return 0, None
         (image, _), most = counts.most_common(1)[0]
         return most, image
+
+
+def _load(path: str | Path) -> Any:
+    try:
+        return json.loads(read_file(path).decode("utf-8-sig"), object_pairs_hook=dict_of_pairs)
+    except (UserFileError, TwoValuesError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def whole_id(value: Any) -> int | None:

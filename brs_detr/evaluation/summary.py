@@ -118,7 +118,7 @@ class Summary:
         if self.confusion is not None:
             tables["confusion.csv"] = self.confusion.table()
             content["confusion"] = self.confusion.as_dict()
-        (folder / "evaluation.json").write_text(_json(content) + "\n", encoding="utf-8")
+        (folder / "evaluation.json").write_text(_json(content) + "\n", "utf-8", "backslashreplace")
         for name, rows in tables.items():
             with (folder / name).open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows(rows)

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from brs_detr.user_files import UserFileError, require_unpacked
+
 WRAPPERS = ("state_dict", "model_state_dict", "model", "model_ema", "ema", "module")
 PREFIXES = ("module.", "model.", "backbone.")
 
@@ -34,7 +36,10 @@ def read_weights(path: str | Path) -> State:
 
         return strip_prefixes(load_file(path))
     try:
+        require_unpacked(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserFileError as error:
+        raise ValueError(f"{path} is not opened: {error}") from None
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds Python objects besides tensors and is not opened; save its state dict alone with torch.save"

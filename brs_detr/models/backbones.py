@@ -123,7 +123,7 @@ def build_backbone(
     check_name(name)
     strides = sorted(strides)
     download = pretrained and checkpoint is None
-    if timm.models.is_model_in_modules(name.partition(".")[0], ["swin_transformer"]):
+    if timm.models.is_model_in_modules(plain_name(name).partition(".")[0], ["swin_transformer"]):
         network = _create(name, download, drop_path, num_classes=0, **SwinBackbone.TIMM_SETTINGS)
         _require_strides(name, [item["reduction"] for item in network.feature_info], strides)
         backbone = SwinBackbone(network, strides, activation_checkpointing)
@@ -167,6 +167,15 @@ def keep_frozen_in_eval(module: nn.Module) -> None:
         return
     for child in module.children():
         keep_frozen_in_eval(child)
+
+
+def plain_name(name: str) -> str:
+    """The name of a backbone in timm's own list; for one of the hub or of a folder, the architecture that it is of.
+
+    Raises:
+        ValueError, RuntimeError, OSError: there is none, or it cannot be looked up.
+    """
+    return timm.create_model(name, pretrained=False).pretrained_cfg["architecture"] if ":" in name else name
 
 
 def check_name(name: str) -> None:

@@ -8,9 +8,12 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 
+from brs_detr.config import Config
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.faults import POLICY, DataError
+from brs_detr.data.limits import Limits
 from brs_detr.data.pictures import PictureError
+from brs_detr.run import limits_of
 
 
 @pytest.fixture()
@@ -344,3 +347,28 @@ def test_pictures_known_by_their_url_alone(two, change):
     dataset = open_set(change(two, as_lvis))
     assert [dataset.file_name(i) for i in range(3)] == ["000.png", "001.png", "002.png"]
     assert dataset[0][0].shape == (3, 40, 60)
+
+
+def test_a_name_that_leads_out_is_refused_unless_told(two, change):
+    def rename(data):
+        for image in data["images"]:
+            image["file_name"] = str(two.parent / "images" / image["file_name"])
+
+    change(two, rename)
+    (two.parent / "other").mkdir()
+    with pytest.raises(DataError, match=r"file names of 3 of its 3 .*allow_outside_images=true follows them"):
+        CocoDetection(two, two.parent / "other", train=True)
+    dataset = CocoDetection(two, two.parent / "other", train=True, limits=Limits(allow_outside_images=True))
+    assert len(dataset) == 3 and dataset[0][0].shape == (3, 40, 60)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_picture_above_the_limit_is_left_out_with_the_setting(two, train):
+    dataset = open_set(two, train, limits=Limits(max_image_pixels=2400))
+    assert dataset.report["picture_unreadable"] == 1 and "more than data.max_image_pixels=2400" in dataset.summary()
+    with pytest.raises(DataError, match=r"more than data\.max_json_bytes=10"):
+        open_set(two, limits=Limits(max_json_bytes=10))
+
+
+def test_the_limits_of_the_settings_are_the_usual_ones():
+    assert limits_of(Config()) == Limits()

@@ -1,6 +1,7 @@
 """`convert-dataset`: what it writes, prints and refuses; and that boxes survive the way there and back."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -184,3 +185,65 @@ def test_boxes_of_real_pictures_survive_the_way_there_and_back(shared_data, tmp_
         tolerance = 1.01e-6 * max(sample.size) if write is write_yolo else 0.0101
         for item, entry in zip(sample.objects, entries, strict=True):
             assert item["bbox"] == pytest.approx(entry["bbox"], abs=tolerance + 1e-4)
+
+
+def test_pipes_in_a_folder_are_not_waited_for(yolo, tmp_path, capsys, write_picture):
+    """As picture, label file, list, annotation, and as what would be written over."""
+    os.mkfifo(yolo / "x.jpg")
+    os.mkfifo(yolo / "y.txt")
+    os.mkfifo(yolo / "z.yaml")
+    write_picture(yolo / "y.jpg")
+    assert convert("yolo", yolo, tmp_path / "out") == 0
+    assert "x.jpg: this picture cannot be read: it is a named pipe" in capsys.readouterr().out
+    assert len(read(tmp_path / "out" / "train.json")["images"]) == 13
+    os.mkfifo(yolo / "data.yaml")
+    assert convert("yolo", yolo, tmp_path / "out") == 2
+    assert "data.yaml: this file is not read: it is a named pipe" in capsys.readouterr().err
+    (tmp_path / "out" / "train.json").unlink()
+    os.mkfifo(tmp_path / "out" / "train.json")
+    (yolo / "data.yaml").unlink()
+    assert convert("yolo", yolo, tmp_path / "out") == 2
+    assert "was not made by this command" in capsys.readouterr().err
+
+
+VOC = (
+    "<annotation><filename>{0}.jpg</filename><object><name>cat</name><bndbox><xmin>1</xmin><ymin>1</ymin>"
+    "<xmax>9</xmax><ymax>9</ymax></bndbox></object></annotation>"
+)
+
+
+def test_a_hostile_xml_is_left_out_and_said(tmp_path, write_picture, capsys):
+    folder = tmp_path / "voc"
+    laughs = "".join(f"<!ENTITY a{i} '{f'&a{i - 1};' * 10}'>" for i in range(1, 9))
+    bomb = f"<!DOCTYPE x [<!ENTITY a0 'ha'>{laughs}]>" + VOC.replace("cat", "&a8;")
+    contents = {
+        "good": VOC.format("good").encode(),
+        "laughs": bomb.encode(),
+        "wide": f'<?xml version="1.0" encoding="utf-16"?>{bomb}'.encode("utf-16"),
+        "deep": b"<annotation>" + b"<a>" * 100_000 + b"</a>" * 100_000 + b"</annotation>",
+    }
+    for name, content in contents.items():
+        write_picture(folder / f"{name}.jpg")
+        (folder / f"{name}.xml").write_bytes(content)
+    os.mkfifo(folder / "pipe.xml")
+    with open(folder / "holes.xml", "wb") as file:
+        file.truncate(8 * 2**30)
+    assert convert("voc", folder, tmp_path / "out") == 0
+    said = capsys.readouterr().out + (tmp_path / "out" / NOTES_FILE).read_text()
+    assert "laughs.xml (it declares entities)" in said and "wide.xml (it declares entities)" in said
+    assert "pipe.xml: this file is not read: it is a named pipe" in said
+    assert "holes.xml: this file is not read: it has 8,589,934,592 bytes" in said
+    assert {"good.jpg", "deep.jpg"} >= {image["file_name"] for image in read(tmp_path / "out" / "train.json")["images"]}
+
+
+def test_names_in_notes_are_printed_safely(yolo, tmp_path, capsys, write_picture):
+    write_picture(yolo / "a\x1b[31m\nb.jpg")
+    assert convert("yolo", yolo, tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and r"a\x1b[31m\x0ab.jpg" in said
+
+
+def test_a_large_image_is_converted_for_it_is_not_decoded(yolo, tmp_path, capsys):
+    size = (yolo / "0.jpg").stat().st_size
+    assert convert("yolo", yolo, tmp_path / "out", "--max-image-bytes", size - 1) == 2
+    assert "more than data.max_image_bytes=" in capsys.readouterr().err

@@ -39,7 +39,7 @@ def test_texts_of_a_json_are_made_short_and_printable():
     log = FaultLog()
     log.add("picture_missing", "line\nbreak \0 \ud83d 日本", "x" * 10_000)
     (fault,) = log.faults
-    assert fault.where == "line?break ? ? 日本" and len(fault.detail) < 300
+    assert fault.where == r"line\x0abreak \x00 \ud83d 日本" and len(fault.detail) < 300
 
 
 def test_an_unknown_kind_is_refused():

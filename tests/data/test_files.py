@@ -9,7 +9,7 @@ import pytest
 
 from brs_detr.data.annotations import Images
 from brs_detr.data.faults import DataError, FaultLog
-from brs_detr.data.files import find_pictures, guess_folder, usual_folder
+from brs_detr.data.files import find_pictures, guess_folder, leads_outside, usual_folder
 
 
 def make(folder, *paths):
@@ -130,3 +130,35 @@ def test_pictures_of_the_dataset_next_door_are_not_taken(tmp_path):
     make(tmp_path, "ours/set.json", "theirs/images/0001.jpg")
     with pytest.raises(DataError, match="name their folder with --images"):
         usual_folder(tmp_path / "ours" / "set.json", ["0001.jpg"])
+
+
+OUTSIDE = ["../a.jpg", "sub/../../a.jpg", "/etc/hostname", "./.././a.jpg", "../images2/a.jpg"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_name_that_leads_out_of_the_folder_is_not_followed(tmp_path, name):
+    make(tmp_path, "a.jpg", "images2/a.jpg", "images/b.jpg", "images/sub/c.jpg")
+    names, log = find(tmp_path / "images", name, "b.jpg")
+    assert names == [None, "b.jpg"] and log.counts == {"picture_outside": 1}
+
+
+def test_a_name_may_lead_out_of_the_folder_if_told(tmp_path):
+    make(tmp_path, "a.jpg", "images/b.jpg")
+    names = ["../a.jpg", str(tmp_path / "a.jpg")]
+    images, log = Images(np.arange(2), names, np.zeros((2, 2)), np.zeros((2, 2))), FaultLog()
+    assert find_pictures(images, tmp_path / "images", log, allow_outside=True).all() and not log.counts
+
+
+def test_a_way_out_and_back_and_links_within_are_no_way_out(tmp_path):
+    make(tmp_path, "elsewhere/a.jpg", "images/b..c.jpg", "images/sub/b.jpg")
+    (tmp_path / "images" / "linked").symlink_to(tmp_path / "elsewhere")
+    names = ["sub/../b..c.jpg", "../images/sub/b.jpg", "linked/a.jpg"]
+    assert find(tmp_path / "images", *names)[0] == names
+    assert not leads_outside("a/b", "/") and not leads_outside("/etc/x", "/")
+
+
+def test_the_usual_folder_is_not_found_by_a_name_that_leads_out(tmp_path):
+    make(tmp_path, "a.jpg")
+    (tmp_path / "annotations").mkdir()
+    with pytest.raises(DataError, match="not in a usual place"):
+        usual_folder(tmp_path / "annotations" / "x.json", ["/etc/hostname"])

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 
@@ -45,6 +46,11 @@ REFUSED = {
     r"no list `images` \(it has data\)": json.dumps({"data": DATA}).encode(),
     "its `categories` is an object": json.dumps({**DATA, "categories": {"1": "cell"}}).encode(),
     "its `annotations` is null": json.dumps({**DATA, "annotations": None}).encode(),
+    "key `annotations` twice": TEXT[:-1].encode() + b', "annotations": []}',
+    "key `bbox` twice": TEXT.replace('"bbox"', '"bbox": [0, 0, 1, 1], "bbox"').encode(),
+    r"\(?key `annotations` twice": TEXT[:-1].encode() + b', "annot\\u0061tions": []}',
+    "begins with zeros": bytes(1000),
+    "more than 100 times as many": gzip.compress(b'{"images": [' + b"0," * 60_000_000),
     "its list `images` is empty": json.dumps({**DATA, "images": []}).encode(),
 }
 
@@ -71,3 +77,23 @@ def test_an_annotation_without_a_box_gets_that_of_its_mask(tmp_path, bbox):
         del annotation["bbox"]
     content = json.dumps({**DATA, "annotations": [annotation]}).encode()
     assert load_json(write(tmp_path, content))["annotations"] == [{"bbox": [1, 2, 8, 5], "box_from_mask": True}]
+
+
+def test_a_key_that_is_repeated_with_its_value_is_fine(tmp_path):
+    text = json.dumps(DATA)[:-1] + ', "categories": []}'
+    assert load_json(write(tmp_path, text.encode()))["categories"] == []
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_json_above_the_limit_is_refused_with_the_setting(tmp_path, packed):
+    content = json.dumps({**DATA, "info": "x" * 10_000}).encode()
+    path = write(tmp_path, gzip.compress(content) if packed else content)
+    load_json(path, len(content))
+    with pytest.raises(DataError, match=rf"more than data\.max_json_bytes={len(content) - 1}; raise the setting"):
+        load_json(path, len(content) - 1)
+
+
+def test_no_pipe_is_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.json")
+    with pytest.raises(DataError, match=r"x\.json: .*a named pipe, not a regular file"):
+        load_json(tmp_path / "x.json")

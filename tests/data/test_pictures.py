@@ -1,13 +1,17 @@
 """Pictures of every kind come out as the RGB a person sees, and damaged ones never come out at all."""
 
 import io
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
 
-from brs_detr.data.pictures import PictureError, inspect_picture, read_picture
+from brs_detr.data.limits import Limits
+from brs_detr.data.pictures import PictureError, inspect_picture, is_picture_name, read_picture
 
 
 def ramp(h=12, w=20):
@@ -149,3 +153,72 @@ def test_frames_are_counted_and_the_first_is_read(tmp_path):
     first.save(tmp_path / "x.tif", save_all=True, append_images=[second])
     assert inspect_picture(tmp_path / "x.tif").frames == 2
     assert np.array_equal(read_picture(tmp_path / "x.tif")[0], ramp())
+
+
+@pytest.mark.parametrize("read", [read_picture, inspect_picture])
+def test_too_many_pixels_or_bytes_are_refused_with_the_setting(tmp_path, read):
+    path = save(tmp_path, ramp(40, 50))
+    read(path, limits=Limits(max_image_pixels=2000))
+    with pytest.raises(PictureError, match=r"x\.png: .* it has 2,000 pixels, more than data\.max_image_pixels=1999"):
+        read(path, limits=Limits(max_image_pixels=1999))
+    size = path.stat().st_size
+    read(path, limits=Limits(max_image_bytes=size))
+    with pytest.raises(PictureError, match=rf"more than data\.max_image_bytes={size - 1}; raise the setting"):
+        read(path, limits=Limits(max_image_bytes=size - 1))
+
+
+def test_the_limit_of_pixels_is_ours_not_that_of_pillow(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    path = save(tmp_path, ramp(40, 50))
+    assert read_picture(path).shape == (3, 40, 50) and inspect_picture(path).stored_size == (40, 50)
+    assert Image.MAX_IMAGE_PIXELS == 10
+
+
+@pytest.mark.parametrize("read", [read_picture, inspect_picture])
+def test_a_pipe_and_an_endless_device_are_refused(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "endless.jpg").symlink_to("/dev/zero")
+    for name in ("pipe.jpg", "endless.jpg"):
+        with pytest.raises(PictureError, match="not a regular file"):
+            read(tmp_path / name)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.eps"])
+def test_no_picture_starts_another_program(tmp_path, name, monkeypatch):
+    """Pillow would have Ghostscript draw it, whatever its name."""
+    (tmp_path / name).write_bytes(EPS)
+    started = []
+    monkeypatch.setattr(subprocess, "check_call", lambda command, **_: started.append(command))
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: started.append(command))
+    for read in (read_picture, inspect_picture):
+        with pytest.raises(PictureError, match="it begins with '%!PS-Adobe"):
+            read(tmp_path / name)
+    assert not started and not is_picture_name("x.eps") and is_picture_name("x.JPEG")
+
+
+def test_a_name_cannot_do_more_than_be_printed(tmp_path):
+    path = tmp_path / "a\x1b[31m\nb.jpg"
+    path.write_bytes(b"")
+    with pytest.raises(PictureError) as error:
+        read_picture(path)
+    assert r"a\x1b[31m\x0ab.jpg: this picture" in str(error.value) and str(error.value).isprintable()
+    assert error.value.reason == "the file is empty"
+
+
+@pytest.mark.parametrize("kind", ["RGB", "I;16"])
+def test_decoding_takes_ten_bytes_a_pixel_at_most(tmp_path, kind):
+    side = 4000
+    array = np.zeros((side, side, 3) if kind == "RGB" else (side, side), np.uint8 if kind == "RGB" else np.uint16)
+    path = save(tmp_path, array)
+    script = (
+        "import resource, sys; from brs_detr.data.pictures import read_picture\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "read_picture(sys.argv[1])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    command = [sys.executable, "-c", script, str(path)]
+    grown = int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+    assert grown * (1 if sys.platform == "darwin" else 1024) < 10 * side * side

@@ -22,15 +22,15 @@ def path(tmp_path, write_dataset):
 
 def fail(monkeypatch, *numbers):
     """The next reads fail with these error numbers; returns how often files were read."""
-    read, left, count = Path.read_bytes, list(numbers), [0]
+    read, left, count = storage.read_file, list(numbers), [0]
 
-    def failing(path):
+    def failing(path, *limits):
         count[0] += 1
         if left:
             raise OSError(left[0], os.strerror(left.pop(0)), str(path))
-        return read(path)
+        return read(path, *limits)
 
-    monkeypatch.setattr(Path, "read_bytes", failing)
+    monkeypatch.setattr(storage, "read_file", failing)
     monkeypatch.setattr(storage.time, "sleep", lambda _: None)
     return count
 
@@ -57,9 +57,22 @@ def test_a_file_that_went_away_for_good_is_neither_replaced_nor_left_out(path, t
     assert not dataset.met_while_reading() and not dataset.being_read()
 
 
+def test_an_image_that_has_become_a_pipe_is_the_storages_fault_but_not_one_from_the_start(path):
+    dataset = CocoDetection(path, path.parent / "images", train=True, retry_seconds=0.2)
+    file = Path(dataset.path(1))
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(StorageError, match="named pipe, not a regular file, tried for"):
+        dataset[1]
+    with pytest.raises(PictureError, match="named pipe"):
+        inspect_picture(file, retry_seconds=60)
+    with pytest.raises(PictureError, match="named pipe"):
+        read_picture(file)  # nobody has asked for retries
+
+
 def test_a_file_that_comes_back_is_read(tmp_path):
     threading.Timer(0.3, (tmp_path / "a").write_bytes, (b"content",)).start()
-    assert read_bytes(tmp_path / "a", retry_seconds=60) == b"content"
+    assert read_bytes(tmp_path / "a", None, "", retry_seconds=60) == b"content"
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture"])
@@ -80,10 +93,10 @@ def test_a_header_is_tried_again_but_not_that_of_a_file_which_is_absent_from_the
     errors = [OSError(errno.EIO, "Input/output error")]
     monkeypatch.setattr(storage.time, "sleep", lambda _: None)
 
-    def failing(path):
+    def failing(path, limits):
         if errors:
             raise errors.pop()
-        return inspect(path)
+        return inspect(path, limits)
 
     monkeypatch.setattr(pictures, "_inspect", failing)
     assert inspect_picture(file, retry_seconds=60).stored_size == (40, 60)

@@ -1,15 +1,20 @@
 """Backbones: names and shapes of the published checkpoints, frozen parts that stay frozen, errors that help."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from torch import nn
 
+from brs_detr.config import ConfigError, load_config
 from brs_detr.models.backbone_weights import load_weights, read_weights
 from brs_detr.models.backbones import build_backbone
 from brs_detr.models.normalisation import FrozenBatchNorm, GroupNorm, freeze_batch_norm
+from brs_detr.run import for_weights_file, require_known_backbone
+
+DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +213,19 @@ def test_no_network_is_told_with_the_mend(monkeypatch):
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(RuntimeError, match=r"checkpoint=PATH.*pretrained=false"):
         build_backbone("resnet18")
+
+
+def test_a_network_of_a_folder_has_a_name_of_its_own_for_the_weights_file(tmp_path):
+    """Which the recipe may name, as it may one of the hub; the weights file must not lead there."""
+    (tmp_path / "config.json").write_text('{"architecture": "resnet18", "num_classes": 3, "pretrained_cfg": {}}')
+    name = f"local-dir:{tmp_path}"
+    config = load_config(DEMO, [f"model.backbone.name={name}"])
+    stored = for_weights_file(config)
+    assert stored.model.backbone.name == "resnet18" and for_weights_file(stored) == stored
+    theirs = build_backbone(name, pretrained=False).state_dict()
+    assert set(build_backbone("resnet18", pretrained=False).state_dict()) == set(theirs)
+    require_known_backbone(stored, tmp_path)
+    with pytest.raises(ConfigError, match="is looked up elsewhere"):
+        require_known_backbone(config, tmp_path)
+    with pytest.raises(ConfigError, match=r"model\.backbone\.name=local-dir:/nowhere: "):
+        for_weights_file(load_config(DEMO, ["model.backbone.name=local-dir:/nowhere"]))

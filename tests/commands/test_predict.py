@@ -1,0 +1,148 @@
+"""Whatever lies in a folder, `predict` ends, and what it found is kept."""
+
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from brs_detr import cli
+from brs_detr.commands import predict
+from brs_detr.config import load_config, to_dict
+from brs_detr.engine.checkpoint import Weights, load_weights, save_weights
+from brs_detr.run import build_detector
+
+DEMO = str(Path(__file__).resolve().parents[2] / "configs" / "demo.yaml")
+TINY = "model.dim=64 model.heads=2 model.ffn_dim=32 model.queries=10 model.encoder_layers=1 model.decoder_layers=1"
+SMALL = "model.roi.fc_dim=32 model.rpn.test_proposals=20 data.test_short_side=64"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A detector that has learnt nothing."""
+    config = load_config(DEMO, [*TINY.split(), *SMALL.split()])
+    path = tmp_path_factory.mktemp("weights") / "x.safetensors"
+    tensors = build_detector(config, 2, initial_weights=False).state_dict()
+    save_weights(path, Weights(tensors, ["a", "b"], [1, 2], to_dict(config)))
+    return path
+
+
+def picture(path):
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(path, "PNG")
+    return path
+
+
+def names_found(out):
+    return [entry["file_name"] for entry in json.loads((out / "predictions.json").read_text())]
+
+
+def test_what_is_no_picture_is_passed_over_and_said(weights, tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    picture(folder / "a.png")
+    os.mkfifo(folder / "b.jpg")
+    (folder / "c.jpg").symlink_to("/dev/zero")
+    with open(folder / "d.jpg", "wb") as file:
+        file.write(b"\xff\xd8\xff\xe0")
+        file.truncate(8 * 2**30)
+    header = struct.pack(">IIBBBBB", 13_000, 13_000, 8, 2, 0, 0, 0)
+    checksum = struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    pixels = struct.pack(">I4sI", 0, b"IDAT", zlib.crc32(b"IDAT"))
+    (folder / "e.png").write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + header + checksum + pixels)
+    (folder / "f.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    (folder / "g.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    (folder / "h.jpg").mkdir()
+    assert cli.main(["predict", str(weights), str(folder), "--out", str(tmp_path / "out")]) == 0
+    assert names_found(tmp_path / "out") == ["a.png"]
+    said = [line.rpartition("cannot be read: ")[2] for line in capsys.readouterr().out.splitlines() if "passed" in line]
+    assert said[:2] == ["it is a named pipe, not a regular file.", "it is a device, not a regular file."]
+    assert said[2].startswith("it has 8,589,934,592 bytes, more than data.max_image_bytes=536870912; raise")
+    assert said[3].startswith("it has 169,000,000 pixels, more than data.max_image_pixels=120000000; raise")
+    assert said[4].startswith("it begins with '%!PS-Adobe") and len(said) == 6
+
+
+def test_limits_are_settings(weights, tmp_path, capsys):
+    picture(tmp_path / "a.png")
+    command = ["predict", str(weights), str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]
+    assert cli.main([*command, "data.max_image_pixels=1199"]) == 1
+    assert "1,200 pixels, more than data.max_image_pixels=1199" in capsys.readouterr().out
+    assert cli.main([*command, "data.max_image_pixels=1200"]) == 0
+
+
+def test_names_of_any_bytes_and_length(weights, tmp_path, capsysbinary):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    names = [
+        b"zellen\xfc.png",
+        b"x" * 251 + b".png",
+        b"y" * 250 + b".jpeg",
+        b"\x1b[31mred\n.png",
+        "ü".encode() * 125 + b".png",
+    ]
+    for name in names:
+        picture(os.path.join(os.fsencode(folder), name))
+    picture(os.fsencode(folder) + b"/" + b"y" * 250 + b".png")  # the plain name of the drawing of the .jpeg
+    assert cli.main(["predict", str(weights), str(folder), "--out", str(tmp_path / "out")]) == 0
+    found = [os.fsencode(name) for name in names_found(tmp_path / "out")]
+    assert sorted(found) == sorted([*names, b"y" * 250 + b".png"])
+    drawn = os.listdir(os.fsencode(tmp_path / "out" / "pictures"))
+    assert len(drawn) == 6 and b"zellen\xfc.png" in drawn
+    said = capsysbinary.readouterr().out
+    assert rb"zellen\xfc.png: " in said
+    assert b"\x1b" not in said and rb"\x1b[31mred\x0a.png" in said
+
+
+def test_names_of_drawings_are_short_different_and_the_same_again():
+    files = [
+        Path(name) for name in ("b.gif", "b.jpg", "b.jpg.png", "d/" + "ü" * 126 + ".png", "d/" + "ü" * 126 + ".gif")
+    ]
+    names = predict.drawing_names(files)
+    assert names[0] == Path("b.gif.png") and len(set(names)) == 5 and names == predict.drawing_names(files)
+    assert all(len(os.fsencode(name.name)) <= 255 and name.parent == file.parent for name, file in zip(names, files))
+    assert predict.drawing_names([Path("a/1.jpg"), Path("b/1.jpg")]) == [Path("a/1.png"), Path("b/1.png")]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_what_was_found_before_the_end_came_is_kept(weights, tmp_path, monkeypatch, error):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in "abc":
+        picture(folder / f"{name}.png")
+    calls = []
+
+    def read(path, **limits):
+        calls.append(path)
+        if len(calls) == 3:
+            lines = (out / "predictions.partial.jsonl").read_text().splitlines()  # what a SIGKILL would leave
+            assert [json.loads(line)["file_name"] for line in lines] == ["a.png", "b.png"]
+            raise error
+        return torch.zeros(3, 30, 40, dtype=torch.uint8)
+
+    monkeypatch.setattr(predict, "read_picture", read)
+    with pytest.raises(error):
+        cli.main(["predict", str(weights), str(folder), "--out", str(out)])
+    assert names_found(out) == ["a.png", "b.png"] and not (out / "predictions.partial.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["hf-hub:nobody/nothing", "HF-HUB:nobody/nothing", "local-dir:/tmp"])
+def test_weights_lead_to_no_network(weights, tmp_path, capsys, monkeypatch, name):
+    whole = load_weights(weights)
+    config = {**whole.config, "model": {**whole.config["model"], "backbone": dict(whole.config["model"]["backbone"])}}
+    plain = config["model"]["backbone"]["name"]
+    config["model"]["backbone"]["name"] = name
+    save_weights(tmp_path / "x.safetensors", Weights(whole.tensors, whole.classes, whole.category_ids, config))
+    picture(tmp_path / "a.png")
+
+    def refuse(*_, **__):
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    command = ["predict", str(tmp_path / "x.safetensors"), str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]
+    assert cli.main(command) == 2
+    said = capsys.readouterr().err
+    assert f"x.safetensors: its backbone {name} is looked up elsewhere" in said and said.count("\n") == 1
+    assert cli.main([*command, f"model.backbone.name={plain}"]) == 0
