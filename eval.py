@@ -21,6 +21,7 @@ from brs_detr.config import ConfigError
 from brs_detr.data.faults import DataError
 from brs_detr.data.loader import build_eval_loader
 from brs_detr.engine.checkpoint import CheckpointError, write_text
+from brs_detr.engine.storage import EXIT_STORAGE, StorageError, complain, end_output, writing
 from brs_detr.evaluation.coco import GroundTruth
 from brs_detr.evaluation.results import finite_results
 from brs_detr.launch import start_accelerator
@@ -44,8 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         evaluate(options.weights, options.overrides, options.out, options.pictures)
     except (ConfigError, DataError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return EXIT_REFUSED
+    except StorageError as error:
+        complain(error)
+        return EXIT_STORAGE
     return 0
 
 
@@ -67,12 +71,13 @@ def evaluate(weights_path: Path, overrides: list[str], out: Path | None = None, 
     stored = configuration.from_dict(weights.config, str(file))
     summary.notes += [*dataset_notes(dataset), *changed_settings(stored, config)]
     epoch = weights.extra.get("epoch", "?")
-    for name in OPTIONAL.split():  # of an evaluation before, which may have had more to draw
-        (out / name).unlink(missing_ok=True)
-    write_text(out / "results.json", json.dumps(finite_results(results), allow_nan=False))
-    summary.save(out, {"weights": str(file), "epoch": epoch, "annotations": dataset.json_path})
-    write_pictures(out, dataset, results, pictures, summary.thresholds())
-    write_curves(out, summary, file.parent / "metrics.jsonl")
+    with writing(out):
+        for name in OPTIONAL.split():  # of an evaluation before, which may have had more to draw
+            (out / name).unlink(missing_ok=True)
+        write_text(out / "results.json", json.dumps(finite_results(results), allow_nan=False))
+        summary.save(out, {"weights": str(file), "epoch": epoch, "annotations": dataset.json_path})
+        write_pictures(out, dataset, results, pictures, summary.thresholds())
+        write_curves(out, summary, file.parent / "metrics.jsonl")
     print(f"{file} (epoch {epoch}) on {dataset.json_path}\n\n{summary.table()}\n\nsaved in {out}")
 
 
@@ -84,4 +89,4 @@ def changed_settings(stored: configuration.Config, used: configuration.Config) -
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(end_output(main()))

@@ -2,8 +2,8 @@
 
 `--dry-run` and `--profile` only try it.
 
-Exit codes: 0 trained to the end; 2 a setting, dataset or checkpoint cannot be used; 3 a loss was not finite; 75 told to
-stop by SIGTERM or Ctrl-C, saved, ready for `--resume`.
+Exit codes: 0 trained to the end; 2 a setting, dataset or checkpoint cannot be used; 3 a loss was not finite; 74 the
+disk is full or cannot be written to; 75 told to stop by SIGTERM or Ctrl-C, saved, ready for `--resume`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,15 @@ from brs_detr.engine.logging import RunLog
 from brs_detr.engine.profile import profile_steps
 from brs_detr.engine.sharding import is_sharded, keep_known_layers, keep_scalars_whole
 from brs_detr.engine.state import agreed_state, read_facts
+from brs_detr.engine.storage import (
+    EXIT_STORAGE,
+    StorageError,
+    complain,
+    end_output,
+    is_storage_fault,
+    remove_partials,
+    storage_error,
+)
 from brs_detr.engine.trainer import Trainer
 from brs_detr.launch import describe_machine, start_accelerator
 from brs_detr.resuming import (
@@ -54,14 +63,21 @@ def main(arguments: list[str] | None = None) -> int:
     trial.add_argument("--dry-run", action="store_true", help="two steps at the largest shape, then report memory")
     trial.add_argument("--profile", action="store_true", help="eight steps, then report where their time went")
     options = parser.parse_intermixed_args(arguments)
+    folder = Path()
     try:
         config = configuration.load_config(options.config, options.overrides)
+        folder = Path(config.output_dir)
         flags = {name: True for name in ("resume", "overwrite") if getattr(options, name)}
         trial = "dry-run" if options.dry_run else "profile" if options.profile else None
         return train(replace(config, train=replace(config.train, **flags)), trial)
     except (configuration.ConfigError, DataError, PictureError, CheckpointError, NonFiniteError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return EXIT_NOT_FINITE if isinstance(error, NonFiniteError) else EXIT_REFUSED
+    except OSError as error:
+        if not is_storage_fault(error):
+            raise
+        complain(error if isinstance(error, StorageError) else storage_error(folder, error))
+        return EXIT_STORAGE
 
 
 def train(config: configuration.Config, trial: str | None = None) -> int:
@@ -119,11 +135,11 @@ def train(config: configuration.Config, trial: str | None = None) -> int:
         log.say(profile_steps(trainer, Path(config.output_dir)))
         return 0
     if state is not None:
-        accelerator.load_state(str(state))
+        trainer.resume(state)
     finished = trainer.fit()
     for line in train_set.met_while_reading():
         log.say(f"training pictures: {line}")
-    accelerator.end_training()
+    log.end()
     return 0 if finished else EXIT_PREEMPTED
 
 
@@ -154,16 +170,17 @@ def open_log(config: configuration.Config, plan, accelerator) -> tuple[Path | No
     require_shared_folder(config, accelerator)
     state, notes = agreed_state(folder / "state", accelerator) if config.train.resume else (None, [])
     if state is not None:
-        changes = require_same_run(config, plan, read_facts(state), state)
+        changes = require_same_run(config, plan, read_facts(state), state, is_sharded(accelerator))
         notes += [f"resumed from {state}", *(f"changed since: {change}" for change in changes)]
     accelerator.wait_for_everyone()
     log = RunLog(folder, accelerator, None if state is None else read_facts(state))
     for note in [describe_machine(accelerator), str(plan), *notes]:
         log.say(note)
     if accelerator.is_main_process:
+        remove_partials(folder)
         write_text(folder / "config.yaml", configuration.dump(config))
     return state, log
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(end_output(main()))

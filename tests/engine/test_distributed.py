@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
-CHECKS = ("gradient", "gathering", "resume", "buffers", "non-finite", "shared folder", "scaler")
+CHECKS = (
+    "gradient",
+    "gathering",
+    "resume",
+    "buffers",
+    "non-finite",
+    "skipped",
+    "unwritable",
+    "shared folder",
+    "scaler",
+)
 
 
 def launch(processes, folder, *checks):
