@@ -22,6 +22,7 @@ from brs_detr.config import ConfigError
 from brs_detr.data.faults import DataError
 from brs_detr.data.loader import build_eval_loader
 from brs_detr.engine.checkpoint import CheckpointError, write_text
+from brs_detr.engine.storage import StorageError, complain, end_output, writing
 from brs_detr.evaluation.coco import GroundTruth
 from brs_detr.evaluation.results import finite_results
 from brs_detr.exit_codes import ExitCode, Interruption
@@ -47,10 +48,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         evaluate(options.weights, options.overrides, options.out, options.pictures)
     except (ConfigError, DataError, CheckpointError) as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
+        complain(error)
         return ExitCode.REFUSED
+    except StorageError as error:
+        complain(error)
+        return ExitCode.STORAGE
     except Interruption as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
+        complain(error)
         return error.code
     return ExitCode.OK
 
@@ -76,12 +80,13 @@ def evaluate(weights_path: Path, overrides: list[str], out: Path | None = None, 
     stored = configuration.from_dict(weights.config, str(file))
     summary.notes += [*dataset_notes(dataset), *changed_settings(stored, config)]
     epoch = weights.extra.get("epoch", "?")
-    for name in OPTIONAL.split():  # of an evaluation before, which may have had more to draw
-        (out / name).unlink(missing_ok=True)
-    write_text(out / "results.json", json.dumps(finite_results(results), allow_nan=False))
-    summary.save(out, {"weights": str(file), "epoch": epoch, "annotations": dataset.json_path})
-    write_pictures(out, dataset, results, pictures, summary.thresholds())
-    write_curves(out, summary, file.parent / "metrics.jsonl")
+    with writing(out):
+        for name in OPTIONAL.split():  # of an evaluation before, which may have had more to draw
+            (out / name).unlink(missing_ok=True)
+        write_text(out / "results.json", json.dumps(finite_results(results), allow_nan=False))
+        summary.save(out, {"weights": str(file), "epoch": epoch, "annotations": dataset.json_path})
+        write_pictures(out, dataset, results, pictures, summary.thresholds())
+        write_curves(out, summary, file.parent / "metrics.jsonl")
     print(f"{printable(file)} (epoch {printable(epoch)}) on {printable(dataset.json_path)}\n")
     print(f"{summary.table()}\n\nsaved in {printable(out)}")
 
@@ -94,4 +99,4 @@ def changed_settings(stored: configuration.Config, used: configuration.Config) -
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(end_output(main()))

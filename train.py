@@ -32,6 +32,14 @@ from brs_detr.engine.logging import RunLog
 from brs_detr.engine.profile import profile_steps
 from brs_detr.engine.sharding import is_sharded, keep_known_layers, keep_scalars_whole
 from brs_detr.engine.state import agreed_state, read_facts
+from brs_detr.engine.storage import (
+    StorageError,
+    complain,
+    end_output,
+    is_storage_fault,
+    remove_partials,
+    storage_error,
+)
 from brs_detr.engine.trainer import Trainer
 from brs_detr.exit_codes import ExitCode, Interruption
 from brs_detr.launch import describe_machine, start_accelerator
@@ -43,7 +51,7 @@ from brs_detr.resuming import (
     require_shared_folder,
 )
 from brs_detr.scoring import validator
-from brs_detr.user_files import forgive_output, printable
+from brs_detr.user_files import forgive_output
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,18 +66,25 @@ def main(arguments: list[str] | None = None) -> int:
     trial.add_argument("--profile", action="store_true", help="eight steps, then report where their time went")
     options = parser.parse_intermixed_args(arguments)
     forgive_output()
+    folder = Path()
     try:
         config = configuration.load_config(options.config, options.overrides)
+        folder = Path(config.output_dir)
         flags = {name: True for name in ("resume", "overwrite") if getattr(options, name)}
         trial = "dry-run" if options.dry_run else "profile" if options.profile else None
         with _ready_to_stop():
             return train(replace(config, train=replace(config.train, **flags)), trial)
     except Interruption as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
+        complain(error)
         return error.code
     except (configuration.ConfigError, DataError, PictureError, CheckpointError, NonFiniteError) as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
+        complain(error)
         return ExitCode.NOT_FINITE if isinstance(error, NonFiniteError) else ExitCode.REFUSED
+    except OSError as error:
+        if not is_storage_fault(error):
+            raise
+        complain(error if isinstance(error, StorageError) else storage_error(folder, error))
+        return ExitCode.STORAGE
 
 
 def train(config: configuration.Config, trial: str | None = None) -> int:
@@ -129,7 +144,7 @@ def train(config: configuration.Config, trial: str | None = None) -> int:
         ema=ema,
     )
     if state is not None:
-        accelerator.load_state(str(state))
+        trainer.resume(state)
     for loader in (train_loader, val_loader):
         loader.interrupted = lambda: trainer.asked_to_stop
     with contextlib.closing(train_loader), contextlib.closing(val_loader):
@@ -139,7 +154,7 @@ def train(config: configuration.Config, trial: str | None = None) -> int:
         finished = trainer.fit()
     for line in train_set.met_while_reading():
         log.say(f"training pictures: {line}")
-    accelerator.end_training()
+    log.end()
     return ExitCode.OK if finished else ExitCode.INTERRUPTED
 
 
@@ -185,16 +200,17 @@ def open_log(config: configuration.Config, plan, accelerator) -> tuple[Path | No
     require_shared_folder(config, accelerator)
     state, notes = agreed_state(folder / "state", accelerator) if config.train.resume else (None, [])
     if state is not None:
-        changes = require_same_run(config, plan, read_facts(state), state)
+        changes = require_same_run(config, plan, read_facts(state), state, is_sharded(accelerator))
         notes += [f"resumed from {state}", *(f"changed since: {change}" for change in changes)]
     accelerator.wait_for_everyone()
     log = RunLog(folder, accelerator, None if state is None else read_facts(state))
     for note in [describe_machine(accelerator), str(plan), *notes]:
         log.say(note)
     if accelerator.is_main_process:
+        remove_partials(folder)
         write_text(folder / "config.yaml", configuration.dump(config))
     return state, log
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(end_output(main()))

@@ -6,6 +6,7 @@ Training and evaluation are scripts of their own (`train.py`, `eval.py`), since 
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import re
@@ -25,6 +26,7 @@ COMMANDS = {
     "replay": ("brs_detr.commands.replay", "run a batch again that a training saved because something was not finite"),
     "convert": ("brs_detr.commands.convert", "turn an official Co-DETR or BRS-DETR checkpoint into a weights file"),
 }
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _PATH_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
@@ -54,11 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
     except Interruption as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         return error.code
-    except (ConfigError, OSError, ValueError) as error:
-        if not _is_for_the_user(error):
+    except (ConfigError, OSError, ValueError, RuntimeError) as error:
+        fault = isinstance(error, OSError) and error.errno in _DISK_FAULTS
+        if not (fault or _is_for_the_user(error)):
             raise
         print(f"error: {printable(_sentence(error))}", file=sys.stderr)
-        return ExitCode.REFUSED
+        return ExitCode.STORAGE if fault else ExitCode.REFUSED
 
 
 def is_setting(word: str) -> bool:
@@ -73,6 +76,8 @@ def _is_for_the_user(error: Exception) -> bool:
 
 def _sentence(error: Exception) -> str:
     """The error's own words; those of the operating system without its number."""
+    if isinstance(error, OSError) and error.filename is None and type(error) is OSError:  # while a file was written
+        return f"what was asked for cannot be written: {error.strerror}. Make room, then run the same command again."
     named = isinstance(error, OSError) and error.filename is not None and error.strerror
     return f"{error.filename}: {error.strerror}" if named else str(error)
 

@@ -214,6 +214,7 @@ class TrainConfig:
     tf32: bool = True  # float32 products on a GPU may round their inputs to 10 bits
     overfit_batches: int | None = None  # train and validate on the first pictures only, that many batches
     on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_skipped: int = 20  # steps skipped in a row after which the training stops all the same
     freeze: tuple[str, ...] = ()  # parts that stay as they are, by the beginning of their parameters' names
     init_from: str | None = None  # weights or run folder to start from; other classes are allowed
     resume: bool = False  # go on with the run in `output_dir`

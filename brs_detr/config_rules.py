@@ -13,6 +13,7 @@ _AT_LEAST_ONE = """
     model.dim model.heads model.points model.levels model.decoder_layers model.ffn_dim model.queries
     model.detections_per_image model.backbone.levels train.epochs train.steps train.total_batch_size
     train.per_device_batch_size train.eval_every train.log_every train.save_every train.patience train.overfit_batches
+    train.max_skipped
     eval.batch_size eval.max_detections model.norm_groups
     model.rpn.proposals model.rpn.proposals_before_nms model.roi.fc_dim model.atss.topk
     model.rpn.test_proposals model.rpn.test_proposals_before_nms model.rpn.scales_per_octave model.rpn.sample

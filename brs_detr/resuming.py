@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from brs_detr.config import Config, ConfigError, differences, from_dict
 from brs_detr.engine.plan import BatchPlan
+from brs_detr.engine.storage import CheckpointError
 
 # settings in which a resumed run may differ: they change no number of the training
 _FREE_TO_CHANGE = (
@@ -36,26 +37,41 @@ _FREE_TO_CHANGE = (
     "train.save_every",
     "train.trackers",
     "train.on_nonfinite",
+    "train.max_skipped",
     "eval.batch_size",
 )
 
 _held: list[IO[str]] = []  # a lock lasts as long as its file is open
 
 
-def require_same_run(config: Config, plan: BatchPlan, facts: dict, state: Path) -> list[str]:
+def require_same_run(config: Config, plan: BatchPlan, facts: dict, state: Path, sharded: bool = False) -> list[str]:
     """Differences between a saved run and this one that would change its numbers.
+
+    Args:
+        config: of this run.
+        plan: of this run.
+        facts: stored with `state`.
+        state: named in errors.
+        sharded: does this launch shard the weights.
 
     Returns:
         The differences, when `train.allow_changes` permits them.
 
     Raises:
         ConfigError: there are some, and it does not.
+        CheckpointError: the facts are none of a run.
     """
+    launch = facts.get("launch")
+    if not isinstance(launch, dict) or "config" not in facts:
+        raise CheckpointError(f"{state}: does not say with which settings it was saved; use the state before it")
     saved = from_dict(facts["config"], str(state))
     changes = [c for c in differences(saved, config) if not c.startswith(_FREE_TO_CHANGE)]
     for name, value in dataclasses.asdict(plan).items():
-        if facts["launch"][name] != value:
-            changes.append(f"launch {name}: {facts['launch'][name]} -> {value}")
+        if launch.get(name) != value:
+            changes.append(f"launch {name}: {launch.get(name)} -> {value}")
+    was_sharded = facts.get("sharded", sharded)  # earlier versions did not say
+    if was_sharded != sharded:
+        changes.append(f"launch sharded (FSDP): {was_sharded} -> {sharded}")
     if changes and not config.train.allow_changes:
         raise ConfigError(
             f"{state}: the run to resume had other settings ({'; '.join(changes)}); "
@@ -77,7 +93,9 @@ def require_same_data(config: Config, data: dict[str, str], facts: dict, state: 
         ConfigError: naming the files, unless `train.allow_changes` permits it.
     """
     paths = {"train": config.data.train_json, "val": config.data.val_json}
-    changed = [paths[split] for split, digest in data.items() if facts.get("data", data)[split] != digest]
+    former = facts.get("data", data)
+    former = former if isinstance(former, dict) else {}
+    changed = [paths[split] for split, digest in data.items() if former.get(split) != digest]
     if changed and not config.train.allow_changes:
         raise ConfigError(
             f"{' and '.join(changed)} changed since {state} was saved, or pictures are missing; restore them, "

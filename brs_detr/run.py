@@ -291,6 +291,7 @@ def loop_settings(config: Config, plan: BatchPlan, length: Length, facts: dict[s
         save_every=train.save_every,
         patience=train.patience,
         on_nonfinite=train.on_nonfinite,
+        max_skipped=train.max_skipped,
         facts=facts,
     )
 

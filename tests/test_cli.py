@@ -1,10 +1,12 @@
 """The commands as a user types them, on a dataset of a few drawn pictures."""
 
+import contextlib
 import gzip
 import importlib.util
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -553,3 +555,44 @@ def test_a_fault_of_the_user_ends_in_one_sentence(capsys):
     assert cli.main(["info", "nowhere.yaml"]) == 2
     assert cli.main(["predict", "nowhere", "nowhere"]) == 2
     assert [line[:7] for line in capsys.readouterr().err.splitlines()] == ["error: "] * 2
+
+
+@contextlib.contextmanager
+def file_limit(size):
+    """No file may grow beyond so many bytes, as under `ulimit -f`."""
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, former[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+
+
+def test_a_disk_that_takes_no_more_ends_with_a_code_of_its_own_and_loses_nothing(run, data, tmp_path, capsys):
+    """The training's state, and the results of an evaluation; afterwards the run goes on from its last state."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    command = [DEMO, *TINY, f"data.root={data}", f"output_dir={folder}", "--resume", "train.allow_changes=true"]
+    former = sorted(path.name for path in (folder / "state").iterdir())
+    with file_limit(300_000):  # config.yaml and the logs are smaller, a state is larger
+        assert train([*command, "train.epochs=3"]) == 74
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: {folder / 'state'}: cannot be written to: ") and "\n" not in error
+    assert sorted(path.name for path in (folder / "state").iterdir()) == former
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert train([*command, "train.epochs=3"]) == 0
+    assert not list(folder.rglob("*.partial"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with file_limit(100):
+        assert evaluate([str(folder), f"data.root={data}", "--out", str(tmp_path / "out")]) == 74
+    error = capsys.readouterr().err
+    assert f"error: {tmp_path / 'out'}: cannot be written to: " in error and "Traceback" not in error
+
+
+def test_settings_that_do_not_fit_a_state_are_refused_by_tensor(run, data, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    command = [DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path / 'run'}", "--resume"]
+    for change, named in (("model.queries=12", "tensors of the model"), ("train.freeze=[backbone]", "train.freeze")):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert train([*command, "train.allow_changes=true", "train.epochs=3", change]) == 2
+        assert named in capsys.readouterr().err

@@ -156,31 +156,17 @@ def compare(whole: Path, killed: Path) -> list[str]:
     """What differs between the ends of two runs."""
     faults = []
     newest = states(whole)[-1].name
-    for name in ("last.safetensors", "best.safetensors", f"state/{newest}/model.safetensors"):
+    parts = [f"state/{newest}/{part}.safetensors" for part in ("model", "ema", "optimizer")]
+    for name in ("last.safetensors", "best.safetensors", *parts):
         one, other = load_file(whole / name), load_file(killed / name)
         differ = [key for key in one.keys() | other.keys() if not torch.equal(one[key], other[key])]
         faults += [f"{name}: {len(differ)} tensors, {differ[0]} first"] if differ else []
-    for path in sorted((whole / "state" / newest).glob("*.bin")) + sorted((whole / "state" / newest).glob("*.pkl")):
-        one, other = (torch.load(p, weights_only=False) for p in (path, killed / "state" / newest / path.name))
-        for state in (one, other):  # Python's and NumPy's generators are saved too; nothing in a run draws from them
-            if isinstance(state, dict):
-                state.pop("random_state", None), state.pop("numpy_random_seed", None)
-        faults += [] if equal(one, other) else [f"{newest}/{path.name}"]
+    name = f"state/{newest}/trainer.json"
+    faults += [] if (whole / name).read_bytes() == (killed / name).read_bytes() else [name]
     one, other = (figures(folder) for folder in (whole, killed))
     faults += [f"metrics.jsonl: {a} and {b}" for a, b in zip(one, other) if a != b]
     faults += [f"metrics.jsonl: {len(one)} and {len(other)} lines"] if len(one) != len(other) else []
     return faults
-
-
-def equal(one: object, other: object) -> bool:
-    """Are two nests of dictionaries, sequences and tensors the same."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return bool(one == other)
 
 
 def figures(folder: Path) -> list[dict]:

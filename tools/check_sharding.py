@@ -5,7 +5,7 @@ Two machines are two launchers on this one, and `tests/engine/sharded_run.py` st
 Accelerate alone shards on GPUs only. Prints a verdict for each case; the exit code is 0 only if all hold. Cases:
 
 killed      SIGKILL to all processes, four times at random moments, then resumed: bit for bit the run never killed
-damaged     a flipped bit in a shard of the newest state: named, the state before it resumed, the same end
+damaged     a flipped bit in the newest state: named, the state before it resumed, the same end
 told        SIGTERM to all processes: they save; resumed, the same end
 processes   two processes' state and four processes: refused; told to go on all the same, the losses of two
 machines    two machines train as one does, and evaluate; one is lost, the other ends too; resumed, the same end
@@ -134,9 +134,9 @@ def differences(one: Path, other: Path) -> list[str]:
         faults += [f"{name}: {key}" for key in a.keys() | b.keys() if not torch.equal(a[key], b[key])][:1]
     faults += [f"{a} and {b}" for a, b in zip_longest(figures(one), figures(other)) if a != b][:1]
     states = [sorted((run / "state").glob("step-*"))[-1] for run in (one, other)]
-    for shard in sorted(states[0].glob("*/*.distcp")):  # a shard of equal tensors is equal bytes
-        same = shard.read_bytes() == (states[1] / shard.relative_to(states[0])).read_bytes()
-        faults += [] if same else [f"{shard.relative_to(states[0])}"]
+    for part in sorted(states[0].glob("*.safetensors")):  # equal tensors are equal bytes
+        same = part.read_bytes() == (states[1] / part.name).read_bytes()
+        faults += [] if same else [part.name]
     return faults
 
 
@@ -178,14 +178,14 @@ def damaged(place: Path) -> list[str]:
     reference = alone(place, "sharded", SHARDED)
     stopped_after(place, "damaged", SHARDED, 5, signal.SIGKILL)
     newest = sorted((place / "damaged" / "state").glob("step-*"))[-1]
-    shard = sorted(newest.glob("optimizer_0/*.distcp"))[-1]
-    content = bytearray(shard.read_bytes())
+    part = newest / "optimizer.safetensors"
+    content = bytearray(part.read_bytes())
     content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
+    part.write_bytes(content)
     launch = Launch(place, "damaged", SHARDED)
     faults = same_end(place, launch, reference)
-    named = launch.said(f"{newest.name}: damaged ({shard.relative_to(newest)} has changed since it was written)")
-    return faults + ([] if named else ["the damaged shard was not named"])
+    named = launch.said(f"{newest.name}: damaged ({part.name} has changed since it was written)")
+    return faults + ([] if named else ["the damaged state was not named"])
 
 
 def told(place: Path) -> list[str]:

@@ -17,7 +17,7 @@ from brs_detr.engine.devices import seed_step, to_device
 from brs_detr.launch import choose_device
 from brs_detr.ops.images import ImageBatch
 from brs_detr.run import build_detector, freeze, require_known_backbone
-from brs_detr.user_files import UserFileError, require_unpacked
+from brs_detr.user_files import require_unpacked
 
 EXIT_REPRODUCED, EXIT_FINITE = 0, 1
 _PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,12 +67,37 @@ def read_saved(path: Path) -> dict[str, Any]:
         raise wrong
     try:
         require_unpacked(path)
-        saved = torch.load(path, weights_only=True)
-    except (UserFileError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ConfigError(f"{path}: holds Python objects besides tensors and is not opened") from None
+    except Exception as error:  # torch raises many kinds for a damaged file
         raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]})") from None
-    if not isinstance(saved, dict) or "config" not in saved.get("facts", {}):
+    if not is_batch(saved):
         raise wrong
     return saved
+
+
+def is_batch(saved: Any) -> bool:
+    """Has something that was read the form of what `save_batch` writes."""
+    kinds = {"seed": int, "step": int, "process": int, "facts": dict, "weights": dict, "batches": list}
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(key), kind) for key, kind in kinds.items()):
+        return False
+    facts = saved["facts"]
+    if not (isinstance(facts.get("config"), dict) and isinstance(facts.get("classes"), list)):
+        return False
+    return all(_is_stored(batch) for batch in saved["batches"])
+
+
+def _is_stored(batch: Any) -> bool:
+    if not isinstance(batch, dict) or not isinstance(batch.get("pixels"), Tensor):
+        return False
+    sizes, targets = batch.get("sizes"), batch.get("targets")
+    if not all(isinstance(value, list) for value in (sizes, batch.get("original_sizes"), targets)):
+        return False
+    needed = {"boxes", "labels", "image_id"}
+    if not all(isinstance(target, dict) and needed <= target.keys() for target in targets):
+        return False
+    return len(targets) == len(batch["pixels"]) == len(sizes)
 
 
 def rebuild(config: Config, saved: dict[str, Any], path: Path) -> nn.Module:
@@ -85,7 +110,7 @@ def rebuild(config: Config, saved: dict[str, Any], path: Path) -> nn.Module:
     freeze(model, config)
     try:
         model.load_state_dict(saved["weights"])
-    except RuntimeError:
+    except (RuntimeError, AttributeError, TypeError):
         raise ConfigError(f"{path}: its weights do not fit this version's detector; only its batch is of use") from None
     return model.train()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from brs_detr.convert.architecture import Architecture, recognise, settings_of
 from brs_detr.convert.classes import name_classes
 from brs_detr.convert.keys import to_official, to_ours, why_dropped
 from brs_detr.convert.read import OfficialFile
-from brs_detr.engine.checkpoint import CheckpointError, Weights, load_weights, publish
+from brs_detr.engine.checkpoint import CheckpointError, Weights, load_weights
+from brs_detr.engine.storage import write_file
 from brs_detr.models.build import build_model
 
 
@@ -128,8 +130,7 @@ def export(source: Path, target: Path) -> int:
     meta = {"CLASSES": tuple(weights.classes)}
     if isinstance(weights.extra.get("epoch"), int):
         meta["epoch"] = weights.extra["epoch"]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    torch.save({"meta": meta, "state_dict": tensors}, partial)
-    publish(partial, target)
+    content = io.BytesIO()  # written to a file, torch hides why the disk has refused
+    torch.save({"meta": meta, "state_dict": tensors}, content)
+    write_file(target, lambda file: file.write(content.getbuffer()))
     return len(tensors)

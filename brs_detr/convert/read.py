@@ -76,7 +76,9 @@ def read_official(path: Path) -> OfficialFile:
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (SafetensorError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{path}: damaged or cut short ({error}); fetch it again") from None
 
 

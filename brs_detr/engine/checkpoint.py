@@ -7,18 +7,16 @@ rebuilt and its detections named from the file alone. Files appear under their n
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from brs_detr.engine.storage import CheckpointError, publish, write_text
+from brs_detr.engine.tensor_file import not_finite, read_tensors, write_tensors
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file and the mend."""
+__all__ = ["CheckpointError", "Weights", "find_weights", "load_weights", "publish", "save_weights", "write_text"]
 
 
 @dataclass(frozen=True)
@@ -41,43 +39,47 @@ class Weights:
 
 
 def save_weights(path: Path, weights: Weights) -> None:
-    """Write a weights file; a crash at any moment leaves the former file or the new one, never half of one."""
+    """Write a weights file; a crash at any moment leaves the former file or the new one, never half of one.
+
+    Raises:
+        NonFiniteError: a tensor holds NaN or infinite numbers.
+        StorageError: the disk has no room, or may not be written to.
+    """
     metadata = {
         "format": "pt",
         "brs_detr": json.dumps({"classes": weights.classes, "category_ids": weights.category_ids}),
         "config": json.dumps(weights.config),
         "extra": json.dumps(weights.extra),
     }
-    # clones: safetensors refuses tensors that share memory
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial, metadata=metadata)
-    publish(partial, path)
+    write_tensors(path, weights.tensors, metadata)
 
 
 def load_weights(path: Path) -> Weights:
-    """Read a weights file written by `save_weights`.
+    """Read a weights file written by `save_weights`; one of an earlier version, without a checksum, too.
 
     Raises:
-        CheckpointError: absent, damaged, or not one of ours.
+        CheckpointError: absent, unreadable, damaged, with numbers that are not finite, or not one of ours.
     """
-    if not path.is_file():
+    if not _is_file(path):
         raise CheckpointError(f"{path}: no such weights file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: the weights file is damaged ({error}); use an earlier one") from None
+    tensors, metadata = read_tensors(path)
     if "brs_detr" not in metadata:
         raise CheckpointError(f"{path}: holds tensors but no class names; convert it with `python -m brs_detr convert`")
-    try:
-        labels = json.loads(metadata["brs_detr"])
-        config, extra = (json.loads(metadata.get(key, "{}")) for key in ("config", "extra"))
-        classes, category_ids = [str(name) for name in labels["classes"]], [int(key) for key in labels["category_ids"]]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise CheckpointError(f"{path}: its notes on classes and settings cannot be read; use another file") from None
+    if bad := not_finite(tensors):
+        raise CheckpointError(
+            f"{path}: {len(bad)} tensors hold NaN or infinite numbers ({', '.join(bad[:3])}), so nothing can be "
+            "detected with them; use an earlier file"
+        )
+    labels, config, extra = (_parse(path, metadata.get(key, "{}"), key) for key in ("brs_detr", "config", "extra"))
+    classes, category_ids = labels.get("classes"), labels.get("category_ids")
+    if not (_list_of(classes, str) and _list_of(category_ids, int) and len(classes) == len(category_ids) > 0):
+        raise CheckpointError(
+            f"{path}: its class names and category ids are no two lists of one length; use an earlier file, or convert "
+            "it again"
+        )
+    scores = extra.get("thresholds", {})
+    if not isinstance(scores, dict) or not _list_of(list(scores.values()), float, int):
+        raise CheckpointError(f"{path}: its thresholds are no numbers by class name; use an earlier file")
     return Weights(tensors, classes, category_ids, config, extra)
 
 
@@ -85,26 +87,31 @@ def find_weights(path: Path) -> Path:
     """The weights file meant by a run folder (its best, else its last) or by the path of a file itself.
 
     Raises:
-        CheckpointError: neither; names what was looked for.
+        CheckpointError: neither, or it may not be read; names what was looked for.
     """
-    if path.is_file():
-        return path
-    for name in ("best.safetensors", "last.safetensors"):
-        if (path / name).is_file():
-            return path / name
+    for file in (path, path / "best.safetensors", path / "last.safetensors"):
+        if _is_file(file):
+            return file
     raise CheckpointError(f"{path}: neither a weights file nor a run folder with best.safetensors or last.safetensors")
 
 
-def publish(partial: Path, path: Path) -> None:
-    """Flush a finished file to disk and give it its name in one atomic step."""
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); ask its owner for the permission") from None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    publish(partial, path)
+def _parse(path: Path, text: str, name: str) -> dict[str, Any]:
+    """A metadata entry that must be a JSON object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: its metadata entry {name} is no JSON object; use an earlier file")
+    return value
+
+
+def _list_of(value: Any, *kinds: type) -> bool:
+    return isinstance(value, list) and all(type(item) in kinds for item in value)

@@ -1,26 +1,62 @@
 """What happens when a loss or a gradient is not finite.
 
 The guard asks the device once a step, together with the gradient norm that clipping needs anyway; only a step that has
-failed is taken apart to name the term, the pictures and the parameter.
+failed is taken apart to name the term, the pictures and the parameter. A step that is left out leaves nothing behind:
+the running statistics of batch normalisation, which a forward pass changes, are set back too.
 """
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from brs_detr.engine.checkpoint import publish
 from brs_detr.engine.sharding import local, whole
+from brs_detr.engine.storage import NonFiniteError, write_file
 from brs_detr.ops.images import ImageBatch
+
+__all__ = ["Batch", "NonFiniteError", "RunningStatistics", "describe", "finite", "inspect", "save_batch"]
 
 Batch = tuple[ImageBatch, list[dict[str, Any]]]
 
 
-class NonFiniteError(RuntimeError):
-    """A loss or gradient became NaN or infinite; the message says at which step, in which term, on which pictures."""
+class RunningStatistics:
+    """The running statistics of a model's normalisation layers, the only buffers that a forward pass changes.
+
+    Frozen layers have none. All work stays on the device, in a handful of kernels; nothing waits for it.
+
+    Args:
+        model: in training mode or not; its layers are looked for once.
+    """
+
+    def __init__(self, model: nn.Module):
+        layers = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._NormBase)]
+        buffers = [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
+        self.numbers = [buffer for buffer in buffers if buffer.is_floating_point()]
+        self.live = [*self.numbers, *(buffer for buffer in buffers if not buffer.is_floating_point())]
+        self.kept = [buffer.clone() for buffer in self.live]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Remember them as they are."""
+        if self.live:
+            torch._foreach_copy_(self.kept, self.live)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Set them back to what was kept."""
+        if self.live:
+            torch._foreach_copy_(self.live, self.kept)
+
+    def largest(self, like: Tensor) -> Tensor:
+        """() the largest magnitude among them, NaN or infinite where one of them is; 0 where there are none."""
+        if not self.numbers:
+            return torch.zeros_like(like)
+        norms = torch._foreach_norm(self.numbers, ord=float("inf"))
+        return torch.stack([norm.to(like.device, like.dtype) for norm in norms]).sum()
 
 
 def finite(total: Tensor, norm: Tensor) -> Tensor:
@@ -29,10 +65,11 @@ def finite(total: Tensor, norm: Tensor) -> Tensor:
 
 
 class Findings(NamedTuple):
-    """What one process sees of a failed step: sentences on its loss terms, the first gradient, its pictures' ids."""
+    """What one process sees of a failed step: sentences on its loss terms, first gradient and buffer, pictures' ids."""
 
     terms: str
     gradient: str
+    buffer: str
     images: str
 
 
@@ -54,7 +91,9 @@ def inspect(terms: list[dict[str, Tensor]], batches: list[Batch], model: nn.Modu
             parts.append(f"loss {plural} {', '.join(bad[:3])}{more} {verb} not finite (images {_ids(targets)})")
     gradients = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
     bad = next((name for name, gradient in gradients if not torch.isfinite(local(gradient)).all().item()), "")
-    return Findings("; ".join(parts), bad, _ids([target for _, targets in batches for target in targets]))
+    buffers = ((name, b) for name, b in model.named_buffers() if b.is_floating_point())
+    buffer = next((name for name, value in buffers if not torch.isfinite(local(value)).all().item()), "")
+    return Findings("; ".join(parts), bad, buffer, _ids([target for _, targets in batches for target in targets]))
 
 
 def describe(findings: list[Findings]) -> tuple[str, int]:
@@ -71,6 +110,9 @@ def describe(findings: list[Findings]) -> tuple[str, int]:
         return "; ".join(f"process {p}: {text}" if several else text for p, text in guilty.items()), min(guilty)
     images = ", ".join(found.images for found in findings)
     name = next((found.gradient for found in findings if found.gradient), None)
+    buffer = next((found.buffer for found in findings if found.buffer), None)
+    if name is None and buffer is not None:
+        return f"losses and gradients are finite, but the running statistics {buffer} are not (images {images})", 0
     if name is None:
         return f"losses and gradients are finite one by one, but too large to be summed (images {images})", 0
     return f"every loss term is finite, but the gradient of {name} is not (images {images})", 0
@@ -84,17 +126,19 @@ def save_batch(
 
     `torch.load(path, weights_only=True)` reads it back: {"seed", "step", "process", "facts", "weights", "batches"},
     each batch with the fields of an `ImageBatch` and its "targets". `python -m brs_detr replay` runs it again.
+
+    Raises:
+        StorageError: it could not be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     stored = [
         {"pixels": i.pixels.cpu(), "sizes": i.sizes, "original_sizes": i.original_sizes, "targets": targets}
         for i, targets in batches
     ]
     weights = {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}
     place = {"seed": seed, "step": step, "process": process, "facts": facts}
-    partial = path.with_name(f".{path.name}.partial")
-    torch.save({**place, "batches": stored, "weights": weights}, partial)
-    publish(partial, path)
+    content = io.BytesIO()  # written to a file, torch hides why the disk has refused
+    torch.save({**place, "batches": stored, "weights": weights}, content)
+    write_file(path, lambda file: file.write(content.getbuffer()))
 
 
 def _ids(targets: list[dict[str, Any]]) -> str:

@@ -5,10 +5,12 @@ Loss terms stay on the device until they are reported, so logging costs no synch
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,46 +19,52 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from brs_detr.engine.checkpoint import write_text
+from brs_detr.engine.storage import describe_fault, write_text
 
 
 class RunLog:
     """log.txt, metrics.jsonl and Accelerate's trackers of one run; silent on all but the main process.
+
+    Once the run has begun, a line that cannot be written never ends it: that is said once on stderr, and the next line
+    is tried again. A folder that was removed is made anew.
 
     Args:
         folder: the run's folder.
         accelerator: of the launch; its trackers, where any were initialised, get every metric too.
         resumed_at: {"step", "epoch"} completed when the run goes on: later lines of metrics.jsonl are of steps and
             validations that will be repeated, and are dropped; None for a fresh run, which starts empty files.
+
+    Raises:
+        StorageError: the files cannot be written.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, resumed_at: dict[str, Any] | None = None):
         self.accelerator = accelerator
         self.main = accelerator.is_main_process
         self.text_path, self.metrics_path = folder / "log.txt", folder / "metrics.jsonl"
+        self.torn: set[Path] = set()  # files whose last line may be half a line
+        self.told: set[str] = set()
         if not self.main:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         lines = read_metrics(self.metrics_path) if resumed_at is not None else []
         kept = [json.dumps(line) + "\n" for line in lines if not _is_later(line, resumed_at)]
         write_text(self.metrics_path, "".join(kept))
         if resumed_at is None:
-            self.text_path.write_text("", encoding="utf-8")
+            write_text(self.text_path, "")
 
     def say(self, text: str) -> None:
         """Print a message and append it to log.txt, without breaking a progress bar."""
         if not self.main:
             return
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # stdout may be a file on a full disk
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
         self.note(text)
 
     def note(self, text: str) -> None:
         """Append a message to log.txt only."""
-        if not self.main:
-            return
-        with self.text_path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        if self.main:
+            self._append(self.text_path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def metrics(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append one line `{"kind": ..., "step": ..., **values}` and hand its numbers to the trackers.
@@ -68,13 +76,45 @@ class RunLog:
         """
         if not self.main:
             return
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._append(self.metrics_path, json.dumps({"kind": kind, "step": step, **values}) + "\n")
         flat = {}
         for name, value in values.items():
             inner = value.items() if isinstance(value, dict) else [("", value)]
             flat |= {f"{kind}/{name}{'/' if key else ''}{key}": v for key, v in inner if isinstance(v, (int, float))}
-        self.accelerator.log(flat, step=step)
+        self._track(lambda: self.accelerator.log(flat, step=step))
+
+    def end(self) -> None:
+        """Let the trackers write what they hold back; every process calls it."""
+        self._track(self.accelerator.end_training)
+
+    def _append(self, path: Path, text: str) -> None:
+        begin = "\n" if path in self.torn else ""
+        try:
+            if not path.parent.is_dir():
+                path.parent.mkdir(parents=True)
+                self._warn("folder", f"{path.parent}: was removed while the run was writing to it; it is made anew.")
+            with path.open("a", encoding="utf-8") as file:
+                file.write(begin + text)
+            self.torn.discard(path)
+        except OSError as error:
+            self.torn.add(path)
+            fact, mend = describe_fault(path.parent, error)
+            self._warn(path.name, f"{path.name} misses lines: {fact}. {mend}; the run goes on meanwhile.")
+
+    def _track(self, work: Callable[[], object]) -> None:
+        """Trackers have faults of their own kinds, and none of them is worth a training."""
+        try:
+            work()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            self._warn("trackers", f"train.trackers: figures are missing ({reason}). The run goes on without them.")
+
+    def _warn(self, about: str, text: str) -> None:
+        """Say something on stderr, once: log.txt may be what cannot be written."""
+        if about not in self.told:
+            self.told.add(about)
+            with contextlib.suppress(OSError):
+                tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 def _is_later(line: dict[str, Any], place: dict[str, Any]) -> bool:
@@ -83,16 +123,24 @@ def _is_later(line: dict[str, Any], place: dict[str, Any]) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """The complete lines of a metrics.jsonl; what a kill, a full disk or another program left of others is passed over.
+
+    Every line returned has "kind" and "step", and one of a validation "epoch".
+    """
     if not path.is_file():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and _has_place(line):
+                lines.append(line)
     return lines
+
+
+def _has_place(line: dict[str, Any]) -> bool:
+    numbers = [line.get("step"), *([line.get("epoch")] if line.get("kind") == "val" else [])]
+    return isinstance(line.get("kind"), str) and all(type(number) in (int, float) for number in numbers)
 
 
 class LossMeter:
@@ -115,13 +163,20 @@ class LossMeter:
         means = accelerator.reduce(merged, reduction="mean").split([len(keys) for keys in names])
         self.pending = list(zip(names, means, strict=True))
 
-    def state_dict(self) -> dict[str, Any]:
-        """What is not reported yet; saved with the run, so that a resumed one reports the same means."""
-        return {"pending": [(list(names), values.cpu()) for names, values in self.pending]}
+    def state(self) -> list[list[Any]]:
+        """What is not reported yet, as plain values; saved with the run, so that a resumed one reports the same."""
+        return [[list(names), values.tolist()] for names, values in self.pending]
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Called by Accelerate when it loads."""
-        self.pending = [(tuple(names), values) for names, values in state["pending"]]
+    def set_state(self, pending: list[list[Any]]) -> None:
+        """Take over what `state` gave.
+
+        Raises:
+            ValueError, TypeError: it makes no sense.
+        """
+        found = [(tuple(names), torch.tensor(values, dtype=torch.float32)) for names, values in pending]
+        if any(values.shape != (len(names),) or not all(isinstance(n, str) for n in names) for names, values in found):
+            raise ValueError("names and values of the loss terms differ in number")
+        self.pending = found
 
     def mean(self, accelerator: Accelerator) -> dict[str, float]:
         """Mean of every term over the batches added since the last call and over all processes; starts afresh."""

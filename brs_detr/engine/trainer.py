@@ -29,13 +29,25 @@ from torch.profiler import record_function
 from brs_detr.engine.agreement import raise_together
 from brs_detr.engine.devices import seed_step, share_buffers, to_device
 from brs_detr.engine.gradients import average_whole_gradients, clip_gradients, gradient_norm
-from brs_detr.engine.guard import Batch, NonFiniteError, describe, finite, inspect, save_batch
+from brs_detr.engine.guard import (
+    Batch,
+    NonFiniteError,
+    RunningStatistics,
+    describe,
+    finite,
+    inspect,
+    save_batch,
+)
 from brs_detr.engine.logging import LossMeter, RunLog, grouped, json_number
 from brs_detr.engine.optim import Schedule, set_learning_rate
 from brs_detr.engine.progress import Progress, Stopwatch, duration
 from brs_detr.engine.sharding import is_sharded, whole_weights
-from brs_detr.engine.state import Position, save_state
+from brs_detr.engine.snapshot import Position, Training
+from brs_detr.engine.state import load_state, save_state
+from brs_detr.engine.storage import StorageError, together
 from brs_detr.exit_codes import ExitCode, Interruption
+
+BEST, LAST = "best.safetensors", "last.safetensors"
 
 
 class Batches(Protocol):
@@ -61,6 +73,7 @@ class Settings:
     save_every: int | None
     patience: int | None
     on_nonfinite: str
+    max_skipped: int
     facts: dict[str, Any]
 
 
@@ -68,7 +81,7 @@ class Trainer:
     """Trains a prepared detector to the end, or until it is told to stop.
 
     Args:
-        accelerator: of the launch; the trainer registers its position with it.
+        accelerator: of the launch.
         model: returned by `accelerator.prepare`.
         optimizer: returned by `accelerator.prepare`; its groups carry "initial_lr".
         schedule: factor on the learning rate by step.
@@ -102,8 +115,8 @@ class Trainer:
         self.folder, self.log, self.validate, self.save, self.ema = folder, log, validate, save, ema
         self.meter, self.watch = LossMeter(), Stopwatch()
         self.epoch_sums: Counter[str] = Counter()
-        self.position = Position(ema=ema.module if ema is not None else None)
-        accelerator.register_for_checkpointing(self.position, self.meter)
+        self.position = Position()
+        self.statistics = RunningStatistics(model)
         self.asked_to_stop = False
         self.lr = 0.0
 
@@ -111,6 +124,14 @@ class Trainer:
     def steps_per_epoch(self) -> int:
         """Optimiser steps of an epoch; the last may hold fewer accumulated batches."""
         return math.ceil(len(self.batches) / self.settings.accumulate)
+
+    def resume(self, state: Path) -> None:
+        """Take up the training where a saved state left it; every process calls it, before `fit`.
+
+        Raises:
+            CheckpointError: the state is damaged, or of another detector.
+        """
+        load_state(state, self._training())
 
     def fit(self) -> bool:
         """Train from the current position to the end.
@@ -120,13 +141,16 @@ class Trainer:
 
         Raises:
             Interruption: the batches of some process do not come (the state of the last completed step is saved).
-            NonFiniteError: a loss or gradient was not finite and `on_nonfinite` is "stop".
+            NonFiniteError: a loss or gradient was not finite and `on_nonfinite` is "stop", or too many were.
+            StorageError: the state or the weights could not be written.
         """
         if self.position.epoch >= self.settings.epochs:
             self.log.say(
                 f"this run is complete: {self.position.epoch} of {self.settings.epochs} epochs; to go on, "
                 "raise its length and set train.allow_changes=true"
             )
+        else:
+            self._forget_lost_best()
         with self._listening():
             try:
                 finished = self._train()
@@ -215,6 +239,7 @@ class Trainer:
         accelerator, position = self.accelerator, self.position
         seed_step(self.settings.seed, position.step, accelerator.process_index)
         self.lr = set_learning_rate(self.optimizer, self.schedule.factor(position.step))
+        self.statistics.keep()
         all_terms = []
         for index, (images, targets) in enumerate(group):
             last = index + 1 == len(group)
@@ -232,6 +257,7 @@ class Trainer:
         norm = gradient_norm(self.model).to(accelerator.device, torch.float32)
         healthy, stop = self._agree(all_terms, norm)
         if healthy:
+            position.skipped_in_a_row = 0
             if self.settings.clip_norm is not None:
                 clip_gradients(self.model, norm, self.settings.clip_norm)
             with record_function("step: optimiser"):
@@ -254,7 +280,7 @@ class Trainer:
         # still not finite where gradients are no longer enlarged would be skipped for ever
         scaler = self.accelerator.scaler
         enlarged = scaler is not None and scaler.is_enabled() and scaler.get_scale() > 1
-        bad = ~finite(total, total if enlarged else norm)
+        bad = ~finite(total, total if enlarged else norm) | ~torch.isfinite(self.statistics.largest(total))
         flags = torch.stack([bad.float(), torch.full_like(total, float(self.asked_to_stop))])
         if self.accelerator.num_processes > 1:
             flags = self.accelerator.reduce(flags, reduction="sum")
@@ -265,7 +291,9 @@ class Trainer:
         accelerator, settings, step = self.accelerator, self.settings, self.position.step
         model = accelerator.unwrap_model(self.model)
         what, process = describe(gather_object([inspect(all_terms, group, model)]))
+        self.statistics.restore()
         self.position.skipped += 1
+        self.position.skipped_in_a_row += 1
         if settings.on_nonfinite == "stop" or self.position.skipped == 1:
             several = accelerator.num_processes > 1
             mine, theirs = (
@@ -273,11 +301,21 @@ class Trainer:
                 for rank in (accelerator.process_index, process)
             )
             facts = {"process": accelerator.process_index, "facts": settings.facts, "seed": settings.seed}
-            save_batch(mine, step=step, batches=group, model=model, **facts)
-            what += f"; the batch is saved, see `python -m brs_detr replay {theirs}`"
+            try:
+                save_batch(mine, step=step, batches=group, model=model, **facts)
+                what += f"; the batch is saved, see `python -m brs_detr replay {theirs}`"
+            except StorageError as error:
+                what += f"; the batch is not saved ({error})"
         if settings.on_nonfinite == "stop":
             accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
             raise NonFiniteError(f"step {step}: {what}. To skip such steps and go on: train.on_nonfinite=skip")
+        most = min(settings.max_skipped, settings.epochs * self.steps_per_epoch)
+        if self.position.skipped_in_a_row >= most:
+            accelerator.wait_for_everyone()
+            raise NonFiniteError(
+                f"step {step}: {what}. {most} steps in a row were skipped and nothing is learned any more; lower "
+                "optim.lr, or look at the pictures (train.max_skipped is the number of steps)."
+            )
         self.log.say(f"step {step}: {what}; skipped ({self.position.skipped} so far)")
         self.log.metrics("skipped", step, {"reason": what, "count": self.position.skipped})
 
@@ -319,6 +357,7 @@ class Trainer:
     def _validate(self) -> None:
         """Evaluate, keep the weights just evaluated as the last ones, and as the best ones where they are."""
         accelerator, position = self.accelerator, self.position
+        self._forget_lost_best()
         module = self.ema.module if self.ema is not None else accelerator.unwrap_model(self.model)
         if accelerator.num_processes > 1:
             share_buffers(module)
@@ -336,10 +375,9 @@ class Trainer:
             if missing := figures.get("images_left_out"):
                 shown += f" on {figures['images']:,} of {figures['images'] + missing:,} images"
             self.log.say(f"epoch {position.epoch}/{self.settings.epochs} validation: {shown}{mark}")
-        if accelerator.is_main_process:
-            facts = {"epoch": position.epoch, "step": position.step, "metrics": figures}
-            for name in ("last", "best") if better or self.validate is None else ("last",):
-                self.save(f"{name}.safetensors", weights, facts)
+        facts = {"epoch": position.epoch, "step": position.step, "metrics": figures}
+        names = (LAST, BEST) if better or self.validate is None else (LAST,)
+        together(accelerator, lambda: [self.save(name, weights, facts) for name in names])
 
     def _from_main(self, value: float) -> float:
         """The main process's value, in every process."""
@@ -348,11 +386,27 @@ class Trainer:
         mine = torch.tensor([value if self.accelerator.is_main_process else 0.0], dtype=torch.float64)
         return self.accelerator.reduce(mine.to(self.accelerator.device), reduction="sum").item()
 
+    def _forget_lost_best(self) -> None:
+        """Where the best weights were deleted, say so; those validated next are then the best ones that there are."""
+        position = self.position
+        lost = position.best is not None and not (self.folder / BEST).is_file()
+        if self._from_main(float(lost)):
+            self.log.say(
+                f"warning: {self.folder / BEST} is gone, whose AP was {position.best:.4f}; the weights of the next "
+                "validation are kept as the best ones, whatever their AP"
+            )
+            position.best = None
+
+    def _training(self) -> Training:
+        average = self.ema.module if self.ema is not None else None
+        return Training(self.accelerator, self.model, self.optimizer, average, self.position, self.meter)
+
     def _save_state(self) -> None:
         self.meter.share(self.accelerator)
-        if is_sharded(self.accelerator):  # batch statistics of any process would be saved, the main one's count
+        if is_sharded(self.accelerator):  # the main process's batch statistics are saved, and count for all from here
             share_buffers(self.model)
-        save_state(self.folder / "state", self.accelerator, self.position, self.settings.facts)
+        for note in save_state(self.folder / "state", self._training(), self.settings.facts):
+            self.log.say(note)
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:

@@ -64,12 +64,12 @@ def draw_precision_recall(
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a json-lines file; a line cut short by a kill is passed over."""
+    """The records of a json-lines file; a line cut short by a kill, or damaged, is passed over."""
     records = []
-    for text in Path(path).read_text(encoding="utf-8").splitlines():
+    for text in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             record = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             records.append(record)

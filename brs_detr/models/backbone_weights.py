@@ -44,6 +44,9 @@ def read_weights(path: str | Path) -> State:
         raise ValueError(
             f"{path} holds Python objects besides tensors and is not opened; save its state dict alone with torch.save"
         ) from error
+    except Exception as error:  # torch raises many kinds for a damaged or foreign file
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ValueError(f"{path} is damaged or no PyTorch file ({reason}); fetch it again") from error
     while isinstance(content, dict) and (key := next((k for k in WRAPPERS if isinstance(content.get(k), dict)), None)):
         content = content[key]
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}

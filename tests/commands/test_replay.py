@@ -90,3 +90,17 @@ def test_the_first_module_the_terms_and_the_gradients_are_named():
     faults = replay.replay_batch(Toy(float("inf")), *batch(1), "no")
     assert faults[0] == "the first module whose output is not finite: first (1 altogether)"
     assert faults[1] == "loss terms that are not finite: loss"
+
+
+def test_a_file_with_other_contents_is_refused_in_a_sentence(saved, tmp_path, capsys):
+    content = torch.load(saved, weights_only=True)
+    path = tmp_path / "nonfinite-8.pt"
+    stored = content["batches"][0]
+    odd = [{"facts": []}, {"facts": {"config": {}}}, {"facts": content["facts"] | {"classes": 3}}, {"weights": [1]}]
+    odd += [{"seed": "x"}, {"batches": [1]}, {"batches": [{"pixels": 1}]}, {"batches": [stored | {"targets": [1]}]}]
+    odd += [{"batches": [stored | {"sizes": []}]}, {"facts": content["facts"] | {"config": {"model": {"dim": []}}}}]
+    for change in odd:
+        torch.save({**content, **change}, path)
+        assert cli.main(["replay", str(path), "--device", "cpu"]) == 2, change
+        error = capsys.readouterr().err.strip()
+        assert error.startswith(f"error: {path}: ") and "\n" not in error, error

@@ -14,6 +14,8 @@ CHECKS = (
     "resume",
     "buffers",
     "non-finite",
+    "skipped",
+    "unwritable",
     "shared folder",
     "scaler",
     "interruption",

@@ -107,6 +107,8 @@ def jobs_of(folder, data):
         job("killed", *ACCUMULATED, kill=3),
         job("unsharded", *ACCUMULATED, environment=PLAIN, **resume),
         job("resumed", *ACCUMULATED, **resume),
+        job("begun", *ACCUMULATED, kill=3),
+        job("changed", *ACCUMULATED, "train.allow_changes=true", environment=PLAIN, flags=["--resume"], out="begun"),
         job("bf16-killed", *BF16, "train.save_every=1", environment=PLAIN, kill=1),
         job("bf16-resumed", *BF16, "train.save_every=1", environment=PLAIN, flags=["--resume"], out="bf16-killed"),
         job("poisoned", poison=1),
@@ -226,19 +228,26 @@ def test_killed_and_resumed_under_bf16_without_sharding_too(runs):
 
 def test_a_sharded_state_is_refused_by_a_launch_that_does_not_shard(runs):
     assert runs.codes["unsharded"] == [2, 2]
-    assert "was saved with FSDP, which this launch does not use" in runs.printed("unsharded")
+    assert "launch sharded (FSDP): True -> False" in runs.printed("unsharded")
 
 
-def test_a_damaged_shard_is_named_and_the_state_before_it_used(runs, tmp_path):
+def test_a_launch_that_does_not_shard_goes_on_with_a_sharded_state_where_it_is_told_to(runs):
+    assert runs.codes["changed"] == [0, 0], runs.printed("changed")
+    plain, changed = runs.training("accumulated-plain"), runs.training("begun")
+    assert [line["step"] for line in changed] == [line["step"] for line in plain]
+    assert changed[-1]["loss"] == pytest.approx(plain[-1]["loss"], rel=5e-2)
+
+
+def test_a_damaged_state_is_named_and_the_state_before_it_used(runs, tmp_path):
     shutil.copytree(runs.folder / "accumulated" / "state", tmp_path / "state")
     newest, _ = latest_state(tmp_path / "state")
-    shard = sorted(newest.glob("optimizer_0/*.distcp"))[-1]
-    content = bytearray(shard.read_bytes())
+    part = newest / "optimizer.safetensors"
+    content = bytearray(part.read_bytes())
     content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
+    part.write_bytes(content)
     used, complaints = latest_state(tmp_path / "state")
     assert used.name < newest.name
-    assert len(complaints) == 1 and str(shard.relative_to(newest)) in complaints[0]
+    assert len(complaints) == 1 and part.name in complaints[0]
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_all(runs):

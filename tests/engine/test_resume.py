@@ -57,9 +57,9 @@ def resume(toy, folder):
     """A trainer placed where the run in the folder stands."""
     state, _ = latest_state(folder / "state")
     options = {"ema": 0.9, "save_every": 3, "count": 9}
-    trainer, accelerator = toy.build(folder, resumed_at=None if state is None else read_facts(state), **options)
+    trainer, _ = toy.build(folder, resumed_at=None if state is None else read_facts(state), **options)
     if state is not None:
-        accelerator.load_state(str(state))
+        trainer.resume(state)
     return trainer
 
 
@@ -131,8 +131,8 @@ def test_told_to_stop_during_validation_it_ends_after_it_without_another_step(to
 
 def test_a_finished_run_that_is_resumed_says_so(toy, tmp_path, capsys):
     assert toy.build(tmp_path, epochs=1)[0].fit()
-    trainer, accelerator = toy.build(tmp_path, epochs=1)
-    accelerator.load_state(str(latest_state(tmp_path / "state")[0]))
+    trainer, _ = toy.build(tmp_path, epochs=1)
+    trainer.resume(latest_state(tmp_path / "state")[0])
     assert trainer.fit()
     assert "this run is complete: 1 of 1 epochs" in capsys.readouterr().out
 
@@ -141,7 +141,7 @@ def test_a_finished_run_that_is_resumed_says_so(toy, tmp_path, capsys):
 def test_a_damaged_state_is_named_and_the_one_before_it_used(toy, reference, tmp_path, weights, damage):
     shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
     newest, _ = latest_state(tmp_path / "state")
-    victim = newest / ("manifest.json" if damage == "manifest" else "optimizer.bin")
+    victim = newest / ("manifest.json" if damage == "manifest" else "optimizer.safetensors")
     content = bytearray(victim.read_bytes())
     if damage == "missing":
         victim.unlink()

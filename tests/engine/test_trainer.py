@@ -1,6 +1,7 @@
 """The training loop: accumulation, clipping, non-finite steps, averaging, early stopping."""
 
 import dataclasses
+import errno
 import math
 
 import pytest
@@ -109,14 +110,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_what_reproduces_it(t
 def test_a_batch_that_could_not_be_written_to_its_end_leaves_no_file_of_its_name(toy, tmp_path, monkeypatch):
     trainer, _ = toy.build(tmp_path, poison=(0, 0))
 
-    def full(content, path):
-        path.write_bytes(b"half of it")
-        raise OSError("no space left")
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(NonFiniteError, match=r"step 0: .*the batch is not saved .*not enough room on the disk"):
         trainer.fit()
-    assert not list(tmp_path.glob("nonfinite-*"))
+    assert not list(tmp_path.glob("*nonfinite-*"))
 
 
 def test_a_gradient_that_is_not_finite_is_named_by_its_parameter(toy, tmp_path):
@@ -222,9 +222,9 @@ def test_a_run_that_ended_early_trains_no_further_when_it_is_resumed(toy, tmp_pa
     trainer.validate = lambda module: {"AP": 0.5}
     trainer.fit()
     state, _ = latest_state(tmp_path / "state")
-    resumed, accelerator = toy.build(tmp_path, epochs=9, resumed_at=read_facts(state))
+    resumed, _ = toy.build(tmp_path, epochs=9, resumed_at=read_facts(state))
     resumed.settings = trainer.settings
-    accelerator.load_state(str(state))
+    resumed.resume(state)
     assert resumed.fit() and resumed.position.epoch == trainer.position.epoch == 3
 
 
@@ -283,3 +283,88 @@ def test_a_head_without_any_loss_in_an_epoch_is_named(toy, tmp_path, capsys):
 def test_heads_with_a_loss_are_not(toy, tmp_path, capsys):
     assert toy.build(tmp_path, epochs=1)[0].fit()
     assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("aside", [False, True])
+def test_a_skipped_step_leaves_no_trace_in_running_statistics(toy, tmp_path, weights, capsys, aside):
+    """The first batch of the group is sound and the second poisoned: both are undone."""
+    options = {"on_nonfinite": "skip", "ema": 0.9, "poison": (0, 3), "accumulate": 2}
+    trainer, _ = toy.build(tmp_path, model=toy.Normalised(aside), **options)
+    step, seen = trainer.step, []
+
+    def watched(group):
+        before = [buffer.clone() for buffer in trainer.model.buffers()]
+        step(group)
+        same = all(torch.equal(a, b) for a, b in zip(before, trainer.model.buffers(), strict=True))
+        seen.append(same)
+
+    trainer.step = watched
+    assert trainer.fit() and trainer.position.skipped == 1
+    assert [number for number, same in enumerate(seen) if same] == [1]
+    assert trainer.model.norm.num_batches_tracked == 3 * 7 - 2
+    for module in (trainer.model, trainer.ema.module):
+        assert all(torch.isfinite(value).all() for value in module.state_dict().values())
+    for name in ("best", "last"):
+        assert all(torch.isfinite(value).all() for value in weights(tmp_path / f"{name}.safetensors").values())
+    saved = torch.load(tmp_path / "nonfinite-1.pt", weights_only=True)["weights"]
+    assert all(torch.isfinite(value).all() for value in saved.values())
+    said = capsys.readouterr().out
+    assert ("running statistics norm.running_mean are not" if aside else "loss term decoder.0.l1 is not") in said
+
+
+def always_poisoned(trainer):
+    """Every batch holds a NaN."""
+    epoch = trainer.batches.epoch
+
+    def poisoned(*place):
+        for images, targets in epoch(*place):
+            targets[0]["boxes"][0, 0] = math.nan
+            yield images, targets
+
+    trainer.batches.epoch = poisoned
+
+
+@pytest.mark.parametrize(("most", "steps"), [(5, 5), (20, 12)])
+def test_a_run_that_only_skips_does_not_end_well(toy, tmp_path, most, steps):
+    """Three epochs of four steps: fewer than twenty, of which not one was taken."""
+    trainer, _ = toy.build(tmp_path, on_nonfinite="skip", max_skipped=most)
+    always_poisoned(trainer)
+    with pytest.raises(NonFiniteError, match=rf"{steps} steps in a row were skipped"):
+        trainer.fit()
+    assert trainer.position.skipped == steps
+
+
+def test_steps_that_are_taken_start_the_count_anew(toy, tmp_path):
+    trainer, _ = toy.build(tmp_path, on_nonfinite="skip", max_skipped=2, poison=(0, 0), accumulate=1)
+    trainer.batches.poison = None
+    epoch = trainer.batches.epoch
+
+    def every_other(*place):
+        for index, (images, targets) in enumerate(epoch(*place)):
+            if index % 2:
+                targets[0]["boxes"][0, 0] = math.nan
+            yield images, targets
+
+    trainer.batches.epoch = every_other
+    assert trainer.fit() and trainer.position.skipped == 9
+
+
+def test_best_weights_that_were_deleted_are_missed(toy, tmp_path, capsys, weights):
+    trainer, _ = toy.build(tmp_path)
+    scores = iter([0.5, 0.3, 0.2])
+
+    def validate(module):
+        (tmp_path / "best.safetensors").unlink() if trainer.position.epoch == 2 else None
+        return {"AP": next(scores)}
+
+    trainer.validate = validate
+    trainer.fit()
+    assert "best.safetensors is gone, whose AP was 0.5000" in capsys.readouterr().out
+    assert trainer.position.best == 0.2 and (tmp_path / "best.safetensors").is_file()
+    (tmp_path / "best.safetensors").unlink()
+    resumed, _ = toy.build(tmp_path, epochs=4, resumed_at=read_facts(latest_state(tmp_path / "state")[0]))
+    resumed.resume(latest_state(tmp_path / "state")[0])
+    resumed.validate = lambda module: {"AP": 0.1}
+    resumed.fit()
+    assert "best.safetensors is gone, whose AP was 0.2000" in capsys.readouterr().out
+    assert resumed.position.best == 0.1 and (tmp_path / "best.safetensors").is_file()

@@ -22,6 +22,7 @@ from brs_detr.engine.guard import NonFiniteError
 from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.sharding import whole
 from brs_detr.engine.state import agreed_state, read_facts
+from brs_detr.engine.storage import StorageError
 from brs_detr.exit_codes import ExitCode, Interruption
 from brs_detr.models.build import build_model
 from brs_detr.ops.images import ImageBatch
@@ -144,7 +145,7 @@ def check_resume(accelerator, folder):
     assert stopped.fit() is False
     state, _ = agreed_state(folder / "stopped" / "state", accelerator)
     resumed, _ = toy.build(folder / "stopped", accelerator=accelerator, ema=0.9, resumed_at=read_facts(state))
-    accelerator.load_state(str(state))
+    resumed.resume(state)
     assert 0 < resumed.position.step < whole.position.step
     resumed.fit()
     for ours, theirs in zip(resumed.model.parameters(), reference):
@@ -237,10 +238,40 @@ def check_interrupted_validation(accelerator, folder):
 def assert_resumed_alike(accelerator, folder, reference):
     state, _ = agreed_state(folder / "state", accelerator)
     resumed, _ = toy.build(folder, accelerator=accelerator, resumed_at=read_facts(state))
-    accelerator.load_state(str(state))
+    resumed.resume(state)
     resumed.fit()
     assert [line["epoch"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "val"] == [1, 2, 3]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(resumed.model.parameters(), reference))
+
+
+def check_skipped(accelerator, folder):
+    """One process meets a NaN in the second batch of a step: both leave the step out, running statistics included."""
+    poison = (0, 3) if accelerator.process_index == 1 else None
+    options = {"on_nonfinite": "skip", "model": toy.Normalised(), "ema": 0.9, "epochs": 1}
+    trainer, _ = toy.build(folder / "skipped", accelerator=accelerator, poison=poison, **options)
+    step, same = trainer.step, []
+
+    def watched(group):
+        before = [value.clone() for value in trainer.model.state_dict().values()]
+        step(group)
+        same.append(all(torch.equal(a, b) for a, b in zip(before, trainer.model.state_dict().values(), strict=True)))
+
+    trainer.step = watched
+    assert trainer.fit() and trainer.position.skipped == 1
+    assert same == [False, True, False, False]
+    assert all(torch.isfinite(value).all() for value in trainer.ema.module.state_dict().values())
+    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    torch.testing.assert_close(accelerator.reduce(weights.clone(), "mean"), weights)
+
+
+def check_unwritable(accelerator, folder):
+    """The main process cannot write: both end with its sentence, and none waits for the other."""
+    trainer, _ = toy.build(folder / "unwritable", accelerator=accelerator)
+    (folder / "unwritable").mkdir(exist_ok=True)
+    (folder / "unwritable" / "state").touch()
+    with pytest.raises(StorageError, match=r"unwritable/state: cannot be written to: "):
+        trainer.fit()
+    accelerator.wait_for_everyone()
 
 
 def check_shared_folder(accelerator, folder):
@@ -304,6 +335,8 @@ def main():
         "interruption": lambda: check_interruption(accelerator, folder),
         "interrupted validation": lambda: check_interrupted_validation(accelerator, folder),
         "non-finite": lambda: check_non_finite(accelerator, folder),
+        "skipped": lambda: check_skipped(accelerator, folder),
+        "unwritable": lambda: check_unwritable(accelerator, folder),
         "shared folder": lambda: check_shared_folder(accelerator, folder),
         "scaler": lambda: check_scaler(accelerator),
     }
