@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         flags = {name: True for name in ("resume", "overwrite") if getattr(options, name)}
         trial = "dry-run" if options.dry_run else "profile" if options.profile else None
         return train(replace(config, train=replace(config.train, **flags)), trial)
-    except (configuration.ConfigError, DataError, PictureError, CheckpointError, NonFiniteError) as error:
+    except (configuration.ConfigError, DataError, PictureError, CheckpointError, NonFiniteError, TargetError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_NOT_FINITE if isinstance(error, NonFiniteError) else EXIT_REFUSED
 
@@ -114,6 +114,7 @@ def train(config: configuration.Config, trial: str | None = None) -> int:
         validate=validator(train_set.category_ids, val_set, val_loader, config, accelerator, log.say, thresholds),
         save=save,
         ema=ema,
+        check_targets=partial(check_targets, num_classes=len(train_set.classes)),
     )
     if trial == "profile":
         log.say(profile_steps(trainer, Path(config.output_dir)))
