@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from timm.utils import ModelEmaV3
@@ -31,6 +32,7 @@ from brs_detr.engine.sharding import is_sharded, keep_known_layers, keep_scalars
 from brs_detr.engine.state import agreed_state, read_facts
 from brs_detr.engine.trainer import Trainer
 from brs_detr.launch import describe_machine, start_accelerator
+from brs_detr.ops.targets import TargetError, check_targets
 from brs_detr.resuming import (
     remove_run,
     require_free_folder,

@@ -13,6 +13,7 @@ from brs_detr.engine.guard import NonFiniteError
 from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.state import latest_state, read_facts
 from brs_detr.ops.images import ImageBatch
+from brs_detr.ops.targets import TargetError, check_targets
 
 
 class Mean(nn.Module):
@@ -274,3 +275,19 @@ def test_a_head_without_any_loss_in_an_epoch_is_named(toy, tmp_path, capsys):
 def test_heads_with_a_loss_are_not(toy, tmp_path, capsys):
     assert toy.build(tmp_path, epochs=1)[0].fit()
     assert "warning" not in capsys.readouterr().out
+
+
+def test_targets_are_checked_before_the_step_and_a_wrong_one_ends_the_training(toy, tmp_path):
+    trainer, _ = toy.build(tmp_path)
+    seen = []
+
+    def check(targets):
+        seen.append([target["image_id"] for target in targets])
+        assert all(target["labels"].device.type == "cpu" for target in targets)
+        if len(seen) == 3:
+            check_targets([{**targets[0], "labels": torch.tensor([0, 5])}], 3)
+
+    trainer.check_targets = check
+    with pytest.raises(TargetError, match=r"label of image \d+: 5 is none of 3 classes"):
+        trainer.fit()
+    assert trainer.position.step == 1 and len(seen) == 3  # two batches a step
