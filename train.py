@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from timm.utils import ModelEmaV3
@@ -43,6 +44,7 @@ from brs_detr.engine.storage import (
 from brs_detr.engine.trainer import Trainer
 from brs_detr.exit_codes import ExitCode, Interruption
 from brs_detr.launch import describe_machine, start_accelerator
+from brs_detr.ops.targets import TargetError, check_targets
 from brs_detr.resuming import (
     remove_run,
     require_free_folder,
@@ -77,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Interruption as error:
         complain(error)
         return error.code
-    except (configuration.ConfigError, DataError, PictureError, CheckpointError, NonFiniteError) as error:
+    except (configuration.ConfigError, DataError, PictureError, CheckpointError, NonFiniteError, TargetError) as error:
         complain(error)
         return ExitCode.NOT_FINITE if isinstance(error, NonFiniteError) else ExitCode.REFUSED
     except OSError as error:
@@ -142,6 +144,7 @@ def train(config: configuration.Config, trial: str | None = None) -> int:
         validate=validator(train_set.category_ids, val_set, val_loader, config, accelerator, log.say, thresholds),
         save=save,
         ema=ema,
+        check_targets=partial(check_targets, num_classes=len(train_set.classes)),
     )
     if state is not None:
         trainer.resume(state)

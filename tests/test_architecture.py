@@ -55,7 +55,7 @@ def test_a_part_imports_only_what_lies_below_it(part):
 
 
 def test_the_losses_can_be_lifted_out():
-    standard = {"__future__", "collections", "dataclasses", "functools", "math", "typing"}
+    standard = {"__future__", "collections", "dataclasses", "functools", "math", "typing", "warnings"}
     for path in files_of("losses"):
         outside = {name.split(".")[0] for name in imports_of(path)} - {"brs_detr"}
         assert outside <= LIBRARIES_OF_LOSSES | standard, f"{path.name} imports {sorted(outside)}"

@@ -12,7 +12,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -93,6 +93,7 @@ class Trainer:
             figures, among them "AP", in the main process and {} in the others. None: no validation.
         save: called in the main process with (file name, state dict, facts) to write a weights file.
         ema: the averaged model, or None.
+        check_targets: called with every batch's targets while they still lie on the CPU; raises where they are wrong.
     """
 
     def __init__(
@@ -109,10 +110,12 @@ class Trainer:
         validate: Callable[[nn.Module], dict[str, float]] | None,
         save: Callable[[str, dict[str, Tensor], dict[str, Any]], None],
         ema: ModelEmaV3 | None = None,
+        check_targets: Callable[[Sequence[dict[str, Any]]], None] | None = None,
     ):
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.schedule, self.batches, self.settings = schedule, batches, settings
         self.folder, self.log, self.validate, self.save, self.ema = folder, log, validate, save, ema
+        self.check_targets = check_targets
         self.meter, self.watch = LossMeter(), Stopwatch()
         self.epoch_sums: Counter[str] = Counter()
         self.position = Position()
@@ -243,6 +246,8 @@ class Trainer:
         all_terms = []
         for index, (images, targets) in enumerate(group):
             last = index + 1 == len(group)
+            if self.check_targets is not None:
+                self.check_targets(targets)
             with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
                 # Accelerate wraps the forward pass itself, but not of a sharded model
                 with accelerator.autocast(), record_function("step: forward"):

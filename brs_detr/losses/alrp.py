@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .identity import attach
 from .pairwise import EPS, alrp_pairwise
-from .ranking import Ranking, attached_zero, check_per_positive, negative_mask, prepare, rank
+from .precision import accumulation_dtype
+from .ranking import Ranking, attached_zero, negative_mask, prepare, rank
 
 
 class ALRP(NamedTuple):
@@ -24,7 +25,7 @@ def alrp_loss(
     *,
     valid: Tensor | None = None,
     delta: float = 1.0,
-    method: str = "bucketed",
+    method: str = "exact",
     scope: str = "process",
 ) -> ALRP:
     """The mean over positives of the LRP error at each positive's score.
@@ -56,18 +57,19 @@ def alrp_loss(
         two scalars in float32 or wider; zeros attached to the graph without positives.
 
     Raises:
-        ValueError: for an unknown method, a negative delta, or arguments whose shapes or types do not fit.
+        ValueError: for an unknown method, a delta that is negative or not finite, arguments whose shapes or types do
+            not fit, or positives that are out of range, double or ignored (on a GPU the device asserts).
     """
-    flat, valid, group = prepare(logits, positives, valid, delta, method, scope)
-    check_per_positive("localisation_error", localisation_error, positives)
+    flat, valid, group = prepare(logits, positives, valid, delta, method, scope, localisation_error=localisation_error)
     if group.positives == 0:
-        return ALRP(attached_zero(flat), localisation_error.sum().to(flat.dtype) + attached_zero(flat))
+        zero = attached_zero(flat, group)
+        return ALRP(zero, localisation_error.sum().to(flat.dtype) + zero)
     with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
-        error = localisation_error.detach().double()
+        error = localisation_error.detach().to(accumulation_dtype(flat.device))
         if method == "pairwise":
             order = flat[positives].argsort(stable=True)
             negative = negative_mask(flat, positives, valid)
-            value, ranks, gradient = alrp_pairwise(flat.double(), positives, error, negative, delta)
+            value, ranks, gradient = alrp_pairwise(flat.to(error.dtype), positives, error, negative, delta)
             share = torch.empty_like(ranks).index_copy_(0, order, _shares(ranks[order]))
         else:
             ranking = rank(flat, positives, valid, delta, method, group)
@@ -76,8 +78,9 @@ def alrp_loss(
         others = group.total((error * share).sum()) - (error * share).sum()
     with torch.autocast(flat.device.type, enabled=False):
         kind = flat.dtype
-        localisation = (localisation_error.to(kind) * share.to(kind)).sum() + others.to(kind)
-    return ALRP(attach(flat, value, gradient), localisation)
+        share = (share * group.sound).to(kind)
+        localisation = (localisation_error.to(kind) * share).sum() + others.to(kind)
+    return ALRP(attach(flat, value, gradient, group.sound), localisation)
 
 
 def _shares(ranks: Tensor) -> Tensor:

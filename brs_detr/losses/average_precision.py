@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .identity import attach
 from .pairwise import average_precision_pairwise
+from .precision import accumulation_dtype
 from .ranking import Ranking, attached_zero, negative_mask, prepare, rank
 
 
@@ -14,7 +15,7 @@ def average_precision_loss(
     *,
     valid: Tensor | None = None,
     delta: float = 1.0,
-    method: str = "bucketed",
+    method: str = "exact",
     scope: str = "process",
     interpolate: bool = False,
 ) -> Tensor:
@@ -44,19 +45,22 @@ def average_precision_loss(
         scalar in [0, 1], float32 or wider; a zero attached to the graph without positives.
 
     Raises:
-        ValueError: for an unknown method, a negative delta, or arguments whose shapes or types do not fit.
+        ValueError: for an unknown method, a delta that is negative or not finite, arguments whose shapes or types do
+            not fit, or positives that are out of range, double or ignored (on a GPU the device asserts).
     """
     flat, valid, group = prepare(logits, positives, valid, delta, method, scope)
     if group.positives == 0:
-        return attached_zero(flat)
+        return attached_zero(flat, group)
     with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
         if method == "pairwise":
             negative = negative_mask(flat, positives, valid)
-            terms = average_precision_pairwise(flat.double(), positives, negative, delta, interpolate)
+            terms = average_precision_pairwise(
+                flat.to(accumulation_dtype(flat.device)), positives, negative, delta, interpolate
+            )
         else:
             ranking = rank(flat, positives, valid, delta, method, group)
             terms = _from_ranking(ranking, full_self=method != "bucketed", interpolate=interpolate)
-    return attach(flat, *terms)
+    return attach(flat, *terms, group.sound)
 
 
 def _from_ranking(ranking: Ranking, full_self: bool, interpolate: bool) -> tuple[Tensor, Tensor]:
@@ -71,7 +75,7 @@ def _from_ranking(ranking: Ranking, full_self: bool, interpolate: bool) -> tuple
         best = (own / position).cummax(0)[0]
         raised = best > own / position
         # Only a positive below the best has false positives for certain, so only there may they divide.
-        weight = torch.where(raised, (1 - best) / false_positives.clamp(min=1e-300), weight)
+        weight = torch.where(raised, (1 - best) / false_positives.clamp(min=torch.finfo(weight.dtype).tiny), weight)
         error = 1 - best
     count = len(error)
     gradient = ranking.negatives.spread(weight / count).index_copy_(0, ranking.index, ranking.own(-error / count))

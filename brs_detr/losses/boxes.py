@@ -12,8 +12,12 @@ def _overlap(boxes: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Intersection and union areas (P,) of paired xyxy boxes."""
     width_height = (torch.min(boxes[:, 2:], targets[:, 2:]) - torch.max(boxes[:, :2], targets[:, :2])).clamp(min=0)
     intersection = width_height[:, 0] * width_height[:, 1]
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(1) + (targets[:, 2:] - targets[:, :2]).prod(1)
-    return intersection, area - intersection
+    return intersection, _area(boxes) + _area(targets) - intersection
+
+
+def _area(boxes: Tensor) -> Tensor:
+    """(P,) areas of xyxy boxes; a box whose corners are swapped is empty, else its area would be negative."""
+    return (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1)
 
 
 def _single_precision(boxes: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ def locate(points: Tensor, x: Tensor) -> Tensor:
 
     Args:
         points: (K,) ascending, K >= 1, finite.
-        x: (M,) same dtype, may be infinite.
+        x: (M,) same dtype, may be infinite; a NaN falls anywhere in 0..K.
 
     Returns:
         (M,) int32 in 0..K.

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .identity import attach
 from .pairwise import EPS, ndcg_pairwise
+from .precision import accumulation_dtype
 from .ranking import Ranking, attached_zero, negative_mask, prepare, rank
 
 
@@ -14,7 +15,7 @@ def ndcg_loss(
     *,
     valid: Tensor | None = None,
     delta: float = 1.0,
-    method: str = "bucketed",
+    method: str = "exact",
     scope: str = "process",
 ) -> Tensor:
     """One minus the NDCG of the ranking.
@@ -41,17 +42,20 @@ def ndcg_loss(
         it may lie slightly off 0 for a perfect ranking.
 
     Raises:
-        ValueError: for an unknown method, a negative delta, or arguments whose shapes or types do not fit.
+        ValueError: for an unknown method, a delta that is negative or not finite, arguments whose shapes or types do
+            not fit, or positives that are out of range, double or ignored (on a GPU the device asserts).
     """
     flat, valid, group = prepare(logits, positives, valid, delta, method, scope)
     if group.positives == 0:
-        return attached_zero(flat)
+        return attached_zero(flat, group)
     with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
         if method == "pairwise":
-            terms = ndcg_pairwise(flat.double(), positives, negative_mask(flat, positives, valid), delta)
+            terms = ndcg_pairwise(
+                flat.to(accumulation_dtype(flat.device)), positives, negative_mask(flat, positives, valid), delta
+            )
         else:
             terms = _from_ranking(rank(flat, positives, valid, delta, method, group))
-    return attach(flat, *terms)
+    return attach(flat, *terms, group.sound)
 
 
 def _from_ranking(ranking: Ranking) -> tuple[Tensor, Tensor]:

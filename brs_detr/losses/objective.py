@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from .alrp import alrp_loss
 from .average_precision import average_precision_loss
-from .balance import CAP, EpochBalance, box_scores, self_balance
+from .balance import CAP, LEAST, EpochBalance, box_scores, self_balance
+from .checks import check_labels, check_number, check_per_positive, check_set
 from .ndcg import ndcg_loss
+from .precision import single_or_wider
 from .processes import SCOPES, averaged_later, process_mean, sum_over
 from .rank_sort import rank_sort_loss
 from .scores import SCORE_LOSSES
@@ -25,8 +27,17 @@ def _zero(*tensors: Tensor) -> Tensor:
     return sum(tensor[:0].float().sum() for tensor in tensors)
 
 
-def _positive_rows(labels: Tensor, classes: int, valid: Tensor | None, rows: Tensor | None, quality: Tensor) -> Tensor:
-    """Ascending rows of the positives, checked against the number of qualities."""
+def _positive_rows(
+    logits: Tensor,
+    labels: Tensor,
+    classes: int,
+    valid: Tensor | None,
+    rows: Tensor | None,
+    quality: Tensor,
+    localisation: Mapping[str, Tensor],
+) -> Tensor:
+    """Ascending rows of the positives; all arguments checked against each other."""
+    check_set(logits, labels, valid, rows)
     if rows is None:
         positive = (labels >= 0) & (labels < classes)
         rows = (positive if valid is None else positive & valid).nonzero()[:, 0]
@@ -34,6 +45,9 @@ def _positive_rows(labels: Tensor, classes: int, valid: Tensor | None, rows: Ten
         raise ValueError(
             f"quality has {len(quality)} entries for {len(rows)} positive rows: give one per positive, in row order"
         )
+    for name, values in localisation.items():
+        check_per_positive(name, values, rows)
+    check_labels(labels, classes, valid, rows)
     return rows
 
 
@@ -81,6 +95,7 @@ class RankingObjective(nn.Module):
         score_weighted: weigh each positive's box losses with its highest class probability.
         box_weight: factor of every localisation term with "ap" and "bap".
         cap: largest balance ratio, see `self_balance`.
+        least: smallest ranking loss that the balance follows, see `self_balance`.
         tau: least IoU of a positive, with aLRP: its error is the GIoU loss / 2 / (1 - tau).
         period: iterations per epoch of aLRP's balance; None balances by value, as Rank & Sort does: for an objective
             that several prediction sets share, whose iterations are not to be averaged together.
@@ -90,7 +105,7 @@ class RankingObjective(nn.Module):
             the one that a single process with the whole batch would take.
 
     Raises:
-        ValueError: for an unknown loss or scope.
+        ValueError: for an unknown loss or scope, or a number that is negative, not finite, or (`tau`) not below 1.
     """
 
     def __init__(
@@ -102,6 +117,7 @@ class RankingObjective(nn.Module):
         score_weighted: bool = False,
         box_weight: float = 2.0,
         cap: float = CAP,
+        least: float = LEAST,
         tau: float = 0.5,
         period: int | None = 3665,
         scope: str = "process",
@@ -116,9 +132,14 @@ class RankingObjective(nn.Module):
         self.family, self.method, paper_delta = RANKING_LOSSES[loss]
         self.weight = weight
         self.delta = paper_delta if delta is None else delta
+        numbers = {"weight": weight, "delta": self.delta, "box_weight": box_weight, "cap": cap, "least": least}
+        for name, value in numbers.items():
+            check_number(name, value)
+        check_number("tau", tau, below=1)
         self.score_weighted = score_weighted
         self.box_weight = box_weight
         self.cap = cap
+        self.least = least
         self.tau = tau
         self.epoch_balance = EpochBalance(period) if self.family == "alrp" and period is not None else None
 
@@ -149,12 +170,13 @@ class RankingObjective(nn.Module):
             {"rank", with Rank & Sort "sort", and every key of `localisation`} -> scalar.
 
         Raises:
-            ValueError: when `quality` does not fit the positives, or aLRP gets no "giou".
+            ValueError: when shapes or types do not fit, a label is out of range, a positive row is background or
+                ignored (on a GPU the device asserts what concerns values), or aLRP gets no "giou".
         """
-        classes = logits.shape[1]
-        rows = _positive_rows(labels, classes, valid, rows, quality)
+        classes = logits.shape[-1]
+        rows = _positive_rows(logits, labels, classes, valid, rows, quality, localisation)
+        logits = single_or_wider(logits).float()
         with torch.autocast(logits.device.type, enabled=False):
-            logits = logits.float()
             positives = rows * classes + labels[rows]
             mask = None if valid is None else valid[:, None].expand(-1, classes)
             terms = self._ranking_terms(logits, positives, quality, localisation, mask)
@@ -201,15 +223,16 @@ class RankingObjective(nn.Module):
         error = localisation["giou"].float() / 2 / (1 - self.tau)
         terms = alrp_loss(logits, positives, error, **how)
         if self.epoch_balance is None:
-            boxes = self_balance(terms.localisation, terms.classification, cap=self.cap)
+            boxes = self_balance(terms.localisation, terms.classification, cap=self.cap, least=self.least)
         else:
-            boxes = self.epoch_balance(*terms)
+            positives = sum_over(torch.full((), float(len(positives)), device=logits.device), self.scope)
+            boxes = self.epoch_balance(*terms, positives)
         return {"rank": terms.classification, "giou": boxes}
 
     def _balance(self, term: Tensor, target: Tensor) -> Tensor:
         if self.family == "average_precision":
             return term * self.box_weight
-        return self_balance(term, target, self.weight, cap=self.cap)
+        return self_balance(term, target, self.weight, cap=self.cap, least=self.least)
 
 
 class ScoreObjective(nn.Module):
@@ -225,7 +248,8 @@ class ScoreObjective(nn.Module):
             "rows" by the number of valid rows of this process.
 
     Raises:
-        ValueError: for an unknown classification loss or normaliser, or weights without "cls".
+        ValueError: for an unknown classification loss or normaliser, weights without "cls", or a number that is
+            negative or not finite.
     """
 
     def __init__(
@@ -244,6 +268,8 @@ class ScoreObjective(nn.Module):
             raise ValueError(f"unknown normaliser {normaliser!r}: choose positives or rows")
         if "cls" not in weights:
             raise ValueError('weights need an entry "cls" for the classification loss')
+        for name, value in {**weights, "gamma": gamma}.items():
+            check_number(name, value)
         self.classification = classification
         self.weights = dict(weights)
         self.alpha = alpha
@@ -279,13 +305,14 @@ class ScoreObjective(nn.Module):
             {"cls", and every key of `localisation`} -> scalar.
 
         Raises:
-            ValueError: when a localisation term has no weight.
+            ValueError: when a localisation term has no weight, shapes or types do not fit, a label is out of range, or
+                a positive row is background or ignored (on a GPU the device asserts what concerns values).
         """
         missing = [name for name in localisation if name not in self.weights]
         if missing:
             raise ValueError(f"no weight for the localisation term {missing[0]!r}: add it to the objective's weights")
-        classes = logits.shape[1] - (self.classification == "cross_entropy")
-        rows = _positive_rows(labels, classes, valid, rows, quality)
+        classes = logits.shape[-1] - (self.classification == "cross_entropy")
+        rows = _positive_rows(logits, labels, classes, valid, rows, quality, localisation)
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
             normaliser = self._normaliser(logits, valid, len(rows), count)

@@ -3,6 +3,7 @@ forms.
 
 Common arguments: logits (M,) float64; positives (P,) int64 entries, P >= 1; negative (M,) bool, the entries that rank
 as negatives; delta, half width of the step. Every function returns values first, then a gradient (M,) for each.
+Negatives below every positive's step are left out at once, as the published code does: their H is 0 throughout.
 """
 
 from collections.abc import Iterator
@@ -15,11 +16,21 @@ from .step import smooth_step
 EPS = 1e-5
 
 
-def _rows(logits: Tensor, positives: Tensor, negative: Tensor, delta: float) -> Iterator[tuple[Tensor, Tensor]]:
-    """H(x_ij) of each positive i: over all entries with 0 where j is no negative (M,), and over the positives (P,)."""
-    for i in positives:
-        step = smooth_step(logits - logits[i], delta)
-        yield torch.where(negative, step, 0.0), step[positives]
+def _relevant(logits: Tensor, positives: Tensor, negative: Tensor, delta: float) -> Tensor:
+    """(R,) negatives that rank above some positive, wholly or in part."""
+    return (negative & (logits >= logits[positives].min() - delta)).nonzero()[:, 0]
+
+
+def _rows(own: Tensor, others: Tensor, delta: float) -> Iterator[tuple[Tensor, Tensor]]:
+    """H(x_ij) of each positive i: over the relevant negatives j (R,), and over the positives (P,)."""
+    for logit in own:
+        yield smooth_step(others - logit, delta), smooth_step(own - logit, delta)
+
+
+def _whole(logits: Tensor, positives: Tensor, of_positives: Tensor, relevant: Tensor, of_relevant: Tensor) -> Tensor:
+    """Gradient (M,) from its parts; the other entries have none."""
+    gradient = torch.zeros_like(logits)
+    return gradient.index_copy_(0, relevant, of_relevant).index_copy_(0, positives, of_positives)
 
 
 def rank_sort_pairwise(
@@ -29,43 +40,44 @@ def rank_sort_pairwise(
     t_i.
     """
     count = len(positives)
-    ranking = sorting = logits.new_zeros(())
-    ranking_gradient, sorting_gradient = torch.zeros_like(logits), torch.zeros_like(logits)
-    rows = _rows(logits, positives, negative, delta)
-    for i, t, (false_positives, above) in zip(positives, quality, rows):
-        rank = above.sum() + false_positives.sum()
-        ranking_error = false_positives.sum() / rank
-        ranking = ranking + ranking_error / count
-        ranking_gradient[i] -= ranking_error / count
-        ranking_gradient += false_positives / rank / count
+    relevant = _relevant(logits, positives, negative, delta)
+    own, others = logits[positives], logits[relevant]
+    ranking_errors, sorting_errors = torch.zeros_like(own), torch.zeros_like(own)
+    on_negatives, on_positives = torch.zeros_like(others), torch.zeros_like(own)
+    for i, (false_positives, above) in enumerate(_rows(own, others, delta)):
+        number = false_positives.sum()
+        rank = above.sum() + number
+        ranking_errors[i] = number / rank
+        on_negatives += false_positives / rank
 
-        target = above * (quality >= t)
-        missorted = above * (quality < t)
+        target = above * (quality >= quality[i])
+        missorted = above * (quality < quality[i])
         current_error = (above * (1 - quality)).sum() / above.sum()
         target_error = (target * (1 - quality)).sum() / target.sum()
-        sorting_error = torch.where(missorted.sum() > 1e-10, current_error - target_error, 0.0)
-        sorting = sorting + sorting_error / count
-        sorting_gradient[i] -= sorting_error / count
-        sorting_gradient[positives] += sorting_error * missorted / missorted.sum().clamp(min=1e-10) / count
-    return ranking, sorting, ranking_gradient, sorting_gradient
+        sorting_errors[i] = torch.where(missorted.sum() > 1e-10, current_error - target_error, 0.0)
+        on_positives += sorting_errors[i] * missorted / missorted.sum().clamp(min=1e-10)
+    ranking_gradient = _whole(logits, positives, -ranking_errors, relevant, on_negatives) / count
+    sorting_gradient = _whole(logits, positives, on_positives - sorting_errors, relevant[:0], others[:0]) / count
+    return ranking_errors.mean(), sorting_errors.mean(), ranking_gradient, sorting_gradient
 
 
 def average_precision_pairwise(
     logits: Tensor, positives: Tensor, negative: Tensor, delta: float, interpolate: bool
 ) -> tuple[Tensor, Tensor]:
     """AP loss (Bucketed Ranking-based Losses, Eq. 3, 9); `interpolate` takes the best precision at higher recall."""
-    count = len(positives)
-    value, gradient = logits.new_zeros(()), torch.zeros_like(logits)
-    best = logits.new_zeros(())
     positives = positives[logits[positives].argsort()]
-    for i, (false_positives, above) in zip(positives, _rows(logits, positives, negative, delta)):
-        own = above.sum() - smooth_step(logits.new_zeros(()), delta) + 1
-        precision = own / (own + false_positives.sum())
+    relevant = _relevant(logits, positives, negative, delta)
+    own, others = logits[positives], logits[relevant]
+    errors, on_negatives = torch.zeros_like(own), torch.zeros_like(others)
+    best = logits.new_zeros(())
+    for i, (false_positives, above) in enumerate(_rows(own, others, delta)):
+        number = false_positives.sum()
+        counted = above.sum() - smooth_step(logits.new_zeros(()), delta) + 1
+        precision = counted / (counted + number)
         best = torch.maximum(best, precision) if interpolate else precision
-        value = value + (1 - best) / count
-        gradient[i] -= (1 - best) / count
-        gradient += (1 - best) * false_positives / false_positives.sum().clamp(min=1e-300) / count
-    return value, gradient
+        errors[i] = 1 - best
+        on_negatives += errors[i] * false_positives / number.clamp(min=torch.finfo(own.dtype).tiny)
+    return errors.mean(), _whole(logits, positives, -errors, relevant, on_negatives) / len(own)
 
 
 def alrp_pairwise(
@@ -76,31 +88,31 @@ def alrp_pairwise(
     Returns:
         value, the rank of each positive (P,), gradient (M,).
     """
-    count = len(positives)
-    value, gradient = logits.new_zeros(()), torch.zeros_like(logits)
-    ranks = torch.zeros_like(error)
-    for k, (false_positives, above) in enumerate(_rows(logits, positives, negative, delta)):
-        others = above.clone()
-        others[k] = 0
-        number = false_positives.sum()
-        ranks[k] = 1 + others.sum() + number
-        value = value + number / ranks[k] / count
-        update = torch.where(number > EPS, (number + (error * others).sum()) / ranks[k] / count, 0.0)
-        gradient[positives[k]] -= update
-        gradient += update * false_positives / number.clamp(min=EPS)
-    return value, ranks, gradient
+    relevant = _relevant(logits, positives, negative, delta)
+    own, others = logits[positives], logits[relevant]
+    ranks, numbers, updates = (torch.zeros_like(own) for _ in range(3))
+    on_negatives = torch.zeros_like(others)
+    for i, (false_positives, above) in enumerate(_rows(own, others, delta)):
+        rivals = above.clone()
+        rivals[i] = 0
+        number = numbers[i] = false_positives.sum()
+        ranks[i] = 1 + rivals.sum() + number
+        updates[i] = torch.where(number > EPS, (number + (error * rivals).sum()) / ranks[i], 0.0)
+        on_negatives += updates[i] * false_positives / number.clamp(min=EPS)
+    gradient = _whole(logits, positives, -updates, relevant, on_negatives) / len(own)
+    return (numbers / ranks).mean(), ranks, gradient
 
 
 def ndcg_pairwise(logits: Tensor, positives: Tensor, negative: Tensor, delta: float) -> tuple[Tensor, Tensor]:
     """NDCG loss (aLRP supplement, Eq. S25 to S28), with the ideal gain as the sum of 1 / log2(1 + i)."""
     ideal = sum(1 / torch.log2(1 + logits.new_tensor(float(i))) for i in range(1, len(positives) + 1))
-    value, gradient = logits.new_ones(()), torch.zeros_like(logits)
-    for i, (false_positives, above) in zip(positives, _rows(logits, positives, negative, delta)):
+    relevant = _relevant(logits, positives, negative, delta)
+    own, others = logits[positives], logits[relevant]
+    gains, updates, on_negatives = torch.zeros_like(own), torch.zeros_like(own), torch.zeros_like(others)
+    for i, (false_positives, above) in enumerate(_rows(own, others, delta)):
         number = false_positives.sum()
         rank = above.sum() - smooth_step(logits.new_zeros(()), delta) + 1 + number
-        gain = 1 / torch.log2(1 + rank)
-        value = value - gain / ideal
-        update = torch.where(number > EPS, (1 - gain) / ideal, 0.0)
-        gradient[i] -= update
-        gradient += update * false_positives / number.clamp(min=EPS)
-    return value, gradient
+        gains[i] = 1 / torch.log2(1 + rank)
+        updates[i] = torch.where(number > EPS, (1 - gains[i]) / ideal, 0.0)
+        on_negatives += updates[i] * false_positives / number.clamp(min=EPS)
+    return 1 - gains.sum() / ideal, _whole(logits, positives, -updates, relevant, on_negatives)

@@ -48,22 +48,27 @@ class Group:
         scope: "process", or "global" for all processes; these tell each other their numbers of positives, for which
             the host waits.
         positives: number of positives here.
-        device: where tensors are exchanged.
+        undefined: () bool on the device where tensors are exchanged: is this process's part of the loss undefined?
 
     Raises:
         ValueError: for an unknown scope.
     """
 
-    def __init__(self, scope: str, positives: int, device: torch.device):
+    def __init__(self, scope: str, positives: int, undefined: Tensor):
         if scope not in SCOPES:
             raise ValueError(f"unknown scope {scope!r}: choose one of {', '.join(SCOPES)}")
         self.counts = [positives]
         self.own = 0
         if scope == "global" and world_size() > 1:
-            counts = torch.zeros(world_size(), dtype=torch.int64, device=device)
+            counts = torch.zeros(world_size() + 1, dtype=torch.int64, device=undefined.device)
             counts[dist.get_rank()] = positives
-            self.counts = process_sum(counts).tolist()
+            counts[-1] = undefined
+            counts = process_sum(counts)
+            undefined = counts[-1] > 0
+            self.counts = counts[:-1].tolist()
             self.own = dist.get_rank()
+        # What every value and gradient is multiplied with: NaN for all where the loss of one is undefined, else 1.
+        self.sound = torch.where(undefined, torch.nan, 1.0)
 
     @property
     def positives(self) -> int:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .identity import attach_two
 from .pairwise import rank_sort_pairwise
-from .ranking import Ranking, attached_zero, check_per_positive, negative_mask, prepare, rank
+from .precision import accumulation_dtype
+from .ranking import Ranking, attached_zero, negative_mask, prepare, rank
 from .sorting import sorting_terms
 
 
@@ -25,7 +26,7 @@ def rank_sort_loss(
     *,
     valid: Tensor | None = None,
     delta: float = 0.5,
-    method: str = "bucketed",
+    method: str = "exact",
     scope: str = "process",
 ) -> RankSort:
     """Rank every positive above every negative, and the positives among themselves by their localisation quality.
@@ -57,24 +58,24 @@ def rank_sort_loss(
         two scalars >= 0, in float32 or wider; zeros attached to the graph without positives.
 
     Raises:
-        ValueError: for an unknown method, a negative delta, or arguments whose shapes or types do not fit.
+        ValueError: for an unknown method, a delta that is negative or not finite, arguments whose shapes or types do
+            not fit, or positives that are out of range, double or ignored (on a GPU the device asserts).
     """
-    flat, valid, group = prepare(logits, positives, valid, delta, method, scope)
-    check_per_positive("quality", quality, positives)
+    flat, valid, group = prepare(logits, positives, valid, delta, method, scope, quality=quality)
     if group.positives == 0:
-        return RankSort(attached_zero(flat), attached_zero(flat))
+        return RankSort(attached_zero(flat, group), attached_zero(flat, group))
     with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
-        quality = quality.detach().double()
+        quality = quality.detach().to(accumulation_dtype(flat.device))
         if method == "pairwise":
             terms = _pairwise(flat, positives, quality, valid, delta)
         else:
             terms = _from_ranking(rank(flat, positives, valid, delta, method, group), quality)
-    return RankSort(*attach_two(flat, *terms))
+    return RankSort(*attach_two(flat, *terms, group.sound))
 
 
 def _pairwise(flat: Tensor, positives: Tensor, quality: Tensor, valid: Tensor | None, delta: float):
     negative = negative_mask(flat, positives, valid)
-    ranking, sorting, dense, sparse = rank_sort_pairwise(flat.double(), positives, quality, negative, delta)
+    ranking, sorting, dense, sparse = rank_sort_pairwise(flat.to(quality.dtype), positives, quality, negative, delta)
     return ranking, sorting, dense, positives, sparse[positives]
 
 

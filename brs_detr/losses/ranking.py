@@ -2,14 +2,17 @@
 counted.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .cells import Cells, make_cells, sums_above, tally
+from .checks import check_number, check_per_positive, check_positives
 from .lookup import locate
 from .negatives import BucketedNegatives, ExactNegatives
+from .precision import accumulation_dtype, single_or_wider
 from .processes import Group
 
 METHODS = ("pairwise", "bucketed", "exact")
@@ -54,7 +57,7 @@ class Ranking:
 
 def rank(logits: Tensor, positives: Tensor, valid: Tensor | None, delta: float, method: str, group: Group) -> Ranking:
     """Rank flat logits (M,) by a fast method; the group needs at least one positive."""
-    x = logits.detach().double()
+    x = logits.detach().to(accumulation_dtype(logits.device))
     scores, order = group.gather(x.index_select(0, positives)).sort(stable=True)
     # Centred, so that a constant added to all logits costs no precision.
     centre = scores.mean()
@@ -64,24 +67,30 @@ def rank(logits: Tensor, positives: Tensor, valid: Tensor | None, delta: float, 
     return Ranking(positives, order, cells, kind(cells, x, positives, valid, group), group)
 
 
-def prepare(logits: Tensor, positives: Tensor, valid: Tensor | None, delta: float, method: str, scope: str):
-    """Check what all losses have in common.
+def prepare(
+    logits: Tensor,
+    positives: Tensor,
+    valid: Tensor | None,
+    delta: float,
+    method: str,
+    scope: str,
+    **per_positive: Tensor,
+):
+    """Check what all losses have in common, and take ignored entries out.
+
+    Args:
+        per_positive: further values (P,), by name.
 
     Returns:
-        logits (M,) in at least float32, valid (M,) or None, and the group of processes that rank together.
+        logits (M,) in at least float32 with 0 for ignored entries, whatever was there; valid (M,) or None; and the
+        group of processes that rank together.
 
     Raises:
         ValueError: naming the argument that is wrong.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
-    if delta < 0:
-        raise ValueError(f"delta is the half width of the step and must be at least 0, got {delta}")
-    if positives.ndim != 1 or positives.dtype != torch.int64:
-        shape = tuple(positives.shape)
-        raise ValueError(
-            f"positives must be (P,) int64 indices into logits.flatten(), got {positives.dtype} of shape {shape}"
-        )
+    check_number("delta", delta)
     if valid is not None:
         if valid.shape != logits.shape or valid.dtype != torch.bool:
             raise ValueError(
@@ -89,19 +98,29 @@ def prepare(logits: Tensor, positives: Tensor, valid: Tensor | None, delta: floa
                 f"got {valid.dtype} of shape {tuple(valid.shape)}"
             )
         valid = valid.reshape(-1)
-    group = Group(scope, len(positives), logits.device)
+    check_positives(positives, logits.numel(), valid)
+    for name, values in per_positive.items():
+        check_per_positive(name, values, positives)
+    flat = single_or_wider(logits).reshape(-1)
+    if valid is not None:
+        flat = flat.masked_fill(~valid, 0)
+    group = Group(scope, len(positives), _undefined(flat.detach(), positives, per_positive.values()))
     if method == "pairwise" and len(group.counts) > 1:
         raise ValueError("the pairwise method ranks one process's logits: use bucketed or exact with scope='global'")
-    flat = logits.reshape(-1)
-    return flat if flat.dtype == torch.float64 else flat.float(), valid, group
+    return flat, valid, group
 
 
-def check_per_positive(name: str, values: Tensor, positives: Tensor) -> None:
-    """Refuse per-positive values that do not fit the positives."""
-    if values.shape != positives.shape:
-        raise ValueError(
-            f"{name} has shape {tuple(values.shape)} for {len(positives)} positives: give one value per positive"
-        )
+def _undefined(flat: Tensor, positives: Tensor, per_positive: Iterable[Tensor]) -> Tensor:
+    """() bool: is the loss undefined? A NaN logit has no rank, nor has an infinite positive (inf - inf) its own.
+
+    Found here, once, as the sums would lose it: a NaN is neither above nor below anything. An infinite negative is no
+    fault: it ranks first or last.
+    """
+    with torch.no_grad():
+        found = flat.isnan().any()
+        for values in (flat.index_select(0, positives), *per_positive):
+            found = found | ~values.isfinite().all()
+    return found
 
 
 def negative_mask(logits: Tensor, positives: Tensor, valid: Tensor | None) -> Tensor:
@@ -110,6 +129,6 @@ def negative_mask(logits: Tensor, positives: Tensor, valid: Tensor | None) -> Te
     return mask.index_fill_(0, positives, False)
 
 
-def attached_zero(logits: Tensor) -> Tensor:
-    """A zero on the graph of the logits that reads none of them (they may be infinite)."""
-    return logits[:0].sum()
+def attached_zero(logits: Tensor, group: Group) -> Tensor:
+    """The loss without positives: a zero on the graph of the logits that no infinity among them spoils; a NaN does."""
+    return logits[:0].sum() * group.sound.to(logits.dtype)

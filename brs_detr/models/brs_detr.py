@@ -26,7 +26,7 @@ from brs_detr.models.proposals import BoxEmbedding, ProposalHead
 from brs_detr.models.roi_head import RoIHead
 from brs_detr.models.rpn import RPNHead
 from brs_detr.ops.images import ImageBatch, Size
-from brs_detr.ops.targets import PackedTargets
+from brs_detr.ops.targets import PackedTargets, check_targets
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -142,14 +142,19 @@ class BRSDETR(nn.Module):
         Returns:
             Training: named loss terms whose sum is the loss. Eval: one dict a picture, `boxes` (n, 4) xyxy pixels of
             the stored picture, `scores` (n,), `labels` (n,).
+
+        Raises:
+            ValueError: in training without targets, or where `check_targets` refuses them.
         """
+        if self.training:
+            if targets is None:
+                raise ValueError("training needs targets: call model(images, targets), or model.eval() to predict")
+            check_targets(targets, self.num_classes)
         if not isinstance(images, ImageBatch):
             images = ImageBatch.from_list(images)
         padding = images.padding_mask()
         memory = self.encode(self.normalise(images.pixels, padding), padding)
         if self.training:
-            if targets is None:
-                raise ValueError("training needs targets: call model(images, targets), or model.eval() to predict")
             return self.losses(memory, images.sizes, targets)
         return self.detect(memory, images)
 

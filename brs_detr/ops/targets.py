@@ -13,6 +13,66 @@ from torchvision.ops import box_convert
 from brs_detr.ops.images import Size
 
 
+class TargetError(ValueError):
+    """True boxes or labels that no detector can learn; the message names the image and the value."""
+
+
+def check_targets(targets: Sequence[dict[str, Any]], num_classes: int) -> None:
+    """Refuse what would train a wrong class or give a loss without meaning.
+
+    Shapes and types are always checked, values where they lie on a CPU, where reading them costs nothing: check before
+    targets are sent to a GPU. There one assertion of the device covers all values, and cannot name any.
+
+    Args:
+        targets: one dict a picture, `boxes` (n, 4) xyxy pixels, `labels` (n,) in 0..K-1, and if known `image_id`.
+        num_classes: K.
+
+    Raises:
+        TargetError: shapes differ, labels are not int64 or out of range, a box is not finite or its corners are
+            swapped. A box without area is no error.
+    """
+    for position, target in enumerate(targets):
+        where = f"image {int(target['image_id'])}" if "image_id" in target else f"the batch's image {position}"
+        boxes, labels = target["boxes"], target["labels"]
+        if labels.dtype != torch.int64 or labels.ndim != 1:
+            shape = tuple(labels.shape)
+            raise TargetError(f"labels of {where}: {labels.dtype} of shape {shape}. Give one torch.int64 per box.")
+        if not boxes.is_floating_point() or boxes.shape != (len(labels), 4):
+            shape = tuple(boxes.shape)
+            raise TargetError(
+                f"boxes of {where}: {boxes.dtype} of shape {shape}. Give a float ({len(labels)}, 4), one per label."
+            )
+        if labels.device.type == "cpu" and boxes.device.type == "cpu":
+            _name_wrong(where, boxes, labels, num_classes)
+    labels, boxes = (torch.cat([target[name] for target in targets]) for name in ("labels", "boxes"))
+    if labels.device.type == "cuda":
+        sound = _sound_labels(labels, num_classes).all() & _sound_boxes(boxes).all()
+        torch._assert_async(sound, "brs_detr: a label is out of range, or a box not finite or turned inside out")
+
+
+def _sound_labels(labels: Tensor, num_classes: int) -> Tensor:
+    return (labels >= 0) & (labels < num_classes)
+
+
+def _sound_boxes(boxes: Tensor) -> Tensor:
+    """(n,) bool; a NaN compares as False."""
+    return (boxes[:, 2:] >= boxes[:, :2]).all(1) & boxes.isfinite().all(1)
+
+
+def _name_wrong(where: str, boxes: Tensor, labels: Tensor, num_classes: int) -> None:
+    if not (sound := _sound_labels(labels, num_classes)).all():
+        value = int(labels[~sound][0])
+        raise TargetError(
+            f"label of {where}: {value} is none of {num_classes} classes. Number the classes from 0 to "
+            f"{num_classes - 1}, without background."
+        )
+    if not (sound := _sound_boxes(boxes)).all():
+        box = [round(value, 2) for value in boxes[~sound][0].tolist()]
+        raise TargetError(
+            f"box of {where}: {box} is not finite or has x2 < x1 or y2 < y1. Give corners (x1, y1, x2, y2) in pixels."
+        )
+
+
 def pixel_scales(sizes: Sequence[Size], device: torch.device) -> Tensor:
     """(h, w) of each picture -> (B, 4) float32 (w, h, w, h)."""
     return torch.tensor([(w, h, w, h) for h, w in sizes], dtype=torch.float32).to(device, non_blocking=True)

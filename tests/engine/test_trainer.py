@@ -14,6 +14,7 @@ from brs_detr.engine.guard import NonFiniteError
 from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.state import latest_state, read_facts
 from brs_detr.ops.images import ImageBatch
+from brs_detr.ops.targets import TargetError, check_targets
 
 
 class Mean(nn.Module):
@@ -368,3 +369,19 @@ def test_best_weights_that_were_deleted_are_missed(toy, tmp_path, capsys, weight
     resumed.fit()
     assert "best.safetensors is gone, whose AP was 0.2000" in capsys.readouterr().out
     assert resumed.position.best == 0.1 and (tmp_path / "best.safetensors").is_file()
+
+
+def test_targets_are_checked_before_the_step_and_a_wrong_one_ends_the_training(toy, tmp_path):
+    trainer, _ = toy.build(tmp_path)
+    seen = []
+
+    def check(targets):
+        seen.append([target["image_id"] for target in targets])
+        assert all(target["labels"].device.type == "cpu" for target in targets)
+        if len(seen) == 3:
+            check_targets([{**targets[0], "labels": torch.tensor([0, 5])}], 3)
+
+    trainer.check_targets = check
+    with pytest.raises(TargetError, match=r"label of image \d+: 5 is none of 3 classes"):
+        trainer.fit()
+    assert trainer.position.step == 1 and len(seen) == 3  # two batches a step

@@ -126,3 +126,14 @@ def test_bfloat16_autocast_trains_with_float32_losses():
 def test_training_without_targets_is_refused():
     with pytest.raises(ValueError, match="targets"):
         build_model(SMALL, 3).train()([picture()])
+
+
+@pytest.mark.parametrize("settings", [SMALL, FOCAL])
+def test_targets_that_cannot_be_learnt_are_refused(settings):
+    model = build_model(settings, 3).train()
+    for spoil in (
+        {"labels": torch.tensor([0, 3])},
+        {"boxes": torch.tensor([[9.0, 9.0, 30.0, 30.0], [40.0, 9.0, 20.0, 30.0]])},
+    ):
+        with pytest.raises(ValueError, match="of image 1: "):
+            model([picture()], [{**target(2), **spoil}])
