@@ -10,6 +10,7 @@ that survived; the exit code is 0 only if none did. All of them take about half 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import os
 import re
@@ -33,7 +34,9 @@ ROOT = Path(__file__).resolve().parents[1]
 BUGS = Path(__file__).with_name("mutations.toml")
 PASSED, USAGE, NOTHING_RUN = 0, 4, 5  # exit codes of pytest
 # imported once; what is to be mutated is not among them
-LIBRARIES = ("torch", "torchvision.ops", "timm", "accelerate", "scipy.optimize", "pycocotools.cocoeval", "hypothesis")
+LIBRARIES = ("torch.distributed.fsdp", "torchvision.transforms.v2", "timm", "accelerate", "safetensors.torch")
+LIBRARIES += ("scipy.optimize", "pycocotools.cocoeval", "hypothesis.strategies", "hypothesis.extra.numpy")
+OPTIONS = ("-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:anyio", "--hypothesis-seed=0")
 
 
 class TableError(ValueError):
@@ -125,7 +128,7 @@ def _run_pytest(checkout: Path, tests: Sequence[str], log: Path) -> None:
         os.dup2(file.fileno(), 2)
     os.chdir(checkout)
     os.environ["PYTHONPATH"], sys.path[0] = str(checkout), str(checkout)
-    code = pytest.main(["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "--hypothesis-seed=0", *tests])
+    code = pytest.main([*OPTIONS, *tests])
     sys.stdout.flush()
     os._exit(int(code))
 
@@ -226,6 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.dont_write_bytecode = True
     for library in LIBRARIES:
         importlib.import_module(library)
+    gc.freeze()  # pytest collects garbage several times, and would go through all of the libraries
     with tempfile.TemporaryDirectory() as folder:
         checkout, log, verdicts = Path(folder, "checkout"), Path(folder, "log"), []
         copy_checkout(ROOT, checkout)
@@ -238,6 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             verdicts.append(verdict)
             outcome = "SURVIVED" if verdict.caught_by is None else f"caught by {verdict.caught_by}"
             print(f"{verdict.bug.path}: {verdict.bug.name}: {outcome} ({verdict.seconds:.0f} s)", flush=True)
+    gc.unfreeze()
     survivors = [verdict.bug for verdict in verdicts if verdict.caught_by is None]
     print(f"{len(bugs) - len(survivors)} of {len(bugs)} bugs caught, {len(survivors)} survived")
     print(*(f"  {bug.path}: {bug.name}" for bug in survivors), sep="\n")
