@@ -63,6 +63,24 @@ def resume(toy, folder):
     return trainer
 
 
+def test_what_is_restored_and_which_states_stay(toy, tmp_path):
+    """Position, weights and averaged weights; of the states the last two; batches from where the epoch stood."""
+    trainer, _ = toy.build(tmp_path, epochs=1, ema=0.9, save_every=1, count=9)
+    trainer.fit()
+    states = sorted(path.name for path in (tmp_path / "state").iterdir())
+    assert states == ["step-00000004", "step-00000005"]
+    shutil.rmtree(tmp_path / "state" / states[1])
+    resumed = resume(toy, tmp_path)
+    assert (resumed.position.step, resumed.position.step_in_epoch, resumed.position.epoch) == (4, 4, 0)
+    starts, epoch = [], resumed.batches.epoch
+    resumed.schedule = trainer.schedule  # of one epoch
+    resumed.batches.epoch = lambda *place: starts.append(place) or epoch(*place)
+    assert resumed._train_epoch()
+    assert starts == [(0, 8)]  # four steps of two batches each
+    for ours, theirs in ((resumed.model, trainer.model), (resumed.ema.module, trainer.ema.module)):
+        assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values()))
+
+
 def test_killed_twenty_times_in_a_row(toy, reference, tmp_path, weights, monkeypatch):
     """At random calls of everything that a run does: fetching, stepping, writing a file, renaming a folder."""
     moment, countdown = random.Random(1), [10**9]
