@@ -126,6 +126,8 @@ def _run_pytest(checkout: Path, tests: Sequence[str], log: Path) -> None:
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    # not what a caller may have put there; open to the end of the process
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
     os.chdir(checkout)
     os.environ["PYTHONPATH"], sys.path[0] = str(checkout), str(checkout)
     code = pytest.main([*OPTIONS, *tests])

@@ -259,6 +259,7 @@ def test_the_average_follows_the_weights_but_not_in_a_skipped_step(toy, tmp_path
     trainer, _ = toy.build(tmp_path, ema=0.9, poison=(0, 1), accumulate=1, on_nonfinite="skip")
     trainer.position.step = 7
     average = trainer.ema.module.head.weight
+    average.data.add_(1.0)  # so that the weights before the step would show in it
     sound, poisoned = list(toy.ToyBatches(2, poison=(0, 1)).epoch(0))
     former, decay = average.detach().clone(), trainer.ema.get_decay(7)
     trainer.step([sound])
