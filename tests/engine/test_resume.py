@@ -9,10 +9,11 @@ from operator import attrgetter
 
 import pytest
 import torch
+from torch import nn
 
 from brs_detr.engine.checkpoint import CheckpointError
 from brs_detr.engine.logging import read_metrics
-from brs_detr.engine.state import find_fault, latest_state, read_facts
+from brs_detr.engine.state import Position, find_fault, latest_state, read_facts
 
 ARGUMENTS = ("--ema", "0.9", "--save-every", "3", "--count", "9")  # 5 steps an epoch, saved in the middle of one
 
@@ -79,6 +80,14 @@ def test_what_is_restored_and_which_states_stay(toy, tmp_path):
     assert starts == [(0, 8)]  # four steps of two batches each
     for ours, theirs in ((resumed.model, trainer.model), (resumed.ema.module, trainer.ema.module)):
         assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values()))
+
+
+def test_the_average_is_restored_with_its_buffers():
+    average, other = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    average(torch.randn(5, 2) + 3)
+    Position(ema=other).load_state_dict(Position(step=4, ema=average).state_dict())
+    assert other.running_mean.any() and torch.equal(other.running_mean, average.running_mean)
+    assert other.num_batches_tracked == 1
 
 
 def test_killed_twenty_times_in_a_row(toy, reference, tmp_path, weights, monkeypatch):
