@@ -4,12 +4,13 @@
 tests that are to see them have to pass first on the copy as it is; then each bug gets a copy of its own, in a temporary
 folder with nothing beside it, as a fresh clone has it, and `pytest -x` runs the tests named with the bug. A bug is
 caught when a test fails, cannot even be collected, or runs out of time. The last lines are the verdict and the bugs
-that survived; the exit code is 0 only if none did. All of them take about half an hour with one job.
+that survived; the exit code is 0 only if none did. It takes half an hour, more or less.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib
 import os
@@ -102,7 +103,10 @@ def mutated(bug: Bug, root: Path) -> str:
 def copy_checkout(root: Path, target: Path) -> None:
     """Copy what git tracks or would track, with the changes of the working tree."""
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=root, stdout=-1, check=True
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        check=True,
     )
     for name in set(listed.stdout.decode().split("\0")) - {""}:
         if (root / name).is_file():  # not one that was removed
@@ -140,7 +144,9 @@ def finish(process: BaseProcess, seconds: float) -> int | None:
     process.join(max(0.0, seconds))
     code = process.exitcode
     if code is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has no group of its own in its first moment
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
     return code
 
@@ -176,12 +182,16 @@ class Trial:
 def judge(bugs: Sequence[Bug], checkout: Path, jobs: int, timeout: float) -> Iterator[Verdict]:
     """Verdicts of all bugs in their order, `jobs` of them tested at the same time."""
     trials: deque[Trial] = deque()
-    for bug in bugs:
-        trials.append(Trial(bug, checkout))
-        if len(trials) == jobs:
+    try:
+        for bug in bugs:
+            trials.append(Trial(bug, checkout))
+            if len(trials) == jobs:
+                yield trials.popleft().verdict(timeout)
+        while trials:
             yield trials.popleft().verdict(timeout)
-    while trials:
-        yield trials.popleft().verdict(timeout)
+    finally:
+        for trial in trials:  # after an error or Ctrl-C
+            finish(trial.process, 0)
 
 
 def first_failure(output: str, code: int) -> str:
