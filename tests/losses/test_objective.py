@@ -78,7 +78,9 @@ def test_quality_focal_by_hand():
 
 @pytest.mark.parametrize(("name", "options"), [("ap", {"method": "exact", "interpolate": True}), ("bap", {})])
 def test_average_precision_is_interpolated_where_it_is_exact(name, options):
-    logits = leaf(8, CLASSES)
+    """One negative is above all positives: precisions 1/2, 2/3 and 3/4 become 3/4 each."""
+    logits = torch.full((8, CLASSES), -9.0)
+    logits[0, 0], logits[1, 2], logits[3, 0], logits[5, 3] = 12.0, 8.0, 4.0, 0.0
     terms = RankingObjective(name, weight=3.0)(logits, LABELS, quality=QUALITY, localisation={})
     expected = average_precision_loss(logits, ROWS * CLASSES + LABELS[ROWS], delta=1.0, **options)
     torch.testing.assert_close(terms["rank"], 3 * expected)
