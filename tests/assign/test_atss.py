@@ -55,6 +55,13 @@ def test_a_lone_anchor_is_its_own_threshold():
     assert atss_assign(anchor, [1], torch.tensor([[1.0, 1, 9, 12]])).tolist() == [0]
 
 
+@pytest.mark.parametrize(("second", "expected"), [(2.0, [0, -1, -1]), (6.0, [-1, -1, -1])])
+def test_threshold_by_hand(second, expected):
+    """IoUs 1, 0.2 and 0: mean 0.4, deviation over n - 1 0.529; IoUs 1, 0.6 and 0: 0.533 + 0.503 is more than any."""
+    anchors = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, second], [100, 100, 110, 110]])
+    assert atss_assign(anchors, [3], torch.tensor([[0.0, 0, 10, 10]])).tolist() == expected
+
+
 def test_order_of_objects_only_renames_them():
     levels = AnchorGrid(STRIDES, (8.0,), (1.0,))(SHAPES)
     anchors, counts = torch.cat([a.reshape(-1, 4) for a in levels]), [h * w for h, w in SHAPES]

@@ -1,7 +1,9 @@
 """Hungarian matching against brute force, and over several prediction sets at once."""
 
+import math
 from itertools import permutations
 
+import pytest
 import torch
 
 from brs_detr.assign.hungarian import HungarianMatcher
@@ -64,3 +66,34 @@ def test_a_nan_prediction_is_matched_last():
     logits[0, 0] = torch.nan
     (match,) = HungarianMatcher()([(logits, boxes(3)[None], packed.labels)], packed)
     assert int(match.rows) != 0
+
+
+def one_cost(classification, l1, giou):
+    """Cost of one query with probability 0.8 for the object's class, its box beside the object's."""
+    logits = torch.tensor([[-3.0, math.log(4)]])
+    predicted, true = torch.tensor([[0.5, 0.5, 0.2, 0.4]]), torch.tensor([[0.4, 0.6, 0.2, 0.2]])
+    matcher = HungarianMatcher(classification, l1, giou)
+    return matcher.cost(logits, predicted, torch.tensor([1]), true, torch.tensor([200.0, 100, 200, 100])).item()
+
+
+def test_each_cost_by_hand():
+    """0.25 * 0.2^2 * -ln 0.8 - 0.75 * 0.8^2 * -ln 0.2; |0.1| + |0.1| + |0.2|; -(0.02 / 0.1 - 0.02 / 0.12)."""
+    assert one_cost(1, 0, 0) == pytest.approx(0.0022314 - 0.7725302, abs=1e-6)
+    assert one_cost(0, 1, 0) == pytest.approx(0.4, abs=1e-6)
+    assert one_cost(0, 0, 1) == pytest.approx(-1 / 30, abs=1e-6)
+    assert one_cost(4, 5, 2) == pytest.approx(-4 * 0.7702988 + 5 * 0.4 - 2 / 30, abs=1e-5)
+
+
+def test_the_cheaper_of_two_queries_by_hand():
+    """With equal boxes the query that is surer of the object's class gets it; with equal scores the nearer box."""
+    packed = PackedTargets.pack(
+        [{"boxes": torch.tensor([[40.0, 20, 60, 40]]), "labels": torch.tensor([1])}], [(100, 200)]
+    )
+    same, other = torch.tensor([0.25, 0.3, 0.1, 0.2]), torch.tensor([0.35, 0.3, 0.1, 0.2])
+    for logits, predicted in (
+        ([[0.0, 1.0], [0.0, 2.0]], [same, same]),
+        ([[9.0, 1.0], [-9.0, 1.1]], [same, same]),
+        ([[0.0, 1.0], [0.0, 1.0]], [other, same]),
+    ):
+        (match,) = HungarianMatcher()([(torch.tensor([logits]), torch.stack(predicted)[None], packed.labels)], packed)
+        assert (match.rows.tolist(), match.objects.tolist()) == ([1], [0])

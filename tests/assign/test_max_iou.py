@@ -48,6 +48,27 @@ def test_equals_the_slow_form_in_blocks_of_any_size(monkeypatch, low_quality, ta
     assert ours.tolist() == slow_assign(boxes, objects, 0.5, 0.3, low_quality).tolist()
 
 
+@pytest.mark.parametrize(
+    ("thresholds", "expected"),
+    [
+        ({"positive": 0.5, "negative": 0.3}, 0),
+        ({"positive": 0.7, "negative": 0.5}, IGNORED),
+        ({"positive": 0.7, "negative": 0.6}, BACKGROUND),
+        ({"positive": 0.7, "negative": 0.6, "low_quality": 0.5}, 0),
+    ],
+)
+def test_an_iou_at_a_threshold_reaches_it(thresholds, expected):
+    half = torch.tensor([[0.0, 0, 10, 5]])
+    assert max_iou_assign(half, torch.tensor([[0.0, 0, 10, 10]]), **thresholds).tolist() == [expected]
+
+
+@pytest.mark.parametrize("table", [1, 1 << 23])
+def test_of_equal_objects_the_first_is_taken(monkeypatch, table):
+    monkeypatch.setattr(max_iou, "LARGEST_TABLE", table)
+    box = torch.tensor([[0.0, 0, 10, 10]])
+    assert max_iou_assign(box, box.repeat(3, 1), positive=0.5, negative=0.5).tolist() == [0]
+
+
 def test_without_objects_everything_is_background():
     assigned = max_iou_assign(boxes_of(4), torch.zeros(0, 4), positive=0.7, negative=0.3, low_quality=0.3)
     assert assigned.tolist() == [BACKGROUND] * 4

@@ -69,6 +69,7 @@ def test_resize_keeps_to_both_limits(h, w, short, long):
 
 def test_published_sizes():
     assert resized_size(480, 640, 800, 1333) == (800, 1067)
+    assert resized_size(640, 480, 800, 1333) == (1067, 800)
     assert resized_size(427, 640, 800, 1333) == (800, 1199)
     assert resized_size(375, 1242, 800, 1333) == (402, 1333)
 

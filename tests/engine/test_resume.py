@@ -9,10 +9,11 @@ from operator import attrgetter
 
 import pytest
 import torch
+from torch import nn
 
 from brs_detr.engine.checkpoint import CheckpointError
 from brs_detr.engine.logging import read_metrics
-from brs_detr.engine.state import find_fault, latest_state, read_facts
+from brs_detr.engine.state import Position, find_fault, latest_state, read_facts
 
 ARGUMENTS = ("--ema", "0.9", "--save-every", "3", "--count", "9")  # 5 steps an epoch, saved in the middle of one
 
@@ -61,6 +62,32 @@ def resume(toy, folder):
     if state is not None:
         trainer.resume(state)
     return trainer
+
+
+def test_what_is_restored_and_which_states_stay(toy, tmp_path):
+    """Position, weights and averaged weights; of the states the last two; batches from where the epoch stood."""
+    trainer, _ = toy.build(tmp_path, epochs=1, ema=0.9, save_every=1, count=9)
+    trainer.fit()
+    states = sorted(path.name for path in (tmp_path / "state").iterdir())
+    assert states == ["step-00000004", "step-00000005"]
+    shutil.rmtree(tmp_path / "state" / states[1])
+    resumed = resume(toy, tmp_path)
+    assert (resumed.position.step, resumed.position.step_in_epoch, resumed.position.epoch) == (4, 4, 0)
+    starts, epoch = [], resumed.batches.epoch
+    resumed.schedule = trainer.schedule  # of one epoch
+    resumed.batches.epoch = lambda *place: starts.append(place) or epoch(*place)
+    assert resumed._train_epoch()
+    assert starts == [(0, 8)]  # four steps of two batches each
+    for ours, theirs in ((resumed.model, trainer.model), (resumed.ema.module, trainer.ema.module)):
+        assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values()))
+
+
+def test_the_average_is_restored_with_its_buffers():
+    average, other = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    average(torch.randn(5, 2) + 3)
+    Position(ema=other).load_state_dict(Position(step=4, ema=average).state_dict())
+    assert other.running_mean.any() and torch.equal(other.running_mean, average.running_mean)
+    assert other.num_batches_tracked == 1
 
 
 def test_killed_twenty_times_in_a_row(toy, reference, tmp_path, weights, monkeypatch):

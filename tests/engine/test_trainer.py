@@ -9,6 +9,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
+from brs_detr.engine import trainer as loop
 from brs_detr.engine.devices import seed_step
 from brs_detr.engine.guard import NonFiniteError
 from brs_detr.engine.logging import read_metrics
@@ -77,6 +78,25 @@ def test_every_step_draws_other_numbers_and_the_same_ones_when_repeated(toy, tmp
         trainer.step(group)
         losses.append(trainer.meter.mean(accelerator)["decoder.0.l1"])
     assert losses[0] == losses[2] != losses[1]
+
+
+def test_a_step_is_seeded_by_the_seed_the_step_and_the_process_and_has_its_own_rate(toy, tmp_path, monkeypatch):
+    trainer, _ = toy.build(tmp_path)
+    seeds = []
+    monkeypatch.setattr(loop, "seed_step", lambda *key: seeds.append(key))
+    monkeypatch.setattr(type(trainer.accelerator), "process_index", 3)
+    for step in (0, 2):  # the third is the first at the full rate
+        trainer.position.step = step
+        trainer.step(list(toy.ToyBatches(2).epoch(0)))
+        assert trainer.lr == pytest.approx(1e-2 * trainer.schedule.factor(step))
+    assert seeds == [(5, 0, 3), (5, 2, 3)]
+    assert trainer.schedule.factor(0) < trainer.schedule.factor(1) < trainer.schedule.factor(2)
+
+
+def test_a_step_leaves_no_gradient_to_the_next(toy, tmp_path):
+    trainer, _ = toy.build(tmp_path)
+    trainer.step(list(toy.ToyBatches(2).epoch(0)))
+    assert all(p.grad is None or not p.grad.any() for p in trainer.model.parameters())
 
 
 def test_the_gradient_is_clipped_and_its_norm_logged(toy, tmp_path):
@@ -240,6 +260,7 @@ def test_the_average_follows_the_weights_but_not_in_a_skipped_step(toy, tmp_path
     trainer, _ = toy.build(tmp_path, ema=0.9, poison=(0, 1), accumulate=1, on_nonfinite="skip")
     trainer.position.step = 7
     average = trainer.ema.module.head.weight
+    average.data.add_(1.0)  # so that the weights before the step would show in it
     sound, poisoned = list(toy.ToyBatches(2, poison=(0, 1)).epoch(0))
     former, decay = average.detach().clone(), trainer.ema.get_decay(7)
     trainer.step([sound])

@@ -80,6 +80,79 @@ def test_the_twelve_numbers_are_cocos(shared_data, name, backend):
     np.testing.assert_allclose(list(summary.stats.values()), official(truth, results), rtol=0, atol=1e-12)
 
 
+def three_images():
+    """Two classes with objects of all three areas, a crowd, an annotation to ignore, areas that are not w times h."""
+    places = [(i, 7 + j % 2, (20 + 120 * j, 15 + 40 * i, side, side * 1.2)) for i in (1, 2, 3) for j, side in SIDES]
+    truth = dataset(places, (1, 2, 3), ((7, "cell"), (8, "disc"), (9, "none")), size=1000)
+    for row in truth["annotations"]:
+        row["area"] *= 0.8  # as of a mask
+    truth["annotations"][4]["iscrowd"] = 1
+    truth["annotations"][9]["ignore"] = 1
+    return truth
+
+
+SIDES = list(enumerate((12, 25, 40, 80, 110, 130)))
+
+
+def official_counts_crowds_alone(truth):
+    """pycocotools overwrites `ignore` by `iscrowd`."""
+    rows = [{**row, "iscrowd": int(bool(row["iscrowd"] or row.pop("ignore", 0)))} for row in truth["annotations"]]
+    return truth | {"annotations": rows}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("limits", [(1, 10, 100), (100, 2, 1)])
+def test_every_figure_of_three_images_is_cocos(backend, limits):
+    """The twelve numbers of all classes, and those of each class alone."""
+    truth = three_images()
+    results = [r for seed in range(3) for r in noisy_results(truth, seed)]
+    assert len({r["score"] for r in results}) < len(results)  # some tie
+    summary = evaluate_coco(truth, results, backend=backend, max_detections=limits)
+    reference = official_counts_crowds_alone(three_images())
+    expected = official(reference, results, sorted(limits))
+    assert [name for name in summary.stats if name[2:].isdigit()][2:] == [f"AR{limit}" for limit in sorted(limits)]
+    assert len(set(np.round(expected, 6))) >= 9 and (expected[:6] > 0).all()  # so that none passes for another
+    np.testing.assert_allclose(list(summary.stats.values())[:12], expected, rtol=0, atol=1e-12)
+    for row in summary.per_class:
+        own = {k: [r for r in reference[k] if r.get("category_id", r["id"]) == row["category_id"]] for k in KINDS}
+        mine = [r for r in results if r["category_id"] == row["category_id"]]
+        expected = official(reference | own, mine, sorted(limits)) if mine and own["annotations"] else np.full(12, -1.0)
+        names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+        np.testing.assert_allclose([row[name] for name in names], expected[:6], rtol=0, atol=1e-12)
+        assert row["AR"] == pytest.approx(expected[8], abs=1e-12)
+        assert row["objects"] == sum(not r["iscrowd"] for r in own["annotations"])
+
+
+KINDS = ("annotations", "categories")
+
+
+def test_a_loose_box_counts_at_half_and_not_at_three_quarters():
+    """IoU 0.72 with the object: found at 0.50 to 0.70, five of ten thresholds, but not at 0.75."""
+    truth = dataset([(1, 7, (0, 0, 100, 100))], size=200)
+    summary = evaluate_coco(truth, [result(1, 7, (0, 0, 100, 72), 0.9)])
+    for figures in (summary.stats, summary.per_class[0]):
+        assert (figures["AP50"], figures["AP75"], figures["AP"]) == pytest.approx((1.0, 0.0, 0.5))
+    assert (summary.stats["ARs"], summary.stats["ARm"], summary.stats["ARl"]) == pytest.approx((-1, -1, 0.5))
+
+
+def test_the_files_area_decides_on_the_size():
+    """A box of 100 x 100 pixels whose mask has 900 is a small object."""
+    truth = dataset([(1, 7, (0, 0, 100, 100))], size=200)
+    truth["annotations"][0]["area"] = 900
+    stats = evaluate_coco(truth, [result(1, 7, (0, 0, 100, 100), 0.9)]).stats
+    assert [stats[name] for name in ("APs", "APm", "APl")] == pytest.approx([1, -1, -1])
+    assert [stats[name] for name in ("ARs", "ARm", "ARl")] == pytest.approx([1, -1, -1])
+
+
+def test_annotations_to_ignore_neither_count_nor_punish():
+    truth = dataset([(1, 7, (0, 0, 20, 20)), (1, 7, (40, 40, 30, 30))])
+    truth["annotations"][1]["ignore"] = 1
+    results = [result(1, 7, (0, 0, 20, 20), 0.5), result(1, 7, (40, 40, 30, 30), 0.9)]
+    summary = evaluate_coco(truth, results)
+    assert summary.stats["AP"] == pytest.approx(1.0) and summary.per_class[0]["objects"] == 1
+    assert summary.per_class[0]["precision"] == summary.per_class[0]["recall"] == pytest.approx(1.0)
+
+
 @pytest.mark.skipif(not fast_backend_installed(), reason="faster-coco-eval is not installed")
 def test_both_backends_agree_class_by_class(shared_data):
     path = shared_data / "tiny_coco" / "annotations" / "val.json"

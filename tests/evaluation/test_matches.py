@@ -56,6 +56,31 @@ def test_matches_are_cocos(truths, found, limit):
     assert ((ours.ious >= 0.5) == ours.found).all()
 
 
+def row_of(*box, **more):
+    return {"image_id": 1, "category_id": 7, "bbox": list(box), "iscrowd": 0, **more}
+
+
+def test_of_equal_overlaps_the_last_object_is_taken():
+    """The first detection overlaps both objects by 15 / 25, the second one only the first object."""
+    truths = [row_of(5, 0, 20, 20), row_of(15, 0, 20, 20)]
+    detections = [row_of(10, 0, 20, 20, score=0.9), row_of(5, 0, 20, 20, score=0.8)]
+    matches = match_classes(truths, detections, [7])[7]
+    assert matches.found.tolist() == [True, True]
+    assert matches.ious.tolist() == pytest.approx([0.6, 1.0])
+
+
+def test_an_overlap_of_exactly_the_threshold_is_a_match():
+    matches = match_classes([row_of(0, 0, 20, 20)], [row_of(0, 0, 20, 10, score=0.9)], [7])[7]
+    assert matches.found.tolist() == [True] and matches.ious.tolist() == [0.5]
+
+
+def test_an_object_is_found_once_and_by_the_best_score():
+    detections = [row_of(0, 0, 20, 20, score=0.3), row_of(0, 0, 20, 18, score=0.9), row_of(0, 0, 20, 20, score=0.5)]
+    matches = match_classes([row_of(0, 0, 20, 20)], detections, [7])[7]
+    assert matches.scores.tolist() == [0.9, 0.5, 0.3] and matches.found.tolist() == [True, False, False]
+    assert match_classes([row_of(0, 0, 20, 20)], detections, [7], max_detections=2)[7].scores.tolist() == [0.9, 0.5]
+
+
 def ranked(found, ious, objects):
     found = np.array(found, bool)
     return ClassMatches(np.linspace(0.9, 0.1, len(found)), found, np.array(ious, float), objects)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 HERE = Path(__file__).parent
 PARTS = {
@@ -26,6 +27,12 @@ PARTS = {
 }
 FORWARD = ("neck.", "memory", "enc_outputs_class", "enc_bbox_preds", "enc_topk_index", "all_cls_scores")
 FORWARD += ("all_bbox_preds", "match.", "gt_bboxes.", "gt_labels.")
+# Only the main queries and the encoder proposals send gradient to these, so that the transformer alone shows it.
+GRADIENTS = ("query_head.transformer.enc_output", "query_head.transformer.pos_trans", "query_head.query_embedding.")
+GRADIENTS += ("query_head.cls_branches.2.", "query_head.reg_branches.2.")
+LARGEST_GRADIENT = 2000  # numbers; biases and norms tell of the larger ones
+HEADS = {"rpn_head.rpn_cls.bias", "rpn_head.rpn_reg.bias", "bbox_head.0.atss_cls.bias", "bbox_head.0.atss_reg.bias"}
+HEADS |= {"bbox_head.0.atss_centerness.bias", *(f"bbox_head.0.scales.{level}.scale" for level in range(5))}
 LARGEST_CASE = 1100  # logits
 LOSSES = ("rs", "brs", "ap", "bap", "alrp")
 
@@ -52,6 +59,34 @@ def select(golden: Path) -> None:
     }
     (HERE / "losses.json").write_text(json.dumps(terms, indent=1))
     np.savez_compressed(HERE / "loss_functions.npz", **loss_cases(golden / "losses"))
+    np.savez_compressed(HERE / "step.npz", **training_step(folders, weights["co_detr"]))
+
+
+def training_step(folders: dict[str, Path], weights: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Outputs and labels of the RPN and the ATSS head, and small gradients of a step of each family."""
+    kept = {f"scale.{level}": weights[f"bbox_head.0.scales.{level}.scale"] for level in range(5)}
+    outputs = {}
+    for family, folder in folders.items():
+        arrays = load_file(folder / "train_normal.safetensors")
+        for name, gradient in load_file(folder / "train_normal_grads.safetensors").items():
+            if name in HEADS or (name.startswith(GRADIENTS) and gradient.numel() <= LARGEST_GRADIENT):
+                kept[f"{family}.gradient.{name}"] = gradient
+        outputs[family] = {k: v for k, v in arrays.items() if k.startswith(("atss.cls", "atss.reg", "rpn.cls"))}
+        for level in range(5):
+            for head in ("rpn", "atss"):
+                labels, used = (arrays[f"{head}.target.{kind}.{level}"] for kind in ("labels", "label_weights"))
+                kept[f"{family}.{head}.labels.{level}"] = torch.where(used > 0, labels, -1).to(torch.int8)
+            # offsets of the RPN where an object is assigned; elsewhere no loss reads them
+            offsets, labels = arrays[f"rpn.reg.{level}"], kept[f"{family}.rpn.labels.{level}"]
+            cells = offsets.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2)
+            found = (labels == 0).view(cells.shape[:-1])[..., None]
+            kept[f"{family}.rpn.reg.{level}"] = torch.where(found, cells, 0.0)
+    both = outputs.values()
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*(o.values() for o in both), strict=True))
+    kept |= outputs["brs_detr"]
+    arrays = load_file(folders["co_detr"] / "train_normal.safetensors")
+    kept |= {key: value for key, value in arrays.items() if key.startswith("atss.centerness")}
+    return {key: value.numpy() for key, value in kept.items()}
 
 
 def loss_cases(folder: Path) -> dict[str, np.ndarray]:

@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from brs_detr.losses import RankingObjective, ScoreObjective, rank_sort_loss
+from brs_detr.losses import (
+    RankingObjective,
+    ScoreObjective,
+    alrp_loss,
+    average_precision_loss,
+    rank_sort_loss,
+)
 from brs_detr.losses.objective import RANKING_LOSSES
 
 CLASSES = 4
@@ -47,6 +53,45 @@ def test_score_weighting_weighs_each_box():
     terms["giou"].backward()
     gradient = boxes["giou"].grad
     assert gradient[1] < 1e-6 * gradient[0] and torch.isclose(gradient[0], gradient[2])
+
+
+def test_score_weights_send_no_gradient_into_the_logits():
+    logits, boxes = leaf(8, CLASSES), box_losses()
+    objective = RankingObjective("brs", score_weighted=True)
+    objective(logits, LABELS, quality=QUALITY, localisation=boxes, rows=ROWS)["giou"].backward()
+    assert not logits.grad.any() and boxes["giou"].grad.any()
+
+
+def test_quality_is_a_target_without_gradient():
+    quality = QUALITY.clone().requires_grad_()
+    for objective in (ScoreObjective("quality_focal", {"cls": 1}), RankingObjective()):
+        sum(objective(leaf(8, CLASSES), LABELS, quality=quality, localisation={}).values()).backward()
+    assert quality.grad is None
+
+
+def test_quality_focal_by_hand():
+    """One row, IoU 0.75, probability 0.5: (0.75 - 0.5)^2 * ln 2; another class at 0.5: 0.5^2 * ln 2."""
+    objective = ScoreObjective("quality_focal", {"cls": 1})
+    terms = objective(torch.zeros(1, 2), torch.tensor([1]), quality=torch.tensor([0.75]), localisation={})
+    assert terms["cls"].item() == pytest.approx((0.0625 + 0.25) * 0.693147, abs=1e-6)
+
+
+@pytest.mark.parametrize(("name", "options"), [("ap", {"method": "exact", "interpolate": True}), ("bap", {})])
+def test_average_precision_is_interpolated_where_it_is_exact(name, options):
+    """One negative is above all positives: precisions 1/2, 2/3 and 3/4 become 3/4 each."""
+    logits = torch.full((8, CLASSES), -9.0)
+    logits[0, 0], logits[1, 2], logits[3, 0], logits[5, 3] = 12.0, 8.0, 4.0, 0.0
+    terms = RankingObjective(name, weight=3.0)(logits, LABELS, quality=QUALITY, localisation={})
+    expected = average_precision_loss(logits, ROWS * CLASSES + LABELS[ROWS], delta=1.0, **options)
+    torch.testing.assert_close(terms["rank"], 3 * expected)
+
+
+@pytest.mark.parametrize("tau", [0.5, 0.7])
+def test_alrp_divides_the_error_by_one_minus_tau(tau):
+    logits, giou = leaf(8, CLASSES), torch.tensor([0.1, 0.4, 0.3])
+    terms = RankingObjective("alrp", weight=1.0, tau=tau)(logits, LABELS, quality=QUALITY, localisation={"giou": giou})
+    part = alrp_loss(logits, ROWS * CLASSES + LABELS[ROWS], giou / 2 / {0.5: 0.5, 0.7: 0.3}[tau], method="exact")
+    torch.testing.assert_close(terms["giou"], 50 * part.localisation)
 
 
 def test_given_rows_equal_found_rows():

@@ -1,6 +1,7 @@
 """ATSS head, against arrays of the official implementations and against what must hold anyway."""
 
 import json
+import math
 import re
 
 import pytest
@@ -153,6 +154,30 @@ def test_centerness_by_hand():
     objects = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10]])
     anchors = torch.tensor([[4.0, 4, 6, 6], [1, 4, 3, 6]])
     torch.testing.assert_close(centerness_target(anchors, objects), torch.tensor([1.0, (2 / 8) ** 0.5]))
+
+
+def test_detections_by_hand():
+    """A score is that of the class times centerness; the threshold is the class's; each box is that of its cell."""
+    head = ATSSHead(32, 2, (8,), objective=None, centerness=True, score_threshold=0.4)
+    logits = torch.full((1, 4, 4, 2), -9.0)
+    deltas, centerness = torch.zeros(1, 4, 4, 4), torch.zeros(1, 4, 4, 1)
+    logits[0, 1, 2, 1], centerness[0, 1, 2] = 0.0, math.log(3)  # 0.5 * 0.75
+    logits[0, 3, 0, 0], centerness[0, 3, 0] = math.log(4), -math.log(3)  # 0.8 * 0.25
+    logits[0, 0, 0, 0], centerness[0, 0, 0] = -1.0, 9.0  # 0.27
+    (found,) = head.predict(ATSSOutput([logits], [deltas], [centerness]), [(50, 60)])
+    assert found["labels"].tolist() == [1, 0]
+    torch.testing.assert_close(found["scores"], torch.tensor([0.375, 0.2]))
+    # anchors of 64 pixels around (16, 8) and (0, 24), clipped
+    assert found["boxes"].tolist() == [[0, 0, 48, 40], [0, 0, 32, 50]]
+
+
+def test_offsets_are_multiplied_by_the_scale_of_their_level():
+    head, features = build("brs_detr", 32), random_features(1)
+    plain = head(features).deltas
+    for level, scale in enumerate(head.scales):
+        torch.nn.init.constant_(scale, level + 2.0)
+    for level, (one, other) in enumerate(zip(plain, head(features).deltas)):
+        torch.testing.assert_close(other, (level + 2) * one)
 
 
 def test_bfloat16_autocast_gives_float32_losses():

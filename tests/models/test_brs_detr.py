@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from brs_detr.config import ATSSConfig, BackboneConfig, ModelConfig, RoIConfig, RPNConfig
+from brs_detr.models.brs_detr import detections_from
 from brs_detr.models.build import build_model
+from brs_detr.models.decoder import Predictions
 from brs_detr.ops.images import ImageBatch
 
 SMALL = ModelConfig(
@@ -103,6 +105,61 @@ def test_detections_lie_inside_the_stored_picture_best_first(settings, head):
         assert len(one["boxes"]) == len(one["scores"]) == len(one["labels"]) > 0
         assert (one["boxes"] >= 0).all() and (one["boxes"] <= torch.tensor([w, h, w, h]) + 1e-3).all()
         assert (one["scores"].diff() <= 0).all() and ((one["labels"] >= 0) & (one["labels"] < 3)).all()
+
+
+def test_pixels_are_normalised_in_the_order_of_rgb_and_the_padding_is_zero():
+    """(255 - 123.675) / 58.395, (0 - 116.28) / 57.12, (128 - 103.53) / 57.375: ImageNet's means and deviations."""
+    one, two = torch.zeros(3, 2, 3, dtype=torch.uint8), torch.zeros(3, 4, 5, dtype=torch.uint8)
+    one[0], one[2] = 255, 128
+    images = ImageBatch.from_list([one, two])
+    x = build_model(SMALL, 3).normalise(images.pixels, images.padding_mask())
+    torch.testing.assert_close(x[0, :, 0, 0], torch.tensor([2.248908, -2.035714, 0.426492]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(x[1, :, 3, 4], torch.tensor([-2.117904, -2.035714, -1.804444]), rtol=0, atol=1e-5)
+    assert not x[0, :, 2:].any() and not x[0, :, :, 3:].any()
+
+
+@pytest.mark.parametrize("head", ["roi", "atss"])
+def test_boxes_of_the_dense_heads_are_scaled_to_the_stored_picture(head, monkeypatch):
+    """From 50 x 70 to 100 x 210: twice as high, three times as wide."""
+    model = build_model(SMALL, 3).eval()
+    model.predict_with = head
+    found = {"boxes": torch.tensor([[10.0, 20, 30, 40]]), "scores": torch.ones(1), "labels": torch.zeros(1).long()}
+    monkeypatch.setattr(getattr(model, head), "predict", lambda *_: [found])
+    (one,) = model(ImageBatch.from_list([picture(50, 70)], original_sizes=[(100, 210)]))
+    assert one["boxes"].tolist() == [[30.0, 40, 90, 80]]
+
+
+def test_boxes_of_the_decoder_are_clipped_and_scaled_to_the_stored_picture():
+    predictions = Predictions(torch.tensor([[[1.0, 3.0], [2.0, 0.0]]]), torch.tensor([[[0.5, 0.5, 0.2, 0.4]] * 2]))
+    predictions.boxes[0, 1] = torch.tensor([0.9, 0.1, 0.4, 0.4])
+    (one,) = detections_from(predictions, [(100, 200)], 3)
+    torch.testing.assert_close(one["boxes"], torch.tensor([[80.0, 30, 120, 70], [140, 0, 200, 30], [80, 30, 120, 70]]))
+    assert one["labels"].tolist() == [1, 0, 0]
+    torch.testing.assert_close(one["scores"], torch.tensor([3.0, 2.0, 1.0]).sigmoid())
+
+
+@pytest.mark.parametrize("loss", ["brs", "alrp"])
+def test_each_head_has_the_weights_and_thresholds_of_its_own(loss):
+    """The recipe of the BRS paper: 2 for the queries, 1 for the RPN, 5 for both other heads; aLRP's tau: 0.7 there."""
+    model = build_model(replace(SMALL, loss=loss), 3)
+    heads = {"decoder": model, "rpn": model.rpn, "roi": model.roi, "atss": model.atss}
+    assert {name: head.objective.weight for name, head in heads.items()} == {
+        "decoder": 2.0,
+        "rpn": 1.0,
+        "roi": 5.0,
+        "atss": 5.0,
+    }
+    assert {name: head.objective.tau for name, head in heads.items()} == {
+        "decoder": 0.5,
+        "rpn": 0.7,
+        "roi": 0.5,
+        "atss": 0.5,
+    }
+
+
+def test_regions_up_to_112_pixels_are_pooled_from_the_finest_map_of_stride_8():
+    """As in the released models, of which each level serves twice the side of the one before."""
+    assert build_model(SMALL, 3).roi.finest_scale == 112
 
 
 def test_detections_do_not_depend_on_equally_sized_neighbours():

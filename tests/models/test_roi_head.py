@@ -9,7 +9,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from brs_detr.assign.random_sampler import RandomSampler
 from brs_detr.losses.objective import RankingObjective, ScoreObjective
-from brs_detr.models.roi_head import RoIHead
+from brs_detr.models.roi_head import RoIHead, RoIOutput
 from brs_detr.models.rpn import RPNHead
 
 STRIDES = (8, 16, 32, 64)
@@ -146,6 +146,59 @@ def test_level_by_size_as_in_the_feature_pyramid_paper():
     theirs = MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2, canonical_scale=112, canonical_level=3)
     expected = theirs({str(i): x for i, x in enumerate(features)}, [boxes], [(512, 512)]).mean(dim=(2, 3))
     torch.testing.assert_close(head(features, [boxes]).features.round(), expected.round())
+
+
+def test_pooling_by_hand():
+    """Seven bins a side, ceil(9 / 7) = 2 samples a bin and axis; the center of cell 0 lies half a cell inside."""
+    head, (level, *others) = build("brs_detr", dim=4), random_features(1)
+    x1, y1, x2, y2 = 13.0, 22.0, 85.0, 94.0  # 72 pixels are 9 cells of stride 8
+    steps = (torch.arange(14) + 0.5) / 14
+    x, y = (x1 + steps * (x2 - x1)) / 8 - 0.5, (y1 + steps * (y2 - y1)) / 8 - 0.5
+    grid = torch.stack(torch.meshgrid(2 * x / 19 - 1, 2 * y / 15 - 1, indexing="xy"), dim=-1)
+    samples = torch.nn.functional.grid_sample(level, grid[None], align_corners=True)
+    pooled, _ = head._pool([level, *others], [torch.tensor([[x1, y1, x2, y2]])])
+    torch.testing.assert_close(pooled, torch.nn.functional.avg_pool2d(samples, 2), rtol=1e-5, atol=1e-5)
+
+
+def fixed_output(head, logits, deltas=None):
+    """Let the head say the same of every picture; deltas (n, C, 4)."""
+    logits = torch.tensor(logits)
+    deltas = torch.zeros(len(logits), head.num_classes, 4) if deltas is None else deltas
+    head.forward = lambda *_: RoIOutput(logits, deltas, torch.zeros(len(logits), 4))
+    return head
+
+
+def test_detections_by_hand():
+    """A softmax over two classes and the background; a box of each class, clipped, suppressed class by class."""
+    deltas = torch.zeros(2, 2, 4)
+    deltas[0, 1, 0] = -5.0  # by half a width to the left
+    head = build("co_detr", classes=2, score_threshold=0.2, nms_iou=0.5)
+    chances = torch.tensor([[0.25, 0.7, 0.05], [0.6, 0.1, 0.3]])
+    head = fixed_output(head, chances.log().tolist(), deltas)
+    rois = [torch.tensor([[0.0, 10, 20, 30], [1.0, 10, 21, 30]])]
+    (found,) = head.predict([], rois, [(25, 40)])
+    assert found["labels"].tolist() == [1, 0]
+    torch.testing.assert_close(found["scores"], torch.tensor([0.7, 0.6]))
+    torch.testing.assert_close(found["boxes"], torch.tensor([[0.0, 10, 10, 25], [1, 10, 21, 25]]))
+
+
+def test_equal_boxes_of_two_classes_are_both_found():
+    head = fixed_output(build("brs_detr", classes=2), [[1.0, 2.0]])
+    (found,) = head.predict([], [torch.tensor([[0.0, 10, 20, 30]])], [(50, 50)])
+    assert found["labels"].tolist() == [1, 0]
+
+
+def test_a_region_learns_the_box_of_its_class_from_an_iou_of_one_half():
+    """Three regions: equal to the object of class 1, overlapping it by exactly one half, and by less."""
+    deltas = torch.zeros(3, 2, 4, requires_grad=True)
+    head = build("brs_detr", classes=2)
+    head = fixed_output(head, [[0.0, 1.0], [0.5, -1.0], [0.0, 0.0]], deltas)
+    rois = [torch.tensor([[0.0, 0, 20, 20], [0, 0, 20, 10], [0, 0, 20, 9]])]
+    target = [{"boxes": torch.tensor([[0.0, 0, 20, 20]]), "labels": torch.tensor([1])}]
+    losses, samples = head.forward_train([], rois, [(40, 40)], target)
+    assert samples.labels[0].tolist() == [1, 1, 2]
+    losses["roi.giou"].backward()
+    assert deltas.grad[1, 1].any() and not deltas.grad[:, 0].any() and not deltas.grad[2].any()
 
 
 @pytest.mark.parametrize("family", ["brs_detr", "co_detr"])

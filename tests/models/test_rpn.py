@@ -1,5 +1,7 @@
 """Region proposal network, against arrays of the official implementations and against what must hold anyway."""
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -154,6 +156,23 @@ def test_one_level_proposals_survive_only_below_the_threshold():
     output = head([torch.randn(1, 8, 6, 6)])
     (boxes,) = head.proposals(output, [(48, 48)])
     assert box_iou(boxes, boxes).fill_diagonal_(0).max() <= 0.5
+
+
+def test_equal_boxes_of_two_levels_are_both_proposed_and_of_one_level_once():
+    """One anchor of each level, 32 and 64 pixels wide, becomes the same box; suppression goes level by level."""
+    head = RPNHead(8, (8, 16), objective=RankingObjective(), scales=(4.0,), ratios=(1.0,)).eval()
+    logits = [torch.full((1, side, side, 1), -9.0) for side in (8, 4)]
+    deltas = [torch.zeros(1, side, side, 1, 4) for side in (8, 4)]
+    logits[0][0, 4, 4], logits[1][0, 2, 2] = 1.0, 2.0
+    deltas[1][0, 2, 2, 0, 2:] = -math.log(2)
+    head.test_before_nms = 1
+    (both,) = head.proposals(RPNOutput(logits, deltas), [(64, 64)])
+    torch.testing.assert_close(both, torch.tensor([[16.0, 16, 48, 48]] * 2))
+    logits[0][0, 4, 5], deltas[0][0, 4, 5, 0, 0] = 3.0, -8 / 32
+    head.test_before_nms = 2
+    ((boxes, scores),) = head.scored_proposals(RPNOutput(logits, deltas), [(64, 64)])
+    equal = (boxes - torch.tensor([16.0, 16, 48, 48])).abs().amax(1) < 1e-3
+    torch.testing.assert_close(scores[equal], torch.tensor([3.0, 2.0]).sigmoid())
 
 
 def test_fewer_proposals_in_evaluation():

@@ -12,7 +12,7 @@ from brs_detr.models.attention import use_sampling
 from brs_detr.models.aux_queries import AuxQueryEmbedding
 from brs_detr.models.build import choose_sampling
 from brs_detr.models.decoder import QueryDecoder
-from brs_detr.models.encoder import DeformableEncoder, level_masks
+from brs_detr.models.encoder import DeformableEncoder, Memory, level_masks
 from brs_detr.models.neck import ChannelMapper
 from brs_detr.models.position import inverse_sigmoid, sine_of_cells
 from brs_detr.models.proposals import BoxEmbedding, ProposalHead
@@ -136,6 +136,23 @@ def test_padding_maps_to_the_right_changes_no_prediction():
     padded = run(model, wide, padding)
     torch.testing.assert_close(padded.boxes, alone.boxes, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(padded.logits, alone.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_and_border_tokens_are_never_chosen_however_high_they_score():
+    """They share the score of an empty token, 0 here, and every other token scores less."""
+    head = ProposalHead(8, CLASSES, queries=4)
+    nn.init.eye_(head.projection.weight)
+    nn.init.zeros_(head.projection.bias)
+    token = torch.tensor([1.0, -1.0] * 4)
+    with torch.no_grad():
+        head.classifier.weight.copy_(-token.expand(CLASSES, -1))
+        head.classifier.bias.zero_()
+    padding = torch.zeros(1, 16, dtype=torch.bool)
+    padding[0, [2, 3, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]] = True  # the picture: two rows and columns of four
+    memory = Memory(token.expand(1, 16, 8), padding, [(4, 4)], torch.tensor([[[2.0, 2.0]]]), torch.full((1, 1, 2), 0.5))
+    found = head(memory)
+    assert found.predictions.logits[0, 15, 0] == 0 > found.predictions.logits[0, 0, 0]
+    assert sorted(found.chosen[0].tolist()) == [0, 1, 4, 5]
 
 
 def test_a_memory_with_fewer_tokens_than_queries_gives_fewer_queries():
