@@ -25,6 +25,7 @@ from brs_detr.engine.logging import LossMeter
 from brs_detr.engine.sharding import whole
 from brs_detr.engine.storage import CheckpointError, write_text
 from brs_detr.engine.tensor_file import read_tensors, write_tensors
+from brs_detr.user_files import require_unpacked
 
 MODEL, AVERAGE, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 VALUES = "trainer.json"
@@ -260,11 +261,11 @@ def _read_earlier(folder: Path, trained: list[str], mend: str) -> Snapshot:
     tensors = {MODEL: read_tensors(folder / "model.safetensors", mend)[0]}
     try:
         moments, position, meter = (
-            torch.load(folder / name, map_location="cpu", weights_only=True)
+            _load_earlier(folder / name)
             for name in ("optimizer.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl")
         )
         scaler = folder / "scaler.pt"
-        scaler = torch.load(scaler, map_location="cpu", weights_only=True) if scaler.exists() else None
+        scaler = _load_earlier(scaler) if scaler.exists() else None
         if sum(len(group["params"]) for group in moments["param_groups"]) != len(trained):
             raise ValueError("the optimiser had another number of parameters")
         tensors[OPTIMIZER] = {f"{k}/{trained[i]}": t for i, s in moments["state"].items() for k, t in s.items()}
@@ -276,6 +277,11 @@ def _read_earlier(folder: Path, trained: list[str], mend: str) -> Snapshot:
     except Exception as error:  # torch raises many kinds for a damaged file
         raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__}: {error}); {mend}") from None
     return Snapshot(tensors, {"position": position, "meter": pending, "scaler": scaler, "trained": trained})
+
+
+def _load_earlier(path: Path) -> Any:
+    require_unpacked(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _some(names: Iterable[str], limit: int = 3) -> str:

@@ -57,7 +57,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         file.write(len(header).to_bytes(8, "little") + header)
         digest = hashlib.sha256(header)
         for name in names:
-            data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            flat = tensors[name].detach().cpu().contiguous()
+            # a tensor of one element counts as contiguous whatever its stride, which `view` then refuses
+            data = flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy()
             digest.update(data)
             file.write(data)
         file.seek(8 + len(_BEGINNING))

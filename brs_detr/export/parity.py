@@ -17,6 +17,7 @@ from torchvision.ops import box_convert
 
 from brs_detr.models.brs_detr import BRSDETR
 from brs_detr.models.decoder import Predictions
+from brs_detr.ops.anchors import take_rows
 from brs_detr.ops.images import ImageBatch
 
 MOST_PIXELS = 0.1
@@ -80,7 +81,7 @@ def compare(model: BRSDETR, exported: ExportedDetector, images: ImageBatch) -> D
     found = model.proposals(memory)
     of_tokens = found.predictions.logits[..., 0].masked_fill(~found.valid, -torch.inf).sigmoid()
     choice = (of_tokens.gather(1, chosen) - of_tokens.gather(1, found.chosen)).abs().max()
-    references = found.predictions.boxes.gather(1, chosen[..., None].expand(-1, -1, 4))
+    references = take_rows(found.predictions.boxes, chosen)
     layers = model.decode(memory, references)
     last = Predictions(layers.logits[-1], layers.boxes[-1])
     differences = largest_differences(last, images, boxes, scores, labels)

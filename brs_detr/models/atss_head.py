@@ -20,7 +20,7 @@ from brs_detr.assign.batch import join
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
 from brs_detr.models.aux_samples import AuxSamples
 from brs_detr.models.decoder import PRIOR_BIAS
-from brs_detr.ops.anchors import AnchorGrid, batch_rows, valid_extents, valid_rows
+from brs_detr.ops.anchors import AnchorGrid, batch_rows, take_rows, valid_extents, valid_rows
 from brs_detr.ops.box_coder import BoxCoder
 from brs_detr.ops.images import Size
 
@@ -184,7 +184,7 @@ class ATSSHead(nn.Module):
             score = output.logits[level].float().sigmoid().flatten(1)
             score, index = score.topk(min(self.before_nms, score.shape[1]), dim=1)
             cell, label = index // self.num_classes, index % self.num_classes
-            delta = output.deltas[level].flatten(1, 2).take_along_dim(cell[..., None], dim=1)
+            delta = take_rows(output.deltas[level].flatten(1, 2), cell)
             kept = score > self.score_threshold
             if output.centerness is not None:
                 score = score * output.centerness[level].float().sigmoid().flatten(1).gather(1, cell)

@@ -25,6 +25,7 @@ from brs_detr.models.neck import ChannelMapper
 from brs_detr.models.proposals import BoxEmbedding, ProposalHead
 from brs_detr.models.roi_head import RoIHead
 from brs_detr.models.rpn import RPNHead
+from brs_detr.ops.anchors import take_rows
 from brs_detr.ops.images import ImageBatch, Size
 from brs_detr.ops.targets import PackedTargets, check_targets
 
@@ -45,8 +46,7 @@ def best_pairs(predictions: Predictions, limit: int) -> tuple[Tensor, Tensor, Te
     scores = rearrange(predictions.logits.sigmoid(), "b q k -> b (q k)")
     scores, index = scores.topk(min(limit, scores.shape[1]), dim=1)
     classes = predictions.logits.shape[-1]
-    queries = (index // classes)[..., None]
-    boxes = box_convert(predictions.boxes, "cxcywh", "xyxy").clamp(0, 1).take_along_dim(queries, dim=1)
+    boxes = take_rows(box_convert(predictions.boxes, "cxcywh", "xyxy").clamp(0, 1), index // classes)
     return boxes, scores, index % classes
 
 

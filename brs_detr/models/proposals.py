@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from brs_detr.models.decoder import Predictions, box_regressor, classifier
 from brs_detr.models.encoder import Memory, cell_centres
 from brs_detr.models.position import inverse_sigmoid, sine_of_boxes
+from brs_detr.ops.anchors import take_rows
 
 
 class Proposals(NamedTuple):
@@ -71,7 +72,7 @@ class ProposalHead(nn.Module):
         boxes = (self.regressor(tokens).to(unsquashed.dtype) + unsquashed).sigmoid()
         scores = logits[..., 0].detach().masked_fill(~valid, -torch.inf)
         chosen = scores.topk(min(self.queries, scores.shape[1]), dim=1).indices
-        references = boxes.detach().take_along_dim(chosen[..., None], dim=1)
+        references = take_rows(boxes.detach(), chosen)
         return Proposals(Predictions(logits, boxes), references, valid, chosen)
 
 

@@ -19,7 +19,7 @@ from brs_detr.assign.batch import join
 from brs_detr.assign.max_iou import IGNORED, max_iou_assign
 from brs_detr.assign.random_sampler import RandomSampler
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
-from brs_detr.ops.anchors import AnchorGrid, batch_rows, valid_extents, valid_rows
+from brs_detr.ops.anchors import AnchorGrid, batch_rows, take_rows, valid_extents, valid_rows
 from brs_detr.ops.box_coder import BoxCoder
 from brs_detr.ops.images import Size
 
@@ -173,7 +173,7 @@ class RPNHead(nn.Module):
         ):
             score = logits.float().sigmoid().flatten(1)
             best, index = score.topk(min(most, score.shape[1]), dim=1)
-            delta = deltas.flatten(1, 3).take_along_dim(index[..., None], dim=1)
+            delta = take_rows(deltas.flatten(1, 3), index)
             boxes.append(self.coder.decode(anchors.reshape(-1, 4)[index], delta))
             scores.append(best)
             levels.append(torch.full_like(index, level))

@@ -105,3 +105,11 @@ def batch_rows(levels: Sequence[Tensor], extents: Sequence[Sequence[Size]]) -> T
         (N, D), N = entries inside their pictures.
     """
     return torch.cat([valid_rows([level[image] for level in levels], own) for image, own in enumerate(extents)])
+
+
+def take_rows(rows: Tensor, index: Tensor) -> Tensor:
+    """Pick rows of each image by index: (B, N, D) and (B, n) int64 -> (B, n, D).
+
+    By `gather` and not `take_along_dim`, which `torch.export` can only trace for one batch size.
+    """
+    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
