@@ -28,6 +28,7 @@ from brs_detr.data.json_file import load_json
 from brs_detr.data.limits import Limits
 from brs_detr.data.packed import pack
 from brs_detr.data.pictures import PictureError, read_picture
+from brs_detr.data.shared_memory import shared_zeros
 from brs_detr.user_files import printable
 
 Target = dict[str, Any]
@@ -91,9 +92,9 @@ class CocoDetection(Dataset):
         self.packed = pack(images, objects)
         self._exact = None if train else objects
         # shared with the workers, which find out what no header tells
-        self._found = torch.zeros(max(1, len(images)), dtype=torch.uint8).share_memory_()
+        self._found = shared_zeros(max(1, len(images)), torch.uint8)
         # by worker (0: none) the image whose file it is reading, counted from 1
-        self._reading = torch.zeros(_MOST_WORKERS + 1, dtype=torch.int64).share_memory_()
+        self._reading = shared_zeros(_MOST_WORKERS + 1, torch.int64)
 
     @property
     def num_classes(self) -> int:

@@ -12,8 +12,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from brs_detr.data.storage import StorageError
 from brs_detr.ops.images import ImageBatch
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -30,6 +32,19 @@ class ThroughPipe:
 
     def __reduce__(self) -> tuple:
         return pickle.loads, (self.content,)
+
+
+def shared_zeros(count: int, dtype: torch.dtype) -> Tensor:
+    """(count,) zeros that the loader's workers and their parent both see.
+
+    Raises:
+        StorageError: there is no room at all in the shared memory.
+    """
+    try:
+        return torch.zeros(count, dtype=dtype).share_memory_()
+    except RuntimeError as error:
+        reason = str(error).rpartition(": ")[2]
+        raise StorageError(f"{SHARED_MEMORY}: {reason}. {_mend()}") from error
 
 
 def move_to_shared_memory(batch: tuple[ImageBatch, list[dict[str, Any]]]) -> Any:
