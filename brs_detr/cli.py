@@ -12,8 +12,8 @@ import os
 import re
 import sys
 
+from brs_detr.config_io import ConfigError
 from brs_detr.exit_codes import ExitCode, Interruption
-from brs_detr.settings import ConfigError
 from brs_detr.user_files import forgive_output, printable
 
 COMMANDS = {
@@ -22,9 +22,12 @@ COMMANDS = {
     "export": ("brs_detr.commands.export", "write a detector as an ONNX file and check it in onnxruntime"),
     "make-dataset": ("brs_detr.data.synthetic", "draw a small dataset of shapes in COCO's format"),
     "check-data": ("brs_detr.commands.check_data", "find every fault of a dataset before training does"),
-    "convert-dataset": ("brs_detr.data.convert", "turn a Pascal VOC or YOLO folder into COCO jsons"),
+    "convert-dataset": ("brs_detr.commands.convert_dataset", "turn a Pascal VOC or YOLO folder into COCO jsons"),
     "replay": ("brs_detr.commands.replay", "run a batch again that a training saved because something was not finite"),
-    "convert": ("brs_detr.commands.convert", "turn an official Co-DETR or BRS-DETR checkpoint into a weights file"),
+    "convert": (
+        "brs_detr.commands.convert_checkpoint",
+        "turn an official Co-DETR or BRS-DETR checkpoint into a weights file",
+    ),
 }
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _PATH_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)

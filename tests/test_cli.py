@@ -28,7 +28,7 @@ from brs_detr.data.synthetic import make_dataset
 from brs_detr.engine.checkpoint import Weights
 from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.trainer import Trainer
-from brs_detr.run import build_detector
+from brs_detr.run.setup import build_detector
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = str(ROOT / "configs" / "demo.yaml")
@@ -331,7 +331,7 @@ def test_pretrained_weights_that_cannot_be_had_are_named(data, tmp_path, capsys,
     def offline(*_, **__):
         raise OSError("no route to host")
 
-    monkeypatch.setattr("brs_detr.models.backbones.timm.create_model", offline)
+    monkeypatch.setattr("brs_detr.models.backbones.timm_backbone.timm.create_model", offline)
     command = [DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}", "model.backbone.pretrained=true"]
     assert train(command) == 2
     error = capsys.readouterr().err.strip()
@@ -381,7 +381,7 @@ def test_told_to_stop_before_the_training_begins_it_ends_with_the_code_of_an_int
         raise AssertionError("it goes on")
 
     former = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("brs_detr.run.open_train_set", told)
+    monkeypatch.setattr("brs_detr.run.setup.open_train_set", told)
     with pytest.raises(SystemExit) as end:
         train([DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}"])
     assert end.value.code == 75 and signal.getsignal(signal.SIGTERM) is former

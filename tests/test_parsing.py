@@ -6,11 +6,11 @@ import pytest
 import yaml
 
 from brs_detr.config import load_config
-from brs_detr.data.faults import DataError
-from brs_detr.data.labelled import Notes
-from brs_detr.data.yolo_layout import find_layout
+from brs_detr.config_io import ConfigError, parse_yaml
+from brs_detr.data.formats.base import Notes
+from brs_detr.data.formats.yolo import find_layout
+from brs_detr.data.issues import DataError
 from brs_detr.parsing import TwoValuesError, dict_of_pairs, load_yaml
-from brs_detr.settings import ConfigError, parse_yaml
 
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)

@@ -13,14 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from brs_detr.checkpoints.architecture import name_classes
 from brs_detr.config import load_config
-from brs_detr.convert.classes import name_classes
-from brs_detr.convert.read import read_official
-from brs_detr.data.labelled import read_lines
+from brs_detr.config_io import ConfigError
+from brs_detr.data.formats.base import read_lines
 from brs_detr.engine.checkpoint import CheckpointError, load_weights
 from brs_detr.evaluation.ground_truth import GroundTruth
-from brs_detr.models.backbone_weights import read_weights
-from brs_detr.settings import ConfigError
+from brs_detr.models.backbones.weights_io import read_official, read_weights
 from brs_detr.user_files import UserFileError, open_regular, printable, read_file, read_start, unpack_gzip
 
 ROOT = Path(__file__).resolve().parents[1]

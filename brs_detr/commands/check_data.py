@@ -9,7 +9,7 @@ from pathlib import Path
 from brs_detr.config import Config, apply_overrides, load_config
 from brs_detr.data import check
 from brs_detr.data.check import Source
-from brs_detr.run import limits_of, train_transforms, val_transforms
+from brs_detr.run.setup import limits_of, train_transforms, val_transforms
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,15 +16,15 @@ from torchvision.transforms.v2.functional import resize
 
 from brs_detr.commands.predict import lowest_scores
 from brs_detr.config import Config, ConfigError
-from brs_detr.data.pictures import read_picture
+from brs_detr.data.image_io import read_picture
 from brs_detr.data.transforms import resized_size
 from brs_detr.engine.checkpoint import Weights, publish
-from brs_detr.export.graph import OLDEST_OPSET, ExportError, write_onnx
+from brs_detr.export.onnx import OLDEST_OPSET, ExportError, write_onnx
 from brs_detr.export.parity import MOST_PIXELS, MOST_SCORE, ExportedDetector, compare
 from brs_detr.models.brs_detr import BRSDETR
 from brs_detr.ops.images import ImageBatch, Size
-from brs_detr.resuming import require_writable
-from brs_detr.run import limits_of, restore
+from brs_detr.run.output_dir import require_writable
+from brs_detr.run.setup import limits_of, restore
 from brs_detr.user_files import printable
 
 PIXELS = {"uint8": torch.uint8, "float32": torch.float32}

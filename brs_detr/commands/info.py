@@ -14,10 +14,10 @@ from torch import nn
 from brs_detr.config import Config, dump, load_config
 from brs_detr.data.json_file import load_json
 from brs_detr.engine.optim import count_parameters
-from brs_detr.evaluation.coco import fast_backend_installed
+from brs_detr.evaluation.coco_eval import fast_backend_installed
 from brs_detr.evaluation.summary import text_table
 from brs_detr.models.build import sampling_here
-from brs_detr.run import build_detector
+from brs_detr.run.setup import build_detector
 
 COCO_CLASSES = 80
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from brs_detr.data.pictures import PictureError, is_picture_name, read_picture
+from brs_detr.data.image_io import PictureError, is_picture_name, read_picture
 from brs_detr.engine.checkpoint import Weights, write_text
-from brs_detr.evaluation.pictures import draw_detections
-from brs_detr.launch import choose_device
 from brs_detr.ops.images import ImageBatch
-from brs_detr.resuming import require_writable
-from brs_detr.run import limits_of, restore, val_transforms
+from brs_detr.run.launch import choose_device
+from brs_detr.run.output_dir import require_writable
+from brs_detr.run.setup import limits_of, restore, val_transforms
 from brs_detr.user_files import printable
+from brs_detr.viz.boxes import draw_detections
 
 LONGEST_NAME = 255  # bytes of a file name that file systems take
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from brs_detr.config import Config, ConfigError, from_dict
-from brs_detr.engine.devices import seed_step, to_device
-from brs_detr.launch import choose_device
+from brs_detr.engine.distributed import seed_step, to_device
 from brs_detr.ops.images import ImageBatch
-from brs_detr.run import build_detector, freeze, require_known_backbone
+from brs_detr.run.launch import choose_device
+from brs_detr.run.setup import build_detector, freeze, require_known_backbone
 from brs_detr.user_files import require_unpacked
 
 EXIT_REPRODUCED, EXIT_FINITE = 0, 1

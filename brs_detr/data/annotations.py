@@ -1,19 +1,25 @@
-"""A COCO json as columns of numbers; entries that are not well formed go by the policy of `faults.py`.
+"""A COCO json as columns of numbers; entries that are not well formed go by the policy of `issues.py`.
 
-Nothing here opens a picture, and nothing keeps the json's Python objects. What needs pictures is in `frames.py`.
+Nothing here opens a picture, and nothing keeps the json's Python objects. What needs pictures is in `image_sizes.py`.
+
+The classes of a COCO json, and what tells those of two jsons apart.
+
+All annotations of a dataset as a few arrays, which worker processes share.
+
+Python objects per annotation would be copied into every worker as their reference counts change; arrays are not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from brs_detr.data.faults import DataError, FaultLog
-from brs_detr.data.json_file import BOX_FROM_MASK
-from brs_detr.data.numbers import is_number, unquote, whole_number
+from brs_detr.data.issues import DataError, FaultLog
+from brs_detr.data.json_file import BOX_FROM_MASK, is_number, unquote, whole_number
 from brs_detr.user_files import printable
 
 
@@ -209,3 +215,110 @@ def _wrong_box(box: Any) -> str | None:
 
 def _get(table: dict[int, int], key: Any) -> int | None:
     return table.get(key) if type(key) is int else table.get(whole_number(key))
+
+
+def read_categories(data: dict[str, Any], path: str | Path, log: FaultLog) -> tuple[list[int], list[str]]:
+    """Category ids in ascending order and their names; label `k` is the k-th of them.
+
+    Raises:
+        DataError: there is no category, an id is not a whole number, or an id occurs twice.
+    """
+    names: dict[int, str] = {}
+    for position, entry in enumerate(data["categories"]):
+        if isinstance(entry, dict) and unquote(entry, ("id",)):
+            log.add("number_as_text", f"category entry {position}")
+        key = whole_number(entry.get("id")) if isinstance(entry, dict) else None
+        if key is None:
+            shown = printable(repr(entry))[:80]
+            raise DataError(
+                f"{path}: the category {shown} has no whole number as its id; it should look like "
+                '{"id": 1, "name": "..."}.'
+            )
+        if key in names:
+            raise DataError(f"{path}: two categories have the id {key}; give each its own.")
+        name = entry.get("name")
+        name = "" if name is None else _one_line(str(name))
+        if not name:
+            log.add("category_name_missing", f"category {key}")
+            name = str(key)
+        elif name in names.values():
+            log.add("category_name_duplicate", f"category {key}", name)
+        names[key] = name
+    if not names:
+        raise DataError(f"{path}: the list `categories` is empty, so there is nothing to detect.")
+    ids = sorted(names)
+    return ids, [names[key] for key in ids]
+
+
+def categories_differ(
+    first: tuple[Sequence[int], Sequence[str]], second: tuple[Sequence[int], Sequence[str]], show: int = 5
+) -> str | None:
+    """How the categories (ids, names) of two sets differ, id by id, in a few words; None where they do not."""
+    ours, theirs = dict(zip(*first, strict=True)), dict(zip(*second, strict=True))
+    differing = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
+    if not differing:
+        return None
+    cases = [f"id {key} is {_shown(ours, key)} there and {_shown(theirs, key)} here" for key in differing[:show]]
+    more = f", and {len(differing) - show:,} more" if len(differing) > show else ""
+    return ", ".join(cases) + more
+
+
+def _shown(names: dict[int, str], key: int) -> str:
+    return f"'{names[key]}'" if key in names else "absent"
+
+
+def _one_line(name: str) -> str:
+    # question marks, not codes: weights files hold names that were made so
+    return "".join(c if c.isprintable() else "?" for c in " ".join(name.split()))
+
+
+@dataclass(frozen=True)
+class PackedAnnotations:
+    """Annotations sorted by image.
+
+    Attributes:
+        image_ids: (I,) int64, as in the json.
+        names: (bytes,) uint8, all file names in UTF-8 one after the other; name_offsets: (I + 1,) int64.
+        frames: (I, 2) int32 (h, w) that the boxes are drawn in.
+        picture_sizes: (I, 2) int32 (h, w) of the file, as far as known.
+        offsets: (I + 1,) int64, image i owns rows offsets[i]:offsets[i + 1] of the following.
+        boxes: (N, 4) float32 xyxy pixels; labels: (N,) int32 0..C-1; areas: (N,) float32; iscrowd: (N,) bool.
+    """
+
+    image_ids: np.ndarray
+    names: np.ndarray
+    name_offsets: np.ndarray
+    frames: np.ndarray
+    picture_sizes: np.ndarray
+    offsets: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    areas: np.ndarray
+    iscrowd: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def file_name(self, index: int) -> str:
+        encoded = self.names[self.name_offsets[index] : self.name_offsets[index + 1]].tobytes()
+        return encoded.decode("utf-8", "surrogatepass")
+
+
+def pack(images: Images, objects: Objects) -> PackedAnnotations:
+    """Sort the annotations by image and drop what is not a number."""
+    objects = objects.keep(np.argsort(objects.rows, kind="stable"))
+    encoded = [name.encode("utf-8", "surrogatepass") for name in images.names]  # names on a disk may be any bytes
+    xyxy = objects.xywh.copy()
+    xyxy[:, 2:] += xyxy[:, :2]
+    return PackedAnnotations(
+        image_ids=images.ids,
+        names=np.frombuffer(b"".join(encoded), np.uint8),
+        name_offsets=np.cumsum([0, *map(len, encoded)], dtype=np.int64),
+        frames=images.frames,
+        picture_sizes=images.pictures,
+        offsets=np.searchsorted(objects.rows, np.arange(len(images) + 1)),
+        boxes=xyxy.astype(np.float32),
+        labels=objects.labels,
+        areas=objects.areas.astype(np.float32),
+        iscrowd=objects.crowd,
+    )

@@ -19,15 +19,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from brs_detr.data import annotations as reading
-from brs_detr.data.categories import read_categories
-from brs_detr.data.doubts import doubt_layout
-from brs_detr.data.faults import DROPPED, KEPT, POLICY, REPAIRED, WARNED, DataError, FaultLog
-from brs_detr.data.files import find_pictures, guess_folder
-from brs_detr.data.frames import judge_boxes, same_aspect, settle_sizes
+from brs_detr.data.annotations import pack, read_categories
+from brs_detr.data.image_io import Limits, PictureError, read_picture
+from brs_detr.data.image_search import find_pictures, guess_folder
+from brs_detr.data.image_sizes import doubt_layout, judge_boxes, same_aspect, settle_sizes
+from brs_detr.data.issues import DROPPED, KEPT, POLICY, REPAIRED, WARNED, DataError, FaultLog
 from brs_detr.data.json_file import load_json
-from brs_detr.data.limits import Limits
-from brs_detr.data.packed import pack
-from brs_detr.data.pictures import PictureError, read_picture
 from brs_detr.data.shared_memory import shared_zeros
 from brs_detr.user_files import printable
 

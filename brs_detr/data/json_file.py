@@ -1,18 +1,24 @@
-"""Opening a COCO json: in any Unicode encoding, packed with gzip or not, and without keeping its masks in memory."""
+"""Opening a COCO json: in any Unicode encoding, packed with gzip or not, and without keeping its masks in memory.
+
+Numbers of a json as labelling tools write them: 3.0 for an id, "17" in quotes, true for 1.
+
+The box around a COCO segmentation, for annotations that have no box of their own.
+"""
 
 from __future__ import annotations
 
 import gc
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from brs_detr.data.faults import DataError
-from brs_detr.data.limits import Limits
-from brs_detr.data.masks import mask_box
+import numpy as np
+
+from brs_detr.data.image_io import Limits
+from brs_detr.data.issues import DataError
 from brs_detr.parsing import TwoValuesError, dict_of_pairs
 from brs_detr.user_files import UserFileError, printable, read_file, read_start, unpack_gzip
 
@@ -103,3 +109,119 @@ def _no_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+_WORDS = {"true": 1, "false": 0}
+_NUMBERS = frozenset((int, float))
+
+
+def is_number(value: Any) -> bool:
+    """An int or a float; a bool is none."""
+    return type(value) in _NUMBERS
+
+
+def whole_number(value: Any) -> int | None:
+    """The value as an id or a size: an int, or a float without a fraction, that fits 64 bits; else None."""
+    if type(value) is int:
+        return value if -(2**62) < value < 2**62 else None
+    return int(value) if type(value) is float and abs(value) < 2**53 and value.is_integer() else None
+
+
+def unquote(entry: dict[str, Any], keys: Sequence[str]) -> bool:
+    """Replace texts that are numbers by these numbers, in place; also within a list.
+
+    Args:
+        entry: of a json.
+        keys: where to look.
+
+    Returns:
+        whether there was one.
+    """
+    found = False
+    for key in keys:
+        value = entry.get(key)
+        if type(value) is str:
+            plain = _plain(value)
+        elif type(value) is list and str in map(type, value):
+            plain = [_plain(item) if type(item) is str else item for item in value]
+        else:
+            continue
+        found |= plain != value
+        entry[key] = plain
+    return found
+
+
+def _plain(text: str) -> int | float | str:
+    word = text.strip().lower()
+    if word in _WORDS:
+        return _WORDS[word]
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:  # also an int of thousands of digits
+            continue
+    return text
+
+
+def mask_box(mask: Any) -> list[float] | None:
+    """The box (x, y, w, h) in pixels around a COCO segmentation, without drawing it.
+
+    Args:
+        mask: polygons [x0, y0, x1, y1, ...] of three or more points in all, however the list is nested, or {"size":
+            [h, w], "counts": run lengths down the columns, as a list or in COCO's compressed text}.
+
+    Returns:
+        the box; None where the mask is empty or malformed.
+    """
+    try:
+        if isinstance(mask, dict):
+            return _runs_box(mask["counts"], *mask["size"])
+        points = np.array(list(_numbers(mask))).reshape(-1, 2)
+        if len(points) < 3 or not np.isfinite(points).all():
+            return None
+        low, high = points.min(0), points.max(0)
+        return [*low.tolist(), *(high - low).tolist()]
+    except (TypeError, ValueError, KeyError, OverflowError, RecursionError):
+        return None
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _numbers(item)
+    else:
+        yield float(value)
+
+
+def _runs_box(counts: str | list[int], height: int, width: int) -> list[float] | None:
+    runs = np.asarray(_decode_runs(counts) if isinstance(counts, str) else counts, np.int64)
+    if height < 1 or (runs < 0).any() or runs.sum() > height * width:
+        return None
+    ends = np.cumsum(runs)
+    first, last = ends[:-1:2], ends[1::2] - 1  # pixels of each run of the mask, counted down the columns
+    first, last = first[last >= first], last[last >= first]
+    if not len(first):
+        return None
+    # a run that goes on in the next column touches both the bottom and the top
+    wraps = (first // height != last // height).any()
+    top, bottom = (0, height - 1) if wraps else ((first % height).min(), (last % height).max())
+    left, right = first.min() // height, last.max() // height
+    return [float(left), float(top), float(right - left + 1), float(bottom - top + 1)]
+
+
+def _decode_runs(text: str) -> list[int]:
+    """Run lengths of COCO's compressed text: 5 bits a character, low ones first, the later ones as differences.
+
+    Source: pycocotools, `rleFrString`.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for byte in text.encode("ascii"):
+        bits = byte - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (bits & 16) and 1 << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs

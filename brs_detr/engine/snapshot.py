@@ -21,8 +21,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from brs_detr.engine.distributed import whole
 from brs_detr.engine.logging import LossMeter
-from brs_detr.engine.sharding import whole
 from brs_detr.engine.storage import CheckpointError, write_text
 from brs_detr.engine.tensor_file import read_tensors, write_tensors
 from brs_detr.user_files import require_unpacked

@@ -19,7 +19,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from brs_detr.engine.sharding import is_sharded
+from brs_detr.engine.distributed import is_sharded
 from brs_detr.engine.snapshot import Snapshot, Training, put_back, read, take
 from brs_detr.engine.storage import FULL, CheckpointError, flush_folder, together, write_text, writing
 

@@ -17,6 +17,7 @@ from typing import BinaryIO
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from brs_detr.models.backbones.weights_io import CheckpointError
 from brs_detr.user_files import printable
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -35,10 +36,6 @@ _MENDS = {
     errno.EDQUOT: "Make room there",
     errno.EFBIG: "Raise the limit with `ulimit -f unlimited`",
 }
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file and the mend."""
 
 
 class NonFiniteError(RuntimeError):

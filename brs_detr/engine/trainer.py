@@ -26,26 +26,25 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from brs_detr.engine.agreement import raise_together
-from brs_detr.engine.devices import seed_step, share_buffers, to_device
-from brs_detr.engine.gradients import average_whole_gradients, clip_gradients, gradient_norm
-from brs_detr.engine.guard import (
-    Batch,
-    NonFiniteError,
-    RunningStatistics,
-    describe,
-    finite,
-    inspect,
-    save_batch,
+from brs_detr.engine.distributed import (
+    average_whole_gradients,
+    clip_gradients,
+    gradient_norm,
+    is_sharded,
+    raise_together,
+    seed_step,
+    share_buffers,
+    to_device,
+    whole_weights,
 )
-from brs_detr.engine.logging import LossMeter, RunLog, grouped, json_number
+from brs_detr.engine.logging import LossMeter, Progress, RunLog, Stopwatch, duration, grouped, json_number
+from brs_detr.engine.nonfinite import NonFiniteError, RunningStatistics, describe, finite, inspect, save_batch
 from brs_detr.engine.optim import Schedule, set_learning_rate
-from brs_detr.engine.progress import Progress, Stopwatch, duration
-from brs_detr.engine.sharding import is_sharded, whole_weights
 from brs_detr.engine.snapshot import Position, Training
 from brs_detr.engine.state import load_state, save_state
 from brs_detr.engine.storage import StorageError, together
 from brs_detr.exit_codes import ExitCode, Interruption
+from brs_detr.ops.images import Batch
 
 BEST, LAST = "best.safetensors", "last.safetensors"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from brs_detr.evaluation.confusion import Confusion
+from brs_detr.evaluation.matching import Confusion
 
 HEADLINE = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 CLASS_COLUMNS = (

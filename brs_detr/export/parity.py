@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from brs_detr.models.brs_detr import BRSDETR
-from brs_detr.models.decoder import Predictions
+from brs_detr.models.transformer.decoder import Predictions
 from brs_detr.ops.anchors import take_rows
 from brs_detr.ops.images import ImageBatch
 
@@ -39,7 +39,7 @@ class Differences(NamedTuple):
 
 
 class ExportedDetector:
-    """An ONNX file of `graph.write_onnx` in onnxruntime on the CPU, that also tells which proposals it chose.
+    """An ONNX file of `onnx.write_onnx` in onnxruntime on the CPU, that also tells which proposals it chose.
 
     Args:
         path: of the file. onnx and onnxruntime have to be installed.

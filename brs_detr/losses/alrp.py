@@ -5,10 +5,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .identity import attach
-from .pairwise import EPS, alrp_pairwise
-from .precision import accumulation_dtype
-from .ranking import Ranking, attached_zero, negative_mask, prepare, rank
+from .checks import accumulation_dtype
+from .ranking import (
+    EPS,
+    Ranking,
+    attach,
+    attached_zero,
+    join_gradient,
+    negative_mask,
+    pairwise_steps,
+    prepare,
+    rank,
+    relevant_negatives,
+)
 
 
 class ALRP(NamedTuple):
@@ -81,6 +90,29 @@ def alrp_loss(
         share = (share * group.sound).to(kind)
         localisation = (localisation_error.to(kind) * share).sum() + others.to(kind)
     return ALRP(attach(flat, value, gradient, group.sound), localisation)
+
+
+def alrp_pairwise(
+    logits: Tensor, positives: Tensor, error: Tensor, negative: Tensor, delta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Classification part of aLRP loss (Oksuz et al., NeurIPS 2020, Eq. 9 to 13); error (P,) is E_loc.
+
+    Returns:
+        value, the rank of each positive (P,), gradient (M,).
+    """
+    relevant = relevant_negatives(logits, positives, negative, delta)
+    own, others = logits[positives], logits[relevant]
+    ranks, numbers, updates = (torch.zeros_like(own) for _ in range(3))
+    on_negatives = torch.zeros_like(others)
+    for i, (false_positives, above) in enumerate(pairwise_steps(own, others, delta)):
+        rivals = above.clone()
+        rivals[i] = 0
+        number = numbers[i] = false_positives.sum()
+        ranks[i] = 1 + rivals.sum() + number
+        updates[i] = torch.where(number > EPS, (number + (error * rivals).sum()) / ranks[i], 0.0)
+        on_negatives += updates[i] * false_positives / number.clamp(min=EPS)
+    gradient = join_gradient(logits, positives, -updates, relevant, on_negatives) / len(own)
+    return (numbers / ranks).mean(), ranks, gradient
 
 
 def _shares(ranks: Tensor) -> Tensor:

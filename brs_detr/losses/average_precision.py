@@ -3,10 +3,19 @@
 import torch
 from torch import Tensor
 
-from .identity import attach
-from .pairwise import average_precision_pairwise
-from .precision import accumulation_dtype
-from .ranking import Ranking, attached_zero, negative_mask, prepare, rank
+from .checks import accumulation_dtype
+from .ranking import (
+    Ranking,
+    attach,
+    attached_zero,
+    join_gradient,
+    negative_mask,
+    pairwise_steps,
+    prepare,
+    rank,
+    relevant_negatives,
+    smooth_step,
+)
 
 
 def average_precision_loss(
@@ -61,6 +70,25 @@ def average_precision_loss(
             ranking = rank(flat, positives, valid, delta, method, group)
             terms = _from_ranking(ranking, full_self=method != "bucketed", interpolate=interpolate)
     return attach(flat, *terms, group.sound)
+
+
+def average_precision_pairwise(
+    logits: Tensor, positives: Tensor, negative: Tensor, delta: float, interpolate: bool
+) -> tuple[Tensor, Tensor]:
+    """AP loss (Bucketed Ranking-based Losses, Eq. 3, 9); `interpolate` takes the best precision at higher recall."""
+    positives = positives[logits[positives].argsort()]
+    relevant = relevant_negatives(logits, positives, negative, delta)
+    own, others = logits[positives], logits[relevant]
+    errors, on_negatives = torch.zeros_like(own), torch.zeros_like(others)
+    best = logits.new_zeros(())
+    for i, (false_positives, above) in enumerate(pairwise_steps(own, others, delta)):
+        number = false_positives.sum()
+        counted = above.sum() - smooth_step(logits.new_zeros(()), delta) + 1
+        precision = counted / (counted + number)
+        best = torch.maximum(best, precision) if interpolate else precision
+        errors[i] = 1 - best
+        on_negatives += errors[i] * false_positives / number.clamp(min=torch.finfo(own.dtype).tiny)
+    return errors.mean(), join_gradient(logits, positives, -errors, relevant, on_negatives) / len(own)
 
 
 def _from_ranking(ranking: Ranking, full_self: bool, interpolate: bool) -> tuple[Tensor, Tensor]:

@@ -3,10 +3,20 @@
 import torch
 from torch import Tensor
 
-from .identity import attach
-from .pairwise import EPS, ndcg_pairwise
-from .precision import accumulation_dtype
-from .ranking import Ranking, attached_zero, negative_mask, prepare, rank
+from .checks import accumulation_dtype
+from .ranking import (
+    EPS,
+    Ranking,
+    attach,
+    attached_zero,
+    join_gradient,
+    negative_mask,
+    pairwise_steps,
+    prepare,
+    rank,
+    relevant_negatives,
+    smooth_step,
+)
 
 
 def ndcg_loss(
@@ -56,6 +66,21 @@ def ndcg_loss(
         else:
             terms = _from_ranking(rank(flat, positives, valid, delta, method, group))
     return attach(flat, *terms, group.sound)
+
+
+def ndcg_pairwise(logits: Tensor, positives: Tensor, negative: Tensor, delta: float) -> tuple[Tensor, Tensor]:
+    """NDCG loss (aLRP supplement, Eq. S25 to S28), with the ideal gain as the sum of 1 / log2(1 + i)."""
+    ideal = sum(1 / torch.log2(1 + logits.new_tensor(float(i))) for i in range(1, len(positives) + 1))
+    relevant = relevant_negatives(logits, positives, negative, delta)
+    own, others = logits[positives], logits[relevant]
+    gains, updates, on_negatives = torch.zeros_like(own), torch.zeros_like(own), torch.zeros_like(others)
+    for i, (false_positives, above) in enumerate(pairwise_steps(own, others, delta)):
+        number = false_positives.sum()
+        rank = above.sum() - smooth_step(logits.new_zeros(()), delta) + 1 + number
+        gains[i] = 1 / torch.log2(1 + rank)
+        updates[i] = torch.where(number > EPS, (1 - gains[i]) / ideal, 0.0)
+        on_negatives += updates[i] * false_positives / number.clamp(min=EPS)
+    return 1 - gains.sum() / ideal, join_gradient(logits, positives, -updates, relevant, on_negatives)
 
 
 def _from_ranking(ranking: Ranking) -> tuple[Tensor, Tensor]:

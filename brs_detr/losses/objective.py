@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from .alrp import alrp_loss
 from .average_precision import average_precision_loss
 from .balance import CAP, LEAST, EpochBalance, box_scores, self_balance
-from .checks import check_labels, check_number, check_per_positive, check_set
+from .checks import check_labels, check_number, check_per_positive, check_set, single_or_wider
+from .classification import SCORE_LOSSES
+from .distributed import SCOPES, averaged_later, process_mean, sum_over
 from .ndcg import ndcg_loss
-from .precision import single_or_wider
-from .processes import SCOPES, averaged_later, process_mean, sum_over
 from .rank_sort import rank_sort_loss
-from .scores import SCORE_LOSSES
 
 
 def _zero(*tensors: Tensor) -> Tensor:

@@ -5,11 +5,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .identity import attach_two
-from .pairwise import rank_sort_pairwise
-from .precision import accumulation_dtype
-from .ranking import Ranking, attached_zero, negative_mask, prepare, rank
-from .sorting import sorting_terms
+from .checks import accumulation_dtype
+from .dominance import sorting_terms
+from .ranking import (
+    Ranking,
+    attach_two,
+    attached_zero,
+    join_gradient,
+    negative_mask,
+    pairwise_steps,
+    prepare,
+    rank,
+    relevant_negatives,
+)
 
 
 class RankSort(NamedTuple):
@@ -71,6 +79,34 @@ def rank_sort_loss(
         else:
             terms = _from_ranking(rank(flat, positives, valid, delta, method, group), quality)
     return RankSort(*attach_two(flat, *terms, group.sound))
+
+
+def rank_sort_pairwise(
+    logits: Tensor, positives: Tensor, quality: Tensor, negative: Tensor, delta: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rank & Sort loss (Bucketed Ranking-based Losses, Eq. 10, 11, S.3, S.4), ranking term first; quality (P,) is
+    t_i.
+    """
+    count = len(positives)
+    relevant = relevant_negatives(logits, positives, negative, delta)
+    own, others = logits[positives], logits[relevant]
+    ranking_errors, sorting_errors = torch.zeros_like(own), torch.zeros_like(own)
+    on_negatives, on_positives = torch.zeros_like(others), torch.zeros_like(own)
+    for i, (false_positives, above) in enumerate(pairwise_steps(own, others, delta)):
+        number = false_positives.sum()
+        rank = above.sum() + number
+        ranking_errors[i] = number / rank
+        on_negatives += false_positives / rank
+
+        target = above * (quality >= quality[i])
+        missorted = above * (quality < quality[i])
+        current_error = (above * (1 - quality)).sum() / above.sum()
+        target_error = (target * (1 - quality)).sum() / target.sum()
+        sorting_errors[i] = torch.where(missorted.sum() > 1e-10, current_error - target_error, 0.0)
+        on_positives += sorting_errors[i] * missorted / missorted.sum().clamp(min=1e-10)
+    ranking_gradient = join_gradient(logits, positives, -ranking_errors, relevant, on_negatives) / count
+    sorting_gradient = join_gradient(logits, positives, on_positives - sorting_errors, relevant[:0], others[:0]) / count
+    return ranking_errors.mean(), sorting_errors.mean(), ranking_gradient, sorting_gradient
 
 
 def _pairwise(flat: Tensor, positives: Tensor, quality: Tensor, valid: Tensor | None, delta: float):

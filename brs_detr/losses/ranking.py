@@ -1,19 +1,24 @@
 """One ranking of all logits of a call: the arguments checked, the positives in order, the negatives ready to be
 counted.
+
+The smoothed step that turns a difference of logits into "ranked above".
+
+Identity update: a loss value with a gradient that is given, not differentiated (Rank & Sort, Oksuz et al., ICCV
+2021).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .cells import Cells, make_cells, sums_above, tally
-from .checks import check_number, check_per_positive, check_positives
-from .lookup import locate
-from .negatives import BucketedNegatives, ExactNegatives
-from .precision import accumulation_dtype, single_or_wider
-from .processes import Group
+from .checks import accumulation_dtype, check_number, check_per_positive, check_positives, single_or_wider
+from .distributed import Group
+from .step_sums import BucketedNegatives, Cells, ExactNegatives, locate, make_cells, sums_above, tally
+
+EPS = 1e-5
+
 
 METHODS = ("pairwise", "bucketed", "exact")
 
@@ -132,3 +137,89 @@ def negative_mask(logits: Tensor, positives: Tensor, valid: Tensor | None) -> Te
 def attached_zero(logits: Tensor, group: Group) -> Tensor:
     """The loss without positives: a zero on the graph of the logits that no infinity among them spoils; a NaN does."""
     return logits[:0].sum() * group.sound.to(logits.dtype)
+
+
+def smooth_step(x: Tensor, delta: float) -> Tensor:
+    """H(x): 0 below -delta, 1 above delta, linear between (Bucketed Ranking-based Losses, Eq. 2).
+
+    Args:
+        x: differences s_j - s_i of logits, any shape.
+        delta: half width; at 0 the step is x >= 0, so a tie counts as ranked above.
+
+    Returns:
+        Tensor of x's shape and dtype.
+    """
+    if delta == 0:
+        return (x >= 0).to(x.dtype)
+    return (x / (2 * delta) + 0.5).clamp(0, 1)
+
+
+class _IdentityUpdate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        logits: Tensor,
+        first: Tensor,
+        second: Tensor,
+        dense: Tensor,
+        index: Tensor,
+        sparse: Tensor,
+        sound: Tensor,
+    ):
+        ctx.save_for_backward(dense, index, sparse, sound)
+        return first * sound, second * sound
+
+    @staticmethod
+    def backward(ctx, first: Tensor, second: Tensor):
+        dense, index, sparse, sound = ctx.saved_tensors
+        gradient = dense * (first * sound)
+        gradient.index_add_(0, index, sparse * (second * sound))
+        return gradient, None, None, None, None, None, None
+
+
+def attach_two(
+    logits: Tensor, first: Tensor, second: Tensor, dense: Tensor, index: Tensor, sparse: Tensor, sound: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Two loss values with a gradient each: scaling or dropping one of them scales or drops its own gradient only.
+
+    Args:
+        logits: (M,) what the gradients belong to.
+        first, second: scalars.
+        dense: (M,) gradient of `first`.
+        index: (P,) distinct entries that `second` depends on.
+        sparse: (P,) gradient of `second` at those entries.
+        sound: () 1, or NaN to make both values and all gradients NaN.
+
+    Returns:
+        (first, second) in the logits' dtype, attached to their graph.
+    """
+    first, second, dense, sparse, sound = (x.to(logits.dtype) for x in (first, second, dense, sparse, sound))
+    return _IdentityUpdate.apply(logits, first, second, dense, index, sparse, sound)
+
+
+def attach(logits: Tensor, value: Tensor, gradient: Tensor, sound: Tensor) -> Tensor:
+    """One loss value with its gradient (M,); `sound` as for `attach_two`."""
+    none = torch.empty(0, dtype=torch.int64, device=logits.device)
+    return attach_two(logits, value, torch.zeros_like(value), gradient, none, gradient[:0], sound)[0]
+
+
+def relevant_negatives(logits: Tensor, positives: Tensor, negative: Tensor, delta: float) -> Tensor:
+    """(R,) negatives that rank above some positive, wholly or in part."""
+    return (negative & (logits >= logits[positives].min() - delta)).nonzero()[:, 0]
+
+
+# The pairwise definitions of the losses are written straight from their equations, one positive at a time, in
+# O(P M). Their common arguments: logits (M,) float64; positives (P,) int64 entries, P >= 1; negative (M,) bool, the
+# entries that rank as negatives; delta, half width of the step. They return values first, then a gradient (M,) each.
+def pairwise_steps(own: Tensor, others: Tensor, delta: float) -> Iterator[tuple[Tensor, Tensor]]:
+    """H(x_ij) of each positive i: over the relevant negatives j (R,), and over the positives (P,)."""
+    for logit in own:
+        yield smooth_step(others - logit, delta), smooth_step(own - logit, delta)
+
+
+def join_gradient(
+    logits: Tensor, positives: Tensor, of_positives: Tensor, relevant: Tensor, of_relevant: Tensor
+) -> Tensor:
+    """Gradient (M,) from its parts; the other entries have none."""
+    gradient = torch.zeros_like(logits)
+    return gradient.index_copy_(0, relevant, of_relevant).index_copy_(0, positives, of_positives)

@@ -17,14 +17,14 @@ from torchvision.ops import box_convert
 
 from brs_detr.assign.hungarian import HungarianMatcher
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
-from brs_detr.models.atss_head import ATSSHead
-from brs_detr.models.aux_queries import AuxQueryEmbedding, select_queries
-from brs_detr.models.decoder import Predictions, QueryDecoder
-from brs_detr.models.encoder import DeformableEncoder, Memory
+from brs_detr.models.heads.atss import ATSSHead
+from brs_detr.models.heads.roi import RoIHead
+from brs_detr.models.heads.rpn import RPNHead
 from brs_detr.models.neck import ChannelMapper
-from brs_detr.models.proposals import BoxEmbedding, ProposalHead
-from brs_detr.models.roi_head import RoIHead
-from brs_detr.models.rpn import RPNHead
+from brs_detr.models.transformer.collaborative import AuxQueryEmbedding, select_queries
+from brs_detr.models.transformer.decoder import Predictions, QueryDecoder
+from brs_detr.models.transformer.encoder import DeformableEncoder, Memory
+from brs_detr.models.transformer.two_stage import BoxEmbedding, ProposalHead
 from brs_detr.ops.anchors import take_rows
 from brs_detr.ops.images import ImageBatch, Size
 from brs_detr.ops.targets import PackedTargets, check_targets

@@ -12,18 +12,18 @@ import torch
 from torch import nn
 
 from brs_detr.assign.hungarian import HungarianMatcher
-from brs_detr.assign.random_sampler import RandomSampler
+from brs_detr.assign.max_iou import RandomSampler
 from brs_detr.losses.objective import RankingObjective, ScoreObjective
-from brs_detr.models.atss_head import ATSSHead
-from brs_detr.models.attention import Sampling, use_sampling
-from brs_detr.models.backbones import build_backbone
+from brs_detr.models.backbones.timm_backbone import build_backbone
 from brs_detr.models.brs_detr import BRSDETR
-from brs_detr.models.decoder import QueryDecoder
-from brs_detr.models.encoder import DeformableEncoder
+from brs_detr.models.heads.atss import ATSSHead
+from brs_detr.models.heads.roi import RoIHead
+from brs_detr.models.heads.rpn import RPNHead
 from brs_detr.models.neck import ChannelMapper
-from brs_detr.models.proposals import ProposalHead
-from brs_detr.models.roi_head import RoIHead
-from brs_detr.models.rpn import RPNHead
+from brs_detr.models.transformer.attention import Sampling, use_sampling
+from brs_detr.models.transformer.decoder import QueryDecoder
+from brs_detr.models.transformer.encoder import DeformableEncoder
+from brs_detr.models.transformer.two_stage import ProposalHead
 from brs_detr.ops.deform_attn import deformable_sampling
 
 SCORE_BASED = ("focal", "quality_focal")

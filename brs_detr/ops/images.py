@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,3 +71,6 @@ class ImageBatch:
         for row, (h, w) in zip(mask, self.sizes, strict=True):
             row[:h, :w] = False
         return mask.to(self.pixels.device, non_blocking=True)
+
+
+Batch = tuple[ImageBatch, list[dict[str, Any]]]

@@ -14,7 +14,7 @@ from brs_detr import cli
 from brs_detr.commands import predict
 from brs_detr.config import load_config, to_dict
 from brs_detr.engine.checkpoint import Weights, load_weights, save_weights
-from brs_detr.run import build_detector
+from brs_detr.run.setup import build_detector
 
 DEMO = str(Path(__file__).resolve().parents[2] / "configs" / "demo.yaml")
 TINY = "model.dim=64 model.heads=2 model.ffn_dim=32 model.queries=10 model.encoder_layers=1 model.decoder_layers=1"

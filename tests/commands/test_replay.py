@@ -9,10 +9,10 @@ from torch import nn
 from brs_detr import cli
 from brs_detr.commands import replay
 from brs_detr.config import load_config, to_dict
-from brs_detr.engine.devices import seed_step
-from brs_detr.engine.guard import save_batch
+from brs_detr.engine.distributed import seed_step
+from brs_detr.engine.nonfinite import save_batch
 from brs_detr.ops.images import ImageBatch
-from brs_detr.run import build_detector
+from brs_detr.run.setup import build_detector
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 SMALL = ["model.dim=64", "model.heads=2", "model.ffn_dim=32", "model.queries=10", "model.encoder_layers=1"]

@@ -10,10 +10,9 @@ from pycocotools.coco import COCO
 
 from brs_detr.config import Config
 from brs_detr.data.coco import CocoDetection
-from brs_detr.data.faults import POLICY, DataError
-from brs_detr.data.limits import Limits
-from brs_detr.data.pictures import PictureError
-from brs_detr.run import limits_of
+from brs_detr.data.image_io import Limits, PictureError
+from brs_detr.data.issues import POLICY, DataError
+from brs_detr.run.setup import limits_of
 
 
 @pytest.fixture()

@@ -1,13 +1,24 @@
-"""Whatever Unicode encoding or packing a json comes in, it is read; what is no dataset is refused in one sentence."""
+"""Whatever Unicode encoding or packing a json comes in, it is read; what is no dataset is refused in one sentence.
+
+Numbers in quotes are numbers, and nothing else becomes one.
+
+The box around a mask equals that of pycocotools, and malformed masks give none.
+"""
 
 import gzip
 import json
+import math
 import os
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from pycocotools import mask as rle
 
-from brs_detr.data.faults import DataError
-from brs_detr.data.json_file import load_json
+from brs_detr.data.issues import DataError
+from brs_detr.data.json_file import is_number, load_json, mask_box, unquote, whole_number
 
 DATA = {
     "images": [{"id": 1, "file_name": "Fläche.png"}],
@@ -97,3 +108,88 @@ def test_no_pipe_is_waited_for(tmp_path):
     os.mkfifo(tmp_path / "x.json")
     with pytest.raises(DataError, match=r"x\.json: .*a named pipe, not a regular file"):
         load_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(3, 3), (3.0, 3), (-7, -7), (2**40, 2**40), (3.5, None), (True, None), ("3", None), (2**70, None), (None, None)],
+)
+def test_ids_are_whole_numbers(value, expected):
+    assert whole_number(value) == expected
+
+
+def test_neither_bools_nor_texts_are_numbers():
+    assert is_number(1) and is_number(1.5) and not is_number(True) and not is_number("1")
+
+
+def test_unquoting_finds_numbers_in_texts_and_lists():
+    entry = {"id": "17", "bbox": ["1", "2.5", 3, "-4"], "iscrowd": "False", "name": "12", "area": "many"}
+    assert unquote(entry, ("id", "bbox", "iscrowd", "area", "absent"))
+    assert entry == {"id": 17, "bbox": [1, 2.5, 3, -4], "iscrowd": 0, "name": "12", "area": "many"}
+
+
+def test_what_is_fine_stays_as_it_is():
+    entry = {"id": 17, "area": math.nan, "bbox": [1, 2], "category_id": "cat", "ignore": "9" * 5000}
+    assert not unquote(entry, ("id", "area", "bbox", "category_id"))
+    unquote(entry, ("ignore",))  # too long for an int: no error
+
+
+def runs_of(mask):
+    """Uncompressed run lengths down the columns, as COCO writes crowds."""
+    flat = np.concatenate([[0], mask.ravel(order="F").astype(int)])
+    changes = np.flatnonzero(np.diff(flat))
+    return np.diff(np.concatenate([[0], changes, [mask.size]])).tolist()
+
+
+@given(arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12))))
+@settings(max_examples=200, deadline=None)
+def test_both_kinds_of_run_lengths(mask):
+    coded = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
+    expected = rle.toBbox(coded).tolist() if mask.any() else None
+    size = list(mask.shape)
+    assert mask_box({"size": size, "counts": coded["counts"].decode()}) == expected
+    assert mask_box({"size": size, "counts": runs_of(mask)}) == expected
+
+
+@given(st.lists(st.integers(0, 5000), min_size=3, max_size=30))
+@settings(max_examples=100, deadline=None)
+def test_long_runs_in_compressed_text(runs):
+    runs = [runs[0], *(run + 1 for run in runs[1:])]
+    height = sum(runs)
+    coded = rle.frPyObjects({"size": [height, 1], "counts": runs}, height, 1)
+    assert mask_box({"size": [height, 1], "counts": coded["counts"].decode()}) == rle.toBbox(coded).tolist()
+
+
+@pytest.mark.parametrize(
+    "polygons",
+    [
+        [[1, 2, 9, 2, 9, 7], [3, 0, 4, 0, 4, 1]],
+        [1, 2, 9, 0, 9, 7],
+        [[1, 2], [9, 0], [9, 7]],
+        [[[1, 2], [9, 0], [9, 7]]],
+    ],
+)
+def test_polygons_however_they_are_nested(polygons):
+    assert mask_box(polygons) == [1, 0, 8, 7]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        [],
+        [[1, 2]],
+        [[1, 2, 3, 4, 5]],
+        [[1, 2, 3, 4, 5, None]],
+        [[1, 2, 3, 4, 5, float("nan")]],
+        "none",
+        {"size": [4, 4]},
+        {"size": [0, 0], "counts": [1, 2]},
+        {"size": [4, 4], "counts": [20, 30]},
+        {"size": [4, 4], "counts": [-3, 5]},
+        {"size": [4, 4], "counts": "é"},
+        {"size": [4, 4], "counts": [16]},
+        {"size": "4x4", "counts": [1]},
+    ],
+)
+def test_what_is_no_mask_has_no_box(mask):
+    assert mask_box(mask) is None

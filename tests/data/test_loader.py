@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brs_detr.data.coco import CocoDetection
-from brs_detr.data.loader import build_eval_loader, build_train_loader
-from brs_detr.data.samplers import EvalBatches, TrainBatches
+from brs_detr.data.loader import EvalBatches, TrainBatches, build_eval_loader, build_train_loader
 from brs_detr.data.transforms import EvalTransforms, TrainTransforms
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from brs_detr.data import coco, pictures, storage
+from brs_detr.data import coco, image_io, storage
 from brs_detr.data.coco import CocoDetection
+from brs_detr.data.image_io import PictureError, inspect_picture, read_picture
 from brs_detr.data.loader import build_train_loader
-from brs_detr.data.pictures import PictureError, inspect_picture, read_picture
 from brs_detr.data.storage import StorageError, read_bytes
 from brs_detr.exit_codes import ExitCode
 
@@ -89,7 +89,7 @@ def test_what_is_no_file_by_its_name_is_not_tried_again(tmp_path):
 
 
 def test_a_header_is_tried_again_but_not_that_of_a_file_which_is_absent_from_the_start(path, monkeypatch):
-    file, inspect = path.parent / "images" / "000.png", pictures._inspect
+    file, inspect = path.parent / "images" / "000.png", image_io._inspect
     errors = [OSError(errno.EIO, "Input/output error")]
     monkeypatch.setattr(storage.time, "sleep", lambda _: None)
 
@@ -98,7 +98,7 @@ def test_a_header_is_tried_again_but_not_that_of_a_file_which_is_absent_from_the
             raise errors.pop()
         return inspect(path, limits)
 
-    monkeypatch.setattr(pictures, "_inspect", failing)
+    monkeypatch.setattr(image_io, "_inspect", failing)
     assert inspect_picture(file, retry_seconds=60).stored_size == (40, 60)
     errors += [OSError(errno.EIO, "Input/output error")] * 99
     with pytest.raises(StorageError, match="Input/output error"):

@@ -24,7 +24,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 
 from sharded_run import sharding_accelerator  # noqa: E402
 
-import brs_detr.launch  # noqa: E402
+import brs_detr.run.launch  # noqa: E402
 import eval  # noqa: E402
 import train  # noqa: E402
 from brs_detr.engine.trainer import Trainer  # noqa: E402
@@ -108,7 +108,7 @@ def run(job):
     sharded = job.environment.get("ACCELERATE_USE_FSDP") == "true"
     with (
         mock.patch.dict(os.environ, job.environment),
-        mock.patch.object(brs_detr.launch, "Accelerator", sharding_accelerator if sharded else Accelerator),
+        mock.patch.object(brs_detr.run.launch, "Accelerator", sharding_accelerator if sharded else Accelerator),
         mishaps(job),
     ):
         try:

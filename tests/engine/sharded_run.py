@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import brs_detr.launch  # noqa: E402
+import brs_detr.run.launch  # noqa: E402
 import train  # noqa: E402
 
 
@@ -40,5 +40,5 @@ def sharding_accelerator(*, fsdp_plugin, **options):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    brs_detr.launch.Accelerator = sharding_accelerator
+    brs_detr.run.launch.Accelerator = sharding_accelerator
     sys.exit(train.main())

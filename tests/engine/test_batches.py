@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from brs_detr.engine.batches import EpochBatches
+from brs_detr.data.loader import EpochBatches
 from brs_detr.engine.state import latest_state, read_facts
 
 

@@ -5,8 +5,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from brs_detr.engine.checkpoint import CheckpointError, Weights, find_weights, load_weights, save_weights
-from brs_detr.engine.finetune import load_matching, rows_per_class
+from brs_detr.engine.checkpoint import (
+    CheckpointError,
+    Weights,
+    find_weights,
+    load_matching,
+    load_weights,
+    rows_per_class,
+    save_weights,
+)
 
 WEIGHTS = Weights({"a": torch.arange(6.0).view(2, 3)}, ["cat", "dög"], [3, 90], {"seed": 1}, {"epoch": 4})
 

@@ -14,13 +14,13 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType, compare_versions
 
-from brs_detr import run
 from brs_detr.config import Config, ConfigError, apply_overrides, load_config
 from brs_detr.data.synthetic import make_dataset
 from brs_detr.engine.checkpoint import load_weights
 from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.state import latest_state
-from brs_detr.launch import start_accelerator
+from brs_detr.run import setup
+from brs_detr.run.launch import start_accelerator
 
 ROOT = Path(__file__).resolve().parents[2]
 OLD = compare_versions("accelerate", "<", "1.13")
@@ -179,7 +179,7 @@ def flat(tensors, names):
 def test_sharded_weights_go_where_the_unsharded_ones_go(runs, name):
     """Files of whole weights; AdamW divides a gradient by its size, so rounding may turn a step whose gradient is 0."""
     config = apply_overrides(load_config(DEMO), [*BASE, *PAIRS[name][0]])
-    start = run.build_detector(config, 5).state_dict()
+    start = setup.build_detector(config, 5).state_dict()
     plain, sharded = runs.weights(f"{name}-plain"), runs.weights(name)
     assert {key: t.shape for key, t in sharded.items()} == {key: t.shape for key, t in plain.items()}
     trained = [key for key in plain if not torch.equal(plain[key], start[key])]
@@ -271,7 +271,7 @@ def test_an_averaged_model_is_refused_in_one_sentence(runs):
 
 def test_a_dry_run_steps_all_parameters(runs):
     assert runs.codes["dry"] == [0, 0]
-    model = run.build_detector(load_config(DEMO), 5)
+    model = setup.build_detector(load_config(DEMO), 5)
     parameters = sum(p.numel() for p in model.parameters())
     assert f"an optimiser step of {parameters:,} parameters" in runs.printed("dry")
 
@@ -294,7 +294,7 @@ def test_sharding_that_would_be_left_out_in_silence_is_refused(monkeypatch, vers
     for name, value in {**SHARDED, "FSDP_VERSION": version, "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     on_cpus = SimpleNamespace(num_processes=2, distributed_type=DistributedType.MULTI_CPU)
-    monkeypatch.setattr("brs_detr.launch.Accelerator", lambda **_: on_cpus)
+    monkeypatch.setattr("brs_detr.run.launch.Accelerator", lambda **_: on_cpus)
     with pytest.raises(ConfigError, match=reason):
         start_accelerator(Config())
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
 
-from brs_detr.engine.gradients import clip_gradients, gradient_norm
+from brs_detr.engine.distributed import clip_gradients, gradient_norm
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from brs_detr.engine import trainer as loop
-from brs_detr.engine.devices import seed_step
-from brs_detr.engine.guard import NonFiniteError
+from brs_detr.engine.distributed import seed_step
 from brs_detr.engine.logging import read_metrics
+from brs_detr.engine.nonfinite import NonFiniteError
 from brs_detr.engine.state import latest_state, read_facts
 from brs_detr.ops.images import ImageBatch
 from brs_detr.ops.targets import TargetError, check_targets

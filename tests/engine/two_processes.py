@@ -16,17 +16,16 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from brs_detr.config import Config, ConfigError, apply_overrides, load_config
-from brs_detr.engine.evaluate import predict
-from brs_detr.engine.gradients import average_whole_gradients, clip_gradients, gradient_norm
-from brs_detr.engine.guard import NonFiniteError
+from brs_detr.engine.distributed import average_whole_gradients, clip_gradients, gradient_norm, whole
 from brs_detr.engine.logging import read_metrics
-from brs_detr.engine.sharding import whole
+from brs_detr.engine.nonfinite import NonFiniteError
+from brs_detr.engine.predict import predict
 from brs_detr.engine.state import agreed_state, read_facts
 from brs_detr.engine.storage import StorageError
 from brs_detr.exit_codes import ExitCode, Interruption
 from brs_detr.models.build import build_model
 from brs_detr.ops.images import ImageBatch
-from brs_detr.resuming import require_shared_folder
+from brs_detr.run.output_dir import require_shared_folder
 
 HERE = Path(__file__).resolve()
 SPEC = importlib.util.spec_from_file_location("toy_run", HERE.with_name("toy_run.py"))

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
-from brs_detr.evaluation.coco import evaluate_coco
-from brs_detr.evaluation.confusion import Confusion, confusion_matrix
-from brs_detr.evaluation.matrix import draw_confusion
+from brs_detr.evaluation.coco_eval import evaluate_coco
+from brs_detr.evaluation.matching import Confusion, confusion_matrix
+from brs_detr.viz.plots import draw_confusion
 
 NAMES = {3: "ring", 7: "disc", 20: "star"}
 ALL = dict.fromkeys(NAMES, 0.0)

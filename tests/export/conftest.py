@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from brs_detr.config import BackboneConfig, ModelConfig
-from brs_detr.export.graph import write_onnx
+from brs_detr.export.onnx import write_onnx
 from brs_detr.models.brs_detr import BRSDETR
 from brs_detr.models.build import build_model
 

@@ -18,7 +18,7 @@ from brs_detr.config import apply_overrides, load_config, to_dict
 from brs_detr.data.transforms import EvalTransforms
 from brs_detr.engine.checkpoint import Weights, save_weights
 from brs_detr.export.parity import Differences
-from brs_detr.run import build_detector
+from brs_detr.run.setup import build_detector
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ["ring", "disc", "star"]

@@ -5,7 +5,7 @@ import math
 import torch
 
 from brs_detr.export.parity import Differences, largest_differences
-from brs_detr.models.decoder import Predictions
+from brs_detr.models.transformer.decoder import Predictions
 from brs_detr.ops.images import ImageBatch
 
 IMAGES = ImageBatch(torch.zeros(1, 3, 100, 200), [(100, 200)], [(100, 200)])

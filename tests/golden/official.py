@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from torch import nn
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
+from brs_detr.checkpoints.keys import to_ours
 from brs_detr.config import ATSSConfig, MatcherConfig, ModelConfig, RoIConfig, RPNConfig
-from brs_detr.convert.keys import to_ours
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
 from brs_detr.models import brs_detr as detector
 from brs_detr.models import build as building
-from brs_detr.models.normalisation import FrozenBatchNorm
-from brs_detr.ops.box_coder import BoxCoder
+from brs_detr.models.backbones.norms import FrozenBatchNorm
+from brs_detr.ops.boxes import BoxCoder
 
 CLASSES = 5
 BRS = ModelConfig(

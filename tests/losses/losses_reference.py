@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from brs_detr.losses.step import smooth_step
+from brs_detr.losses.ranking import smooth_step
 
 
 def bucketed_average_precision(logits: Tensor, positives: Tensor, negative: Tensor, delta: float):

@@ -18,8 +18,8 @@ from brs_detr.losses import (
     rank_sort_loss,
     ranking,
 )
+from brs_detr.losses.checks import accumulation_dtype
 from brs_detr.losses.objective import RANKING_LOSSES
-from brs_detr.losses.precision import accumulation_dtype
 
 METHODS = ["pairwise", "bucketed", "exact"]
 LOSSES = {

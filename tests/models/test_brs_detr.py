@@ -8,7 +8,7 @@ import torch
 from brs_detr.config import ATSSConfig, BackboneConfig, ModelConfig, RoIConfig, RPNConfig
 from brs_detr.models.brs_detr import detections_from
 from brs_detr.models.build import build_model
-from brs_detr.models.decoder import Predictions
+from brs_detr.models.transformer.decoder import Predictions
 from brs_detr.ops.images import ImageBatch
 
 SMALL = ModelConfig(

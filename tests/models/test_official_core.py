@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "golden"))
 import official
 
-from brs_detr.convert.keys import to_ours
+from brs_detr.checkpoints.keys import to_ours
 from brs_detr.losses import alrp_loss, average_precision_loss, rank_sort_loss
 from brs_detr.models.brs_detr import detections_from
-from brs_detr.models.decoder import Predictions
+from brs_detr.models.transformer.decoder import Predictions
 from brs_detr.ops.targets import PackedTargets
 
 GOLDEN = Path(official.__file__).parent

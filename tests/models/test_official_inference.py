@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "golden"))
 import official
 
-from brs_detr.models.encoder import level_masks
-from brs_detr.models.position import sine_of_cells
+from brs_detr.models.transformer.attention import sine_of_cells
+from brs_detr.models.transformer.encoder import level_masks
 from brs_detr.ops.images import ImageBatch
 
 MODES = {"detr": "decoder", "one-stage": "atss", "two-stage": "roi"}

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "golden"))
 import official
 
-from brs_detr.convert.keys import to_ours
-from brs_detr.models.atss_head import ATSSOutput
-from brs_detr.models.rpn import RPNOutput
+from brs_detr.checkpoints.keys import to_ours
+from brs_detr.models.heads.atss import ATSSOutput
+from brs_detr.models.heads.rpn import RPNOutput
 
 GOLDEN = Path(official.__file__).parent
 SIZES = [(128, 153), (101, 160)]

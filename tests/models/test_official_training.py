@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "golden"))
 import official
 
-from brs_detr.convert.keys import to_ours
+from brs_detr.checkpoints.keys import to_ours
 
 
 @pytest.fixture(params=official.FAMILIES)

@@ -1,0 +1,39 @@
+"""`convert`: an official Co-DETR or BRS-DETR checkpoint as a weights file for eval.py and train.py, or back again."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from brs_detr.checkpoints.official import export, from_official
+from brs_detr.config import ConfigError
+from brs_detr.engine.checkpoint import save_weights
+from brs_detr.models.backbones.weights_io import read_official
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `convert`."""
+    parser.add_argument("source", type=Path, help="official .pth file (with --to-official: a .safetensors file)")
+    parser.add_argument("target", type=Path, help=".safetensors file to write (with --to-official: a .pth file)")
+    parser.add_argument(
+        "--num-classes-from",
+        type=Path,
+        metavar="FILE",
+        help="COCO json that the checkpoint was trained on, for checkpoints of other classes than COCO's 80",
+    )
+    parser.add_argument("--to-official", action="store_true", help="write official names instead")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Convert, print what became of the tensors, write; returns the exit code."""
+    wanted = ".pth" if options.to_official else ".safetensors"
+    if options.target.suffix != wanted or options.target.resolve() == options.source.resolve():
+        raise ConfigError(f"{options.target}: the file to write must be another one and end in {wanted}")
+    if options.to_official:
+        count = export(options.source, options.target)
+        print(f"{options.target}: {count} tensors with official names written")
+        return 0
+    weights, report = from_official(read_official(options.source), str(options.source), options.num_classes_from)
+    save_weights(options.target, weights)
+    print(f"{options.source}: {report}\n{options.target} written; evaluate: eval.py {options.target} data.root=...")
+    return 0

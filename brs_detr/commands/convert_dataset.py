@@ -1,0 +1,150 @@
+"""`convert-dataset`: Pascal VOC and YOLO folders to COCO annotations; the pictures stay where they are."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from brs_detr.data.formats.base import Notes, choose_pair, hold_out, inspect, read_lines, to_coco
+from brs_detr.data.formats.voc import read_voc
+from brs_detr.data.formats.yolo import read_yolo
+from brs_detr.data.image_io import Limits
+from brs_detr.data.issues import DataError
+from brs_detr.user_files import UserFileError, printable, read_start
+
+NOTES_FILE = "convert-notes.txt"
+RECIPE = "configs/brs_detr_r50_small_dataset.yaml"
+_BEGINNING = '{"info": {"description": "converted by brs_detr'  # of every json that is written here
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `convert-dataset`."""
+    parser.add_argument("format", choices=("voc", "yolo"), help="what the dataset is")
+    parser.add_argument("source", help="folder of the dataset; of YOLO also its data.yaml or obj.data")
+    parser.add_argument("out", help="folder to write SPLIT.json to")
+    names = "class names in the order wanted: a text file with one a line, or separated by commas"
+    parser.add_argument("--classes", metavar="NAMES", help=f"{names} (default: VOC by alphabet, YOLO as numbered)")
+    held = "make a val split of this part of train (always the same pictures), where there is none"
+    parser.add_argument("--val-fraction", type=float, metavar="F", help=held)
+    most = "largest image file that is looked into (default: that of data.max_image_bytes); none is decoded"
+    parser.add_argument("--max-image-bytes", type=int, metavar="N", default=Limits.max_image_bytes, help=most)
+    parser.add_argument("--one-based", action="store_true", help="VOC: corners count from 1 and are both included")
+    parser.add_argument("--keep-difficult", action="store_true", help="VOC: difficult objects are ordinary objects")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`convert-dataset`: write the annotations, say what was left out and which commands come next.
+
+    Raises:
+        DataError: the dataset cannot be converted, or a file that was not made by this command is in the way.
+    """
+    try:
+        return _convert(args)
+    except OSError as error:  # a file that may not be read, a folder that cannot be written to
+        raise DataError(f"{error.filename or args.source}: {error.strerror or error}.") from error
+
+
+def _convert(args: argparse.Namespace) -> int:
+    classes = _class_names(args.classes)
+    limits = Limits(max_image_pixels=sys.maxsize, max_image_bytes=args.max_image_bytes)
+    if args.format == "voc":
+        options = {"one_based": args.one_based, "keep_difficult": args.keep_difficult}
+        labelled = read_voc(args.source, classes=classes, limits=limits, **options)
+    elif args.one_based or args.keep_difficult:
+        raise DataError("--one-based and --keep-difficult are about VOC; YOLO labels have neither.")
+    else:
+        labelled = read_yolo(args.source, classes=classes, limits=limits)
+    if args.val_fraction is not None:
+        hold_out(labelled, args.val_fraction)
+    inspect(labelled, args.source)
+    datasets, pictures = to_coco(labelled)
+    out = Path(args.out).absolute()
+    paths = {split: out / f"{split}.json" for split in datasets}
+    require_free(paths.values())
+    for split, path in paths.items():
+        data = write_dataset(datasets[split], path)
+        counts = (len(data["images"]), len(data["annotations"]), len(data["categories"]))
+        print("{}: {:,} images, {:,} objects, {} classes".format(printable(path), *counts))
+    print_notes(labelled.notes, out / NOTES_FILE)
+    print(next_steps(out, pictures, *choose_pair(labelled)))
+    return 0
+
+
+def print_notes(notes: Notes, path: Path) -> None:
+    """Print the first cases of each kind of note; write all of them to a file."""
+    lines = [f"{kind}: {place}\n" for kind, places in notes.places.items() for place in places]
+    path.unlink(missing_ok=True)
+    if lines:
+        path.write_text("".join(lines), encoding="utf-8")
+        print("\n".join(notes.lines()))
+        print(f"every case: {printable(path)}")
+
+
+def _class_names(text: str | None) -> list[str]:
+    if text is None:
+        return []
+    names = read_lines(Path(text)) if os.path.isfile(text) else [name.strip() for name in text.split(",")]
+    while names and not names[-1]:
+        names.pop()
+    if not names or "" in names or len(set(names)) < len(names):
+        raise DataError(
+            f"--classes {text}: this is neither a file with one name a line nor names apart by commas, each once."
+        )
+    return names
+
+
+def require_free(paths: Iterable[Path]) -> None:
+    """Refuse to replace a json of someone else; those of an earlier conversion are replaced.
+
+    Raises:
+        DataError: with the file's name.
+    """
+    for path in filter(Path.exists, paths):
+        try:
+            ours = read_start(path, len(_BEGINNING)) == _BEGINNING.encode()
+        except UserFileError:
+            ours = False
+        if not ours:
+            raise DataError(f"{path} is there already and was not made by this command; choose another folder for it.")
+
+
+def write_dataset(data: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Write a COCO json, whole or not at all; returns the data."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    info = {"description": _BEGINNING.rpartition('"')[2]}
+    temporary = path.with_suffix(".json.partial")
+    temporary.write_text(json.dumps({"info": info, **data}, ensure_ascii=False), encoding="utf-8")
+    temporary.replace(path)
+    return data
+
+
+def next_steps(out: Path, pictures: str, train: str, val: str | None) -> str:
+    """The command lines that check the dataset and train on it."""
+    lines = ["next:"]
+    for split in filter(None, (train, val)):
+        words = ["python", "-m", "brs_detr", "check-data", str(out / f"{split}.json"), "--images", pictures]
+        lines.append(printable(shlex.join(words)))
+    if val is None:
+        hint = "training needs a train and a val split; --val-fraction 0.1 takes the second out of the first"
+        return "\n".join([*lines, hint])
+    settings = {"data.root": pictures, "data.train_json": str(out / f"{train}.json"), "data.train_images": "."}
+    settings |= {"data.val_json": str(out / f"{val}.json"), "data.val_images": ".", "output_dir": "runs/mine"}
+    words = [f"{key}={_as_yaml(value)}" for key, value in settings.items()]
+    return "\n".join([*lines, printable(shlex.join(["accelerate", "launch", "train.py", RECIPE, *words]))])
+
+
+def _as_yaml(text: str) -> str:
+    """A text as a value on the command line of train.py, which reads it as YAML."""
+    try:
+        plain = yaml.safe_load(text) == text
+    except yaml.YAMLError:
+        plain = False
+    return text if plain else json.dumps(text)

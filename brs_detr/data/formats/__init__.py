@@ -1,0 +1,1 @@
+"""Importers of other dataset formats: Pascal VOC and YOLO."""

@@ -1,0 +1,249 @@
+"""Labelled pictures of any source format, on their way to COCO dictionaries: what the converters share."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from brs_detr.data.issues import DataError
+from brs_detr.user_files import MODEST_BYTES, TEXT_BYTES, UserFileError, printable, read_file
+
+PICTURE_FOLDERS = ("images", "jpegimages", "image", "imgs", "img")
+_SPLIT = re.compile(
+    r"(?:(train)(?:ing)?|(val)(?:id)?(?:ation)?|(test)(?:ing)?)(?:[ _-]?(?:images?|imgs?|set|data|\d{4}))*",
+    re.IGNORECASE,
+)
+
+
+class Notes:
+    """What a conversion left out, changed or guessed: by kind (a sentence in the plural), every place."""
+
+    def __init__(self) -> None:
+        self.places: dict[str, list[str]] = {}
+
+    def add(self, kind: str, place: object) -> None:
+        self.places.setdefault(kind, []).append(printable(place))
+
+    def lines(self, show: int = 3) -> list[str]:
+        """Per kind the count and the first few places."""
+        lines = []
+        for kind, places in self.places.items():
+            more = f" ... and {len(places) - show:,} more" if len(places) > show else ""
+            lines.append(f"{len(places):,} x {kind}: {'; '.join(places[:show])}{more}")
+        return lines
+
+
+class Sample(NamedTuple):
+    """One picture and its objects.
+
+    Attributes:
+        path: the file, absolute.
+        size: (h, w) of the frame that the boxes are drawn in.
+        objects: COCO annotations without their ids: category_id, bbox (x, y, w, h in pixels), area, iscrowd.
+    """
+
+    path: Path
+    size: tuple[int, int]
+    objects: list[dict[str, Any]]
+
+
+@dataclass
+class Labelled:
+    """A dataset: class names by category id, its pictures by split, and what there is to say about the conversion."""
+
+    classes: dict[int, str]
+    splits: dict[str, list[Sample]]
+    notes: Notes = field(default_factory=Notes)
+
+
+def find_files(root: Path, endings: Sequence[str], notes: Notes) -> list[Path]:
+    """All files below a folder with one of the (lower-case) endings, sorted; links are followed, hidden files are not
+    looked at."""
+    found, seen = [], set()
+    for folder, folders, names in os.walk(os.path.abspath(root), followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        real = os.path.realpath(folder)
+        if real in seen:  # a link to a folder above would never end
+            folders[:] = []
+            continue
+        seen.add(real)
+        for name in names:
+            if name.startswith(".") or not name.lower().endswith(tuple(endings)):
+                continue
+            try:
+                os.path.join(folder, name).encode()
+            except UnicodeEncodeError:
+                notes.add("files left out whose name is not UTF-8", ascii(os.path.join(folder, name)))
+                continue
+            found.append(Path(folder, name))
+    return sorted(found)
+
+
+def count_endings(root: Path, endings: Sequence[str]) -> str:
+    """How many files of other formats lie below a folder, as the end of an error's sentence."""
+    counts = Counter(path.suffix.lower() for path in find_files(root, endings, Notes()))
+    return f" (but there are {', '.join(f'{n:,} {ending}' for ending, n in counts.items())} files)" if counts else ""
+
+
+def decode(data: bytes, declared: str | None = None) -> str:
+    """Text of unknown encoding: by its byte order mark, as declared, as UTF-8, or else as Latin-1."""
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return data.decode("utf-16", errors="replace")
+    if declared and declared.lower().startswith("utf-"):
+        declared = None  # without a mark it is UTF-8 or wrong
+    for encoding in (declared, "utf-8-sig"):
+        try:
+            if encoding:
+                return data.decode(encoding)
+        except (UnicodeError, LookupError):
+            continue
+    return data.decode("latin-1")
+
+
+def read_modest(path: Path, most: int = MODEST_BYTES) -> bytes:
+    """The content of a file that describes a dataset or a picture.
+
+    Raises:
+        DataError: it is no regular file, or larger than any such file is.
+        OSError: as `open` does.
+    """
+    try:
+        return read_file(path, most)
+    except UserFileError as error:
+        raise DataError(f"{path}: this file is not read: {error}.") from None
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file of unknown encoding and line ends, stripped; blank ones stay in their place.
+
+    Raises:
+        DataError, OSError: as `read_modest` does.
+    """
+    text = decode(read_modest(path, TEXT_BYTES)).replace("\r\n", "\n").replace("\r", "\n")
+    return [line.strip() for line in text.split("\n")]
+
+
+def same_name(name: str) -> str:
+    """What two file names have in common that differ in case or in how an accent is composed."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def split_named(folder: str) -> str | None:
+    """train, val or test if a folder's name says so (valid, test_images, train2017, ...)."""
+    match = _SPLIT.fullmatch(folder)
+    return match[match.lastindex].lower() if match else None
+
+
+def split_of(path: Path, root: Path) -> str | None:
+    """The split that the folders between `root` and a file tell, the outermost first."""
+    return next(filter(None, map(split_named, path.relative_to(root).parts[:-1])), None)
+
+
+def settle(objects: Iterable[tuple[str, dict[str, Any]]], size: tuple[int, int], notes: Notes) -> list[dict[str, Any]]:
+    """Leave out what is no object and repeats; take back what a box oversteps its picture by less than half a pixel.
+
+    Args:
+        objects: (place for the notes, annotation with a `bbox` x, y, w, h in pixels).
+        size: (h, w) of the picture.
+        notes: what is left out is added here.
+    """
+    kept: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    height, width = size
+    for place, annotation in objects:
+        x, y, w, h = annotation["bbox"]
+        left, top, right, bottom = x, y, x + w, y + h
+        if not all(map(math.isfinite, (left, top, right, bottom))):
+            notes.add("boxes left out that are not finite numbers", place)
+        elif w <= 0 or h <= 0:
+            notes.add("boxes left out that have no width or no height", place)
+        elif right <= 0 or bottom <= 0 or left >= width or top >= height:
+            notes.add("boxes left out that lie outside their picture", place)
+        else:
+            left, top = (0.0 if -0.5 < low < 0 else low for low in (left, top))
+            right = width if width < right < width + 0.5 else right
+            bottom = height if height < bottom < height + 0.5 else bottom
+            box = [round(value, 4) for value in (left, top, right - left, bottom - top)]
+            key = repr((annotation["category_id"], box, annotation.get("segmentation")))
+            if key in seen:
+                notes.add("boxes left out that repeat another of the picture", place)
+                continue
+            seen.add(key)
+            kept.append({**annotation, "bbox": box, "area": annotation.get("area") or round(box[2] * box[3], 4)})
+    return kept
+
+
+def hold_out(labelled: Labelled, fraction: float) -> None:
+    """Make a val split of a fraction of train: always the same pictures, chosen by a hash of their names.
+
+    Raises:
+        DataError: there is a val split, there is no train split, or it is too small.
+    """
+    samples = labelled.splits.get("train", [])
+    if "val" in labelled.splits or len(samples) < 2 or not 0 < fraction < 1:
+        wrong = "a number between 0 and 1 and a train split of two pictures or more"
+        have = ", ".join(f"{name} ({len(group):,})" for name, group in labelled.splits.items())
+        raise DataError(f"--val-fraction {fraction:g}: it takes {wrong}, and no val split; the splits are {have}.")
+    by_hash = sorted(samples, key=lambda sample: hashlib.sha256(sample.path.stem.encode()).digest())
+    held = {sample.path for sample in by_hash[: min(max(1, round(len(samples) * fraction)), len(samples) - 1)]}
+    labelled.splits["train"] = [sample for sample in samples if sample.path not in held]
+    labelled.splits["val"] = [sample for sample in samples if sample.path in held]
+
+
+def choose_pair(labelled: Labelled) -> tuple[str, str | None]:
+    """The splits to train and to validate on; None where there is nothing to validate on."""
+    names = list(labelled.splits)
+    train = next((name for name in ("train", "trainval") if name in names), names[0])
+    return train, next((name for name in ("val", "test") if name in names and name != train), None)
+
+
+def inspect(labelled: Labelled, source: object) -> None:
+    """Drop splits without pictures; note class names that may be one, and pictures both trained and validated on.
+
+    Raises:
+        DataError: there is no object; `source` is named.
+    """
+    notes = labelled.notes
+    if not any(sample.objects for samples in labelled.splits.values() for sample in samples):
+        raise DataError(f"{source}: there is no object to train on ({'; '.join(notes.lines(1)) or 'none is listed'}).")
+    for split in [split for split, samples in labelled.splits.items() if not samples]:
+        del labelled.splits[split]
+        notes.add("splits left out without a picture", split)
+    names: dict[str, str] = {}
+    for name in labelled.classes.values():
+        if names.setdefault(same_name(name), name) != name:
+            notes.add("classes that differ in case only", f"{names[same_name(name)]} and {name}")
+    train, val = choose_pair(labelled)
+    trained = {sample.path for sample in labelled.splits[train]}
+    for sample in labelled.splits[val] if val else ():
+        if sample.path in trained:
+            notes.add(f"pictures that are in {train} and in {val}", sample.path)
+
+
+def to_coco(labelled: Labelled) -> tuple[dict[str, dict[str, Any]], str]:
+    """COCO dictionaries by split, and the folder that their file names are relative to.
+
+    A picture has the same id in every split that holds it. Image and annotation ids count from 1.
+    """
+    paths = sorted({sample.path for samples in labelled.splits.values() for sample in samples})
+    image_ids = {path: number for number, path in enumerate(paths, 1)}
+    base = os.path.commonpath([path.parent for path in paths])
+    categories = [{"id": key, "name": name} for key, name in sorted(labelled.classes.items())]
+    datasets = {}
+    for split, samples in labelled.splits.items():
+        images, annotations = [], []
+        for path, (height, width), objects in samples:
+            name = Path(os.path.relpath(path, base)).as_posix()
+            images.append({"id": image_ids[path], "file_name": name, "height": height, "width": width})
+            for annotation in objects:
+                annotations.append({"id": len(annotations) + 1, "image_id": image_ids[path], **annotation})
+        datasets[split] = {"images": images, "annotations": annotations, "categories": categories}
+    return datasets, str(base)

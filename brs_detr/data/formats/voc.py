@@ -1,0 +1,317 @@
+"""Pascal VOC: an xml file per picture, wherever the two lie, and lists of names for the splits.
+
+The files of a Pascal VOC dataset: which xml is an annotation, which picture is whose, and what the lists say.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path, PureWindowsPath
+from typing import Any
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
+
+from tqdm import tqdm
+
+from brs_detr.data.formats.base import (
+    PICTURE_FOLDERS,
+    Labelled,
+    Notes,
+    Sample,
+    count_endings,
+    decode,
+    find_files,
+    read_lines,
+    read_modest,
+    same_name,
+    settle,
+    split_named,
+    split_of,
+)
+from brs_detr.data.image_io import PICTURE_ENDINGS, Limits, PictureError, PictureInfo, inspect_picture
+from brs_detr.data.image_sizes import same_aspect
+from brs_detr.data.issues import DataError
+
+
+def read_voc(
+    root: str | Path,
+    *,
+    classes: Sequence[str] = (),
+    one_based: bool = False,
+    keep_difficult: bool = False,
+    limits: Limits | None = None,
+) -> Labelled:
+    """Read every `<annotation>` xml below a folder; see `voc` for pictures and splits.
+
+    Args:
+        root: one VOC folder, several below one, or any folder with xml files and pictures.
+        classes: names in the order wanted; by default all that occur, by alphabet. Ids count from 1.
+        one_based: corners are pixel numbers from 1, both included, as in the original VOC. By default x, y are taken
+            as they are and width = xmax - xmin, as most labelling tools write them.
+        keep_difficult: objects marked difficult are ordinary objects; otherwise they become crowd (ignored) regions.
+        limits: of the sizes of pictures; by default those of the settings.
+
+    Raises:
+        DataError: there is no annotation, or an object's name is not among `classes`.
+    """
+    root, notes = Path(os.path.abspath(root)), Notes()
+    if not root.is_dir():
+        raise DataError(f"{root}: this is not a folder; give the one that holds the annotations and the pictures.")
+    files = find_files(root, (*PICTURE_ENDINGS, ".xml", ".txt"), notes)
+    xmls, texts = ([path for path in files if path.suffix.lower() == ending] for ending in (".xml", ".txt"))
+    trees = read_trees(xmls, notes)
+    if not trees:
+        found = "; ".join(notes.lines(1)) or "there is no xml file"
+        others = count_endings(root, (".txt", ".json"))
+        raise DataError(f"{root}: no VOC annotation was found here: {found}{others}.")
+    labels = _labels(root, trees, classes)
+    pictures = by_stem(path for path in files if path.suffix.lower() in PICTURE_ENDINGS)
+    splits = find_splits(root, texts, trees, labels, notes)
+
+    samples: dict[Path, Sample | None] = {}
+    for xml in tqdm(dict.fromkeys(xml for chosen in splits.values() for xml in chosen), disable=None, leave=False):
+        path = picture_of(xml, _text(trees[xml], "filename"), pictures, notes)
+        found = list(_objects(xml, trees[xml], notes, labels, one_based, keep_difficult)) if path else []
+        samples[xml] = _sample(xml, trees[xml], path, found, notes, limits) if path else None
+    labelled = Labelled({label: name for name, label in labels.items()}, {}, notes)
+    for split, chosen in splits.items():
+        labelled.splits[split] = _one_per_picture([samples[xml] for xml in chosen if samples[xml]], notes)
+    _note_unlabelled(pictures, xmls, samples, notes)
+    return labelled
+
+
+def _labels(root: Path, trees: dict[Path, Element], classes: Sequence[str]) -> dict[str, int]:
+    occurring = {_text(item, "name") for tree in trees.values() for item in tree.iter("object")} - {""}
+    unknown = sorted(occurring - set(classes)) if classes else []
+    if unknown:
+        raise DataError(f"{root}: the objects {', '.join(unknown)} are not among the classes {', '.join(classes)}.")
+    return {name: number for number, name in enumerate(classes or sorted(occurring), 1)}
+
+
+def _sample(
+    xml: Path, tree: Element, path: Path, objects: list[tuple[str, dict[str, Any]]], notes: Notes, limits: Limits | None
+) -> Sample | None:
+    try:
+        info = inspect_picture(path, limits)
+    except PictureError as error:
+        notes.add("pictures left out that cannot be read", error)
+        return None
+    size = _frame(xml, tree, info, [annotation["bbox"] for _, annotation in objects], notes)
+    return Sample(path, size, settle(objects, size, notes))
+
+
+def _frame(xml: Path, tree: Element, info: PictureInfo, boxes: list[list[float]], notes: Notes) -> tuple[int, int]:
+    """(h, w) as the xml says, or where it says nothing possible the frame of the picture that holds the boxes.
+
+    Possible are the picture as stored, the picture upright, and a resized one of the same aspect ratio.
+    """
+
+    def holds(size: tuple[int, int]) -> bool:
+        return all(x + w <= size[1] + 1 and y + h <= size[0] + 1 for x, y, w, h in boxes)
+
+    frames = (info.stored_size, info.upright_size)
+    try:
+        height, width = (int(float(_text(tree, f"size/{side}"))) for side in ("height", "width"))
+    except (ValueError, OverflowError):
+        height = width = 0
+    if (height, width) in frames:
+        return height, width
+    if height > 0 and width > 0:
+        sizes = f"{width}x{height}, the picture {info.stored_size[1]}x{info.stored_size[0]}"
+        if same_aspect((height, width), info.stored_size) and holds((height, width)):
+            notes.add("annotation files whose picture was resized: training scales the boxes", f"{xml} ({sizes})")
+            return height, width
+        notes.add("annotation files with a wrong size: the picture's own is taken", f"{xml} ({sizes})")
+    else:
+        notes.add("annotation files without a size: the picture's own is taken", xml)
+    return next(filter(holds, frames), info.stored_size)
+
+
+def _objects(
+    xml: Path, tree: Element, notes: Notes, labels: dict[str, int], one_based: bool, keep_difficult: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, annotation) of each box."""
+    for item in tree.iter("object"):
+        name, boxes = _text(item, "name"), item.findall("bndbox")
+        place = f"{xml} ({name})"
+        if not name or not boxes:
+            notes.add("objects left out without a name or a bndbox", place)
+            continue
+        difficult = _text(item, "difficult").lower() in ("1", "true") and not keep_difficult
+        if difficult:
+            notes.add("difficult objects made ignored regions (--keep-difficult: ordinary objects)", place)
+        for element in boxes:
+            try:
+                x0, y0, x1, y1 = (float(_text(element, key)) for key in ("xmin", "ymin", "xmax", "ymax"))
+            except ValueError:
+                notes.add("boxes left out without four numbers", place)
+                continue
+            if x0 > x1 or y0 > y1:
+                notes.add("boxes whose corners were swapped", place)
+                x0, x1, y0, y1 = min(x0, x1), max(x0, x1), min(y0, y1), max(y0, y1)
+            if one_based:
+                if x0 < 1 or y0 < 1:
+                    notes.add("boxes that start before pixel 1: is --one-based right?", place)
+                x0, y0 = x0 - 1, y0 - 1
+            box = [x0, y0, x1 - x0, y1 - y0]
+            yield place, {"category_id": labels[name], "bbox": box, "iscrowd": int(difficult)}
+
+
+def _one_per_picture(samples: list[Sample], notes: Notes) -> list[Sample]:
+    chosen: dict[Path, Sample] = {}
+    for sample in samples:
+        if chosen.setdefault(sample.path, sample) is not sample:
+            notes.add("annotation files left out whose picture another one has", sample.path)
+    return list(chosen.values())
+
+
+def _note_unlabelled(
+    pictures: dict[str, list[Path]], xmls: list[Path], samples: dict[Path, Sample | None], notes: Notes
+) -> None:
+    used = {sample.path for sample in samples.values() if sample}
+    folders, stems = {path.parent for path in used}, {same_name(xml.stem) for xml in xmls}
+    for stem, paths in pictures.items():
+        for path in paths:
+            if path.parent in folders and path not in used and stem not in stems:
+                notes.add("pictures left out without an annotation file", path)
+
+
+def _text(element: Element, path: str) -> str:
+    return " ".join((element.findtext(path) or "").split())
+
+
+_USUAL_LISTS = ("train", "val", "trainval", "test", "valid", "validation")
+
+
+def read_trees(paths: Iterable[Path], notes: Notes) -> dict[Path, ElementTree.Element]:
+    """The `<annotation>` of each file that has one; tags come without their namespace."""
+    trees = {}
+    for path in paths:
+        try:
+            tree = _parse(read_modest(path))
+        except DataError as error:
+            notes.add("xml files left out that are not files of a usual size", error)
+            continue
+        except (ElementTree.ParseError, LookupError, ValueError) as error:
+            notes.add("xml files left out that are not valid", f"{path} ({error})")
+            continue
+        for element in tree.iter():
+            element.tag = element.tag.rpartition("}")[2]
+        if tree.tag == "annotation":
+            trees[path] = tree
+        else:
+            notes.add("xml files left out that are no VOC annotations", f"{path} (its root is <{tree.tag}>)")
+    return trees
+
+
+def _parse(data: bytes) -> ElementTree.Element:
+    if b"<!ENTITY" in data.replace(b"\0", b""):  # in UTF-16, too
+        # no annotation needs any, a few of them stand for gigabytes, and not every version of expat minds
+        raise ValueError("it declares entities")
+    try:
+        return ElementTree.fromstring(data)
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # often the wrong encoding is declared
+        declared = re.search(rb"""<\?xml[^>]*encoding=["']([\w-]+)""", data[:200])
+        text = decode(data, declared[1].decode() if declared else None).lstrip("\ufeff")
+        text = re.sub(r"^\s*<\?xml[^>]*\?>", "", text).strip()
+        try:
+            return ElementTree.fromstring(re.sub(r"&(?!#?\w+;)", "&amp;", text))
+        except ElementTree.ParseError:
+            raise error from None  # whose line numbers are those of the file
+
+
+def by_stem(paths: Iterable[Path]) -> dict[str, list[Path]]:
+    """Files by name without suffix; case and the way accents are composed do not count."""
+    groups = defaultdict(list)
+    for path in paths:
+        groups[same_name(path.stem)].append(path)
+    return dict(groups)
+
+
+def find_splits(
+    root: Path, texts: Iterable[Path], xmls: Collection[Path], names: Collection[str], notes: Notes
+) -> dict[str, list[Path]]:
+    """Annotation files by split: as `ImageSets/Main/*.txt` or other lists say, else the folders; else all are train.
+
+    Args:
+        root: the dataset; its own name may tell a split too.
+        texts: text files below it.
+        xmls: the annotation files.
+        names: class names, to know the lists about one class.
+        notes: names without an annotation file are added here.
+    """
+    lists = [path for path in texts if path.parts[-3:-1] == ("ImageSets", "Main")]
+    lists = lists or [path for path in texts if path.parent.name == "ImageSets"]
+    lists = lists or [path for path in texts if path.stem in _USUAL_LISTS]
+    stems, files, splits = {path.stem for path in lists}, by_stem(xmls), defaultdict(dict)
+    for path in lists:
+        lines = [line for line in read_lines(path) if line]
+        if _tells_one_class(path.stem, lines, stems, names):
+            continue
+        found = [_listed(line, path, files) for line in lines]
+        for line in (line for line, xml in zip(lines, found) if xml is None):
+            notes.add("names left out that a list has and no annotation file", f"{path.name}: {line}")
+        chosen = dict.fromkeys(xml for xml in found if xml is not None)
+        if chosen:
+            splits[{"valid": "val", "validation": "val"}.get(path.stem, path.stem)].update(chosen)
+        else:
+            notes.add("lists left out that name no annotation file", path)
+    listed = {xml for chosen in splits.values() for xml in chosen}
+    for xml in xmls:
+        if listed and xml not in listed:
+            notes.add("annotation files left out that are in no list", xml)
+    for xml in () if splits else xmls:
+        splits[split_of(xml, root) or split_named(root.name) or "train"][xml] = None
+    return {split: list(chosen) for split, chosen in splits.items()}
+
+
+def _tells_one_class(stem: str, lines: list[str], stems: set[str], names: Collection[str]) -> bool:
+    """cat_train.txt says of each picture of train whether it shows a cat (1, 0, -1): it is no split."""
+    head, _, tail = stem.rpartition("_")
+    marked = bool(lines) and all(len(line.split()) == 2 and line.split()[1] in ("-1", "0", "1") for line in lines)
+    return stem not in _USUAL_LISTS and (marked or (head in names and tail in stems))
+
+
+def _listed(line: str, where: Path, files: dict[str, list[Path]]) -> Path | None:
+    """The annotation file of one line of a list: a stem, a file name or a path, perhaps with columns after it."""
+    for text in (line, line.split()[0]):
+        path = PureWindowsPath(text)  # knows both kinds of slashes
+        bare = path.stem if path.suffix.lower() in (*PICTURE_ENDINGS, ".xml") else path.name
+        if same_name(bare) in files:
+            return max(files[same_name(bare)], key=lambda xml: _shared(xml, where))
+    return None
+
+
+def picture_of(xml: Path, tag: str, pictures: dict[str, list[Path]], notes: Notes) -> Path | None:
+    """The picture of an annotation file: that of its own name, else the one that its `filename` names.
+
+    Of several, one in an image folder or in the xml's own comes first, then the one that shares most folder names.
+
+    Args:
+        xml: the annotation file.
+        tag: its `filename`, often stale, with another suffix, or a path of another machine.
+        pictures: by stem.
+        notes: what was not found or had to be chosen is added here.
+    """
+    named = PureWindowsPath(tag)
+    candidates = pictures.get(same_name(xml.stem)) or pictures.get(same_name(named.stem)) or []
+    if not candidates:
+        notes.add("annotation files left out whose picture was not found", f"{xml} (filename {tag or 'not given'})")
+        return None
+
+    def rank(path: Path) -> tuple[bool, int, bool]:
+        at_home = path.parent == xml.parent or any(part.lower() in PICTURE_FOLDERS for part in path.parts)
+        return at_home, _shared(path, xml), path.name == named.name
+
+    path = max(candidates, key=rank)
+    if same_name(path.stem) != same_name(named.stem) and same_name(named.stem) in pictures:
+        notes.add("annotation files whose filename is another picture: the one of their own name is taken", xml)
+    return path
+
+
+def _shared(path: Path, other: Path) -> int:
+    """How many folder names two files have in common."""
+    return len(set(path.parts[:-1]) & set(other.parts[:-1]))

@@ -1,0 +1,158 @@
+"""Try a recipe before training: a dry run at the largest shape, and a profile of a few real steps.
+
+Where the time of a training step goes: a few real steps under torch's profiler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import resource
+import shutil
+import time
+from itertools import chain, count, islice
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from brs_detr.engine.trainer import Trainer
+from brs_detr.ops.images import Batch, ImageBatch
+
+
+def largest_step(
+    model: nn.Module,
+    optimizer: AcceleratedOptimizer,
+    accelerator: Accelerator,
+    *,
+    pictures: int,
+    accumulate: int,
+    size: tuple[int, int],
+    objects: int,
+    num_classes: int,
+) -> str:
+    """Two optimiser steps on noise: the second one runs, as all later ones do, beside the optimiser's state.
+
+    Args:
+        model: prepared, in training mode and other weights afterwards.
+        optimizer: returned by `accelerator.prepare`.
+        accelerator: of the launch.
+        pictures: a process holds at once.
+        accumulate: batches of an optimiser step; from two on the gradients are kept during the forward pass.
+        size: (height, width) in pixels.
+        objects: true boxes a picture, as many as the fullest picture of the dataset has.
+        num_classes: labels run from 0 to num_classes - 1.
+
+    Returns:
+        A sentence with the time of the second step, the number of parameters stepped and the peak memory.
+    """
+    device, batches = accelerator.device, min(accumulate, 2)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    images, targets = _noise(pictures, size, objects, num_classes, device)
+    model.train()
+    done = 0
+    for _ in range(20):  # under fp16 the scaler skips steps until its scale fits
+        start = time.perf_counter()
+        for batch in range(batches):  # as the trainer does: before the last one sharded gradients stay whole
+            with contextlib.nullcontext() if batch + 1 == batches else accelerator.no_sync(model):
+                with accelerator.autocast():
+                    terms = model(images, targets)
+                loss = torch.stack(list(terms.values())).sum()
+                accelerator.backward(loss / batches)
+        optimizer.step()
+        value = loss.item()  # waits for the device
+        seconds = time.perf_counter() - start
+        stepped = sum(p.numel() for p in model.parameters() if p.grad is not None)
+        optimizer.zero_grad()
+        done += not optimizer.step_was_skipped
+        if done == 2:
+            break
+    return (
+        f"dry run: {batches} batch(es) of {pictures} picture(s) of {size[1]}x{size[0]} with {objects} objects each, "
+        f"then an optimiser step of {stepped:,} parameters, twice: loss {value:.4g}, {seconds:.2f} s the second time, "
+        f"peak memory {peak_memory_gb(device):.2f} GB"
+    )
+
+
+def _noise(pictures: int, size: tuple[int, int], objects: int, num_classes: int, device: torch.device) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (pictures, 3, *size), dtype=torch.uint8, generator=generator)
+    images = ImageBatch(pixels, [size] * pictures, [size] * pictures).to(device)
+    targets = []
+    for index in range(pictures):
+        corners = torch.rand(objects, 2, 2, generator=generator) * torch.tensor([size[1], size[0]], dtype=torch.float32)
+        boxes = torch.cat([corners.amin(1), corners.amax(1) + 1], dim=1).to(device)
+        labels = torch.randint(0, num_classes, (objects,), generator=generator).to(device)
+        targets.append({"boxes": boxes, "labels": labels, "image_id": index})
+    return images, targets
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory held so far: of the GPU, or of this process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+WARM_UP, RECORDED = 3, 5
+
+
+def profile_steps(trainer: Trainer, folder: Path, rows: int = 15) -> str:
+    """Train some steps, the last five of them recorded.
+
+    Args:
+        trainer: fresh; its weights are others afterwards.
+        folder: gets `trace.json.gz` (for chrome://tracing or ui.perfetto.dev) and `profile.txt`, the whole table.
+        rows: lines of the table that are returned.
+
+    Returns:
+        Time of a step, of its parts and of the costliest operations, as text; "" in all but the main process.
+    """
+    cuda = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    batches = chain.from_iterable(map(trainer.batches.epoch, count()))  # an epoch may have fewer
+    trainer.model.train()
+    for _ in range(WARM_UP):
+        trainer.step(list(islice(batches, trainer.settings.accumulate)))
+        trainer.position.step += 1
+    start = time.perf_counter()
+    with profile(activities=activities) as profiler:
+        for _ in range(RECORDED):
+            with record_function("step: waiting for data"):
+                group = list(islice(batches, trainer.settings.accumulate))
+            trainer.step(group)
+            trainer.position.step += 1
+    seconds = (time.perf_counter() - start) / RECORDED
+    if not trainer.accelerator.is_main_process:
+        return ""  # it would write to the same files
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_trace(profiler, folder / "trace.json.gz")
+    averages, order = profiler.key_averages(), "self_device_time_total" if cuda else "self_cpu_time_total"
+    (folder / "profile.txt").write_text(averages.table(sort_by=order, row_limit=-1), encoding="utf-8")
+    parts = [event for event in averages if event.key.startswith("step: ")]
+    on_host = [event for event in parts if event.device_type == DeviceType.CPU]  # a GPU has spans of the same names
+    lines = [f"{seconds:.3f} s a step under the profiler, a mean of {RECORDED} steps; of these on the host:"]
+    lines += [
+        f"  {event.key.removeprefix('step: '):<18} {event.cpu_time_total / RECORDED / 1e6:8.3f} s"
+        for event in sorted(on_host, key=lambda event: -event.cpu_time_total)
+    ]
+    costly = sorted((e for e in averages if e not in parts), key=lambda event: -getattr(event, order))[:rows]
+    lines.append(f"costliest operations on the {'GPU' if cuda else 'CPU'}, without what they call, a step:")
+    lines += [
+        f"  {e.key[:60]:<60} {getattr(e, order) / RECORDED / 1e3:9.2f} ms {e.count // RECORDED:6} x" for e in costly
+    ]
+    lines.append(f"trace and whole table in {folder}")
+    return "\n".join(lines)
+
+
+def _write_trace(profiler: profile, path: Path) -> None:
+    plain = path.with_suffix("")
+    profiler.export_chrome_trace(str(plain))
+    with open(plain, "rb") as source, gzip.open(path, "wb") as target:
+        shutil.copyfileobj(source, target)
+    plain.unlink()

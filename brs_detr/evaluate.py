@@ -1,0 +1,314 @@
+"""Evaluate trained weights: `accelerate launch eval.py RUN_OR_CHECKPOINT [a.b=value ...] [--out FOLDER]`.
+
+Prints COCO's figures, a table of classes and what is most often taken for what; writes `results.json` (COCO's result
+format, the dataset's own category ids), `evaluation.json` (all figures), `per_class.csv`, `confusion.csv`,
+`precision_recall.csv`, and pictures of them and of found and true boxes. Nothing but the weights file is needed:
+classes and config travel inside it. The figures equal those that the training's validation printed for these weights;
+where settings differ from the training's, that is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+
+from brs_detr import config as configuration
+from brs_detr.config import Config, ConfigError
+from brs_detr.data.coco import CocoDetection
+from brs_detr.data.image_io import PictureError
+from brs_detr.data.issues import DROPPED, POLICY, DataError
+from brs_detr.data.loader import build_eval_loader
+from brs_detr.engine.checkpoint import CheckpointError, write_text
+from brs_detr.engine.predict import predict, require_all
+from brs_detr.engine.storage import StorageError, complain, end_output, writing
+from brs_detr.evaluation.coco_eval import GroundTruth, detections_to_results, evaluate_coco, finite_results
+from brs_detr.evaluation.summary import Summary
+from brs_detr.exit_codes import ExitCode, Interruption
+from brs_detr.run import setup
+from brs_detr.run.launch import start_accelerator
+from brs_detr.run.output_dir import require_writable
+from brs_detr.user_files import forgive_output, printable
+from brs_detr.viz.boxes import contact_sheet, draw_detections
+from brs_detr.viz.plots import draw_confusion, draw_curves, draw_precision_recall
+
+FIGURES = ("model.", "eval.", "data.test_", "data.antialias")  # beginnings of the settings that figures depend on
+OPTIONAL = "confusion.csv confusion.png precision_recall.csv precision_recall.png pictures.png curves.png"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", type=Path, help="run folder (its best weights) or .safetensors file")
+    parser.add_argument("overrides", nargs="*", help="settings to change, e.g. data.root=/data/coco")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: evaluation/ beside the weights)")
+    parser.add_argument("--pictures", type=int, default=12, help="example pictures to draw (default 12; 0: none)")
+    options = parser.parse_intermixed_args(arguments)
+    forgive_output()
+    try:
+        evaluate(options.weights, options.overrides, options.out, options.pictures)
+    except (ConfigError, DataError, CheckpointError) as error:
+        complain(error)
+        return ExitCode.REFUSED
+    except StorageError as error:
+        complain(error)
+        return ExitCode.STORAGE
+    except Interruption as error:
+        complain(error)
+        return error.code
+    return ExitCode.OK
+
+
+def evaluate(weights_path: Path, overrides: list[str], out: Path | None = None, pictures: int = 0) -> None:
+    """Evaluate a run folder's best weights, or a weights file, on the val split of its config."""
+    model, weights, config, file = setup.restore(weights_path, overrides)
+    out = out or file.parent / "evaluation"
+    require_writable(out, "--out")
+    # prediction is in float32 whatever the training's precision, which this machine may not have
+    accelerator = start_accelerator(replace(config, train=replace(config.train, precision="no")))
+    dataset = setup.open_val_set(config)
+    setup.require_same_categories(weights.classes, weights.category_ids, dataset, str(file))
+    process = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    options = {"workers": setup.worker_count(config), "timeout": config.data.timeout}
+    loader = build_eval_loader(dataset, config.eval.batch_size, **options, **process)
+    truth, listed = GroundTruth.read(dataset.ground_truth()), dataset.report["images_listed"]
+    with contextlib.closing(loader):
+        model.to(accelerator.device)
+        summary, results = score(model, weights.category_ids, truth, loader, config, accelerator, listed)
+    if summary is None:
+        return
+    stored = configuration.from_dict(weights.config, str(file))
+    summary.notes += [*dataset_notes(dataset), *changed_settings(stored, config)]
+    epoch = weights.extra.get("epoch", "?")
+    with writing(out):
+        for name in OPTIONAL.split():  # of an evaluation before, which may have had more to draw
+            (out / name).unlink(missing_ok=True)
+        write_text(out / "results.json", json.dumps(finite_results(results), allow_nan=False))
+        summary.save(out, {"weights": str(file), "epoch": epoch, "annotations": dataset.json_path})
+        write_pictures(out, dataset, results, pictures, summary.thresholds())
+        write_curves(out, summary, file.parent / "metrics.jsonl")
+    print(f"{printable(file)} (epoch {printable(epoch)}) on {printable(dataset.json_path)}\n")
+    print(f"{summary.table()}\n\nsaved in {printable(out)}")
+
+
+def changed_settings(stored: configuration.Config, used: configuration.Config) -> list[str]:
+    """A note on the settings that bear on the figures and are not those that the weights were validated with."""
+    changes = [change for change in configuration.differences(stored, used) if change.startswith(FIGURES)]
+    changes = [change for change in changes if not change.startswith("eval.batch_size")]
+    return [f"not as in the training: {'; '.join(changes)}"] if changes else []
+
+
+COCO_LIMIT = 100  # detections of a picture that COCO's AP counts
+
+
+def score(
+    model: nn.Module,
+    category_ids: Sequence[int],
+    truth: GroundTruth,
+    loader: DataLoader,
+    config: Config,
+    accelerator: Accelerator,
+    images_listed: int = 0,
+    **options,
+) -> tuple[Summary | None, list[dict]]:
+    """Predict a dataset and evaluate what was found.
+
+    Args:
+        model: the bare detector.
+        category_ids: the dataset's id of each label of the detector.
+        truth: of the dataset, checked once for all evaluations.
+        loader: this process's batches of it.
+        config: its `eval` section.
+        accelerator: of the launch.
+        images_listed: by the annotation file, those that were left out when it was read included.
+        options: handed to `evaluate_coco`.
+
+    Returns:
+        The figures and the detections in COCO's result format; (None, []) in all but the main process.
+
+    Raises:
+        DataError: no picture could be read.
+        Interruption: in every process, where the loader of one was interrupted.
+    """
+    most = config.eval.max_detections
+    limits = {"score_threshold": config.eval.score_threshold, "max_detections": most}
+    detections = predict(model, loader, accelerator, progress=True, **limits)
+    unreadable = [found["image_id"] for found in detections if found["unreadable"]]
+    if len(unreadable) == len(detections):  # in every process, so that none waits for the others
+        raise DataError("none of the pictures to evaluate can be read; `python -m brs_detr check-data` names the fault")
+    if not accelerator.is_main_process:
+        return None, []
+    require_all(detections, truth.image_ids)
+    results = [
+        result for found in detections for result in detections_to_results(found["image_id"], found, category_ids)
+    ]
+    counted = (*(limit for limit in (1, 10) if limit < most), most)
+    readable = sorted(set(truth.image_ids) - set(unreadable))
+    summary = evaluate_coco(truth, results, image_ids=readable, max_detections=counted, **options)
+    summary.images_listed = max(images_listed, len(truth.image_ids))
+    if unreadable:
+        shown = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")
+        summary.notes.append(f"{len(unreadable)} picture(s) cannot be read and are left out: image id {shown}")
+    summary.notes += setting_notes(config, truth, readable)
+    return summary, results
+
+
+def setting_notes(config: Config, truth: GroundTruth, image_ids: Sequence[int]) -> list[str]:
+    """What of the settings makes AP another measure than COCO's, or bounds it for these pictures."""
+    notes, threshold, most = [], config.eval.score_threshold, config.eval.max_detections
+    if threshold > 0:
+        notes.append(
+            f"detections with a score of {threshold:g} or less are left out (eval.score_threshold): AP and recall are "
+            "lower than without"
+        )
+    if most != COCO_LIMIT:
+        notes.append(
+            f"all figures count the best {most} detection(s) of a picture (eval.max_detections), "
+            f"COCO's are of {COCO_LIMIT}"
+        )
+    returned = config.model.detections_per_image
+    if max(returned, COCO_LIMIT) < most:
+        notes.append(
+            f"the detector returns {returned} detections a picture, not {most}: raise model.detections_per_image too"
+        )
+    objects, image = truth.most_objects(image_ids, by_class=False)
+    if objects > min(most, returned) and truth.most_objects(image_ids)[0] <= most:  # else the summary says so itself
+        notes.append(
+            f"image {image} holds {objects} objects but at most {min(most, returned)} detections of a picture count: "
+            "its recall cannot reach 1; raise eval.max_detections and model.detections_per_image"
+        )
+    return notes
+
+
+def dataset_notes(dataset: CocoDetection) -> list[str]:
+    """What of the annotation file is not evaluated, and why; not the crowds, which COCO leaves out too."""
+    report, notes = dataset.report, []
+    if report["images"] < report["images_listed"]:
+        missing = report["images_listed"] - report["images"]
+        notes.append(
+            f"{missing:,} of {report['images_listed']:,} pictures of {printable(dataset.json_path)} are not evaluated"
+        )
+    for kind, count in report.items():
+        action, explanation = POLICY.get(kind, ("", ""))
+        if action == DROPPED and kind != "crowd":
+            notes.append(f"{count:,} x {kind.replace('_', ' ')}: {explanation}")
+    return notes
+
+
+def validator(
+    category_ids: Sequence[int],
+    dataset: CocoDetection,
+    loader: DataLoader,
+    config: Config,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+    thresholds: dict[str, float],
+) -> Callable[[nn.Module], dict[str, float]]:
+    """What the trainer calls after an epoch: a function from a detector to its figures, {} outside the main process.
+
+    Besides COCO's figures these are "images" and "images_left_out", the numbers of images measured and not.
+
+    Args:
+        category_ids, loader, config, accelerator: as for `score`.
+        dataset: opened with `train=False`; its annotations are checked once, here.
+        say: told each note of an evaluation the first time it comes up.
+        thresholds: filled by each validation with the score of every class's best F1.
+
+    Raises:
+        DataError: the dataset holds no object, so that no validation could tell good weights from bad ones.
+    """
+    truth, told = GroundTruth.read(dataset.ground_truth()), set()
+    if not truth.most_objects(truth.image_ids)[0]:
+        raise DataError(
+            f"{dataset.json_path}: none of its {len(dataset):,} pictures holds an object that counts, so validation "
+            "has nothing to measure; point data.val_json and data.val_images at annotated pictures"
+        )
+
+    def validate(module: nn.Module) -> dict[str, float]:
+        listed = dataset.report["images_listed"]
+        summary, _ = score(module, category_ids, truth, loader, config, accelerator, listed)
+        thresholds.clear()
+        thresholds.update({} if summary is None else summary.thresholds())
+        for note in summary.notes if summary is not None else []:
+            if note not in told:
+                say(f"note: {note}")
+                told.add(note)
+        if summary is None:
+            return {}
+        return summary.stats | {"images": summary.images, "images_left_out": summary.images_left_out}
+
+    return validate
+
+
+def write_pictures(
+    out: Path, dataset: CocoDetection, results: list[dict[str, Any]], count: int, thresholds: Mapping[str, float]
+) -> list[Path]:
+    """Draw evenly spaced pictures of a dataset with what was found and what is true.
+
+    Args:
+        out: folder; gets `pictures/IMAGE_ID.png` and one sheet of them all, `pictures.png`.
+        dataset: opened with `train=False`.
+        results: detections in COCO's format.
+        count: number of pictures; 0 for none.
+        thresholds: by class name the lowest score that is drawn; nothing of a class without one.
+
+    Returns:
+        The sheet's path and those of the pictures; empty for none.
+    """
+    step = max(1, len(dataset) // count) if count else 0
+    chosen = range(0, len(dataset), step)[:count] if step else range(0)
+    labels = {category: label for label, category in enumerate(dataset.category_ids)}
+    least = {category: thresholds.get(name, math.inf) for category, name in zip(dataset.category_ids, dataset.classes)}
+    results = [result for result in results if result["score"] >= least[result["category_id"]]]
+    paths, drawn = [], []
+    for index in chosen:
+        try:
+            image, target = dataset.load(index)
+        except PictureError:  # the evaluation has counted it
+            continue
+        found = [result for result in results if result["image_id"] == target["image_id"]]
+        boxes = torch.tensor([result["bbox"] for result in found]).reshape(-1, 4)
+        detections = {
+            "boxes": torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1),
+            "scores": torch.tensor([result["score"] for result in found]),
+            "labels": torch.tensor([labels[result["category_id"]] for result in found], dtype=torch.long),
+        }
+        title = dataset.file_name(index)
+        drawn.append(draw_detections(image, detections, target, dataset.classes, threshold=0.0, title=title))
+        paths.append(out / "pictures" / f"{target['image_id']}.png")
+        paths[-1].parent.mkdir(parents=True, exist_ok=True)
+        drawn[-1].save(paths[-1])
+    if drawn:
+        paths.insert(0, out / "pictures.png")
+        contact_sheet(drawn).save(paths[0])
+    return paths
+
+
+def write_curves(out: Path, summary: Summary, metrics: Path) -> list[Path]:
+    """Draw the confusion matrix, precision over recall and, where metrics.jsonl is at hand, the training curves."""
+    paths = []
+    if summary.confusion is not None:
+        paths.append(out / "confusion.png")
+        draw_confusion(summary.confusion, paths[-1])
+    if summary.curves:
+        paths.append(out / "precision_recall.png")
+        draw_precision_recall(summary.curves, paths[-1])
+    if metrics.is_file():
+        paths.append(out / "curves.png")
+        draw_curves(metrics, paths[-1])
+    return paths
+
+
+if __name__ == "__main__":
+    sys.exit(end_output(main()))

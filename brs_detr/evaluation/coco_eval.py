@@ -1,0 +1,273 @@
+"""COCO's average precision and recall of boxes, by COCO's own code.
+
+pycocotools is the reference; where `faster-coco-eval` is installed its compiled version of the same algorithm runs
+instead (the numbers agree to rounding, see the tests).
+
+Detections in COCO's result format: `{"image_id", "category_id", "bbox" (x, y, w, h), "score"}`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from brs_detr.evaluation.ground_truth import GroundTruth, whole_id
+from brs_detr.evaluation.matching import ClassMatches, confusion_matrix, match_classes, optimal_lrp
+from brs_detr.evaluation.summary import Summary
+
+__all__ = ["GroundTruth", "Summary", "detections_to_results", "evaluate_coco"]
+
+LRP_NAMES = ("oLRP", "oLRPloc", "oLRPfp", "oLRPfn")
+SIZES = ("", "s", "m", "l")  # COCO's area ranges: all, under 32^2, under 96^2, above
+
+
+def evaluate_coco(
+    annotations: str | Path | dict[str, Any] | GroundTruth,
+    results: Sequence[Result] | Mapping[str, np.ndarray],
+    *,
+    image_ids: Sequence[int] | None = None,
+    max_detections: Sequence[int] = (1, 10, 100),
+    extended: bool = True,
+    backend: str = "auto",
+) -> Summary:
+    """Compare detections with annotations, as COCO does.
+
+    Args:
+        annotations: a COCO json, its content, or a checked `GroundTruth` (saves reading it for every evaluation).
+        results: COCO results with original category ids: a list of dicts, or columns `image_id`, `category_id`,
+            `bbox` (n, 4) xywh and `score`.
+        image_ids: evaluate these images only; default all of the annotation file.
+        max_detections: detections counted for each image and class; AP uses the largest, AR is given for each.
+        extended: also match at IoU 0.5 for precision, recall and F1 at the best score, oLRP and the confusion matrix.
+        backend: `auto`, `pycocotools` or `faster`.
+
+    Raises:
+        FileNotFoundError: there is no such annotation file.
+        ValueError: the annotations are not COCO's format, or the results name unknown images or categories.
+    """
+    truth = GroundTruth.read(annotations)
+    detections, broken = check_results(results, truth.image_ids, truth.names)
+    chosen = sorted(set(truth.image_ids if image_ids is None else image_ids))
+    if unknown := set(chosen) - set(truth.image_ids):
+        raise ValueError(f"{len(unknown)} images to evaluate are not in the annotations, such as {min(unknown)}")
+    limits = sorted(int(limit) for limit in max_detections)
+    precision, recall = _accumulate(truth, detections, chosen, limits, backend)
+    wanted = set(chosen)
+    boxes = [a for a in truth.dataset["annotations"] if a["image_id"] in wanted]
+    detections = [d for d in detections if d["image_id"] in wanted]
+    matches = match_classes(boxes, detections, list(truth.names), max_detections=limits[-1]) if extended else {}
+    stats = _stats(precision, recall, limits)
+    per_class = _per_class(truth, boxes, precision, recall, matches)
+    confusion = None
+    if extended:
+        stats |= {name: _mean(np.array([row[name] for row in per_class])) for name in LRP_NAMES}
+        lowest = {row["category_id"]: row["score"] for row in per_class if row["f1"] > 0}
+        confusion = confusion_matrix(boxes, detections, truth.names, lowest, max_detections=limits[-1])
+    notes = _notes(truth, chosen, limits[-1], broken, len(detections))
+    curves = _curves(truth.names, precision)
+    return Summary(stats, per_class, notes, curves, len(chosen), 0, len(detections), confusion)
+
+
+def fast_backend_installed() -> bool:
+    """Whether `faster-coco-eval` can be imported."""
+    return importlib.util.find_spec("faster_coco_eval") is not None
+
+
+def _accumulate(
+    truth: GroundTruth, detections: list[dict], image_ids: list[int], limits: list[int], backend: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """COCO's precision (IoU, recall, class, area, limit) and recall (IoU, class, area, limit); -1 where undefined."""
+    # numbered anew: the compiled code keeps ids in floating point, which takes neighbours above 2^53 for one
+    images = {image: number for number, image in enumerate(image_ids, 1)}
+    classes = {category: number for number, category in enumerate(truth.names, 1)}
+    if backend not in ("auto", "pycocotools", "faster"):
+        raise ValueError(f"backend {backend} is not known; write auto, pycocotools or faster")
+    with contextlib.redirect_stdout(io.StringIO()):  # COCO's code prints its progress
+        if backend == "faster" or (backend == "auto" and fast_backend_installed()):
+            from faster_coco_eval import COCO
+            from faster_coco_eval import COCOeval_faster as Evaluation
+        else:
+            from pycocotools.coco import COCO
+            from pycocotools.cocoeval import COCOeval as Evaluation
+        sides = []
+        for annotations in (truth.dataset["annotations"], detections):
+            side = COCO()
+            # copies, since the evaluation writes its own marks into the annotations
+            copies = [
+                {**row, "image_id": images[row["image_id"]], "category_id": classes[row["category_id"]]}
+                for row in annotations
+                if row["image_id"] in images
+            ]
+            lists = {"images": images.values(), "categories": classes.values()}
+            side.dataset = {key: [{"id": number} for number in numbers] for key, numbers in lists.items()}
+            side.dataset["annotations"] = copies
+            side.createIndex()
+            sides.append(side)
+        evaluation = Evaluation(*sides, "bbox")
+        evaluation.params.imgIds = list(images.values())
+        evaluation.params.catIds = list(classes.values())
+        evaluation.params.maxDets = limits
+        evaluation.evaluate()
+        evaluation.accumulate()
+    shape = (10, 101, len(truth.names), 4, len(limits))
+    precision = np.asarray(evaluation.eval["precision"], np.float64).reshape(shape)
+    return precision, np.asarray(evaluation.eval["recall"], np.float64).reshape(shape[0], *shape[2:])
+
+
+def _mean(values: np.ndarray) -> float:
+    values = values[values > -1]
+    return float(values.mean()) if values.size else -1.0
+
+
+def _stats(precision: np.ndarray, recall: np.ndarray, limits: list[int]) -> dict[str, float]:
+    stats = {"AP": _mean(precision[..., 0, -1])}
+    stats |= {"AP50": _mean(precision[0, ..., 0, -1]), "AP75": _mean(precision[5, ..., 0, -1])}
+    stats |= {f"AP{size}": _mean(precision[..., area, -1]) for area, size in enumerate(SIZES) if size}
+    stats |= {f"AR{limit}": _mean(recall[..., 0, column]) for column, limit in enumerate(limits)}
+    return stats | {f"AR{size}": _mean(recall[..., area, -1]) for area, size in enumerate(SIZES) if size}
+
+
+def _per_class(
+    truth: GroundTruth,
+    boxes: list[dict],
+    precision: np.ndarray,
+    recall: np.ndarray,
+    matches: dict[int, ClassMatches],
+) -> list[dict[str, Any]]:
+    objects = Counter(a["category_id"] for a in boxes if not a["iscrowd"])
+    images = Counter(category for _, category in {(a["image_id"], a["category_id"]) for a in boxes})
+    rows = []
+    for k, (category, name) in enumerate(truth.names.items()):
+        row = {"name": name, "category_id": category, "images": images[category], "objects": objects[category]}
+        row |= {"AP": _mean(precision[:, :, k, 0, -1]), "AP50": _mean(precision[0, :, k, 0, -1])}
+        row["AP75"] = _mean(precision[5, :, k, 0, -1])
+        row |= {f"AP{size}": _mean(precision[:, :, k, area, -1]) for area, size in enumerate(SIZES) if size}
+        row["AR"] = _mean(recall[:, k, 0, -1])
+        if category in matches:
+            match = matches[category]
+            none = {"score": -1.0, "precision": -1.0, "recall": -1.0, "f1": -1.0}
+            error = optimal_lrp(match)
+            row |= match.best_f1() if match.objects else none
+            parts = (error.error, error.localisation, error.false_positives, error.false_negatives)
+            row |= dict(zip(LRP_NAMES, parts, strict=True))
+        rows.append(row)
+    return rows
+
+
+def _curves(names: Mapping[int, str], precision: np.ndarray) -> dict[str, list[float]]:
+    """Precision at IoU 0.5 over COCO's 101 recalls of every class with objects; a name that comes twice gets its id."""
+    times, curves = Counter(names.values()), {}
+    for k, (category, name) in enumerate(names.items()):
+        if precision[0, 0, k, 0, -1] > -1:
+            curves[name if times[name] == 1 else f"{name} ({category})"] = precision[0, :, k, 0, -1].tolist()
+    return curves
+
+
+def _notes(truth: GroundTruth, image_ids: list[int], limit: int, broken: int, detections: int) -> list[str]:
+    notes = [f"{count:,} x {fault}" for fault, count in sorted(truth.faults.items())]
+    most, image = truth.most_objects(image_ids)
+    if most > limit:
+        notes.append(
+            f"image {image} holds {most} objects of one class but only {limit} detection(s) of a class count: "
+            "its recall cannot reach 1; raise max_detections (the last number)"
+        )
+    if not most:
+        notes.append("none of the pictures holds an object that counts: there is nothing to measure")
+    if broken:
+        notes.append(f"{broken:,} detections with NaN or infinity were left out")
+    if not detections:
+        notes.append("there are no detections")
+    return notes
+
+
+Result = dict[str, Any]
+
+
+def detections_to_results(
+    image_id: int, detections: Mapping[str, Tensor | np.ndarray], category_ids: Sequence[int]
+) -> list[Result]:
+    """The detections of one image as COCO results.
+
+    Args:
+        image_id: as in the annotation file.
+        detections: `boxes` (n, 4) xyxy pixels of the original image, `scores` (n,), `labels` (n,) int 0..C-1.
+        category_ids: original category id of each label.
+
+    Raises:
+        ValueError: a label has no category id.
+    """
+    boxes = torch.as_tensor(detections["boxes"]).detach().double().cpu().reshape(-1, 4)
+    boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
+    labels = torch.as_tensor(detections["labels"]).tolist()
+    scores = torch.as_tensor(detections["scores"]).float().tolist()
+    if labels and not 0 <= min(labels) <= max(labels) < len(category_ids):
+        raise ValueError(
+            f"image {image_id}: labels {min(labels)}..{max(labels)} for {len(category_ids)} category ids; "
+            "was the model trained on other classes?"
+        )
+    return [
+        {"image_id": int(image_id), "category_id": int(category_ids[label]), "bbox": box, "score": score}
+        for label, box, score in zip(labels, boxes, scores, strict=True)
+    ]
+
+
+def check_results(
+    results: Sequence[Result] | Mapping[str, np.ndarray], known_images: Iterable[int], known_categories: Iterable[int]
+) -> tuple[list[Result], int]:
+    """COCO results as numbered annotations with areas, for COCO's evaluation code.
+
+    Args:
+        results: a list of results, or columns `image_id` (n,), `category_id` (n,), `bbox` (n, 4) and `score` (n,).
+        known_images: ids of the annotation file.
+        known_categories: ids of the annotation file.
+
+    Returns:
+        The annotations, and how many results were dropped because a number in them was not finite.
+
+    Raises:
+        ValueError: an image or category id is not in the annotation file.
+    """
+    columns = results if isinstance(results, Mapping) else _columns(results)
+    images, categories = (_ids(columns[name]) for name in ("image_id", "category_id"))
+    boxes = np.asarray(columns["bbox"], np.float64).reshape(-1, 4)
+    scores = np.asarray(columns["score"], np.float64)
+    for what, ids, known in (("image", images, known_images), ("category", categories, known_categories)):
+        unknown = set(ids.tolist()) - set(known)
+        if unknown:
+            raise ValueError(
+                f"the results name {len(unknown)} {what} ids that the annotations lack "
+                f"(such as {sorted(unknown, key=str)[:3]}); "
+                "do they belong to another annotation file?"
+            )
+    finite = np.isfinite(boxes).all(1) & np.isfinite(scores)
+    rows = zip(images[finite].tolist(), categories[finite].tolist(), boxes[finite].tolist(), scores[finite].tolist())
+    annotations = [
+        {"id": n, "image_id": i, "category_id": c, "bbox": b, "score": s, "area": b[2] * b[3], "iscrowd": 0}
+        for n, (i, c, b, s) in enumerate(rows, 1)
+    ]
+    return annotations, int((~finite).sum())
+
+
+def finite_results(results: Iterable[Result]) -> list[Result]:
+    """The results that the evaluation counts: those without NaN or infinity, which no json can hold either."""
+    return [result for result in results if all(map(math.isfinite, (*result["bbox"], result["score"])))]
+
+
+def _ids(values: Sequence[Any] | np.ndarray) -> np.ndarray:
+    """(n,) whole numbers; of any size, and quoted ones too, where they are not an integer array already."""
+    array = np.asarray(values)
+    return array if array.dtype.kind in "iu" else np.array([whole_id(value) for value in values], object)
+
+
+def _columns(results: Sequence[Result]) -> dict[str, list[Any]]:
+    return {key: [result[key] for result in results] for key in ("image_id", "category_id", "bbox", "score")}

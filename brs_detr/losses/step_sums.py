@@ -1,0 +1,231 @@
+"""Sums of smoothed steps in O((P + N) log P): the exact form without a P x N matrix.
+
+H(s_j - s_i) is, seen from s_j, a ramp from s_i - delta to s_i + delta. The 2P ends of the ramps cut the line into
+2P + 1 cells; within one cell every sum over positives is a straight line alpha + beta * s_j, and every sum over
+negatives needs the cell's count and sum of logits only. So one look-up per negative replaces its comparison with each
+positive.
+
+At delta = 0 the ramps are steps at s_i, there are P + 1 cells, and counts alone suffice. Cell 0 lies below every ramp:
+what must not take part (the positives themselves, ignored entries) is sent there.
+
+Which interval of a sorted list does each of many values fall into?
+
+On a CPU a million binary searches cost more than all else in a ranking loss, as each takes a dozen mispredicted
+branches. There a uniform grid over the list answers most of the question in one step, and a few branch-free steps
+settle the rest.
+
+The negatives as the positives see them: how many rank above each positive, and the way back.
+
+Both classes offer the same two maps for positives given in ascending order:
+`counts()`   N_FP(i) = sum_j H(s_j - s_i) over the negatives, (P,);
+`spread(w)`  g_j = sum_i w_i H(s_j - s_i) for every logit, (M,), exactly 0 for positives and ignored entries.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .distributed import Group
+
+
+class Cells(NamedTuple):
+    """The partition of the line by the positives' ramps.
+
+    scores: (P,) float64, the positives' logits in ascending order.
+    points: (K,) float64, ascending ends of the ramps; K = 2P, or P at delta 0.
+    low, high: (P,) int64, positions in `points` where each positive's ramp starts and ends.
+    delta: half width of the step.
+    """
+
+    scores: Tensor
+    points: Tensor
+    low: Tensor
+    high: Tensor
+    delta: float
+
+
+def make_cells(scores: Tensor, delta: float) -> Cells:
+    """Partition the line by ascending `scores` (P,) float64, P >= 1."""
+    count = len(scores)
+    position = torch.arange(count, device=scores.device)
+    if delta == 0:
+        return Cells(scores, scores, position, position, delta)
+    lower, upper = scores - delta, scores + delta
+    # Both lists are sorted: each end's place among its own is known, and only its place among the others is looked up.
+    low = position + torch.searchsorted(upper, lower)
+    high = position + torch.searchsorted(lower, upper, right=True)
+    points = scores.new_empty(2 * count).index_copy_(0, low, lower).index_copy_(0, high, upper)
+    return Cells(scores, points, low, high, delta)
+
+
+def tally(cells: Cells, where: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Weight and weighted sum of the values in each cell.
+
+    Args:
+        where: (M,) cell of each value.
+        x: (M,) finite values.
+        weight: (M,) or None for ones.
+
+    Returns:
+        (2, K + 1) float64.
+    """
+    table = x.new_zeros(2, len(cells.points) + 1)
+    table[0].index_add_(0, where, torch.ones_like(x) if weight is None else weight)
+    if cells.delta > 0:
+        table[1].index_add_(0, where, x if weight is None else x * weight)
+    return table
+
+
+def sums_above(cells: Cells, table: Tensor) -> Tensor:
+    """sum_j weight_j H(x_j - s_i) for every positive i, from the tally of the x_j.
+
+    Args:
+        table: (2, K + 1) as `tally` returns it.
+
+    Returns:
+        (P,) float64 in the order of `cells.scores`.
+    """
+    suffix = table.flip(1).cumsum(1).flip(1)
+    above = suffix[0].index_select(0, cells.high + 1)
+    if cells.delta == 0:
+        return above
+    on_ramp = suffix.index_select(1, cells.low + 1) - suffix.index_select(1, cells.high + 1)
+    return above + (on_ramp[1] - cells.scores * on_ramp[0]) / (2 * cells.delta) + on_ramp[0] / 2
+
+
+def lines(cells: Cells, weight: Tensor) -> Tensor:
+    """The function x -> sum_i weight_i H(x - s_i), one straight line per cell.
+
+    Args:
+        weight: (P,) float64 in the order of `cells.scores`.
+
+    Returns:
+        (2, K + 1) float64: alpha and beta of alpha + beta * x; exactly 0 in cell 0.
+    """
+    table = weight.new_zeros(2, len(cells.points) + 1)
+    if cells.delta == 0:
+        table[0, 1:] = weight.cumsum(0)
+        return table
+    slope = weight / (2 * cells.delta)
+    offset = slope * cells.scores
+    table.index_copy_(1, cells.low + 1, torch.stack([weight / 2 - offset, slope]))
+    table.index_copy_(1, cells.high + 1, torch.stack([weight / 2 + offset, -slope]))
+    return table.cumsum(1)
+
+
+def evaluate(table: Tensor, where: Tensor, x: Tensor) -> Tensor:
+    """alpha + beta * x of each value's cell, (M,)."""
+    return table[1].index_select(0, where).mul_(x).add_(table[0].index_select(0, where))
+
+
+GRID = 1 << 16
+STEPS = 6
+
+
+def locate(points: Tensor, x: Tensor) -> Tensor:
+    """Number of points at or below each value.
+
+    Args:
+        points: (K,) ascending, K >= 1, finite.
+        x: (M,) same dtype, may be infinite; a NaN falls anywhere in 0..K.
+
+    Returns:
+        (M,) int32 in 0..K.
+    """
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and len(x) > 4096:
+        return _grid_search(points, x)
+    return torch.searchsorted(points, x, right=True, out_int32=True)
+
+
+def _grid_search(points: Tensor, x: Tensor) -> Tensor:
+    """`locate` with a table of how many points lie before each of at most `GRID` equal slots.
+
+    The slot is a monotone function of the value even after rounding, so that points in earlier slots are below x and
+    points in later ones above it, and only those of x's own slot are left to compare with. Reads the fullest slot's
+    size on the host.
+    """
+    slots = min(GRID, 1 << (len(x) - 1).bit_length())
+    low, span = points[0], points[-1] - points[0]
+    scale = torch.where(span > 0, (slots - 1) / span, 0.0).clamp_(max=torch.finfo(x.dtype).max)
+
+    def slot(values: Tensor) -> Tensor:
+        return values.sub(low).mul_(scale).nan_to_num_(nan=0.0).clamp_(0, slots - 1).int()
+
+    filled = torch.bincount(slot(points), minlength=slots)
+    fullest = int(filled.max()).bit_length()
+    if fullest > STEPS:
+        return torch.searchsorted(points, x, right=True, out_int32=True)
+    before = (filled.cumsum(0) - filled).int()
+    found = before.index_select(0, slot(x))
+    # Past the end nothing is at or below x, infinity included.
+    padded = torch.cat([points, points.new_full((1 << fullest,), torch.nan)])
+    for step in reversed(range(fullest)):
+        found.add_(padded[(1 << step) - 1 :].index_select(0, found) <= x, alpha=1 << step)
+    return found
+
+
+class ExactNegatives:
+    """Every negative at its own logit.
+
+    Args:
+        cells: partition by the positives.
+        logits: (M,) float64, all entries, in the units of `cells.scores`.
+        positives: (P,) int64 entries that are positives.
+        valid: (M,) bool or None; False entries are ignored.
+        group: the processes that rank together; one table of (2, K + 1) numbers is summed over them.
+    """
+
+    def __init__(self, cells: Cells, logits: Tensor, positives: Tensor, valid: Tensor | None, group: Group):
+        self.cells = cells
+        self.group = group
+        self.where = locate(cells.points, logits).index_fill_(0, positives, 0)
+        if valid is not None:
+            self.where *= valid
+        # Outside the ramps a logit's value is of no account; clamping keeps infinities out of the sums.
+        self.x = logits.clamp(cells.points[0], cells.points[-1])
+
+    def counts(self) -> Tensor:
+        return sums_above(self.cells, self.group.total(tally(self.cells, self.where, self.x)))
+
+    def spread(self, weight: Tensor) -> Tensor:
+        return evaluate(lines(self.cells, weight), self.where, self.x)
+
+
+class BucketedNegatives:
+    """Negatives between two neighbouring positives share one bucket and one prototype logit, their mean.
+
+    Bucketed Ranking-based Losses (Yavuz et al., ECCV 2024), Sec. 4. Bucket k of a negative is the number of positives
+    at or below it, so no negative needs sorting; negatives that no ramp reaches (s < min positive - delta) are dropped
+    first. The prototypes then go through the same cells as exact negatives do.
+
+    Args: as for `ExactNegatives`; the table summed over processes holds the P + 1 buckets.
+    """
+
+    def __init__(self, cells: Cells, logits: Tensor, positives: Tensor, valid: Tensor | None, group: Group):
+        self.cells = cells
+        edges = torch.cat([cells.points[:1], cells.scores]) if cells.delta > 0 else cells.scores
+        self.bucket = locate(edges, logits).index_fill_(0, positives, 0)
+        if valid is not None:
+            self.bucket *= valid
+        table = logits.new_zeros(2, len(edges) + 1)
+        # An infinite logit may not make its bucket's mean undefined.
+        x = logits.clamp(max=torch.finfo(torch.float32).max).clamp_(min=edges[0])
+        table[0].index_add_(0, self.bucket, torch.ones_like(x))
+        table[1].index_add_(0, self.bucket, x)
+        table = group.total(table)
+        self.size = table[0, 1:]
+        # A mean may round past an edge of its bucket, and would then lie on the wrong side of a positive.
+        upper = torch.cat([edges[1:], cells.points[-1:]])
+        self.prototype = (table[1, 1:] / self.size.clamp(min=1)).clamp(edges, upper)
+        if cells.delta > 0:
+            self.where = locate(cells.points, self.prototype)
+        else:
+            self.where = torch.arange(1, len(edges) + 1, device=logits.device, dtype=torch.int32)
+
+    def counts(self) -> Tensor:
+        return sums_above(self.cells, tally(self.cells, self.where, self.prototype, self.size))
+
+    def spread(self, weight: Tensor) -> Tensor:
+        per_bucket = evaluate(lines(self.cells, weight), self.where, self.prototype)
+        return torch.cat([per_bucket.new_zeros(1), per_bucket]).index_select(0, self.bucket)

@@ -1,0 +1,236 @@
+"""Backbones: timm networks cut to the feature maps a detector reads, with detection's treatment of normalisation.
+
+`build_backbone` is the one entrance. ResNets keep the parameter names of torchvision and timm; Swin gets its own module
+(`swin.py`), since timm's classification Swin does not compute the published detection features.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+import timm
+import torch
+from einops import rearrange
+from timm.models import FeatureListNet
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from brs_detr.models.backbones.norms import freeze_batch_norm, group_norm_for_batch_norm
+from brs_detr.models.backbones.swin import SwinBackbone, rename_official_swin
+from brs_detr.models.backbones.weights_io import flat_name, load_weights
+
+FIRST_STAGE_STRIDE = 4
+
+
+class TimmBackbone(nn.Module):
+    """The feature maps of a timm network at chosen strides.
+
+    Args:
+        features: a network built by timm with `features_only=True`.
+        strides: ascending, a subset of the network's own.
+        activation_checkpointing: recompute the blocks in the backward pass instead of keeping their activations.
+
+    Attributes:
+        channels: of each returned map.
+        strides: of each returned map.
+        stages: name of the last module of each stage from stride 4 on.
+    """
+
+    def __init__(self, features: nn.Module, strides: Sequence[int], activation_checkpointing: bool = False):
+        super().__init__()
+        info = features.feature_info.info
+        picked = {item["reduction"]: item for item in info if item["reduction"] in strides}
+        self.strides = list(strides)
+        self.channels = [picked[stride]["num_chs"] for stride in strides]
+        self.stages = [flat_name(item["module"]) for item in info if item["reduction"] >= FIRST_STAGE_STRIDE]
+        self.returned = [flat_name(picked[stride]["module"]) for stride in strides]
+        self.channels_last = getattr(getattr(features, "output_fmt", None), "value", "NCHW") == "NHWC"
+        self.activation_checkpointing = activation_checkpointing
+        self.taken_apart = isinstance(features, FeatureListNet)
+        if self.taken_apart:
+            # the modules are ours directly, so that their names are those of the published checkpoints
+            for name, module in features.items():
+                self.add_module(name, module)
+                if flat_name(name) == self.returned[-1]:
+                    break
+        else:
+            self.features = features
+            if activation_checkpointing:
+                features.set_grad_checkpointing(True)
+
+    def train(self, mode: bool = True) -> TimmBackbone:
+        """As usual, except that frozen parts stay in evaluation mode."""
+        super().train(mode)
+        if mode:  # a backbone frozen as a whole comes back here with False
+            keep_frozen_in_eval(self)
+        return self
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) normalised pictures -> one (B, c, h, w) map per stride."""
+        if self.taken_apart:
+            maps = []
+            for name, module in self.named_children():
+                x = self._run(flat_name(name), module, x)
+                if flat_name(name) in self.returned:
+                    maps.append(x)
+        else:
+            maps = self.features(x)
+        if self.channels_last:
+            return [rearrange(level, "b y x d -> b d y x").contiguous() for level in maps]
+        return list(maps)
+
+    def _run(self, name: str, module: nn.Module, x: Tensor) -> Tensor:
+        if not (self.activation_checkpointing and self.training and name in self.stages and torch.is_grad_enabled()):
+            return module(x)
+        for block in module if isinstance(module, nn.Sequential) else [module]:
+            x = recompute(block, x, use_reentrant=False)
+        return x
+
+
+def build_backbone(
+    name: str,
+    *,
+    pretrained: bool = True,
+    checkpoint: str | None = None,
+    frozen_stages: int = 1,
+    norm: str = "frozen",
+    drop_path: float = 0.0,
+    activation_checkpointing: bool = False,
+    strides: Sequence[int] = (8, 16, 32),
+) -> nn.Module:
+    """A backbone by its timm name.
+
+    Args:
+        name: for example `resnet50.tv_in1k` or `swin_tiny_patch4_window7_224.ms_in1k`.
+        pretrained: start from timm's weights, downloaded at the first use.
+        checkpoint: local file to read instead; no network is used then.
+        frozen_stages: 0 trains everything, 1 freezes the stem and the first stage, and so on.
+        norm: what becomes of batch normalisation: `frozen`, `batch` (trained as it is) or `group` (from scratch).
+        drop_path: highest rate of stochastic depth.
+        activation_checkpointing: less memory for about a third more time.
+        strides: of the wanted maps, ascending.
+
+    Returns:
+        A module with `.channels`, `.strides` and `forward((B, 3, H, W)) -> list of (B, c, h, w)`.
+
+    Raises:
+        ValueError: the name, a stride or a setting does not exist.
+        RuntimeError: the weights cannot be downloaded.
+    """
+    if norm not in ("frozen", "batch", "group"):
+        raise ValueError(f"model.backbone.norm={norm} is not known; write frozen, batch or group")
+    check_name(name)
+    strides = sorted(strides)
+    download = pretrained and checkpoint is None
+    if timm.models.is_model_in_modules(plain_name(name).partition(".")[0], ["swin_transformer"]):
+        network = _create(name, download, drop_path, num_classes=0, **SwinBackbone.TIMM_SETTINGS)
+        _require_strides(name, [item["reduction"] for item in network.feature_info], strides)
+        backbone = SwinBackbone(network, strides, activation_checkpointing)
+    else:
+        backbone = _timm_backbone(name, download, drop_path, strides, activation_checkpointing)
+    if norm == "group":
+        group_norm_for_batch_norm(backbone)
+    elif norm == "frozen":
+        freeze_batch_norm(backbone, random_weights=not pretrained and checkpoint is None)
+    if checkpoint is not None:
+        load_weights(backbone, checkpoint, rename_official_swin if isinstance(backbone, SwinBackbone) else None)
+    freeze_stages(backbone, frozen_stages)
+    return backbone.train()
+
+
+def freeze_stages(backbone: nn.Module, count: int) -> None:
+    """Stop training the stem and the first `count` stages, batch statistics included; 0 freezes nothing.
+
+    Raises:
+        ValueError: the backbone has fewer stages.
+    """
+    if not 0 <= count <= len(backbone.stages):
+        raise ValueError(f"model.backbone.frozen_stages={count}: this backbone has {len(backbone.stages)} stages")
+    if count == 0:
+        return
+    stage = backbone.stages[count - 1]
+    names, modules = zip(*backbone.named_modules(), strict=True)
+    names = [flat_name(name.removeprefix("features.")) for name in names]
+    # modules are registered in order of use: all up to the stage's last one belong to it or come before it
+    last = max(index for index, name in enumerate(names) if name == stage or name.startswith(stage + "_"))
+    for module in modules[: last + 1]:
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
+
+
+def keep_frozen_in_eval(module: nn.Module) -> None:
+    """Put every part without trainable parameters into evaluation mode: no batch statistics, no stochastic depth."""
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        module.eval()
+        return
+    for child in module.children():
+        keep_frozen_in_eval(child)
+
+
+def plain_name(name: str) -> str:
+    """The name of a backbone in timm's own list; for one of the hub or of a folder, the architecture that it is of.
+
+    Raises:
+        ValueError, RuntimeError, OSError: there is none, or it cannot be looked up.
+    """
+    return timm.create_model(name, pretrained=False).pretrained_cfg["architecture"] if ":" in name else name
+
+
+def check_name(name: str) -> None:
+    """Refuse a name timm does not know, naming the nearest ones.
+
+    Raises:
+        ValueError: no such network, or no such weights of it.
+    """
+    if ":" in name:  # hf-hub:... and local-dir:... name a place, not an entry of timm's list
+        return
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
+        raise ValueError(f"model.backbone.name={name}: timm has no such model; did you mean {', '.join(near) or '-'}?")
+    tags = timm.list_pretrained(f"{architecture}.*")
+    if tag and name not in tags:
+        near = difflib.get_close_matches(name, tags, n=4, cutoff=0.0)
+        raise ValueError(f"model.backbone.name={name}: timm has no such weights; there are {', '.join(near) or 'none'}")
+
+
+def _timm_backbone(name: str, download: bool, drop_path: float, strides: list[int], recomputed: bool) -> TimmBackbone:
+    features = _create(name, False, drop_path, features_only=True)
+    reductions = features.feature_info.reduction()
+    _require_strides(name, reductions, strides)
+    settings = {}
+    if not isinstance(features, FeatureListNet):  # its unused levels cannot be cut off afterwards
+        settings["out_indices"] = tuple(len(reductions) - 1 - reductions[::-1].index(stride) for stride in strides)
+    if download or settings:
+        features = _create(name, download, drop_path, features_only=True, **settings)
+    return TimmBackbone(features, strides, recomputed)
+
+
+def _create(name: str, download: bool, drop_path: float, **settings) -> nn.Module:
+    try:
+        # named even when 0: some networks of timm have stochastic depth by default
+        return timm.create_model(name, pretrained=download, drop_path_rate=drop_path, **settings)
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        if drop_path > 0:
+            raise ValueError(f"model.backbone.drop_path: {name} has no stochastic depth; set it to 0") from error
+        return timm.create_model(name, pretrained=download, **settings)
+    except (OSError, RuntimeError) as error:
+        if not download:
+            raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise RuntimeError(
+            f"the pretrained weights of {name} cannot be had ({reason}); set model.backbone.checkpoint=PATH to a local "
+            "file, or model.backbone.pretrained=false to start from random weights"
+        ) from error
+
+
+def _require_strides(name: str, offered: Sequence[int], wanted: Sequence[int]) -> None:
+    if missing := sorted(set(wanted) - set(offered)):
+        raise ValueError(
+            f"model.backbone.name={name} has maps of stride {sorted(set(offered))}, but model.backbone.levels wants "
+            f"{missing}; take a network with pyramid features, such as resnet50.tv_in1k, or other levels"
+        )

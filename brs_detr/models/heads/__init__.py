@@ -1,0 +1,1 @@
+"""Dense and second-stage heads: region proposals, ATSS, RoI."""

@@ -1,0 +1,206 @@
+"""Second stage of Faster R-CNN on a feature pyramid (Ren et al.; Lin et al., "Feature Pyramid Networks", section 4.2).
+
+Proposals are pooled by RoIAlign, two fully connected layers classify them and refine one box per class. With softmax
+and a sampler this is Co-DETR's head; with sigmoids, a ranking objective and no sampler it is BRS-DETR's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor, nn
+from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
+
+from brs_detr.assign.assignment import AuxSamples, join
+from brs_detr.assign.max_iou import IGNORED, RandomSampler, max_iou_assign
+from brs_detr.losses.boxes import paired_giou_loss, paired_iou
+from brs_detr.ops.boxes import BoxCoder
+from brs_detr.ops.images import Size
+
+
+class RoIOutput(NamedTuple):
+    """What the head says about every RoI of the batch.
+
+    Attributes:
+        logits: (N, C) or, with softmax, (N, C + 1).
+        deltas: (N, C, 4) offsets, one box per class.
+        features: (N, dim) mean of the pooled features.
+    """
+
+    logits: Tensor
+    deltas: Tensor
+    features: Tensor
+
+
+class RoIHead(nn.Module):
+    """Classifies and refines proposals.
+
+    Args:
+        dim: channels of the feature maps.
+        num_classes: object classes.
+        strides: pixels per cell of the maps that are pooled from.
+        objective: called as in `losses/objective.py`.
+        fc_dim: width of the two fully connected layers.
+        pool: side of the pooled window.
+        softmax: classify by softmax with a background column instead of independent sigmoids.
+        sampler: chooses the RoIs of each picture while training; None takes all.
+        add_ground_truth: put the objects themselves before the proposals while training.
+        max_rois: use at most this many proposals of a picture, the first ones; None uses all.
+        aux_limit: at most this many samples of a picture are handed on as collaborative queries.
+        finest_scale: RoIs below twice this side (square root of the area, pixels) are pooled from the finest map.
+        score_threshold: detections at or below this score are dropped.
+        nms_iou: class-wise suppression threshold of detections.
+        max_detections: detections per picture.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        strides: Sequence[int],
+        *,
+        objective: Callable[..., dict[str, Tensor]],
+        fc_dim: int = 1024,
+        pool: int = 7,
+        softmax: bool = False,
+        sampler: RandomSampler | None = None,
+        add_ground_truth: bool = False,
+        max_rois: int | None = None,
+        aux_limit: int = 2000,
+        finest_scale: int = 112,
+        score_threshold: float = 0.0,
+        nms_iou: float = 0.5,
+        max_detections: int = 100,
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.softmax = num_classes, softmax
+        self.strides, self.pool, self.finest_scale = tuple(strides), pool, finest_scale
+        self.objective, self.sampler, self.add_ground_truth = objective, sampler, add_ground_truth
+        self.max_rois, self.aux_limit = max_rois, aux_limit
+        self.score_threshold, self.nms_iou, self.max_detections = score_threshold, nms_iou, max_detections
+        self.coder = BoxCoder((0.1, 0.1, 0.2, 0.2))
+        self.fc1 = nn.Linear(dim * pool * pool, fc_dim)
+        self.fc2 = nn.Linear(fc_dim, fc_dim)
+        self.score = nn.Linear(fc_dim, num_classes + int(softmax))
+        self.delta = nn.Linear(fc_dim, num_classes * 4)
+        for layer in (self.fc1, self.fc2):
+            nn.init.xavier_uniform_(layer.weight)
+        nn.init.normal_(self.score.weight, std=0.01)
+        nn.init.normal_(self.delta.weight, std=0.001)
+        for layer in (self.fc1, self.fc2, self.score, self.delta):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Sequence[Tensor], rois: Sequence[Tensor]) -> RoIOutput:
+        """Pool and judge RoIs.
+
+        Args:
+            features: (B, dim, h, w) per stride; further maps are not used.
+            rois: per picture (n_b, 4) xyxy pixels.
+
+        Returns:
+            rows of all pictures one after the other, N = sum of n_b.
+        """
+        pooled, order = self._pool(features, rois)
+        hidden = self.fc2(self.fc1(pooled.flatten(1)).relu()).relu()
+        # the rows lie in level order; the small outputs are put back rather than the pooled windows (50 kB each)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.shape[0], device=order.device)
+        deltas = rearrange(self.delta(hidden), "n (c box) -> n c box", box=4)
+        return RoIOutput(self.score(hidden)[back], deltas[back], reduce(pooled, "n d y x -> n d", "mean")[back])
+
+    def _pool(self, features: Sequence[Tensor], rois: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """RoIAlign of every RoI on the map of its size: (N, dim, pool, pool) in level order, and that order (N,)."""
+        boxes = torch.cat(list(rois)).float()
+        image = torch.cat([box.new_full((box.shape[0], 1), b, dtype=torch.float32) for b, box in enumerate(rois)])
+        side = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1).sqrt()
+        level = (side / self.finest_scale + 1e-6).log2().floor().clamp(0, len(self.strides) - 1).long()
+        order = level.argsort(stable=True)
+        counts = torch.bincount(level, minlength=len(self.strides)).tolist()
+        per_level = torch.cat([image, boxes], dim=1)[order].split(counts)
+        # sampling_ratio=0 takes ceil(side / pool) samples per bin and axis, as the published weights expect
+        pooled = [
+            roi_align(x.float(), roi, self.pool, spatial_scale=1 / stride, sampling_ratio=0, aligned=True).to(x.dtype)
+            for x, roi, stride in zip(features, per_level, self.strides)
+        ]
+        return torch.cat(pooled), order
+
+    def forward_train(
+        self, features: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size], targets: Sequence[dict]
+    ) -> tuple[dict[str, Tensor], AuxSamples]:
+        """Loss terms, and the RoIs as collaborative queries.
+
+        Args:
+            features: (B, dim, h, w) per stride.
+            proposals: per picture (n, 4) xyxy pixels, best first.
+            sizes: (h, w) pixels per picture; a picture without any proposal is given one, itself.
+            targets: per picture {"boxes": (M, 4) xyxy pixels, "labels": (M,)}.
+
+        Returns:
+            {"roi." + name: scalar}, finite and attached to the graph without any positive too; and samples, positives
+            before background, cut to `aux_limit`.
+        """
+        rois, assignments = self._sample(proposals, sizes, targets)
+        output = self(features, rois)
+        joined = join(assignments, targets)
+        labels, rows = joined.classes(self.num_classes), joined.positives()
+        objects = joined.boxes[joined.assigned[rows]]
+        boxes = self.coder.decode(torch.cat(rois)[rows], output.deltas[rows, labels[rows]])
+        terms = self.objective(
+            output.logits,
+            labels,
+            quality=paired_iou(boxes.detach(), objects),
+            localisation={"giou": paired_giou_loss(boxes, objects)},
+            rows=rows,
+            count=max(labels.shape[0], 1) if self.softmax else None,
+        )
+        counts = [roi.shape[0] for roi in rois]
+        goals = objects.new_zeros(labels.shape[0], 4).index_copy(0, rows, objects)
+        columns = (column.split(counts) for column in (torch.cat(rois), labels, goals, output.features))
+        samples = AuxSamples(*([part[: self.aux_limit] for part in column] for column in columns))
+        return {f"roi.{name}": value for name, value in terms.items()}, samples
+
+    @torch.no_grad()
+    def _sample(
+        self, proposals: Sequence[Tensor], sizes: Sequence[Size], targets: Sequence[dict]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """RoIs (n, 4) of every picture, positives first, and their assignment (n,); n is at least 1."""
+        candidates, assignments = [], []
+        for boxes, (height, width), target in zip(proposals, sizes, targets, strict=True):
+            boxes, objects = boxes[: self.max_rois].float(), target["boxes"].float()
+            if boxes.shape[0] == 0:
+                boxes = boxes.new_tensor([[0, 0, width, height]])
+            assigned = max_iou_assign(boxes, objects, positive=0.5, negative=0.5)
+            if self.add_ground_truth:
+                boxes = torch.cat([objects, boxes])
+                assigned = torch.cat([torch.arange(objects.shape[0], device=assigned.device), assigned])
+            candidates.append(boxes)
+            assignments.append(assigned if self.sampler is None else self.sampler(assigned))
+        if self.sampler is None:  # nothing was ignored: the number of RoIs is known without asking the device
+            counts = [boxes.shape[0] for boxes in candidates]
+        else:
+            counts = torch.stack([(assigned != IGNORED).sum() for assigned in assignments]).tolist()
+        # 0 for positives, 1 for background, 2 for ignored
+        orders = [(-assigned).clamp(0, 2).argsort(stable=True)[:count] for assigned, count in zip(assignments, counts)]
+        return [b[o] for b, o in zip(candidates, orders)], [a[o] for a, o in zip(assignments, orders)]
+
+    @torch.no_grad()
+    def predict(
+        self, features: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size]
+    ) -> list[dict[str, Tensor]]:
+        """Detections of each picture, best first: {"boxes": (n, 4) xyxy pixels of the input, "scores", "labels"}."""
+        output = self(features, proposals)
+        logits = output.logits.float()
+        scores = logits.softmax(dim=1)[:, :-1] if self.softmax else logits.sigmoid()
+        boxes = self.coder.decode(torch.cat(list(proposals))[:, None], output.deltas)
+        counts = [rois.shape[0] for rois in proposals]
+        return [self._detect(*parts) for parts in zip(boxes.split(counts), scores.split(counts), sizes, strict=True)]
+
+    def _detect(self, boxes: Tensor, scores: Tensor, size: Size) -> dict[str, Tensor]:
+        """Detections of one picture from (n, C, 4) boxes and (n, C) scores."""
+        row, label = (scores > self.score_threshold).nonzero(as_tuple=True)
+        boxes, scores = clip_boxes_to_image(boxes[row, label], size), scores[row, label]
+        kept = batched_nms(boxes, scores, label, self.nms_iou)[: self.max_detections]
+        return {"boxes": boxes[kept], "scores": scores[kept], "labels": label[kept]}

@@ -1,0 +1,1 @@
+"""The deformable transformer: attention, encoder, decoder, two-stage and collaborative queries."""

@@ -1,0 +1,132 @@
+"""Auxiliary queries: positives of the dense heads, sent through the decoder with their one-to-many targets.
+
+Co-DETR (Zong et al. 2023), section 3.3, "customized positive queries generation". They exist in training only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+from brs_detr.assign.assignment import AuxSamples
+from brs_detr.models.transformer.two_stage import BoxEmbedding
+from brs_detr.ops.images import Size
+from brs_detr.ops.targets import pixel_scales
+
+
+class AuxQueries(NamedTuple):
+    """Queries of one dense head, n for every picture, positives first.
+
+    boxes (B, n, 4) cxcywh, may exceed [0, 1]; features (B, n, dim); rows (P,) int64, positives among the flattened
+    B * n; labels (P,); targets (P, 4) cxcywh; scales (P, 4) pixels (w, h, w, h). Background queries fill up to n.
+    """
+
+    boxes: Tensor
+    features: Tensor
+    rows: Tensor
+    labels: Tensor
+    targets: Tensor
+    scales: Tensor
+
+
+def select_queries(
+    heads: Sequence[AuxSamples],
+    sizes: Sequence[Size],
+    num_classes: int,
+    *,
+    limit: int = 300,
+    least: int = 9,
+    priority: Callable[[int], Tensor] = torch.rand,
+) -> list[AuxQueries]:
+    """Choose the auxiliary queries of each dense head.
+
+    A head gets n queries a picture, n = its largest number of positives in any picture, within [least, limit].
+    Positives go first (a random subset where there are more than n), random background samples fill the rest; a
+    picture with fewer samples than n repeats them.
+
+    Args:
+        heads: samples of each dense head.
+        sizes: (h, w) of the pictures.
+        num_classes: K, the background label.
+        limit, least: bounds of n.
+        priority: n -> (n,) numbers in [0, 1) on the CPU; the smallest are chosen first.
+
+    Returns:
+        One set of queries a head.
+    """
+    device = heads[0].labels[0].device
+    # The number of queries is a shape, so the host must know it: one copy for all heads and pictures.
+    counts = torch.stack([(labels < num_classes).sum() for samples in heads for labels in samples.labels]).cpu().numpy()
+    counts = counts.reshape(len(heads), len(sizes))
+    scales = pixel_scales(sizes, device)
+    heads = [_never_empty(samples, scales, num_classes) for samples in heads]
+    return [_select(s, c, scales, num_classes, limit, least, priority) for s, c in zip(heads, counts, strict=True)]
+
+
+def _never_empty(samples: AuxSamples, scales: Tensor, num_classes: int) -> AuxSamples:
+    """Give a picture without any sample one background sample: the whole picture, without a feature."""
+    if all(len(labels) for labels in samples.labels):
+        return samples
+    whole = torch.cat([torch.zeros_like(scales[:, :2]), scales[:, 2:]], dim=1)[:, None]
+    spare = [
+        AuxSamples(
+            box, labels.new_full((1,), num_classes), torch.zeros_like(box), features.new_zeros(1, features.shape[1])
+        )
+        for box, labels, features in zip(whole, samples.labels, samples.features, strict=True)
+    ]
+    columns = zip(samples, zip(*spare, strict=True), strict=True)
+    return AuxSamples(*([one if len(one) else s for one, s in zip(column, spares)] for column, spares in columns))
+
+
+def _select(samples, counts, scales, num_classes, limit, least, priority) -> AuxQueries:
+    n = int(min(max(counts.max(), least), limit))
+    chosen, rows = [], []
+    for image, labels in enumerate(samples.labels):
+        # Background after the positives, random order within both.
+        order = priority(len(labels)).to(labels.device, non_blocking=True) + (labels >= num_classes)
+        order = order.argsort(stable=True)
+        slots = torch.arange(n) % len(labels)
+        chosen.append(order[slots.to(labels.device, non_blocking=True)])
+        rows.append(image * n + torch.nonzero(slots < int(counts[image]))[:, 0])  # on the host
+    rows = torch.cat(rows).to(scales.device, non_blocking=True)
+
+    def gather(values: Sequence[Tensor]) -> Tensor:
+        return torch.stack([v[index] for v, index in zip(values, chosen, strict=True)])
+
+    boxes = box_convert(gather(samples.boxes).float(), "xyxy", "cxcywh") / scales[:, None]
+    targets = box_convert(gather(samples.targets).float(), "xyxy", "cxcywh") / scales[:, None]
+    return AuxQueries(
+        boxes=boxes,
+        features=gather(samples.features),
+        rows=rows,
+        labels=gather(samples.labels).flatten()[rows],
+        targets=targets.flatten(0, 1)[rows],
+        scales=scales[:, None].expand(-1, n, -1).flatten(0, 1)[rows],
+    )
+
+
+class AuxQueryEmbedding(nn.Module):
+    """Turns a dense head's samples into decoder queries: position from the box, content from box and feature.
+
+    The head's own offset is one scalar shared by all channels, as in the released models (there an acknowledged slip).
+
+    Args:
+        dim: width of the queries.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.box_embedding = BoxEmbedding(dim)
+        self.offset = nn.Parameter(torch.empty(1).uniform_(-(2**0.5), 2**0.5))
+        self.feature_projection = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.feature_projection.weight)
+        self.feature_norm = nn.LayerNorm(dim)
+
+    def forward(self, boxes: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """boxes (B, n, 4) cxcywh, features (B, n, dim) -> position, content, both (B, n, dim)."""
+        position, content = self.box_embedding(boxes)
+        return position + self.offset, content + self.feature_norm(self.feature_projection(features))

@@ -1,0 +1,115 @@
+"""Deformable decoder with iterative box refinement and look-forward-twice (Deformable DETR A.4; DINO, section 3.4).
+
+The same decoder serves the main queries and, in training, the auxiliary queries of the dense heads.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from brs_detr.models.transformer.attention import DeformableAttention, FeedForward, inverse_sigmoid
+from brs_detr.models.transformer.encoder import Memory
+
+PRIOR_BIAS = -math.log(99.0)
+"""Bias of a sigmoid classifier that starts at a probability of 0.01 (RetinaNet, section 4.1)."""
+
+
+def box_regressor(dim: int) -> nn.Sequential:
+    """Three-layer perceptron to four box deltas; the last layer starts at zero, so boxes start at their references."""
+    head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4))
+    nn.init.zeros_(head[-1].weight)
+    nn.init.zeros_(head[-1].bias)
+    return head
+
+
+def classifier(dim: int, num_classes: int) -> nn.Linear:
+    """Linear sigmoid classifier at a prior of 0.01."""
+    layer = nn.Linear(dim, num_classes)
+    nn.init.constant_(layer.bias, PRIOR_BIAS)
+    return layer
+
+
+class Predictions(NamedTuple):
+    """logits (..., B, Q, K) float32; boxes (..., B, Q, 4) cxcywh in [0, 1] of each picture, float32."""
+
+    logits: Tensor
+    boxes: Tensor
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, deformable cross-attention, feed-forward; each with a residual and then LayerNorm."""
+
+    def __init__(self, dim: int, heads: int, levels: int, points: int, hidden: int) -> None:
+        super().__init__()
+        self.self_attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+        nn.init.xavier_uniform_(self.self_attention.out_proj.weight)
+        self.self_norm = nn.LayerNorm(dim)
+        self.cross_attention = DeformableAttention(dim, heads, levels, points)
+        self.cross_norm = nn.LayerNorm(dim)
+        self.ffn = FeedForward(dim, hidden)
+        self.ffn_norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, position: Tensor, references: Tensor, memory: Memory) -> Tensor:
+        """x, position (B, Q, dim); references (B, Q, L, 4) -> (B, Q, dim)."""
+        query = x + position
+        x = self.self_norm(x + self.self_attention(query, query, x, need_weights=False)[0])
+        attended = self.cross_attention(x + position, memory.tokens, references, memory.shapes, memory.padding)
+        x = self.cross_norm(x + attended)
+        return self.ffn_norm(x + self.ffn(x))
+
+
+class QueryDecoder(nn.Module):
+    """Decoder layers, each with its own classifier and box regressor.
+
+    Args:
+        dim, heads, levels, points, hidden: sizes of the layers.
+        num_classes: K.
+        layers: how many.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        *,
+        layers: int = 6,
+        heads: int = 8,
+        levels: int = 4,
+        points: int = 4,
+        hidden: int = 2048,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(DecoderLayer(dim, heads, levels, points, hidden) for _ in range(layers))
+        # Every branch starts as a copy of the same one, the two-stage branch (two_stage.py) included.
+        first_classifier, first_regressor = classifier(dim, num_classes), box_regressor(dim)
+        self.classifiers = nn.ModuleList(copy.deepcopy(first_classifier) for _ in range(layers))
+        self.regressors = nn.ModuleList(copy.deepcopy(first_regressor) for _ in range(layers))
+
+    def forward(self, content: Tensor, position: Tensor, references: Tensor, memory: Memory) -> Predictions:
+        """Refine boxes layer by layer.
+
+        Args:
+            content, position: (B, Q, dim) of the queries; the position is the same for every layer.
+            references: (B, Q, 4) cxcywh, where refinement starts; detached by the caller.
+            memory: of the encoder.
+
+        Returns:
+            Predictions of every layer, (layers, B, Q, ...). Layer l's box keeps the graph of layer l - 1's regressor
+            (look forward twice) though its reference is detached.
+        """
+        ratios = torch.cat([memory.valid_ratios, memory.valid_ratios], -1)[:, None]
+        all_logits, all_boxes = [], []
+        x, graph_references = content, references
+        for layer, classify, regress in zip(self.layers, self.classifiers, self.regressors, strict=True):
+            x = layer(x, position, references[:, :, None] * ratios, memory)
+            delta = regress(x).to(references.dtype)
+            all_logits.append(classify(x).to(references.dtype))
+            all_boxes.append((delta + inverse_sigmoid(graph_references)).sigmoid())
+            graph_references = (delta + inverse_sigmoid(references)).sigmoid()
+            references = graph_references.detach()
+        return Predictions(torch.stack(all_logits), torch.stack(all_boxes))

@@ -1,0 +1,143 @@
+"""Deformable encoder: each cell of each level attends to a few points of all levels (Deformable DETR, section 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from brs_detr.models.transformer.attention import DeformableAttention, FeedForward, sine_of_cells
+from brs_detr.ops.images import Size, level_sizes
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Feature levels as one list of tokens.
+
+    Attributes:
+        tokens: (B, N, dim), row-major within a level, finest level first.
+        padding: (B, N) bool, True where a token lies in a picture's padding.
+        shapes: (h, w) of each level.
+        valid_sizes: (B, L, 2) float32, unpadded cells as (columns, rows).
+        valid_ratios: (B, L, 2) float32, the same as a share of the level's (w, h).
+    """
+
+    tokens: Tensor
+    padding: Tensor
+    shapes: list[Size]
+    valid_sizes: Tensor
+    valid_ratios: Tensor
+
+    def maps(self, tokens: Tensor | None = None) -> list[Tensor]:
+        """Cut tokens back into (B, dim, h, w) maps."""
+        tokens = self.tokens if tokens is None else tokens
+        levels = tokens.split([h * w for h, w in self.shapes], dim=1)
+        return [rearrange(t, "b (y x) d -> b d y x", y=h, x=w) for t, (h, w) in zip(levels, self.shapes, strict=True)]
+
+
+def level_masks(padding: Tensor, shapes: Sequence[Size]) -> list[Tensor]:
+    """(B, H, W) pixel padding -> (B, h, w) bool a level: cell i reads pixel floor(i * H / h).
+
+    In whole numbers, and not by `F.interpolate`, since exported to ONNX that reads other pixels at some sizes.
+    """
+    height, width = padding.shape[-2:]
+    masks = []
+    for h, w in shapes:
+        rows = torch.arange(h, device=padding.device) * height // h
+        columns = torch.arange(w, device=padding.device) * width // w
+        masks.append(padding.index_select(1, rows).index_select(2, columns))
+    return masks
+
+
+def cell_centres(shape: Size, valid_size: Tensor) -> Tensor:
+    """Centres of a level's cells in units of each picture's unpadded extent.
+
+    Args:
+        shape: (h, w) of the level.
+        valid_size: (B, 2) unpadded (columns, rows).
+
+    Returns:
+        (B, h * w, 2) as (x, y); above 1 in the padding.
+    """
+    h, w = shape
+    ys = torch.arange(h, device=valid_size.device, dtype=valid_size.dtype) + 0.5
+    xs = torch.arange(w, device=valid_size.device, dtype=valid_size.dtype) + 0.5
+    grid = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1)
+    return rearrange(grid, "y x xy -> 1 (y x) xy") / valid_size[:, None]
+
+
+class EncoderLayer(nn.Module):
+    """Deformable self-attention and feed-forward, each with a residual and then LayerNorm."""
+
+    def __init__(self, dim: int, heads: int, levels: int, points: int, hidden: int) -> None:
+        super().__init__()
+        self.attention = DeformableAttention(dim, heads, levels, points)
+        self.attention_norm = nn.LayerNorm(dim)
+        self.ffn = FeedForward(dim, hidden)
+        self.ffn_norm = nn.LayerNorm(dim)
+
+    def forward(
+        self, x: Tensor, position: Tensor, references: Tensor, shapes: Sequence[Size], padding: Tensor
+    ) -> Tensor:
+        """x, position (B, N, dim); references (B, N, L, 2); padding (B, N) -> (B, N, dim)."""
+        x = self.attention_norm(x + self.attention(x + position, x, references, shapes, padding))
+        return self.ffn_norm(x + self.ffn(x))
+
+
+class DeformableEncoder(nn.Module):
+    """Flattens the levels, adds sine and level encodings, runs the layers.
+
+    Args:
+        dim, heads, levels, points, hidden: sizes of the layers.
+        layers: how many.
+        activation_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(
+        self,
+        dim: int = 256,
+        *,
+        layers: int = 6,
+        heads: int = 8,
+        levels: int = 4,
+        points: int = 4,
+        hidden: int = 2048,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.level_embed = nn.Parameter(torch.randn(levels, dim))
+        self.layers = nn.ModuleList(EncoderLayer(dim, heads, levels, points, hidden) for _ in range(layers))
+        self.activation_checkpointing = activation_checkpointing
+
+    def forward(self, maps: Sequence[Tensor], padding: Tensor) -> Memory:
+        """Encode.
+
+        Args:
+            maps: (B, dim, h, w) a level.
+            padding: (B, H, W) bool on pixels, True where padded.
+
+        Returns:
+            The memory. Tokens in the padding are not blanked; whoever reads them masks.
+        """
+        shapes = [(m.shape[-2], m.shape[-1]) for m in maps]
+        masks = level_masks(padding, shapes)
+        dim = maps[0].shape[1]
+        x = torch.cat([rearrange(m, "b d y x -> b (y x) d") for m in maps], dim=1)
+        sines = [rearrange(sine_of_cells(mask, dim // 2), "b d y x -> b (y x) d") for mask in masks]
+        position = torch.cat([s + e for s, e in zip(sines, self.level_embed, strict=True)], dim=1)
+        blank = torch.cat([rearrange(mask, "b y x -> b (y x)") for mask in masks], dim=1)
+        valid_sizes = torch.stack([torch.stack([(~m[:, 0, :]).sum(1), (~m[:, :, 0]).sum(1)], -1) for m in masks], 1)
+        valid_sizes = valid_sizes.to(torch.float32)
+        valid_ratios = valid_sizes / level_sizes(shapes, valid_sizes)
+        centres = torch.cat([cell_centres(s, valid_sizes[:, i]) for i, s in enumerate(shapes)], dim=1)
+        references = centres[:, :, None] * valid_ratios[:, None]
+        for layer in self.layers:
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(layer, x, position, references, shapes, blank, use_reentrant=False)
+            else:
+                x = layer(x, position, references, shapes, blank)
+        return Memory(x, blank, shapes, valid_sizes, valid_ratios)

@@ -1,0 +1,397 @@
+"""From a config to the parts of a run: datasets, detector, weights. What train.py, eval.py and the commands share.
+
+A small piece of a dataset, to see whether a detector can learn it by heart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from torch import nn
+from torch.optim import AdamW
+
+from brs_detr import config as configuration
+from brs_detr.config import Config, ConfigError
+from brs_detr.data.annotations import categories_differ
+from brs_detr.data.coco import CocoDetection
+from brs_detr.data.image_io import Limits
+from brs_detr.data.json_file import load_json
+from brs_detr.data.shared_memory import shortage
+from brs_detr.data.transforms import EvalTransforms, TrainTransforms
+from brs_detr.engine.batch_plan import FEW_STEPS, BatchPlan, Length, plan_batches, plan_length
+from brs_detr.engine.checkpoint import (
+    Transfer,
+    Weights,
+    find_weights,
+    load_matching,
+    load_weights,
+    rows_per_class,
+    write_text,
+)
+from brs_detr.engine.optim import Schedule, build_adamw, count_parameters, parameter_groups
+from brs_detr.engine.trainer import Settings
+from brs_detr.models.backbones.timm_backbone import plain_name
+from brs_detr.models.build import build_model, sampling_here
+
+
+def train_transforms(config: Config) -> TrainTransforms:
+    """The augmentation of a recipe."""
+    augment = config.data.augment
+    return TrainTransforms(
+        short_sides=augment.short_sides,
+        long_side=augment.long_side,
+        crop_short_sides=augment.crop_short_sides,
+        crop_long_side=augment.crop_long_side,
+        crop_size=(augment.crop_min, augment.crop_max),
+        crop=0.5 if augment.crop_policy else 0.0,
+        flip=augment.flip,
+        antialias=config.data.antialias,
+    )
+
+
+def val_transforms(config: Config) -> EvalTransforms:
+    """The resizing of a recipe's test pictures."""
+    return EvalTransforms(config.data.test_short_side, config.data.test_long_side, antialias=config.data.antialias)
+
+
+def limits_of(config: Config) -> Limits:
+    """How large a recipe's files may be, and where they may lie."""
+    return Limits(**{field.name: getattr(config.data, field.name) for field in dataclasses.fields(Limits)})
+
+
+def open_train_set(config: Config) -> CocoDetection:
+    """The training pictures with their augmentation."""
+    data = config.data
+    return CocoDetection(
+        Path(data.root, data.train_json),
+        Path(data.root, data.train_images),
+        transforms=train_transforms(config),
+        train=True,
+        keep_empty=data.keep_empty,
+        min_side=data.min_side,
+        seed=config.seed,
+        limits=limits_of(config),
+        retry_seconds=data.retry_seconds,
+    )
+
+
+def open_val_set(config: Config) -> CocoDetection:
+    """The validation pictures at their test size."""
+    json_path, images = Path(config.data.root, config.data.val_json), Path(config.data.root, config.data.val_images)
+    options = {"limits": limits_of(config), "retry_seconds": config.data.retry_seconds}
+    return CocoDetection(json_path, images, transforms=val_transforms(config), train=False, **options)
+
+
+def facts_of(config: Config, plan: BatchPlan, train_set: CocoDetection, val_set: CocoDetection) -> dict[str, Any]:
+    """What is stored with every state: what a resumed run must find again, the annotations wherever they lie."""
+    return {
+        "config": configuration.to_dict(config),
+        "launch": dataclasses.asdict(plan),
+        "data": {"train": train_set.fingerprint(), "val": val_set.fingerprint()},
+        "classes": train_set.classes,
+    }
+
+
+def worker_count(config: Config) -> int:
+    """Loader processes: as the recipe says, but not more than there are cores (the batches do not depend on it)."""
+    return min(
+        config.data.workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+
+
+def require_same_categories(
+    classes: Sequence[str], category_ids: Sequence[int], dataset: CocoDetection, owner: str
+) -> None:
+    """Refuse a dataset whose categories are not those that `owner` (the training set, a checkpoint) knows.
+
+    Raises:
+        ConfigError: naming the ids that differ.
+    """
+    differ = categories_differ((category_ids, classes), (dataset.category_ids, dataset.classes))
+    if differ:
+        raise ConfigError(
+            f"{dataset.json_path}: its categories are not those of {owner}: {differ}; give both the same `categories`"
+        )
+
+
+def build_detector(config: Config, num_classes: int, *, initial_weights: bool = True) -> nn.Module:
+    """The detector, seeded; with `initial_weights=False` nothing is downloaded or read, for weights are loaded next.
+
+    Raises:
+        ConfigError: the backbone does not exist, does not fit the settings, or its weights cannot be had.
+    """
+    backbone = config.model.backbone
+    if not initial_weights:
+        backbone = dataclasses.replace(backbone, pretrained=False, checkpoint=None)
+    torch.manual_seed(config.seed)
+    try:
+        model = build_model(dataclasses.replace(config.model, backbone=backbone), num_classes)
+    except (ValueError, RuntimeError, OSError, EOFError, SafetensorError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        place = "" if "model.backbone" in reason else f"model.backbone.name={backbone.name}: "
+        if backbone.checkpoint and backbone.checkpoint not in reason:
+            place = f"model.backbone.checkpoint={backbone.checkpoint}: "
+        raise ConfigError(place + reason) from error
+    model.predict_with = config.eval.predict_with
+    return model
+
+
+def load_initial_weights(model: nn.Module, config: Config, classes: Sequence[str]) -> Transfer | None:
+    """Fill a fresh detector from `train.init_from`, also from a run with other classes; None where none is named."""
+    if config.train.init_from is None:
+        return None
+    weights = load_weights(find_weights(Path(config.train.init_from)))
+    rows = {}
+    if weights.classes != list(classes):
+        rows = rows_per_class(model, build_detector(config, len(classes) + 1, initial_weights=False))
+    objectness = getattr(model, "objectness", ())
+    return load_matching(model, weights.tensors, weights.classes, classes, rows, objectness)
+
+
+def restore(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, Weights, Config, Path]:
+    """The detector of a run folder or weights file, ready to predict.
+
+    Args:
+        path: run folder (its best weights, else its last) or weights file.
+        overrides: `a.b=value` applied to the stored config.
+
+    Returns:
+        Model in eval mode on the CPU, what the file held, the config, the file.
+
+    Raises:
+        CheckpointError: no usable file.
+        ConfigError: the overrides, a backbone that only the network knows, or weights that do not fit the model.
+    """
+    file = find_weights(path)
+    weights = load_weights(file)
+    config = configuration.apply_overrides(configuration.from_dict(weights.config, str(file)), overrides)
+    if not any(text.lstrip("-").startswith("model.backbone.name=") for text in overrides):
+        require_known_backbone(config, file)
+    model = build_detector(config, len(weights.classes), initial_weights=False)
+    own = model.state_dict()
+    shapes = {n: (tuple(t.shape), tuple(own[n].shape)) for n, t in weights.tensors.items() if n in own}
+    differ = [
+        f"{name} {ours} in the file, {theirs} in the model" for name, (ours, theirs) in shapes.items() if ours != theirs
+    ]
+    if differ:
+        raise ConfigError(
+            f"{file}: {len(differ)} tensors have another shape than the model's ({'; '.join(differ[:2])}); "
+            "was a model setting overridden?"
+        )
+    missing, unexpected = model.load_state_dict(weights.tensors, strict=False)
+    if missing or unexpected:
+        raise ConfigError(
+            f"{file}: the model has {len(missing)} tensors that the file lacks ({', '.join(missing[:3])} ...), "
+            f"the file {len(unexpected)} that the model lacks ({', '.join(unexpected[:3])} ...); "
+            "was a model setting overridden?"
+        )
+    return model.eval(), weights, config, file
+
+
+def require_known_backbone(config: Config, file: Path) -> None:
+    """Refuse a config that came with a file and whose backbone is not in timm's own list: it may be anyone's.
+
+    Raises:
+        ConfigError: its name leads to the network or into a folder.
+    """
+    name = config.model.backbone.name
+    if ":" in name:
+        raise ConfigError(
+            f"{file}: its backbone {name} is looked up elsewhere, which is not done for a file of weights; add the "
+            "name that timm has for the network, e.g. model.backbone.name=resnet50"
+        )
+
+
+def for_weights_file(config: Config) -> Config:
+    """The config as a weights file holds it: the backbone by timm's own name, so that nothing is looked up later."""
+    backbone = config.model.backbone
+    try:
+        backbone = dataclasses.replace(backbone, name=plain_name(backbone.name))
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ConfigError(f"model.backbone.name={backbone.name}: {' '.join(str(error).split())}") from error
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=backbone))
+
+
+def length_of(config: Config, plan: BatchPlan, batches_per_epoch: int) -> Length:
+    """How long the training is on its dataset."""
+    train = config.train
+    return plan_length(batches_per_epoch, plan, epochs=train.epochs, steps=train.steps, eval_every=train.eval_every)
+
+
+def describe_length(config: Config, length: Length) -> str:
+    """A line for the log, and a warning where there are too few steps to learn anything."""
+    if length.steps >= FEW_STEPS or config.train.overfit_batches is not None:
+        return str(length)
+    return (
+        f"{length}\nwarning: {length.steps} optimiser steps are few, a detector takes thousands; "
+        f"raise train.epochs={length.epochs}, or use train.steps=5000 train.schedule=cosine train.eval_every=null"
+    )
+
+
+def build_schedule(config: Config, length: Length) -> Schedule:
+    """The learning-rate schedule in optimiser steps."""
+    train = config.train
+    milestones = [epoch * length.steps_per_epoch for epoch in train.lr_steps]
+    return Schedule(train.schedule, length.steps, milestones, train.lr_gamma, train.warmup_steps)
+
+
+def build_optimizer(config: Config, model: nn.Module) -> AdamW:
+    """AdamW with the recipe's rates; `model` lies on its device already."""
+    optim = config.optim
+    factors = {"backbone.": optim.backbone_lr_factor, "sampling_offsets": optim.sampling_offsets_lr_factor}
+    groups = parameter_groups(
+        model,
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        lr_factors=factors,
+        backbone_layer_decay=optim.backbone_layer_decay,
+    )
+    return build_adamw(groups, betas=optim.betas, fused=optim.fused)
+
+
+def freeze(model: nn.Module, config: Config) -> None:
+    """Stop the training of the parts that `train.freeze` names.
+
+    Raises:
+        ConfigError: a name fits no parameter.
+    """
+    for prefix in config.train.freeze:
+        parts = [parameter for name, parameter in model.named_parameters() if name.startswith(prefix)]
+        if not parts:
+            known = ", ".join(name for name, _ in model.named_children())
+            raise ConfigError(f"train.freeze: no parameter's name begins with {prefix}; the parts are {known}")
+        for parameter in parts:
+            parameter.requires_grad_(False)
+
+
+def plan_of(config: Config, accelerator: Accelerator) -> BatchPlan:
+    """The split of the total batch over the processes of the launch.
+
+    Raises:
+        ConfigError: it cannot be split evenly.
+    """
+    try:
+        return plan_batches(
+            config.train.total_batch_size, config.train.per_device_batch_size, accelerator.num_processes
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def loop_settings(config: Config, plan: BatchPlan, length: Length, facts: dict[str, Any]) -> Settings:
+    """The training loop's numbers; `facts` go into every saved state."""
+    train = config.train
+    return Settings(
+        epochs=length.epochs,
+        accumulate=plan.accumulate,
+        seed=config.seed,
+        clip_norm=config.optim.clip_norm,
+        log_every=train.log_every,
+        eval_every=length.eval_every,
+        save_every=train.save_every,
+        patience=train.patience,
+        on_nonfinite=train.on_nonfinite,
+        max_skipped=train.max_skipped,
+        facts=facts,
+    )
+
+
+def with_subset(config: Config, accelerator: Accelerator) -> Config:
+    """Under `train.overfit_batches`: a config that trains and validates on the first pictures of the training set.
+
+    Raises:
+        DataError: the annotation file is missing or is no dataset.
+    """
+    if config.train.overfit_batches is None:
+        return config
+    data = config.data
+    target = Path(config.output_dir, "overfit.json").resolve()
+    if accelerator.is_main_process:
+        pictures = config.train.overfit_batches * config.train.total_batch_size
+        content = load_json(Path(data.root, data.train_json), data.max_json_bytes)
+        write_subset(content, target, pictures)
+    accelerator.wait_for_everyone()
+    paths = {"train_json": str(target), "val_json": str(target), "val_images": data.train_images}
+    return dataclasses.replace(config, data=dataclasses.replace(data, **paths))
+
+
+def shared_memory_warning(
+    config: Config, plan: BatchPlan, train_set: CocoDetection, val_set: CocoDetection
+) -> str | None:
+    """What the log should say of the shared memory that the loaders' workers may need on this machine, if anything."""
+    shape = largest_shape(config, plan, train_set)
+    resized = [val_set.transforms.output_size(h, w) for h, w in np.unique(val_set.packed.picture_sizes, axis=0)]
+    batches = (
+        3 * shape["pictures"] * math.prod(shape["size"]),
+        3 * config.eval.batch_size * max(math.prod(size) for size in resized),
+    )
+    return shortage(worker_count(config), max(batches), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def largest_shape(config: Config, plan: BatchPlan, dataset: CocoDetection) -> dict:
+    """Arguments of `largest_step`: the largest batch of the augmentation, as full as the fullest of the pictures.
+
+    A picture alone is as large as it can be; several are padded to the tallest and to the widest of them.
+    """
+    transforms = train_transforms(config)
+    pictures = np.unique(dataset.packed.picture_sizes, axis=0).tolist()
+    sizes = sorted({size for picture in pictures for size in transforms.largest_sizes(*picture)})
+    largest = max(sizes, key=math.prod)
+    if plan.per_device > 1 and len(dataset) > 1:
+        largest = (max(h for h, _ in sizes), max(w for _, w in sizes))
+    return {
+        "pictures": plan.per_device,
+        "accumulate": plan.accumulate,
+        "size": largest,
+        "objects": int(np.diff(dataset.packed.offsets).max()),
+        "num_classes": dataset.num_classes,
+    }
+
+
+def describe_model(config: Config, model: nn.Module, transfer: Transfer | None) -> list[str]:
+    """Lines for the log: size, what was loaded, and a warning where a random backbone cannot learn."""
+    total, trainable = count_parameters(model)
+    lines = [
+        f"{config.model.name} with loss {config.model.loss}: {total:,} parameters, {trainable:,} trained, "
+        f"deformable attention by {sampling_here(config.model.deformable_attention)}"
+    ]
+    if transfer is not None:
+        lines.append(f"{config.train.init_from}: {transfer}")
+    backbone = config.model.backbone
+    random = not (backbone.pretrained or backbone.checkpoint or config.train.init_from)
+    if random and (backbone.norm == "frozen" or backbone.frozen_stages):
+        lines.append(
+            "warning: the backbone starts from random weights with frozen parts, which will not learn; "
+            "set model.backbone.norm=group and model.backbone.frozen_stages=0, or give it weights"
+        )
+    return lines
+
+
+def write_subset(data: dict[str, Any], target: Path, pictures: int) -> int:
+    """Write a COCO json with the first pictures of another that have objects.
+
+    Args:
+        data: content of a COCO json.
+        target: file to write.
+        pictures: how many; fewer where the dataset has fewer.
+
+    Returns:
+        The number of pictures written.
+    """
+    entries = {key: [entry for entry in data[key] if isinstance(entry, dict)] for key in ("images", "annotations")}
+    occupied = {annotation.get("image_id") for annotation in entries["annotations"] if not annotation.get("iscrowd")}
+    images = [image for image in entries["images"] if image.get("id") in occupied][:pictures]
+    ids = {image["id"] for image in images}
+    annotations = [annotation for annotation in entries["annotations"] if annotation.get("image_id") in ids]
+    write_text(target, json.dumps({**data, "images": images, "annotations": annotations}))
+    return len(images)

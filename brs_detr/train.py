@@ -1,0 +1,217 @@
+"""Train a detector: `accelerate launch train.py CONFIG [a.b=value ...] [--resume | --overwrite]`.
+
+`--dry-run` and `--profile` only try it.
+
+Exit codes: 0 trained to the end; 2 a setting, dataset or checkpoint cannot be used; 3 a loss was not finite; and, saved
+and ready for `--resume`: 71 a loader worker was killed; 74 the storage failed; 75 told to stop by SIGTERM or Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from timm.utils import ModelEmaV3
+
+from brs_detr import config as configuration
+from brs_detr.data.image_io import PictureError
+from brs_detr.data.issues import DataError
+from brs_detr.data.loader import EpochBatches, build_eval_loader, build_train_loader
+from brs_detr.engine.checkpoint import CheckpointError, Weights, save_weights, write_text
+from brs_detr.engine.diagnostics import largest_step, profile_steps
+from brs_detr.engine.distributed import is_sharded, keep_known_layers, keep_scalars_whole
+from brs_detr.engine.logging import RunLog
+from brs_detr.engine.nonfinite import NonFiniteError
+from brs_detr.engine.state import agreed_state, read_facts
+from brs_detr.engine.storage import (
+    StorageError,
+    complain,
+    end_output,
+    is_storage_fault,
+    remove_partials,
+    storage_error,
+)
+from brs_detr.engine.trainer import Trainer
+from brs_detr.evaluate import validator
+from brs_detr.exit_codes import ExitCode, Interruption
+from brs_detr.ops.targets import TargetError, check_targets
+from brs_detr.run import setup
+from brs_detr.run.launch import describe_machine, start_accelerator
+from brs_detr.run.output_dir import (
+    remove_run,
+    require_free_folder,
+    require_same_data,
+    require_same_run,
+    require_shared_folder,
+)
+from brs_detr.user_files import forgive_output
+from brs_detr.viz.boxes import write_samples
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="recipe, e.g. configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", help="settings to change, e.g. optim.lr=1e-4")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in output_dir, if there is one")
+    parser.add_argument("--overwrite", action="store_true", help="start anew although output_dir holds a run")
+    trial = parser.add_mutually_exclusive_group()
+    trial.add_argument("--dry-run", action="store_true", help="two steps at the largest shape, then report memory")
+    trial.add_argument("--profile", action="store_true", help="eight steps, then report where their time went")
+    options = parser.parse_intermixed_args(arguments)
+    forgive_output()
+    folder = Path()
+    try:
+        config = configuration.load_config(options.config, options.overrides)
+        folder = Path(config.output_dir)
+        flags = {name: True for name in ("resume", "overwrite") if getattr(options, name)}
+        trial = "dry-run" if options.dry_run else "profile" if options.profile else None
+        with _ready_to_stop():
+            return train(replace(config, train=replace(config.train, **flags)), trial)
+    except Interruption as error:
+        complain(error)
+        return error.code
+    except (configuration.ConfigError, DataError, PictureError, CheckpointError, NonFiniteError, TargetError) as error:
+        complain(error)
+        return ExitCode.NOT_FINITE if isinstance(error, NonFiniteError) else ExitCode.REFUSED
+    except OSError as error:
+        if not is_storage_fault(error):
+            raise
+        complain(error if isinstance(error, StorageError) else storage_error(folder, error))
+        return ExitCode.STORAGE
+
+
+def train(config: configuration.Config, trial: str | None = None) -> int:
+    """Train as the config says, or only try a "dry-run" or "profile" of it; returns the exit code."""
+    if trial is not None:
+        flags = {"overwrite": True, "resume": False}
+        config = replace(config, output_dir=f"{config.output_dir}/{trial}", train=replace(config.train, **flags))
+    require_free_folder(config)
+    accelerator = start_accelerator(config, trackers=trial is None)
+    plan = setup.plan_of(config, accelerator)
+    state, log = open_log(config, plan, accelerator)
+    config = setup.with_subset(config, accelerator)
+
+    process = {"rank": accelerator.process_index, "world_size": plan.processes, "workers": setup.worker_count(config)}
+    train_set, val_set = setup.open_train_set(config), setup.open_val_set(config)
+    log.say(f"{train_set.summary()}\n{val_set.summary()}")
+    setup.require_same_categories(train_set.classes, train_set.category_ids, val_set, train_set.json_path)
+    facts = setup.facts_of(config, plan, train_set, val_set)
+    if state is not None:
+        require_same_data(config, facts["data"], read_facts(state), state)
+    elif accelerator.is_main_process:
+        if config.train.overwrite and not config.train.resume:
+            remove_run(Path(config.output_dir))
+        write_samples(train_set, Path(config.output_dir, "train_samples.png"), 16)
+    process["timeout"] = config.data.timeout
+    train_loader = build_train_loader(train_set, plan.per_device, seed=config.seed, **process)
+    val_loader = build_eval_loader(val_set, config.eval.batch_size, **process)
+    batches = EpochBatches(train_loader)
+    length = setup.length_of(config, plan, len(batches))
+    log.say(setup.describe_length(config, length))
+    if warning := setup.shared_memory_warning(config, plan, train_set, val_set):
+        log.say(warning)
+
+    model, optimizer, ema = prepare_model(config, accelerator, train_set, log, fresh=state is None)
+    if trial == "dry-run":
+        log.say(largest_step(model, optimizer, accelerator, **setup.largest_shape(config, plan, train_set)))
+        return ExitCode.OK
+
+    thresholds: dict[str, float] = {}
+    stored = configuration.to_dict(setup.for_weights_file(config))
+
+    def save(name, tensors, facts):
+        labels, facts = (train_set.classes, train_set.category_ids), {**facts, "thresholds": thresholds}
+        save_weights(Path(config.output_dir, name), Weights(tensors, *labels, stored, facts))
+
+    trainer = Trainer(
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        schedule=setup.build_schedule(config, length),
+        batches=batches,
+        folder=Path(config.output_dir),
+        log=log,
+        settings=setup.loop_settings(config, plan, length, facts),
+        validate=validator(train_set.category_ids, val_set, val_loader, config, accelerator, log.say, thresholds),
+        save=save,
+        ema=ema,
+        check_targets=partial(check_targets, num_classes=len(train_set.classes)),
+    )
+    if state is not None:
+        trainer.resume(state)
+    for loader in (train_loader, val_loader):
+        loader.interrupted = lambda: trainer.asked_to_stop
+    with contextlib.closing(train_loader), contextlib.closing(val_loader):
+        if trial == "profile":
+            log.say(profile_steps(trainer, Path(config.output_dir)))
+            return ExitCode.OK
+        finished = trainer.fit()
+    for line in train_set.met_while_reading():
+        log.say(f"training pictures: {line}")
+    log.end()
+    return ExitCode.OK if finished else ExitCode.INTERRUPTED
+
+
+@contextlib.contextmanager
+def _ready_to_stop() -> Iterator[None]:
+    """Told to stop before the training has begun, or after it has ended, there is nothing to save: end at once."""
+
+    def stop(*_) -> None:
+        print("told to stop outside the training: nothing to save; continue with --resume", file=sys.stderr)
+        sys.exit(ExitCode.INTERRUPTED)
+
+    former = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def prepare_model(config: configuration.Config, accelerator, train_set, log: RunLog, *, fresh: bool) -> tuple:
+    """Detector and optimiser as Accelerate prepares them, and the averaged detector (None without EMA).
+
+    Not `fresh`: a saved state is loaded next, so no initial weights are fetched or read.
+    """
+    model = setup.build_detector(config, train_set.num_classes, initial_weights=fresh)
+    transfer = setup.load_initial_weights(model, config, train_set.classes) if fresh else None
+    setup.freeze(model, config)
+    for line in setup.describe_model(config, model, transfer):
+        log.say(line)
+    model.to(accelerator.device)
+    decay = config.train.ema_decay
+    if is_sharded(accelerator):
+        keep_scalars_whole(model, accelerator)
+        log.say(keep_known_layers(model, accelerator))
+        if decay is not None:
+            raise configuration.ConfigError("train.ema_decay averages whole weights, FSDP shards them; set it to null")
+    ema = None if decay is None else ModelEmaV3(model, decay=decay, use_warmup=True)
+    return *accelerator.prepare(model, setup.build_optimizer(config, model)), ema
+
+
+def open_log(config: configuration.Config, plan, accelerator) -> tuple[Path | None, RunLog]:
+    """The saved state to resume from (None for a fresh start) and the run's log."""
+    folder = Path(config.output_dir)
+    require_shared_folder(config, accelerator)
+    state, notes = agreed_state(folder / "state", accelerator) if config.train.resume else (None, [])
+    if state is not None:
+        changes = require_same_run(config, plan, read_facts(state), state, is_sharded(accelerator))
+        notes += [f"resumed from {state}", *(f"changed since: {change}" for change in changes)]
+    accelerator.wait_for_everyone()
+    log = RunLog(folder, accelerator, None if state is None else read_facts(state))
+    for note in [describe_machine(accelerator), str(plan), *notes]:
+        log.say(note)
+    if accelerator.is_main_process:
+        remove_partials(folder)
+        write_text(folder / "config.yaml", configuration.dump(config))
+    return state, log
+
+
+if __name__ == "__main__":
+    sys.exit(end_output(main()))

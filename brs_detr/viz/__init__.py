@@ -1,0 +1,1 @@
+"""Images of detections and plots of a run."""

@@ -1,0 +1,196 @@
+"""Files a user may hand over: whole and official ones convert exactly, all others are refused in one sentence."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from brs_detr import cli
+from brs_detr.checkpoints.architecture import COCO_IDS, COCO_NAMES, name_classes
+from brs_detr.checkpoints.keys import to_official
+from brs_detr.checkpoints.official import expected_shapes
+from brs_detr.engine.checkpoint import CheckpointError, load_weights
+from brs_detr.run.setup import restore
+
+
+def official_state(config, classes):
+    """A ResNet-50 detector with official names; every tensor differs from every other, though it is one number."""
+    shapes = expected_shapes(config, classes)
+    numbers = torch.linspace(0.01, 0.9, len(shapes))
+    ours = {name: number.clone().expand(shape) for (name, shape), number in zip(shapes.items(), numbers)}
+    return to_official(ours)[0]
+
+
+@pytest.fixture
+def save(tmp_path, small_model):
+    """Writes an official file, optionally changed, and returns its path."""
+
+    def write(classes=3, change=lambda state: None, meta=None, prefix="", softmax=False, name="official.pth"):
+        state = official_state(small_model(softmax), classes)
+        change(state)
+        path = tmp_path / name
+        torch.save({"meta": meta or {}, "state_dict": {prefix + k: v for k, v in state.items()}}, path)
+        return path
+
+    return write
+
+
+def convert(source, *options):
+    """Run the command; returns the exit code and where it writes."""
+    target = source.with_name("out.safetensors")
+    return cli.main(["convert", str(source), str(target), *map(str, options)]), target
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_there_and_back_every_number_is_the_same(save, capsys, softmax, prefix):
+    source = save(80, softmax=softmax, prefix=prefix)
+    assert convert(source)[0] == 0
+    assert ("with softmax" if softmax else "with sigmoids") in capsys.readouterr().out
+    back = source.with_name("back.pth")
+    assert cli.main(["convert", str(source.with_name("out.safetensors")), str(back), "--to-official"]) == 0
+    first, second = (torch.load(path, weights_only=True)["state_dict"] for path in (source, back))
+    first = {name.removeprefix(prefix): value for name, value in first.items()}
+    assert set(first) == set(second)
+    assert all(torch.equal(second[name], value) for name, value in first.items())
+
+
+def test_a_converted_file_is_a_detector_with_coco_classes(save, capsys):
+    code, target = convert(save(80, meta={"CLASSES": COCO_NAMES, "epoch": 12, "best": np.float64(0.5)}))
+    report = capsys.readouterr().out
+    assert code == 0 and "ours alone: none" in report and "a count of batches" in report
+    weights = load_weights(target)
+    assert weights.extra["epoch"] == 12
+    assert (weights.classes[0], weights.category_ids[0]) == ("person", 1)
+    assert (weights.classes[79], weights.category_ids[79]) == ("toothbrush", 90)
+    model = restore(target)[0]
+    with torch.no_grad():
+        found = model([torch.randint(0, 255, (3, 64, 96), dtype=torch.uint8)])[0]
+    assert found["boxes"].shape == (100, 4)
+
+
+def test_coco_has_80_classes_with_ids_up_to_90():
+    assert len(COCO_NAMES) == len(set(COCO_NAMES)) == len(COCO_IDS) == 80
+    assert (COCO_IDS[COCO_NAMES.index("stop sign")], COCO_IDS[COCO_NAMES.index("bench")]) == (13, 15)
+
+
+def test_other_classes_are_named_by_the_json(save, tmp_path, capsys):
+    source = save(3)
+    assert convert(source)[0] == 2
+    assert "has 3 classes without names; give the json" in capsys.readouterr().err
+    categories = [{"id": 9 - i, "name": f"c{i}"} for i in range(3)]
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps({"categories": categories}))
+    code, target = convert(source, "--num-classes-from", path)
+    weights = load_weights(target)
+    assert code == 0 and weights.category_ids == [9, 8, 7] and weights.classes == ["c0", "c1", "c2"]
+    path.write_text(json.dumps({"categories": categories[:2]}))
+    assert convert(source, "--num-classes-from", path)[0] == 2
+    assert f"has 3 classes, but {path} names 2" in capsys.readouterr().err
+    path.write_text("[]")
+    assert convert(source, "--num-classes-from", path)[0] == 2
+    assert "no json in COCO's format" in capsys.readouterr().err
+
+
+def test_class_names_of_the_file_are_kept():
+    named = name_classes(2, {"CLASSES": ("cat", "dog")}, None, "file")
+    assert (named.names, named.ids) == (["cat", "dog"], [1, 2]) and "assumed" in named.remark
+    named = name_classes(1, {"dataset_meta": {"classes": ("cat",)}}, None, "file")
+    assert named.names == ["cat"]
+    with pytest.raises(CheckpointError, match="has 3 classes but names 2"):
+        name_classes(3, {"CLASSES": ("cat", "dog")}, None, "file")
+
+
+def drop(name):
+    return lambda state: state.pop(name)
+
+
+def put(name, *shape):
+    return lambda state: state.__setitem__(name, torch.zeros(1).expand(*shape))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop("rpn_head.rpn_conv.weight"), "1 missing (rpn.conv.weight)"),
+        (drop("query_head.query_embedding.weight"), "the tensor query_head.query_embedding.weight is missing"),
+        (put("query_head.surplus.weight", 3), "1 unknown (query_head.surplus.weight)"),
+        (put("rpn_head.rpn_conv.weight", 7, 64, 3, 3), "1 of another shape (rpn.conv.weight (7, 64, 3, 3) instead of"),
+        (put("query_head.label_embedding.weight", 80, 64), "this is Co-DINO"),
+        (put("roi_head.0.mask_head.conv.weight", 3), "Co-DETR with a mask head"),
+        (put("bbox_head.1.atss_cls.weight", 3), "more than two auxiliary heads"),
+        (put("roi_head.0.bbox_head.fc_cls.weight", 9, 64), "a RoI head of 9 columns without centerness beside 80"),
+        (put("bbox_head.0.atss_centerness.weight", 1, 64, 3, 3), "80 columns with centerness beside 80 classes"),
+        (put("backbone.layer3.6.conv3.weight", 1024, 256, 1, 1), "the backbone is one of"),
+    ],
+)
+def test_other_architectures_and_incomplete_ones_are_refused(save, capsys, change, message):
+    code, target = convert(save(80, change))
+    error = capsys.readouterr().err
+    assert code == 2 and message in error and len(error.splitlines()) == 1
+    assert not target.exists() and not list(target.parent.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["bbox_head.transformer.level_embeds"], "a DETR of MMDetection"),
+        (["transformer.encoder.layers.0.linear1.weight", "class_embed.weight"], "a DETR from another code base"),
+        (["backbone.conv1.weight", "roi_head.bbox_head.fc_cls.weight"], "a two-stage detector"),
+        (["conv1.weight", "fc.weight"], "its 2 tensors are called conv1.weight, fc.weight"),
+        (["decoder.classifiers.0.weight"], "a detector of this project already"),
+    ],
+)
+def test_files_of_other_detectors_are_called_by_their_name(tmp_path, capsys, names, message):
+    torch.save({"state_dict": {name: torch.zeros(1) for name in names}}, tmp_path / "other.pth")
+    assert convert(tmp_path / "other.pth")[0] == 2
+    assert message in capsys.readouterr().err
+
+
+def damaged(folder):
+    """Name of a bad file and what is said about it."""
+    torch.save({"state_dict": {"a": torch.zeros(9999)}}, folder / "cut.pth")
+    (folder / "cut.pth").write_bytes((folder / "cut.pth").read_bytes()[:20000])
+    (folder / "empty.pth").write_bytes(b"")
+    (folder / "text.pth").write_text("<html>not found</html>")
+    (folder / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    (folder / "pickle.pth").write_bytes(pickle.dumps({"state_dict": [1, 2, 3]}))
+    torch.save({"state_dict": {}}, folder / "nothing.pth")
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "meta": Path("/")}, folder / "objects.pth")
+    return {
+        "cut.pth": "cut short, damaged",
+        "empty.pth": "cut short, damaged",
+        "text.pth": "not a PyTorch checkpoint",
+        "cut.safetensors": "damaged or cut short",
+        "pickle.pth": "not a PyTorch checkpoint",
+        "nothing.pth": "holds no named tensors",
+        "objects.pth": "holds Python objects besides tensors and is not opened",
+        "absent.pth": "no such checkpoint file",
+    }
+
+
+def test_damaged_files_are_refused_in_one_sentence(tmp_path, capsys):
+    for name, message in damaged(tmp_path).items():
+        code, target = convert(tmp_path / name)
+        error = capsys.readouterr().err
+        assert code == 2 and error.startswith(f"error: {tmp_path / name}: ") and message in error, name
+        assert len(error.splitlines()) == 1 and not target.exists()
+
+
+def test_nothing_in_a_file_is_executed(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    torch.save({"state_dict": {"a": Harmful()}}, tmp_path / "bad.pth")
+    assert convert(tmp_path / "bad.pth")[0] == 2
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_written_file_is_another_one(tmp_path, capsys):
+    assert cli.main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.pth")]) == 2
+    assert "must be another one and end in .safetensors" in capsys.readouterr().err
+    assert cli.main(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "a.safetensors")]) == 2

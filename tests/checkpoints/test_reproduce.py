@@ -1,0 +1,70 @@
+"""The list of published numbers, its recipes, and an evaluation of a converted file as the list describes it."""
+
+import importlib.util
+import json
+import math
+import re
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from brs_detr import cli
+from brs_detr.checkpoints.keys import to_official
+from brs_detr.config import load_config
+from brs_detr.data.synthetic import make_dataset
+from brs_detr.models.build import build_model
+
+
+def test_every_recipe_for_coco_is_listed_and_every_listed_recipe_exists(recipes):
+    text = (recipes.parent / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"configs/(\w+)\.yaml", text))
+    assert listed == {path.stem for path in recipes.glob("*_coco*.yaml")}
+
+
+def test_an_epoch_of_coco_has_the_published_number_of_steps(recipes):
+    for path in recipes.glob("*_12e_coco*.yaml"):
+        config = load_config(path)
+        assert config.data.keep_empty
+        assert math.ceil(118287 / config.train.total_batch_size) == 7393
+
+
+def test_recipes_beside_the_papers_tables_change_only_what_they_name(recipes):
+    released = load_config(recipes / "brs_detr_r50_12e_coco.yaml")
+    rank_sort = load_config(recipes / "rs_detr_r50_12e_coco.yaml")
+    assert (released.model.loss, rank_sort.model.loss) == ("brs", "rs")
+    assert rank_sort.optim == released.optim and rank_sort.train == released.train
+    printed = load_config(recipes / "brs_detr_r50_12e_coco_as_printed.yaml").model
+    weights = printed.ranking_weights
+    assert (weights.decoder, weights.rpn, weights.roi, weights.atss) == (1, 5, 5, 5)
+    small, base = (load_config(recipes / f"co_detr_swin_{size}_12e_coco.yaml").model for size in "sb")
+    tiny = load_config(recipes / "co_detr_swin_t_12e_coco.yaml").model
+    assert tiny.matcher == small.matcher == base.matcher and tiny.roi == small.roi == base.roi
+
+
+@pytest.fixture
+def evaluate(recipes):
+    """eval.py as a function."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    spec = importlib.util.spec_from_file_location("script_eval", recipes.parent / "eval.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_a_converted_file_evaluates_as_it_is(small_model, tmp_path, evaluate):
+    """Of a detector with random weights; what eval.py finds is what the detector itself finds."""
+    data = make_dataset(tmp_path / "data", train=1, val=2, image_size=64)
+    truth = data / "annotations" / "val.json"
+    classes = len(json.loads(truth.read_text())["categories"])
+    settings = small_model(False)
+    model = build_model(settings, classes)
+    torch.save({"state_dict": to_official(model.state_dict())[0]}, tmp_path / "official.pth")
+    weights = tmp_path / "converted.safetensors"
+    assert cli.main(["convert", str(tmp_path / "official.pth"), str(weights), "--num-classes-from", str(truth)]) == 0
+    places = [f"data.root={data}", "data.val_json=annotations/val.json", "data.val_images=images/val"]
+    assert evaluate([str(weights), *places, "data.test_short_side=64", "--pictures", "0"]) == 0
+    figures = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["stats"]
+    assert 0 <= figures["AP"] <= 1
+    results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    assert len(results) == 2 * min(100, settings.queries * classes)

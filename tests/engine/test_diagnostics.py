@@ -1,0 +1,27 @@
+"""The step that is tried before a training is a step of that training."""
+
+import contextlib
+
+import torch
+
+from brs_detr.engine.diagnostics import largest_step
+
+
+def test_gradients_are_exchanged_with_the_last_accumulated_batch_only(toy, tmp_path, monkeypatch):
+    """As in training: sharded gradients are whole until then, which the reported memory has to show."""
+    trainer, accelerator = toy.build(tmp_path)
+    events = []
+
+    @contextlib.contextmanager
+    def no_sync(model):
+        events.append("alone")
+        yield
+
+    backward = accelerator.backward
+    monkeypatch.setattr(accelerator, "no_sync", no_sync)
+    monkeypatch.setattr(accelerator, "backward", lambda loss: events.append("backward") or backward(loss))
+    size = {"pictures": 2, "accumulate": 3, "size": (8, 8), "objects": 4, "num_classes": 1}
+    said = largest_step(trainer.model, trainer.optimizer, accelerator, **size)
+    assert events == ["alone", "backward", "backward"] * 2
+    assert f"{sum(p.numel() for p in trainer.model.parameters())} parameters, twice" in said
+    assert all(torch.isfinite(p).all() and p.grad is None for p in trainer.model.parameters())

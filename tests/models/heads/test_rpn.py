@@ -1,0 +1,194 @@
+"""Region proposal network, against arrays of the official implementations and against what must hold anyway."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torchvision.ops import box_iou
+
+from brs_detr.assign.max_iou import RandomSampler
+from brs_detr.losses.boxes import paired_giou_loss, paired_iou
+from brs_detr.losses.objective import RankingObjective, ScoreObjective
+from brs_detr.models.heads.rpn import RPNHead, RPNOutput
+from brs_detr.ops.boxes import BoxCoder
+
+STRIDES = (8, 16, 32, 64, 128)
+SIZES = [(128, 153), (101, 160)]
+NAMES = {"rpn_conv": "conv", "rpn_cls": "score", "rpn_reg": "delta"}
+
+
+class UnitBoxRPNHead(RPNHead):
+    """With the published fault put back: boxes of the loss are decoded around a unit box, with other deviations."""
+
+    def _localise(self, anchors, deltas, objects):
+        unit = torch.tensor([-0.5, -0.5, 0.5, 0.5]).expand(len(anchors), 4)
+        coder = BoxCoder((0.1, 0.1, 0.2, 0.2))
+        boxes, goals = coder.decode(unit, deltas), coder.decode(unit, self.coder.encode(anchors, objects))
+        return paired_iou(boxes.detach(), goals), {"giou": paired_giou_loss(boxes, goals)}
+
+
+def first_by_index(count, device):
+    return torch.arange(count, device=device)
+
+
+def build(family, kind=RPNHead, dim=64):
+    if family == "co_detr":
+        return RPNHead(
+            dim,
+            STRIDES,
+            objective=ScoreObjective("binary_cross_entropy", {"cls": 12.0, "l1": 12.0}, normaliser="rows"),
+            localisation="l1",
+            sampler=RandomSampler(256, 0.5, first_by_index),
+            keep=1000,
+        )
+    return kind(dim, STRIDES, objective=RankingObjective("brs", 1.0), keep=4000)
+
+
+def load(golden, family, scenario="normal", kind=RPNHead):
+    """Official arrays, the head with the official weights, and the targets."""
+    data = load_file(golden / family / "train_normal.safetensors")
+    data |= load_file(golden / family / f"train_{scenario}.safetensors")
+    head = build(family, kind)
+    weights = {
+        f"{NAMES[name.split('.')[1]]}.{name.split('.')[2]}": value
+        for name, value in load_file(golden / family / "state_dict.safetensors").items()
+        if name.startswith("rpn_head.")
+    }
+    head.load_state_dict(weights)
+    targets = [{"boxes": data[f"gt_bboxes.{b}"], "labels": data[f"gt_labels.{b}"]} for b in range(2)]
+    return data, head, [data[f"X.{level}"] for level in range(5)], targets
+
+
+@pytest.mark.parametrize("family", ["brs_detr", "co_detr"])
+def test_official_outputs_and_proposals(golden, family):
+    data, head, features, _ = load(golden, family)
+    output = head(features)
+    for level in range(5):
+        torch.testing.assert_close(output.logits[level].permute(0, 3, 1, 2), data[f"rpn.cls.{level}"])
+        torch.testing.assert_close(output.deltas[level].flatten(3).permute(0, 3, 1, 2), data[f"rpn.reg.{level}"])
+    for image, (boxes, scores) in enumerate(head.scored_proposals(output, SIZES)):
+        expected = data[f"rpn.proposals.{image}"]
+        expected = expected[(expected[:, 2:4] > expected[:, :2]).all(dim=1)]  # the rank-based head keeps empty boxes
+        torch.testing.assert_close(boxes, expected[:, :4], rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(scores, expected[:, 4], rtol=1e-5, atol=1e-6)
+
+
+def gradients_agree(golden, family, head):
+    official = load_file(golden / family / "train_normal_grads.safetensors")
+    for name, ours in NAMES.items():
+        for part in ("weight", "bias"):
+            expected = official[f"rpn_head.{name}.{part}"]
+            error = (getattr(getattr(head, ours), part).grad - expected).norm() / expected.norm()
+            assert error < 1e-5, f"{name}.{part}: {error}"
+
+
+@pytest.mark.parametrize("scenario", ["normal", "empty1", "empty_both"])
+def test_official_losses_of_co_detr(golden, scenario):
+    data, head, features, targets = load(golden, "co_detr", scenario)
+    losses = head.losses(head(features), SIZES, targets)
+    for ours, official in (("rpn.cls", "cls"), ("rpn.l1", "bbox")):
+        expected = sum(data[f"loss.loss_rpn_{official}.{level}"] for level in range(5))
+        torch.testing.assert_close(losses[ours], expected, rtol=1e-5, atol=1e-6)
+    if scenario == "normal":
+        sum(losses.values()).backward()
+        gradients_agree(golden, "co_detr", head)
+
+
+@pytest.mark.parametrize("scenario", ["normal", "empty1"])
+def test_official_losses_of_brs_detr_with_its_decoding(golden, scenario):
+    data, head, features, targets = load(golden, "brs_detr", scenario, UnitBoxRPNHead)
+    losses = head.losses(head(features), SIZES, targets)
+    for ours, official in (("rpn.rank", "rank"), ("rpn.sort", "sort"), ("rpn.giou", "bbox")):
+        torch.testing.assert_close(losses[ours], data[f"loss.loss_rpn_{official}"].reshape(()), rtol=1e-5, atol=1e-6)
+    if scenario == "normal":
+        sum(losses.values()).backward()
+        gradients_agree(golden, "brs_detr", head)
+
+
+def random_features(batch=2):
+    shapes = [(16, 20), (8, 10), (4, 5), (2, 3), (1, 2)]
+    return [torch.randn(batch, 8, h, w) for h, w in shapes]
+
+
+def random_targets(*counts):
+    boxes = [torch.rand(n, 2) * 60 for n in counts]
+    return [
+        {"boxes": torch.cat([b, b + 10 + torch.rand(len(b), 2) * 40], 1), "labels": torch.zeros(len(b)).long()}
+        for b in boxes
+    ]
+
+
+@pytest.mark.parametrize("family", ["brs_detr", "co_detr"])
+@pytest.mark.parametrize("counts", [(0, 0), (3, 0), (0,), (5,), (40, 1)])
+def test_every_parameter_is_in_the_graph(family, counts):
+    head = build(family, dim=8)
+    output = head(random_features(len(counts)))
+    losses = head.losses(output, SIZES[: len(counts)], random_targets(*counts))
+    total = sum(losses.values())
+    total.backward()
+    assert torch.isfinite(total)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in head.parameters())
+
+
+@pytest.mark.parametrize("family", ["brs_detr", "co_detr"])
+def test_padding_takes_no_part_in_the_loss(family):
+    head, targets = build(family, dim=8), random_targets(3, 2)
+    output = head(random_features())
+    losses = head.losses(output, SIZES, targets)
+    spoilt = [x.clone() for x in output.logits]
+    spoilt[0][1, 13:] = 1e4  # 101 pixels are 13 rows of stride 8
+    again = head.losses(RPNOutput(spoilt, output.deltas), SIZES, targets)
+    assert all(torch.equal(losses[name], again[name]) for name in losses)
+
+
+def test_proposals_are_sorted_separated_and_inside():
+    head = build("brs_detr", dim=8)
+    output = head([10 * x for x in random_features()])
+    for (boxes, scores), (height, width) in zip(head.scored_proposals(output, SIZES), SIZES):
+        assert (scores[1:] <= scores[:-1]).all() and not boxes.requires_grad
+        assert (boxes >= 0).all() and (boxes[:, 0::2] <= width).all() and (boxes[:, 1::2] <= height).all()
+        assert (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+def test_one_level_proposals_survive_only_below_the_threshold():
+    head = RPNHead(8, (8,), objective=RankingObjective(), nms_iou=0.5)
+    output = head([torch.randn(1, 8, 6, 6)])
+    (boxes,) = head.proposals(output, [(48, 48)])
+    assert box_iou(boxes, boxes).fill_diagonal_(0).max() <= 0.5
+
+
+def test_equal_boxes_of_two_levels_are_both_proposed_and_of_one_level_once():
+    """One anchor of each level, 32 and 64 pixels wide, becomes the same box; suppression goes level by level."""
+    head = RPNHead(8, (8, 16), objective=RankingObjective(), scales=(4.0,), ratios=(1.0,)).eval()
+    logits = [torch.full((1, side, side, 1), -9.0) for side in (8, 4)]
+    deltas = [torch.zeros(1, side, side, 1, 4) for side in (8, 4)]
+    logits[0][0, 4, 4], logits[1][0, 2, 2] = 1.0, 2.0
+    deltas[1][0, 2, 2, 0, 2:] = -math.log(2)
+    head.test_before_nms = 1
+    (both,) = head.proposals(RPNOutput(logits, deltas), [(64, 64)])
+    torch.testing.assert_close(both, torch.tensor([[16.0, 16, 48, 48]] * 2))
+    logits[0][0, 4, 5], deltas[0][0, 4, 5, 0, 0] = 3.0, -8 / 32
+    head.test_before_nms = 2
+    ((boxes, scores),) = head.scored_proposals(RPNOutput(logits, deltas), [(64, 64)])
+    equal = (boxes - torch.tensor([16.0, 16, 48, 48])).abs().amax(1) < 1e-3
+    torch.testing.assert_close(scores[equal], torch.tensor([3.0, 2.0]).sigmoid())
+
+
+def test_fewer_proposals_in_evaluation():
+    head = RPNHead(8, (8,), objective=RankingObjective(), keep=30, test_keep=7)
+    output = head([torch.randn(1, 8, 6, 6)])
+    assert len(head.train().proposals(output, [(48, 48)])[0]) == 30
+    assert len(head.eval().proposals(output, [(48, 48)])[0]) == 7
+
+
+def test_bfloat16_autocast_gives_float32_losses():
+    head, targets = build("brs_detr", dim=8), random_targets(3, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = head.losses(head(random_features()), SIZES, targets)
+    assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in losses.values())
+
+
+def test_unknown_localisation_is_named():
+    with pytest.raises(ValueError, match='"giou" or "l1", not \'iou\''):
+        RPNHead(8, (8,), objective=RankingObjective(), localisation="iou")

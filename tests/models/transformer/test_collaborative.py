@@ -1,0 +1,57 @@
+"""Which samples of the dense heads become decoder queries."""
+
+import torch
+
+from brs_detr.assign.assignment import AuxSamples
+from brs_detr.models.transformer.collaborative import select_queries
+
+CLASSES, DIM, SIZES = 3, 8, [(100, 200), (100, 100)]
+
+
+def samples(labels):
+    """Samples whose features carry their index, so that they can be recognised."""
+    labels = [torch.tensor(one) for one in labels]
+    boxes = [torch.tensor([[10.0, 20.0, 30.0, 60.0]]).repeat(len(one), 1) for one in labels]
+    targets = [box * (label < CLASSES)[:, None] for box, label in zip(boxes, labels)]
+    features = [torch.arange(len(one)).float()[:, None].repeat(1, DIM) for one in labels]
+    return AuxSamples(boxes, labels, targets, features)
+
+
+def test_positives_come_first_and_background_fills_up_to_the_least():
+    (chosen,) = select_queries([samples([[3, 1, 3] * 5, [3] * 12])], SIZES, CLASSES)
+    assert chosen.boxes.shape == (2, 9, 4)
+    assert chosen.rows.tolist() == [0, 1, 2, 3, 4] and chosen.labels.tolist() == [1] * 5
+    assert sorted(chosen.features[0, :5, 0].tolist()) == [1, 4, 7, 10, 13]
+    assert (chosen.features[0, 5:, 0] % 3 != 1).all()
+
+
+def test_boxes_and_targets_are_normalised_by_their_own_picture():
+    (chosen,) = select_queries([samples([[1] * 9, [2] * 9])], SIZES, CLASSES)
+    torch.testing.assert_close(chosen.boxes[0, 0], torch.tensor([0.1, 0.4, 0.1, 0.4]))
+    torch.testing.assert_close(chosen.boxes[1, 0], torch.tensor([0.2, 0.4, 0.2, 0.4]))
+    torch.testing.assert_close(chosen.targets, chosen.boxes.flatten(0, 1))
+
+
+def test_every_picture_gets_as_many_queries_as_the_richest_within_the_limit():
+    heads = [samples([[0] * 20, [3] * 30]), samples([[0] * 40, [1] * 2 + [3] * 9])]
+    first, second = select_queries(heads, SIZES, CLASSES, limit=30)
+    assert first.boxes.shape[1] == 20 and second.boxes.shape[1] == 30
+    assert len(first.rows) == 20
+    # the second picture repeats its 11 samples over 30 slots; its 2 positives stand in slots 0, 1, 11, 12, 22, 23
+    assert len(second.rows) == 30 + 6
+    assert set(second.labels.tolist()) == {0, 1}
+
+
+def test_a_picture_without_positives_gets_background_only():
+    (chosen,) = select_queries([samples([[3] * 20, [3] * 5])], SIZES, CLASSES)
+    assert chosen.rows.shape == (0,) and chosen.targets.shape == (0, 4) and chosen.boxes.shape == (2, 9, 4)
+
+
+def test_a_picture_without_any_sample_gets_the_whole_picture_as_background():
+    empty = AuxSamples(
+        [torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, 4)], [torch.zeros(0, DIM)]
+    )
+    full = samples([[1] * 10])
+    both = AuxSamples(*(a + b for a, b in zip(full, empty)))
+    (chosen,) = select_queries([both], SIZES, CLASSES)
+    assert len(chosen.rows) == 10 and chosen.boxes[1].tolist() == [[0.5, 0.5, 1.0, 1.0]] * 10

@@ -1,0 +1,72 @@
+"""One training at a time in a folder, no run written over by accident, none resumed as another one."""
+
+import dataclasses
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from brs_detr.config import Config, ConfigError, TrainConfig, to_dict
+from brs_detr.engine.batch_plan import plan_batches
+from brs_detr.run.output_dir import hold_folder, remove_run, require_free_folder, require_same_run
+
+HOLD = """
+import sys, pathlib, brs_detr.run.output_dir as r
+r.hold_folder(pathlib.Path(sys.argv[1]))
+print('held')
+input()
+"""
+
+
+def test_a_folder_is_held_by_one_process_until_it_ends_even_if_it_is_killed(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    other = subprocess.Popen(
+        command, cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(ConfigError, match=f"process {other.pid} on .* is training there; wait for its end or stop it"):
+        hold_folder(tmp_path)
+    other.send_signal(signal.SIGKILL)
+    other.communicate()
+    hold_folder(tmp_path)
+    hold_folder(tmp_path)  # the same process may go on with its own run
+
+
+def facts_of(config, plan):
+    return {"config": to_dict(config), "launch": dataclasses.asdict(plan)}
+
+
+def test_another_launch_is_another_run_unless_told(tmp_path):
+    config, saved = Config(), plan_batches(16, 2, 4)
+    assert require_same_run(config, saved, facts_of(config, saved), tmp_path) == []
+    other = plan_batches(16, 2, 2)
+    with pytest.raises(ConfigError, match=r"launch processes: 4 -> 2; launch accumulate: 2 -> 4.*allow_changes=true"):
+        require_same_run(config, other, facts_of(config, saved), tmp_path)
+    config = Config(train=TrainConfig(allow_changes=True))
+    assert len(require_same_run(config, other, facts_of(config, saved), tmp_path)) == 2
+
+
+@pytest.mark.parametrize("flag", [None, "resume", "overwrite"])
+def test_a_folder_with_a_run_is_refused_unless_told_and_stays_as_it_is(tmp_path, flag):
+    state = tmp_path / "state" / "step-00000001" / "manifest.json"
+    state.parent.mkdir(parents=True)
+    state.touch()
+    config = Config(output_dir=str(tmp_path), train=TrainConfig(**({flag: True} if flag else {})))
+    if flag is None:
+        with pytest.raises(ConfigError, match="holds a run already: add --resume"):
+            require_free_folder(config)
+    else:
+        require_free_folder(config)
+    assert state.exists()
+
+
+def test_a_run_that_is_removed_leaves_nothing_that_a_later_resume_would_mistake_for_its_own(tmp_path):
+    files = [tmp_path / "state" / "step-00000001" / "manifest.json", tmp_path / "best.safetensors"]
+    files += [tmp_path / "last.safetensors", tmp_path / "evaluation" / "evaluation.json"]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    remove_run(tmp_path)
+    assert [file.exists() for file in files] == [False] * 3 + [True]

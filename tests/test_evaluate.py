@@ -1,0 +1,59 @@
+"""What of an evaluation counts, what is said of it, and what is kept of it for later."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+
+from brs_detr import evaluate
+from brs_detr.config import Config, EvalConfig
+from brs_detr.data.issues import DataError
+from brs_detr.evaluation.coco_eval import GroundTruth
+
+BOX = [10.0, 10.0, 50.0, 40.0]
+
+
+def annotations():
+    """Three pictures with one object each."""
+    entries = [{"id": i, "image_id": i, "category_id": 5, "bbox": [10, 10, 40, 30], "area": 1200} for i in (1, 2, 3)]
+    images = [{"id": i, "width": 90, "height": 90, "file_name": f"{i}.png"} for i in (1, 2, 3)]
+    return {"images": images, "annotations": entries, "categories": [{"id": 5, "name": "ring"}]}
+
+
+def found(image, score=0.25, unreadable=False):
+    count = 0 if unreadable else 1
+    boxes = np.array([BOX] * count, np.float32).reshape(-1, 4)
+    scores, labels = np.full(count, score, np.float32), np.zeros(count, np.int64)
+    return {"image_id": image, "boxes": boxes, "scores": scores, "labels": labels, "unreadable": unreadable}
+
+
+def outcome(monkeypatch, detections, **settings):
+    monkeypatch.setattr(evaluate, "predict", lambda *_, **__: detections)
+    truth, config = GroundTruth.read(annotations()), Config(eval=EvalConfig(**settings))
+    return evaluate.score(None, [5], truth, None, config, Accelerator(cpu=True))
+
+
+def test_a_picture_that_cannot_be_read_counts_neither_for_nor_against(monkeypatch):
+    summary, results = outcome(monkeypatch, [found(1), found(2), found(3, unreadable=True)])
+    assert summary.stats["AP"] == pytest.approx(1.0) and summary.images == 2 and len(results) == 2
+    assert any("1 picture(s) cannot be read and are left out: image id 3" in note for note in summary.notes)
+    summary, _ = outcome(monkeypatch, [found(1), found(2), found(3, unreadable=True) | {"unreadable": False}])
+    assert summary.stats["AP"] == pytest.approx(0.66, abs=0.01)
+
+
+def test_no_readable_picture_at_all_is_an_error(monkeypatch):
+    with pytest.raises(DataError, match="none of the pictures to evaluate can be read"):
+        outcome(monkeypatch, [found(image, unreadable=True) for image in (1, 2, 3)])
+
+
+def test_a_validation_keeps_the_scores_of_the_best_f1_and_says_a_note_once(monkeypatch):
+    dataset = SimpleNamespace(ground_truth=annotations, json_path="val.json", report={"images_listed": 4})
+    said, thresholds = [], {"of the weights before": 0.5}
+    config = Config(eval=EvalConfig(max_detections=10))
+    validate = evaluate.validator([5], dataset, None, config, Accelerator(cpu=True), said.append, thresholds)
+    for score in (0.25, 0.75):
+        monkeypatch.setattr(evaluate, "predict", lambda *_, s=score, **__: [found(image, s) for image in (1, 2, 3)])
+        assert validate(None)["AP"] == pytest.approx(1.0)
+        assert thresholds == {"ring": score}
+    assert len(said) == 1 and "best 10 detection(s)" in said[0]
