@@ -1,7 +1,7 @@
 """Time and memory of deformable sampling: the Triton kernels beside plain torch, forward and backward. Needs a GPU.
 
     python benchmarks/deform_attn.py
-    python benchmarks/deform_attn.py --pictures 2 --dtype bfloat16
+    python benchmarks/deform_attn.py --images 2 --dtype bfloat16
 
 Sizes are those of an 800 x 1333 picture with eight heads of 32 channels and four points: the encoder's layer (every
 cell is a query) on four and on five levels, and the decoder's (300 queries). Both run in turn in one process; times are
@@ -28,20 +28,20 @@ CASES = {"encoder, 4 levels": (FOUR, None), "encoder, 5 levels": (FIVE, None), "
 HEADS, DIM, POINTS = 8, 32, 4
 
 
-def problem(shapes: list, queries: int | None, pictures: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+def problem(shapes: list, queries: int | None, images: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     """Inputs near the queries' own cells, as a trained encoder samples, and the gradient that arrives."""
     tokens = sum(h * w for h, w in shapes)
-    centres = torch.cat([grid(h, w) for h, w in shapes]) if queries is None else torch.rand(queries, 2)
-    spread = torch.randn(pictures, len(centres), HEADS, len(shapes), POINTS, 2)
+    centers = torch.cat([grid(h, w) for h, w in shapes]) if queries is None else torch.rand(queries, 2)
+    spread = torch.randn(images, len(centers), HEADS, len(shapes), POINTS, 2)
     sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32)
-    locations = centres[:, None, None, None] + 2 * spread / sizes[:, None]
-    weights = torch.rand(pictures, len(centres), HEADS, len(shapes) * POINTS).softmax(-1)
+    locations = centers[:, None, None, None] + 2 * spread / sizes[:, None]
+    weights = torch.rand(images, len(centers), HEADS, len(shapes) * POINTS).softmax(-1)
     inputs = [
-        torch.randn(pictures, tokens, HEADS, DIM, dtype=dtype),
+        torch.randn(images, tokens, HEADS, DIM, dtype=dtype),
         locations,
         weights.unflatten(-1, (len(shapes), POINTS)),
     ]
-    gradient = torch.randn(pictures, len(centres), HEADS * DIM, dtype=dtype)
+    gradient = torch.randn(images, len(centers), HEADS * DIM, dtype=dtype)
     return [tensor.cuda().requires_grad_() for tensor in inputs], gradient.cuda()
 
 
@@ -51,12 +51,12 @@ def grid(height: int, width: int) -> Tensor:
     return torch.stack([xs, ys], -1).flatten(0, 1)
 
 
-def measure(case: str, pictures: int, dtype: torch.dtype, repeats: int) -> str:
+def measure(case: str, images: int, dtype: torch.dtype, repeats: int) -> str:
     """One line of the table."""
     from brs_detr.ops.deform_attn_triton import triton_sampling
 
     shapes, queries = CASES[case]
-    inputs, gradient = problem(shapes, queries, pictures, dtype)
+    inputs, gradient = problem(shapes, queries, images, dtype)
 
     def step(sampling) -> list[Tensor]:
         result = sampling(inputs[0], shapes, *inputs[1:])
@@ -88,7 +88,7 @@ def measure(case: str, pictures: int, dtype: torch.dtype, repeats: int) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=1)
+    parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
@@ -97,13 +97,11 @@ def main() -> int:
         return 2
     torch.manual_seed(0)
     device = torch.cuda.get_device_name()
-    print(
-        f"torch {torch.__version__}, {device}, {options.pictures} picture(s), {options.dtype}, {options.repeats} turns"
-    )
+    print(f"torch {torch.__version__}, {device}, {options.images} picture(s), {options.dtype}, {options.repeats} turns")
     print("| | torch ms | Triton ms | torch MB | Triton MB | faster | less memory | difference |")
     print("|---|---|---|---|---|---|---|---|")
     for case in CASES:
-        print(measure(case, options.pictures, getattr(torch, options.dtype), options.repeats), flush=True)
+        print(measure(case, options.images, getattr(torch, options.dtype), options.repeats), flush=True)
     return 0
 
 

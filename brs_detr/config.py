@@ -364,9 +364,9 @@ def rules(config: Any) -> Iterator[tuple[bool, str]]:
     model, train, augment = config.model, config.train, config.data.augment
     for name, value in leaves(config):
         numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
-        least = 1 if name in _AT_LEAST_ONE.split() else 0
+        minimum = 1 if name in _AT_LEAST_ONE.split() else 0
         null = f", or null: {_MAY_BE_NULL[name]}" if name in _MAY_BE_NULL else ""
-        yield any(v < least for v in numbers), f"{name}={value} must be at least {least}{null}"
+        yield any(v < minimum for v in numbers), f"{name}={value} must be at least {minimum}{null}"
         yield name in _POSITIVE and any(v <= 0 for v in numbers), f"{name}={value} must be above 0"
         yield name in _NOT_EMPTY and value == (), f"{name} needs at least one entry"
     for name, value in (("data.augment.flip", augment.flip), ("model.rpn.nms_iou", model.rpn.nms_iou)):

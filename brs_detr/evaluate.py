@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from brs_detr import config as configuration
 from brs_detr.config import Config, ConfigError
 from brs_detr.data.coco import CocoDetection
-from brs_detr.data.image_io import PictureError
+from brs_detr.data.image_io import ImageError
 from brs_detr.data.issues import DROPPED, POLICY, DataError
 from brs_detr.data.loader import build_eval_loader
 from brs_detr.engine.checkpoint import CheckpointError, write_text
@@ -44,7 +44,7 @@ from brs_detr.viz.boxes import contact_sheet, draw_detections
 from brs_detr.viz.plots import draw_confusion, draw_curves, draw_precision_recall
 
 FIGURES = ("model.", "eval.", "data.test_", "data.antialias")  # beginnings of the settings that figures depend on
-OPTIONAL = "confusion.csv confusion.png precision_recall.csv precision_recall.png pictures.png curves.png"
+OPTIONAL = "confusion.csv confusion.png precision_recall.csv precision_recall.png detections.png curves.png"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,11 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("weights", type=Path, help="run folder (its best weights) or .safetensors file")
     parser.add_argument("overrides", nargs="*", help="settings to change, e.g. data.root=/data/coco")
     parser.add_argument("--out", type=Path, help="folder to write to (default: evaluation/ beside the weights)")
-    parser.add_argument("--pictures", type=int, default=12, help="example pictures to draw (default 12; 0: none)")
+    parser.add_argument("--images", type=int, default=12, help="example pictures to draw (default 12; 0: none)")
     options = parser.parse_intermixed_args(arguments)
     forgive_output()
     try:
-        evaluate(options.weights, options.overrides, options.out, options.pictures)
+        evaluate(options.weights, options.overrides, options.out, options.images)
     except (ConfigError, DataError, CheckpointError) as error:
         complain(error)
         return ExitCode.REFUSED
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     return ExitCode.OK
 
 
-def evaluate(weights_path: Path, overrides: list[str], out: Path | None = None, pictures: int = 0) -> None:
+def evaluate(weights_path: Path, overrides: list[str], out: Path | None = None, images: int = 0) -> None:
     """Evaluate a run folder's best weights, or a weights file, on the val split of its config."""
     model, weights, config, file = setup.restore(weights_path, overrides)
     out = out or file.parent / "evaluation"
@@ -96,7 +96,7 @@ def evaluate(weights_path: Path, overrides: list[str], out: Path | None = None, 
             (out / name).unlink(missing_ok=True)
         write_text(out / "results.json", json.dumps(finite_results(results), allow_nan=False))
         summary.save(out, {"weights": str(file), "epoch": epoch, "annotations": dataset.json_path})
-        write_pictures(out, dataset, results, pictures, summary.thresholds())
+        write_images(out, dataset, results, images, summary.thresholds())
         write_curves(out, summary, file.parent / "metrics.jsonl")
     print(f"{printable(file)} (epoch {printable(epoch)}) on {printable(dataset.json_path)}\n")
     print(f"{summary.table()}\n\nsaved in {printable(out)}")
@@ -141,9 +141,9 @@ def score(
         DataError: no picture could be read.
         Interruption: in every process, where the loader of one was interrupted.
     """
-    most = config.eval.max_detections
-    limits = {"score_threshold": config.eval.score_threshold, "max_detections": most}
-    detections = predict(model, loader, accelerator, progress=True, **limits)
+    max_detections = config.eval.max_detections
+    settings = {"score_threshold": config.eval.score_threshold, "max_detections": max_detections}
+    detections = predict(model, loader, accelerator, progress=True, **settings)
     unreadable = [found["image_id"] for found in detections if found["unreadable"]]
     if len(unreadable) == len(detections):  # in every process, so that none waits for the others
         raise DataError("none of the pictures to evaluate can be read; `python -m brs_detr check-data` names the fault")
@@ -153,7 +153,7 @@ def score(
     results = [
         result for found in detections for result in detections_to_results(found["image_id"], found, category_ids)
     ]
-    counted = (*(limit for limit in (1, 10) if limit < most), most)
+    counted = (*(limit for limit in (1, 10) if limit < max_detections), max_detections)
     readable = sorted(set(truth.image_ids) - set(unreadable))
     summary = evaluate_coco(truth, results, image_ids=readable, max_detections=counted, **options)
     summary.images_listed = max(images_listed, len(truth.image_ids))
@@ -166,26 +166,30 @@ def score(
 
 def setting_notes(config: Config, truth: GroundTruth, image_ids: Sequence[int]) -> list[str]:
     """What of the settings makes AP another measure than COCO's, or bounds it for these pictures."""
-    notes, threshold, most = [], config.eval.score_threshold, config.eval.max_detections
+    notes, threshold, max_detections = [], config.eval.score_threshold, config.eval.max_detections
     if threshold > 0:
         notes.append(
             f"detections with a score of {threshold:g} or less are left out (eval.score_threshold): AP and recall are "
             "lower than without"
         )
-    if most != COCO_LIMIT:
+    if max_detections != COCO_LIMIT:
         notes.append(
-            f"all figures count the best {most} detection(s) of a picture (eval.max_detections), "
+            f"all figures count the best {max_detections} detection(s) of a picture (eval.max_detections), "
             f"COCO's are of {COCO_LIMIT}"
         )
     returned = config.model.detections_per_image
-    if max(returned, COCO_LIMIT) < most:
+    if max(returned, COCO_LIMIT) < max_detections:
         notes.append(
-            f"the detector returns {returned} detections a picture, not {most}: raise model.detections_per_image too"
+            f"the detector returns {returned} detections a picture, not {max_detections}: raise "
+            "model.detections_per_image too"
         )
-    objects, image = truth.most_objects(image_ids, by_class=False)
-    if objects > min(most, returned) and truth.most_objects(image_ids)[0] <= most:  # else the summary says so itself
+    objects, image = truth.max_objects(image_ids, by_class=False)
+    if (
+        objects > min(max_detections, returned) and truth.max_objects(image_ids)[0] <= max_detections
+    ):  # else the summary says so itself
         notes.append(
-            f"image {image} holds {objects} objects but at most {min(most, returned)} detections of a picture count: "
+            f"image {image} holds {objects} objects but at most {min(max_detections, returned)} detections of a "
+            "picture count: "
             "its recall cannot reach 1; raise eval.max_detections and model.detections_per_image"
         )
     return notes
@@ -229,7 +233,7 @@ def validator(
         DataError: the dataset holds no object, so that no validation could tell good weights from bad ones.
     """
     truth, told = GroundTruth.read(dataset.ground_truth()), set()
-    if not truth.most_objects(truth.image_ids)[0]:
+    if not truth.max_objects(truth.image_ids)[0]:
         raise DataError(
             f"{dataset.json_path}: none of its {len(dataset):,} pictures holds an object that counts, so validation "
             "has nothing to measure; point data.val_json and data.val_images at annotated pictures"
@@ -251,13 +255,13 @@ def validator(
     return validate
 
 
-def write_pictures(
+def write_images(
     out: Path, dataset: CocoDetection, results: list[dict[str, Any]], count: int, thresholds: Mapping[str, float]
 ) -> list[Path]:
     """Draw evenly spaced pictures of a dataset with what was found and what is true.
 
     Args:
-        out: folder; gets `pictures/IMAGE_ID.png` and one sheet of them all, `pictures.png`.
+        out: folder; gets `detections/IMAGE_ID.png` and one sheet of them all, `detections.png`.
         dataset: opened with `train=False`.
         results: detections in COCO's format.
         count: number of pictures; 0 for none.
@@ -269,13 +273,15 @@ def write_pictures(
     step = max(1, len(dataset) // count) if count else 0
     chosen = range(0, len(dataset), step)[:count] if step else range(0)
     labels = {category: label for label, category in enumerate(dataset.category_ids)}
-    least = {category: thresholds.get(name, math.inf) for category, name in zip(dataset.category_ids, dataset.classes)}
-    results = [result for result in results if result["score"] >= least[result["category_id"]]]
+    score_thresholds = {
+        category: thresholds.get(name, math.inf) for category, name in zip(dataset.category_ids, dataset.classes)
+    }
+    results = [result for result in results if result["score"] >= score_thresholds[result["category_id"]]]
     paths, drawn = [], []
     for index in chosen:
         try:
             image, target = dataset.load(index)
-        except PictureError:  # the evaluation has counted it
+        except ImageError:  # the evaluation has counted it
             continue
         found = [result for result in results if result["image_id"] == target["image_id"]]
         boxes = torch.tensor([result["bbox"] for result in found]).reshape(-1, 4)
@@ -286,11 +292,11 @@ def write_pictures(
         }
         title = dataset.file_name(index)
         drawn.append(draw_detections(image, detections, target, dataset.classes, threshold=0.0, title=title))
-        paths.append(out / "pictures" / f"{target['image_id']}.png")
+        paths.append(out / "detections" / f"{target['image_id']}.png")
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
         drawn[-1].save(paths[-1])
     if drawn:
-        paths.insert(0, out / "pictures.png")
+        paths.insert(0, out / "detections.png")
         contact_sheet(drawn).save(paths[0])
     return paths
 

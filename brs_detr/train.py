@@ -20,7 +20,7 @@ from pathlib import Path
 from timm.utils import ModelEmaV3
 
 from brs_detr import config as configuration
-from brs_detr.data.image_io import PictureError
+from brs_detr.data.image_io import ImageError
 from brs_detr.data.issues import DataError
 from brs_detr.data.loader import EpochBatches, build_eval_loader, build_train_loader
 from brs_detr.engine.checkpoint import CheckpointError, Weights, save_weights, write_text
@@ -44,10 +44,10 @@ from brs_detr.ops.targets import TargetError, check_targets
 from brs_detr.run import setup
 from brs_detr.run.launch import describe_machine, start_accelerator
 from brs_detr.run.output_dir import (
+    check_output_dir,
+    check_resumable,
     remove_run,
-    require_free_folder,
     require_same_data,
-    require_same_run,
     require_shared_folder,
 )
 from brs_detr.user_files import forgive_output
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Interruption as error:
         complain(error)
         return error.code
-    except (configuration.ConfigError, DataError, PictureError, CheckpointError, NonFiniteError, TargetError) as error:
+    except (configuration.ConfigError, DataError, ImageError, CheckpointError, NonFiniteError, TargetError) as error:
         complain(error)
         return ExitCode.NOT_FINITE if isinstance(error, NonFiniteError) else ExitCode.REFUSED
     except OSError as error:
@@ -92,9 +92,9 @@ def train(config: configuration.Config, trial: str | None = None) -> int:
     if trial is not None:
         flags = {"overwrite": True, "resume": False}
         config = replace(config, output_dir=f"{config.output_dir}/{trial}", train=replace(config.train, **flags))
-    require_free_folder(config)
+    check_output_dir(config)
     accelerator = start_accelerator(config, trackers=trial is None)
-    plan = setup.plan_of(config, accelerator)
+    plan = setup.plan_batches(config, accelerator)
     state, log = open_log(config, plan, accelerator)
     config = setup.with_subset(config, accelerator)
 
@@ -102,7 +102,7 @@ def train(config: configuration.Config, trial: str | None = None) -> int:
     train_set, val_set = setup.open_train_set(config), setup.open_val_set(config)
     log.say(f"{train_set.summary()}\n{val_set.summary()}")
     setup.require_same_categories(train_set.classes, train_set.category_ids, val_set, train_set.json_path)
-    facts = setup.facts_of(config, plan, train_set, val_set)
+    facts = setup.run_metadata(config, plan, train_set, val_set)
     if state is not None:
         require_same_data(config, facts["data"], read_facts(state), state)
     elif accelerator.is_main_process:
@@ -113,7 +113,7 @@ def train(config: configuration.Config, trial: str | None = None) -> int:
     train_loader = build_train_loader(train_set, plan.per_device, seed=config.seed, **process)
     val_loader = build_eval_loader(val_set, config.eval.batch_size, **process)
     batches = EpochBatches(train_loader)
-    length = setup.length_of(config, plan, len(batches))
+    length = setup.plan_training(config, plan, len(batches))
     log.say(setup.describe_length(config, length))
     if warning := setup.shared_memory_warning(config, plan, train_set, val_set):
         log.say(warning)
@@ -201,7 +201,7 @@ def open_log(config: configuration.Config, plan, accelerator) -> tuple[Path | No
     require_shared_folder(config, accelerator)
     state, notes = agreed_state(folder / "state", accelerator) if config.train.resume else (None, [])
     if state is not None:
-        changes = require_same_run(config, plan, read_facts(state), state, is_sharded(accelerator))
+        changes = check_resumable(config, plan, read_facts(state), state, is_sharded(accelerator))
         notes += [f"resumed from {state}", *(f"changed since: {change}" for change in changes)]
     accelerator.wait_for_everyone()
     log = RunLog(folder, accelerator, None if state is None else read_facts(state))

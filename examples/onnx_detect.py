@@ -11,42 +11,42 @@ import onnxruntime
 from PIL import Image
 
 
-def resize(picture: Image.Image, facts: dict) -> Image.Image:
+def resize(image: Image.Image, facts: dict) -> Image.Image:
     """The picture at its test size, its aspect ratio kept, smaller where the detector's input is."""
-    width, height = picture.size
+    width, height = image.size
     factor = min(facts["long_side"] / max(width, height), facts["short_side"] / min(width, height))
     if facts["size"] is not None:
         factor = min(factor, facts["size"][0] / height, facts["size"][1] / width)
     size = max(1, int(width * factor + 0.5)), max(1, int(height * factor + 0.5))
     if facts["antialias"]:
-        return picture.resize(size, Image.Resampling.BILINEAR)
+        return image.resize(size, Image.Resampling.BILINEAR)
     stretch = (width / size[0], 0, 0, 0, height / size[1], 0)
-    return picture.transform(size, Image.Transform.AFFINE, stretch, Image.Resampling.BILINEAR)
+    return image.transform(size, Image.Transform.AFFINE, stretch, Image.Resampling.BILINEAR)
 
 
-def detect(session: onnxruntime.InferenceSession, facts: dict, picture: Image.Image) -> tuple:
+def detect(session: onnxruntime.InferenceSession, facts: dict, image: Image.Image) -> tuple:
     """boxes (n, 4) x1, y1, x2, y2 in pixels of the picture, scores (n,), labels (n,); best first."""
-    resized = resize(picture, facts)
+    resized = resize(image, facts)
     width, height = resized.size
     wanted = np.uint8 if session.get_inputs()[0].type == "tensor(uint8)" else np.float32
     pixels = np.zeros((1, 3, *(facts["size"] or (height, width))), wanted)
     pixels[0, :, :height, :width] = np.asarray(resized).transpose(2, 0, 1)
     sizes = np.array([[height, width]], np.int64)
     boxes, scores, labels = (array[0] for array in session.run(None, {"pixels": pixels, "sizes": sizes}))
-    scale = np.array([picture.width / width, picture.height / height] * 2, np.float32)
+    scale = np.array([image.width / width, image.height / height] * 2, np.float32)
     return boxes * scale, scores, labels
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="file of `python -m brs_detr export`")
-    parser.add_argument("picture")
+    parser.add_argument("image")
     parser.add_argument("--threshold", type=float, help="lowest score (default: of each class's best F1 in validation)")
     options = parser.parse_args()
 
     session = onnxruntime.InferenceSession(options.model, providers=onnxruntime.get_available_providers())
     facts = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
-    boxes, scores, labels = detect(session, facts, Image.open(options.picture, formats=["JPEG", "PNG"]).convert("RGB"))
+    boxes, scores, labels = detect(session, facts, Image.open(options.image, formats=["JPEG", "PNG"]).convert("RGB"))
     for (x1, y1, x2, y2), score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist()):
         if score >= (facts["thresholds"][label] if options.threshold is None else options.threshold):
             name = f"{facts['classes'][label]} (category {facts['category_ids'][label]})"

@@ -59,13 +59,13 @@ def main(steps: int, batch: int = 4, classes: int = 3) -> None:
     """Train on fresh images and print the loss terms."""
     torch.manual_seed(0)
     model = make_model(classes).train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
     for step in range(steps):
         images, targets = zip(*(make_image(classes) for _ in range(batch)))
         terms = model(list(images), list(targets))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         sum(terms.values()).backward()
-        optimiser.step()
+        optimizer.step()
         if step % 10 == 0 or step == steps - 1:
             print(f"step {step:4d}", *(f"{name} {term.item():.3f}" for name, term in terms.items()), sep="  ")
 

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from brs_detr import cli
-from brs_detr.commands.predict import lowest_scores
+from brs_detr.commands.predict import score_thresholds
 from brs_detr.config import from_dict, load_config
 from brs_detr.data.storage import StorageError
 from brs_detr.data.synthetic import make_dataset
@@ -101,16 +101,18 @@ def test_a_run_leaves_weights_metrics_config_and_log(run):
 
 
 def test_eval_of_the_weights_equals_the_figure_of_the_training(run, tmp_path):
-    assert evaluate([str(run / "last.safetensors"), "--out", str(tmp_path), "--pictures", "2"]) == 0
+    assert evaluate([str(run / "last.safetensors"), "--out", str(tmp_path), "--images", "2"]) == 0
     logged = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "val"][-1]
     ours = figures(tmp_path)
     for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"):
         assert ours[name] == pytest.approx(logged[name], abs=1e-12), name
-    assert {"results.json", "evaluation.json", "per_class.csv", "pictures.png"} <= {p.name for p in tmp_path.iterdir()}
+    assert {"results.json", "evaluation.json", "per_class.csv", "detections.png"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
 
 
 def test_results_are_in_the_format_of_coco_with_the_ids_of_the_dataset(run, data, tmp_path):
-    evaluate([str(run), "--out", str(tmp_path), "--pictures", "0"])
+    evaluate([str(run), "--out", str(tmp_path), "--images", "0"])
     truth = json.loads((data / "annotations" / "val.json").read_text())
     results = json.loads((tmp_path / "results.json").read_text())
     images = {image["id"]: image for image in truth["images"]}
@@ -125,7 +127,7 @@ def test_results_are_in_the_format_of_coco_with_the_ids_of_the_dataset(run, data
 def test_the_figures_do_not_depend_on_the_batch_size(run, tmp_path):
     found = []
     for size in (1, 2, 7):
-        evaluate([str(run), f"eval.batch_size={size}", "--out", str(tmp_path / str(size)), "--pictures", "0"])
+        evaluate([str(run), f"eval.batch_size={size}", "--out", str(tmp_path / str(size)), "--images", "0"])
         found.append(figures(tmp_path / str(size)))
     for other in found[1:]:
         assert other == pytest.approx(found[0], abs=1e-6)
@@ -161,7 +163,7 @@ def test_a_path_that_cannot_be_used_is_named_in_one_sentence(data, tmp_path, cap
         assert capsys.readouterr().err == f"error: {bad}: {reason}\n"
 
 
-def test_what_holds_no_picture_and_no_json_is_refused_in_one_sentence(run, tmp_path, capsys):
+def test_what_holds_no_image_and_no_json_is_refused_in_one_sentence(run, tmp_path, capsys):
     assert cli.main(["predict", str(run), str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path}: no picture in this folder\n"
     (tmp_path / "train.json").write_text("<html>")
@@ -204,13 +206,13 @@ def test_fine_tuning_from_other_classes_says_what_it_did(run, data, tmp_path, ca
     assert "re-initialised:" not in said.replace("the others re-initialised:", "")
 
 
-def test_overfitting_uses_the_training_pictures_for_validation(data, tmp_path):
+def test_overfitting_uses_the_training_images_for_validation(data, tmp_path):
     command = [DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}", "train.overfit_batches=1", "train.epochs=1"]
     assert train(command) == 0
     subset = json.loads((tmp_path / "overfit.json").read_text())
     assert len(subset["images"]) == 4
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert evaluate([str(tmp_path), "--out", str(tmp_path / "out"), "--pictures", "0"]) == 0
+    assert evaluate([str(tmp_path), "--out", str(tmp_path / "out"), "--images", "0"]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {r["image_id"] for r in results} <= {image["id"] for image in subset["images"]}
 
@@ -345,13 +347,13 @@ def test_a_setting_that_changes_shapes_is_refused_when_weights_are_loaded(run, c
 
 
 def test_eval_needs_and_opens_no_tracker_of_the_training(run, tmp_path):
-    assert evaluate([str(run), "train.trackers=[dvclive]", "--out", str(tmp_path), "--pictures", "0"]) == 0
+    assert evaluate([str(run), "train.trackers=[dvclive]", "--out", str(tmp_path), "--images", "0"]) == 0
     arguments = [str(run), "train.trackers=[tensorboard]", f"output_dir={tmp_path}", "--out", str(tmp_path / "out")]
-    assert evaluate([*arguments, "--pictures", "0"]) == 0
+    assert evaluate([*arguments, "--images", "0"]) == 0
     assert not list(tmp_path.rglob("events.*"))
 
 
-def test_a_picture_that_proves_damaged_is_left_out_of_the_figures(run, data, tmp_path, capsys):
+def test_a_image_that_proves_damaged_is_left_out_of_the_figures(run, data, tmp_path, capsys):
     """Both of its entry and of what is found on it: the other pictures count as they always did."""
     root = tmp_path / "data"
     shutil.copytree(data, root)
@@ -362,7 +364,7 @@ def test_a_picture_that_proves_damaged_is_left_out_of_the_figures(run, data, tmp
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 255
     file.write_bytes(content)
-    arguments = [str(run), f"data.root={root}", "--pictures", "7", "--out"]
+    arguments = [str(run), f"data.root={root}", "--images", "7", "--out"]
     assert evaluate([*arguments, str(tmp_path / "damaged")]) == 0
     written = json.loads((tmp_path / "damaged" / "evaluation.json").read_text())
     assert f"1 picture(s) cannot be read and are left out: image id {victim['id']}" in written["notes"]
@@ -406,21 +408,23 @@ def test_a_storage_that_fails_has_a_code_of_its_own_in_every_command(run, data, 
 def test_the_boxes_of_an_auxiliary_head_can_be_evaluated(run, tmp_path, head):
     found = {}
     for name in ("decoder", head):
-        assert evaluate([str(run), f"eval.predict_with={name}", "--out", str(tmp_path / name), "--pictures", "0"]) == 0
+        assert evaluate([str(run), f"eval.predict_with={name}", "--out", str(tmp_path / name), "--images", "0"]) == 0
         found[name] = json.loads((tmp_path / name / "results.json").read_text())
     assert found[head] != found["decoder"]
 
 
-def test_predicted_pictures_of_one_name_in_two_folders_do_not_replace_each_other(run, data, tmp_path):
-    pictures = sorted((data / "images" / "val").iterdir())
+def test_predicted_images_of_one_name_in_two_folders_do_not_replace_each_other(run, data, tmp_path):
+    images = sorted((data / "images" / "val").iterdir())
     names = ["a/1.png", "b/1.png", "b/1.jpg", "2.png"]
-    for name, picture in zip(names, pictures):
+    for name, image in zip(names, images):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.open(picture).save(tmp_path / "in" / name)
+        Image.open(image).save(tmp_path / "in" / name)
     assert cli.main(["predict", str(run), str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert sorted(entry["file_name"] for entry in found) == sorted(names)
-    drawn = {p.relative_to(tmp_path / "out" / "pictures").as_posix() for p in tmp_path.glob("out/pictures/**/*.png")}
+    drawn = {
+        p.relative_to(tmp_path / "out" / "detections").as_posix() for p in tmp_path.glob("out/detections/**/*.png")
+    }
     assert drawn == {"a/1.png", "b/1.png.png", "b/1.jpg.png", "2.png"}
     assert cli.main(["predict", str(run), str(tmp_path / "in"), "--out", "/dev/null/out"]) == 2
 
@@ -463,9 +467,9 @@ def test_three_processes_find_what_one_finds(run, tmp_path):
         "--nproc-per-node=3",
         str(ROOT / "eval.py"),
     ]
-    command = [*launch, str(run), "eval.batch_size=2", "--out", str(tmp_path / "three"), "--pictures", "0"]
+    command = [*launch, str(run), "eval.batch_size=2", "--out", str(tmp_path / "three"), "--images", "0"]
     subprocess.run(command, env=environment, check=True, timeout=300, capture_output=True)
-    evaluate([str(run), "--out", str(tmp_path / "one"), "--pictures", "0"])
+    evaluate([str(run), "--out", str(tmp_path / "one"), "--images", "0"])
     assert figures(tmp_path / "three") == pytest.approx(figures(tmp_path / "one"), abs=1e-6)
 
 
@@ -516,11 +520,11 @@ def test_info_shows_the_official_parameter_count_without_a_network(capsys):
     assert "65,126,564" in said and "22,223 tokens" in said
 
 
-def test_predict_writes_a_json_and_pictures(run, data, tmp_path):
+def test_predict_writes_a_json_and_images(run, data, tmp_path):
     arguments = ["predict", str(run), str(data / "images" / "val"), "--out", str(tmp_path), "--threshold", "0"]
     assert cli.main(arguments) == 0
     found = json.loads((tmp_path / "predictions.json").read_text())
-    assert len(found) == 7 and len(list((tmp_path / "pictures").iterdir())) == 7
+    assert len(found) == 7 and len(list((tmp_path / "detections").iterdir())) == 7
     names = {"disc", "ring", "rectangle", "triangle", "star"}
     assert {thing["name"] for entry in found for thing in entry["objects"]} <= names
 
@@ -528,9 +532,9 @@ def test_predict_writes_a_json_and_pictures(run, data, tmp_path):
 def test_predict_reports_from_the_score_that_was_best_in_validation():
     classes, labels = ["disc", "ring"], ([7, 3], {})
     validated = Weights({}, classes, *labels, {"thresholds": {"ring": 0.04}})
-    assert lowest_scores(validated, None) == [1.0, 0.04]
-    assert lowest_scores(validated, 0.2) == [0.2, 0.2]
-    assert lowest_scores(Weights({}, classes, *labels), None) == [0.3, 0.3]
+    assert score_thresholds(validated, None) == [1.0, 0.04]
+    assert score_thresholds(validated, 0.2) == [0.2, 0.2]
+    assert score_thresholds(Weights({}, classes, *labels), None) == [0.3, 0.3]
 
 
 def test_check_data_reads_a_recipe(data, tmp_path, capsys):

@@ -103,24 +103,24 @@ def test_the_figures_are_those_of_the_training_to_the_last_digit_whatever_the_pr
     logged = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "val"][-1]
     for override in ("train.precision=bf16", "train.precision=no", "train.precision=fp16"):
         AcceleratorState._reset_state(reset_partial_state=True)
-        assert evaluate([str(run / "last.safetensors"), override, "--out", str(tmp_path), "--pictures", "0"]) == 0
+        assert evaluate([str(run / "last.safetensors"), override, "--out", str(tmp_path), "--images", "0"]) == 0
         ours = report(tmp_path)
         assert ours["stats"] == {name: logged[name] for name in ours["stats"]}
         assert ours["notes"] == []
     assert ours["stats"]["AR100"] > 0  # else the same could be said of any figures
 
 
-def test_pictures_of_several_shapes_give_the_same_figures_in_batches_of_any_size(run, tmp_path):
+def test_images_of_several_shapes_give_the_same_figures_in_batches_of_any_size(run, tmp_path):
     found = []
     for size in (1, 2, 7):
-        assert evaluate([str(run), f"eval.batch_size={size}", "--out", str(tmp_path), "--pictures", "0"]) == 0
+        assert evaluate([str(run), f"eval.batch_size={size}", "--out", str(tmp_path), "--images", "0"]) == 0
         found.append(report(tmp_path)["stats"])
     assert found[1] == pytest.approx(found[0], abs=1e-6) and found[2] == pytest.approx(found[0], abs=1e-6)
 
 
 def test_pycocotools_gives_the_same_figures_for_the_json_and_the_results(run, data, tmp_path):
     """Read from the files by its own code, the crowd included."""
-    assert evaluate([str(run), "--out", str(tmp_path), "--pictures", "2"]) == 0
+    assert evaluate([str(run), "--out", str(tmp_path), "--images", "2"]) == 0
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(data / "annotations" / "val.json"))
         evaluation = COCOeval(truth, truth.loadRes(str(tmp_path / "results.json")), "bbox")
@@ -132,13 +132,13 @@ def test_pycocotools_gives_the_same_figures_for_the_json_and_the_results(run, da
     np.testing.assert_allclose([stats[name] for name in names], evaluation.stats, rtol=0, atol=1e-12)
     left = {path.name for path in tmp_path.iterdir()}
     tables = {"results.json", "evaluation.json", "per_class.csv", "precision_recall.csv", "confusion.csv"}
-    assert left == tables | {"precision_recall.png", "confusion.png", "pictures.png", "pictures", "curves.png"}
+    assert left == tables | {"precision_recall.png", "confusion.png", "detections.png", "detections", "curves.png"}
     assert report(tmp_path)["about"]["annotations"] == str(data / "annotations" / "val.json")
 
 
 @pytest.mark.parametrize("most", [1, 10, 300])
 def test_other_limits_than_cocos_leave_every_figure_defined_and_are_said(run, tmp_path, most):
-    assert evaluate([str(run), f"eval.max_detections={most}", "--out", str(tmp_path), "--pictures", "0"]) == 0
+    assert evaluate([str(run), f"eval.max_detections={most}", "--out", str(tmp_path), "--images", "0"]) == 0
     content = report(tmp_path)
     recalls = {name for name in content["stats"] if name.startswith("AR") and name[2:].isdigit()}
     assert recalls == {f"AR{limit}" for limit in {1, min(10, most), most}}
@@ -149,14 +149,14 @@ def test_other_limits_than_cocos_leave_every_figure_defined_and_are_said(run, tm
 
 
 def test_a_score_threshold_is_said_and_one_above_all_scores_gives_zero(run, tmp_path):
-    assert evaluate([str(run), "--out", str(tmp_path), "--pictures", "1"]) == 0
-    assert (tmp_path / "pictures.png").exists()
-    assert evaluate([str(run), "eval.score_threshold=0.999", "--out", str(tmp_path), "--pictures", "0"]) == 0
+    assert evaluate([str(run), "--out", str(tmp_path), "--images", "1"]) == 0
+    assert (tmp_path / "detections.png").exists()
+    assert evaluate([str(run), "eval.score_threshold=0.999", "--out", str(tmp_path), "--images", "0"]) == 0
     content = report(tmp_path)
     assert content["stats"]["AP"] == content["stats"]["AR100"] == 0 and content["detections"] == 0
     assert any("score of 0.999 or less are left out" in note for note in content["notes"])
     assert json.loads((tmp_path / "results.json").read_text()) == []
-    assert not (tmp_path / "pictures.png").exists()  # of the evaluation before
+    assert not (tmp_path / "detections.png").exists()  # of the evaluation before
 
 
 def test_what_is_not_evaluated_is_said(run, data, tmp_path):
@@ -167,7 +167,7 @@ def test_what_is_not_evaluated_is_said(run, data, tmp_path):
     next((root / "images").rglob("val/" + Path(content["images"][3]["file_name"]).name)).unlink()
     content["annotations"][-1]["bbox"] = [5, 5, 0, 5]
     path.write_text(json.dumps(content))
-    assert evaluate([str(run), f"data.root={root}", "--out", str(tmp_path / "out"), "--pictures", "0"]) == 0
+    assert evaluate([str(run), f"data.root={root}", "--out", str(tmp_path / "out"), "--images", "0"]) == 0
     notes = report(tmp_path / "out")["notes"]
     assert any(note.startswith("1 of 9 pictures of") for note in notes)
     assert any(note.startswith("1 x box empty") for note in notes)
@@ -183,7 +183,7 @@ def test_a_val_set_without_objects_is_refused_by_training_and_said_by_eval(run, 
     error = capsys.readouterr().err.strip()
     assert "none of its 9 pictures holds an object" in error and "\n" not in error
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert evaluate([str(run), f"data.root={root}", "--out", str(tmp_path / "out"), "--pictures", "1"]) == 0
+    assert evaluate([str(run), f"data.root={root}", "--out", str(tmp_path / "out"), "--images", "1"]) == 0
     content = report(tmp_path / "out")
     assert content["stats"]["AP"] == -1 and any("nothing to measure" in note for note in content["notes"])
     assert json.loads((tmp_path / "out" / "results.json").read_text())

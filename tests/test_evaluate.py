@@ -34,7 +34,7 @@ def outcome(monkeypatch, detections, **settings):
     return evaluate.score(None, [5], truth, None, config, Accelerator(cpu=True))
 
 
-def test_a_picture_that_cannot_be_read_counts_neither_for_nor_against(monkeypatch):
+def test_a_image_that_cannot_be_read_counts_neither_for_nor_against(monkeypatch):
     summary, results = outcome(monkeypatch, [found(1), found(2), found(3, unreadable=True)])
     assert summary.stats["AP"] == pytest.approx(1.0) and summary.images == 2 and len(results) == 2
     assert any("1 picture(s) cannot be read and are left out: image id 3" in note for note in summary.notes)
@@ -42,7 +42,7 @@ def test_a_picture_that_cannot_be_read_counts_neither_for_nor_against(monkeypatc
     assert summary.stats["AP"] == pytest.approx(0.66, abs=0.01)
 
 
-def test_no_readable_picture_at_all_is_an_error(monkeypatch):
+def test_no_readable_image_at_all_is_an_error(monkeypatch):
     with pytest.raises(DataError, match="none of the pictures to evaluate can be read"):
         outcome(monkeypatch, [found(image, unreadable=True) for image in (1, 2, 3)])
 

@@ -30,21 +30,21 @@ def atss_assign(anchors: Tensor, level_counts: Sequence[int], objects: Tensor, *
     """
     if objects.shape[0] == 0 or anchors.shape[0] == 0:
         return torch.full((anchors.shape[0],), BACKGROUND, dtype=torch.int64, device=anchors.device)
-    centres = (anchors[:, :2] + anchors[:, 2:]) * 0.5
-    candidates = _nearest(centres, level_counts, objects, topk)
+    centers = (anchors[:, :2] + anchors[:, 2:]) * 0.5
+    candidates = _nearest(centers, level_counts, objects, topk)
     overlap = _overlap(anchors[candidates], objects)
-    accepted = (overlap >= _threshold(overlap)) & _inside(centres[candidates], objects)
+    accepted = (overlap >= _threshold(overlap)) & _inside(centers[candidates], objects)
     table = anchors.new_full((anchors.shape[0], objects.shape[0]), -1.0)
     table.scatter_(0, candidates, torch.where(accepted, overlap, -1.0))
     best, index = table.max(dim=1)
     return torch.where(best >= 0, index, BACKGROUND)
 
 
-def _nearest(centres: Tensor, level_counts: Sequence[int], objects: Tensor, topk: int) -> Tensor:
+def _nearest(centers: Tensor, level_counts: Sequence[int], objects: Tensor, topk: int) -> Tensor:
     """(K, M) indices of the topk anchors of every level nearest to each object's centre."""
     middle = (objects[:, :2] + objects[:, 2:]) * 0.5
     chosen, start = [], 0
-    for level in centres.split(list(level_counts)):
+    for level in centers.split(list(level_counts)):
         if level.shape[0]:
             distance = (level[:, None, 0] - middle[:, 0]).square() + (level[:, None, 1] - middle[:, 1]).square()
             nearest = distance.topk(min(topk, level.shape[0]), dim=0, largest=False).indices
@@ -68,7 +68,7 @@ def _threshold(overlap: Tensor) -> Tensor:
     return mean + overlap.std(dim=0) if overlap.shape[0] > 1 else mean
 
 
-def _inside(centres: Tensor, objects: Tensor) -> Tensor:
+def _inside(centers: Tensor, objects: Tensor) -> Tensor:
     """(K, M) whether candidate centres (K, M, 2) lie inside their object (M, 4)."""
-    margin = torch.cat([centres - objects[:, :2], objects[:, 2:] - centres], dim=-1)
+    margin = torch.cat([centers - objects[:, :2], objects[:, 2:] - centers], dim=-1)
     return margin.amin(dim=-1) > SMALLEST_MARGIN

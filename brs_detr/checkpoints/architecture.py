@@ -101,7 +101,7 @@ class Architecture:
         )
 
 
-def recognise(tensors: Mapping[str, Tensor], source: str) -> Architecture:
+def recognize(tensors: Mapping[str, Tensor], source: str) -> Architecture:
     """The architecture of an official state dict.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 from torch import Size, Tensor
 
 from brs_detr import config as configuration
-from brs_detr.checkpoints.architecture import Architecture, name_classes, recognise, settings_of
+from brs_detr.checkpoints.architecture import Architecture, name_classes, recognize, settings_of
 from brs_detr.checkpoints.keys import to_official, to_ours, why_dropped
 from brs_detr.config import ModelConfig
 from brs_detr.engine.checkpoint import CheckpointError, Weights, load_weights
@@ -74,7 +74,7 @@ def from_official(file: OfficialFile, source: str, json_path: Path | None = None
     Raises:
         CheckpointError: another architecture, missing or odd tensors, classes without names.
     """
-    found = recognise(file.tensors, source)
+    found = recognize(file.tensors, source)
     classes = name_classes(found.num_classes, file.meta, json_path, source)
     config = configuration.from_dict(settings_of(found), source)
     dropped: dict[str, list[str]] = {}
@@ -125,7 +125,7 @@ def export(source: Path, target: Path) -> int:
             f"{source}: {len(unknown)} tensors have no official name ({', '.join(unknown[:3])}); only detectors of the "
             "released architecture can be written so"
         )
-    recognise(tensors, str(source))
+    recognize(tensors, str(source))
     meta = {"CLASSES": tuple(weights.classes)}
     if isinstance(weights.extra.get("epoch"), int):
         meta["epoch"] = weights.extra["epoch"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from brs_detr.data.formats.base import Notes, choose_pair, hold_out, inspect, read_lines, to_coco
+from brs_detr.data.formats.base import Notes, hold_out, pick_train_val, read_lines, to_coco, validate
 from brs_detr.data.formats.voc import read_voc
 from brs_detr.data.formats.yolo import read_yolo
 from brs_detr.data.image_io import Limits
@@ -57,15 +57,15 @@ def _convert(args: argparse.Namespace) -> int:
     limits = Limits(max_image_pixels=sys.maxsize, max_image_bytes=args.max_image_bytes)
     if args.format == "voc":
         options = {"one_based": args.one_based, "keep_difficult": args.keep_difficult}
-        labelled = read_voc(args.source, classes=classes, limits=limits, **options)
+        imported = read_voc(args.source, classes=classes, limits=limits, **options)
     elif args.one_based or args.keep_difficult:
         raise DataError("--one-based and --keep-difficult are about VOC; YOLO labels have neither.")
     else:
-        labelled = read_yolo(args.source, classes=classes, limits=limits)
+        imported = read_yolo(args.source, classes=classes, limits=limits)
     if args.val_fraction is not None:
-        hold_out(labelled, args.val_fraction)
-    inspect(labelled, args.source)
-    datasets, pictures = to_coco(labelled)
+        hold_out(imported, args.val_fraction)
+    validate(imported, args.source)
+    datasets, images = to_coco(imported)
     out = Path(args.out).absolute()
     paths = {split: out / f"{split}.json" for split in datasets}
     require_free(paths.values())
@@ -73,8 +73,8 @@ def _convert(args: argparse.Namespace) -> int:
         data = write_dataset(datasets[split], path)
         counts = (len(data["images"]), len(data["annotations"]), len(data["categories"]))
         print("{}: {:,} images, {:,} objects, {} classes".format(printable(path), *counts))
-    print_notes(labelled.notes, out / NOTES_FILE)
-    print(next_steps(out, pictures, *choose_pair(labelled)))
+    print_notes(imported.notes, out / NOTES_FILE)
+    print(next_steps(out, images, *pick_train_val(imported)))
     return 0
 
 
@@ -126,16 +126,16 @@ def write_dataset(data: dict[str, Any], path: Path) -> dict[str, Any]:
     return data
 
 
-def next_steps(out: Path, pictures: str, train: str, val: str | None) -> str:
+def next_steps(out: Path, images: str, train: str, val: str | None) -> str:
     """The command lines that check the dataset and train on it."""
     lines = ["next:"]
     for split in filter(None, (train, val)):
-        words = ["python", "-m", "brs_detr", "check-data", str(out / f"{split}.json"), "--images", pictures]
+        words = ["python", "-m", "brs_detr", "check-data", str(out / f"{split}.json"), "--images", images]
         lines.append(printable(shlex.join(words)))
     if val is None:
         hint = "training needs a train and a val split; --val-fraction 0.1 takes the second out of the first"
         return "\n".join([*lines, hint])
-    settings = {"data.root": pictures, "data.train_json": str(out / f"{train}.json"), "data.train_images": "."}
+    settings = {"data.root": images, "data.train_json": str(out / f"{train}.json"), "data.train_images": "."}
     settings |= {"data.val_json": str(out / f"{val}.json"), "data.val_images": ".", "output_dir": "runs/mine"}
     words = [f"{key}={_as_yaml(value)}" for key, value in settings.items()]
     return "\n".join([*lines, printable(shlex.join(["accelerate", "launch", "train.py", RECIPE, *words]))])

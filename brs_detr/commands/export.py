@@ -14,13 +14,13 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from brs_detr.commands.predict import lowest_scores
+from brs_detr.commands.predict import score_thresholds
 from brs_detr.config import Config, ConfigError
-from brs_detr.data.image_io import read_picture
+from brs_detr.data.image_io import read_image
 from brs_detr.data.transforms import resized_size
 from brs_detr.engine.checkpoint import Weights, publish
 from brs_detr.export.onnx import OLDEST_OPSET, ExportError, write_onnx
-from brs_detr.export.parity import MOST_PIXELS, MOST_SCORE, ExportedDetector, compare
+from brs_detr.export.parity import MAX_BOX_DIFFERENCE, MAX_SCORE_DIFFERENCE, ExportedDetector, compare
 from brs_detr.models.brs_detr import BRSDETR
 from brs_detr.ops.images import ImageBatch, Size
 from brs_detr.run.output_dir import require_writable
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pixels", choices=PIXELS, default="uint8", help="type of the input, 0..255 in either case")
     parser.add_argument("--opset", type=int, default=OLDEST_OPSET, help="version of ONNX's operators (default: 18)")
     parser.add_argument(
-        "--picture", type=Path, action="append", default=[], help="check with this picture too; may be repeated"
+        "--image", type=Path, action="append", default=[], help="check with this picture too; may be repeated"
     )
 
 
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
             "add eval.predict_with=decoder"
         )
     size = input_size(config, options)
-    pictures = {str(path): read_picture(path, limits=limits_of(config)) for path in options.picture}
+    images = {str(path): read_image(path, limits=limits_of(config)) for path in options.image}
     shape = "any size" if options.any_size else f"{size[0]}x{size[1]} (height x width)"
     print(f"{printable(file)}: exporting for {shape}")
     partial = options.out.with_name(f".{options.out.name}.partial")
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
             pixels=PIXELS[options.pixels],
             metadata=metadata(weights, config, None if options.any_size else size),
         )
-        check(model, partial, config, options, size, pictures)
+        check(model, partial, config, options, size, images)
         publish(partial, options.out)
     finally:
         partial.unlink(missing_ok=True)
@@ -105,11 +105,11 @@ def input_size(config: Config, options: argparse.Namespace) -> Size:
     Raises:
         ConfigError: a side is too small for the maps to have two cells.
     """
-    least = 2 * max(config.model.backbone.levels) * 2 ** (config.model.levels - len(config.model.backbone.levels))
+    min_side = 2 * max(config.model.backbone.levels) * 2 ** (config.model.levels - len(config.model.backbone.levels))
     for name, side in (("--height", options.height), ("--width", options.width)):
-        if side is not None and side < least:
-            raise ConfigError(f"{name}={side}: the coarsest of this detector's maps needs at least {least} pixels")
-    short, long = max(config.data.test_short_side, least), max(config.data.test_long_side, least)
+        if side is not None and side < min_side:
+            raise ConfigError(f"{name}={side}: the coarsest of this detector's maps needs at least {min_side} pixels")
+    short, long = max(config.data.test_short_side, min_side), max(config.data.test_long_side, min_side)
     return (short, long) if options.any_size else (options.height or long, options.width or long)
 
 
@@ -118,7 +118,7 @@ def metadata(weights: Weights, config: Config, size: Size | None) -> dict[str, A
     return {
         "classes": weights.classes,
         "category_ids": weights.category_ids,
-        "thresholds": lowest_scores(weights, None),
+        "thresholds": score_thresholds(weights, None),
         "size": size,
         "short_side": config.data.test_short_side,
         "long_side": config.data.test_long_side,
@@ -127,7 +127,7 @@ def metadata(weights: Weights, config: Config, size: Size | None) -> dict[str, A
 
 
 def check(
-    model: BRSDETR, path: Path, config: Config, options: argparse.Namespace, size: Size, pictures: dict[str, Tensor]
+    model: BRSDETR, path: Path, config: Config, options: argparse.Namespace, size: Size, samples: dict[str, Tensor]
 ) -> None:
     """Compare the file in onnxruntime with the detector in torch, on noise and on (3, h, w) pictures by name.
 
@@ -142,9 +142,9 @@ def check(
     upright = (width, math.ceil(height * part)) if options.any_size else (height, math.ceil(width * part))
     shapes = {"noise": (math.ceil(height * part), width), "noise, upright": upright}
     cases = {name: torch.randint(0, 256, (3, *shape), dtype=torch.uint8) for name, shape in shapes.items()}
-    for name, picture in pictures.items():
-        fitted = list(fitted_size(picture.shape[-2:], config, None if options.any_size else size))
-        cases[name] = resize(picture, fitted, InterpolationMode.BILINEAR, antialias=config.data.antialias)
+    for name, sample in samples.items():
+        fitted = list(fitted_size(sample.shape[-2:], config, None if options.any_size else size))
+        cases[name] = resize(sample, fitted, InterpolationMode.BILINEAR, antialias=config.data.antialias)
     version = importlib.metadata.version("onnxruntime")
     print(f"onnxruntime {version} against torch {torch.__version__}, largest differences:")
     for name, image in cases.items():
@@ -156,16 +156,16 @@ def check(
         if not found.small:
             raise ExportError(
                 f"{options.out} was not written: onnxruntime differs from torch by {found.boxes:.2g} pixels and "
-                f"{found.scores:.2g} in scores, where {MOST_PIXELS} and {MOST_SCORE} would be rounding"
+                f"{found.scores:.2g} in scores, where {MAX_BOX_DIFFERENCE} and {MAX_SCORE_DIFFERENCE} would be rounding"
             )
 
 
-def fitted_size(picture: Size, config: Config, limit: Size | None) -> Size:
+def fitted_size(size: Size, config: Config, max_size: Size | None) -> Size:
     """(h, w) of a picture as `data.test_short_side` and `data.test_long_side` say, smaller where the graph's is."""
     short_side: float = config.data.test_short_side
-    if limit is not None:
-        short_side = min(short_side, min(picture) * min(limit[0] / picture[0], limit[1] / picture[1]))
-    return resized_size(*picture, short_side, config.data.test_long_side)
+    if max_size is not None:
+        short_side = min(short_side, min(size) * min(max_size[0] / size[0], max_size[1] / size[1]))
+    return resized_size(*size, short_side, config.data.test_long_side)
 
 
 def padded(image: Tensor, canvas: Size) -> ImageBatch:

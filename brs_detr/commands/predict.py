@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from brs_detr.data.image_io import PictureError, is_picture_name, read_picture
+from brs_detr.data.image_io import ImageError, is_image_name, read_image
 from brs_detr.engine.checkpoint import Weights, write_text
 from brs_detr.ops.images import ImageBatch
 from brs_detr.run.launch import choose_device
@@ -28,7 +28,7 @@ LONGEST_NAME = 255  # bytes of a file name that file systems take
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `predict`."""
     parser.add_argument("weights", type=Path, help="run folder (its best weights) or .safetensors file")
-    parser.add_argument("pictures", type=Path, help="picture, or folder of pictures")
+    parser.add_argument("images", type=Path, help="picture, or folder of pictures")
     parser.add_argument("overrides", nargs="*", help="settings to change, e.g. data.test_short_side=640")
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder to write to")
     parser.add_argument(
@@ -45,10 +45,10 @@ def run(options: argparse.Namespace) -> int:
     model, weights, config, _ = restore(options.weights, options.overrides)
     device = choose_device(options.device)
     model.to(device)
-    least = torch.tensor(lowest_scores(weights, options.threshold), device=device)
+    thresholds = torch.tensor(score_thresholds(weights, options.threshold), device=device)
     transforms = val_transforms(config)
-    files = picture_files(options.pictures)
-    root = options.pictures if options.pictures.is_dir() else options.pictures.parent
+    files = image_files(options.images)
+    root = options.images if options.images.is_dir() else options.images.parent
     found, drawn = [], drawing_names([path.relative_to(root) for path in files])
     require_writable(options.out, "--out")
     partial = options.out / "predictions.partial.jsonl"  # what there is if this process is killed
@@ -56,14 +56,14 @@ def run(options: argparse.Namespace) -> int:
         try:
             for path, drawing in zip(files, drawn, strict=True):
                 try:
-                    image = read_picture(path, limits=limits_of(config))
-                except PictureError as error:
+                    image = read_image(path, limits=limits_of(config))
+                except ImageError as error:
                     print(f"passed over: {error}")
                     continue
                 empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
                 resized, _ = transforms(image, empty)
                 output = model(ImageBatch.from_list([resized], [tuple(image.shape[-2:])]).to(device), None)[0]
-                keep = (output["scores"] >= least[output["labels"]]).cpu()
+                keep = (output["scores"] >= thresholds[output["labels"]]).cpu()
                 kept = {key: value.cpu()[keep] for key, value in output.items()}
                 name = path.relative_to(root).as_posix()
                 entry = {"file_name": name, "objects": describe(kept, weights.classes, weights.category_ids)}
@@ -71,10 +71,10 @@ def run(options: argparse.Namespace) -> int:
                 lines.flush()
                 found.append(entry)
                 print(f"{printable(path)}: {len(kept['scores'])} objects")
-                picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-                target = options.out / "pictures" / drawing
+                drawing_image = Image.fromarray(image.permute(1, 2, 0).numpy())
+                target = options.out / "detections" / drawing
                 target.parent.mkdir(parents=True, exist_ok=True)
-                draw_detections(picture, kept, None, weights.classes, threshold=0.0).save(target)
+                draw_detections(drawing_image, kept, None, weights.classes, threshold=0.0).save(target)
         finally:  # whatever ends this, Ctrl-C too, what was found until then is kept
             save(found, options.out, partial)
     return 0 if found else 1
@@ -87,7 +87,7 @@ def save(found: list[dict], out: Path, partial: Path) -> None:
     print(f"saved in {printable(out)}")
 
 
-def lowest_scores(weights: Weights, threshold: float | None) -> list[float]:
+def score_thresholds(weights: Weights, threshold: float | None) -> list[float]:
     """The lowest score to report for each class: the one asked for, or the one of its best F1 in the last validation.
 
     A file that was never validated here (a converted one) gets 0.3; a class that validation never found right, 1.
@@ -98,7 +98,7 @@ def lowest_scores(weights: Weights, threshold: float | None) -> list[float]:
     return [stored.get(name, 1.0) for name in weights.classes]
 
 
-def picture_files(path: Path) -> list[Path]:
+def image_files(path: Path) -> list[Path]:
     """The picture itself, or every file of a folder that is named like one, by name.
 
     Raises:
@@ -109,7 +109,7 @@ def picture_files(path: Path) -> list[Path]:
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such picture or folder")
     Image.init()
-    files = sorted(file for file in path.rglob("*") if is_picture_name(file.name))
+    files = sorted(file for file in path.rglob("*") if is_image_name(file.name))
     if not files:
         raise FileNotFoundError(f"{path}: no picture in this folder")
     return files

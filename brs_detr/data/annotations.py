@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from brs_detr.data.issues import DataError, FaultLog
-from brs_detr.data.json_file import BOX_FROM_MASK, is_number, unquote, whole_number
+from brs_detr.data.issues import DataError, IssueLog
+from brs_detr.data.json_file import BOX_FROM_MASK, as_int, coerce_numbers, is_number
 from brs_detr.user_files import printable
 
 
@@ -30,13 +30,13 @@ class Images:
     Attributes:
         ids: (I,) int64; names: I file names.
         frames: (I, 2) int32 (h, w) that the boxes are drawn in.
-        pictures: (I, 2) int32 (h, w) of the file as it will be read; the frame where the file was not opened.
+        sizes: (I, 2) int32 (h, w) of the file as it will be read; the frame where the file was not opened.
     """
 
     ids: np.ndarray
     names: list[str]
     frames: np.ndarray
-    pictures: np.ndarray
+    sizes: np.ndarray
 
     def __len__(self) -> int:
         return len(self.names)
@@ -47,7 +47,7 @@ class Images:
     def keep(self, rows: np.ndarray) -> Images:
         """The images of a boolean mask (I,)."""
         names = [name for name, kept in zip(self.names, rows, strict=True) if kept]
-        return Images(self.ids[rows], names, self.frames[rows], self.pictures[rows])
+        return Images(self.ids[rows], names, self.frames[rows], self.sizes[rows])
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Objects:
         return Objects(*(getattr(self, field.name)[which] for field in fields(self)))
 
 
-def read_images(data: dict[str, Any], path: str | Path, log: FaultLog) -> Images:
+def read_images(data: dict[str, Any], path: str | Path, log: IssueLog) -> Images:
     """The images with usable entries; the size is 0 where the json gives none.
 
     Raises:
@@ -86,9 +86,9 @@ def read_images(data: dict[str, Any], path: str | Path, log: FaultLog) -> Images
     seen: set[int] = set()
     named: set[str] = set()
     for position, entry in enumerate(data["images"]):
-        if isinstance(entry, dict) and unquote(entry, ("id", "width", "height")):
+        if isinstance(entry, dict) and coerce_numbers(entry, ("id", "width", "height")):
             log.add("number_as_text", f"image entry {position}")
-        key = whole_number(entry.get("id")) if isinstance(entry, dict) else None
+        key = as_int(entry.get("id")) if isinstance(entry, dict) else None
         name = (entry.get("file_name") or entry.get("coco_url")) if isinstance(entry, dict) else None
         if key is None or not isinstance(name, str) or not name:
             log.add("image_malformed", f"image entry {position}", repr(entry)[:80])
@@ -100,7 +100,7 @@ def read_images(data: dict[str, Any], path: str | Path, log: FaultLog) -> Images
             log.add("picture_listed_twice", f"image {key} ({name})")
         seen.add(key)
         named.add(name)
-        height, width = whole_number(entry.get("height")), whole_number(entry.get("width"))
+        height, width = as_int(entry.get("height")), as_int(entry.get("width"))
         known = height is not None and width is not None and 0 < height < 2**31 and 0 < width < 2**31
         ids.append(key)
         names.append(name)
@@ -117,7 +117,7 @@ def read_images(data: dict[str, Any], path: str | Path, log: FaultLog) -> Images
 _NUMBERS_OF_ANNOTATIONS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "ignore")
 
 
-def read_objects(data: dict[str, Any], images: Images, category_ids: list[int], log: FaultLog) -> Objects:
+def read_objects(data: dict[str, Any], images: Images, category_ids: list[int], log: IssueLog) -> Objects:
     """The annotations that are well formed: known image and category, a box of four finite numbers with w, h > 0."""
     row_of = {int(key): row for row, key in enumerate(images.ids)}
     label_of = {key: label for label, key in enumerate(category_ids)}
@@ -131,7 +131,7 @@ def read_objects(data: dict[str, Any], images: Images, category_ids: list[int], 
         box = entry.get("bbox")
         # exact types first, for speed: this loop runs once per annotation
         if str in map(type, entry.values()) or (type(box) is list and str in map(type, box)):
-            if unquote(entry, _NUMBERS_OF_ANNOTATIONS):
+            if coerce_numbers(entry, _NUMBERS_OF_ANNOTATIONS):
                 log.add("number_as_text", f"annotation entry {position}")
             box = entry.get("bbox")
         key, row, label = entry.get("id"), _get(row_of, entry["image_id"]), _get(label_of, entry["category_id"])
@@ -140,9 +140,9 @@ def read_objects(data: dict[str, Any], images: Images, category_ids: list[int], 
             name = kind.removesuffix("_unknown")
             log.add(kind, _where(entry, position), f"{name} {entry[name]!r}")
             if row is not None:
-                unlisted.add(whole_number(entry["category_id"]))
+                unlisted.add(as_int(entry["category_id"]))
             continue
-        wrong, key = _wrong_box(box), whole_number(key)
+        wrong, key = _wrong_box(box), as_int(key)
         if wrong:
             log.add(wrong, _where(entry, position, images.names[row]), f"bbox {box!r}" if "bbox" in entry else "")
             continue
@@ -169,7 +169,7 @@ def read_objects(data: dict[str, Any], images: Images, category_ids: list[int], 
     return Objects(ids, rows, labels, xywh, np.array(areas, np.float64), np.array(crowd, bool))
 
 
-def _note_shift(listed: list[int], used: set[int | None], log: FaultLog) -> None:
+def _note_shift(listed: list[int], used: set[int | None], log: IssueLog) -> None:
     """Annotations counted from 0 and categories from 1, or the reverse: most ids exist and mean another class."""
     for shift in (1, -1):
         if None not in used and {key + shift for key in used} <= set(listed):
@@ -214,10 +214,10 @@ def _wrong_box(box: Any) -> str | None:
 
 
 def _get(table: dict[int, int], key: Any) -> int | None:
-    return table.get(key) if type(key) is int else table.get(whole_number(key))
+    return table.get(key) if type(key) is int else table.get(as_int(key))
 
 
-def read_categories(data: dict[str, Any], path: str | Path, log: FaultLog) -> tuple[list[int], list[str]]:
+def read_categories(data: dict[str, Any], path: str | Path, log: IssueLog) -> tuple[list[int], list[str]]:
     """Category ids in ascending order and their names; label `k` is the k-th of them.
 
     Raises:
@@ -225,9 +225,9 @@ def read_categories(data: dict[str, Any], path: str | Path, log: FaultLog) -> tu
     """
     names: dict[int, str] = {}
     for position, entry in enumerate(data["categories"]):
-        if isinstance(entry, dict) and unquote(entry, ("id",)):
+        if isinstance(entry, dict) and coerce_numbers(entry, ("id",)):
             log.add("number_as_text", f"category entry {position}")
-        key = whole_number(entry.get("id")) if isinstance(entry, dict) else None
+        key = as_int(entry.get("id")) if isinstance(entry, dict) else None
         if key is None:
             shown = printable(repr(entry))[:80]
             raise DataError(
@@ -280,7 +280,7 @@ class PackedAnnotations:
         image_ids: (I,) int64, as in the json.
         names: (bytes,) uint8, all file names in UTF-8 one after the other; name_offsets: (I + 1,) int64.
         frames: (I, 2) int32 (h, w) that the boxes are drawn in.
-        picture_sizes: (I, 2) int32 (h, w) of the file, as far as known.
+        image_sizes: (I, 2) int32 (h, w) of the file, as far as known.
         offsets: (I + 1,) int64, image i owns rows offsets[i]:offsets[i + 1] of the following.
         boxes: (N, 4) float32 xyxy pixels; labels: (N,) int32 0..C-1; areas: (N,) float32; iscrowd: (N,) bool.
     """
@@ -289,7 +289,7 @@ class PackedAnnotations:
     names: np.ndarray
     name_offsets: np.ndarray
     frames: np.ndarray
-    picture_sizes: np.ndarray
+    image_sizes: np.ndarray
     offsets: np.ndarray
     boxes: np.ndarray
     labels: np.ndarray
@@ -315,7 +315,7 @@ def pack(images: Images, objects: Objects) -> PackedAnnotations:
         names=np.frombuffer(b"".join(encoded), np.uint8),
         name_offsets=np.cumsum([0, *map(len, encoded)], dtype=np.int64),
         frames=images.frames,
-        picture_sizes=images.pictures,
+        image_sizes=images.sizes,
         offsets=np.searchsorted(objects.rows, np.arange(len(images) + 1)),
         boxes=xyxy.astype(np.float32),
         labels=objects.labels,

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from brs_detr.data.annotations import categories_differ
 from brs_detr.data.coco import CocoDetection, Transform
-from brs_detr.data.image_io import PICTURE_ENDINGS, Limits, PictureError, has_zeroed_part, inspect_picture
+from brs_detr.data.image_io import IMAGE_ENDINGS, ImageError, Limits, has_zeroed_part, read_image_info
 from brs_detr.data.image_search import usual_folder
-from brs_detr.data.issues import DROPPED, KEPT, POLICY, REPAIRED, WARNED, DataError, FaultLog
+from brs_detr.data.issues import DROPPED, KEPT, POLICY, REPAIRED, WARNED, DataError, IssueLog
 from brs_detr.data.json_file import load_json
 from brs_detr.data.transforms import TrainTransforms
 from brs_detr.user_files import printable
@@ -48,7 +48,7 @@ class Source:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def check_dataset(source: Source, log: FaultLog, listed: Collection[str] | None = None) -> CocoDetection:
+def check_dataset(source: Source, log: IssueLog, listed: Collection[str] | None = None) -> CocoDetection:
     """Open a dataset as training or evaluation does and look at every picture.
 
     Args:
@@ -64,7 +64,7 @@ def check_dataset(source: Source, log: FaultLog, listed: Collection[str] | None 
     """
     options = {"transforms": source.transforms, "train": source.train, "inspect": True, **source.options}
     dataset = CocoDetection(source.json_path, source.image_dir, log=log, **options)
-    readable = [look_at(dataset, index, log) for index in range(len(dataset))]
+    readable = [inspect_image(dataset, index, log) for index in range(len(dataset))]
     if not any(readable):
         raise DataError(f"{source.json_path}: none of its pictures can be read: {'; '.join(log.lines((DROPPED,)))}.")
     if not dataset.report["objects"]:
@@ -91,17 +91,17 @@ def file_names(json_path: str | Path, limits: Limits | None = None) -> list[str]
     return [name for name in names if isinstance(name, str) and name]
 
 
-def _find_unlisted(dataset: CocoDetection, listed: Collection[str], log: FaultLog) -> None:
+def _find_unlisted(dataset: CocoDetection, listed: Collection[str], log: IssueLog) -> None:
     """Note the picture files beside the listed ones that no image entry names."""
     used = {os.path.abspath(dataset.path(index)) for index in range(len(dataset))}
     for folder in sorted({os.path.dirname(path) for path in used}):
         for name in sorted(os.listdir(folder)):
             path = os.path.join(folder, name)
-            if name.lower().endswith(PICTURE_ENDINGS) and path not in used and path not in listed:
+            if name.lower().endswith(IMAGE_ENDINGS) and path not in used and path not in listed:
                 log.add("picture_not_listed", os.path.relpath(path, dataset.image_dir))
 
 
-def note_shared_pictures(datasets: Iterable[CocoDetection], dataset: CocoDetection, log: FaultLog) -> None:
+def note_shared_images(datasets: Iterable[CocoDetection], dataset: CocoDetection, log: IssueLog) -> None:
     """Note the pictures of a dataset that one of others has as well."""
     paths = {os.path.realpath(other.path(index)) for other in datasets for index in range(len(other))}
     for index in range(len(dataset)):
@@ -110,7 +110,7 @@ def note_shared_pictures(datasets: Iterable[CocoDetection], dataset: CocoDetecti
             log.add("picture_in_both_splits", where)
 
 
-def report(dataset: CocoDetection, log: FaultLog, show: int) -> str:
+def report(dataset: CocoDetection, log: IssueLog, show: int) -> str:
     """The findings as text: totals, classes, then each kind of fault with its policy and its first cases."""
     counts = dataset.report
     purpose = "trained" if dataset.train else "evaluated"
@@ -134,7 +134,7 @@ def report(dataset: CocoDetection, log: FaultLog, show: int) -> str:
     return "\n".join(lines)
 
 
-def write_csv(log: FaultLog, path: str | Path) -> None:
+def write_csv(log: IssueLog, path: str | Path) -> None:
     """One row per fault: kind, what happens, where, detail."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -181,13 +181,13 @@ def run(
         with contextlib.suppress(DataError):  # named below
             listed |= listed_files(source)
     for number, source in enumerate(sources):
-        log = FaultLog(examples=None)
+        log = IssueLog(examples=None)
         try:
             dataset = check_dataset(source, log, listed)
         except DataError as error:
             code = _refuse(error)
             continue
-        note_shared_pictures(datasets, dataset, log)
+        note_shared_images(datasets, dataset, log)
         print(report(dataset, log, args.show))
         code = max(code, _write_files(args, dataset, log, number))
         datasets.append(dataset)
@@ -210,7 +210,7 @@ def _compare_classes(datasets: Sequence[CocoDetection]) -> int:
     return code
 
 
-def _write_files(args: argparse.Namespace, dataset: CocoDetection, log: FaultLog, number: int) -> int:
+def _write_files(args: argparse.Namespace, dataset: CocoDetection, log: IssueLog, number: int) -> int:
     if args.samples > 0:
         path = _numbered(args.sheet, number)
         write_samples(dataset, path, args.samples)
@@ -230,7 +230,7 @@ _FORMAT_OF_ENDING = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BM
 _JPEG_OF_CAMERAS = "MPO"  # with a second picture inside that is a preview or another eye's view
 
 
-def look_at(dataset: CocoDetection, index: int, log: FaultLog) -> bool:
+def inspect_image(dataset: CocoDetection, index: int, log: IssueLog) -> bool:
     """Read one picture and log what is unusual about it.
 
     Args:
@@ -244,9 +244,9 @@ def look_at(dataset: CocoDetection, index: int, log: FaultLog) -> bool:
     name, path = dataset.file_name(index), dataset.path(index)
     where = f"image {dataset.packed.image_ids[index]} ({name})"
     try:
-        info = inspect_picture(path, dataset.limits)
+        info = read_image_info(path, dataset.limits)
         pixels, _ = dataset.load(index)
-    except PictureError as error:
+    except ImageError as error:
         log.add("picture_unreadable", where, error.reason)
         return False
     if info.mode != "RGB":
@@ -262,14 +262,14 @@ def look_at(dataset: CocoDetection, index: int, log: FaultLog) -> bool:
         log.add("picture_uniform", where)
     elif pixels.max() < (64 if info.mode.startswith("I") else 17):  # 14 bits of 16; 12 bits, where colours hide the 16
         log.add("picture_dark", where, f"the brightest value is {pixels.max()} of 255")
-    elif share_blank_below(pixels) >= 0.25:
-        log.add("picture_part_blank", where, f"the lower {share_blank_below(pixels):.0%}")
+    elif blank_bottom_fraction(pixels) >= 0.25:
+        log.add("picture_part_blank", where, f"the lower {blank_bottom_fraction(pixels):.0%}")
     elif has_zeroed_part(path):
         log.add("picture_part_blank", where, "the file holds zeros instead of pixels")
     return True
 
 
-def share_blank_below(pixels: Tensor, period: int = 16) -> float:
+def blank_bottom_fraction(pixels: Tensor, period: int = 16) -> float:
     """The share of a picture's height, from below, whose rows repeat themselves, as in a cut file that was saved again.
 
     Args:

@@ -20,10 +20,10 @@ from torch.utils.data import Dataset, get_worker_info
 
 from brs_detr.data import annotations as reading
 from brs_detr.data.annotations import pack, read_categories
-from brs_detr.data.image_io import Limits, PictureError, read_picture
-from brs_detr.data.image_search import find_pictures, guess_folder
-from brs_detr.data.image_sizes import doubt_layout, judge_boxes, same_aspect, settle_sizes
-from brs_detr.data.issues import DROPPED, KEPT, POLICY, REPAIRED, WARNED, DataError, FaultLog
+from brs_detr.data.image_io import ImageError, Limits, read_image
+from brs_detr.data.image_search import guess_folder, resolve_image_paths
+from brs_detr.data.image_sizes import check_box_format, clip_and_filter_boxes, resolve_image_sizes, same_aspect
+from brs_detr.data.issues import DROPPED, KEPT, POLICY, REPAIRED, WARNED, DataError, IssueLog
 from brs_detr.data.json_file import load_json
 from brs_detr.data.shared_memory import shared_zeros
 from brs_detr.user_files import printable
@@ -76,13 +76,13 @@ class CocoDetection(Dataset):
         seed: int = 0,
         inspect: bool | None = None,
         limits: Limits | None = None,
-        log: FaultLog | None = None,
+        log: IssueLog | None = None,
         retry_seconds: float | None = None,
     ) -> None:
         self.json_path, self.image_dir = str(json_path), str(image_dir)
         self.transforms, self.train, self.seed = transforms, train, seed
         self.limits, self.retry_seconds = limits or Limits(), retry_seconds
-        self._log = FaultLog() if log is None else log
+        self._log = IssueLog() if log is None else log
         images, objects, self._listed = self._read(inspect=not train if inspect is None else inspect)
         if train:
             images, objects = self._leave_out(images, objects, keep_empty, min_side)
@@ -172,7 +172,7 @@ class CocoDetection(Dataset):
             "unreadable": True where a black picture stands for a damaged one.
 
         Raises:
-            PictureError: in training, where neither the picture nor the next ones can be decoded.
+            ImageError: in training, where neither the picture nor the next ones can be decoded.
             StorageError: the file, which was there, cannot be read; no other picture takes its place.
         """
         index, epoch = index if isinstance(index, tuple) else (index, 0)
@@ -190,7 +190,7 @@ class CocoDetection(Dataset):
         """The picture as stored and its objects, before augmentation; crowds are left out.
 
         Raises:
-            PictureError: the file cannot be decoded.
+            ImageError: the file cannot be decoded.
             StorageError: the file cannot be read.
         """
         packed = self.packed
@@ -199,8 +199,8 @@ class CocoDetection(Dataset):
         place = 0 if worker is None else 1 + worker.id % _MOST_WORKERS
         self._reading[place] = index + 1
         try:
-            image = read_picture(self.path(index), frame, self.limits, self.retry_seconds)
-        except PictureError:
+            image = read_image(self.path(index), frame, self.limits, self.retry_seconds)
+        except ImageError:
             self._found[index] = _UNREADABLE
             raise
         finally:
@@ -211,7 +211,7 @@ class CocoDetection(Dataset):
         size = (image.shape[1], image.shape[2])
         if size != frame:
             self._found[index] = _MISMATCH
-            boxes, labels, frame = _into_picture(boxes, labels, frame, size)
+            boxes, labels, frame = _into_image(boxes, labels, frame, size)
         target = {
             "boxes": torch.from_numpy(boxes),
             "labels": torch.from_numpy(labels),
@@ -256,14 +256,14 @@ class CocoDetection(Dataset):
         objects = reading.read_objects(data, images, self.category_ids, log)
         listed = (len(data["images"]), len(data["annotations"]))
         del data
-        found = find_pictures(images, self.image_dir, log, self.limits.allow_outside_images)
+        found = resolve_image_paths(images, self.image_dir, log, self.limits.allow_outside_images)
         if not found.any():
             raise DataError(f"{self.json_path}: {_where_else(images.names, self.image_dir, log)}")
         images, objects = _select(images, objects, found)
-        readable = settle_sizes(images, objects, self.image_dir, log, inspect, self.limits, self.retry_seconds)
+        readable = resolve_image_sizes(images, objects, self.image_dir, log, inspect, self.limits, self.retry_seconds)
         images, objects = _select(images, objects, readable)
-        doubt_layout(images, objects, log)
-        objects = judge_boxes(images, objects, log, self.train)
+        check_box_format(images, objects, log)
+        objects = clip_and_filter_boxes(images, objects, log, self.train)
         for label in set(range(len(self.classes))) - set(objects.labels.tolist()):
             log.add("category_unused", f"category {self.category_ids[label]}", self.classes[label])
         return images, objects, listed
@@ -291,19 +291,19 @@ class CocoDetection(Dataset):
                 continue
             try:
                 return *self.load(candidate), candidate
-            except PictureError as error:
+            except ImageError as error:
                 _console.warning("%s Another picture takes its place.", error)
-        raise PictureError(f"{self.path(index)}: neither this picture nor the next ones can be read.")
+        raise ImageError(f"{self.path(index)}: neither this picture nor the next ones can be read.")
 
     def _load_or_mark(self, index: int) -> tuple[Tensor, Target]:
         """The picture, or a black one of its size whose target says that it stands for an unreadable one."""
         known = self._found[index] == _UNREADABLE
         try:
             return self.load(index)
-        except PictureError as error:
+        except ImageError as error:
             if not known:
                 _console.warning("%s It is left out of the evaluation.", error)
-        height, width = self.packed.picture_sizes[index].tolist()
+        height, width = self.packed.image_sizes[index].tolist()
         target = {
             "boxes": torch.zeros(0, 4),
             "labels": torch.zeros(0, dtype=torch.int64),
@@ -318,7 +318,7 @@ class CocoDetection(Dataset):
         return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
 
 
-def _where_else(names: list[str], image_dir: str, log: FaultLog) -> str:
+def _where_else(names: list[str], image_dir: str, log: IssueLog) -> str:
     """Says that no picture is in its folder, and which folder beside that one holds them."""
     outside = log.counts["picture_outside"]
     if outside:
@@ -346,7 +346,7 @@ def _select(images: reading.Images, objects: reading.Objects, keep: np.ndarray) 
     return images.keep(keep), objects
 
 
-def _into_picture(boxes: np.ndarray, labels: np.ndarray, frame: tuple[int, int], size: tuple[int, int]) -> tuple:
+def _into_image(boxes: np.ndarray, labels: np.ndarray, frame: tuple[int, int], size: tuple[int, int]) -> tuple:
     """Boxes of a json whose size is not the picture's: scaled if the aspect ratio agrees, else clipped."""
     if same_aspect(frame, size):
         scale = np.array([size[1] / frame[1], size[0] / frame[0]] * 2, np.float32)

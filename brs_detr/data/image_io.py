@@ -26,14 +26,14 @@ from brs_detr.user_files import open_regular, printable, read_file, read_start, 
 
 Size = tuple[int, int]
 
-PICTURE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif", ".jp2")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif", ".jp2")
 # no format of Pillow's that starts another program (EPS: Ghostscript) or that is more than pixels
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM")
 ORIENTATION_TAG = 0x0112
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
-class PictureError(ValueError):
+class ImageError(ValueError):
     """A picture file that cannot be used; the message names the file.
 
     A data loader hands on a worker's error as its traceback with the message at the end: only that is kept.
@@ -48,7 +48,7 @@ class PictureError(ValueError):
         return str(self).rpartition(": this picture ")[2].removeprefix("cannot be read: ").removesuffix(".")
 
 
-class PictureInfo(NamedTuple):
+class ImageInfo(NamedTuple):
     """What a file's header says, without decoding it; `frames` counts pages or moments."""
 
     stored_size: Size
@@ -59,7 +59,7 @@ class PictureInfo(NamedTuple):
     frames: int
 
 
-def read_picture(
+def read_image(
     path: str | Path,
     expected_size: Size | None = None,
     limits: Limits | None = None,
@@ -78,7 +78,7 @@ def read_picture(
         (3, h, w) uint8.
 
     Raises:
-        PictureError: the file is too large, damaged, cut short, or holds values that have no 8-bit meaning; where
+        ImageError: the file is too large, damaged, cut short, or holds values that have no 8-bit meaning; where
             `retry_seconds` is None, also where it is missing or no regular file.
         StorageError: the file cannot be read, and `retry_seconds` is not None.
     """
@@ -87,21 +87,21 @@ def read_picture(
         content = read_bytes(path, limits.max_image_bytes, "data.max_image_bytes", retry_seconds)
         pixels = _decode(content, expected_size, path, limits)
         del content
-    except (PictureError, StorageError):
+    except (ImageError, StorageError):
         raise
     except Exception as error:  # Pillow's decoders raise many kinds, some from C
-        raise PictureError(f"{path}: this picture cannot be read: {_reason(error, path)}.") from error
+        raise ImageError(f"{path}: this picture cannot be read: {_reason(error, path)}.") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def _decode(content: bytes, expected_size: Size | None, path: str | Path, limits: Limits) -> np.ndarray:
     """(h, w, 3) uint8; a function of its own so that Pillow's copy is gone when this one is copied."""
-    with _strict_pillow(), open_image(io.BytesIO(content), limits) as picture:
-        _require_whole(picture.format, content, limits)
-        picture.load()
-        if expected_size is not None and _needs_turning(picture, expected_size):
-            picture = ImageOps.exif_transpose(picture)
-        return np.array(_to_rgb(picture, path))
+    with _strict_pillow(), open_image(io.BytesIO(content), limits) as image:
+        _require_whole(image.format, content, limits)
+        image.load()
+        if expected_size is not None and _needs_turning(image, expected_size):
+            image = ImageOps.exif_transpose(image)
+        return np.array(_to_rgb(image, path))
 
 
 def open_image(file: BinaryIO, limits: Limits) -> Image.Image:
@@ -112,9 +112,9 @@ def open_image(file: BinaryIO, limits: Limits) -> Image.Image:
         PIL.UnidentifiedImageError: it is of none of the formats.
     """
     Image.init()  # an older Pillow, or one built without a library, lacks some of the formats
-    picture = Image.open(file, formats=[kind for kind in FORMATS if kind in Image.OPEN])
-    require_at_most(math.prod(picture.size), limits.max_image_pixels, "data.max_image_pixels", "pixels")
-    return picture
+    image = Image.open(file, formats=[kind for kind in FORMATS if kind in Image.OPEN])
+    require_at_most(math.prod(image.size), limits.max_image_pixels, "data.max_image_pixels", "pixels")
+    return image
 
 
 @contextmanager
@@ -128,14 +128,14 @@ def _strict_pillow() -> Iterator[None]:
         ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = keep
 
 
-def inspect_picture(path: str | Path, limits: Limits | None = None, retry_seconds: float | None = None) -> PictureInfo:
+def read_image_info(path: str | Path, limits: Limits | None = None, retry_seconds: float | None = None) -> ImageInfo:
     """Read size, EXIF orientation and mode from the header, and look whether the end of the file is there.
 
     Args:
-        path, limits, retry_seconds: as for `read_picture`.
+        path, limits, retry_seconds: as for `read_image`.
 
     Raises:
-        PictureError: the file is missing, no regular file, too large, is no picture, or ends before its picture does.
+        ImageError: the file is missing, no regular file, too large, is no picture, or ends before its picture does.
         StorageError: the storage failed, and `retry_seconds` is not None.
     """
     limits = limits or Limits()
@@ -146,26 +146,26 @@ def inspect_picture(path: str | Path, limits: Limits | None = None, retry_second
     except StorageError:
         raise
     except Exception as error:
-        raise PictureError(f"{path}: this picture cannot be read: {_reason(error, path)}.") from error
+        raise ImageError(f"{path}: this picture cannot be read: {_reason(error, path)}.") from error
 
 
-def _inspect(path: str | Path, limits: Limits) -> PictureInfo:
+def _inspect(path: str | Path, limits: Limits) -> ImageInfo:
     with open_regular(path, limits.max_image_bytes, "data.max_image_bytes") as file, _strict_pillow():
-        with open_image(file, limits) as picture:
-            width, height = picture.size
-            orientation = _orientation(picture)
+        with open_image(file, limits) as image:
+            width, height = image.size
+            orientation = _orientation(image)
             upright = _turned((height, width), orientation)
-            kind = picture.format or ""
-            info = PictureInfo((height, width), upright, orientation, picture.mode, kind, _frames(picture))
+            kind = image.format or ""
+            info = ImageInfo((height, width), upright, orientation, image.mode, kind, _frames(image))
         if not _seems_whole(kind, file):
             raise ValueError("the file is cut short")
     return info
 
 
-def is_picture_name(name: str) -> bool:
+def is_image_name(name: str) -> bool:
     """Whether a file is named like a picture of one of `FORMATS`."""
     ending = Path(name).suffix.lower()
-    return ending in PICTURE_ENDINGS or Image.registered_extensions().get(ending) in FORMATS
+    return ending in IMAGE_ENDINGS or Image.registered_extensions().get(ending) in FORMATS
 
 
 def _reason(error: Exception, path: str | Path) -> str:
@@ -177,16 +177,16 @@ def _reason(error: Exception, path: str | Path) -> str:
     return (getattr(error, "strerror", None) or str(error)).rstrip(".") or type(error).__name__
 
 
-def _frames(picture: Image.Image) -> int:
+def _frames(image: Image.Image) -> int:
     try:
-        return getattr(picture, "n_frames", 1)
+        return getattr(image, "n_frames", 1)
     except Exception:  # only the first one is read, so a fault in a later one does no harm
         return 1
 
 
-def _orientation(picture: Image.Image) -> int:
+def _orientation(image: Image.Image) -> int:
     try:
-        value = picture.getexif().get(ORIENTATION_TAG, 1)
+        value = image.getexif().get(ORIENTATION_TAG, 1)
     except Exception:  # a damaged EXIF block does not damage the pixels
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
@@ -196,35 +196,35 @@ def _turned(size: Size, orientation: int) -> Size:
     return (size[1], size[0]) if orientation >= 5 else size
 
 
-def _needs_turning(picture: Image.Image, expected_size: Size) -> bool:
-    stored = (picture.height, picture.width)
-    return stored != tuple(expected_size) and _turned(stored, _orientation(picture)) == tuple(expected_size)
+def _needs_turning(image: Image.Image, expected_size: Size) -> bool:
+    stored = (image.height, image.width)
+    return stored != tuple(expected_size) and _turned(stored, _orientation(image)) == tuple(expected_size)
 
 
-def _to_rgb(picture: Image.Image, path: str | Path) -> Image.Image:
-    if picture.mode in _SIXTEEN_BIT_MODES:
-        return _from_integers(picture, path).convert("RGB")
-    if picture.mode == "F":
-        return _from_floats(picture, path).convert("RGB")
-    if picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")  # otherwise Pillow warns about palette transparency given as bytes
-    return picture.convert("RGB")  # alpha is dropped: the colours under it are kept as the file has them
+def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
+    if image.mode in _SIXTEEN_BIT_MODES:
+        return _from_integers(image, path).convert("RGB")
+    if image.mode == "F":
+        return _from_floats(image, path).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # otherwise Pillow warns about palette transparency given as bytes
+    return image.convert("RGB")  # alpha is dropped: the colours under it are kept as the file has them
 
 
-def _from_integers(picture: Image.Image, path: str | Path) -> Image.Image:
+def _from_integers(image: Image.Image, path: str | Path) -> Image.Image:
     """0..65535 to 0..255 by one fixed factor, so that brightness compares between pictures."""
-    values = np.asarray(picture)
+    values = np.asarray(image)
     if values.size and (values.min() < 0 or values.max() > 65535):
-        raise PictureError(f"{path}: this picture has values outside 0..65535; convert it to 8 or 16 bits.")
+        raise ImageError(f"{path}: this picture has values outside 0..65535; convert it to 8 or 16 bits.")
     return Image.fromarray(_to_bytes(values, lambda part: (part.astype(np.int32) + 128) // 257))
 
 
-def _from_floats(picture: Image.Image, path: str | Path) -> Image.Image:
+def _from_floats(image: Image.Image, path: str | Path) -> Image.Image:
     """Floats in 0..1 are stretched to 0..255; floats in 0..255 are rounded."""
-    values = np.asarray(picture)
+    values = np.asarray(image)
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     if not (low >= 0 and high <= 255):  # a NaN anywhere makes both NaN, which compares false
-        raise PictureError(f"{path}: this picture has float values outside 0..255; convert it to 8 or 16 bits.")
+        raise ImageError(f"{path}: this picture has float values outside 0..255; convert it to 8 or 16 bits.")
     factor = 255 if high <= 1 else 1
     return Image.fromarray(_to_bytes(values, lambda part: np.rint(part.astype(np.float64) * factor)))
 
@@ -255,8 +255,8 @@ def _require_whole(kind: str | None, content: bytes, limits: Limits) -> None:
     if not _has_ending(kind, content):
         raise ValueError("the file is cut short")
     if kind == "PNG":
-        with open_image(io.BytesIO(content), limits) as picture:
-            picture.verify()
+        with open_image(io.BytesIO(content), limits) as image:
+            image.verify()
 
 
 def _has_ending(kind: str | None, content: bytes) -> bool:

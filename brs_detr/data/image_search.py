@@ -16,13 +16,15 @@ from urllib.parse import unquote
 import numpy as np
 
 from brs_detr.data.annotations import Images
-from brs_detr.data.image_io import PICTURE_ENDINGS
-from brs_detr.data.issues import DataError, FaultLog
+from brs_detr.data.image_io import IMAGE_ENDINGS
+from brs_detr.data.issues import DataError, IssueLog
 
-_MOST_FILES = 1_000_000  # that a search goes through, in case someone names the root of a disk
+_MAX_FILES = 1_000_000  # that a search goes through, in case someone names the root of a disk
 
 
-def find_pictures(images: Images, image_dir: str | Path, log: FaultLog, allow_outside: bool = False) -> np.ndarray:
+def resolve_image_paths(
+    images: Images, image_dir: str | Path, log: IssueLog, allow_outside: bool = False
+) -> np.ndarray:
     """Find the file of every image; changes `images.names` where it is another one than the json names.
 
     Folders are listed once, rather than asked for each file. A name that leads nowhere is compared with the pictures
@@ -74,9 +76,9 @@ def _files_in(folder: str) -> set[str]:
         return set()
 
 
-def _search(images: Images, found: np.ndarray, image_dir: str | Path, log: FaultLog) -> None:
+def _search(images: Images, found: np.ndarray, image_dir: str | Path, log: IssueLog) -> None:
     by_stem = defaultdict(list)
-    for path in pictures_under(image_dir):
+    for path in images_under(image_dir):
         by_stem[_parts(path, loose=True)[-1]].append(path)
     taken = {os.path.normpath(images.names[row]) for row in np.flatnonzero(found)}
     for loose in (False, True):
@@ -110,17 +112,17 @@ def _parts(name: str, loose: bool) -> list[str]:
     return [*parts[:-1], os.path.splitext(parts[-1])[0]] if loose and parts else parts
 
 
-def pictures_under(folder: str | Path) -> Iterator[str]:
+def images_under(folder: str | Path) -> Iterator[str]:
     """Paths, relative to a folder, of the files under it that are named like pictures; not behind linked folders."""
     looked_at = 0
     for place, folders, names in os.walk(folder):
         folders.sort()
         relative = os.path.relpath(place, folder)
         for name in sorted(names):
-            if name.lower().endswith(PICTURE_ENDINGS):
+            if name.lower().endswith(IMAGE_ENDINGS):
                 yield name if relative == "." else os.path.join(relative, name)
         looked_at += len(names)
-        if looked_at > _MOST_FILES:
+        if looked_at > _MAX_FILES:
             return
 
 
@@ -132,7 +134,7 @@ def guess_folder(names: Sequence[str], start: str | Path) -> tuple[Path, int] | 
         there; None where there is none.
     """
     wanted, counts = {tuple(_parts(name, loose=True)[-1:]) for name in names}, Counter()
-    for path in pictures_under(start):
+    for path in images_under(start):
         if tuple(_parts(path, loose=True)[-1:]) in wanted and os.path.isfile(os.path.join(start, path)):
             counts[os.path.dirname(path)] += 1
     if not counts:

@@ -14,20 +14,20 @@ from pathlib import Path
 import numpy as np
 
 from brs_detr.data.annotations import Images, Objects
-from brs_detr.data.image_io import Limits, PictureError, PictureInfo, inspect_picture
-from brs_detr.data.issues import DataError, FaultLog
+from brs_detr.data.image_io import ImageError, ImageInfo, Limits, read_image_info
+from brs_detr.data.issues import DataError, IssueLog
 
 
-def settle_sizes(
+def resolve_image_sizes(
     images: Images,
     objects: Objects,
     image_dir: str | Path,
-    log: FaultLog,
+    log: IssueLog,
     every: bool,
     limits: Limits | None = None,
     retry_seconds: float | None = None,
 ) -> np.ndarray:
-    """Decide in which frame each image's boxes are drawn; changes `images.frames` and `images.pictures`.
+    """Decide in which frame each image's boxes are drawn; changes `images.frames` and `images.sizes`.
 
     A header is read where the json gives no size or a box sticks out of it, and of a hundred pictures from all over the
     dataset; or of every picture, if told so.
@@ -48,20 +48,20 @@ def settle_sizes(
     for row in looked_at:
         path = os.path.join(image_dir, images.names[row])
         try:
-            info = inspect_picture(path, limits, retry_seconds)
-        except PictureError as error:
+            info = read_image_info(path, limits, retry_seconds)
+        except ImageError as error:
             log.add("picture_unreadable", images.where(row), error.reason)
             readable[row], last = False, error
             continue
         stated = (int(images.frames[row, 0]), int(images.frames[row, 1]))
-        frame, picture = _judge_size(stated, info, bool(fits[row]), images.where(row), log)
-        images.frames[row], images.pictures[row] = frame, picture
+        frame, image = _judge_size(stated, info, bool(fits[row]), images.where(row), log)
+        images.frames[row], images.sizes[row] = frame, image
     if not readable[looked_at].any():
         raise DataError(f"{image_dir}: none of {len(looked_at):,} pictures looked at can be read; the last is {last}")
     return readable
 
 
-def _judge_size(stated: tuple[int, int], info: PictureInfo, fits: bool, where: str, log: FaultLog) -> tuple:
+def _judge_size(stated: tuple[int, int], info: ImageInfo, fits: bool, where: str, log: IssueLog) -> tuple:
     """(frame, picture), both (h, w), from the json's size and the file's."""
     stored, upright = info.stored_size, info.upright_size
     if stated in (stored, upright):
@@ -89,15 +89,15 @@ def same_aspect(a: tuple[int, int], b: tuple[int, int]) -> bool:
     return abs(a[0] * b[1] - a[1] * b[0]) <= 0.02 * a[0] * b[1]
 
 
-def judge_boxes(images: Images, objects: Objects, log: FaultLog, train: bool) -> Objects:
+def clip_and_filter_boxes(images: Images, objects: Objects, log: IssueLog, train: bool) -> Objects:
     """Drop boxes outside their image; for training also clip, and drop boxes under one pixel and exact repeats."""
-    limit = images.frames[objects.rows][:, ::-1].astype(np.float64)
+    bounds = images.frames[objects.rows][:, ::-1].astype(np.float64)
     low, high = objects.xywh[:, :2], objects.xywh[:, :2] + objects.xywh[:, 2:]
-    inner_low, inner_high = np.clip(low, 0, limit), np.clip(high, 0, limit)
+    inner_low, inner_high = np.clip(low, 0, bounds), np.clip(high, 0, bounds)
     inside = inner_high - inner_low
     outside = (inside <= 0).any(1)
     small = ~outside & (inside < 1).any(1) & train
-    clipped = train & ~outside & ~small & ((low < 0) | (high > limit + 1e-3)).any(1)
+    clipped = train & ~outside & ~small & ((low < 0) | (high > bounds + 1e-3)).any(1)
     again = _repeats(objects) & ~outside & ~small & train
     for kind, mask in (("box_outside", outside), ("box_too_small", small), ("box_clipped", clipped)):
         for i in np.flatnonzero(mask & ~objects.crowd):
@@ -110,7 +110,7 @@ def judge_boxes(images: Images, objects: Objects, log: FaultLog, train: bool) ->
     return objects.keep(~(outside | small | again))
 
 
-def _log_box(kind: str, i: int, images: Images, objects: Objects, log: FaultLog) -> None:
+def _log_box(kind: str, i: int, images: Images, objects: Objects, log: IssueLog) -> None:
     name = images.names[objects.rows[i]]
     log.add(kind, f"annotation {objects.ids[i]} ({name})", f"bbox {[round(v, 2) for v in objects.xywh[i].tolist()]}")
 
@@ -128,7 +128,7 @@ _FEWEST = 10  # boxes from which anything can be concluded
 _SLACK = 2.0  # pixels that a box may stick out of its picture
 
 
-def doubt_layout(images: Images, objects: Objects, log: FaultLog) -> None:
+def check_box_format(images: Images, objects: Objects, log: IssueLog) -> None:
     """Warn where boxes stick out of their pictures, but would not if they were corners, centres or swapped axes, or
     where all are fractions of the picture's size.
 

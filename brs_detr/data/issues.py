@@ -101,7 +101,7 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
-class Fault:
+class DataIssue:
     """One thing wrong: its kind (a key of `POLICY`), where, and the details in a few words."""
 
     kind: str
@@ -117,7 +117,7 @@ class Fault:
         return f"{self.where}: {self.kind.replace('_', ' ')}{detail}: {self.action}"
 
 
-class FaultLog:
+class IssueLog:
     """Counts faults by kind and keeps the first few of each (or all).
 
     Args:
@@ -126,7 +126,7 @@ class FaultLog:
 
     def __init__(self, examples: int | None = 3) -> None:
         self.counts: Counter[str] = Counter()
-        self.faults: list[Fault] = []
+        self.faults: list[DataIssue] = []
         self._examples = examples
 
     def add(self, kind: str, where: str = "", detail: str = "") -> None:
@@ -136,7 +136,7 @@ class FaultLog:
         self.counts[kind] += 1
         if self._examples is None or self.counts[kind] <= self._examples:
             where, detail = (printable(text[:_LONGEST])[:_LONGEST] for text in (where, detail))
-            self.faults.append(Fault(kind, where, detail))
+            self.faults.append(DataIssue(kind, where, detail))
 
     def lines(self, actions: Collection[str] = (WARNED, DROPPED, REPAIRED, KEPT)) -> list[str]:
         """One line per kind, the gravest first: how many, an example, and what happens to them."""

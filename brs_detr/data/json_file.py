@@ -120,14 +120,14 @@ def is_number(value: Any) -> bool:
     return type(value) in _NUMBERS
 
 
-def whole_number(value: Any) -> int | None:
+def as_int(value: Any) -> int | None:
     """The value as an id or a size: an int, or a float without a fraction, that fits 64 bits; else None."""
     if type(value) is int:
         return value if -(2**62) < value < 2**62 else None
     return int(value) if type(value) is float and abs(value) < 2**53 and value.is_integer() else None
 
 
-def unquote(entry: dict[str, Any], keys: Sequence[str]) -> bool:
+def coerce_numbers(entry: dict[str, Any], keys: Sequence[str]) -> bool:
     """Replace texts that are numbers by these numbers, in place; also within a list.
 
     Args:

@@ -67,7 +67,7 @@ def build_train_loader(
         pin_memory: page-locked batches; by default when there is a GPU.
         timeout: seconds to wait for a batch; None waits for ever.
     """
-    batches = TrainBatches(dataset.packed.picture_sizes, batch_size, seed, rank, world_size)
+    batches = TrainBatches(dataset.packed.image_sizes, batch_size, seed, rank, world_size)
     return _loader(dataset, batches, workers, pin_memory, timeout)
 
 
@@ -92,7 +92,7 @@ def build_eval_loader(
     shapes = None
     if group_equal_shapes:
         resize = getattr(dataset.transforms, "output_size", lambda height, width: (height, width))
-        shapes = [resize(h, w) for h, w in dataset.packed.picture_sizes.tolist()]
+        shapes = [resize(h, w) for h, w in dataset.packed.image_sizes.tolist()]
     batches = EvalBatches(len(dataset), batch_size, rank, world_size, shapes)
     return _loader(dataset, batches, workers, pin_memory, timeout)
 

@@ -20,9 +20,9 @@ from PIL import Image, ImageDraw
 # ids with gaps and out of order, as other people's datasets have them
 CATEGORY_IDS = {"disc": 7, "ring": 3, "rectangle": 20, "triangle": 11, "star": 42}
 SUPERSAMPLING = 3
-LEAST_VISIBLE = 0.55
-LEAST_INSIDE = 0.75
-LEAST_CONTRAST = 80.0
+MIN_VISIBLE = 0.55
+MIN_INSIDE = 0.75
+MIN_CONTRAST = 80.0
 
 
 def make_dataset(
@@ -54,11 +54,11 @@ def make_dataset(
         annotations: list[dict[str, Any]] = []
         for number in range(count):
             random = np.random.default_rng([seed, split, number])
-            picture, objects = draw_scene(random, image_size, max_objects)
+            image, objects = draw_scene(random, image_size, max_objects)
             file_name = f"{number:06d}.jpg"
-            Image.fromarray(picture).save(out / "images" / name / file_name, quality=92)
+            Image.fromarray(image).save(out / "images" / name / file_name, quality=92)
             image_id = 1000 * (split + 1) + 3 * number
-            height, width = picture.shape[:2]
+            height, width = image.shape[:2]
             images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
             annotations += [{"id": len(annotations) + 1 + i, "image_id": image_id, **o} for i, o in enumerate(objects)]
         categories = [{"id": key, "name": shape, "supercategory": "shape"} for shape, key in CATEGORY_IDS.items()]
@@ -127,13 +127,13 @@ def _draw_clutter(random: np.random.Generator, canvas: np.ndarray) -> None:
     mask = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
     draw = ImageDraw.Draw(mask)
     thickness = int(SUPERSAMPLING * random.uniform(0.8, 3))
-    centre = random.uniform(0, 1, 2) * (width, height)
+    center = random.uniform(0, 1, 2) * (width, height)
     kind = random.integers(0, 4)
     if kind == 0:
         ends = random.uniform(-0.2, 1.2, (2, 2)) * (width, height) * SUPERSAMPLING
         draw.line([tuple(end) for end in ends], 255, thickness)
     elif kind == 1:
-        low, high = (centre - random.uniform(0.05, 0.3) * size), (centre + random.uniform(0.05, 0.3) * size)
+        low, high = (center - random.uniform(0.05, 0.3) * size), (center + random.uniform(0.05, 0.3) * size)
         start = random.uniform(0, 360)
         box = [*(low * SUPERSAMPLING), *(high * SUPERSAMPLING)]
         draw.arc(box, start, start + random.uniform(40, 200), 255, thickness)
@@ -141,12 +141,12 @@ def _draw_clutter(random: np.random.Generator, canvas: np.ndarray) -> None:
         turn = np.linspace(0, 2 * np.pi, 36, endpoint=False)
         wobble = sum(random.uniform(0.1, 0.3) * np.sin(k * turn + random.uniform(0, 7)) for k in (2, 3, 4))
         radius = random.uniform(0.04, 0.14) * size * (1 + wobble)
-        points = centre + radius[:, None] * np.stack([np.cos(turn), np.sin(turn)], 1)
+        points = center + radius[:, None] * np.stack([np.cos(turn), np.sin(turn)], 1)
         draw.polygon([tuple(point) for point in points * SUPERSAMPLING], 255)
     else:
         angles = random.uniform(0, 2 * np.pi) + np.array([0, random.uniform(0.6, 2.2)])
-        tips = centre + random.uniform(0.08, 0.25) * size * np.stack([np.cos(angles), np.sin(angles)], 1)
-        points = np.stack([tips[0], centre, tips[1]]) * SUPERSAMPLING
+        tips = center + random.uniform(0.08, 0.25) * size * np.stack([np.cos(angles), np.sin(angles)], 1)
+        points = np.stack([tips[0], center, tips[1]]) * SUPERSAMPLING
         draw.line([tuple(point) for point in points], 255, 2 * thickness, joint="curve")
     _paint(random, canvas, mask, random.uniform(20, 235, 3))
 
@@ -160,20 +160,20 @@ def _place(
     for _ in range(8):
         shape = SHAPES[random.integers(len(SHAPES))]
         radius = min(height, width) * np.exp(random.uniform(np.log(0.09), np.log(0.32)))
-        centre = random.uniform(0, 1, 2) * (width, height)
-        outlines = [(centre + radius * o) * SUPERSAMPLING for o in shape_outline(shape, random)]
-        picture = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
-        draw = ImageDraw.Draw(picture)
+        center = random.uniform(0, 1, 2) * (width, height)
+        outlines = [(center + radius * o) * SUPERSAMPLING for o in shape_outline(shape, random)]
+        image = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
+        draw = ImageDraw.Draw(image)
         for outline, fill in zip(outlines, (255, 0), strict=False):
             draw.polygon([tuple(point) for point in outline], fill)
-        mask = np.asarray(picture) > 0
+        mask = np.asarray(image) > 0
         area = abs(polygon_area(outlines[0])) - sum(abs(polygon_area(hole)) for hole in outlines[1:])
-        hidden = any((other & ~mask).sum() < LEAST_VISIBLE * a for other, a in zip(visible, full, strict=True))
-        if hidden or mask.sum() < max(LEAST_INSIDE * area, 25 * SUPERSAMPLING**2):
+        hidden = any((other & ~mask).sum() < MIN_VISIBLE * a for other, a in zip(visible, full, strict=True))
+        if hidden or mask.sum() < max(MIN_INSIDE * area, 25 * SUPERSAMPLING**2):
             continue
         behind = canvas[mask[::SUPERSAMPLING, ::SUPERSAMPLING]]
-        colour = _contrasting(random, behind.mean(0) if len(behind) else canvas.mean((0, 1)))
-        _paint(random, canvas, picture, colour)
+        color = _contrasting(random, behind.mean(0) if len(behind) else canvas.mean((0, 1)))
+        _paint(random, canvas, image, color)
         return shape, mask, area
     return None
 
@@ -181,12 +181,12 @@ def _place(
 def _contrasting(random: np.random.Generator, behind: np.ndarray) -> np.ndarray:
     """A random colour (3,) that can be told from the one behind it."""
     while True:
-        colour = random.uniform(15, 240, 3)
-        if np.linalg.norm(colour - behind) > LEAST_CONTRAST:
-            return colour
+        color = random.uniform(15, 240, 3)
+        if np.linalg.norm(color - behind) > MIN_CONTRAST:
+            return color
 
 
-def _paint(random: np.random.Generator, canvas: np.ndarray, mask: Image.Image, colour: np.ndarray) -> None:
+def _paint(random: np.random.Generator, canvas: np.ndarray, mask: Image.Image, color: np.ndarray) -> None:
     """Blend a shaded, sometimes striped, colour into the canvas with soft edges."""
     angle, slope, striped = random.uniform(0, 2 * np.pi), random.uniform(0, 0.5), random.random() < 0.3
     strength, period = random.uniform(0.08, 0.2), random.uniform(3, 10)
@@ -201,7 +201,7 @@ def _paint(random: np.random.Generator, canvas: np.ndarray, mask: Image.Image, c
     if striped:
         shade += strength * np.sin(along * 2 * np.pi / period)
     region = canvas[top:bottom, left:right]
-    region += alpha * (colour * shade[..., None] - region)
+    region += alpha * (color * shade[..., None] - region)
 
 
 def _annotation(shape: str, visible: np.ndarray) -> dict[str, Any]:
@@ -329,8 +329,8 @@ def _pixel_loops(mask: np.ndarray) -> list[np.ndarray]:
         (padded[2:, 1:-1], (1, 1), (-1, 0)),
         (padded[1:-1, :-2], (0, 1), (0, -1)),
     )
-    for neighbour, (dx, dy), step in sides:
-        for y, x in np.argwhere(inner & ~neighbour).tolist():
+    for neighbor, (dx, dy), step in sides:
+        for y, x in np.argwhere(inner & ~neighbor).tolist():
             following.setdefault((int(left) + x + dx, int(top) + y + dy), []).append(step)
     loops = []
     while following:

@@ -40,7 +40,7 @@ class TrainTransforms:
         crop_size: smallest and largest side of the crop in pixels; a smaller picture is not enlarged for it.
         crop: probability of policy B.
         flip: probability of a horizontal flip.
-        colour_jitter: brightness, contrast and saturation each change by a factor within 1 +- this; 0 is off.
+        color_jitter: brightness, contrast and saturation each change by a factor within 1 +- this; 0 is off.
         antialias: low-pass filter when shrinking. It changes nothing when enlarging; the official code has none.
     """
 
@@ -54,7 +54,7 @@ class TrainTransforms:
         crop_size: tuple[int, int] = (384, 600),
         crop: float = 0.5,
         flip: float = 0.5,
-        colour_jitter: float = 0.0,
+        color_jitter: float = 0.0,
         antialias: bool = True,
     ) -> None:
         if not short_sides or (crop > 0 and not crop_short_sides):
@@ -64,7 +64,7 @@ class TrainTransforms:
         self.short_sides, self.long_side = tuple(short_sides), long_side
         self.crop_short_sides, self.crop_long_side = tuple(crop_short_sides), crop_long_side
         self.crop_size, self.crop, self.flip = tuple(crop_size), crop, flip
-        self.colour_jitter, self.antialias = colour_jitter, antialias
+        self.color_jitter, self.antialias = color_jitter, antialias
 
     def __call__(self, image: Tensor, target: Target, generator: torch.Generator) -> tuple[Tensor, Target]:
         """Augment one picture.
@@ -84,7 +84,7 @@ class TrainTransforms:
             image, boxes = self._resize(image, boxes, self.crop_short_sides, self.crop_long_side, generator)
             image, boxes, labels = self._crop(image, boxes, labels, generator)
         image, boxes = self._resize(image, boxes, self.short_sides, self.long_side, generator)
-        if self.colour_jitter > 0:
+        if self.color_jitter > 0:
             image = self._jitter(image, generator)
         return image.contiguous(), {**target, "boxes": boxes.as_subclass(Tensor), "labels": labels}
 
@@ -126,7 +126,7 @@ class TrainTransforms:
 
     def _jitter(self, image: Tensor, generator: torch.Generator) -> Tensor:
         for adjust in (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation):
-            image = adjust(image, max(0.0, 1 + self.colour_jitter * (2 * _uniform(generator) - 1)))
+            image = adjust(image, max(0.0, 1 + self.color_jitter * (2 * _uniform(generator) - 1)))
         return image
 
 

@@ -26,7 +26,7 @@ class BatchPlan:
         )
 
 
-def plan_batches(total: int, per_device: int | None, processes: int) -> BatchPlan:
+def split_batch_size(total: int, per_device: int | None, processes: int) -> BatchPlan:
     """Split a total batch over processes and accumulated batches.
 
     Args:
@@ -44,8 +44,8 @@ def plan_batches(total: int, per_device: int | None, processes: int) -> BatchPla
             f"launch a divisor of {total} processes, or set train.total_batch_size to a multiple of {processes}"
         )
     share = total // processes
-    most = min(per_device or share, share)
-    per_device = next(n for n in range(most, 0, -1) if share % n == 0)
+    max_per_device = min(per_device or share, share)
+    per_device = next(n for n in range(max_per_device, 0, -1) if share % n == 0)
     return BatchPlan(total, processes, per_device, share // per_device)
 
 
@@ -54,7 +54,7 @@ VALIDATIONS = 20
 
 
 @dataclass(frozen=True)
-class Length:
+class TrainingLength:
     """How long a training is: whole epochs, each of so many optimiser steps, validated every so many epochs."""
 
     epochs: int
@@ -72,7 +72,9 @@ class Length:
         return f"{epochs} of {self.steps_per_epoch:,} optimiser steps, {self.steps:,} in all; validation {every}"
 
 
-def plan_length(batches: int, plan: BatchPlan, *, epochs: int, steps: int | None, eval_every: int | None) -> Length:
+def plan_length(
+    batches: int, plan: BatchPlan, *, epochs: int, steps: int | None, eval_every: int | None
+) -> TrainingLength:
     """Settle the number of epochs for a dataset.
 
     Args:
@@ -85,4 +87,4 @@ def plan_length(batches: int, plan: BatchPlan, *, epochs: int, steps: int | None
     steps_per_epoch = math.ceil(batches / plan.accumulate)
     if steps is not None:
         epochs = math.ceil(steps / steps_per_epoch)
-    return Length(epochs, steps_per_epoch, eval_every or max(1, epochs // VALIDATIONS))
+    return TrainingLength(epochs, steps_per_epoch, eval_every or max(1, epochs // VALIDATIONS))

@@ -29,7 +29,7 @@ def largest_step(
     optimizer: AcceleratedOptimizer,
     accelerator: Accelerator,
     *,
-    pictures: int,
+    batch_size: int,
     accumulate: int,
     size: tuple[int, int],
     objects: int,
@@ -41,7 +41,7 @@ def largest_step(
         model: prepared, in training mode and other weights afterwards.
         optimizer: returned by `accelerator.prepare`.
         accelerator: of the launch.
-        pictures: a process holds at once.
+        batch_size: a process holds at once.
         accumulate: batches of an optimiser step; from two on the gradients are kept during the forward pass.
         size: (height, width) in pixels.
         objects: true boxes a picture, as many as the fullest picture of the dataset has.
@@ -53,7 +53,7 @@ def largest_step(
     device, batches = accelerator.device, min(accumulate, 2)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    images, targets = _noise(pictures, size, objects, num_classes, device)
+    images, targets = _noise(batch_size, size, objects, num_classes, device)
     model.train()
     done = 0
     for _ in range(20):  # under fp16 the scaler skips steps until its scale fits
@@ -73,18 +73,18 @@ def largest_step(
         if done == 2:
             break
     return (
-        f"dry run: {batches} batch(es) of {pictures} picture(s) of {size[1]}x{size[0]} with {objects} objects each, "
+        f"dry run: {batches} batch(es) of {batch_size} picture(s) of {size[1]}x{size[0]} with {objects} objects each, "
         f"then an optimiser step of {stepped:,} parameters, twice: loss {value:.4g}, {seconds:.2f} s the second time, "
         f"peak memory {peak_memory_gb(device):.2f} GB"
     )
 
 
-def _noise(pictures: int, size: tuple[int, int], objects: int, num_classes: int, device: torch.device) -> Batch:
+def _noise(batch_size: int, size: tuple[int, int], objects: int, num_classes: int, device: torch.device) -> Batch:
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (pictures, 3, *size), dtype=torch.uint8, generator=generator)
-    images = ImageBatch(pixels, [size] * pictures, [size] * pictures).to(device)
+    pixels = torch.randint(0, 256, (batch_size, 3, *size), dtype=torch.uint8, generator=generator)
+    images = ImageBatch(pixels, [size] * batch_size, [size] * batch_size).to(device)
     targets = []
-    for index in range(pictures):
+    for index in range(batch_size):
         corners = torch.rand(objects, 2, 2, generator=generator) * torch.tensor([size[1], size[0]], dtype=torch.float32)
         boxes = torch.cat([corners.amin(1), corners.amax(1) + 1], dim=1).to(device)
         labels = torch.randint(0, num_classes, (objects,), generator=generator).to(device)

@@ -130,14 +130,15 @@ def gradient_norm(model: nn.Module) -> Tensor:
     return torch.hypot(norm, nn.utils.get_total_norm(rest)) if rest else norm
 
 
-def clip_gradients(model: nn.Module, norm: Tensor, most: float) -> None:
-    """Scale all gradients so that their L2 norm `norm`, (), becomes at most `most`; the host does not wait for it."""
+def clip_gradients(model: nn.Module, norm: Tensor, max_norm: float) -> None:
+    """Scale all gradients so that their L2 norm `norm`, (), becomes at most `max_norm`; the host does not wait for "
+    "it."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     if any(isinstance(p, DTensor) for p in parameters):
-        factor = (most / (norm + 1e-6)).clamp(max=1.0)
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_([local(p.grad) for p in parameters], factor)
     else:
-        nn.utils.clip_grads_with_norm_(parameters, most, norm)
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
 
 def seed_step(seed: int, step: int, process: int) -> None:

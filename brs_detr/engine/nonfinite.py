@@ -18,7 +18,7 @@ from brs_detr.engine.distributed import local, whole
 from brs_detr.engine.storage import NonFiniteError, write_file
 from brs_detr.ops.images import Batch
 
-__all__ = ["Batch", "NonFiniteError", "RunningStatistics", "describe", "finite", "inspect", "save_batch"]
+__all__ = ["Batch", "NonFiniteError", "RunningStatistics", "describe_reports", "finite", "inspect_step", "save_batch"]
 
 
 class RunningStatistics:
@@ -62,7 +62,7 @@ def finite(total: Tensor, norm: Tensor) -> Tensor:
     return torch.isfinite(total.detach()) & torch.isfinite(norm.detach().to(total.device))
 
 
-class Findings(NamedTuple):
+class NonFiniteReport(NamedTuple):
     """What one process sees of a failed step: sentences on its loss terms, first gradient and buffer, pictures' ids."""
 
     terms: str
@@ -71,7 +71,7 @@ class Findings(NamedTuple):
     images: str
 
 
-def inspect(terms: list[dict[str, Tensor]], batches: list[Batch], model: nn.Module) -> Findings:
+def inspect_step(terms: list[dict[str, Tensor]], batches: list[Batch], model: nn.Module) -> NonFiniteReport:
     """Look for what is not finite in a failed step.
 
     Args:
@@ -91,10 +91,12 @@ def inspect(terms: list[dict[str, Tensor]], batches: list[Batch], model: nn.Modu
     bad = next((name for name, gradient in gradients if not torch.isfinite(local(gradient)).all().item()), "")
     buffers = ((name, b) for name, b in model.named_buffers() if b.is_floating_point())
     buffer = next((name for name, value in buffers if not torch.isfinite(local(value)).all().item()), "")
-    return Findings("; ".join(parts), bad, buffer, _ids([target for _, targets in batches for target in targets]))
+    return NonFiniteReport(
+        "; ".join(parts), bad, buffer, _ids([target for _, targets in batches for target in targets])
+    )
 
 
-def describe(findings: list[Findings]) -> tuple[str, int]:
+def describe_reports(findings: list[NonFiniteReport]) -> tuple[str, int]:
     """Name what is not finite, and the first process to blame.
 
     Gradients are averaged before they are looked at: they tell of no process, and only where all loss terms are finite.
@@ -102,10 +104,10 @@ def describe(findings: list[Findings]) -> tuple[str, int]:
     Args:
         findings: of each process.
     """
-    guilty = {process: found.terms for process, found in enumerate(findings) if found.terms}
-    if guilty:
+    bad_ranks = {process: found.terms for process, found in enumerate(findings) if found.terms}
+    if bad_ranks:
         several = len(findings) > 1
-        return "; ".join(f"process {p}: {text}" if several else text for p, text in guilty.items()), min(guilty)
+        return "; ".join(f"process {p}: {text}" if several else text for p, text in bad_ranks.items()), min(bad_ranks)
     images = ", ".join(found.images for found in findings)
     name = next((found.gradient for found in findings if found.gradient), None)
     buffer = next((found.buffer for found in findings if found.buffer), None)

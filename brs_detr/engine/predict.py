@@ -97,11 +97,11 @@ def full_float32() -> Iterator[None]:
             library.allow_tf32 = value
 
 
-def _to_host(output: dict[str, torch.Tensor], threshold: float, limit: int) -> Detections:
+def _to_host(output: dict[str, torch.Tensor], threshold: float, max_detections: int) -> Detections:
     scores, order = output["scores"].float().sort(descending=True, stable=True)
-    order = order[:limit]
+    order = order[:max_detections]
     boxes, labels = output["boxes"].float()[order].cpu().numpy(), output["labels"][order].cpu().numpy()
-    scores = scores[:limit].cpu().numpy()
+    scores = scores[:max_detections].cpu().numpy()
     keep = scores > threshold if threshold > 0 else np.ones(len(scores), dtype=bool)
     return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
 

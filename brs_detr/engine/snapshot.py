@@ -33,7 +33,7 @@ Tensors = dict[str, Tensor]
 
 
 @dataclass
-class Position:
+class TrainerState:
     """Where a run stands.
 
     Attributes:
@@ -72,7 +72,7 @@ class Training:
     model: nn.Module
     optimizer: AcceleratedOptimizer
     average: nn.Module | None
-    position: Position
+    position: TrainerState
     meter: LossMeter
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -231,9 +231,9 @@ def _by_parameter(tensors: Tensors) -> dict[str, Tensors]:
     return found
 
 
-def _position(values: Mapping[str, Any]) -> Position:
-    position = Position(**values)
-    for field in dataclasses.fields(Position):
+def _position(values: Mapping[str, Any]) -> TrainerState:
+    position = TrainerState(**values)
+    for field in dataclasses.fields(TrainerState):
         value = getattr(position, field.name)
         if field.name == "best":
             good = value is None or type(value) in (int, float)

@@ -38,9 +38,16 @@ from brs_detr.engine.distributed import (
     whole_weights,
 )
 from brs_detr.engine.logging import LossMeter, Progress, RunLog, Stopwatch, duration, grouped, json_number
-from brs_detr.engine.nonfinite import NonFiniteError, RunningStatistics, describe, finite, inspect, save_batch
+from brs_detr.engine.nonfinite import (
+    NonFiniteError,
+    RunningStatistics,
+    describe_reports,
+    finite,
+    inspect_step,
+    save_batch,
+)
 from brs_detr.engine.optim import Schedule, set_learning_rate
-from brs_detr.engine.snapshot import Position, Training
+from brs_detr.engine.snapshot import TrainerState, Training
 from brs_detr.engine.state import load_state, save_state
 from brs_detr.engine.storage import StorageError, together
 from brs_detr.exit_codes import ExitCode, Interruption
@@ -117,7 +124,7 @@ class Trainer:
         self.check_targets = check_targets
         self.meter, self.watch = LossMeter(), Stopwatch()
         self.epoch_sums: Counter[str] = Counter()
-        self.position = Position()
+        self.position = TrainerState()
         self.statistics = RunningStatistics(model)
         self.asked_to_stop = False
         self.lr = 0.0
@@ -294,7 +301,7 @@ class Trainer:
     def _not_finite(self, group: list[Batch], all_terms: list[dict[str, Tensor]]) -> None:
         accelerator, settings, step = self.accelerator, self.settings, self.position.step
         model = accelerator.unwrap_model(self.model)
-        what, process = describe(gather_object([inspect(all_terms, group, model)]))
+        what, process = describe_reports(gather_object([inspect_step(all_terms, group, model)]))
         self.statistics.restore()
         self.position.skipped += 1
         self.position.skipped_in_a_row += 1

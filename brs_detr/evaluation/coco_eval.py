@@ -60,20 +60,20 @@ def evaluate_coco(
     chosen = sorted(set(truth.image_ids if image_ids is None else image_ids))
     if unknown := set(chosen) - set(truth.image_ids):
         raise ValueError(f"{len(unknown)} images to evaluate are not in the annotations, such as {min(unknown)}")
-    limits = sorted(int(limit) for limit in max_detections)
-    precision, recall = _accumulate(truth, detections, chosen, limits, backend)
+    max_dets = sorted(int(number) for number in max_detections)
+    precision, recall = _accumulate(truth, detections, chosen, max_dets, backend)
     wanted = set(chosen)
     boxes = [a for a in truth.dataset["annotations"] if a["image_id"] in wanted]
     detections = [d for d in detections if d["image_id"] in wanted]
-    matches = match_classes(boxes, detections, list(truth.names), max_detections=limits[-1]) if extended else {}
-    stats = _stats(precision, recall, limits)
+    matches = match_classes(boxes, detections, list(truth.names), max_detections=max_dets[-1]) if extended else {}
+    stats = _stats(precision, recall, max_dets)
     per_class = _per_class(truth, boxes, precision, recall, matches)
     confusion = None
     if extended:
         stats |= {name: _mean(np.array([row[name] for row in per_class])) for name in LRP_NAMES}
-        lowest = {row["category_id"]: row["score"] for row in per_class if row["f1"] > 0}
-        confusion = confusion_matrix(boxes, detections, truth.names, lowest, max_detections=limits[-1])
-    notes = _notes(truth, chosen, limits[-1], broken, len(detections))
+        score_thresholds = {row["category_id"]: row["score"] for row in per_class if row["f1"] > 0}
+        confusion = confusion_matrix(boxes, detections, truth.names, score_thresholds, max_detections=max_dets[-1])
+    notes = _notes(truth, chosen, max_dets[-1], broken, len(detections))
     curves = _curves(truth.names, precision)
     return Summary(stats, per_class, notes, curves, len(chosen), 0, len(detections), confusion)
 
@@ -84,7 +84,7 @@ def fast_backend_installed() -> bool:
 
 
 def _accumulate(
-    truth: GroundTruth, detections: list[dict], image_ids: list[int], limits: list[int], backend: str
+    truth: GroundTruth, detections: list[dict], image_ids: list[int], max_dets: list[int], backend: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """COCO's precision (IoU, recall, class, area, limit) and recall (IoU, class, area, limit); -1 where undefined."""
     # numbered anew: the compiled code keeps ids in floating point, which takes neighbours above 2^53 for one
@@ -116,10 +116,10 @@ def _accumulate(
         evaluation = Evaluation(*sides, "bbox")
         evaluation.params.imgIds = list(images.values())
         evaluation.params.catIds = list(classes.values())
-        evaluation.params.maxDets = limits
+        evaluation.params.maxDets = max_dets
         evaluation.evaluate()
         evaluation.accumulate()
-    shape = (10, 101, len(truth.names), 4, len(limits))
+    shape = (10, 101, len(truth.names), 4, len(max_dets))
     precision = np.asarray(evaluation.eval["precision"], np.float64).reshape(shape)
     return precision, np.asarray(evaluation.eval["recall"], np.float64).reshape(shape[0], *shape[2:])
 
@@ -129,11 +129,11 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if values.size else -1.0
 
 
-def _stats(precision: np.ndarray, recall: np.ndarray, limits: list[int]) -> dict[str, float]:
+def _stats(precision: np.ndarray, recall: np.ndarray, max_dets: list[int]) -> dict[str, float]:
     stats = {"AP": _mean(precision[..., 0, -1])}
     stats |= {"AP50": _mean(precision[0, ..., 0, -1]), "AP75": _mean(precision[5, ..., 0, -1])}
     stats |= {f"AP{size}": _mean(precision[..., area, -1]) for area, size in enumerate(SIZES) if size}
-    stats |= {f"AR{limit}": _mean(recall[..., 0, column]) for column, limit in enumerate(limits)}
+    stats |= {f"AR{number}": _mean(recall[..., 0, column]) for column, number in enumerate(max_dets)}
     return stats | {f"AR{size}": _mean(recall[..., area, -1]) for area, size in enumerate(SIZES) if size}
 
 
@@ -158,7 +158,7 @@ def _per_class(
             none = {"score": -1.0, "precision": -1.0, "recall": -1.0, "f1": -1.0}
             error = optimal_lrp(match)
             row |= match.best_f1() if match.objects else none
-            parts = (error.error, error.localisation, error.false_positives, error.false_negatives)
+            parts = (error.error, error.localization, error.false_positives, error.false_negatives)
             row |= dict(zip(LRP_NAMES, parts, strict=True))
         rows.append(row)
     return rows
@@ -173,15 +173,16 @@ def _curves(names: Mapping[int, str], precision: np.ndarray) -> dict[str, list[f
     return curves
 
 
-def _notes(truth: GroundTruth, image_ids: list[int], limit: int, broken: int, detections: int) -> list[str]:
+def _notes(truth: GroundTruth, image_ids: list[int], max_dets: int, broken: int, detections: int) -> list[str]:
     notes = [f"{count:,} x {fault}" for fault, count in sorted(truth.faults.items())]
-    most, image = truth.most_objects(image_ids)
-    if most > limit:
+    max_objects, image = truth.max_objects(image_ids)
+    if max_objects > max_dets:
         notes.append(
-            f"image {image} holds {most} objects of one class but only {limit} detection(s) of a class count: "
+            f"image {image} holds {max_objects} objects of one class but only {max_dets} detection(s) of a class "
+            "count: "
             "its recall cannot reach 1; raise max_detections (the last number)"
         )
-    if not most:
+    if not max_objects:
         notes.append("none of the pictures holds an object that counts: there is nothing to measure")
     if broken:
         notes.append(f"{broken:,} detections with NaN or infinity were left out")

@@ -63,7 +63,7 @@ class GroundTruth:
         """Ids of all images."""
         return [image["id"] for image in self.dataset["images"]]
 
-    def most_objects(self, image_ids: Iterable[int], *, by_class: bool = True) -> tuple[int, int | None]:
+    def max_objects(self, image_ids: Iterable[int], *, by_class: bool = True) -> tuple[int, int | None]:
         """(largest number of objects in one image, that image's id); of one class or of all. Crowds do not count."""
         wanted = set(image_ids)
         counts = Counter(
@@ -73,8 +73,8 @@ class GroundTruth:
         )
         if not counts:
             return 0, None
-        (image, _), most = counts.most_common(1)[0]
-        return most, image
+        (image, _), number = counts.most_common(1)[0]
+        return number, image
 
 
 def _load(path: str | Path) -> Any:

@@ -102,9 +102,11 @@ def _grouped(annotations: Sequence[dict[str, Any]]) -> dict[tuple[int, int], lis
     return groups
 
 
-def _match_image(truths: list[dict], detections: list[dict], threshold: float, limit: int) -> tuple[np.ndarray, ...]:
+def _match_image(
+    truths: list[dict], detections: list[dict], threshold: float, max_detections: int
+) -> tuple[np.ndarray, ...]:
     """(scores, found, ious) of the counted detections of one image and class."""
-    order = np.argsort([-d["score"] for d in detections], kind="stable")[:limit]
+    order = np.argsort([-d["score"] for d in detections], kind="stable")[:max_detections]
     scores = np.array([detections[i]["score"] for i in order])
     if not truths:
         return scores, np.zeros(len(scores), bool), np.zeros(len(scores))
@@ -173,7 +175,7 @@ def confusion_matrix(
     truths: Sequence[Mapping[str, Any]],
     detections: Sequence[Mapping[str, Any]],
     names: Mapping[int, str],
-    lowest: Mapping[int, float],
+    score_thresholds: Mapping[int, float],
     *,
     threshold: float = 0.5,
     max_detections: int = 100,
@@ -189,13 +191,14 @@ def confusion_matrix(
         truths: COCO annotations with `image_id`, `category_id`, `bbox` xywh and `iscrowd`; crowds are not counted.
         detections: COCO results with `image_id`, `category_id`, `bbox` and `score`.
         names: name by category id, in the order of rows and columns.
-        lowest: by category id, the lowest score of a detection that counts; a class without an entry has none.
+        score_thresholds: by category id, the lowest score of a detection that counts; a class without an entry has
+            none.
         threshold: least IoU; for a crowd, least share of the detection inside it.
         max_detections: best detections kept for each image and class.
     """
     label_of = {category: label for label, category in enumerate(names)}
     truths = [truth for truth in truths if truth["category_id"] in label_of]
-    detections = [d for d in detections if d["score"] >= lowest.get(d["category_id"], np.inf)]
+    detections = [d for d in detections if d["score"] >= score_thresholds.get(d["category_id"], np.inf)]
     detections.sort(key=lambda detection: -detection["score"])
     labels = [np.array([label_of[row["category_id"]] for row in rows], int) for rows in (truths, detections)]
     counts = np.zeros((len(names) + 1, len(names) + 1), int)
@@ -222,13 +225,13 @@ def _by_image(rows: Sequence[Mapping[str, Any]]) -> dict[int, list[int]]:
     return groups
 
 
-def _best_of_each_class(rows: list[int], labels: np.ndarray, limit: int) -> np.ndarray:
-    """The first `limit` of each label among the rows of one image, best score first."""
+def _best_of_each_class(rows: list[int], labels: np.ndarray, max_detections: int) -> np.ndarray:
+    """The first `max_detections` of each label among the rows of one image, best score first."""
     chosen = np.array(rows, int)
-    if len(rows) <= limit:
+    if len(rows) <= max_detections:
         return chosen
     same = labels[chosen][:, None] == labels[chosen]
-    return chosen[np.tril(same).sum(1) <= limit]
+    return chosen[np.tril(same).sum(1) <= max_detections]
 
 
 def _count_image(
@@ -265,14 +268,14 @@ class OptimalLRP:
 
     Attributes:
         error: oLRP.
-        localisation: mean 1 - IoU of the found objects there.
+        localization: mean 1 - IoU of the found objects there.
         false_positives: 1 - precision there.
         false_negatives: 1 - recall there.
         score: the optimal threshold.
     """
 
     error: float
-    localisation: float
+    localization: float
     false_positives: float
     false_negatives: float
     score: float

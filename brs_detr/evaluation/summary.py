@@ -91,11 +91,11 @@ class Summary:
         Ranking losses order detections and do not calibrate them: a good score may be 0.03, so the cut is measured.
         Two classes of one name share the lower score.
         """
-        lowest: dict[str, float] = {}
+        score_thresholds: dict[str, float] = {}
         for row in self.per_class:
             if row.get("f1", -1) > 0:
-                lowest[row["name"]] = min(row["score"], lowest.get(row["name"], row["score"]))
-        return lowest
+                score_thresholds[row["name"]] = min(row["score"], score_thresholds.get(row["name"], row["score"]))
+        return score_thresholds
 
     def save(self, folder: str | Path, about: Mapping[str, Any] | None = None) -> list[Path]:
         """Write the figures into `folder`; returns the paths.

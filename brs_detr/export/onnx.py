@@ -72,7 +72,7 @@ class DetectorGraph(nn.Module):
         below = torch.arange(height, device=sizes.device) >= sizes[:, :1]
         beside = torch.arange(width, device=sizes.device) >= sizes[:, 1:]
         padding = below[:, :, None] | beside[:, None, :]
-        memory = model.encode(model.normalise(pixels, padding), padding)
+        memory = model.encode(model.normalize(pixels, padding), padding)
         layers = model.decode(memory, model.proposals(memory).references)
         last = Predictions(layers.logits[-1], layers.boxes[-1])
         boxes, scores, labels = best_pairs(last, model.detections_per_image)

@@ -20,9 +20,9 @@ from brs_detr.models.transformer.decoder import Predictions
 from brs_detr.ops.anchors import take_rows
 from brs_detr.ops.images import ImageBatch
 
-MOST_PIXELS = 0.1
+MAX_BOX_DIFFERENCE = 0.1
 """Largest difference of a box's corner, in pixels of the input, that counts as rounding."""
-MOST_SCORE = 1e-3
+MAX_SCORE_DIFFERENCE = 1e-3
 """The same for a score in [0, 1]."""
 
 
@@ -35,7 +35,7 @@ class Differences(NamedTuple):
     @property
     def small(self) -> bool:
         """Whether both may be rounding."""
-        return self.boxes <= MOST_PIXELS and self.scores <= MOST_SCORE
+        return self.boxes <= MAX_BOX_DIFFERENCE and self.scores <= MAX_SCORE_DIFFERENCE
 
 
 class ExportedDetector:
@@ -77,7 +77,7 @@ def compare(model: BRSDETR, exported: ExportedDetector, images: ImageBatch) -> D
     """
     boxes, scores, labels, chosen = exported(images)
     padding = images.padding_mask()
-    memory = model.encode(model.normalise(images.pixels, padding), padding)
+    memory = model.encode(model.normalize(images.pixels, padding), padding)
     found = model.proposals(memory)
     of_tokens = found.predictions.logits[..., 0].masked_fill(~found.valid, -torch.inf).sigmoid()
     choice = (of_tokens.gather(1, chosen) - of_tokens.gather(1, found.chosen)).abs().max()
@@ -108,5 +108,5 @@ def largest_differences(
     all_boxes = box_convert(predictions.boxes, "cxcywh", "xyxy").clamp(0, 1) * extents
     of_label = all_scores.gather(2, labels[:, None].expand(-1, all_scores.shape[1], -1))  # (B, Q, n)
     apart = (all_boxes[:, :, None] - boxes[:, None]).abs().amax(-1)
-    apart = apart.masked_fill((of_label - scores[:, None]).abs() > MOST_SCORE, torch.inf)
+    apart = apart.masked_fill((of_label - scores[:, None]).abs() > MAX_SCORE_DIFFERENCE, torch.inf)
     return Differences(float(apart.amin(1).max()), float((scores - best).abs().max()))

@@ -24,13 +24,13 @@ class ALRP(NamedTuple):
     """The classification part trains the logits, the localisation part the boxes; their sum is the loss."""
 
     classification: Tensor
-    localisation: Tensor
+    localization: Tensor
 
 
 def alrp_loss(
     logits: Tensor,
     positives: Tensor,
-    localisation_error: Tensor,
+    localization_error: Tensor,
     *,
     valid: Tensor | None = None,
     delta: float = 1.0,
@@ -53,7 +53,7 @@ def alrp_loss(
     Args:
         logits: any shape, M entries, all in one ranking.
         positives: (P,) int64, distinct indices into `logits.flatten()`.
-        localisation_error: (P,) E of each positive, (1 - IoU) / (1 - tau), or GIoU loss / 2 / (1 - tau) as in the
+        localization_error: (P,) E of each positive, (1 - IoU) / (1 - tau), or GIoU loss / 2 / (1 - tau) as in the
             paper.
         valid: bool of the logits' shape; entries that are False are neither ranked nor given a gradient.
         delta: half width of the step.
@@ -69,12 +69,12 @@ def alrp_loss(
         ValueError: for an unknown method, a delta that is negative or not finite, arguments whose shapes or types do
             not fit, or positives that are out of range, double or ignored (on a GPU the device asserts).
     """
-    flat, valid, group = prepare(logits, positives, valid, delta, method, scope, localisation_error=localisation_error)
+    flat, valid, group = prepare(logits, positives, valid, delta, method, scope, localization_error=localization_error)
     if group.positives == 0:
         zero = attached_zero(flat, group)
-        return ALRP(zero, localisation_error.sum().to(flat.dtype) + zero)
+        return ALRP(zero, localization_error.sum().to(flat.dtype) + zero)
     with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
-        error = localisation_error.detach().to(accumulation_dtype(flat.device))
+        error = localization_error.detach().to(accumulation_dtype(flat.device))
         if method == "pairwise":
             order = flat[positives].argsort(stable=True)
             negative = negative_mask(flat, positives, valid)
@@ -88,8 +88,8 @@ def alrp_loss(
     with torch.autocast(flat.device.type, enabled=False):
         kind = flat.dtype
         share = (share * group.sound).to(kind)
-        localisation = (localisation_error.to(kind) * share).sum() + others.to(kind)
-    return ALRP(attach(flat, value, gradient, group.sound), localisation)
+        localization = (localization_error.to(kind) * share).sum() + others.to(kind)
+    return ALRP(attach(flat, value, gradient, group.sound), localization)
 
 
 def alrp_pairwise(
@@ -125,9 +125,9 @@ def _from_ranking(ranking: Ranking, error: Tensor) -> tuple[Tensor, Tensor, Tens
     error = ranking.sort(error)
     own = ranking.positives_above() - ranking.self_step
     rivals = ranking.positives_above(error) - ranking.self_step * error
-    false_positives = ranking.negatives.counts()
+    false_positives = ranking.negatives.num_fp()
     position = 1 + own + false_positives
     update = torch.where(false_positives > EPS, (false_positives + rivals) / position, 0.0) / len(error)
-    gradient = ranking.negatives.spread(update / false_positives.clamp(min=EPS))
+    gradient = ranking.negatives.backprop(update / false_positives.clamp(min=EPS))
     gradient.index_copy_(0, ranking.index, ranking.own(-update))
     return (false_positives / position).mean(), position, gradient

@@ -14,7 +14,7 @@ from .ranking import (
     prepare,
     rank,
     relevant_negatives,
-    smooth_step,
+    smooth_heaviside,
 )
 
 
@@ -83,7 +83,7 @@ def average_precision_pairwise(
     best = logits.new_zeros(())
     for i, (false_positives, above) in enumerate(pairwise_steps(own, others, delta)):
         number = false_positives.sum()
-        counted = above.sum() - smooth_step(logits.new_zeros(()), delta) + 1
+        counted = above.sum() - smooth_heaviside(logits.new_zeros(()), delta) + 1
         precision = counted / (counted + number)
         best = torch.maximum(best, precision) if interpolate else precision
         errors[i] = 1 - best
@@ -95,7 +95,7 @@ def _from_ranking(ranking: Ranking, full_self: bool, interpolate: bool) -> tuple
     own = ranking.positives_above()
     if full_self:
         own = own + (1 - ranking.self_step)
-    false_positives = ranking.negatives.counts()
+    false_positives = ranking.negatives.num_fp()
     position = own + false_positives
     error = false_positives / position
     weight = 1 / position
@@ -106,5 +106,5 @@ def _from_ranking(ranking: Ranking, full_self: bool, interpolate: bool) -> tuple
         weight = torch.where(raised, (1 - best) / false_positives.clamp(min=torch.finfo(weight.dtype).tiny), weight)
         error = 1 - best
     count = len(error)
-    gradient = ranking.negatives.spread(weight / count).index_copy_(0, ranking.index, ranking.own(-error / count))
+    gradient = ranking.negatives.backprop(weight / count).index_copy_(0, ranking.index, ranking.own(-error / count))
     return error.mean(), gradient

@@ -81,23 +81,23 @@ class EpochBalance(nn.Module):
         # In float32, as not every device has more; at 3665 terms of about 1 that is exact to six digits.
         self.register_buffer("sums", torch.zeros(3))
 
-    def forward(self, classification: Tensor, localisation: Tensor, positives: Tensor | int = 1) -> Tensor:
+    def forward(self, classification: Tensor, localization: Tensor, positives: Tensor | int = 1) -> Tensor:
         """The balanced localisation part.
 
         Args:
-            classification, localisation: scalars, the parts of the loss; counted in training mode.
+            classification, localization: scalars, the parts of the loss; counted in training mode.
             positives: how many there were; an iteration with 0 is not counted.
 
         Returns:
-            scalar, attached to the graph of `localisation` only.
+            scalar, attached to the graph of `localization` only.
         """
         if self.training:
-            self._count(classification.detach(), localisation.detach(), positives)
+            self._count(classification.detach(), localization.detach(), positives)
         # A copy: the buffer may change before the backward pass needs this factor.
-        return localisation * self.factor.to(localisation, copy=True)
+        return localization * self.factor.to(localization, copy=True)
 
-    def _count(self, classification: Tensor, localisation: Tensor, positives: Tensor | int) -> None:
-        seen = torch.stack([classification, localisation, torch.ones_like(localisation)]).to(self.sums)
+    def _count(self, classification: Tensor, localization: Tensor, positives: Tensor | int) -> None:
+        seen = torch.stack([classification, localization, torch.ones_like(localization)]).to(self.sums)
         # One step that is not finite, and is skipped by the trainer, may not spoil all later factors.
         counts = seen.isfinite().all() & (positives > 0)
         sums = self.sums + torch.where(counts, seen, 0.0)

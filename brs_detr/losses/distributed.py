@@ -34,7 +34,7 @@ def sum_over(values: Tensor, scope: str) -> Tensor:
     return own + (process_sum(own) - own.detach())
 
 
-def averaged_later(term: Tensor, scope: str) -> Tensor:
+def scale_for_ddp(term: Tensor, scope: str) -> Tensor:
     """The same value with the gradient times the number of processes, for data-parallel training to divide by it."""
     if scope == "process" or world_size() == 1:
         return term
@@ -89,7 +89,7 @@ class Group:
         dist.all_gather(parts, padded)
         return torch.cat([part[:count] for part, count in zip(parts, self.counts)])
 
-    def mine(self, values: Tensor) -> Tensor:
+    def local_slice(self, values: Tensor) -> Tensor:
         """The part of gathered values that belongs to this process, (P,)."""
         start = sum(self.counts[: self.own])
         return values[start : start + self.counts[self.own]]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .ranking import smooth_step
+from .ranking import smooth_heaviside
 
 
 def quadrant_sums(row: Tensor, values: Tensor, rows_before: Tensor, columns_before: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def dense_missorted(scores: Tensor, quality: Tensor, delta: float):
         error A_i = the same sum of H (1 - t_j)  (P,),
         the map x -> sum_i x_i H(s_j - s_i) [t_j < t_i]  (P,) to (P,).
     """
-    missorted = smooth_step(scores[None] - scores[:, None], delta) * (quality[None] < quality[:, None])
+    missorted = smooth_heaviside(scores[None] - scores[:, None], delta) * (quality[None] < quality[:, None])
     mass, error = (missorted @ torch.stack([torch.ones_like(quality), 1 - quality], 1)).unbind(1)
     return mass, error, lambda x: x @ missorted
 

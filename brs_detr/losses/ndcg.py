@@ -15,7 +15,7 @@ from .ranking import (
     prepare,
     rank,
     relevant_negatives,
-    smooth_step,
+    smooth_heaviside,
 )
 
 
@@ -76,7 +76,7 @@ def ndcg_pairwise(logits: Tensor, positives: Tensor, negative: Tensor, delta: fl
     gains, updates, on_negatives = torch.zeros_like(own), torch.zeros_like(own), torch.zeros_like(others)
     for i, (false_positives, above) in enumerate(pairwise_steps(own, others, delta)):
         number = false_positives.sum()
-        rank = above.sum() - smooth_step(logits.new_zeros(()), delta) + 1 + number
+        rank = above.sum() - smooth_heaviside(logits.new_zeros(()), delta) + 1 + number
         gains[i] = 1 / torch.log2(1 + rank)
         updates[i] = torch.where(number > EPS, (1 - gains[i]) / ideal, 0.0)
         on_negatives += updates[i] * false_positives / number.clamp(min=EPS)
@@ -84,11 +84,11 @@ def ndcg_pairwise(logits: Tensor, positives: Tensor, negative: Tensor, delta: fl
 
 
 def _from_ranking(ranking: Ranking) -> tuple[Tensor, Tensor]:
-    false_positives = ranking.negatives.counts()
+    false_positives = ranking.negatives.num_fp()
     position = ranking.positives_above() + (1 - ranking.self_step) + false_positives
     places = torch.arange(1, len(position) + 1, device=position.device, dtype=position.dtype)
     ideal = (1 / torch.log2(1 + places)).sum()
     gain = 1 / torch.log2(1 + position)
     update = torch.where(false_positives > EPS, (1 - gain) / ideal, 0.0)
-    gradient = ranking.negatives.spread(update / false_positives.clamp(min=EPS))
+    gradient = ranking.negatives.backprop(update / false_positives.clamp(min=EPS))
     return 1 - gain.sum() / ideal, gradient.index_copy_(0, ranking.index, ranking.own(-update))

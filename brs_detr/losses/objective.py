@@ -16,7 +16,7 @@ from .average_precision import average_precision_loss
 from .balance import CAP, LEAST, EpochBalance, box_scores, self_balance
 from .checks import check_labels, check_number, check_per_positive, check_set, single_or_wider
 from .classification import SCORE_LOSSES
-from .distributed import SCOPES, averaged_later, process_mean, sum_over
+from .distributed import SCOPES, process_mean, scale_for_ddp, sum_over
 from .ndcg import ndcg_loss
 from .rank_sort import rank_sort_loss
 
@@ -33,7 +33,7 @@ def _positive_rows(
     valid: Tensor | None,
     rows: Tensor | None,
     quality: Tensor,
-    localisation: Mapping[str, Tensor],
+    localization: Mapping[str, Tensor],
 ) -> Tensor:
     """Ascending rows of the positives; all arguments checked against each other."""
     check_set(logits, labels, valid, rows)
@@ -44,7 +44,7 @@ def _positive_rows(
         raise ValueError(
             f"quality has {len(quality)} entries for {len(rows)} positive rows: give one per positive, in row order"
         )
-    for name, values in localisation.items():
+    for name, values in localization.items():
         check_per_positive(name, values, rows)
     check_labels(labels, classes, valid, rows)
     return rows
@@ -148,10 +148,10 @@ class RankingObjective(nn.Module):
         labels: Tensor,
         *,
         quality: Tensor,
-        localisation: Mapping[str, Tensor],
+        localization: Mapping[str, Tensor],
         valid: Tensor | None = None,
         rows: Tensor | None = None,
-        localisation_weight: Tensor | None = None,
+        localization_weight: Tensor | None = None,
         count: Tensor | float | None = None,
     ) -> dict[str, Tensor]:
         """Loss terms of one set.
@@ -160,33 +160,33 @@ class RankingObjective(nn.Module):
             logits: (N, C) one sigmoid logit per class.
             labels: (N,) int64; 0..C-1 positive, C background.
             quality: (P,) IoU of each positive in row order; detached.
-            localisation: name -> (P,) losses of the positives, not reduced.
+            localization: name -> (P,) losses of the positives, not reduced.
             valid: (N,) bool; False rows are ignored.
             rows: (P,) int64 ascending rows of the positives; spares a device synchronisation.
-            localisation_weight, count: for score-based objectives; no effect here.
+            localization_weight, count: for score-based objectives; no effect here.
 
         Returns:
-            {"rank", with Rank & Sort "sort", and every key of `localisation`} -> scalar.
+            {"rank", with Rank & Sort "sort", and every key of `localization`} -> scalar.
 
         Raises:
             ValueError: when shapes or types do not fit, a label is out of range, a positive row is background or
                 ignored (on a GPU the device asserts what concerns values), or aLRP gets no "giou".
         """
         classes = logits.shape[-1]
-        rows = _positive_rows(logits, labels, classes, valid, rows, quality, localisation)
+        rows = _positive_rows(logits, labels, classes, valid, rows, quality, localization)
         logits = single_or_wider(logits).float()
         with torch.autocast(logits.device.type, enabled=False):
             positives = rows * classes + labels[rows]
             mask = None if valid is None else valid[:, None].expand(-1, classes)
-            terms = self._ranking_terms(logits, positives, quality, localisation, mask)
+            terms = self._ranking_terms(logits, positives, quality, localization, mask)
             target = sum(term for name, term in terms.items() if name in ("rank", "sort"))
-            terms = {name: averaged_later(term, self.scope) * self.weight for name, term in terms.items()}
+            terms = {name: scale_for_ddp(term, self.scope) * self.weight for name, term in terms.items()}
             whole = sum_over(torch.full((1,), float(len(rows)), device=logits.device), self.scope).clamp(min=1)
             weights = self._box_weights(logits[rows], whole)
-            for name, values in localisation.items():
+            for name, values in localization.items():
                 if name not in terms:
                     mean = sum_over(values.float() * weights, self.scope) / whole + _zero(logits)
-                    terms[name] = averaged_later(self._balance(mean, target), self.scope)
+                    terms[name] = scale_for_ddp(self._balance(mean, target), self.scope)
         return terms
 
     def shared_count(self, positives: Tensor | float, like: Tensor) -> None:
@@ -205,7 +205,7 @@ class RankingObjective(nn.Module):
         logits: Tensor,
         positives: Tensor,
         quality: Tensor,
-        localisation: Mapping[str, Tensor],
+        localization: Mapping[str, Tensor],
         valid: Tensor | None,
     ) -> dict[str, Tensor]:
         """Terms of the ranking loss itself, not yet weighted."""
@@ -217,12 +217,12 @@ class RankingObjective(nn.Module):
             return {"rank": average_precision_loss(logits, positives, interpolate=self.method == "exact", **how)}
         if self.family == "ndcg":
             return {"rank": ndcg_loss(logits, positives, **how)}
-        if "giou" not in localisation:
+        if "giou" not in localization:
             raise ValueError("aLRP ranks boxes by their GIoU loss: give the objective a localisation term 'giou'")
-        error = localisation["giou"].float() / 2 / (1 - self.tau)
+        error = localization["giou"].float() / 2 / (1 - self.tau)
         terms = alrp_loss(logits, positives, error, **how)
         if self.epoch_balance is None:
-            boxes = self_balance(terms.localisation, terms.classification, cap=self.cap, least=self.least)
+            boxes = self_balance(terms.localization, terms.classification, cap=self.cap, least=self.least)
         else:
             positives = sum_over(torch.full((), float(len(positives)), device=logits.device), self.scope)
             boxes = self.epoch_balance(*terms, positives)
@@ -243,7 +243,7 @@ class ScoreObjective(nn.Module):
         weights: factor of "cls" and of every localisation term.
         alpha: weight of positives in focal loss.
         gamma: focusing exponent of focal and quality focal loss.
-        normaliser: "positives" divides by the number of positives, averaged over all processes and at least 1;
+        normalizer: "positives" divides by the number of positives, averaged over all processes and at least 1;
             "rows" by the number of valid rows of this process.
 
     Raises:
@@ -258,13 +258,13 @@ class ScoreObjective(nn.Module):
         *,
         alpha: float = 0.25,
         gamma: float = 2.0,
-        normaliser: str = "positives",
+        normalizer: str = "positives",
     ):
         super().__init__()
         if classification not in SCORE_LOSSES:
             raise ValueError(f"unknown classification loss {classification!r}: choose one of {', '.join(SCORE_LOSSES)}")
-        if normaliser not in ("positives", "rows"):
-            raise ValueError(f"unknown normaliser {normaliser!r}: choose positives or rows")
+        if normalizer not in ("positives", "rows"):
+            raise ValueError(f"unknown normaliser {normalizer!r}: choose positives or rows")
         if "cls" not in weights:
             raise ValueError('weights need an entry "cls" for the classification loss')
         for name, value in {**weights, "gamma": gamma}.items():
@@ -273,7 +273,7 @@ class ScoreObjective(nn.Module):
         self.weights = dict(weights)
         self.alpha = alpha
         self.gamma = gamma
-        self.normaliser = normaliser
+        self.normalizer = normalizer
 
     def forward(
         self,
@@ -281,10 +281,10 @@ class ScoreObjective(nn.Module):
         labels: Tensor,
         *,
         quality: Tensor,
-        localisation: Mapping[str, Tensor],
+        localization: Mapping[str, Tensor],
         valid: Tensor | None = None,
         rows: Tensor | None = None,
-        localisation_weight: Tensor | None = None,
+        localization_weight: Tensor | None = None,
         count: Tensor | float | None = None,
     ) -> dict[str, Tensor]:
         """Loss terms of one set.
@@ -293,28 +293,28 @@ class ScoreObjective(nn.Module):
             logits: (N, C), or (N, C + 1) with the background last for cross entropy.
             labels: (N,) int64; 0..C-1 positive, C background.
             quality: (P,) IoU of each positive in row order; detached.
-            localisation: name -> (P,) losses of the positives, not reduced.
+            localization: name -> (P,) losses of the positives, not reduced.
             valid: (N,) bool; False rows are ignored.
             rows: (P,) int64 ascending rows of the positives; spares a device synchronisation.
-            localisation_weight: (P,) weights of the localisation losses; their sum is then those terms' normaliser
+            localization_weight: (P,) weights of the localisation losses; their sum is then those terms' normaliser
                 ("positives" only).
             count: replaces the mean number of positives, see `shared_count`, or the number of rows.
 
         Returns:
-            {"cls", and every key of `localisation`} -> scalar.
+            {"cls", and every key of `localization`} -> scalar.
 
         Raises:
             ValueError: when a localisation term has no weight, shapes or types do not fit, a label is out of range, or
                 a positive row is background or ignored (on a GPU the device asserts what concerns values).
         """
-        missing = [name for name in localisation if name not in self.weights]
+        missing = [name for name in localization if name not in self.weights]
         if missing:
             raise ValueError(f"no weight for the localisation term {missing[0]!r}: add it to the objective's weights")
         classes = logits.shape[-1] - (self.classification == "cross_entropy")
-        rows = _positive_rows(logits, labels, classes, valid, rows, quality, localisation)
+        rows = _positive_rows(logits, labels, classes, valid, rows, quality, localization)
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
-            normaliser = self._normaliser(logits, valid, len(rows), count)
+            normalizer = self._normalizer(logits, valid, len(rows), count)
             if valid is not None:
                 # Before the loss and not after it: an ignored infinite logit has a nan gradient otherwise.
                 logits = logits.masked_fill(~valid[:, None], 0)
@@ -323,14 +323,14 @@ class ScoreObjective(nn.Module):
             )
             if valid is not None:
                 row_losses = row_losses * valid
-            terms = {"cls": row_losses.sum() / normaliser * self.weights["cls"]}
-            if localisation_weight is not None:
-                localisation_weight = localisation_weight.detach().float()
-                if self.normaliser == "positives":
-                    normaliser = process_mean(localisation_weight.sum())
-            for name, values in localisation.items():
-                values = values.float() if localisation_weight is None else values.float() * localisation_weight
-                terms[name] = (values.sum() + _zero(logits)) / normaliser * self.weights[name]
+            terms = {"cls": row_losses.sum() / normalizer * self.weights["cls"]}
+            if localization_weight is not None:
+                localization_weight = localization_weight.detach().float()
+                if self.normalizer == "positives":
+                    normalizer = process_mean(localization_weight.sum())
+            for name, values in localization.items():
+                values = values.float() if localization_weight is None else values.float() * localization_weight
+                terms[name] = (values.sum() + _zero(logits)) / normalizer * self.weights[name]
         return terms
 
     def shared_count(self, positives: Tensor | float, like: Tensor) -> Tensor:
@@ -341,9 +341,9 @@ class ScoreObjective(nn.Module):
         """
         return process_mean(_scalar(positives, like))
 
-    def _normaliser(self, logits: Tensor, valid: Tensor | None, positives: int, count: Tensor | float | None) -> Tensor:
+    def _normalizer(self, logits: Tensor, valid: Tensor | None, positives: int, count: Tensor | float | None) -> Tensor:
         if count is not None:
             return _scalar(count, logits).clamp(min=1)
-        if self.normaliser == "positives":
+        if self.normalizer == "positives":
             return self.shared_count(positives, logits)
         return _scalar(len(logits) if valid is None else valid.sum(), logits).clamp(min=1)

@@ -122,11 +122,11 @@ def _from_ranking(ranking: Ranking, quality: Tensor):
     count = len(ranking.order)
     quality = ranking.sort(quality)
     above = ranking.positives_above()
-    false_positives = ranking.negatives.counts()
+    false_positives = ranking.negatives.num_fp()
     position = above + false_positives
     ranking_error = false_positives / position
     # l_R(i) H / N_FP(i) = H / rank(i): nothing is divided by N_FP, which may be 0.
-    dense = ranking.negatives.spread(1 / (position * count))
+    dense = ranking.negatives.backprop(1 / (position * count))
     dense.index_copy_(0, ranking.index, ranking.own(-ranking_error / count))
     inverse = ranking.positives_above(1 - quality)
     sorting_error, sparse = sorting_terms(ranking.cells.scores, quality, ranking.cells.delta, above, inverse)

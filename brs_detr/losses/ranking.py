@@ -47,7 +47,7 @@ class Ranking:
 
     def own(self, values: Tensor) -> Tensor:
         """Values (P,) of this process's positives only, in the caller's order."""
-        return self.group.mine(torch.empty_like(values).index_copy_(0, self.order, values))
+        return self.group.local_slice(torch.empty_like(values).index_copy_(0, self.order, values))
 
     @property
     def self_step(self) -> float:
@@ -65,8 +65,8 @@ def rank(logits: Tensor, positives: Tensor, valid: Tensor | None, delta: float, 
     x = logits.detach().to(accumulation_dtype(logits.device))
     scores, order = group.gather(x.index_select(0, positives)).sort(stable=True)
     # Centred, so that a constant added to all logits costs no precision.
-    centre = scores.mean()
-    scores, x = scores - centre, x - centre
+    center = scores.mean()
+    scores, x = scores - center, x - center
     cells = make_cells(scores, delta)
     kind = BucketedNegatives if method == "bucketed" else ExactNegatives
     return Ranking(positives, order, cells, kind(cells, x, positives, valid, group), group)
@@ -139,7 +139,7 @@ def attached_zero(logits: Tensor, group: Group) -> Tensor:
     return logits[:0].sum() * group.sound.to(logits.dtype)
 
 
-def smooth_step(x: Tensor, delta: float) -> Tensor:
+def smooth_heaviside(x: Tensor, delta: float) -> Tensor:
     """H(x): 0 below -delta, 1 above delta, linear between (Bucketed Ranking-based Losses, Eq. 2).
 
     Args:
@@ -154,7 +154,7 @@ def smooth_step(x: Tensor, delta: float) -> Tensor:
     return (x / (2 * delta) + 0.5).clamp(0, 1)
 
 
-class _IdentityUpdate(torch.autograd.Function):
+class IdentityUpdate(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
@@ -194,7 +194,7 @@ def attach_two(
         (first, second) in the logits' dtype, attached to their graph.
     """
     first, second, dense, sparse, sound = (x.to(logits.dtype) for x in (first, second, dense, sparse, sound))
-    return _IdentityUpdate.apply(logits, first, second, dense, index, sparse, sound)
+    return IdentityUpdate.apply(logits, first, second, dense, index, sparse, sound)
 
 
 def attach(logits: Tensor, value: Tensor, gradient: Tensor, sound: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def relevant_negatives(logits: Tensor, positives: Tensor, negative: Tensor, delt
 def pairwise_steps(own: Tensor, others: Tensor, delta: float) -> Iterator[tuple[Tensor, Tensor]]:
     """H(x_ij) of each positive i: over the relevant negatives j (R,), and over the positives (P,)."""
     for logit in own:
-        yield smooth_step(others - logit, delta), smooth_step(own - logit, delta)
+        yield smooth_heaviside(others - logit, delta), smooth_heaviside(own - logit, delta)
 
 
 def join_gradient(

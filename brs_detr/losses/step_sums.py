@@ -17,8 +17,8 @@ settle the rest.
 The negatives as the positives see them: how many rank above each positive, and the way back.
 
 Both classes offer the same two maps for positives given in ascending order:
-`counts()`   N_FP(i) = sum_j H(s_j - s_i) over the negatives, (P,);
-`spread(w)`  g_j = sum_i w_i H(s_j - s_i) for every logit, (M,), exactly 0 for positives and ignored entries.
+`num_fp()`     N_FP(i) = sum_j H(s_j - s_i) over the negatives, (P,);
+`backprop(w)`  g_j = sum_i w_i H(s_j - s_i) for every logit, (M,), exactly 0 for positives and ignored entries.
 """
 
 from typing import NamedTuple
@@ -185,10 +185,10 @@ class ExactNegatives:
         # Outside the ramps a logit's value is of no account; clamping keeps infinities out of the sums.
         self.x = logits.clamp(cells.points[0], cells.points[-1])
 
-    def counts(self) -> Tensor:
+    def num_fp(self) -> Tensor:
         return sums_above(self.cells, self.group.total(tally(self.cells, self.where, self.x)))
 
-    def spread(self, weight: Tensor) -> Tensor:
+    def backprop(self, weight: Tensor) -> Tensor:
         return evaluate(lines(self.cells, weight), self.where, self.x)
 
 
@@ -223,9 +223,9 @@ class BucketedNegatives:
         else:
             self.where = torch.arange(1, len(edges) + 1, device=logits.device, dtype=torch.int32)
 
-    def counts(self) -> Tensor:
+    def num_fp(self) -> Tensor:
         return sums_above(self.cells, tally(self.cells, self.where, self.prototype, self.size))
 
-    def spread(self, weight: Tensor) -> Tensor:
+    def backprop(self, weight: Tensor) -> Tensor:
         per_bucket = evaluate(lines(self.cells, weight), self.where, self.prototype)
         return torch.cat([per_bucket.new_zeros(1), per_bucket]).index_select(0, self.bucket)

@@ -24,7 +24,7 @@ from brs_detr.models.neck import ChannelMapper
 from brs_detr.models.transformer.collaborative import AuxQueryEmbedding, select_queries
 from brs_detr.models.transformer.decoder import Predictions, QueryDecoder
 from brs_detr.models.transformer.encoder import DeformableEncoder, Memory
-from brs_detr.models.transformer.two_stage import BoxEmbedding, ProposalHead
+from brs_detr.models.transformer.two_stage import BoxEmbedding, TwoStageHead
 from brs_detr.ops.anchors import take_rows
 from brs_detr.ops.images import ImageBatch, Size
 from brs_detr.ops.targets import PackedTargets, check_targets
@@ -33,35 +33,37 @@ PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
 
-def best_pairs(predictions: Predictions, limit: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `limit` best (query, class) pairs of each picture, without NMS.
+def best_pairs(predictions: Predictions, max_detections: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `max_detections` best (query, class) pairs of each picture, without NMS.
 
     Args:
         predictions: logits (B, Q, K), boxes (B, Q, 4) cxcywh in [0, 1].
-        limit: pairs to keep a picture; fewer where there are fewer.
+        max_detections: pairs to keep a picture; fewer where there are fewer.
 
     Returns:
         boxes (B, n, 4) xyxy in [0, 1], scores (B, n), labels (B, n), best first.
     """
     scores = rearrange(predictions.logits.sigmoid(), "b q k -> b (q k)")
-    scores, index = scores.topk(min(limit, scores.shape[1]), dim=1)
+    scores, index = scores.topk(min(max_detections, scores.shape[1]), dim=1)
     classes = predictions.logits.shape[-1]
     boxes = take_rows(box_convert(predictions.boxes, "cxcywh", "xyxy").clamp(0, 1), index // classes)
     return boxes, scores, index % classes
 
 
-def detections_from(predictions: Predictions, original_sizes: Sequence[Size], limit: int) -> list[dict[str, Tensor]]:
-    """The `limit` best (query, class) pairs of each picture, without NMS.
+def detections_from(
+    predictions: Predictions, original_sizes: Sequence[Size], max_detections: int
+) -> list[dict[str, Tensor]]:
+    """The `max_detections` best (query, class) pairs of each picture, without NMS.
 
     Args:
         predictions: logits (B, Q, K), boxes (B, Q, 4) cxcywh in [0, 1].
         original_sizes: (h, w) of the stored pictures.
-        limit: pairs to keep a picture.
+        max_detections: pairs to keep a picture.
 
     Returns:
         One dict a picture: boxes (n, 4) xyxy pixels of the stored picture, scores (n,), labels (n,), best first.
     """
-    boxes, scores, labels = best_pairs(predictions, limit)
+    boxes, scores, labels = best_pairs(predictions, max_detections)
     found = []
     for row, (h, w) in enumerate(original_sizes):
         pixels = boxes[row] * boxes.new_tensor([w, h, w, h])
@@ -94,7 +96,7 @@ class BRSDETR(nn.Module):
         backbone: nn.Module,
         neck: ChannelMapper,
         encoder: DeformableEncoder,
-        proposals: ProposalHead,
+        proposals: TwoStageHead,
         decoder: QueryDecoder,
         rpn: RPNHead,
         roi: RoIHead,
@@ -153,12 +155,12 @@ class BRSDETR(nn.Module):
         if not isinstance(images, ImageBatch):
             images = ImageBatch.from_list(images)
         padding = images.padding_mask()
-        memory = self.encode(self.normalise(images.pixels, padding), padding)
+        memory = self.encode(self.normalize(images.pixels, padding), padding)
         if self.training:
             return self.losses(memory, images.sizes, targets)
         return self.detect(memory, images)
 
-    def normalise(self, pixels: Tensor, padding: Tensor) -> Tensor:
+    def normalize(self, pixels: Tensor, padding: Tensor) -> Tensor:
         """(B, 3, H, W) in 0..255 -> zero mean, unit deviation; padding is 0 after, not before."""
         x = (pixels.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
         return x.masked_fill(padding[:, None], 0.0)
@@ -228,7 +230,7 @@ class BRSDETR(nn.Module):
         They attend to the encoder's maps like the main queries, each head's set in a pass of its own.
         """
         losses = {}
-        chosen = select_queries(list(samples.values()), sizes, self.num_classes, limit=self.max_aux_queries)
+        chosen = select_queries(list(samples.values()), sizes, self.num_classes, max_queries=self.max_aux_queries)
         for head, queries in zip(samples, chosen, strict=True):
             position, content = self.aux_embeddings[head](queries.boxes, queries.features)
             layers = self.decoder(content, position, queries.boxes, memory)
@@ -269,7 +271,7 @@ class BRSDETR(nn.Module):
             logits,
             all_labels,
             quality=paired_iou(pixels.detach(), target_pixels),
-            localisation={
+            localization={
                 "l1": (boxes - targets).abs().sum(-1),
                 "giou": paired_giou_loss(pixels, target_pixels),
             },

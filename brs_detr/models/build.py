@@ -23,7 +23,7 @@ from brs_detr.models.neck import ChannelMapper
 from brs_detr.models.transformer.attention import Sampling, use_sampling
 from brs_detr.models.transformer.decoder import QueryDecoder
 from brs_detr.models.transformer.encoder import DeformableEncoder
-from brs_detr.models.transformer.two_stage import ProposalHead
+from brs_detr.models.transformer.two_stage import TwoStageHead
 from brs_detr.ops.deform_attn import deformable_sampling
 
 SCORE_BASED = ("focal", "quality_focal")
@@ -62,9 +62,9 @@ def build_objective(settings: Any, head: str):
     weights = getattr(settings.score_weights, head)
     terms = {"cls": weights.cls, "l1": weights.l1, "giou": weights.giou}
     if head == "rpn":
-        return ScoreObjective("binary_cross_entropy", weights=terms, normaliser="rows")
+        return ScoreObjective("binary_cross_entropy", weights=terms, normalizer="rows")
     if head == "roi":
-        return ScoreObjective("cross_entropy", weights=terms, normaliser="rows")
+        return ScoreObjective("cross_entropy", weights=terms, normalizer="rows")
     return ScoreObjective(settings.loss, weights=terms)
 
 
@@ -80,7 +80,7 @@ def build_dense_heads(settings: Any, num_classes: int, strides: Sequence[int]) -
             scales=octave,
             ratios=rpn.anchor_ratios,
             objective=build_objective(settings, "rpn"),
-            localisation="l1" if score_based else "giou",
+            localization="l1" if score_based else "giou",
             sampler=None if rpn.sample is None else RandomSampler(rpn.sample, 0.5),
             before_nms=rpn.proposals_before_nms,
             keep=rpn.proposals,
@@ -163,7 +163,7 @@ def build_brs_detr(settings: Any, num_classes: int) -> BRSDETR:
         backbone=backbone,
         neck=ChannelMapper(backbone.channels, dim, settings.levels, settings.norm_groups),
         encoder=encoder,
-        proposals=ProposalHead(dim, num_classes, settings.queries),
+        proposals=TwoStageHead(dim, num_classes, settings.queries),
         decoder=QueryDecoder(dim, num_classes, layers=settings.decoder_layers, **layer),
         rpn=rpn,
         roi=roi,

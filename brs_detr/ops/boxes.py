@@ -35,9 +35,9 @@ class BoxCoder:
         Returns:
             (..., 4) (dx, dy, dw, dh) over `stds`.
         """
-        centre, side = _centre_side(_wide(references))
-        target_centre, target_side = _centre_side(_wide(boxes))
-        shift = (target_centre - centre) / side
+        center, side = _center_side(_wide(references))
+        target_center, target_side = _center_side(_wide(boxes))
+        shift = (target_center - center) / side
         growth = (target_side / side).log()
         (sx, sy, sw, sh) = self.stds
         return torch.stack([shift[..., 0] / sx, shift[..., 1] / sy, growth[..., 0] / sw, growth[..., 1] / sh], dim=-1)
@@ -52,19 +52,19 @@ class BoxCoder:
         Returns:
             (..., 4) xyxy in the unit of the references.
         """
-        centre, side = _centre_side(_wide(references))
+        center, side = _center_side(_wide(references))
         dx, dy, dw, dh = _wide(deltas).unbind(-1)
         (sx, sy, sw, sh) = self.stds
-        limit = math.log(self.largest_factor)
-        centre = centre + torch.stack([dx * sx, dy * sy], dim=-1) * side
-        half = 0.5 * side * torch.stack([dw * sw, dh * sh], dim=-1).clamp(-limit, limit).exp()
-        return torch.cat([centre - half, centre + half], dim=-1)
+        max_log = math.log(self.largest_factor)
+        center = center + torch.stack([dx * sx, dy * sy], dim=-1) * side
+        half = 0.5 * side * torch.stack([dw * sw, dh * sh], dim=-1).clamp(-max_log, max_log).exp()
+        return torch.cat([center - half, center + half], dim=-1)
 
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _centre_side(boxes: Tensor) -> tuple[Tensor, Tensor]:
+def _center_side(boxes: Tensor) -> tuple[Tensor, Tensor]:
     low, high = boxes[..., :2], boxes[..., 2:]
     return (low + high) * 0.5, high - low

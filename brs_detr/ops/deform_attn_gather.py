@@ -32,9 +32,9 @@ def gathered_sampling(value: Tensor, shapes: Sequence[Size], locations: Tensor, 
         starts = torch.tensor([sum(lengths[:level]) for level in range(len(lengths))]).to(device)[:, None]
         first = torch.arange(batch, device=device).view(batch, 1, 1, 1, 1) * tokens + starts
         head = torch.arange(heads, device=device).view(heads, 1, 1)
-        columns = neighbours(locations[..., 0] * widths - 0.5, widths)
+        columns = neighbors(locations[..., 0] * widths - 0.5, widths)
         total = value.new_zeros(batch, locations.shape[1], heads, dim, dtype=compute)
-        for row, row_share in neighbours(locations[..., 1] * heights - 0.5, heights):
+        for row, row_share in neighbors(locations[..., 1] * heights - 0.5, heights):
             for column, column_share in columns:
                 index = (first + row * widths.long() + column) * heads + head
                 samples = table.index_select(0, index.flatten()).view(*index.shape[:3], -1, dim)
@@ -43,7 +43,7 @@ def gathered_sampling(value: Tensor, shapes: Sequence[Size], locations: Tensor, 
     return total.flatten(2).to(value.dtype)
 
 
-def neighbours(positions: Tensor, lengths: Tensor) -> list[tuple[Tensor, Tensor]]:
+def neighbors(positions: Tensor, lengths: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The cells before and after each position on an axis, and their linear weights.
 
     Args:

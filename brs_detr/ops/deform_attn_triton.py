@@ -120,14 +120,14 @@ def _forward(
     tokens, queries, heads, dim, LEVELS: tl.constexpr, POINTS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    head, picture = tl.program_id(1) % heads, (tl.program_id(1) // heads).to(tl.int64)
+    head, image = tl.program_id(1) % heads, (tl.program_id(1) // heads).to(tl.int64)
     query, c = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
     rows, columns, stride = query < queries, c < dim, heads * dim
-    slot = (picture * queries + query) * heads + head
+    slot = (image * queries + query) * heads + head
     total = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
     for level in range(LEVELS):
         h, w, start = tl.load(table + level * 3), tl.load(table + level * 3 + 1), tl.load(table + level * 3 + 2)
-        base = value + ((picture * tokens + start) * heads + head) * dim
+        base = value + ((image * tokens + start) * heads + head) * dim
         for point in range(POINTS):
             sample = slot * (LEVELS * POINTS) + level * POINTS + point
             y, x, down, right, weight = _place(locations, weights, sample, h, w, rows)
@@ -149,15 +149,15 @@ def _backward(
     tokens, queries, heads, dim, LEVELS: tl.constexpr, POINTS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    head, picture = tl.program_id(1) % heads, (tl.program_id(1) // heads).to(tl.int64)
+    head, image = tl.program_id(1) % heads, (tl.program_id(1) // heads).to(tl.int64)
     query, c = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
     rows, columns, stride = query < queries, c < dim, heads * dim
-    slot = (picture * queries + query) * heads + head
+    slot = (image * queries + query) * heads + head
     there = rows[:, None] & columns[None, :]
     arriving = tl.load(gradient + slot[:, None] * dim + c[None, :], mask=there, other=0.0).to(tl.float32)
     for level in range(LEVELS):
         h, w, start = tl.load(table + level * 3), tl.load(table + level * 3 + 1), tl.load(table + level * 3 + 2)
-        first = ((picture * tokens + start) * heads + head) * dim
+        first = ((image * tokens + start) * heads + head) * dim
         base, of_base = value + first, of_value + first
         for point in range(POINTS):
             sample = slot * (LEVELS * POINTS) + level * POINTS + point

@@ -44,7 +44,7 @@ _FREE_TO_CHANGE = (
 _held: list[IO[str]] = []  # a lock lasts as long as its file is open
 
 
-def require_same_run(config: Config, plan: BatchPlan, facts: dict, state: Path, sharded: bool = False) -> list[str]:
+def check_resumable(config: Config, plan: BatchPlan, facts: dict, state: Path, sharded: bool = False) -> list[str]:
     """Differences between a saved run and this one that would change its numbers.
 
     Args:
@@ -103,7 +103,7 @@ def require_same_data(config: Config, data: dict[str, str], facts: dict, state: 
         )
 
 
-def require_free_folder(config: Config) -> None:
+def check_output_dir(config: Config) -> None:
     """Refuse to write over an existing run, unless told; keep other trainings out of the folder.
 
     Raises:
@@ -120,7 +120,7 @@ def require_free_folder(config: Config) -> None:
             "or choose another output_dir"
         )
     if int(os.environ.get("RANK", "0")) == 0:
-        hold_folder(folder)
+        lock_output_dir(folder)
 
 
 def remove_run(folder: Path) -> None:
@@ -130,7 +130,7 @@ def remove_run(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def hold_folder(folder: Path) -> None:
+def lock_output_dir(folder: Path) -> None:
     """Keep other trainings out of a folder as long as this process lives, however it ends; only the main process does.
 
     A launcher that is killed may leave its processes training.

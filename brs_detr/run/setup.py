@@ -28,7 +28,7 @@ from brs_detr.data.image_io import Limits
 from brs_detr.data.json_file import load_json
 from brs_detr.data.shared_memory import shortage
 from brs_detr.data.transforms import EvalTransforms, TrainTransforms
-from brs_detr.engine.batch_plan import FEW_STEPS, BatchPlan, Length, plan_batches, plan_length
+from brs_detr.engine.batch_plan import FEW_STEPS, BatchPlan, TrainingLength, plan_length, split_batch_size
 from brs_detr.engine.checkpoint import (
     Transfer,
     Weights,
@@ -92,7 +92,7 @@ def open_val_set(config: Config) -> CocoDetection:
     return CocoDetection(json_path, images, transforms=val_transforms(config), train=False, **options)
 
 
-def facts_of(config: Config, plan: BatchPlan, train_set: CocoDetection, val_set: CocoDetection) -> dict[str, Any]:
+def run_metadata(config: Config, plan: BatchPlan, train_set: CocoDetection, val_set: CocoDetection) -> dict[str, Any]:
     """What is stored with every state: what a resumed run must find again, the annotations wherever they lie."""
     return {
         "config": configuration.to_dict(config),
@@ -222,13 +222,13 @@ def for_weights_file(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=backbone))
 
 
-def length_of(config: Config, plan: BatchPlan, batches_per_epoch: int) -> Length:
+def plan_training(config: Config, plan: BatchPlan, batches_per_epoch: int) -> TrainingLength:
     """How long the training is on its dataset."""
     train = config.train
     return plan_length(batches_per_epoch, plan, epochs=train.epochs, steps=train.steps, eval_every=train.eval_every)
 
 
-def describe_length(config: Config, length: Length) -> str:
+def describe_length(config: Config, length: TrainingLength) -> str:
     """A line for the log, and a warning where there are too few steps to learn anything."""
     if length.steps >= FEW_STEPS or config.train.overfit_batches is not None:
         return str(length)
@@ -238,7 +238,7 @@ def describe_length(config: Config, length: Length) -> str:
     )
 
 
-def build_schedule(config: Config, length: Length) -> Schedule:
+def build_schedule(config: Config, length: TrainingLength) -> Schedule:
     """The learning-rate schedule in optimiser steps."""
     train = config.train
     milestones = [epoch * length.steps_per_epoch for epoch in train.lr_steps]
@@ -274,21 +274,21 @@ def freeze(model: nn.Module, config: Config) -> None:
             parameter.requires_grad_(False)
 
 
-def plan_of(config: Config, accelerator: Accelerator) -> BatchPlan:
+def plan_batches(config: Config, accelerator: Accelerator) -> BatchPlan:
     """The split of the total batch over the processes of the launch.
 
     Raises:
         ConfigError: it cannot be split evenly.
     """
     try:
-        return plan_batches(
+        return split_batch_size(
             config.train.total_batch_size, config.train.per_device_batch_size, accelerator.num_processes
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
-def loop_settings(config: Config, plan: BatchPlan, length: Length, facts: dict[str, Any]) -> Settings:
+def loop_settings(config: Config, plan: BatchPlan, length: TrainingLength, facts: dict[str, Any]) -> Settings:
     """The training loop's numbers; `facts` go into every saved state."""
     train = config.train
     return Settings(
@@ -317,9 +317,9 @@ def with_subset(config: Config, accelerator: Accelerator) -> Config:
     data = config.data
     target = Path(config.output_dir, "overfit.json").resolve()
     if accelerator.is_main_process:
-        pictures = config.train.overfit_batches * config.train.total_batch_size
+        images = config.train.overfit_batches * config.train.total_batch_size
         content = load_json(Path(data.root, data.train_json), data.max_json_bytes)
-        write_subset(content, target, pictures)
+        write_subset(content, target, images)
     accelerator.wait_for_everyone()
     paths = {"train_json": str(target), "val_json": str(target), "val_images": data.train_images}
     return dataclasses.replace(config, data=dataclasses.replace(data, **paths))
@@ -330,9 +330,9 @@ def shared_memory_warning(
 ) -> str | None:
     """What the log should say of the shared memory that the loaders' workers may need on this machine, if anything."""
     shape = largest_shape(config, plan, train_set)
-    resized = [val_set.transforms.output_size(h, w) for h, w in np.unique(val_set.packed.picture_sizes, axis=0)]
+    resized = [val_set.transforms.output_size(h, w) for h, w in np.unique(val_set.packed.image_sizes, axis=0)]
     batches = (
-        3 * shape["pictures"] * math.prod(shape["size"]),
+        3 * shape["batch_size"] * math.prod(shape["size"]),
         3 * config.eval.batch_size * max(math.prod(size) for size in resized),
     )
     return shortage(worker_count(config), max(batches), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -344,13 +344,13 @@ def largest_shape(config: Config, plan: BatchPlan, dataset: CocoDetection) -> di
     A picture alone is as large as it can be; several are padded to the tallest and to the widest of them.
     """
     transforms = train_transforms(config)
-    pictures = np.unique(dataset.packed.picture_sizes, axis=0).tolist()
-    sizes = sorted({size for picture in pictures for size in transforms.largest_sizes(*picture)})
+    image_sizes = np.unique(dataset.packed.image_sizes, axis=0).tolist()
+    sizes = sorted({size for size_hw in image_sizes for size in transforms.largest_sizes(*size_hw)})
     largest = max(sizes, key=math.prod)
     if plan.per_device > 1 and len(dataset) > 1:
         largest = (max(h for h, _ in sizes), max(w for _, w in sizes))
     return {
-        "pictures": plan.per_device,
+        "batch_size": plan.per_device,
         "accumulate": plan.accumulate,
         "size": largest,
         "objects": int(np.diff(dataset.packed.offsets).max()),
@@ -377,20 +377,20 @@ def describe_model(config: Config, model: nn.Module, transfer: Transfer | None) 
     return lines
 
 
-def write_subset(data: dict[str, Any], target: Path, pictures: int) -> int:
+def write_subset(data: dict[str, Any], target: Path, count: int) -> int:
     """Write a COCO json with the first pictures of another that have objects.
 
     Args:
         data: content of a COCO json.
         target: file to write.
-        pictures: how many; fewer where the dataset has fewer.
+        count: how many; fewer where the dataset has fewer.
 
     Returns:
         The number of pictures written.
     """
     entries = {key: [entry for entry in data[key] if isinstance(entry, dict)] for key in ("images", "annotations")}
     occupied = {annotation.get("image_id") for annotation in entries["annotations"] if not annotation.get("iscrowd")}
-    images = [image for image in entries["images"] if image.get("id") in occupied][:pictures]
+    images = [image for image in entries["images"] if image.get("id") in occupied][:count]
     ids = {image["id"] for image in images}
     annotations = [annotation for annotation in entries["annotations"] if annotation.get("image_id") in ids]
     write_text(target, json.dumps({**data, "images": images, "annotations": annotations}))

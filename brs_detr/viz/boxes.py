@@ -32,7 +32,7 @@ def draw_detections(
     *,
     threshold: float = 0.3,
     title: str = "",
-    least_side: int = 640,
+    min_side: int = 640,
     legend: bool = True,
 ) -> Image.Image:
     """Draw found and true boxes into a copy of a picture.
@@ -44,34 +44,34 @@ def draw_detections(
         classes: name of each label.
         threshold: detections with a lower score are left out.
         title: shown in the legend.
-        least_side: smaller pictures are enlarged until their longer side has this many pixels.
+        min_side: smaller pictures are enlarged until their longer side has this many pixels.
         legend: add a strip below that explains colours and counts objects.
 
     Returns:
         An RGB picture.
     """
-    picture = to_picture(image)
-    scale = max(1.0, least_side / max(picture.size))
+    canvas = to_image(image)
+    scale = max(1.0, min_side / max(canvas.size))
     if scale > 1:
-        picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.BICUBIC)
+        canvas = canvas.resize([round(side * scale) for side in canvas.size], Image.Resampling.BICUBIC)
     found, true = _rows(detections, threshold), _rows(targets, -math.inf)
-    draw = ImageDraw.Draw(picture)
-    width = 1 if len(found) > CROWDED else 2 if max(picture.size) < 1200 else 3
+    draw = ImageDraw.Draw(canvas)
+    width = 1 if len(found) > CROWDED else 2 if max(canvas.size) < 1200 else 3
     for box, _, _ in true:
-        limits = (*picture.size, *picture.size)
-        near = [min(max(v * scale, -9.0), side + 9.0) for v, side in zip(box, limits, strict=True)]
+        sides = (*canvas.size, *canvas.size)
+        near = [min(max(v * scale, -9.0), side + 9.0) for v, side in zip(box, sides, strict=True)]
         dashed_rectangle(draw, near, TRUE, width)
     for box, label, _ in found:
         left, top, right, bottom = (round(v * scale) for v in box)
-        draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour(label), width=width)
+        draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=color(label), width=width)
     if len(found) <= CROWDED:
-        _write_names(draw, picture.size, found, classes, scale)
+        _write_names(draw, canvas.size, found, classes, scale)
     if not legend:
-        return picture
-    return _with_legend(picture, found if detections is not None else None, true, targets is not None, classes, title)
+        return canvas
+    return _with_legend(canvas, found if detections is not None else None, true, targets is not None, classes, title)
 
 
-def to_picture(image: Image.Image | np.ndarray | Tensor) -> Image.Image:
+def to_image(image: Image.Image | np.ndarray | Tensor) -> Image.Image:
     """An RGB copy of a PIL picture, an (h, w, 3) uint8 array or a (3, h, w) uint8 tensor."""
     if isinstance(image, Tensor):
         image = image.detach().cpu().permute(1, 2, 0).numpy()
@@ -145,8 +145,8 @@ def _write_names(
         if any(_overlap(tag, other) for other in taken):
             continue  # no room: the box speaks for itself
         taken.append(tag)
-        draw.rectangle(tag, fill=colour(label))
-        draw.text((tag[0] + 3, tag[1] + 1), text, fill=ink_on(colour(label)), font=font(TEXT))
+        draw.rectangle(tag, fill=color(label))
+        draw.text((tag[0] + 3, tag[1] + 1), text, fill=ink_on(color(label)), font=font(TEXT))
 
 
 def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
@@ -154,7 +154,7 @@ def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
 
 
 def _with_legend(
-    picture: Image.Image, found: list | None, true: list, has_targets: bool, classes: Sequence[str], title: str
+    image: Image.Image, found: list | None, true: list, has_targets: bool, classes: Sequence[str], title: str
 ) -> Image.Image:
     """The picture over a strip with one swatch a class, and how many boxes of it are found and true."""
     items = []
@@ -164,34 +164,34 @@ def _with_legend(
             counts.append(f"{sum(row[1] == label for row in found)} found")
         if has_targets:
             counts.append(f"{sum(row[1] == label for row in true)} true")
-        items.append((colour(label), f"{_name(classes, label)}: {', '.join(counts)}"))
+        items.append((color(label), f"{_name(classes, label)}: {', '.join(counts)}"))
     kinds = [text for text, shown in (("solid: found", found is not None), ("dashed: true", has_targets)) if shown]
     heading = "   ".join(([title] if title else []) + kinds)
     lines: list[list[tuple[Any, str, int]]] = [[]]
     x = 10
     for tone, text in items:
         wide = text_width(text, TEXT) + 34
-        if lines[-1] and x + wide > picture.width:
+        if lines[-1] and x + wide > image.width:
             lines.append([])
             x = 10
         lines[-1].append((tone, text, x))
         x += wide
     step = TEXT + 8
-    sheet = Image.new("RGB", (picture.width, picture.height + step * (1 + len(lines) * bool(items)) + 8), PAPER)
-    sheet.paste(picture)
+    sheet = Image.new("RGB", (image.width, image.height + step * (1 + len(lines) * bool(items)) + 8), PAPER)
+    sheet.paste(image)
     draw = ImageDraw.Draw(sheet)
-    draw.text((10, picture.height + 5), heading, fill=GREY, font=font(TEXT))
+    draw.text((10, image.height + 5), heading, fill=GRAY, font=font(TEXT))
     for number, line in enumerate(lines, 1):
-        y = picture.height + 5 + number * step
+        y = image.height + 5 + number * step
         for tone, text, x in line:
             draw.rectangle((x, y + 2, x + 12, y + 14), fill=tone)
             draw.text((x + 18, y), text, fill=INK, font=font(TEXT))
     return sheet
 
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
-PALETTE: tuple[Colour, ...] = (
+PALETTE: tuple[Color, ...] = (
     (31, 119, 180),
     (255, 127, 14),
     (44, 160, 44),
@@ -203,13 +203,13 @@ PALETTE: tuple[Colour, ...] = (
     (140, 86, 75),
     (90, 90, 220),
 )
-INK: Colour = (38, 42, 48)
-GREY: Colour = (130, 136, 144)
-GRID: Colour = (230, 233, 237)
-PAPER: Colour = (255, 255, 255)
+INK: Color = (38, 42, 48)
+GRAY: Color = (130, 136, 144)
+GRID: Color = (230, 233, 237)
+PAPER: Color = (255, 255, 255)
 
 
-def colour(index: int) -> Colour:
+def color(index: int) -> Color:
     """A colour for class or line `index`; the first ten by hand, later ones by turning the hue by the golden ratio."""
     if index < len(PALETTE):
         return PALETTE[index]
@@ -219,12 +219,12 @@ def colour(index: int) -> Colour:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def faint(tone: Colour, share: float = 0.35) -> Colour:
+def faint(tone: Color, share: float = 0.35) -> Color:
     """The colour thinned towards white paper."""
     return tuple(round(255 - (255 - part) * share) for part in tone)  # type: ignore[return-value]
 
 
-def ink_on(tone: Colour) -> Colour:
+def ink_on(tone: Color) -> Color:
     """Black or white, whichever is read more easily on `tone`."""
     red, green, blue = tone
     return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 150 else (255, 255, 255)
@@ -242,7 +242,7 @@ def text_width(text: str, size: int) -> int:
 
 
 def dashed_rectangle(
-    draw: ImageDraw.ImageDraw, box: Sequence[float], tone: Colour, width: int = 2, dash: int = 6
+    draw: ImageDraw.ImageDraw, box: Sequence[float], tone: Color, width: int = 2, dash: int = 6
 ) -> None:
     """A rectangle of dashes with dark gaps, so that it shows on light and dark ground alike."""
     left, top, right, bottom = (round(value) for value in box)
@@ -257,23 +257,23 @@ def dashed_rectangle(
         draw.rectangle((right - width + 1, start, right, end), fill=tone)
 
 
-COLOURS = ("#ff5c5c", "#4dd2ff", "#ffd24d", "#6ee06e", "#d58cff", "#ff9e4d", "#5cffd1", "#ff7ad1")
+COLORS = ("#ff5c5c", "#4dd2ff", "#ffd24d", "#6ee06e", "#d58cff", "#ff9e4d", "#5cffd1", "#ff7ad1")
 
 
 def write_samples(dataset: Sequence, path: str | Path, count: int) -> None:
     """Draw `count` pictures from all over a dataset as its transforms give them in the first epoch.
 
     Args:
-        dataset: has `classes`; its items are what `write_sheet` draws.
+        dataset: has `classes`; its items are what `write_contact_sheet` draws.
         path: picture file to write.
         count: pictures on the sheet; fewer where the dataset has fewer.
     """
     step = max(1, len(dataset) // count)
     chosen = range(0, len(dataset), step)[:count]
-    write_sheet((dataset[index] for index in chosen), dataset.classes, path)
+    write_contact_sheet((dataset[index] for index in chosen), dataset.classes, path)
 
 
-def write_sheet(
+def write_contact_sheet(
     samples: Iterable[tuple[Tensor, dict]], classes: Sequence[str], path: str | Path, columns: int = 4, cell: int = 320
 ) -> None:
     """Draw samples side by side.
@@ -294,16 +294,16 @@ def write_sheet(
     sheet.save(path)
 
 
-def _tile(image: Tensor, target: dict, classes: Sequence[str], cell: int) -> Image.Image:
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-    scale = (cell - 4) / max(picture.size)
-    picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
-    draw = ImageDraw.Draw(picture)
+def _tile(pixels: Tensor, target: dict, classes: Sequence[str], cell: int) -> Image.Image:
+    tile = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    scale = (cell - 4) / max(tile.size)
+    tile = tile.resize((max(1, round(tile.width * scale)), max(1, round(tile.height * scale))))
+    draw = ImageDraw.Draw(tile)
     for box, label in zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True):
-        colour = COLOURS[label % len(COLOURS)]
+        color = COLORS[label % len(COLORS)]
         corner = (box[0] * scale, box[1] * scale)
-        draw.rectangle([*corner, box[2] * scale, box[3] * scale], outline=colour, width=2)
+        draw.rectangle([*corner, box[2] * scale, box[3] * scale], outline=color, width=2)
         text = str(classes[label]).encode("latin-1", "replace").decode("latin-1")  # all that the built-in font has
         draw.rectangle(draw.textbbox((corner[0] + 2, corner[1] + 1), text), fill="black")
-        draw.text((corner[0] + 2, corner[1] + 1), text, fill=colour)
-    return picture
+        draw.text((corner[0] + 2, corner[1] + 1), text, fill=color)
+    return tile

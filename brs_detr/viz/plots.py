@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from brs_detr.evaluation.matching import BACKGROUND, MISSED, Confusion
-from brs_detr.viz.boxes import GREY, GRID, INK, PAPER, Colour, colour, faint, font, ink_on, text_width
+from brs_detr.viz.boxes import GRAY, GRID, INK, PAPER, Color, color, faint, font, ink_on, text_width
 
 
 def draw_curves(metrics: str | Path | Sequence[Mapping[str, Any]], out_png: str | Path | None = None) -> Image.Image:
@@ -42,23 +42,23 @@ def draw_curves(metrics: str | Path | Sequence[Mapping[str, Any]], out_png: str 
     key, x_name = ("epoch", "epoch") if by_epoch else ("step", "step")
     panels = [_loss_panel(train, key, x_name), _terms_panel(train, key, x_name)]
     panels.append(_precision_panel(val, key, x_name))
-    rate = Line("learning rate", _points(train, key, "lr"), colour(4))
+    rate = Line("learning rate", _points(train, key, "lr"), color(4))
     panels.append(Panel("learning rate", x_name, [rate], low=0))
     panels = [panel for panel in panels if any(line.points for line in panel.lines)]
     return _save(draw_panels(panels or [Panel("nothing has been logged yet", x_name)]), out_png)
 
 
 def draw_precision_recall(
-    curves: Mapping[str, Sequence[float]], out_png: str | Path | None = None, most: int = 10
+    curves: Mapping[str, Sequence[float]], out_png: str | Path | None = None, max_classes: int = 10
 ) -> Image.Image:
     """Precision over recall at IoU 0.5, one curve a class and their mean, each named with its area, AP50.
 
     Args:
         curves: by class name, precision at recalls evenly spaced from 0 to 1, as in `Summary.curves`.
         out_png: where to save the picture, if anywhere.
-        most: classes drawn; the first ones. The mean is that of all.
+        max_classes: classes drawn; the first ones. The mean is that of all.
     """
-    shown = {name: (curve, colour(index), 2.0) for index, (name, curve) in enumerate(list(curves.items())[:most])}
+    shown = {name: (curve, color(index), 2.0) for index, (name, curve) in enumerate(list(curves.items())[:max_classes])}
     if len(curves) > 1:
         means = [statistics.fmean(values) for values in zip(*curves.values(), strict=True)]
         shown = {f"all {len(curves)} classes": (means, INK, 3.2)} | shown
@@ -66,7 +66,9 @@ def draw_precision_recall(
     for name, (curve, tone, width) in shown.items():
         points = [(index / (len(curve) - 1), value) for index, value in enumerate(curve)]
         lines.append(Line(f"{name} {100 * statistics.fmean(curve):.1f}", points, tone, width=width))
-    title = "precision over recall, IoU 0.5, and AP50" + (f" (first {most} classes)" if len(curves) > most else "")
+    title = "precision over recall, IoU 0.5, and AP50" + (
+        f" (first {max_classes} classes)" if len(curves) > max_classes else ""
+    )
     return _save(draw_panels([Panel(title, "recall", lines, low=0, high=1, span=(0, 1))]), out_png)
 
 
@@ -91,12 +93,12 @@ def smoothed(points: Points, span: int) -> Points:
 
 def _loss_panel(train: list, key: str, x_name: str) -> Panel:
     raw = _points(train, key, "loss")
-    lines = [Line("loss", raw, colour(0))]
+    lines = [Line("loss", raw, color(0))]
     if len(raw) > 30:
         smooth = smoothed(raw, max(5, len(raw) // 25))
         lines = [
-            Line("each report", raw, faint(colour(0)), width=1.2),
-            Line("running median", smooth, colour(0), width=2.4),
+            Line("each report", raw, faint(color(0)), width=1.2),
+            Line("running median", smooth, color(0), width=2.4),
         ]
     return Panel("training loss", x_name, lines, low=0, high=_robust_top(raw))
 
@@ -114,7 +116,7 @@ def _terms_panel(train: list, key: str, x_name: str) -> Panel:
                 heads[head].append((record[key], value))
     lines = []
     for index, (name, points) in enumerate(heads.items()):
-        lines.append(Line(name, smoothed(points, max(1, len(points) // 25)), colour(index)))
+        lines.append(Line(name, smoothed(points, max(1, len(points) // 25)), color(index)))
     high = max((_robust_top(line.points) or 0 for line in lines), default=0)
     return Panel("loss by head", x_name, lines, low=0, high=high or None)
 
@@ -124,7 +126,7 @@ def _precision_panel(val: list, key: str, x_name: str) -> Panel:
     for index, name in enumerate(("AP", "AP50", "AP75")):
         points = [(x, y * 100) for x, y in _points(val, key, name) if y >= 0]
         best = f" (best {max(y for _, y in points):.1f})" if points else ""
-        lines.append(Line(name + best, points, colour(index), dots=True))
+        lines.append(Line(name + best, points, color(index), dots=True))
     return Panel("average precision, in %", x_name, lines, low=0)
 
 
@@ -145,11 +147,11 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _save(picture: Image.Image, path: str | Path | None) -> Image.Image:
+def _save(image: Image.Image, path: str | Path | None) -> Image.Image:
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
-    return picture
+        image.save(path)
+    return image
 
 
 SHARPNESS = 2  # drawn larger and shrunk, which smooths the lines
@@ -166,7 +168,7 @@ class Line:
 
     name: str
     points: Points
-    tone: Colour
+    tone: Color
     dots: bool = False
     width: float = 2.0
 
@@ -277,13 +279,13 @@ def _draw_axes(draw: ImageDraw.ImageDraw, panel: Panel, box: tuple, place: Any, 
     for tick in nice_ticks(low, high):
         y = place(left, tick)[1]
         draw.line((box[0] * s, y, box[2] * s, y), fill=GRID, width=s)
-        draw.text((box[0] * s - 8 * s, y), tick_text(tick), fill=GREY, font=small, anchor="rm")
+        draw.text((box[0] * s - 8 * s, y), tick_text(tick), fill=GRAY, font=small, anchor="rm")
     for tick in nice_ticks(left, right, 8):
         x = place(tick, low)[0]
-        draw.line((x, box[3] * s, x, box[3] * s + 4 * s), fill=GREY, width=s)
-        draw.text((x, (box[3] + 8) * s), tick_text(tick), fill=GREY, font=small, anchor="mt")
-    draw.line((box[0] * s, box[3] * s, box[2] * s, box[3] * s), fill=GREY, width=s)
-    draw.text((box[2] * s, (box[3] + 28) * s), panel.x_name, fill=GREY, font=small, anchor="rt")
+        draw.line((x, box[3] * s, x, box[3] * s + 4 * s), fill=GRAY, width=s)
+        draw.text((x, (box[3] + 8) * s), tick_text(tick), fill=GRAY, font=small, anchor="mt")
+    draw.line((box[0] * s, box[3] * s, box[2] * s, box[3] * s), fill=GRAY, width=s)
+    draw.text((box[2] * s, (box[3] + 28) * s), panel.x_name, fill=GRAY, font=small, anchor="rt")
 
 
 def _draw_legend(draw: ImageDraw.ImageDraw, entries: list, corner: tuple[int, int]) -> None:
@@ -291,7 +293,7 @@ def _draw_legend(draw: ImageDraw.ImageDraw, entries: list, corner: tuple[int, in
     for offset, row, text, line in entries:
         x, y = (corner[0] + offset) * s, (corner[1] + row * LEGEND_STEP) * s
         if line is None:
-            draw.text((x, y), text, fill=GREY, font=small, anchor="lm")
+            draw.text((x, y), text, fill=GRAY, font=small, anchor="lm")
         else:
             draw.line((x, y, x + 14 * s, y), fill=line.tone, width=3 * s)
             draw.text((x + 19 * s, y), text, fill=INK, font=small, anchor="lm")
@@ -300,8 +302,8 @@ def _draw_legend(draw: ImageDraw.ImageDraw, entries: list, corner: tuple[int, in
 RIGHT, WRONG, NOTHING = (31, 119, 180), (208, 64, 40), (96, 104, 114)  # found, found as another class, missed or false
 CELL_SIDES = ((8, 72), (14, 56), (25, 40), (45, 24), (90, 14))  # (most rows, side of a cell in pixels)
 LARGEST = 1260  # side of the matrix in pixels with more rows
-LEAST_NAMED, LEAST_COUNTED, LEAST_SHARED = 13, 24, 56  # sides from which names, counts and shares are written
-GAP, EDGE, LONGEST_NAME, LEAST_WIDE = 6, 20, 150, 640
+MIN_SIDE_NAMES, MIN_SIDE_COUNTS, MIN_SIDE_SHARES = 13, 24, 56  # sides from which names, counts and shares are written
+GAP, EDGE, LONGEST_NAME, MIN_WIDTH = 6, 20, 150, 640
 
 
 def draw_confusion(confusion: Confusion, out_png: str | Path | None = None) -> Image.Image:
@@ -318,28 +320,30 @@ def draw_confusion(confusion: Confusion, out_png: str | Path | None = None) -> I
     side = _cell_side(len(confusion.classes) + 1)
     text = min(13, side - 3)
     title = "confusion matrix at IoU 0.5, at each class's score of best F1"
-    names = [_shortened(name, text) for name in (*confusion.classes, BACKGROUND, MISSED)] if side >= LEAST_NAMED else []
+    names = (
+        [_shortened(name, text) for name in (*confusion.classes, BACKGROUND, MISSED)] if side >= MIN_SIDE_NAMES else []
+    )
     margin = max((text_width(name, text) for name in names), default=0) + 10
     corner = (EDGE + 18 + margin, EDGE + 74 + margin)
     extent = (len(confusion.classes) + 1) * side + GAP
-    width = max(corner[0] + extent + EDGE, LEAST_WIDE)
-    picture = Image.new("RGB", (width, corner[1] + extent + EDGE), PAPER)
-    draw = ImageDraw.Draw(picture)
+    width = max(corner[0] + extent + EDGE, MIN_WIDTH)
+    image = Image.new("RGB", (width, corner[1] + extent + EDGE), PAPER)
+    draw = ImageDraw.Draw(image)
     draw.text((EDGE, 14), title, fill=INK, font=font(17))
     _draw_key(draw, (EDGE, 46))
-    draw.text((corner[0], EDGE + 52), "found as", fill=GREY, font=font(12))
-    _upright(picture, "true class", 12, GREY, (EDGE - 4, corner[1]), below=True)
+    draw.text((corner[0], EDGE + 52), "found as", fill=GRAY, font=font(12))
+    _upright(image, "true class", 12, GRAY, (EDGE - 4, corner[1]), below=True)
     _draw_cells(draw, confusion.counts, corner, side)
     for index, name in enumerate(names[:-1]):
         y = corner[1] + _offset(index, side, len(confusion.classes)) + side / 2
         draw.text((corner[0] - 6, y), name, fill=INK, font=font(text), anchor="rm")
     for index, name in enumerate([*names[:-2], *names[-1:]]):
         x = corner[0] + _offset(index, side, len(confusion.classes)) + side / 2
-        _upright(picture, name, text, INK, (x, corner[1] - 4))
+        _upright(image, name, text, INK, (x, corner[1] - 4))
     if out_png is not None:
         Path(out_png).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(out_png)
-    return picture
+        image.save(out_png)
+    return image
 
 
 def _cell_side(rows: int) -> int:
@@ -357,7 +361,7 @@ def _draw_key(draw: ImageDraw.ImageDraw, place: tuple[int, int]) -> None:
         draw.rectangle((x, y, x + 12, y + 12), fill=tone)
         draw.text((x + 18, y + 6), text, fill=INK, font=font(12), anchor="lm")
         x += text_width(text, 12) + 36
-    draw.text((x, y + 6), "share of row; background: of column", fill=GREY, font=font(12), anchor="lm")
+    draw.text((x, y + 6), "share of row; background: of column", fill=GRAY, font=font(12), anchor="lm")
 
 
 def _draw_cells(draw: ImageDraw.ImageDraw, counts: np.ndarray, corner: tuple[int, int], side: int) -> None:
@@ -372,15 +376,15 @@ def _draw_cells(draw: ImageDraw.ImageDraw, counts: np.ndarray, corner: tuple[int
         tone = NOTHING if classes in (row, column) else RIGHT if row == column else WRONG
         fill = _blend(tone, float(shares[row, column])) if counts[row, column] else _blend(GRID, 0.4)
         draw.rectangle((x, y, x + side - 1 - roomy, y + side - 1 - roomy), fill=fill)
-        if counts[row, column] and side >= LEAST_COUNTED:
+        if counts[row, column] and side >= MIN_SIDE_COUNTS:
             _write(draw, (x + side / 2, y + side / 2), counts[row, column], shares[row, column], side, ink_on(fill))
 
 
 def _write(
-    draw: ImageDraw.ImageDraw, centre: tuple[float, float], count: int, share: float, side: int, ink: Colour
+    draw: ImageDraw.ImageDraw, center: tuple[float, float], count: int, share: float, side: int, ink: Color
 ) -> None:
     """The count in the middle of a cell, over its share where there is room."""
-    (x, y), two = centre, side >= LEAST_SHARED
+    (x, y), two = center, side >= MIN_SIDE_SHARES
     text, size = f"{count:,}", 15 if two else 11
     if text_width(text, size) > side - 4:
         return
@@ -389,7 +393,7 @@ def _write(
         draw.text((x, y + 11), f"{share:.0%}", fill=ink, font=font(11), anchor="mm")
 
 
-def _blend(tone: Colour, share: float) -> Colour:
+def _blend(tone: Color, share: float) -> Color:
     """From white to `tone`, by the square root of the share so that few are seen too."""
     part = min(1.0, share) ** 0.5
     return tuple(round(255 - (255 - value) * part) for value in tone)  # type: ignore[return-value]
@@ -404,7 +408,7 @@ def _shortened(name: str, size: int) -> str:
 
 
 def _upright(
-    picture: Image.Image, text: str, size: int, ink: Colour, place: Sequence[float], *, below: bool = False
+    image: Image.Image, text: str, size: int, ink: Color, place: Sequence[float], *, below: bool = False
 ) -> None:
     """Text read from below, centred on x; it ends at y, or begins there if `below`."""
     line = Image.new("L", (text_width(text, size) + 2, size + 6), 0)
@@ -412,4 +416,4 @@ def _upright(
     line = line.rotate(90, expand=True)
     x, y = place
     spot = (round(x - line.width / 2), round(y if below else y - line.height))
-    picture.paste(Image.new("RGB", line.size, ink), spot, line)
+    image.paste(Image.new("RGB", line.size, ink), spot, line)

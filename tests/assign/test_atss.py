@@ -15,18 +15,18 @@ SHAPES = [(16, 20), (8, 10), (4, 5), (2, 3), (1, 2)]
 
 def slow_assign(anchors, counts, objects, topk):
     """Object by object, as Algorithm 1 of the paper is written."""
-    iou, centres = box_iou(anchors, objects), (anchors[:, :2] + anchors[:, 2:]) / 2
+    iou, centers = box_iou(anchors, objects), (anchors[:, :2] + anchors[:, 2:]) / 2
     owner, value = [BACKGROUND] * len(anchors), [-1.0] * len(anchors)
     for g, box in enumerate(objects):
         candidates, start = [], 0
         for count in counts:
-            distance = (centres[start : start + count] - (box[:2] + box[2:]) / 2).norm(dim=1)
+            distance = (centers[start : start + count] - (box[:2] + box[2:]) / 2).norm(dim=1)
             candidates += [start + i for i in distance.argsort()[:topk].tolist()]
             start += count
         overlap = iou[candidates, g]
         threshold = overlap.mean() + overlap.std()
         for c, o in zip(candidates, overlap.tolist()):
-            x, y = centres[c]
+            x, y = centers[c]
             inside = min(x - box[0], y - box[1], box[2] - x, box[3] - y) > 0.01
             if o >= threshold and inside and o > value[c]:
                 owner[c], value[c] = g, o

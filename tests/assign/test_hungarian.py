@@ -17,12 +17,12 @@ def boxes(n):
 def targets(counts, size=100):
     made = []
     for n in counts:
-        centre, side = torch.rand(n, 2) * 60 + 20, torch.rand(n, 2) * 20 + 5
-        made.append({"boxes": torch.cat([centre - side, centre + side], -1), "labels": torch.randint(0, 3, (n,))})
+        center, side = torch.rand(n, 2) * 60 + 20, torch.rand(n, 2) * 20 + 5
+        made.append({"boxes": torch.cat([center - side, center + side], -1), "labels": torch.randint(0, 3, (n,))})
     return PackedTargets.pack(made, [(size, size)] * len(counts))
 
 
-def test_packing_normalises_by_each_pictures_own_size():
+def test_packing_normalizes_by_each_images_own_size():
     one = {"boxes": torch.tensor([[0.0, 0.0, 50.0, 20.0]]), "labels": torch.tensor([1])}
     packed = PackedTargets.pack([one, one], [(40, 100), (80, 200)])
     torch.testing.assert_close(packed.boxes, torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.125, 0.125, 0.25, 0.25]]))
@@ -38,7 +38,7 @@ def test_finds_the_cheapest_pairing():
     assert abs(float(cost[match.rows, match.objects].sum()) - best) < 1e-5
 
 
-def test_sets_and_pictures_are_matched_as_if_alone():
+def test_sets_and_images_are_matched_as_if_alone():
     packed = targets([2, 0, 4])
     sets = [(torch.randn(3, q, 3), torch.stack([boxes(q) for _ in range(3)]), packed.labels) for q in (6, 9)]
     together = HungarianMatcher()(sets, packed)

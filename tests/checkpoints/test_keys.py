@@ -5,7 +5,7 @@ import ast
 import pytest
 import torch
 
-from brs_detr.checkpoints.architecture import recognise, settings_of
+from brs_detr.checkpoints.architecture import recognize, settings_of
 from brs_detr.checkpoints.keys import to_official, to_ours, why_dropped
 from brs_detr.checkpoints.official import expected_shapes
 from brs_detr.config import from_dict, load_config
@@ -33,7 +33,7 @@ def test_every_official_tensor_has_its_place(listed, name):
     official = listed(name)
     kept = {key: value for key, value in official.items() if not why_dropped(key)}
     renamed, unknown = to_ours(kept)
-    expected = expected_shapes(from_dict(settings_of(recognise(official, name)), name).model, 80)
+    expected = expected_shapes(from_dict(settings_of(recognize(official, name)), name).model, 80)
     assert not unknown
     assert {key: value.shape for key, value in renamed.items()} == expected
 
@@ -52,7 +52,7 @@ def test_the_way_back_has_the_official_names_and_shapes(listed, name):
 def test_what_the_tensors_tell_is_the_recipe_of_that_model(listed, name, recipes):
     """All settings: an official model evaluates and fine-tunes here as the recipe of its kind would."""
     recipe, backbone = LISTS[name]
-    found = from_dict(settings_of(recognise(listed(name), name)), name)
+    found = from_dict(settings_of(recognize(listed(name), name)), name)
     assert found.model.backbone.name.startswith(backbone)
     wanted = load_config(recipes / f"{recipe}_12e_coco.yaml")
     for section in ("data", "model", "optim", "train", "eval"):
@@ -61,7 +61,7 @@ def test_what_the_tensors_tell_is_the_recipe_of_that_model(listed, name, recipes
 
 def test_denoising_detectors_are_refused_by_name(listed):
     with pytest.raises(CheckpointError, match="this is Co-DINO"):
-        recognise(listed("co_dino_5scale_r50"), "file")
+        recognize(listed("co_dino_5scale_r50"), "file")
 
 
 @pytest.mark.parametrize(("width", "depth", "window"), [(96, 18, 7), (128, 18, 12), (192, 18, 12)])
@@ -86,7 +86,7 @@ def test_larger_swins_are_told_apart_by_width_depth_and_window(listed, width, de
             larger[key] = value
     kept = {key: value for key, value in larger.items() if not why_dropped(key)}
     renamed, unknown = to_ours(kept)
-    found = recognise(larger, "file")
+    found = recognize(larger, "file")
     assert not unknown and f"window{window}" in found.backbone
     expected = expected_shapes(from_dict(settings_of(found), "file").model, 80)
     assert {key: value.shape for key, value in renamed.items()} == expected

@@ -63,7 +63,7 @@ def test_a_converted_file_evaluates_as_it_is(small_model, tmp_path, evaluate):
     weights = tmp_path / "converted.safetensors"
     assert cli.main(["convert", str(tmp_path / "official.pth"), str(weights), "--num-classes-from", str(truth)]) == 0
     places = [f"data.root={data}", "data.val_json=annotations/val.json", "data.val_images=images/val"]
-    assert evaluate([str(weights), *places, "data.test_short_side=64", "--pictures", "0"]) == 0
+    assert evaluate([str(weights), *places, "data.test_short_side=64", "--images", "0"]) == 0
     figures = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["stats"]
     assert 0 <= figures["AP"] <= 1
     results = json.loads((tmp_path / "evaluation" / "results.json").read_text())

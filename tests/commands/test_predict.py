@@ -31,7 +31,7 @@ def weights(tmp_path_factory):
     return path
 
 
-def picture(path):
+def image(path):
     Image.new("RGB", (40, 30), (200, 30, 30)).save(path, "PNG")
     return path
 
@@ -40,10 +40,10 @@ def names_found(out):
     return [entry["file_name"] for entry in json.loads((out / "predictions.json").read_text())]
 
 
-def test_what_is_no_picture_is_passed_over_and_said(weights, tmp_path, capsys):
+def test_what_is_no_image_is_passed_over_and_said(weights, tmp_path, capsys):
     folder = tmp_path / "in"
     folder.mkdir()
-    picture(folder / "a.png")
+    image(folder / "a.png")
     os.mkfifo(folder / "b.jpg")
     (folder / "c.jpg").symlink_to("/dev/zero")
     with open(folder / "d.jpg", "wb") as file:
@@ -66,7 +66,7 @@ def test_what_is_no_picture_is_passed_over_and_said(weights, tmp_path, capsys):
 
 
 def test_limits_are_settings(weights, tmp_path, capsys):
-    picture(tmp_path / "a.png")
+    image(tmp_path / "a.png")
     command = ["predict", str(weights), str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]
     assert cli.main([*command, "data.max_image_pixels=1199"]) == 1
     assert "1,200 pixels, more than data.max_image_pixels=1199" in capsys.readouterr().out
@@ -84,12 +84,12 @@ def test_names_of_any_bytes_and_length(weights, tmp_path, capsysbinary):
         "ü".encode() * 125 + b".png",
     ]
     for name in names:
-        picture(os.path.join(os.fsencode(folder), name))
-    picture(os.fsencode(folder) + b"/" + b"y" * 250 + b".png")  # the plain name of the drawing of the .jpeg
+        image(os.path.join(os.fsencode(folder), name))
+    image(os.fsencode(folder) + b"/" + b"y" * 250 + b".png")  # the plain name of the drawing of the .jpeg
     assert cli.main(["predict", str(weights), str(folder), "--out", str(tmp_path / "out")]) == 0
     found = [os.fsencode(name) for name in names_found(tmp_path / "out")]
     assert sorted(found) == sorted([*names, b"y" * 250 + b".png"])
-    drawn = os.listdir(os.fsencode(tmp_path / "out" / "pictures"))
+    drawn = os.listdir(os.fsencode(tmp_path / "out" / "detections"))
     assert len(drawn) == 6 and b"zellen\xfc.png" in drawn
     said = capsysbinary.readouterr().out
     assert rb"zellen\xfc.png: " in said
@@ -111,7 +111,7 @@ def test_what_was_found_before_the_end_came_is_kept(weights, tmp_path, monkeypat
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     for name in "abc":
-        picture(folder / f"{name}.png")
+        image(folder / f"{name}.png")
     calls = []
 
     def read(path, **limits):
@@ -122,7 +122,7 @@ def test_what_was_found_before_the_end_came_is_kept(weights, tmp_path, monkeypat
             raise error
         return torch.zeros(3, 30, 40, dtype=torch.uint8)
 
-    monkeypatch.setattr(predict, "read_picture", read)
+    monkeypatch.setattr(predict, "read_image", read)
     with pytest.raises(error):
         cli.main(["predict", str(weights), str(folder), "--out", str(out)])
     assert names_found(out) == ["a.png", "b.png"] and not (out / "predictions.partial.jsonl").exists()
@@ -135,7 +135,7 @@ def test_weights_lead_to_no_network(weights, tmp_path, capsys, monkeypatch, name
     plain = config["model"]["backbone"]["name"]
     config["model"]["backbone"]["name"] = name
     save_weights(tmp_path / "x.safetensors", Weights(whole.tensors, whole.classes, whole.category_ids, config))
-    picture(tmp_path / "a.png")
+    image(tmp_path / "a.png")
 
     def refuse(*_, **__):
         raise AssertionError("a connection was tried")

@@ -61,7 +61,7 @@ def change():
     return _change
 
 
-def _write_picture(path: Path, height: int = 40, width: int = 80, orientation: int | None = None) -> Path:
+def _write_image(path: Path, height: int = 40, width: int = 80, orientation: int | None = None) -> Path:
     """A picture of noise, with EXIF's orientation if one is given; a PNG unless the name ends in .jpg."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -73,6 +73,6 @@ def _write_picture(path: Path, height: int = 40, width: int = 80, orientation: i
 
 
 @pytest.fixture(scope="session")
-def write_picture():
-    """`write_picture(path, height, width, orientation)`, see above."""
-    return _write_picture
+def write_image():
+    """`write_image(path, height, width, orientation)`, see above."""
+    return _write_image

@@ -3,11 +3,11 @@
 import pytest
 
 from brs_detr.data.annotations import categories_differ, read_categories
-from brs_detr.data.issues import DataError, FaultLog
+from brs_detr.data.issues import DataError, IssueLog
 
 
 def read(*categories):
-    log = FaultLog()
+    log = IssueLog()
     return *read_categories({"categories": list(categories)}, "set.json", log), dict(log.counts)
 
 

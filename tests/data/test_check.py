@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from brs_detr.data import check
-from brs_detr.data.check import look_at, share_blank_below
+from brs_detr.data.check import blank_bottom_fraction, inspect_image
 from brs_detr.data.coco import CocoDetection
-from brs_detr.data.issues import POLICY, FaultLog
+from brs_detr.data.issues import POLICY, IssueLog
 from brs_detr.data.transforms import EvalTransforms
-from brs_detr.viz.boxes import write_sheet
+from brs_detr.viz.boxes import write_contact_sheet
 
 EXPECTED = {
     "01": "image_without_objects",
@@ -68,7 +68,7 @@ def arguments(*words):
 def test_each_dirty_file_has_its_fault_named(shared_data, number):
     folder = shared_data / "dirty"
     (path,) = (folder / "annotations" / "one_fault").glob(f"{number}_*.json")
-    log = FaultLog(examples=None)
+    log = IssueLog(examples=None)
     check.check_dataset(check.Source(str(path), str(folder / "images"), EvalTransforms()), log)
     beside = {"picture_not_listed", "category_unused"}  # true of these files as well, and not their fault
     kinds = set(log.counts) - beside
@@ -78,7 +78,7 @@ def test_each_dirty_file_has_its_fault_named(shared_data, number):
 
 def test_the_clean_control_has_none(shared_data):
     folder = shared_data / "dirty"
-    log = FaultLog(examples=None)
+    log = IssueLog(examples=None)
     source = check.Source(str(folder / "annotations" / "control.json"), str(folder / "images"), EvalTransforms())
     check.check_dataset(source, log)
     assert set(log.counts) <= {"picture_not_listed"}
@@ -100,11 +100,11 @@ def test_all_faults_at_once_are_trainable_and_listed(shared_data, tmp_path, caps
 @pytest.mark.parametrize("wreck", ["no picture", "no box", "no json", "unreadable"])
 def test_what_cannot_be_trained_on_fails_with_a_sentence(tmp_path, write_dataset, change, wreck, capsys):
     path = write_dataset(tmp_path, sizes=[(40, 50)], boxes=[[(1, 2, 3, 20, 20)]])
-    picture = tmp_path / "images" / "000.png"
+    image = tmp_path / "images" / "000.png"
     if wreck == "no picture":
-        picture.unlink()
+        image.unlink()
     elif wreck == "unreadable":
-        picture.write_bytes(b"")
+        image.write_bytes(b"")
     elif wreck == "no box":
         change(path, lambda data: data.update(annotations=[]))
     else:
@@ -166,10 +166,10 @@ def test_the_limits_of_a_recipe_are_those_of_the_check(tmp_path, write_dataset):
     path = write_dataset(tmp_path, sizes=[(20, 20), (50, 50)], boxes=[[(1, 2, 3, 10, 10)], []])
     limits = {"min_side": 8, "keep_empty": False}
     source = check.Source(str(path), str(tmp_path / "images"), EvalTransforms(), options=limits)
-    assert check.check_dataset(source, FaultLog()).report["images"] == 1
+    assert check.check_dataset(source, IssueLog()).report["images"] == 1
 
 
-def test_pictures_of_both_splits_are_named_and_those_of_the_other_are_not_called_unlisted(
+def test_images_of_both_splits_are_named_and_those_of_the_other_are_not_called_unlisted(
     tmp_path, write_dataset, capsys
 ):
     path = write_dataset(tmp_path, sizes=[(40, 50)] * 3, boxes=[[(1, 2, 3, 20, 20)]] * 3)
@@ -186,17 +186,19 @@ def test_pictures_of_both_splits_are_named_and_those_of_the_other_are_not_called
     assert check.run(arguments("my.yaml", "--samples", 0, "--strict"), lambda target: sources) == 1
 
 
-def test_one_colour_is_worth_a_look(tmp_path, write_dataset):
+def test_one_color_is_worth_a_look(tmp_path, write_dataset):
     path = write_dataset(tmp_path, sizes=[(40, 50)], boxes=[[(1, 2, 3, 20, 20)]])
     Image.fromarray(np.full((40, 50, 3), 128, np.uint8)).save(tmp_path / "images" / "000.png")
-    log = FaultLog()
+    log = IssueLog()
     check.check_dataset(check.Source(str(path), str(tmp_path / "images"), EvalTransforms()), log)
     assert log.counts["picture_uniform"] == 1
 
 
 def test_the_sheet_shows_boxes_where_they_are(tmp_path):
     target = {"boxes": torch.tensor([[20.0, 40, 60, 80]]), "labels": torch.tensor([0])}
-    write_sheet([(torch.zeros(3, 100, 100, dtype=torch.uint8), target)], ["ü-名"], tmp_path / "s.png", 1, cell=104)
+    write_contact_sheet(
+        [(torch.zeros(3, 100, 100, dtype=torch.uint8), target)], ["ü-名"], tmp_path / "s.png", 1, cell=104
+    )
     pixels = np.asarray(Image.open(tmp_path / "s.png")).astype(int)
     red = (pixels[..., 0] > 200) & (pixels[..., 1] < 120)
     ys, xs = np.where(red)
@@ -221,14 +223,16 @@ def looks(tmp_path, write_dataset):
 
     def look(save):
         save(tmp_path / "images" / "000.png")
-        log = FaultLog()
+        log = IssueLog()
         dataset = CocoDetection(path, tmp_path / "images", train=True, log=log)
-        return look_at(dataset, 0, log), {kind: log.counts[kind] for kind in log.counts if kind != "category_unused"}
+        return inspect_image(dataset, 0, log), {
+            kind: log.counts[kind] for kind in log.counts if kind != "category_unused"
+        }
 
     return look
 
 
-def test_an_ordinary_picture(looks):
+def test_an_ordinary_image(looks):
     assert looks(Image.fromarray(noise()).save) == (True, {})
 
 
@@ -237,7 +241,7 @@ def test_twelve_bits_in_sixteen_are_dark(looks):
     assert looks(Image.fromarray(values).save) == (True, {"picture_converted": 1, "picture_dark": 1})
 
 
-def test_a_night_picture_of_8_bits_is_not_called_dark(looks):
+def test_a_night_image_of_8_bits_is_not_called_dark(looks):
     assert looks(Image.fromarray(noise(high=40)).save) == (True, {})
 
 
@@ -247,7 +251,7 @@ def test_pages_and_frames(looks):
     assert found == (True, {"picture_has_pages": 1, "picture_name_misleads": 1})
 
 
-def test_a_half_that_is_grey(looks):
+def test_a_half_that_is_gray(looks):
     pixels = noise()
     pixels[30:] = 128
     assert looks(Image.fromarray(pixels).save) == (True, {"picture_part_blank": 1})
@@ -271,8 +275,8 @@ def test_what_cannot_be_decoded_is_named_and_counted_once(looks, tmp_path):
 
 def test_the_blank_share_counts_from_below_and_not_within_a_frame():
     pixels = torch.from_numpy(noise(40)).permute(2, 0, 1).clone()
-    assert share_blank_below(pixels) == 0
+    assert blank_bottom_fraction(pixels) == 0
     pixels[:, 30:] = 7
-    assert share_blank_below(pixels) == 0.25
+    assert blank_bottom_fraction(pixels) == 0.25
     pixels[:, :5] = 7
-    assert share_blank_below(pixels) == 0
+    assert blank_bottom_fraction(pixels) == 0

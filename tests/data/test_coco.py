@@ -10,7 +10,7 @@ from pycocotools.coco import COCO
 
 from brs_detr.config import Config
 from brs_detr.data.coco import CocoDetection
-from brs_detr.data.image_io import Limits, PictureError
+from brs_detr.data.image_io import ImageError, Limits
 from brs_detr.data.issues import POLICY, DataError
 from brs_detr.run.setup import limits_of
 
@@ -118,7 +118,7 @@ def test_boxes_are_clipped_in_training_and_kept_in_evaluation(two, change):
     assert open_set(path, train=False).ground_truth()["annotations"][0]["bbox"] == [-5, 30, 20, 30]
 
 
-def test_boxes_beyond_the_stated_size_are_in_the_frame_of_the_picture(two, change):
+def test_boxes_beyond_the_stated_size_are_in_the_frame_of_the_image(two, change):
     path = change(two, lambda data: data["images"][0].update(width=30, height=20))
     for train in (True, False):
         image, target = open_set(path, train)[0]
@@ -126,7 +126,7 @@ def test_boxes_beyond_the_stated_size_are_in_the_frame_of_the_picture(two, chang
         assert target["boxes"].tolist() == [[5, 6, 25, 16], [0, 0, 60, 40]]
 
 
-def test_boxes_within_the_stated_size_are_scaled_to_a_shrunk_picture(two, change):
+def test_boxes_within_the_stated_size_are_scaled_to_a_shrunk_image(two, change):
     path = change(two, lambda data: data["images"][0].update(width=120, height=80))
     for train in (True, False):
         _, target = open_set(path, train)[0]
@@ -134,13 +134,13 @@ def test_boxes_within_the_stated_size_are_scaled_to_a_shrunk_picture(two, change
         assert target["original_size"] == (80, 120)  # detections are reported where the json's boxes are
 
 
-def test_a_json_without_sizes_takes_them_from_the_pictures(two, change):
+def test_a_json_without_sizes_takes_them_from_the_images(two, change):
     path = change(two, lambda data: [image.pop("width") for image in data["images"]])
     dataset = open_set(path)
     assert dataset.report["size_missing"] == 3 and dataset.packed.frames.tolist() == [[40, 60], [60, 40], [50, 50]]
 
 
-def test_an_unreadable_picture_is_replaced_in_training_and_left_out_of_evaluation(two, caplog):
+def test_an_unreadable_image_is_replaced_in_training_and_left_out_of_evaluation(two, caplog):
     path = two
     damage(path.parent / "images" / "000.png")
     dataset = open_set(path)
@@ -153,11 +153,11 @@ def test_an_unreadable_picture_is_replaced_in_training_and_left_out_of_evaluatio
     assert open_set(path, train=False).image_ids == open_set(path).image_ids == [993, 986]  # the header tells
 
 
-def test_a_picture_that_proves_damaged_when_read_is_marked_in_evaluation(two, caplog):
+def test_a_image_that_proves_damaged_when_read_is_marked_in_evaluation(two, caplog):
     """Its header is fine, so that only reading it tells; the rest of the epoch goes on."""
     damage(two.parent / "images" / "000.png")
     dataset = open_set(two, train=False)
-    size = tuple(dataset.packed.picture_sizes[0].tolist())
+    size = tuple(dataset.packed.image_sizes[0].tolist())
     image, target = dataset[0]
     assert "000.png" in caplog.text and "left out of the evaluation" in caplog.text
     assert target["unreadable"] and target["original_size"] == size and tuple(image.shape) == (3, *size)
@@ -165,7 +165,7 @@ def test_a_picture_that_proves_damaged_when_read_is_marked_in_evaluation(two, ca
     assert dataset.report["picture_unreadable"] == 1
 
 
-def test_workers_report_the_unreadable_picture_they_met(two):
+def test_workers_report_the_unreadable_image_they_met(two):
     path = two
     damage(path.parent / "images" / "000.png")
     dataset = open_set(path)
@@ -174,7 +174,7 @@ def test_workers_report_the_unreadable_picture_they_met(two):
     assert dataset.report["picture_unreadable"] == 1
 
 
-def test_the_augmentation_depends_on_seed_epoch_and_picture_only(two):
+def test_the_augmentation_depends_on_seed_epoch_and_image_only(two):
     draw = lambda image, target, generator: (torch.rand(3, generator=generator), target)  # noqa: E731
     dataset, other = (open_set(two, transforms=draw, seed=seed) for seed in (1, 2))
     assert torch.equal(dataset[(1, 5)][0], dataset[(1, 5)][0])
@@ -244,7 +244,7 @@ def test_every_dirty_file_can_be_read_through(shared_data):
                 assert (boxes[:, 2] <= image.shape[2]).all() and (boxes[:, 3] <= image.shape[1]).all()
 
 
-def test_small_pictures_are_left_out_of_training_only(two, change):
+def test_small_images_are_left_out_of_training_only(two, change):
     change(two, lambda data: data["annotations"][2].update(image_id=986))
     assert len(open_set(two, min_side=45)) == 1 and len(open_set(two, train=False, min_side=45)) == 3
     assert open_set(two, min_side=45).report["image_too_small"] == 2
@@ -299,7 +299,7 @@ def test_annotations_without_ids_are_named_by_their_place(two, change):
     assert "first: annotation entry 0 (000.png)" in open_set(change(two, strip)).summary()
 
 
-def test_a_picture_of_another_shape_than_stated_is_doubted_but_not_one_with_its_sides_interchanged(two, change):
+def test_a_image_of_another_shape_than_stated_is_doubted_but_not_one_with_its_sides_interchanged(two, change):
     change(two, lambda data: data["images"][0].update(width=300, height=300))
     assert open_set(two).report["size_of_other_shape"] == 1
     change(two, lambda data: (data["images"][0].update(width=40, height=60), data["annotations"].pop(1)))
@@ -313,7 +313,7 @@ def test_fewer_than_half_of_the_annotations_is_a_warning(two, change):
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_pictures_that_all_cannot_be_read_are_refused_at_the_start(two, train):
+def test_images_that_all_cannot_be_read_are_refused_at_the_start(two, train):
     for file in (two.parent / "images").iterdir():
         file.write_bytes(b"version https://git-lfs.github.com/spec/v1")
     with pytest.raises(DataError, match=r"none of 3 pictures looked at can be read; .* begins with 'version https"):
@@ -325,12 +325,12 @@ def test_the_sentence_of_a_worker_comes_without_its_traceback(two):
     for file in (two.parent / "images").iterdir():
         damage(file)  # after the start, as when a disk fails
     loader = torch.utils.data.DataLoader(dataset, num_workers=1, collate_fn=list)
-    with pytest.raises(PictureError) as error:
+    with pytest.raises(ImageError) as error:
         list(loader)
     assert str(error.value) == f"{dataset.path(0)}: neither this picture nor the next ones can be read."
 
 
-def test_the_folder_that_holds_the_pictures_is_named(two):
+def test_the_folder_that_holds_the_images_is_named(two):
     (two.parent / "images").rename(two.parent / "train2017")
     with pytest.raises(
         DataError, match=r"none of its 3 pictures is in .*images .* 3 pictures .* are in .*train2017\.$"
@@ -338,7 +338,7 @@ def test_the_folder_that_holds_the_pictures_is_named(two):
         open_set(two)
 
 
-def test_pictures_known_by_their_url_alone(two, change):
+def test_images_known_by_their_url_alone(two, change):
     def as_lvis(data):
         for image in data["images"]:
             image["coco_url"] = "http://images.cocodataset.org/train2017/" + image.pop("file_name")
@@ -362,7 +362,7 @@ def test_a_name_that_leads_out_is_refused_unless_told(two, change):
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_a_picture_above_the_limit_is_left_out_with_the_setting(two, train):
+def test_a_image_above_the_limit_is_left_out_with_the_setting(two, train):
     dataset = open_set(two, train, limits=Limits(max_image_pixels=2400))
     assert dataset.report["picture_unreadable"] == 1 and "more than data.max_image_pixels=2400" in dataset.summary()
     with pytest.raises(DataError, match=r"more than data\.max_json_bytes=10"):

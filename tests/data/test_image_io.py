@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from brs_detr.data.image_io import Limits, PictureError, inspect_picture, is_picture_name, read_picture
+from brs_detr.data.image_io import ImageError, Limits, is_image_name, read_image, read_image_info
 
 
 def ramp(h=12, w=20):
@@ -18,42 +18,42 @@ def ramp(h=12, w=20):
 
 
 def save(tmp_path, array, name="x.png", mode=None, **options):
-    picture = Image.fromarray(array)
-    picture = picture.convert(mode) if mode else picture
-    picture.save(tmp_path / name, **options)
+    image = Image.fromarray(array)
+    image = image.convert(mode) if mode else image
+    image.save(tmp_path / name, **options)
     return tmp_path / name
 
 
-def test_grey_has_three_equal_channels(tmp_path):
-    pixels = read_picture(save(tmp_path, ramp()))
+def test_gray_has_three_equal_channels(tmp_path):
+    pixels = read_image(save(tmp_path, ramp()))
     assert pixels.shape == (3, 12, 20) and pixels.dtype == torch.uint8
     assert all(np.array_equal(channel, ramp()) for channel in pixels)
 
 
 def test_sixteen_bits_are_scaled_not_saturated(tmp_path):
-    pixels = read_picture(save(tmp_path, ramp().astype(np.uint16) * 257))
+    pixels = read_image(save(tmp_path, ramp().astype(np.uint16) * 257))
     assert np.array_equal(pixels[0], ramp())
 
 
 @pytest.mark.parametrize("scale", [1.0, 1 / 255])
 def test_floats_in_either_range(tmp_path, scale):
     path = save(tmp_path, ramp().astype(np.float32) * np.float32(scale), "x.tiff")
-    assert np.array_equal(read_picture(path)[0], ramp())
+    assert np.array_equal(read_image(path)[0], ramp())
 
 
-def test_alpha_is_dropped_and_colours_stay(tmp_path):
+def test_alpha_is_dropped_and_colors_stay(tmp_path):
     rgba = np.dstack([ramp(), ramp()[::-1], ramp()[:, ::-1], np.zeros_like(ramp())])
-    assert np.array_equal(read_picture(save(tmp_path, rgba)).permute(1, 2, 0), rgba[..., :3])
+    assert np.array_equal(read_image(save(tmp_path, rgba)).permute(1, 2, 0), rgba[..., :3])
 
 
 def test_palette_png_under_a_jpeg_name(tmp_path):
     path = save(tmp_path, np.dstack([ramp() // 51 * 51] * 3), "x.png", mode="P").rename(tmp_path / "x.jpg")
-    assert (read_picture(path).int() - torch.from_numpy(ramp() // 51 * 51)).abs().max() == 0
+    assert (read_image(path).int() - torch.from_numpy(ramp() // 51 * 51)).abs().max() == 0
 
 
 def test_cmyk_is_not_inverted(tmp_path):
     white = np.full((8, 8, 3), 250, np.uint8)
-    assert read_picture(save(tmp_path, white, "x.jpg", mode="CMYK")).min() > 230
+    assert read_image(save(tmp_path, white, "x.jpg", mode="CMYK")).min() > 230
 
 
 def rotated(tmp_path, orientation):
@@ -64,17 +64,17 @@ def rotated(tmp_path, orientation):
 
 def test_exif_rotation_applied_only_when_the_expected_size_says_so(tmp_path):
     path = rotated(tmp_path, 6)
-    assert np.array_equal(read_picture(path, (12, 20))[0], ramp())
-    assert np.array_equal(read_picture(path)[0], ramp())
-    assert np.array_equal(read_picture(path, (20, 12))[0], np.rot90(ramp(), -1))
+    assert np.array_equal(read_image(path, (12, 20))[0], ramp())
+    assert np.array_equal(read_image(path)[0], ramp())
+    assert np.array_equal(read_image(path, (20, 12))[0], np.rot90(ramp(), -1))
 
 
 def test_expected_size_turns_nothing_without_exif(tmp_path):
-    assert read_picture(save(tmp_path, ramp()), (20, 12)).shape == (3, 12, 20)
+    assert read_image(save(tmp_path, ramp()), (20, 12)).shape == (3, 12, 20)
 
 
 def test_header_tells_both_sizes(tmp_path):
-    info = inspect_picture(rotated(tmp_path, 8))
+    info = read_image_info(rotated(tmp_path, 8))
     assert (info.stored_size, info.upright_size, info.orientation) == ((12, 20), (20, 12), 8)
 
 
@@ -84,18 +84,18 @@ def test_a_cut_file_is_an_error_even_where_truncation_is_allowed(tmp_path, name,
     path = save(tmp_path, np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8), name)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", allow)
-    for read in (read_picture, inspect_picture):
-        with pytest.raises(PictureError, match=name):
+    for read in (read_image, read_image_info):
+        with pytest.raises(ImageError, match=name):
             read(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"this is text", None])
-def test_what_is_no_picture_is_named(tmp_path, content):
+def test_what_is_no_image_is_named(tmp_path, content):
     path = tmp_path / "y.jpg"
     if content is not None:
         path.write_bytes(content)
-    for read in (read_picture, inspect_picture):
-        with pytest.raises(PictureError, match=r"y\.jpg: this picture cannot be read"):
+    for read in (read_image, read_image_info):
+        with pytest.raises(ImageError, match=r"y\.jpg: this picture cannot be read"):
             read(path)
 
 
@@ -105,23 +105,23 @@ def noise_jpeg(h=64, w=64):
     return stream.getvalue()
 
 
-@pytest.mark.parametrize("read", [read_picture, inspect_picture])
-def test_a_film_behind_the_picture_does_no_harm(tmp_path, read):
+@pytest.mark.parametrize("read", [read_image, read_image_info])
+def test_a_film_behind_the_image_does_no_harm(tmp_path, read):
     path = tmp_path / "x.jpg"
     path.write_bytes(noise_jpeg() + bytes(200_000))
     read(path)
 
 
-def test_the_end_of_a_preview_is_not_that_of_the_picture(tmp_path):
+def test_the_end_of_a_preview_is_not_that_of_the_image(tmp_path):
     """A file whose second half never came, as zeros, with a preview in its header."""
     whole, preview = noise_jpeg(), noise_jpeg(8, 8)
     header = whole[:2] + b"\xff\xe2" + (len(preview) + 2).to_bytes(2) + preview
     path = tmp_path / "x.jpg"
     path.write_bytes(header + whole[2:])
-    read_picture(path)
+    read_image(path)
     path.write_bytes(header + whole[2 : len(whole) // 2] + bytes(len(whole) // 2))
-    with pytest.raises(PictureError, match="cut short"):
-        read_picture(path)
+    with pytest.raises(ImageError, match="cut short"):
+        read_image(path)
 
 
 def test_a_wrong_checksum_in_a_png_is_an_error(tmp_path):
@@ -129,8 +129,8 @@ def test_a_wrong_checksum_in_a_png_is_an_error(tmp_path):
     content = bytearray(path.read_bytes())
     content[content.index(b"IEND") - 6] ^= 1  # the checksum of the pixels
     path.write_bytes(content)
-    with pytest.raises(PictureError, match="checksum"):
-        read_picture(path)
+    with pytest.raises(ImageError, match="checksum"):
+        read_image(path)
 
 
 def test_the_reason_comes_with_what_the_file_begins_with(tmp_path):
@@ -140,45 +140,45 @@ def test_the_reason_comes_with_what_the_file_begins_with(tmp_path):
         (b"", "the file is empty"),
     ):
         path.write_bytes(content)
-        with pytest.raises(PictureError) as error:
-            read_picture(path)
+        with pytest.raises(ImageError) as error:
+            read_image(path)
         assert error.value.reason == reason
-    with pytest.raises(PictureError, match="Is a directory"):
-        read_picture(tmp_path)
+    with pytest.raises(ImageError, match="Is a directory"):
+        read_image(tmp_path)
 
 
 def test_frames_are_counted_and_the_first_is_read(tmp_path):
     first, second = (Image.fromarray(np.dstack([values] * 3)) for values in (ramp(), ramp()[::-1].copy()))
     first.save(tmp_path / "x.tif", save_all=True, append_images=[second])
-    assert inspect_picture(tmp_path / "x.tif").frames == 2
-    assert np.array_equal(read_picture(tmp_path / "x.tif")[0], ramp())
+    assert read_image_info(tmp_path / "x.tif").frames == 2
+    assert np.array_equal(read_image(tmp_path / "x.tif")[0], ramp())
 
 
-@pytest.mark.parametrize("read", [read_picture, inspect_picture])
+@pytest.mark.parametrize("read", [read_image, read_image_info])
 def test_too_many_pixels_or_bytes_are_refused_with_the_setting(tmp_path, read):
     path = save(tmp_path, ramp(40, 50))
     read(path, limits=Limits(max_image_pixels=2000))
-    with pytest.raises(PictureError, match=r"x\.png: .* it has 2,000 pixels, more than data\.max_image_pixels=1999"):
+    with pytest.raises(ImageError, match=r"x\.png: .* it has 2,000 pixels, more than data\.max_image_pixels=1999"):
         read(path, limits=Limits(max_image_pixels=1999))
     size = path.stat().st_size
     read(path, limits=Limits(max_image_bytes=size))
-    with pytest.raises(PictureError, match=rf"more than data\.max_image_bytes={size - 1}; raise the setting"):
+    with pytest.raises(ImageError, match=rf"more than data\.max_image_bytes={size - 1}; raise the setting"):
         read(path, limits=Limits(max_image_bytes=size - 1))
 
 
 def test_the_limit_of_pixels_is_ours_not_that_of_pillow(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     path = save(tmp_path, ramp(40, 50))
-    assert read_picture(path).shape == (3, 40, 50) and inspect_picture(path).stored_size == (40, 50)
+    assert read_image(path).shape == (3, 40, 50) and read_image_info(path).stored_size == (40, 50)
     assert Image.MAX_IMAGE_PIXELS == 10
 
 
-@pytest.mark.parametrize("read", [read_picture, inspect_picture])
+@pytest.mark.parametrize("read", [read_image, read_image_info])
 def test_a_pipe_and_an_endless_device_are_refused(tmp_path, read):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "endless.jpg").symlink_to("/dev/zero")
     for name in ("pipe.jpg", "endless.jpg"):
-        with pytest.raises(PictureError, match="not a regular file"):
+        with pytest.raises(ImageError, match="not a regular file"):
             read(tmp_path / name)
 
 
@@ -186,23 +186,23 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage
 
 
 @pytest.mark.parametrize("name", ["x.jpg", "x.eps"])
-def test_no_picture_starts_another_program(tmp_path, name, monkeypatch):
+def test_no_image_starts_another_program(tmp_path, name, monkeypatch):
     """Pillow would have Ghostscript draw it, whatever its name."""
     (tmp_path / name).write_bytes(EPS)
     started = []
     monkeypatch.setattr(subprocess, "check_call", lambda command, **_: started.append(command))
     monkeypatch.setattr(subprocess, "Popen", lambda command, **_: started.append(command))
-    for read in (read_picture, inspect_picture):
-        with pytest.raises(PictureError, match="it begins with '%!PS-Adobe"):
+    for read in (read_image, read_image_info):
+        with pytest.raises(ImageError, match="it begins with '%!PS-Adobe"):
             read(tmp_path / name)
-    assert not started and not is_picture_name("x.eps") and is_picture_name("x.JPEG")
+    assert not started and not is_image_name("x.eps") and is_image_name("x.JPEG")
 
 
 def test_a_name_cannot_do_more_than_be_printed(tmp_path):
     path = tmp_path / "a\x1b[31m\nb.jpg"
     path.write_bytes(b"")
-    with pytest.raises(PictureError) as error:
-        read_picture(path)
+    with pytest.raises(ImageError) as error:
+        read_image(path)
     assert r"a\x1b[31m\x0ab.jpg: this picture" in str(error.value) and str(error.value).isprintable()
     assert error.value.reason == "the file is empty"
 
@@ -213,9 +213,9 @@ def test_decoding_takes_ten_bytes_a_pixel_at_most(tmp_path, kind):
     array = np.zeros((side, side, 3) if kind == "RGB" else (side, side), np.uint8 if kind == "RGB" else np.uint16)
     path = save(tmp_path, array)
     script = (
-        "import resource, sys; from brs_detr.data.image_io import read_picture\n"
+        "import resource, sys; from brs_detr.data.image_io import read_image\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "read_picture(sys.argv[1])\n"
+        "read_image(sys.argv[1])\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     command = [sys.executable, "-c", script, str(path)]

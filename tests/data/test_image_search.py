@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from brs_detr.data.annotations import Images
-from brs_detr.data.image_search import find_pictures, guess_folder, leads_outside, usual_folder
-from brs_detr.data.issues import DataError, FaultLog
+from brs_detr.data.image_search import guess_folder, leads_outside, resolve_image_paths, usual_folder
+from brs_detr.data.issues import DataError, IssueLog
 
 
 def make(folder, *paths):
@@ -21,8 +21,8 @@ def make(folder, *paths):
 def find(folder, *names):
     """Names as they are after the search (None where nothing was found), and the log."""
     sizes = np.zeros((len(names), 2), np.int32)
-    images, log = Images(np.arange(len(names)), list(names), sizes, sizes), FaultLog()
-    found = find_pictures(images, folder, log)
+    images, log = Images(np.arange(len(names)), list(names), sizes, sizes), IssueLog()
+    found = resolve_image_paths(images, folder, log)
     return [name if there else None for name, there in zip(images.names, found, strict=True)], log
 
 
@@ -66,7 +66,7 @@ def test_folders_of_another_machine_are_seen_through_where_no_name_is_right(tmp_
     assert find(tmp_path, name)[0] == [file]
 
 
-def test_a_missing_picture_among_right_ones_is_not_replaced_by_one_from_another_folder(tmp_path):
+def test_a_missing_image_among_right_ones_is_not_replaced_by_one_from_another_folder(tmp_path):
     make(tmp_path, "b.jpg", "masks/a.png", "val/a.jpg")
     names, log = find(tmp_path, "a.jpg", "b.jpg")
     assert names == [None, "b.jpg"] and log.counts == {"picture_missing": 1}
@@ -86,7 +86,7 @@ def test_what_is_ambiguous_is_missing(tmp_path, files, names):
     assert find(tmp_path, *names)[0] == [None] * len(names)
 
 
-def test_one_picture_is_not_given_to_two_names(tmp_path):
+def test_one_image_is_not_given_to_two_names(tmp_path):
     make(tmp_path, "a.jpg")
     assert find(tmp_path, "a.jpg", "A.jpg")[0] == ["a.jpg", None]
 
@@ -96,7 +96,7 @@ def test_an_entry_that_is_listed_twice_is_found_twice(tmp_path):
     assert find(tmp_path, "x/a.jpg", "x/a.jpg")[0] == ["a.jpg", "a.jpg"]
 
 
-def test_only_files_are_pictures(tmp_path):
+def test_only_files_are_images(tmp_path):
     make(tmp_path, "real.jpg")
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "dangling.jpg").symlink_to("nowhere")
@@ -126,7 +126,7 @@ def test_usual_places(tmp_path):
     assert usual_folder(json_path, ["upload/a.jpg", "upload/b.jpg"]) == tmp_path / "images"
 
 
-def test_pictures_of_the_dataset_next_door_are_not_taken(tmp_path):
+def test_images_of_the_dataset_next_door_are_not_taken(tmp_path):
     make(tmp_path, "ours/set.json", "theirs/images/0001.jpg")
     with pytest.raises(DataError, match="name their folder with --images"):
         usual_folder(tmp_path / "ours" / "set.json", ["0001.jpg"])
@@ -145,8 +145,8 @@ def test_a_name_that_leads_out_of_the_folder_is_not_followed(tmp_path, name):
 def test_a_name_may_lead_out_of_the_folder_if_told(tmp_path):
     make(tmp_path, "a.jpg", "images/b.jpg")
     names = ["../a.jpg", str(tmp_path / "a.jpg")]
-    images, log = Images(np.arange(2), names, np.zeros((2, 2)), np.zeros((2, 2))), FaultLog()
-    assert find_pictures(images, tmp_path / "images", log, allow_outside=True).all() and not log.counts
+    images, log = Images(np.arange(2), names, np.zeros((2, 2)), np.zeros((2, 2))), IssueLog()
+    assert resolve_image_paths(images, tmp_path / "images", log, allow_outside=True).all() and not log.counts
 
 
 def test_a_way_out_and_back_and_links_within_are_no_way_out(tmp_path):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from brs_detr.data.annotations import Images, Objects
-from brs_detr.data.image_sizes import doubt_layout
-from brs_detr.data.issues import FaultLog
+from brs_detr.data.image_sizes import check_box_format
+from brs_detr.data.issues import IssueLog
 
 H, W = 200, 300
 
@@ -22,9 +22,9 @@ def doubts(xywh):
     n = len(xywh)
     frames = np.array([[H, W]], np.int32)
     zeros = np.zeros(n, np.int64)
-    log = FaultLog()
+    log = IssueLog()
     objects = Objects(zeros, zeros, zeros, np.asarray(xywh, float), np.ones(n), np.zeros(n, bool))
-    doubt_layout(Images(np.array([1]), ["a"], frames, frames), objects, log)
+    check_box_format(Images(np.array([1]), ["a"], frames, frames), objects, log)
     return [fault.detail for fault in log.faults]
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from brs_detr.data.issues import POLICY, Fault, FaultLog
+from brs_detr.data.issues import POLICY, DataIssue, IssueLog
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "data.md"
 
@@ -16,7 +16,7 @@ def test_every_fault_is_in_the_documentation_word_for_word(kind):
 
 
 def test_a_log_counts_all_and_keeps_the_first_few():
-    log = FaultLog(examples=2)
+    log = IssueLog(examples=2)
     for i in range(5):
         log.add("box_empty", f"annotation {i}", "w 0")
     assert log.counts["box_empty"] == 5 and [fault.where for fault in log.faults] == ["annotation 0", "annotation 1"]
@@ -27,7 +27,7 @@ def test_a_log_counts_all_and_keeps_the_first_few():
 
 
 def test_what_may_spoil_the_training_is_said_first():
-    log = FaultLog()
+    log = IssueLog()
     for kind in ("picture_not_listed", "area_missing", "box_empty", "picture_dark"):
         log.add(kind, "x")
     names = [line.split(",")[0] for line in log.lines()]
@@ -36,7 +36,7 @@ def test_what_may_spoil_the_training_is_said_first():
 
 
 def test_texts_of_a_json_are_made_short_and_printable():
-    log = FaultLog()
+    log = IssueLog()
     log.add("picture_missing", "line\nbreak \0 \ud83d 日本", "x" * 10_000)
     (fault,) = log.faults
     assert fault.where == r"line\x0abreak \x00 \ud83d 日本" and len(fault.detail) < 300
@@ -44,5 +44,5 @@ def test_texts_of_a_json_are_made_short_and_printable():
 
 def test_an_unknown_kind_is_refused():
     with pytest.raises(KeyError):
-        FaultLog().add("box_blue")
-    assert Fault("box_clipped", "x").action == "repaired"
+        IssueLog().add("box_blue")
+    assert DataIssue("box_clipped", "x").action == "repaired"

@@ -18,7 +18,7 @@ from hypothesis.extra.numpy import arrays
 from pycocotools import mask as rle
 
 from brs_detr.data.issues import DataError
-from brs_detr.data.json_file import is_number, load_json, mask_box, unquote, whole_number
+from brs_detr.data.json_file import as_int, coerce_numbers, is_number, load_json, mask_box
 
 DATA = {
     "images": [{"id": 1, "file_name": "Fläche.png"}],
@@ -115,7 +115,7 @@ def test_no_pipe_is_waited_for(tmp_path):
     [(3, 3), (3.0, 3), (-7, -7), (2**40, 2**40), (3.5, None), (True, None), ("3", None), (2**70, None), (None, None)],
 )
 def test_ids_are_whole_numbers(value, expected):
-    assert whole_number(value) == expected
+    assert as_int(value) == expected
 
 
 def test_neither_bools_nor_texts_are_numbers():
@@ -124,14 +124,14 @@ def test_neither_bools_nor_texts_are_numbers():
 
 def test_unquoting_finds_numbers_in_texts_and_lists():
     entry = {"id": "17", "bbox": ["1", "2.5", 3, "-4"], "iscrowd": "False", "name": "12", "area": "many"}
-    assert unquote(entry, ("id", "bbox", "iscrowd", "area", "absent"))
+    assert coerce_numbers(entry, ("id", "bbox", "iscrowd", "area", "absent"))
     assert entry == {"id": 17, "bbox": [1, 2.5, 3, -4], "iscrowd": 0, "name": "12", "area": "many"}
 
 
 def test_what_is_fine_stays_as_it_is():
     entry = {"id": 17, "area": math.nan, "bbox": [1, 2], "category_id": "cat", "ignore": "9" * 5000}
-    assert not unquote(entry, ("id", "area", "bbox", "category_id"))
-    unquote(entry, ("ignore",))  # too long for an int: no error
+    assert not coerce_numbers(entry, ("id", "area", "bbox", "category_id"))
+    coerce_numbers(entry, ("ignore",))  # too long for an int: no error
 
 
 def runs_of(mask):

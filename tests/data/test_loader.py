@@ -29,7 +29,7 @@ def batches_of(sizes, batch_size, world_size, epoch=0, start=0, seed=0):
 
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(1, 8), st.integers(1, 4), st.integers(0, 3))
 @settings(max_examples=150, deadline=None)
-def test_every_picture_once_full_batches_equal_steps(wide, tall, batch_size, world_size, epoch):
+def test_every_image_once_full_batches_equal_steps(wide, tall, batch_size, world_size, epoch):
     if wide + tall == 0:
         return
     sizes = sizes_of(wide, tall)
@@ -72,7 +72,7 @@ def test_a_resumed_epoch_is_the_tail_of_the_whole_one(start):
 
 @given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 4), st.booleans())
 @settings(max_examples=100, deadline=None)
-def test_evaluation_shows_each_picture_exactly_once(count, batch_size, world_size, group):
+def test_evaluation_shows_each_image_exactly_once(count, batch_size, world_size, group):
     shapes = [(index % 3, 1) for index in range(count)] if group else None
     batches = [b for rank in range(world_size) for b in EvalBatches(count, batch_size, rank, world_size, shapes)]
     assert sorted(index for batch in batches for index in batch) == list(range(count))

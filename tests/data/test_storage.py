@@ -9,7 +9,7 @@ import pytest
 
 from brs_detr.data import coco, image_io, storage
 from brs_detr.data.coco import CocoDetection
-from brs_detr.data.image_io import PictureError, inspect_picture, read_picture
+from brs_detr.data.image_io import ImageError, read_image, read_image_info
 from brs_detr.data.loader import build_train_loader
 from brs_detr.data.storage import StorageError, read_bytes
 from brs_detr.exit_codes import ExitCode
@@ -64,10 +64,10 @@ def test_an_image_that_has_become_a_pipe_is_the_storages_fault_but_not_one_from_
     os.mkfifo(file)
     with pytest.raises(StorageError, match="named pipe, not a regular file, tried for"):
         dataset[1]
-    with pytest.raises(PictureError, match="named pipe"):
-        inspect_picture(file, retry_seconds=60)
-    with pytest.raises(PictureError, match="named pipe"):
-        read_picture(file)  # nobody has asked for retries
+    with pytest.raises(ImageError, match="named pipe"):
+        read_image_info(file, retry_seconds=60)
+    with pytest.raises(ImageError, match="named pipe"):
+        read_image(file)  # nobody has asked for retries
 
 
 def test_a_file_that_comes_back_is_read(tmp_path):
@@ -84,8 +84,8 @@ def test_a_file_that_is_read_and_cannot_be_decoded_is_damaged(path, content):
 
 
 def test_what_is_no_file_by_its_name_is_not_tried_again(tmp_path):
-    with pytest.raises(PictureError, match="Is a directory"):
-        read_picture(tmp_path, retry_seconds=60)
+    with pytest.raises(ImageError, match="Is a directory"):
+        read_image(tmp_path, retry_seconds=60)
 
 
 def test_a_header_is_tried_again_but_not_that_of_a_file_which_is_absent_from_the_start(path, monkeypatch):
@@ -99,13 +99,13 @@ def test_a_header_is_tried_again_but_not_that_of_a_file_which_is_absent_from_the
         return inspect(path, limits)
 
     monkeypatch.setattr(image_io, "_inspect", failing)
-    assert inspect_picture(file, retry_seconds=60).stored_size == (40, 60)
+    assert read_image_info(file, retry_seconds=60).stored_size == (40, 60)
     errors += [OSError(errno.EIO, "Input/output error")] * 99
     with pytest.raises(StorageError, match="Input/output error"):
-        inspect_picture(file, retry_seconds=0.0)
+        read_image_info(file, retry_seconds=0.0)
     errors.clear()
-    with pytest.raises(PictureError, match="does not exist"):
-        inspect_picture(file.with_name("no.png"), retry_seconds=60)
+    with pytest.raises(ImageError, match="does not exist"):
+        read_image_info(file.with_name("no.png"), retry_seconds=60)
 
 
 def test_a_worker_hands_on_the_error_with_its_words_and_code(path):
@@ -122,7 +122,7 @@ def test_a_worker_hands_on_the_error_with_its_words_and_code(path):
 
 def test_the_dataset_says_what_is_being_read(path, monkeypatch):
     dataset, seen = CocoDetection(path, path.parent / "images", train=False), []
-    read = coco.read_picture
-    monkeypatch.setattr(coco, "read_picture", lambda *a: (seen.append(dataset.being_read()), read(*a))[1])
+    read = coco.read_image
+    monkeypatch.setattr(coco, "read_image", lambda *a: (seen.append(dataset.being_read()), read(*a))[1])
     dataset[2]
     assert seen == [[dataset.path(2)]] and dataset.being_read() == []

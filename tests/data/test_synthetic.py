@@ -42,7 +42,7 @@ def files_of(folder):
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_same_seed_same_bytes_and_a_picture_does_not_depend_on_their_number(tmp_path):
+def test_same_seed_same_bytes_and_a_image_does_not_depend_on_their_number(tmp_path):
     first, second, other = (
         make_dataset(tmp_path / str(i), train=count, val=2, image_size=64, seed=seed)
         for i, (count, seed) in enumerate([(3, 1), (3, 1), (2, 2)])
@@ -95,18 +95,18 @@ def test_large_small_touching_and_cut_objects_all_occur(truth):
     assert len(borders) > 5
 
 
-def test_colour_does_not_tell_the_class(scenes, truth):
-    colours, labels = [], []
+def test_color_does_not_tell_the_class(scenes, truth):
+    colors, labels = [], []
     for annotation in truth.dataset["annotations"]:
         file_name = truth.imgs[annotation["image_id"]]["file_name"]
-        picture = np.asarray(Image.open(scenes / "images" / "train" / file_name), float)
-        colours.append(picture[truth.annToMask(annotation) > 0].mean(0))
+        image = np.asarray(Image.open(scenes / "images" / "train" / file_name), float)
+        colors.append(image[truth.annToMask(annotation) > 0].mean(0))
         labels.append(annotation["category_id"])
-    colours, labels = np.array(colours), np.array(labels)
+    colors, labels = np.array(colors), np.array(labels)
     half = len(labels) // 2
-    centres = {key: colours[:half][labels[:half] == key].mean(0) for key in CATEGORY_IDS.values()}
-    keys = np.array(list(centres))
-    distances = np.linalg.norm(colours[half:, None] - np.array(list(centres.values()))[None], axis=2)
+    centers = {key: colors[:half][labels[:half] == key].mean(0) for key in CATEGORY_IDS.values()}
+    keys = np.array(list(centers))
+    distances = np.linalg.norm(colors[half:, None] - np.array(list(centers.values()))[None], axis=2)
     assert (keys[distances.argmin(1)] == labels[half:]).mean() < 0.32  # guessing is right once in five
 
 

@@ -38,7 +38,7 @@ def test_boxes_follow_pixels(policy):
 
 @pytest.mark.parametrize("size", [(160, 240), (240, 160), (50, 400), (300, 300)])
 @pytest.mark.parametrize("policy", [0.0, 0.5, 1.0])
-def test_no_picture_is_larger_than_the_largest_sizes_and_some_come_near(size, policy):
+def test_no_image_is_larger_than_the_largest_sizes_and_some_come_near(size, policy):
     transform = TrainTransforms(**SMALL, crop=policy)
     bounds = torch.tensor(transform.largest_sizes(*size))
     image, target = painted(*size)
@@ -80,7 +80,7 @@ def test_policies_are_drawn_equally_often_and_all_sizes_occur():
     assert {h: abs(heights.count(h) - 100) < 35 for h in set(heights)} == {64: True, 96: True, 128: True}
 
 
-def test_a_crop_is_never_larger_than_its_picture_nor_outside_its_range():
+def test_a_crop_is_never_larger_than_its_image_nor_outside_its_range():
     transform = TrainTransforms(
         short_sides=(100,), long_side=10_000, crop_short_sides=(50,), crop_size=(40, 80), crop=1
     )
@@ -114,7 +114,7 @@ def test_same_generator_state_same_result_and_input_untouched():
     assert torch.equal(image, before[0]) and torch.equal(target["boxes"], before[1])
 
 
-def test_pictures_without_objects_pass_through():
+def test_images_without_objects_pass_through():
     target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "image_id": 1}
     for seed in range(8):
         image, out = TrainTransforms(**SMALL)(painted()[0], target, torch.Generator().manual_seed(seed))
@@ -134,9 +134,9 @@ def test_enlarging_is_the_same_with_and_without_antialias():
     assert (a.int() - b.int()).abs().max() <= 1
 
 
-def test_colour_jitter_changes_colours_not_boxes():
+def test_color_jitter_changes_colors_not_boxes():
     image, target = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8), painted(32, 32, (4, 4, 9, 9))[1]
     plain = TrainTransforms(short_sides=(32,), crop=0, flip=0)(image, target, torch.Generator())
-    vivid = TrainTransforms(short_sides=(32,), crop=0, flip=0, colour_jitter=0.4)(image, target, torch.Generator())
+    vivid = TrainTransforms(short_sides=(32,), crop=0, flip=0, color_jitter=0.4)(image, target, torch.Generator())
     assert torch.equal(plain[0], image) and not torch.equal(vivid[0], image)
     assert torch.equal(plain[1]["boxes"], vivid[1]["boxes"])

@@ -76,13 +76,13 @@ def read_file(path, *arguments):
 
 def files_become_pipes(trainer):
     """Reading them blocks, see `read_file`."""
-    for path in pictures("train"):
+    for path in images("train"):
         path.rename(path.with_suffix(".away"))
         os.mkfifo(path)
 
 
 def files_go_away(trainer):
-    for path in pictures("train"):
+    for path in images("train"):
         path.rename(path.with_suffix(".away"))
 
 
@@ -121,7 +121,7 @@ CASES = {
 }
 
 
-def pictures(split):
+def images(split):
     return sorted((data / "images" / split).glob("*.png")) + sorted((data / "images" / split).glob("*.jpg"))
 
 
@@ -244,7 +244,7 @@ if __name__ == "__main__":
     place = Path(sys.argv[1])
     data = place / "data"
     make_dataset(data, train=16, val=3, image_size=64)
-    NAMES = {path.name for split in ("train", "val") for path in pictures(split)}
+    NAMES = {path.name for split in ("train", "val") for path in images(split)}
     assert run(None, place / "whole")[0] == 0, (place / "whole.txt").read_text()
     for name in sys.argv[2:] or CASES:
         folder = place / name.replace(" ", "_")

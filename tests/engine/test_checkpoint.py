@@ -97,7 +97,7 @@ def test_fine_tuning_keeps_what_fits_and_copies_shared_classes_row_by_row():
     assert len(report.by_class) == 6 and not report.fresh and not report.unused
 
 
-def test_fine_tuning_reports_what_was_re_initialised_and_what_was_not_used():
+def test_fine_tuning_reports_what_was_re_initialized_and_what_was_not_used():
     old, new = Detector(3), Detector(5)
     tensors = {**old.state_dict(), "gone": torch.zeros(1)}
     del tensors["body.weight"]

@@ -43,6 +43,6 @@ def test_with_two_processes(output, check):
     assert f"holds: {check}" in output, output[-4000:]
 
 
-def test_pictures_without_objects_in_some_or_all_of_three_processes(tmp_path):
+def test_images_without_objects_in_some_or_all_of_three_processes(tmp_path):
     output = launch(3, tmp_path, "empty pictures")
     assert "holds: empty pictures" in output, output[-4000:]

@@ -66,5 +66,5 @@ def test_costs_and_losses_are_those_of_float32_on_what_the_network_says(monkeypa
     for objective, arguments, keywords, result in losses:
         again = forward(objective, *arguments, **keywords)  # without autocast
         assert all(torch.equal(again[name], value) for name, value in result.items())
-        assert all(value.dtype == torch.float32 for value in keywords["localisation"].values())
+        assert all(value.dtype == torch.float32 for value in keywords["localization"].values())
         assert keywords["quality"].dtype == torch.float32

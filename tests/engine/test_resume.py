@@ -82,9 +82,9 @@ def test_what_is_restored_and_which_states_stay(toy, tmp_path):
 
 
 def test_the_average_is_restored_with_its_buffers(toy, tmp_path):
-    trainer, _ = toy.build(tmp_path, epochs=1, ema=0.9, model=toy.Normalised())
+    trainer, _ = toy.build(tmp_path, epochs=1, ema=0.9, model=toy.Normalized())
     trainer.fit()
-    resumed, _ = toy.build(tmp_path, epochs=1, ema=0.9, model=toy.Normalised())
+    resumed, _ = toy.build(tmp_path, epochs=1, ema=0.9, model=toy.Normalized())
     resumed.resume(latest_state(tmp_path / "state")[0])
     ours, theirs, plain = (module.state_dict() for module in (resumed.ema.module, trainer.ema.module, trainer.model))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

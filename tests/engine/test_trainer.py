@@ -311,7 +311,7 @@ def test_heads_with_a_loss_are_not(toy, tmp_path, capsys):
 def test_a_skipped_step_leaves_no_trace_in_running_statistics(toy, tmp_path, weights, capsys, aside):
     """The first batch of the group is sound and the second poisoned: both are undone."""
     options = {"on_nonfinite": "skip", "ema": 0.9, "poison": (0, 3), "accumulate": 2}
-    trainer, _ = toy.build(tmp_path, model=toy.Normalised(aside), **options)
+    trainer, _ = toy.build(tmp_path, model=toy.Normalized(aside), **options)
     step, seen = trainer.step, []
 
     def watched(group):

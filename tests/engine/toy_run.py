@@ -40,7 +40,7 @@ class ToyDetector(nn.Module):
         return {"decoder.0.l1": (boxes - truth).abs().mean(), "decoder.0.giou": (boxes - truth).square().mean()}
 
 
-class Normalised(nn.Module):
+class Normalized(nn.Module):
     """Batch normalisation of what a picture and its targets say: a NaN in a box reaches the running statistics."""
 
     def __init__(self, aside=False):

@@ -102,7 +102,7 @@ SCORE_BASED = ["model.name=co_detr", "model.loss=focal", "model.atss.centerness=
 VARIANTS = ([], ["model.ranking_scope=global"], SCORE_BASED)
 
 
-def check_empty_pictures(accelerator):
+def check_empty_images(accelerator):
     """Processes whose pictures hold nothing, all but one or all, step too: no hang, no parameter without a gradient.
 
     DDP would refuse the second step if a parameter had no part in the first.
@@ -246,7 +246,7 @@ def assert_resumed_alike(accelerator, folder, reference):
 def check_skipped(accelerator, folder):
     """One process meets a NaN in the second batch of a step: both leave the step out, running statistics included."""
     poison = (0, 3) if accelerator.process_index == 1 else None
-    options = {"on_nonfinite": "skip", "model": toy.Normalised(), "ema": 0.9, "epochs": 1}
+    options = {"on_nonfinite": "skip", "model": toy.Normalized(), "ema": 0.9, "epochs": 1}
     trainer, _ = toy.build(folder / "skipped", accelerator=accelerator, poison=poison, **options)
     step, same = trainer.step, []
 
@@ -328,7 +328,7 @@ def main():
     checks = {
         "gradient": lambda: check_gradient(accelerator),
         "gathering": lambda: check_gathering(accelerator),
-        "empty pictures": lambda: check_empty_pictures(accelerator),
+        "empty pictures": lambda: check_empty_images(accelerator),
         "resume": lambda: check_resume(accelerator, folder),
         "buffers": lambda: check_buffers(accelerator, folder),
         "interruption": lambda: check_interruption(accelerator, folder),

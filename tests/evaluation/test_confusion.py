@@ -168,7 +168,7 @@ def test_the_most_frequent_confusions_are_named_with_the_number_of_objects():
 
 
 @pytest.mark.parametrize("classes", [1, 5, 20, 80, 300])
-def test_the_picture_has_a_place_for_every_count_and_a_size_to_look_at(classes, tmp_path):
+def test_the_image_has_a_place_for_every_count_and_a_size_to_look_at(classes, tmp_path):
     names = [f"class {index} with a name that goes on and on" for index in range(classes)]
     empty = np.zeros((classes + 1, classes + 1), int)
     blank = draw_confusion(Confusion(names, empty), tmp_path / "deep" / "confusion.png")

@@ -89,7 +89,7 @@ def test_lrp_of_a_hand_made_ranking():
     """Taking 1: (0.2/0.5 + 0 + 2)/3 = 0.8; 2: (0.4 + 1 + 2)/4 = 0.85; 3: (1.0 + 1 + 1)/4 = 0.75."""
     result = optimal_lrp(ranked([1, 0, 1], [0.8, 0, 0.7], objects=3))
     assert result.error == pytest.approx(0.75)
-    assert result.localisation == pytest.approx(0.25)
+    assert result.localization == pytest.approx(0.25)
     assert result.false_positives == pytest.approx(1 / 3)
     assert result.false_negatives == pytest.approx(1 / 3)
     assert result.score == pytest.approx(0.1)
@@ -110,7 +110,7 @@ def test_lrp_is_the_weighted_sum_of_its_parts():
     best = optimal_lrp(matches)
     taken = int((matches.scores >= best.score).sum())
     true = int(hits[:taken].sum())
-    total = true * best.localisation / 0.5 + taken * best.false_positives + 35 * best.false_negatives
+    total = true * best.localization / 0.5 + taken * best.false_positives + 35 * best.false_negatives
     assert best.error == pytest.approx(total / (taken + 35 - true))
 
 

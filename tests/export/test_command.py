@@ -37,7 +37,7 @@ def weights(spread, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory):
+def image(tmp_path_factory):
     """A picture of just the size of the detector's input: neither resizing nor padding, which round, come in."""
     path = tmp_path_factory.mktemp("pictures") / "noise.png"
     pixels = np.random.default_rng(0).integers(0, 256, (70, 70, 3), dtype=np.uint8)
@@ -52,19 +52,19 @@ def no_export(monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_is_exported_is_checked_and_the_example_finds_what_predict_finds(weights, picture, tmp_path, capsys):
+def test_what_is_exported_is_checked_and_the_example_finds_what_predict_finds(weights, image, tmp_path, capsys):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     out = tmp_path / "new" / "model.onnx"
-    command = ["export", str(weights), "--out", str(out), "--height", "70", "--width", "70", "--picture", str(picture)]
+    command = ["export", str(weights), "--out", str(out), "--height", "70", "--width", "70", "--image", str(image)]
     assert cli.main(command) == 0
     said = capsys.readouterr().out
-    assert len(re.findall(r"\): boxes [\d.e+-]+ pixels, scores [\d.e+-]+", said)) == 3 and str(picture) in said
+    assert len(re.findall(r"\): boxes [\d.e+-]+ pixels, scores [\d.e+-]+", said)) == 3 and str(image) in said
     assert [path.name for path in out.parent.iterdir()] == ["model.onnx"]
 
-    example = [sys.executable, str(ROOT / "examples" / "onnx_detect.py"), str(out), str(picture)]
+    example = [sys.executable, str(ROOT / "examples" / "onnx_detect.py"), str(out), str(image)]
     printed = subprocess.run(example, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert cli.main(["predict", str(weights), str(picture), "--out", str(tmp_path / "torch")]) == 0
+    assert cli.main(["predict", str(weights), str(image), "--out", str(tmp_path / "torch")]) == 0
     (expected,) = json.loads((tmp_path / "torch" / "predictions.json").read_text())
     assert len(printed) == len(expected["objects"]) > 0
     for line, one in zip(printed, expected["objects"]):
@@ -123,7 +123,7 @@ def test_without_the_exporters_packages_nothing_begins(weights, tmp_path, capsys
         (["--out", "model.onnx", "--height", "12"], "--height=12: the coarsest of this detector's maps needs"),
         (["--out", "model.onnx", "--opset", "9"], "--opset=9"),
         (["--out", "/dev/null/model.onnx"], "--out=/dev/null: cannot be written to"),
-        (["--out", "model.onnx", "--picture", "absent.jpg"], "absent.jpg: this picture cannot be read"),
+        (["--out", "model.onnx", "--image", "absent.jpg"], "absent.jpg: this picture cannot be read"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_sentence(weights, tmp_path, capsys, monkeypatch, arguments, said):
@@ -135,7 +135,7 @@ def test_what_cannot_be_done_is_said_in_one_sentence(weights, tmp_path, capsys, 
     assert not list(tmp_path.iterdir())
 
 
-def test_every_picture_fits_the_default_input_at_its_test_size(weights, tmp_path, monkeypatch, no_export):
+def test_every_image_fits_the_default_input_at_its_test_size(weights, tmp_path, monkeypatch, no_export):
     asked = {}
     monkeypatch.setattr(export, "write_onnx", lambda model, path, size, **options: asked.update(options, size=size))
     monkeypatch.setattr(export, "check", lambda model, path, *rest: path.write_bytes(b""))
@@ -148,7 +148,7 @@ def test_every_picture_fits_the_default_input_at_its_test_size(weights, tmp_path
     assert (facts["short_side"], facts["long_side"], facts["antialias"]) == (60, 90, True)
 
 
-def test_a_picture_larger_than_the_input_is_shrunk_to_fit():
+def test_a_image_larger_than_the_input_is_shrunk_to_fit():
     config = apply_overrides(load_config(ROOT / "configs" / "demo.yaml"), ["data.test_short_side=60"])
     assert export.fitted_size((120, 120), config, None) == (60, 60)
     assert export.fitted_size((120, 120), config, (60, 80)) == (60, 60)

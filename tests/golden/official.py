@@ -110,12 +110,12 @@ class ReleasedObjective(nn.Module):
         super().__init__()
         self.ours, self.shared_count = ours, ours.shared_count
 
-    def forward(self, logits, labels, *, quality, localisation, valid=None, rows=None, **others):
+    def forward(self, logits, labels, *, quality, localization, valid=None, rows=None, **others):
         kept = quality > 0
         ranked_labels = labels.index_fill(0, rows[~kept], logits.shape[1])
-        ones = {name: value.mean().expand(int(kept.sum())) for name, value in localisation.items()}
+        ones = {name: value.mean().expand(int(kept.sum())) for name, value in localization.items()}
         return self.ours(
-            logits, ranked_labels, quality=quality[kept], localisation=ones, valid=valid, rows=rows[kept], **others
+            logits, ranked_labels, quality=quality[kept], localization=ones, valid=valid, rows=rows[kept], **others
         )
 
 
@@ -137,7 +137,7 @@ def as_released(model):
         kept = batched_nms(boxes, scores, levels, model.rpn.nms_iou)[: model.rpn.keep]
         return boxes[kept], scores[kept]
 
-    model.rpn._localise = around_a_unit_box
+    model.rpn._localize = around_a_unit_box
     model.rpn._suppress = empty_boxes_too
 
 
@@ -166,10 +166,10 @@ def recorded_case(folder, family, case):
         }
         for b, present in enumerate(CASES[case])
     ]
-    return arrays, picture_sizes(folder / family)[0], targets
+    return arrays, image_sizes(folder / family)[0], targets
 
 
-def picture_sizes(folder):
+def image_sizes(folder):
     """(h, w) of the recorded pictures as resized and as stored."""
     metas = json.loads((folder / "img_metas.json").read_text())
     return tuple([tuple(meta[key][:2]) for meta in metas] for key in ("img_shape", "ori_shape"))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from brs_detr.losses.ranking import smooth_step
+from brs_detr.losses.ranking import smooth_heaviside
 
 
 def bucketed_average_precision(logits: Tensor, positives: Tensor, negative: Tensor, delta: float):
@@ -24,11 +24,11 @@ def bucketed_average_precision(logits: Tensor, positives: Tensor, negative: Tens
     buckets = [bucket for bucket in [*buckets, run] if bucket]
     loss, gradient = logits.new_zeros(()), torch.zeros_like(logits)
     for i in positives:
-        above = smooth_step(logits[positives] - logits[i], delta).sum()
+        above = smooth_heaviside(logits[positives] - logits[i], delta).sum()
         steps = []
         for bucket in buckets:
             mean = logits[bucket].mean().clamp(logits[bucket].min(), logits[bucket].max())
-            steps.append(smooth_step(mean - logits[i], delta))
+            steps.append(smooth_heaviside(mean - logits[i], delta))
         number = sum((step * len(bucket) for step, bucket in zip(steps, buckets)), logits.new_zeros(()))
         error = number / (above + number)
         loss = loss + error / len(positives)

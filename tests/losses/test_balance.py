@@ -30,7 +30,7 @@ def box_gradient(gap: float) -> float:
     """Pull on the boxes where the positives lie `gap` above the negatives (the step is 0.5 wide on either side)."""
     logits = torch.tensor([[gap], [0.0], [0.0], [gap]], requires_grad=True)
     boxes = torch.tensor([0.2, 0.2], requires_grad=True)
-    terms = RankingObjective("rs")(logits, LABELS, quality=QUALITY, localisation={"giou": boxes}, rows=ROWS)
+    terms = RankingObjective("rs")(logits, LABELS, quality=QUALITY, localization={"giou": boxes}, rows=ROWS)
     terms["giou"].backward()
     return boxes.grad.sum().item()
 
@@ -49,15 +49,15 @@ def test_a_ranking_that_is_not_nearly_perfect_balances_as_published():
     ranking = sum(rank_sort_loss(logits, ROWS, QUALITY))
     assert ranking > LEAST
     boxes = {"giou": torch.rand(2)}
-    terms = RankingObjective("rs", 2.0)(logits, LABELS, quality=QUALITY, localisation=boxes, rows=ROWS)
+    terms = RankingObjective("rs", 2.0)(logits, LABELS, quality=QUALITY, localization=boxes, rows=ROWS)
     assert terms["giou"].item() == pytest.approx(2 * ranking.item(), rel=1e-5)
 
 
 def test_alrp_factors_are_those_recorded_from_the_official_head():
     balance = EpochBalance(RECORDED["period"], RECORDED["start"])
     for step in RECORDED["iterations"]:
-        localisation = torch.tensor(0.0 if step["empty"] else step["loc_unweighted"])
-        value = balance(torch.tensor(step["loss_cls"]), localisation, 0 if step["empty"] else 5)
+        localization = torch.tensor(0.0 if step["empty"] else step["loc_unweighted"])
+        value = balance(torch.tensor(step["loss_cls"]), localization, 0 if step["empty"] else 5)
         assert value.item() == pytest.approx(step["loss_bbox_weighted"], rel=1e-6)
         assert balance.factor.item() == pytest.approx(step["weight_after"], rel=1e-6)
 
@@ -66,18 +66,18 @@ def alrp_step(objective, labels=LABELS):
     rows = (labels == 0).nonzero()[:, 0]
     boxes = torch.full((len(rows),), 0.3, requires_grad=True)
     logits = torch.tensor([[0.0], [1.0], [0.5], [0.2]])
-    return objective(logits, labels, quality=QUALITY[: len(rows)], localisation={"giou": boxes}, rows=rows)
+    return objective(logits, labels, quality=QUALITY[: len(rows)], localization={"giou": boxes}, rows=rows)
 
 
 def test_an_objective_counts_steps_with_objects_and_uses_the_factor_that_they_give():
     objective = RankingObjective("alrp", weight=1.0, period=2)
     first = alrp_step(objective)
-    localisation = first["giou"].item() / 50
+    localization = first["giou"].item() / 50
     alrp_step(objective, torch.ones(4, dtype=torch.int64))
     assert objective.epoch_balance.factor == 50
-    ratio = (first["rank"].item() + localisation) / localisation
+    ratio = (first["rank"].item() + localization) / localization
     second = alrp_step(objective)
-    assert second["giou"].item() == pytest.approx(ratio * localisation, rel=1e-5)
+    assert second["giou"].item() == pytest.approx(ratio * localization, rel=1e-5)
     second["giou"].backward()
 
 

@@ -101,12 +101,12 @@ def test_quality_gets_no_gradient(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_alrp_localisation_part_trains_the_boxes(method):
+def test_alrp_localization_part_trains_the_boxes(method):
     """The box of the best positive weighs in every rank, that of the worst only in its own."""
     logits, where, errors = detector_like(10, 50)
     errors.requires_grad_()
     part = alrp_loss(logits, where, errors, method=method)
-    gradient = gradient_of(part.localisation, errors)
+    gradient = gradient_of(part.localization, errors)
     order = logits.detach()[where].argsort()
     assert (gradient[order].diff() > 0).all()
 

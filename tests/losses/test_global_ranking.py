@@ -61,7 +61,7 @@ def objectives(part, scope: str):
     for name in ("rs", "brs", "bap", "alrp"):
         leaves = [logits.float().requires_grad_(), boxes.float().requires_grad_()]
         objective = RankingObjective(name, score_weighted=True, scope=scope)
-        terms = objective(leaves[0], labels, quality=quality, localisation={"giou": leaves[1]}, valid=valid)
+        terms = objective(leaves[0], labels, quality=quality, localization={"giou": leaves[1]}, valid=valid)
         sum(terms.values()).backward()
         results.append((torch.stack(list(terms.values())).detach(), leaves[0].grad, leaves[1].grad))
     return results

@@ -110,7 +110,7 @@ def test_official_losses(name, loss, method, dtype):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_alrp_localisation_part(name):
+def test_alrp_localization_part(name):
     arrays, logits, positives, valid, _ = load(name, "alrp", torch.float64)
     if "alrp_loc" not in arrays or name in STRICT_RANK_TIES:
         pytest.skip("not recorded, or dependent on the order of equal logits")
@@ -119,4 +119,4 @@ def test_alrp_localisation_part(name):
         if method == "pairwise" and len(positives) * len(logits) > 1_000_000:
             continue
         part = alrp_loss(logits, positives, errors, valid=valid, delta=float(arrays["delta"]), method=method)
-        assert part.localisation.item() == pytest.approx(float(arrays["alrp_loc"]), abs=1e-6)
+        assert part.localization.item() == pytest.approx(float(arrays["alrp_loc"]), abs=1e-6)

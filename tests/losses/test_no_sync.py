@@ -55,7 +55,7 @@ def objectives():
     yield from (RankingObjective(name, score_weighted=True) for name in ("brs", "rs", "bap", "ap", "ndcg"))
     for name in ("focal", "cross_entropy", "binary_cross_entropy", "quality_focal"):
         yield ScoreObjective(name, weights)
-        yield ScoreObjective(name, weights, normaliser="rows")
+        yield ScoreObjective(name, weights, normalizer="rows")
 
 
 @needs_pretended_gpus
@@ -67,7 +67,7 @@ def test_objectives_read_nothing_from_the_gpu_when_rows_are_given(objective):
             on_gpu(900, 11).requires_grad_(),
             on_gpu(900, dtype=torch.int64),
             quality=on_gpu(20),
-            localisation=boxes,
+            localization=boxes,
             valid=on_gpu(900, dtype=torch.bool),
             rows=on_gpu(20, dtype=torch.int64),
         )
@@ -92,7 +92,7 @@ def test_compiles_to_one_graph_with_its_gradient(method):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("method", ["bucketed", "exact"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_no_synchronisation_on_a_real_gpu(name, method):
+def test_no_synchronization_on_a_real_gpu(name, method):
     logits, where, quality = detector_like(1000, 9000, torch.float32)
     reference = LOSSES[name](logits, where, quality, method=method)
     device = logits.detach().cuda().requires_grad_()

@@ -30,17 +30,17 @@ def box_losses() -> dict[str, torch.Tensor]:
 
 def test_ranking_runs_over_all_logits_with_the_own_class_positive():
     logits = leaf(8, CLASSES)
-    terms = RankingObjective("brs", weight=3.0)(logits, LABELS, quality=QUALITY, localisation={})
+    terms = RankingObjective("brs", weight=3.0)(logits, LABELS, quality=QUALITY, localization={})
     positives = torch.tensor([1 * 4 + 2, 3 * 4 + 0, 5 * 4 + 3])
     flat = rank_sort_loss(logits, positives, QUALITY, method="bucketed")
     assert torch.allclose(terms["rank"], 3 * flat.ranking) and torch.allclose(terms["sort"], 3 * flat.sorting)
 
 
 @pytest.mark.parametrize("score_weighted", [False, True])
-def test_every_localisation_term_has_the_value_of_the_ranking_terms(score_weighted):
+def test_every_localization_term_has_the_value_of_the_ranking_terms(score_weighted):
     objective = RankingObjective("brs", weight=2.0, score_weighted=score_weighted)
     boxes = box_losses()
-    terms = objective(leaf(8, CLASSES), LABELS, quality=QUALITY, localisation=boxes, rows=ROWS)
+    terms = objective(leaf(8, CLASSES), LABELS, quality=QUALITY, localization=boxes, rows=ROWS)
     ranking = terms["rank"] + terms["sort"]
     assert torch.allclose(terms["l1"], ranking) and torch.allclose(terms["giou"], ranking)
 
@@ -49,7 +49,7 @@ def test_score_weighting_weighs_each_box():
     logits = torch.full((8, CLASSES), -20.0)
     logits[1, 2], logits[3, 0], logits[5, 3] = 0.0, -20.0, 0.0
     boxes = {"giou": torch.rand(3, requires_grad=True)}
-    terms = RankingObjective("rs", score_weighted=True)(logits, LABELS, quality=QUALITY, localisation=boxes, rows=ROWS)
+    terms = RankingObjective("rs", score_weighted=True)(logits, LABELS, quality=QUALITY, localization=boxes, rows=ROWS)
     terms["giou"].backward()
     gradient = boxes["giou"].grad
     assert gradient[1] < 1e-6 * gradient[0] and torch.isclose(gradient[0], gradient[2])
@@ -58,21 +58,21 @@ def test_score_weighting_weighs_each_box():
 def test_score_weights_send_no_gradient_into_the_logits():
     logits, boxes = leaf(8, CLASSES), box_losses()
     objective = RankingObjective("brs", score_weighted=True)
-    objective(logits, LABELS, quality=QUALITY, localisation=boxes, rows=ROWS)["giou"].backward()
+    objective(logits, LABELS, quality=QUALITY, localization=boxes, rows=ROWS)["giou"].backward()
     assert not logits.grad.any() and boxes["giou"].grad.any()
 
 
 def test_quality_is_a_target_without_gradient():
     quality = QUALITY.clone().requires_grad_()
     for objective in (ScoreObjective("quality_focal", {"cls": 1}), RankingObjective()):
-        sum(objective(leaf(8, CLASSES), LABELS, quality=quality, localisation={}).values()).backward()
+        sum(objective(leaf(8, CLASSES), LABELS, quality=quality, localization={}).values()).backward()
     assert quality.grad is None
 
 
 def test_quality_focal_by_hand():
     """One row, IoU 0.75, probability 0.5: (0.75 - 0.5)^2 * ln 2; another class at 0.5: 0.5^2 * ln 2."""
     objective = ScoreObjective("quality_focal", {"cls": 1})
-    terms = objective(torch.zeros(1, 2), torch.tensor([1]), quality=torch.tensor([0.75]), localisation={})
+    terms = objective(torch.zeros(1, 2), torch.tensor([1]), quality=torch.tensor([0.75]), localization={})
     assert terms["cls"].item() == pytest.approx((0.0625 + 0.25) * 0.693147, abs=1e-6)
 
 
@@ -81,7 +81,7 @@ def test_average_precision_is_interpolated_where_it_is_exact(name, options):
     """One negative is above all positives: precisions 1/2, 2/3 and 3/4 become 3/4 each."""
     logits = torch.full((8, CLASSES), -9.0)
     logits[0, 0], logits[1, 2], logits[3, 0], logits[5, 3] = 12.0, 8.0, 4.0, 0.0
-    terms = RankingObjective(name, weight=3.0)(logits, LABELS, quality=QUALITY, localisation={})
+    terms = RankingObjective(name, weight=3.0)(logits, LABELS, quality=QUALITY, localization={})
     method = RANKING_LOSSES[name].method
     expected = average_precision_loss(logits, ROWS * CLASSES + LABELS[ROWS], delta=1.0, **{"method": method, **options})
     torch.testing.assert_close(terms["rank"], 3 * expected)
@@ -90,16 +90,16 @@ def test_average_precision_is_interpolated_where_it_is_exact(name, options):
 @pytest.mark.parametrize("tau", [0.5, 0.7])
 def test_alrp_divides_the_error_by_one_minus_tau(tau):
     logits, giou = leaf(8, CLASSES), torch.tensor([0.1, 0.4, 0.3])
-    terms = RankingObjective("alrp", weight=1.0, tau=tau)(logits, LABELS, quality=QUALITY, localisation={"giou": giou})
+    terms = RankingObjective("alrp", weight=1.0, tau=tau)(logits, LABELS, quality=QUALITY, localization={"giou": giou})
     part = alrp_loss(logits, ROWS * CLASSES + LABELS[ROWS], giou / 2 / {0.5: 0.5, 0.7: 0.3}[tau], method="exact")
-    torch.testing.assert_close(terms["giou"], 50 * part.localisation)
+    torch.testing.assert_close(terms["giou"], 50 * part.localization)
 
 
 def test_given_rows_equal_found_rows():
     logits, boxes = leaf(8, CLASSES), box_losses()
     for objective in (RankingObjective(), ScoreObjective("focal", {"cls": 1, "l1": 1, "giou": 1})):
-        found = objective(logits, LABELS, quality=QUALITY, localisation=boxes)
-        given = objective(logits, LABELS, quality=QUALITY, localisation=boxes, rows=ROWS)
+        found = objective(logits, LABELS, quality=QUALITY, localization=boxes)
+        given = objective(logits, LABELS, quality=QUALITY, localization=boxes, rows=ROWS)
         assert found.keys() == given.keys() and all(torch.equal(found[key], given[key]) for key in found)
 
 
@@ -108,15 +108,15 @@ def all_objectives():
     return [
         *(RankingObjective(name) for name in RANKING_LOSSES),
         *(
-            ScoreObjective(name, weights, normaliser=normaliser)
+            ScoreObjective(name, weights, normalizer=normalizer)
             for name in ("focal", "cross_entropy", "binary_cross_entropy", "quality_focal")
-            for normaliser in ("positives", "rows")
+            for normalizer in ("positives", "rows")
         ),
     ]
 
 
 def name_of(objective) -> str:
-    return getattr(objective, "loss", None) or f"{objective.classification}-{objective.normaliser}"
+    return getattr(objective, "loss", None) or f"{objective.classification}-{objective.normalizer}"
 
 
 def columns(objective) -> int:
@@ -128,7 +128,7 @@ def test_without_positives_every_term_is_there_finite_and_attached(objective):
     logits = leaf(8, columns(objective))
     boxes = {"l1": leaf(3)[:0], "giou": leaf(3)[:0]}
     labels = torch.full((8,), CLASSES)
-    terms = objective(logits, labels, quality=torch.zeros(0), localisation=boxes)
+    terms = objective(logits, labels, quality=torch.zeros(0), localization=boxes)
     assert {"l1", "giou"} < terms.keys()
     assert all(term.isfinite() and term.requires_grad for term in terms.values())
     sum(terms.values()).backward()
@@ -142,7 +142,7 @@ def test_ignored_rows_have_no_gradient_even_if_infinite(objective):
     values = torch.randn(8, columns(objective))
     values[0], values[7] = torch.inf, -torch.inf
     logits = values.requires_grad_()
-    terms = objective(logits, LABELS, quality=QUALITY, localisation=box_losses(), valid=valid)
+    terms = objective(logits, LABELS, quality=QUALITY, localization=box_losses(), valid=valid)
     sum(terms.values()).backward()
     assert all(term.isfinite() for term in terms.values())
     assert (logits.grad[~valid] == 0).all() and logits.grad.isfinite().all()
@@ -152,8 +152,8 @@ def test_ignored_rows_have_no_gradient_even_if_infinite(objective):
 def test_ignored_rows_are_as_good_as_absent(objective):
     valid = torch.tensor([True, True, False, True, True, True, True, False])
     logits, boxes = leaf(8, columns(objective)), box_losses()
-    masked = objective(logits, LABELS, quality=QUALITY, localisation=boxes, valid=valid)
-    absent = objective(logits[valid], LABELS[valid], quality=QUALITY, localisation=boxes)
+    masked = objective(logits, LABELS, quality=QUALITY, localization=boxes, valid=valid)
+    absent = objective(logits[valid], LABELS[valid], quality=QUALITY, localization=boxes)
     assert all(torch.allclose(masked[key], absent[key]) for key in absent)
 
 
@@ -161,7 +161,7 @@ def test_ignored_rows_are_as_good_as_absent(objective):
 def test_half_precision_under_autocast(objective):
     logits = torch.randn(8, columns(objective)).bfloat16().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        terms = objective(logits, LABELS, quality=QUALITY.bfloat16(), localisation=box_losses())
+        terms = objective(logits, LABELS, quality=QUALITY.bfloat16(), localization=box_losses())
     assert all(term.dtype == torch.float32 for term in terms.values())
     sum(terms.values()).backward()
     assert logits.grad.dtype == torch.bfloat16 and logits.grad.isfinite().all()
@@ -170,7 +170,7 @@ def test_half_precision_under_autocast(objective):
 def test_no_positives_with_infinite_logits_is_not_nan():
     logits = torch.full((8, CLASSES), torch.inf, requires_grad=True)
     terms = RankingObjective()(
-        logits, torch.full((8,), CLASSES), quality=torch.zeros(0), localisation={"l1": torch.zeros(0)}
+        logits, torch.full((8,), CLASSES), quality=torch.zeros(0), localization={"l1": torch.zeros(0)}
     )
     sum(terms.values()).backward()
     assert all(term == 0 for term in terms.values()) and (logits.grad == 0).all()
@@ -178,7 +178,7 @@ def test_no_positives_with_infinite_logits_is_not_nan():
 
 def test_zero_quality_positives_still_train_boxes():
     boxes = box_losses()
-    terms = RankingObjective()(leaf(8, CLASSES), LABELS, quality=torch.zeros(3), localisation=boxes)
+    terms = RankingObjective()(leaf(8, CLASSES), LABELS, quality=torch.zeros(3), localization=boxes)
     terms["giou"].backward()
     assert (boxes["giou"].grad > 0).all()
 
@@ -186,27 +186,27 @@ def test_zero_quality_positives_still_train_boxes():
 def test_focal_sums_over_positives():
     logits, boxes = leaf(8, CLASSES), box_losses()
     target = F.one_hot(LABELS, CLASSES + 1)[:, :CLASSES].float()
-    terms = ScoreObjective("focal", {"cls": 2, "l1": 5, "giou": 2})(logits, LABELS, quality=QUALITY, localisation=boxes)
+    terms = ScoreObjective("focal", {"cls": 2, "l1": 5, "giou": 2})(logits, LABELS, quality=QUALITY, localization=boxes)
     assert torch.allclose(terms["cls"], 2 * sigmoid_focal_loss(logits, target, reduction="sum") / 3)
     assert torch.allclose(terms["l1"], 5 * boxes["l1"].mean())
     counted = ScoreObjective("focal", {"cls": 1, "l1": 1, "giou": 1})(
-        logits, LABELS, quality=QUALITY, localisation=boxes, count=torch.tensor(6)
+        logits, LABELS, quality=QUALITY, localization=boxes, count=torch.tensor(6)
     )
     assert torch.allclose(counted["cls"], terms["cls"] / 2 / 2) and torch.allclose(counted["l1"], boxes["l1"].sum() / 6)
 
 
-def test_rows_normaliser_divides_by_rows():
+def test_rows_normalizer_divides_by_rows():
     logits, boxes = leaf(8, CLASSES + 1), box_losses()
-    objective = ScoreObjective("cross_entropy", {"cls": 1, "l1": 1, "giou": 1}, normaliser="rows")
-    terms = objective(logits, LABELS, quality=QUALITY, localisation=boxes)
+    objective = ScoreObjective("cross_entropy", {"cls": 1, "l1": 1, "giou": 1}, normalizer="rows")
+    terms = objective(logits, LABELS, quality=QUALITY, localization=boxes)
     assert torch.allclose(terms["cls"], F.cross_entropy(logits, LABELS))
     assert torch.allclose(terms["giou"], boxes["giou"].sum() / 8)
 
 
-def test_localisation_weights_normalise_by_their_sum():
+def test_localization_weights_normalize_by_their_sum():
     boxes, weight = box_losses(), torch.tensor([0.9, 0.8, 0.7])
     objective = ScoreObjective("focal", {"cls": 1, "l1": 1, "giou": 1})
-    terms = objective(leaf(8, CLASSES), LABELS, quality=QUALITY, localisation=boxes, localisation_weight=weight)
+    terms = objective(leaf(8, CLASSES), LABELS, quality=QUALITY, localization=boxes, localization_weight=weight)
     assert torch.allclose(terms["l1"], (boxes["l1"] * weight).sum() / 2.4)
 
 
@@ -214,33 +214,33 @@ def test_quality_focal_is_least_where_the_score_equals_the_iou():
     objective = ScoreObjective("quality_focal", {"cls": 1})
     logits = torch.full((8, CLASSES), -30.0)
     logits[ROWS, LABELS[ROWS]] = QUALITY.logit()
-    assert objective(logits, LABELS, quality=QUALITY, localisation={})["cls"] < 1e-6
+    assert objective(logits, LABELS, quality=QUALITY, localization={})["cls"] < 1e-6
 
 
 def test_errors_name_the_mend():
     with pytest.raises(ValueError, match="unknown ranking loss"):
         RankingObjective("bert")
     with pytest.raises(ValueError, match="one per positive"):
-        RankingObjective()(leaf(8, CLASSES), LABELS, quality=torch.rand(2), localisation={})
+        RankingObjective()(leaf(8, CLASSES), LABELS, quality=torch.rand(2), localization={})
     with pytest.raises(ValueError, match="no weight for the localisation term 'dice'"):
         ScoreObjective("focal", {"cls": 1})(
-            leaf(8, CLASSES), LABELS, quality=QUALITY, localisation={"dice": torch.rand(3)}
+            leaf(8, CLASSES), LABELS, quality=QUALITY, localization={"dice": torch.rand(3)}
         )
 
 
 def test_average_precision_keeps_a_fixed_box_weight():
     boxes = box_losses()
-    terms = RankingObjective("bap", box_weight=2.0)(leaf(8, CLASSES), LABELS, quality=QUALITY, localisation=boxes)
+    terms = RankingObjective("bap", box_weight=2.0)(leaf(8, CLASSES), LABELS, quality=QUALITY, localization=boxes)
     assert terms.keys() == {"rank", "l1", "giou"}
     assert torch.allclose(terms["giou"], 2 * boxes["giou"].mean())
 
 
 def test_alrp_balanced_by_value_weighs_boxes_like_the_classification():
     objective = RankingObjective("alrp", weight=3.0, period=None)
-    terms = objective(leaf(8, CLASSES), LABELS, quality=QUALITY, localisation={"giou": 1 - QUALITY})
+    terms = objective(leaf(8, CLASSES), LABELS, quality=QUALITY, localization={"giou": 1 - QUALITY})
     torch.testing.assert_close(terms["giou"], terms["rank"])
 
 
 def test_alrp_needs_boxes():
     with pytest.raises(ValueError, match="localisation term 'giou'"):
-        RankingObjective("alrp")(leaf(8, CLASSES), LABELS, quality=QUALITY, localisation={})
+        RankingObjective("alrp")(leaf(8, CLASSES), LABELS, quality=QUALITY, localization={})

@@ -44,7 +44,7 @@ def test_alrp_toy_example(method):
         errors = ((1 - torch.tensor([0.95, 0.80, 0.65, 0.50])) / 0.5)[order]
         part = alrp_loss(logits, positives, errors, delta=0, method=method)
         assert f"{average_precision_loss(logits, positives, delta=0, method=method).item():.2f}" == "0.36"
-        assert f"{(part.classification + part.localisation).item():.2f}" == printed
+        assert f"{(part.classification + part.localization).item():.2f}" == printed
 
 
 @pytest.mark.parametrize("positives", [1, 7, 60])

@@ -33,15 +33,15 @@ FOCAL = replace(
 )
 
 
-def picture(height=64, width=80):
+def image(height=64, width=80):
     return torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
 
 
 def target(count, classes=3, height=64, width=80):
-    centre = torch.rand(count, 2) * torch.tensor([width, height]) * 0.6 + torch.tensor([width, height]) * 0.2
+    center = torch.rand(count, 2) * torch.tensor([width, height]) * 0.6 + torch.tensor([width, height]) * 0.2
     half = torch.rand(count, 2) * 8 + 4
     return {
-        "boxes": torch.cat([centre - half, centre + half], -1),
+        "boxes": torch.cat([center - half, center + half], -1),
         "labels": torch.randint(0, classes, (count,)),
         "image_id": 1,
     }
@@ -58,7 +58,7 @@ def train_step(settings, images, targets, classes=3):
 @pytest.mark.parametrize("settings", [SMALL, FOCAL, replace(SMALL, loss="rs", encoder_ranking="first")])
 @pytest.mark.parametrize("counts", [(3, 1), (2, 0), (0, 0), (4,), (0,)])
 def test_every_parameter_gets_a_finite_gradient_whatever_the_batch_holds(settings, counts):
-    images = [picture(64 - 7 * i) for i in range(len(counts))]
+    images = [image(64 - 7 * i) for i in range(len(counts))]
     model, _ = train_step(settings, images, [target(n, height=64 - 7 * i) for i, n in enumerate(counts)])
     without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not without
@@ -68,17 +68,17 @@ def test_every_parameter_gets_a_finite_gradient_whatever_the_batch_holds(setting
 @pytest.mark.parametrize("loss", ["rs", "bap", "ap", "balrp", "alrp", "bndcg", "ndcg", "quality_focal"])
 def test_every_loss_trains_every_head(loss):
     settings = replace(FOCAL if loss == "quality_focal" else SMALL, loss=loss)
-    _, losses = train_step(settings, [picture(), picture()], [target(3), target(0)])
+    _, losses = train_step(settings, [image(), image()], [target(3), target(0)])
     assert sum(losses.values()) > 0
 
 
 @pytest.mark.parametrize("settings", [SMALL, FOCAL])
 def test_one_class_trains(settings):
-    train_step(settings, [picture()], [target(3, classes=1)], classes=1)
+    train_step(settings, [image()], [target(3, classes=1)], classes=1)
 
 
 def test_each_query_set_and_dense_head_has_its_terms_and_boxes_weigh_what_the_ranking_weighs():
-    _, losses = train_step(SMALL, [picture()], [target(3)])
+    _, losses = train_step(SMALL, [image()], [target(3)])
     sets = ["encoder", *(f"{s}.{layer}" for s in ("decoder", "aux_roi", "aux_atss") for layer in range(2))]
     expected = {f"{s}.{t}" for s in sets for t in ("rank", "sort", "l1", "giou")}
     expected |= {f"{h}.{t}" for h in ("rpn", "roi", "atss") for t in ("rank", "sort", "giou")}
@@ -88,17 +88,17 @@ def test_each_query_set_and_dense_head_has_its_terms_and_boxes_weigh_what_the_ra
 
 
 def test_co_detr_has_the_original_terms():
-    _, losses = train_step(FOCAL, [picture()], [target(3)])
+    _, losses = train_step(FOCAL, [image()], [target(3)])
     assert {"rpn.cls", "rpn.l1", "roi.cls", "roi.giou", "atss.cls", "atss.giou", "atss.centerness"} <= set(losses)
     assert "decoder.0.rank" not in losses
 
 
 @pytest.mark.parametrize("head", ["decoder", "roi", "atss"])
 @pytest.mark.parametrize("settings", [SMALL, FOCAL])
-def test_detections_lie_inside_the_stored_picture_best_first(settings, head):
+def test_detections_lie_inside_the_stored_image_best_first(settings, head):
     model = build_model(settings, 3).eval()
     model.predict_with = head
-    images = ImageBatch.from_list([picture(), picture(50, 70)], original_sizes=[(128, 160), (500, 700)])
+    images = ImageBatch.from_list([image(), image(50, 70)], original_sizes=[(128, 160), (500, 700)])
     with torch.no_grad():
         found = model(images)
     for one, (h, w) in zip(found, images.original_sizes):
@@ -107,29 +107,29 @@ def test_detections_lie_inside_the_stored_picture_best_first(settings, head):
         assert (one["scores"].diff() <= 0).all() and ((one["labels"] >= 0) & (one["labels"] < 3)).all()
 
 
-def test_pixels_are_normalised_in_the_order_of_rgb_and_the_padding_is_zero():
+def test_pixels_are_normalized_in_the_order_of_rgb_and_the_padding_is_zero():
     """(255 - 123.675) / 58.395, (0 - 116.28) / 57.12, (128 - 103.53) / 57.375: ImageNet's means and deviations."""
     one, two = torch.zeros(3, 2, 3, dtype=torch.uint8), torch.zeros(3, 4, 5, dtype=torch.uint8)
     one[0], one[2] = 255, 128
     images = ImageBatch.from_list([one, two])
-    x = build_model(SMALL, 3).normalise(images.pixels, images.padding_mask())
+    x = build_model(SMALL, 3).normalize(images.pixels, images.padding_mask())
     torch.testing.assert_close(x[0, :, 0, 0], torch.tensor([2.248908, -2.035714, 0.426492]), rtol=0, atol=1e-5)
     torch.testing.assert_close(x[1, :, 3, 4], torch.tensor([-2.117904, -2.035714, -1.804444]), rtol=0, atol=1e-5)
     assert not x[0, :, 2:].any() and not x[0, :, :, 3:].any()
 
 
 @pytest.mark.parametrize("head", ["roi", "atss"])
-def test_boxes_of_the_dense_heads_are_scaled_to_the_stored_picture(head, monkeypatch):
+def test_boxes_of_the_dense_heads_are_scaled_to_the_stored_image(head, monkeypatch):
     """From 50 x 70 to 100 x 210: twice as high, three times as wide."""
     model = build_model(SMALL, 3).eval()
     model.predict_with = head
     found = {"boxes": torch.tensor([[10.0, 20, 30, 40]]), "scores": torch.ones(1), "labels": torch.zeros(1).long()}
     monkeypatch.setattr(getattr(model, head), "predict", lambda *_: [found])
-    (one,) = model(ImageBatch.from_list([picture(50, 70)], original_sizes=[(100, 210)]))
+    (one,) = model(ImageBatch.from_list([image(50, 70)], original_sizes=[(100, 210)]))
     assert one["boxes"].tolist() == [[30.0, 40, 90, 80]]
 
 
-def test_boxes_of_the_decoder_are_clipped_and_scaled_to_the_stored_picture():
+def test_boxes_of_the_decoder_are_clipped_and_scaled_to_the_stored_image():
     predictions = Predictions(torch.tensor([[[1.0, 3.0], [2.0, 0.0]]]), torch.tensor([[[0.5, 0.5, 0.2, 0.4]] * 2]))
     predictions.boxes[0, 1] = torch.tensor([0.9, 0.1, 0.4, 0.4])
     (one,) = detections_from(predictions, [(100, 200)], 3)
@@ -162,9 +162,9 @@ def test_regions_up_to_112_pixels_are_pooled_from_the_finest_map_of_stride_8():
     assert build_model(SMALL, 3).roi.finest_scale == 112
 
 
-def test_detections_do_not_depend_on_equally_sized_neighbours():
+def test_detections_do_not_depend_on_equally_sized_neighbors():
     model = build_model(SMALL, 3).eval()
-    one, other = picture(), picture()
+    one, other = image(), image()
     with torch.no_grad():
         alone, together = model([one]), model([other, one])
     torch.testing.assert_close(together[1]["boxes"], alone[0]["boxes"], rtol=1e-4, atol=1e-3)
@@ -174,7 +174,7 @@ def test_detections_do_not_depend_on_equally_sized_neighbours():
 def test_bfloat16_autocast_trains_with_float32_losses():
     model = build_model(SMALL, 3).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = model([picture(), picture()], [target(3), target(0)])
+        losses = model([image(), image()], [target(3), target(0)])
     assert all(term.dtype == torch.float32 and term.isfinite() for term in losses.values())
     sum(losses.values()).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
@@ -182,7 +182,7 @@ def test_bfloat16_autocast_trains_with_float32_losses():
 
 def test_training_without_targets_is_refused():
     with pytest.raises(ValueError, match="targets"):
-        build_model(SMALL, 3).train()([picture()])
+        build_model(SMALL, 3).train()([image()])
 
 
 @pytest.mark.parametrize("settings", [SMALL, FOCAL])
@@ -193,4 +193,4 @@ def test_targets_that_cannot_be_learnt_are_refused(settings):
         {"boxes": torch.tensor([[9.0, 9.0, 30.0, 30.0], [40.0, 9.0, 20.0, 30.0]])},
     ):
         with pytest.raises(ValueError, match="of image 1: "):
-            model([picture()], [{**target(2), **spoil}])
+            model([image()], [{**target(2), **spoil}])

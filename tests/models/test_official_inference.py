@@ -33,7 +33,7 @@ def model(golden, family, monkeypatch):
 def batch_of(golden, family, name):
     """`batch`: both pictures padded together; `single1`: the second one alone, without padding."""
     pixels = load_file(golden / family / "inputs.safetensors")["img"]
-    sizes, stored = official.picture_sizes(golden / family)
+    sizes, stored = official.image_sizes(golden / family)
     if name == "batch":
         return ImageBatch(pixels, sizes, stored)
     height, width = sizes[1]
@@ -75,9 +75,9 @@ def test_backbone_neck_and_encoder(golden, family, model):
 def test_proposals_and_decoder(golden, family, model):
     recorded = load_file(golden / family / "train_normal.safetensors")
     memory = encoded(model, batch_of(golden, family, "batch"))
-    normalised, *layers = outputs_of([model.proposals.norm, *model.decoder.layers])
+    normalized, *layers = outputs_of([model.proposals.norm, *model.decoder.layers])
     proposals = model.proposals(memory)
-    official.assert_equal_to(normalised[0], recorded["gen_prop.output_memory"])
+    official.assert_equal_to(normalized[0], recorded["gen_prop.output_memory"])
     official.assert_equal_to(proposals.predictions.logits, recorded["enc_outputs_class"])
     official.assert_equal_to(proposals.predictions.boxes, recorded["enc_bbox_preds"])
     assert torch.equal(proposals.valid, recorded["gen_prop.output_proposals_logit"].isfinite().all(-1))

@@ -61,7 +61,7 @@ def test_every_gradient_equals_the_official_one(golden, family, monkeypatch):
 
 
 @pytest.mark.parametrize("case", ["empty1", "empty_both"])
-def test_gradient_norms_of_batches_with_empty_pictures_equal_the_official_ones(golden, family, case, monkeypatch):
+def test_gradient_norms_of_batches_with_empty_images_equal_the_official_ones(golden, family, case, monkeypatch):
     model, losses = step(golden, family, case, monkeypatch)
     sum(losses.values()).backward()
     recorded = json.loads((golden / family / f"train_{case}_gradnorms.json").read_text())

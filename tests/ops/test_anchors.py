@@ -19,7 +19,7 @@ def test_area_follows_scale_and_shape_follows_ratio():
     torch.testing.assert_close(boxes[:, :2] + boxes[:, 2:], torch.zeros(4, 2))
 
 
-def test_centres_sit_on_the_cell_corner():
+def test_centers_sit_on_the_cell_corner():
     (level,) = AnchorGrid((16,), (8.0,), (1.0,))([(2, 3)])
     assert level.shape == (2, 3, 1, 4)
     torch.testing.assert_close(level[1, 2, 0], torch.tensor([32.0 - 64, 16 - 64, 32 + 64, 16 + 64]))

@@ -26,7 +26,7 @@ def by_hand(value, locations, weights):
             for head in range(heads):
                 start = 0
                 for level, (h, w) in enumerate(SHAPES):
-                    picture = value[b, start : start + h * w, head].view(h, w, -1)
+                    image = value[b, start : start + h * w, head].view(h, w, -1)
                     start += h * w
                     for p in range(points):
                         x = float(locations[b, q, head, level, p, 0]) * w - 0.5
@@ -35,11 +35,11 @@ def by_hand(value, locations, weights):
                             for j in (math.floor(x), math.floor(x) + 1):
                                 if 0 <= i < h and 0 <= j < w:
                                     share = (1 - abs(y - i)) * (1 - abs(x - j))
-                                    out[b, q, head] += weights[b, q, head, level, p] * share * picture[i, j]
+                                    out[b, q, head] += weights[b, q, head, level, p] * share * image[i, j]
     return out.flatten(2)
 
 
-def test_equals_reading_the_four_neighbours_by_hand():
+def test_equals_reading_the_four_neighbors_by_hand():
     value, locations, weights = problem()
     result = deformable_sampling(value, SHAPES, locations, weights)
     torch.testing.assert_close(result, by_hand(value, locations, weights))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from brs_detr.ops.deform_attn import deformable_sampling
-from brs_detr.ops.deform_attn_gather import gathered_sampling, neighbours
+from brs_detr.ops.deform_attn_gather import gathered_sampling, neighbors
 
 SHAPES = [(5, 7), (3, 2), (1, 1)]
 
@@ -46,13 +46,13 @@ def test_borders_and_places_far_outside_read_what_grid_sample_reads(place):
 
 def test_a_location_on_a_cell_reads_that_cell():
     value = torch.arange(12.0).view(1, 12, 1, 1)
-    centres = torch.tensor([[0.5 / 4, 0.5 / 3], [2.5 / 4, 1.5 / 3], [3.5 / 4, 2.5 / 3]]).view(1, 3, 1, 1, 1, 2)
-    read = gathered_sampling(value, [(3, 4)], centres, torch.ones(1, 3, 1, 1, 1))
+    centers = torch.tensor([[0.5 / 4, 0.5 / 3], [2.5 / 4, 1.5 / 3], [3.5 / 4, 2.5 / 3]]).view(1, 3, 1, 1, 1, 2)
+    read = gathered_sampling(value, [(3, 4)], centers, torch.ones(1, 3, 1, 1, 1))
     torch.testing.assert_close(read.flatten(), torch.tensor([0.0, 6.0, 11.0]))
 
 
-def test_neighbours_outside_are_moved_inside_and_weigh_nothing():
-    (before, share_before), (after, share_after) = neighbours(torch.tensor([-1.5, -0.25, 1.75, 2.5]), torch.tensor(3.0))
+def test_neighbors_outside_are_moved_inside_and_weigh_nothing():
+    (before, share_before), (after, share_after) = neighbors(torch.tensor([-1.5, -0.25, 1.75, 2.5]), torch.tensor(3.0))
     assert before.tolist() == [0, 0, 1, 2] and after.tolist() == [0, 0, 2, 2]
     assert share_before.tolist() == [0, 0, 0.25, 0.5] and share_after.tolist() == [0, 0.75, 0.75, 0]
 

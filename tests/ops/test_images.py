@@ -11,7 +11,7 @@ def batch():
     return images, ImageBatch.from_list(images, [(40, 90), (70, 50)])
 
 
-def test_pictures_are_where_they_were_and_the_rest_is_zero():
+def test_images_are_where_they_were_and_the_rest_is_zero():
     images, padded = batch()
     assert padded.padded_size == (7, 9) and padded.sizes == [(4, 9), (7, 5)] and len(padded) == 2
     for row, image in zip(padded.pixels, images, strict=True):

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from brs_detr.config import Config, ConfigError, TrainConfig, to_dict
-from brs_detr.engine.batch_plan import plan_batches
-from brs_detr.run.output_dir import hold_folder, remove_run, require_free_folder, require_same_run
+from brs_detr.engine.batch_plan import split_batch_size
+from brs_detr.run.output_dir import check_output_dir, check_resumable, lock_output_dir, remove_run
 
 HOLD = """
 import sys, pathlib, brs_detr.run.output_dir as r
-r.hold_folder(pathlib.Path(sys.argv[1]))
+r.lock_output_dir(pathlib.Path(sys.argv[1]))
 print('held')
 input()
 """
@@ -27,25 +27,25 @@ def test_a_folder_is_held_by_one_process_until_it_ends_even_if_it_is_killed(tmp_
     )
     assert other.stdout.readline() == "held\n"
     with pytest.raises(ConfigError, match=f"process {other.pid} on .* is training there; wait for its end or stop it"):
-        hold_folder(tmp_path)
+        lock_output_dir(tmp_path)
     other.send_signal(signal.SIGKILL)
     other.communicate()
-    hold_folder(tmp_path)
-    hold_folder(tmp_path)  # the same process may go on with its own run
+    lock_output_dir(tmp_path)
+    lock_output_dir(tmp_path)  # the same process may go on with its own run
 
 
-def facts_of(config, plan):
+def run_metadata(config, plan):
     return {"config": to_dict(config), "launch": dataclasses.asdict(plan)}
 
 
 def test_another_launch_is_another_run_unless_told(tmp_path):
-    config, saved = Config(), plan_batches(16, 2, 4)
-    assert require_same_run(config, saved, facts_of(config, saved), tmp_path) == []
-    other = plan_batches(16, 2, 2)
+    config, saved = Config(), split_batch_size(16, 2, 4)
+    assert check_resumable(config, saved, run_metadata(config, saved), tmp_path) == []
+    other = split_batch_size(16, 2, 2)
     with pytest.raises(ConfigError, match=r"launch processes: 4 -> 2; launch accumulate: 2 -> 4.*allow_changes=true"):
-        require_same_run(config, other, facts_of(config, saved), tmp_path)
+        check_resumable(config, other, run_metadata(config, saved), tmp_path)
     config = Config(train=TrainConfig(allow_changes=True))
-    assert len(require_same_run(config, other, facts_of(config, saved), tmp_path)) == 2
+    assert len(check_resumable(config, other, run_metadata(config, saved), tmp_path)) == 2
 
 
 @pytest.mark.parametrize("flag", [None, "resume", "overwrite"])
@@ -56,9 +56,9 @@ def test_a_folder_with_a_run_is_refused_unless_told_and_stays_as_it_is(tmp_path,
     config = Config(output_dir=str(tmp_path), train=TrainConfig(**({flag: True} if flag else {})))
     if flag is None:
         with pytest.raises(ConfigError, match="holds a run already: add --resume"):
-            require_free_folder(config)
+            check_output_dir(config)
     else:
-        require_free_folder(config)
+        check_output_dir(config)
     assert state.exists()
 
 

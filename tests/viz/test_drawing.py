@@ -7,31 +7,31 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from brs_detr.viz.boxes import colour, contact_sheet, draw_detections, ink_on
+from brs_detr.viz.boxes import color, contact_sheet, draw_detections, ink_on
 from brs_detr.viz.plots import Line, Panel, draw_curves, draw_precision_recall, legend, nice_ticks, smoothed, tick_text
 
-GREY = Image.new("RGB", (200, 100), (120, 120, 120))
-PLAIN = {"least_side": 1, "legend": False}
+GRAY = Image.new("RGB", (200, 100), (120, 120, 120))
+PLAIN = {"min_side": 1, "legend": False}
 
 
 def found(boxes, scores, labels):
     return {"boxes": torch.tensor(boxes).reshape(-1, 4), "scores": torch.tensor(scores), "labels": torch.tensor(labels)}
 
 
-def changed(picture, other=GREY):
+def changed(image, other=GRAY):
     """(left, top, right, bottom) of what differs."""
-    return ImageChops.difference(picture, other).getbbox()
+    return ImageChops.difference(image, other).getbbox()
 
 
 def test_boxes_are_drawn_at_their_place_and_scale():
     crowded = found([[40.0, 30.0, 80.0, 60.0]] * 41, [0.9] * 41, [0] * 41)  # so many that no name is written
-    assert changed(draw_detections(GREY, crowded, None, ["a"], **PLAIN)) == (40, 30, 81, 61)
-    large = draw_detections(GREY, crowded, None, ["a"], least_side=400, legend=False)
+    assert changed(draw_detections(GRAY, crowded, None, ["a"], **PLAIN)) == (40, 30, 81, 61)
+    large = draw_detections(GRAY, crowded, None, ["a"], min_side=400, legend=False)
     assert large.size == (400, 200)
-    assert changed(large, GREY.resize((400, 200))) == (80, 60, 161, 121)
+    assert changed(large, GRAY.resize((400, 200))) == (80, 60, 161, 121)
 
 
-def test_arrays_tensors_and_pictures_give_the_same_and_stay_untouched():
+def test_arrays_tensors_and_images_give_the_same_and_stay_untouched():
     rng = np.random.default_rng(0)
     array = rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)
     before = array.copy()
@@ -45,16 +45,16 @@ def test_arrays_tensors_and_pictures_give_the_same_and_stay_untouched():
 
 def test_low_scores_are_left_out():
     low = found([[40.0, 30.0, 80.0, 60.0]], [0.2], [0])
-    assert changed(draw_detections(GREY, low, None, ["a"], **PLAIN)) is None
-    assert changed(draw_detections(GREY, low, None, ["a"], threshold=0.1, **PLAIN)) is not None
+    assert changed(draw_detections(GRAY, low, None, ["a"], **PLAIN)) is None
+    assert changed(draw_detections(GRAY, low, None, ["a"], threshold=0.1, **PLAIN)) is not None
 
 
 def test_found_and_true_boxes_look_different():
     box = [[40.0, 30.0, 80.0, 60.0]]
-    solid = draw_detections(GREY, found(box, [0.9], [0]), None, ["a"], **PLAIN)
-    dashed = draw_detections(GREY, None, {"boxes": torch.tensor(box), "labels": torch.tensor([0])}, ["a"], **PLAIN)
+    solid = draw_detections(GRAY, found(box, [0.9], [0]), None, ["a"], **PLAIN)
+    dashed = draw_detections(GRAY, None, {"boxes": torch.tensor(box), "labels": torch.tensor([0])}, ["a"], **PLAIN)
     edge = {solid.getpixel((80, y)) for y in range(32, 58)}
-    assert edge == {colour(0)}
+    assert edge == {color(0)}
     assert len({dashed.getpixel((80, y)) for y in range(32, 58)}) == 2
 
 
@@ -63,12 +63,12 @@ def test_found_and_true_boxes_look_different():
 )
 def test_odd_boxes_and_unknown_labels_do_not_stop_it(box):
     odd = found([box], [0.9], [7])
-    assert draw_detections(GREY, odd, odd, ["a"]).size[0] == 640
+    assert draw_detections(GRAY, odd, odd, ["a"]).size[0] == 640
     empty = found([], [], [])
-    assert draw_detections(GREY, empty, empty, []).size[0] == 640
+    assert draw_detections(GRAY, empty, empty, []).size[0] == 640
 
 
-def test_a_contact_sheet_holds_every_picture_inside_its_cell():
+def test_a_contact_sheet_holds_every_image_inside_its_cell():
     images = [
         Image.new("RGB", size, (200, 30, 30)) for size in ((900, 300), (300, 900), (50, 50), (400, 400), (10, 10))
     ]
@@ -93,8 +93,8 @@ def test_curves_of_a_run_are_saved_with_a_panel_for_what_was_logged(tmp_path):
     path = tmp_path / "metrics.jsonl"
     text = "\n".join(json.dumps(record) for record in records())
     path.write_text(text + '\n{"kind": "train", "st', encoding="utf-8")
-    picture = draw_curves(path, tmp_path / "deep" / "curves.png")
-    assert Image.open(tmp_path / "deep" / "curves.png").size == picture.size == (1280, 800)
+    image = draw_curves(path, tmp_path / "deep" / "curves.png")
+    assert Image.open(tmp_path / "deep" / "curves.png").size == image.size == (1280, 800)
     assert draw_curves([r for r in records() if r["kind"] == "val"]).size == (640, 400)
 
 
@@ -108,16 +108,16 @@ def test_curves_of_a_run_are_saved_with_a_panel_for_what_was_logged(tmp_path):
         [{"kind": "train", "step": 5, "epoch": 0.5, "loss": 3.0}],
     ],
 )
-def test_scant_records_still_give_a_picture(lines):
+def test_scant_records_still_give_a_image(lines):
     assert draw_curves(lines).size == (640, 400)
 
 
 def test_precision_recall_of_many_classes():
     curves = {f"a class with the number {i}": [1.0 - i / 20] * 50 + [0.0] * 51 for i in range(12)}
-    picture = draw_precision_recall(curves)
-    assert picture.size == (640, 400)
+    image = draw_precision_recall(curves)
+    assert image.size == (640, 400)
     first = {name: curves[name] for name in list(curves)[:10]}
-    assert draw_precision_recall(first | {"other": [0.5] * 101}).tobytes() != picture.tobytes()  # in the mean
+    assert draw_precision_recall(first | {"other": [0.5] * 101}).tobytes() != image.tobytes()  # in the mean
     assert draw_precision_recall({}).size == draw_precision_recall({"one": [1.0] * 101}).size == (640, 400)
 
 
@@ -147,7 +147,7 @@ def test_smoothing_ignores_a_spike_and_keeps_a_level():
     assert smoothed(points, 5) == [(i, 2.0) for i in range(20)]
 
 
-def test_neighbouring_classes_have_different_colours_and_readable_names():
-    tones = [colour(i) for i in range(80)]
+def test_neighboring_classes_have_different_colors_and_readable_names():
+    tones = [color(i) for i in range(80)]
     assert len(set(tones)) == 80
     assert ink_on((255, 255, 255)) == (0, 0, 0) and ink_on((0, 0, 0)) == (255, 255, 255)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from brs_detr.data.issues import DataError
 from brs_detr.user_files import MODEST_BYTES, TEXT_BYTES, UserFileError, printable, read_file
 
-PICTURE_FOLDERS = ("images", "jpegimages", "image", "imgs", "img")
+IMAGE_FOLDERS = ("images", "jpegimages", "image", "imgs", "img")
 _SPLIT = re.compile(
     r"(?:(train)(?:ing)?|(val)(?:id)?(?:ation)?|(test)(?:ing)?)(?:[ _-]?(?:images?|imgs?|set|data|\d{4}))*",
     re.IGNORECASE,
@@ -56,7 +56,7 @@ class Sample(NamedTuple):
 
 
 @dataclass
-class Labelled:
+class ImportedDataset:
     """A dataset: class names by category id, its pictures by split, and what there is to say about the conversion."""
 
     classes: dict[int, str]
@@ -147,7 +147,9 @@ def split_of(path: Path, root: Path) -> str | None:
     return next(filter(None, map(split_named, path.relative_to(root).parts[:-1])), None)
 
 
-def settle(objects: Iterable[tuple[str, dict[str, Any]]], size: tuple[int, int], notes: Notes) -> list[dict[str, Any]]:
+def clean_boxes(
+    objects: Iterable[tuple[str, dict[str, Any]]], size: tuple[int, int], notes: Notes
+) -> list[dict[str, Any]]:
     """Leave out what is no object and repeats; take back what a box oversteps its picture by less than half a pixel.
 
     Args:
@@ -181,64 +183,64 @@ def settle(objects: Iterable[tuple[str, dict[str, Any]]], size: tuple[int, int],
     return kept
 
 
-def hold_out(labelled: Labelled, fraction: float) -> None:
+def hold_out(imported: ImportedDataset, fraction: float) -> None:
     """Make a val split of a fraction of train: always the same pictures, chosen by a hash of their names.
 
     Raises:
         DataError: there is a val split, there is no train split, or it is too small.
     """
-    samples = labelled.splits.get("train", [])
-    if "val" in labelled.splits or len(samples) < 2 or not 0 < fraction < 1:
+    samples = imported.splits.get("train", [])
+    if "val" in imported.splits or len(samples) < 2 or not 0 < fraction < 1:
         wrong = "a number between 0 and 1 and a train split of two pictures or more"
-        have = ", ".join(f"{name} ({len(group):,})" for name, group in labelled.splits.items())
+        have = ", ".join(f"{name} ({len(group):,})" for name, group in imported.splits.items())
         raise DataError(f"--val-fraction {fraction:g}: it takes {wrong}, and no val split; the splits are {have}.")
     by_hash = sorted(samples, key=lambda sample: hashlib.sha256(sample.path.stem.encode()).digest())
     held = {sample.path for sample in by_hash[: min(max(1, round(len(samples) * fraction)), len(samples) - 1)]}
-    labelled.splits["train"] = [sample for sample in samples if sample.path not in held]
-    labelled.splits["val"] = [sample for sample in samples if sample.path in held]
+    imported.splits["train"] = [sample for sample in samples if sample.path not in held]
+    imported.splits["val"] = [sample for sample in samples if sample.path in held]
 
 
-def choose_pair(labelled: Labelled) -> tuple[str, str | None]:
+def pick_train_val(imported: ImportedDataset) -> tuple[str, str | None]:
     """The splits to train and to validate on; None where there is nothing to validate on."""
-    names = list(labelled.splits)
+    names = list(imported.splits)
     train = next((name for name in ("train", "trainval") if name in names), names[0])
     return train, next((name for name in ("val", "test") if name in names and name != train), None)
 
 
-def inspect(labelled: Labelled, source: object) -> None:
+def validate(imported: ImportedDataset, source: object) -> None:
     """Drop splits without pictures; note class names that may be one, and pictures both trained and validated on.
 
     Raises:
         DataError: there is no object; `source` is named.
     """
-    notes = labelled.notes
-    if not any(sample.objects for samples in labelled.splits.values() for sample in samples):
+    notes = imported.notes
+    if not any(sample.objects for samples in imported.splits.values() for sample in samples):
         raise DataError(f"{source}: there is no object to train on ({'; '.join(notes.lines(1)) or 'none is listed'}).")
-    for split in [split for split, samples in labelled.splits.items() if not samples]:
-        del labelled.splits[split]
+    for split in [split for split, samples in imported.splits.items() if not samples]:
+        del imported.splits[split]
         notes.add("splits left out without a picture", split)
     names: dict[str, str] = {}
-    for name in labelled.classes.values():
+    for name in imported.classes.values():
         if names.setdefault(same_name(name), name) != name:
             notes.add("classes that differ in case only", f"{names[same_name(name)]} and {name}")
-    train, val = choose_pair(labelled)
-    trained = {sample.path for sample in labelled.splits[train]}
-    for sample in labelled.splits[val] if val else ():
+    train, val = pick_train_val(imported)
+    trained = {sample.path for sample in imported.splits[train]}
+    for sample in imported.splits[val] if val else ():
         if sample.path in trained:
             notes.add(f"pictures that are in {train} and in {val}", sample.path)
 
 
-def to_coco(labelled: Labelled) -> tuple[dict[str, dict[str, Any]], str]:
+def to_coco(imported: ImportedDataset) -> tuple[dict[str, dict[str, Any]], str]:
     """COCO dictionaries by split, and the folder that their file names are relative to.
 
     A picture has the same id in every split that holds it. Image and annotation ids count from 1.
     """
-    paths = sorted({sample.path for samples in labelled.splits.values() for sample in samples})
+    paths = sorted({sample.path for samples in imported.splits.values() for sample in samples})
     image_ids = {path: number for number, path in enumerate(paths, 1)}
     base = os.path.commonpath([path.parent for path in paths])
-    categories = [{"id": key, "name": name} for key, name in sorted(labelled.classes.items())]
+    categories = [{"id": key, "name": name} for key, name in sorted(imported.classes.items())]
     datasets = {}
-    for split, samples in labelled.splits.items():
+    for split, samples in imported.splits.items():
         images, annotations = [], []
         for path, (height, width), objects in samples:
             name = Path(os.path.relpath(path, base)).as_posix()

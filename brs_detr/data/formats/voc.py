@@ -17,21 +17,21 @@ from xml.etree.ElementTree import Element
 from tqdm import tqdm
 
 from brs_detr.data.formats.base import (
-    PICTURE_FOLDERS,
-    Labelled,
+    IMAGE_FOLDERS,
+    ImportedDataset,
     Notes,
     Sample,
+    clean_boxes,
     count_endings,
     decode,
     find_files,
     read_lines,
     read_modest,
     same_name,
-    settle,
     split_named,
     split_of,
 )
-from brs_detr.data.image_io import PICTURE_ENDINGS, Limits, PictureError, PictureInfo, inspect_picture
+from brs_detr.data.image_io import IMAGE_ENDINGS, ImageError, ImageInfo, Limits, read_image_info
 from brs_detr.data.image_sizes import same_aspect
 from brs_detr.data.issues import DataError
 
@@ -43,7 +43,7 @@ def read_voc(
     one_based: bool = False,
     keep_difficult: bool = False,
     limits: Limits | None = None,
-) -> Labelled:
+) -> ImportedDataset:
     """Read every `<annotation>` xml below a folder; see `voc` for pictures and splits.
 
     Args:
@@ -60,7 +60,7 @@ def read_voc(
     root, notes = Path(os.path.abspath(root)), Notes()
     if not root.is_dir():
         raise DataError(f"{root}: this is not a folder; give the one that holds the annotations and the pictures.")
-    files = find_files(root, (*PICTURE_ENDINGS, ".xml", ".txt"), notes)
+    files = find_files(root, (*IMAGE_ENDINGS, ".xml", ".txt"), notes)
     xmls, texts = ([path for path in files if path.suffix.lower() == ending] for ending in (".xml", ".txt"))
     trees = read_trees(xmls, notes)
     if not trees:
@@ -68,19 +68,19 @@ def read_voc(
         others = count_endings(root, (".txt", ".json"))
         raise DataError(f"{root}: no VOC annotation was found here: {found}{others}.")
     labels = _labels(root, trees, classes)
-    pictures = by_stem(path for path in files if path.suffix.lower() in PICTURE_ENDINGS)
+    images = by_stem(path for path in files if path.suffix.lower() in IMAGE_ENDINGS)
     splits = find_splits(root, texts, trees, labels, notes)
 
     samples: dict[Path, Sample | None] = {}
     for xml in tqdm(dict.fromkeys(xml for chosen in splits.values() for xml in chosen), disable=None, leave=False):
-        path = picture_of(xml, _text(trees[xml], "filename"), pictures, notes)
+        path = image_of(xml, _text(trees[xml], "filename"), images, notes)
         found = list(_objects(xml, trees[xml], notes, labels, one_based, keep_difficult)) if path else []
         samples[xml] = _sample(xml, trees[xml], path, found, notes, limits) if path else None
-    labelled = Labelled({label: name for name, label in labels.items()}, {}, notes)
+    imported = ImportedDataset({label: name for name, label in labels.items()}, {}, notes)
     for split, chosen in splits.items():
-        labelled.splits[split] = _one_per_picture([samples[xml] for xml in chosen if samples[xml]], notes)
-    _note_unlabelled(pictures, xmls, samples, notes)
-    return labelled
+        imported.splits[split] = _one_per_image([samples[xml] for xml in chosen if samples[xml]], notes)
+    _note_unlabeled(images, xmls, samples, notes)
+    return imported
 
 
 def _labels(root: Path, trees: dict[Path, Element], classes: Sequence[str]) -> dict[str, int]:
@@ -95,15 +95,15 @@ def _sample(
     xml: Path, tree: Element, path: Path, objects: list[tuple[str, dict[str, Any]]], notes: Notes, limits: Limits | None
 ) -> Sample | None:
     try:
-        info = inspect_picture(path, limits)
-    except PictureError as error:
+        info = read_image_info(path, limits)
+    except ImageError as error:
         notes.add("pictures left out that cannot be read", error)
         return None
     size = _frame(xml, tree, info, [annotation["bbox"] for _, annotation in objects], notes)
-    return Sample(path, size, settle(objects, size, notes))
+    return Sample(path, size, clean_boxes(objects, size, notes))
 
 
-def _frame(xml: Path, tree: Element, info: PictureInfo, boxes: list[list[float]], notes: Notes) -> tuple[int, int]:
+def _frame(xml: Path, tree: Element, info: ImageInfo, boxes: list[list[float]], notes: Notes) -> tuple[int, int]:
     """(h, w) as the xml says, or where it says nothing possible the frame of the picture that holds the boxes.
 
     Possible are the picture as stored, the picture upright, and a resized one of the same aspect ratio.
@@ -160,7 +160,7 @@ def _objects(
             yield place, {"category_id": labels[name], "bbox": box, "iscrowd": int(difficult)}
 
 
-def _one_per_picture(samples: list[Sample], notes: Notes) -> list[Sample]:
+def _one_per_image(samples: list[Sample], notes: Notes) -> list[Sample]:
     chosen: dict[Path, Sample] = {}
     for sample in samples:
         if chosen.setdefault(sample.path, sample) is not sample:
@@ -168,12 +168,12 @@ def _one_per_picture(samples: list[Sample], notes: Notes) -> list[Sample]:
     return list(chosen.values())
 
 
-def _note_unlabelled(
-    pictures: dict[str, list[Path]], xmls: list[Path], samples: dict[Path, Sample | None], notes: Notes
+def _note_unlabeled(
+    images: dict[str, list[Path]], xmls: list[Path], samples: dict[Path, Sample | None], notes: Notes
 ) -> None:
     used = {sample.path for sample in samples.values() if sample}
     folders, stems = {path.parent for path in used}, {same_name(xml.stem) for xml in xmls}
-    for stem, paths in pictures.items():
+    for stem, paths in images.items():
         for path in paths:
             if path.parent in folders and path not in used and stem not in stems:
                 notes.add("pictures left out without an annotation file", path)
@@ -279,13 +279,13 @@ def _listed(line: str, where: Path, files: dict[str, list[Path]]) -> Path | None
     """The annotation file of one line of a list: a stem, a file name or a path, perhaps with columns after it."""
     for text in (line, line.split()[0]):
         path = PureWindowsPath(text)  # knows both kinds of slashes
-        bare = path.stem if path.suffix.lower() in (*PICTURE_ENDINGS, ".xml") else path.name
+        bare = path.stem if path.suffix.lower() in (*IMAGE_ENDINGS, ".xml") else path.name
         if same_name(bare) in files:
             return max(files[same_name(bare)], key=lambda xml: _shared(xml, where))
     return None
 
 
-def picture_of(xml: Path, tag: str, pictures: dict[str, list[Path]], notes: Notes) -> Path | None:
+def image_of(xml: Path, tag: str, images: dict[str, list[Path]], notes: Notes) -> Path | None:
     """The picture of an annotation file: that of its own name, else the one that its `filename` names.
 
     Of several, one in an image folder or in the xml's own comes first, then the one that shares most folder names.
@@ -293,21 +293,21 @@ def picture_of(xml: Path, tag: str, pictures: dict[str, list[Path]], notes: Note
     Args:
         xml: the annotation file.
         tag: its `filename`, often stale, with another suffix, or a path of another machine.
-        pictures: by stem.
+        images: by stem.
         notes: what was not found or had to be chosen is added here.
     """
     named = PureWindowsPath(tag)
-    candidates = pictures.get(same_name(xml.stem)) or pictures.get(same_name(named.stem)) or []
+    candidates = images.get(same_name(xml.stem)) or images.get(same_name(named.stem)) or []
     if not candidates:
         notes.add("annotation files left out whose picture was not found", f"{xml} (filename {tag or 'not given'})")
         return None
 
     def rank(path: Path) -> tuple[bool, int, bool]:
-        at_home = path.parent == xml.parent or any(part.lower() in PICTURE_FOLDERS for part in path.parts)
+        at_home = path.parent == xml.parent or any(part.lower() in IMAGE_FOLDERS for part in path.parts)
         return at_home, _shared(path, xml), path.name == named.name
 
     path = max(candidates, key=rank)
-    if same_name(path.stem) != same_name(named.stem) and same_name(named.stem) in pictures:
+    if same_name(path.stem) != same_name(named.stem) and same_name(named.stem) in images:
         notes.add("annotation files whose filename is another picture: the one of their own name is taken", xml)
     return path
 

@@ -16,29 +16,29 @@ import yaml
 from tqdm import tqdm
 
 from brs_detr.data.formats.base import (
-    PICTURE_FOLDERS,
-    Labelled,
+    IMAGE_FOLDERS,
+    ImportedDataset,
     Notes,
     Sample,
+    clean_boxes,
     count_endings,
     decode,
     find_files,
     read_lines,
     read_modest,
-    settle,
     split_named,
     split_of,
 )
 from brs_detr.data.formats.yolo_labels import (
     LABEL_FOLDERS,
     find_label_files,
+    images_of,
     locate,
-    pictures_of,
     places_of,
     read_labels,
     to_annotation,
 )
-from brs_detr.data.image_io import PICTURE_ENDINGS, Limits, PictureError, inspect_picture
+from brs_detr.data.image_io import IMAGE_ENDINGS, ImageError, Limits, read_image_info
 from brs_detr.data.issues import DataError
 from brs_detr.parsing import load_yaml
 
@@ -54,7 +54,7 @@ _NOT_LABELS = (
 )  # how other files begin
 
 
-def read_yolo(source: str | Path, *, classes: Sequence[str] = (), limits: Limits | None = None) -> Labelled:
+def read_yolo(source: str | Path, *, classes: Sequence[str] = (), limits: Limits | None = None) -> ImportedDataset:
     """Read lines of `class cx cy w h` (fractions of the picture), outlines, oriented boxes or poses.
 
     An outline's box is the rectangle around it. Category ids are the class numbers of the labels.
@@ -71,38 +71,38 @@ def read_yolo(source: str | Path, *, classes: Sequence[str] = (), limits: Limits
     layout = find_layout(Path(source), notes)
     names = dict(enumerate(classes)) or layout.names
     files = find_label_files(path for paths in layout.splits.values() for path in paths)
-    splits = _labelled_splits(layout, files, notes)
+    splits = _labeled_splits(layout, files, notes)
     samples: dict[Path, Sample | None] = {}
     for path in tqdm(dict.fromkeys(path for paths in splits.values() for path in paths), disable=None, leave=False):
         samples[path] = _sample(path, files[path], names, layout.keypoints, notes, limits)
-    labelled = {split: [samples[path] for path in paths if samples[path]] for split, paths in splits.items()}
+    imported = {split: [samples[path] for path in paths if samples[path]] for split, paths in splits.items()}
     if not names:
-        found = {item["category_id"] for group in labelled.values() for sample in group for item in sample.objects}
+        found = {item["category_id"] for group in imported.values() for sample in group for item in sample.objects}
         names = {number: f"class_{number}" for number in sorted(found)}
         for name in names.values():
             notes.add(MADE_UP, name)
     _note_label_files(files, notes)
-    return Labelled(names, labelled, notes)
+    return ImportedDataset(names, imported, notes)
 
 
-def _labelled_splits(layout: Layout, files: dict[Path, Path | None], notes: Notes) -> dict[str, list[Path]]:
+def _labeled_splits(layout: Layout, files: dict[Path, Path | None], notes: Notes) -> dict[str, list[Path]]:
     """The splits but for those that nobody has labelled."""
     splits = {}
-    for split, pictures in layout.splits.items():
-        if any(files[picture] for picture in pictures):
-            splits[split] = list(dict.fromkeys(pictures))
-        elif pictures:
-            notes.add("splits left out without a single label file", f"{split} ({len(pictures):,} pictures)")
+    for split, images in layout.splits.items():
+        if any(files[image] for image in images):
+            splits[split] = list(dict.fromkeys(images))
+        elif images:
+            notes.add("splits left out without a single label file", f"{split} ({len(images):,} pictures)")
     if not splits:
-        picture = next(iter(files))
-        looked = ", ".join(map(str, places_of(picture)))
-        others = count_endings(picture.parent, (".xml", ".json"))
-        raise DataError(f"{layout.source}: no picture has a label file, {picture} none of {looked}{others}.")
+        image = next(iter(files))
+        looked = ", ".join(map(str, places_of(image)))
+        others = count_endings(image.parent, (".xml", ".json"))
+        raise DataError(f"{layout.source}: no picture has a label file, {image} none of {looked}{others}.")
     return splits
 
 
 def _sample(
-    picture: Path,
+    image: Path,
     file: Path | None,
     names: dict[int, str],
     keypoints: int,
@@ -110,33 +110,31 @@ def _sample(
     limits: Limits | None,
 ) -> Sample | None:
     try:
-        info = inspect_picture(picture, limits)
-    except PictureError as error:
+        info = read_image_info(image, limits)
+    except ImageError as error:
         notes.add("pictures left out that cannot be read", error)
         return None
     if file is None:
-        notes.add("pictures without a label file: kept as background", picture)
+        notes.add("pictures without a label file: kept as background", image)
     elif file.stat().st_size == 0:
-        notes.add("pictures with an empty label file: kept as background", picture)
+        notes.add("pictures with an empty label file: kept as background", image)
     if info.orientation in (2, 3, 4):
-        notes.add(
-            "pictures that EXIF mirrors or stands on their head: boxes are written for the stored pixels", picture
-        )
+        notes.add("pictures that EXIF mirrors or stands on their head: boxes are written for the stored pixels", image)
     objects = []
     for place, (label, shape) in read_labels(file, keypoints, notes) if file else ():
         if names and label not in names:
             notes.add("label lines left out whose class has no name", f"{place} (class {label})")
             continue
         objects.append((place, {"category_id": label, **to_annotation(shape, info.upright_size, info.orientation)}))
-    return Sample(picture, info.upright_size, settle(objects, info.upright_size, notes))
+    return Sample(image, info.upright_size, clean_boxes(objects, info.upright_size, notes))
 
 
 def _note_label_files(files: dict[Path, Path | None], notes: Notes) -> None:
     """Note label files of two pictures (a.jpg and a.png) and those of none."""
     used: dict[Path, Path] = {}
-    for picture, file in files.items():
-        if file is not None and used.setdefault(file, picture) is not picture:
-            notes.add("pictures that share their label file with another picture", f"{picture} and {used[file]}")
+    for image, file in files.items():
+        if file is not None and used.setdefault(file, image) is not image:
+            notes.add("pictures that share their label file with another picture", f"{image} and {used[file]}")
     for folder in sorted({file.parent for file in used}):
         for file in sorted(folder.glob("*.txt")):
             if file not in used and not file.stem.lower().startswith(_NOT_LABELS):
@@ -187,9 +185,9 @@ def find_layout(source: Path, notes: Notes) -> Layout:
 
 def _settings_file(folder: Path) -> Path | None:
     """The folder's yaml that names splits or classes, or its .data file."""
-    files = [file for file in sorted(folder.glob("*.y*ml")) if _is_about_pictures(_read_yaml(file, False))]
+    files = [file for file in sorted(folder.glob("*.y*ml")) if _is_about_images(_read_yaml(file, False))]
     files = [file for file in files if file.name in _YAML_NAMES][:1] or files
-    files = files or [file for file in sorted(folder.glob("*.data")) if _is_about_pictures(_read_pairs(file))]
+    files = files or [file for file in sorted(folder.glob("*.data")) if _is_about_images(_read_pairs(file))]
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
         raise DataError(f"{folder}: several files describe a dataset; give one of {names} instead of the folder.")
@@ -220,7 +218,7 @@ def _read_pairs(file: Path) -> dict[str, Any]:
     return {**settings, "nc": settings.get("classes")}
 
 
-def _is_about_pictures(settings: dict[str, Any]) -> bool:
+def _is_about_images(settings: dict[str, Any]) -> bool:
     """Other programs' settings may lie in the folder too, some with a section `train`."""
     return "names" in settings or any(isinstance(settings.get(key), (str, list)) for key in ("train", "val"))
 
@@ -238,8 +236,8 @@ def _of_settings(settings: dict[str, Any], file: Path, notes: Notes) -> Layout:
     for key, split in _SPLIT_KEYS.items():
         entries = settings.get(key) or []
         for entry in entries if isinstance(entries, list) else [entries]:
-            pictures = pictures_of(entry, roots, f"{file.name}: {key}: {entry}", notes)
-            layout.splits[split] = layout.splits.get(split, []) + pictures
+            images = images_of(entry, roots, f"{file.name}: {key}: {entry}", notes)
+            layout.splits[split] = layout.splits.get(split, []) + images
     if not any(layout.splits.values()) or not layout.splits.get("train", [""]):
         what = "for its `train`" if any(layout.splits.values()) else "for its splits"
         download = "; fetch the pictures first, its `download` is not followed" if settings.get("download") else ""
@@ -287,7 +285,7 @@ def _of_folder(source: Path, notes: Notes) -> Layout:
     """Splits by lists in the folder (train.txt ...) or by folder names; else all pictures are train."""
     root = Path(os.path.abspath(source))
     while len(inside := [place for place in root.iterdir() if not place.name.startswith((".", "__"))]) == 1:
-        if not inside[0].is_dir() or split_named(inside[0].name) or inside[0].name.lower() in PICTURE_FOLDERS:
+        if not inside[0].is_dir() or split_named(inside[0].name) or inside[0].name.lower() in IMAGE_FOLDERS:
             break
         root = inside[0]
         if _settings_file(root):
@@ -295,14 +293,14 @@ def _of_folder(source: Path, notes: Notes) -> Layout:
     lists = {key: f"{key}.txt" for key in _SPLIT_KEYS if _is_list(root / f"{key}.txt")}
     if lists:
         return _of_settings(lists, root / next(iter(lists.values())), notes)
-    homes = [place for place in inside if place.is_dir() and place.name.lower() in PICTURE_FOLDERS]
+    homes = [place for place in inside if place.is_dir() and place.name.lower() in IMAGE_FOLDERS]
     layout, groups = Layout(root, {}), {}
-    for picture in [path for home in homes or [root] for path in find_files(home, PICTURE_ENDINGS, notes)]:
-        groups.setdefault(split_of(picture, root), []).append(picture)
+    for image in [path for home in homes or [root] for path in find_files(home, IMAGE_ENDINGS, notes)]:
+        groups.setdefault(split_of(image, root), []).append(image)
     rest = groups.pop(None, [])
     if groups:
-        for picture in rest:
-            notes.add("pictures left out beside the folders of the splits", picture)
+        for image in rest:
+            notes.add("pictures left out beside the folders of the splits", image)
     layout.splits = groups or {split_named(root.name) or "train": rest}
     if not any(layout.splits.values()):
         raise DataError(f"{source}: no picture was found here; give the folder or data.yaml of a YOLO dataset.")
@@ -313,14 +311,14 @@ def _of_folder(source: Path, notes: Notes) -> Layout:
 def _is_list(path: Path) -> bool:
     """Does a text file list pictures? (train.txt may also be the labels of train.jpg.)"""
     first = next(filter(None, read_lines(path)), "") if path.is_file() else ""
-    return first.lower().endswith(PICTURE_ENDINGS)
+    return first.lower().endswith(IMAGE_ENDINGS)
 
 
 def _homes(root: Path, layout: Layout) -> list[Path]:
     """Folders that a file of class names may lie in."""
     folders = [root, root / "data", *(root / name for name in LABEL_FOLDERS)]
-    for pictures in layout.splits.values():
-        folders += [place.parent for place in (pictures and places_of(pictures[0])) or []]
+    for images in layout.splits.values():
+        folders += [place.parent for place in (images and places_of(images[0])) or []]
     return list(dict.fromkeys(folders))
 
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from brs_detr.data.formats.base import PICTURE_FOLDERS, Notes, find_files, read_lines
-from brs_detr.data.image_io import PICTURE_ENDINGS
+from brs_detr.data.formats.base import IMAGE_FOLDERS, Notes, find_files, read_lines
+from brs_detr.data.image_io import IMAGE_ENDINGS
 from brs_detr.data.synthetic import polygon_area
 
 LABEL_FOLDERS = ("labels", "label", "annotations", "txt")
@@ -28,29 +28,29 @@ class Line(NamedTuple):
     shape: np.ndarray
 
 
-def places_of(picture: Path) -> list[Path]:
+def places_of(image: Path) -> list[Path]:
     """Where the label file of a picture may lie, in the order they are tried.
 
     .../images/.../x.jpg has .../labels/.../x.txt; others lie beside the picture, or in a folder `labels` there.
     """
-    return [folder / f"{picture.stem}.txt" for folder in _label_folders(picture.parent)]
+    return [folder / f"{image.stem}.txt" for folder in _label_folders(image.parent)]
 
 
-def find_label_files(pictures: Iterable[Path]) -> dict[Path, Path | None]:
+def find_label_files(images: Iterable[Path]) -> dict[Path, Path | None]:
     """The label file of each picture, None where it has none."""
     folders: dict[Path, list[Path]] = {}
     files: dict[Path, Path | None] = {}
-    for picture in pictures:
-        if picture.parent not in folders:
-            folders[picture.parent] = _label_folders(picture.parent)
-        places = (folder / f"{picture.stem}.txt" for folder in folders[picture.parent])
-        files[picture] = next((place for place in places if place.is_file()), None)
+    for image in images:
+        if image.parent not in folders:
+            folders[image.parent] = _label_folders(image.parent)
+        places = (folder / f"{image.stem}.txt" for folder in folders[image.parent])
+        files[image] = next((place for place in places if place.is_file()), None)
     return files
 
 
 def _label_folders(folder: Path) -> list[Path]:
     folders: list[Path] = []
-    depth = next((i for i in reversed(range(len(folder.parts))) if folder.parts[i].lower() in PICTURE_FOLDERS), None)
+    depth = next((i for i in reversed(range(len(folder.parts))) if folder.parts[i].lower() in IMAGE_FOLDERS), None)
     if depth is not None:
         tail = folder.parts[depth + 1 :]
         folders += [place for home in _labels_in(Path(*folder.parts[:depth])) for place in (home.joinpath(*tail), home)]
@@ -136,11 +136,11 @@ def to_annotation(shape: np.ndarray, size: tuple[int, int], orientation: int) ->
     """
     height, width = size
     points = shape.copy().reshape(-1, 2)
-    centres = points[:1] if shape.ndim == 1 else points
+    centers = points[:1] if shape.ndim == 1 else points
     if orientation in (2, 3):
-        centres[:, 0] = 1 - centres[:, 0]
+        centers[:, 0] = 1 - centers[:, 0]
     if orientation in (3, 4):
-        centres[:, 1] = 1 - centres[:, 1]
+        centers[:, 1] = 1 - centers[:, 1]
     points = points * (width, height)
     if shape.ndim == 1:
         (cx, cy), (w, h) = points.tolist()
@@ -154,7 +154,7 @@ def to_annotation(shape: np.ndarray, size: tuple[int, int], orientation: int) ->
     }
 
 
-def pictures_of(entry: Any, roots: tuple[Path, ...], where: str, notes: Notes) -> list[Path]:
+def images_of(entry: Any, roots: tuple[Path, ...], where: str, notes: Notes) -> list[Path]:
     """Pictures of one entry of a yaml: a folder, a text file that lists them, or one picture.
 
     Args:
@@ -170,10 +170,10 @@ def pictures_of(entry: Any, roots: tuple[Path, ...], where: str, notes: Notes) -
     if place != Path(os.path.normpath(roots[0] / entry)):
         notes.add("entries found elsewhere", f"{where} is {place}")
     if place.is_dir():
-        pictures = find_files(place, PICTURE_ENDINGS, notes)
-        if not pictures:
+        images = find_files(place, IMAGE_ENDINGS, notes)
+        if not images:
             notes.add("entries without a picture", where)
-        return pictures
+        return images
     return _listed(place, roots, notes) if place.suffix.lower() == ".txt" else [place]
 
 
@@ -202,7 +202,7 @@ def locate(text: str, roots: Iterable[Path]) -> Path | None:
     """
     parts = PurePosixPath(text.replace("\\", "/")).parts
     for start in range(max(1, len(parts))):
-        if start and len(parts) - start == 1 and parts[-1].lower() in (*PICTURE_FOLDERS, "..", "data"):
+        if start and len(parts) - start == 1 and parts[-1].lower() in (*IMAGE_FOLDERS, "..", "data"):
             return None
         for root in roots:
             place = Path(os.path.normpath(root.joinpath(*parts[start:])))

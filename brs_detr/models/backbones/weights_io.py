@@ -130,11 +130,11 @@ def flat_name(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _some(names: list[str], limit: int = 3) -> str:
+def _some(names: list[str], max_names: int = 3) -> str:
     if not names:
         return "0"
-    more = ", ..." if len(names) > limit else ""
-    return f"{len(names)} ({', '.join(names[:limit])}{more})"
+    more = ", ..." if len(names) > max_names else ""
+    return f"{len(names)} ({', '.join(names[:max_names])}{more})"
 
 
 OFFICIAL_WRAPPERS = ("state_dict", "model")

@@ -147,9 +147,9 @@ class ATSSHead(nn.Module):
             batch_rows(output.logits, extents),
             labels,
             quality=paired_iou(boxes.detach(), objects),
-            localisation={"giou": paired_giou_loss(boxes, objects)},
+            localization={"giou": paired_giou_loss(boxes, objects)},
             rows=rows,
-            localisation_weight=goal,
+            localization_weight=goal,
             count=count,
         )
         if goal is not None:
@@ -210,8 +210,8 @@ def centerness_target(anchors: Tensor, objects: Tensor) -> Tensor:
     Returns:
         (P,) in (0, 1], 1 at the object's centre.
     """
-    centre = (anchors[:, :2] + anchors[:, 2:]) * 0.5
-    low, high = centre - objects[:, :2], objects[:, 2:] - centre
+    center = (anchors[:, :2] + anchors[:, 2:]) * 0.5
+    low, high = center - objects[:, :2], objects[:, 2:] - center
     return (torch.minimum(low, high) / torch.maximum(low, high)).prod(dim=1).sqrt()
 
 

@@ -49,7 +49,7 @@ class RoIHead(nn.Module):
         sampler: chooses the RoIs of each picture while training; None takes all.
         add_ground_truth: put the objects themselves before the proposals while training.
         max_rois: use at most this many proposals of a picture, the first ones; None uses all.
-        aux_limit: at most this many samples of a picture are handed on as collaborative queries.
+        max_aux_samples: at most this many samples of a picture are handed on as collaborative queries.
         finest_scale: RoIs below twice this side (square root of the area, pixels) are pooled from the finest map.
         score_threshold: detections at or below this score are dropped.
         nms_iou: class-wise suppression threshold of detections.
@@ -69,7 +69,7 @@ class RoIHead(nn.Module):
         sampler: RandomSampler | None = None,
         add_ground_truth: bool = False,
         max_rois: int | None = None,
-        aux_limit: int = 2000,
+        max_aux_samples: int = 2000,
         finest_scale: int = 112,
         score_threshold: float = 0.0,
         nms_iou: float = 0.5,
@@ -79,7 +79,7 @@ class RoIHead(nn.Module):
         self.num_classes, self.softmax = num_classes, softmax
         self.strides, self.pool, self.finest_scale = tuple(strides), pool, finest_scale
         self.objective, self.sampler, self.add_ground_truth = objective, sampler, add_ground_truth
-        self.max_rois, self.aux_limit = max_rois, aux_limit
+        self.max_rois, self.max_aux_samples = max_rois, max_aux_samples
         self.score_threshold, self.nms_iou, self.max_detections = score_threshold, nms_iou, max_detections
         self.coder = BoxCoder((0.1, 0.1, 0.2, 0.2))
         self.fc1 = nn.Linear(dim * pool * pool, fc_dim)
@@ -140,7 +140,7 @@ class RoIHead(nn.Module):
 
         Returns:
             {"roi." + name: scalar}, finite and attached to the graph without any positive too; and samples, positives
-            before background, cut to `aux_limit`.
+            before background, cut to `max_aux_samples`.
         """
         rois, assignments = self._sample(proposals, sizes, targets)
         output = self(features, rois)
@@ -152,14 +152,14 @@ class RoIHead(nn.Module):
             output.logits,
             labels,
             quality=paired_iou(boxes.detach(), objects),
-            localisation={"giou": paired_giou_loss(boxes, objects)},
+            localization={"giou": paired_giou_loss(boxes, objects)},
             rows=rows,
             count=max(labels.shape[0], 1) if self.softmax else None,
         )
         counts = [roi.shape[0] for roi in rois]
         goals = objects.new_zeros(labels.shape[0], 4).index_copy(0, rows, objects)
         columns = (column.split(counts) for column in (torch.cat(rois), labels, goals, output.features))
-        samples = AuxSamples(*([part[: self.aux_limit] for part in column] for column in columns))
+        samples = AuxSamples(*([part[: self.max_aux_samples] for part in column] for column in columns))
         return {f"roi.{name}": value for name, value in terms.items()}, samples
 
     @torch.no_grad()

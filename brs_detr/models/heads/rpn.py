@@ -55,7 +55,7 @@ class RPNHead(nn.Module):
         scales: anchor sides in multiples of the stride.
         ratios: height over width of the anchors.
         objective: called as in `losses/objective.py` with one class.
-        localisation: "giou" on decoded boxes (BRS-DETR) or "l1" on offsets (Co-DETR).
+        localization: "giou" on decoded boxes (BRS-DETR) or "l1" on offsets (Co-DETR).
         sampler: chooses the anchors that take part in the loss; None takes all that are not ignored.
         coder_stds: standard deviations of the offsets.
         before_nms: best anchors of each level that enter suppression while training.
@@ -73,7 +73,7 @@ class RPNHead(nn.Module):
         objective: Callable[..., dict[str, Tensor]],
         scales: Sequence[float] = OCTAVE_SCALES,
         ratios: Sequence[float] = (0.5, 1.0, 2.0),
-        localisation: Literal["giou", "l1"] = "giou",
+        localization: Literal["giou", "l1"] = "giou",
         sampler: RandomSampler | None = None,
         coder_stds: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0),
         before_nms: int = 4000,
@@ -83,13 +83,13 @@ class RPNHead(nn.Module):
         nms_iou: float = 0.7,
     ) -> None:
         super().__init__()
-        if localisation not in ("giou", "l1"):
-            raise ValueError(f'localisation of the RPN is "giou" or "l1", not {localisation!r}')
+        if localization not in ("giou", "l1"):
+            raise ValueError(f'localisation of the RPN is "giou" or "l1", not {localization!r}')
         self.strides = tuple(strides)
         self.anchors = AnchorGrid(strides, scales, ratios)
         self.coder = BoxCoder(tuple(coder_stds))
         self.objective = objective
-        self.localisation = localisation
+        self.localization = localization
         self.sampler = sampler
         self.before_nms, self.keep = before_nms, keep
         self.test_before_nms, self.test_keep = test_before_nms, test_keep
@@ -127,14 +127,14 @@ class RPNHead(nn.Module):
         assignments = [self._assign(a, target["boxes"].float()) for a, target in zip(anchors, targets, strict=True)]
         joined = join(assignments, targets)
         rows = joined.positives()
-        quality, localisation = self._localise(
+        quality, localization = self._localize(
             torch.cat(anchors)[rows], deltas[rows], joined.boxes[joined.assigned[rows]]
         )
         terms = self.objective(
             logits,
             (joined.assigned < 0).long(),
             quality=quality,
-            localisation=localisation,
+            localization=localization,
             valid=joined.assigned != IGNORED,
             rows=rows,
             count=sum(map(_sampled, assignments)) if self.sampler else None,
@@ -146,11 +146,11 @@ class RPNHead(nn.Module):
         assigned = max_iou_assign(anchors, objects, positive=0.7, negative=0.3, low_quality=0.3)
         return assigned if self.sampler is None else self.sampler(assigned)
 
-    def _localise(self, anchors: Tensor, deltas: Tensor, objects: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _localize(self, anchors: Tensor, deltas: Tensor, objects: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """IoU (P,) and un-reduced localisation losses of the positive anchors (P, 4)."""
         boxes = self.coder.decode(anchors, deltas)
         quality = paired_iou(boxes.detach(), objects)
-        if self.localisation == "giou":
+        if self.localization == "giou":
             return quality, {"giou": paired_giou_loss(boxes, objects)}
         return quality, {"l1": (deltas.float() - self.coder.encode(anchors, objects)).abs().sum(dim=-1)}
 
@@ -165,13 +165,13 @@ class RPNHead(nn.Module):
         Anchors of the batch padding may propose too, as in the published models: clipped to the picture most of them
         vanish. Empty boxes are dropped (the published rank-based head keeps them).
         """
-        most = self.before_nms if self.training else self.test_before_nms
+        max_candidates = self.before_nms if self.training else self.test_before_nms
         boxes, scores, levels = [], [], []
         for level, (anchors, logits, deltas) in enumerate(
             zip(self.anchors(output.shapes), output.logits, output.deltas, strict=True)
         ):
             score = logits.float().sigmoid().flatten(1)
-            best, index = score.topk(min(most, score.shape[1]), dim=1)
+            best, index = score.topk(min(max_candidates, score.shape[1]), dim=1)
             delta = take_rows(deltas.flatten(1, 3), index)
             boxes.append(self.coder.decode(anchors.reshape(-1, 4)[index], delta))
             scores.append(best)

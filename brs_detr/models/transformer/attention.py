@@ -87,12 +87,12 @@ class DeformableAttention(nn.Module):
         # the weights of all levels and points of a head sum to 1
         weights = rearrange(weights, "b q (h samples) -> b q h samples", h=self.heads).softmax(-1)
         weights = rearrange(weights, "b q h (l p) -> b q h l p", l=self.levels)
-        centres = references[:, :, None, :, None, :2]
+        centers = references[:, :, None, :, None, :2]
         if references.shape[-1] == 2:
-            locations = centres + offsets / level_sizes(shapes, offsets)[:, None]
+            locations = centers + offsets / level_sizes(shapes, offsets)[:, None]
         else:
             # points reach half a box away at an offset of `points` (Deformable DETR, A.4)
-            locations = centres + offsets / self.points * references[:, :, None, :, None, 2:] * 0.5
+            locations = centers + offsets / self.points * references[:, :, None, :, None, 2:] * 0.5
         return self.output_proj(self.sampling(value, shapes, locations, weights))
 
 

@@ -38,21 +38,21 @@ def select_queries(
     sizes: Sequence[Size],
     num_classes: int,
     *,
-    limit: int = 300,
-    least: int = 9,
+    max_queries: int = 300,
+    min_queries: int = 9,
     priority: Callable[[int], Tensor] = torch.rand,
 ) -> list[AuxQueries]:
     """Choose the auxiliary queries of each dense head.
 
-    A head gets n queries a picture, n = its largest number of positives in any picture, within [least, limit].
-    Positives go first (a random subset where there are more than n), random background samples fill the rest; a
-    picture with fewer samples than n repeats them.
+    A head gets n queries a picture, n = its largest number of positives in any picture, within [min_queries,
+    max_queries]. Positives go first (a random subset where there are more than n), random background samples fill the
+    rest; a picture with fewer samples than n repeats them.
 
     Args:
         heads: samples of each dense head.
         sizes: (h, w) of the pictures.
         num_classes: K, the background label.
-        limit, least: bounds of n.
+        max_queries, min_queries: bounds of n.
         priority: n -> (n,) numbers in [0, 1) on the CPU; the smallest are chosen first.
 
     Returns:
@@ -64,7 +64,10 @@ def select_queries(
     counts = counts.reshape(len(heads), len(sizes))
     scales = pixel_scales(sizes, device)
     heads = [_never_empty(samples, scales, num_classes) for samples in heads]
-    return [_select(s, c, scales, num_classes, limit, least, priority) for s, c in zip(heads, counts, strict=True)]
+    return [
+        _select(s, c, scales, num_classes, max_queries, min_queries, priority)
+        for s, c in zip(heads, counts, strict=True)
+    ]
 
 
 def _never_empty(samples: AuxSamples, scales: Tensor, num_classes: int) -> AuxSamples:
@@ -82,8 +85,8 @@ def _never_empty(samples: AuxSamples, scales: Tensor, num_classes: int) -> AuxSa
     return AuxSamples(*([one if len(one) else s for one, s in zip(column, spares)] for column, spares in columns))
 
 
-def _select(samples, counts, scales, num_classes, limit, least, priority) -> AuxQueries:
-    n = int(min(max(counts.max(), least), limit))
+def _select(samples, counts, scales, num_classes, max_queries, min_queries, priority) -> AuxQueries:
+    n = int(min(max(counts.max(), min_queries), max_queries))
     chosen, rows = [], []
     for image, labels in enumerate(samples.labels):
         # Background after the positives, random order within both.

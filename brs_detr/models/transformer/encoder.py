@@ -53,7 +53,7 @@ def level_masks(padding: Tensor, shapes: Sequence[Size]) -> list[Tensor]:
     return masks
 
 
-def cell_centres(shape: Size, valid_size: Tensor) -> Tensor:
+def cell_centers(shape: Size, valid_size: Tensor) -> Tensor:
     """Centres of a level's cells in units of each picture's unpadded extent.
 
     Args:
@@ -133,8 +133,8 @@ class DeformableEncoder(nn.Module):
         valid_sizes = torch.stack([torch.stack([(~m[:, 0, :]).sum(1), (~m[:, :, 0]).sum(1)], -1) for m in masks], 1)
         valid_sizes = valid_sizes.to(torch.float32)
         valid_ratios = valid_sizes / level_sizes(shapes, valid_sizes)
-        centres = torch.cat([cell_centres(s, valid_sizes[:, i]) for i, s in enumerate(shapes)], dim=1)
-        references = centres[:, :, None] * valid_ratios[:, None]
+        centers = torch.cat([cell_centers(s, valid_sizes[:, i]) for i, s in enumerate(shapes)], dim=1)
+        references = centers[:, :, None] * valid_ratios[:, None]
         for layer in self.layers:
             if self.activation_checkpointing and self.training:
                 x = checkpoint(layer, x, position, references, shapes, blank, use_reentrant=False)

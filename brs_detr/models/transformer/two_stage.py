@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from brs_detr.models.transformer.attention import inverse_sigmoid, sine_of_boxes
 from brs_detr.models.transformer.decoder import Predictions, box_regressor, classifier
-from brs_detr.models.transformer.encoder import Memory, cell_centres
+from brs_detr.models.transformer.encoder import Memory, cell_centers
 from brs_detr.ops.anchors import take_rows
 
 
@@ -35,14 +35,14 @@ def token_anchors(memory: Memory) -> tuple[Tensor, Tensor]:
     """
     anchors = []
     for level, shape in enumerate(memory.shapes):
-        centres = cell_centres(shape, memory.valid_sizes[:, level])
-        anchors.append(torch.cat([centres, torch.full_like(centres, 0.05 * 2**level)], -1))
+        centers = cell_centers(shape, memory.valid_sizes[:, level])
+        anchors.append(torch.cat([centers, torch.full_like(centers, 0.05 * 2**level)], -1))
     anchors = torch.cat(anchors, 1)
     valid = ((anchors > 0.01) & (anchors < 0.99)).all(-1) & ~memory.padding
     return anchors, valid
 
 
-class ProposalHead(nn.Module):
+class TwoStageHead(nn.Module):
     """Scores and boxes of all encoder tokens, and the choice among them.
 
     Unlike the released code, padded and border tokens cannot be chosen: there they share one constant score, so that

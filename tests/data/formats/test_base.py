@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 
 from brs_detr.data.formats.base import (
-    Labelled,
+    ImportedDataset,
     Notes,
     Sample,
+    clean_boxes,
     decode,
     find_files,
     hold_out,
-    inspect,
     read_lines,
-    settle,
     split_named,
     to_coco,
+    validate,
 )
 from brs_detr.data.issues import DataError
 
@@ -83,7 +83,7 @@ def test_folders_that_name_a_split(folder, split):
 def settled(*boxes, **extra):
     notes = Notes()
     objects = [(str(i), {"category_id": 1, "bbox": list(box), "iscrowd": 0, **extra}) for i, box in enumerate(boxes)]
-    return settle(objects, (40, 80), notes), notes
+    return clean_boxes(objects, (40, 80), notes), notes
 
 
 def test_overshoot_of_rounding_is_taken_back_and_real_overhang_kept():
@@ -106,27 +106,27 @@ def test_repeats_are_left_out_but_not_the_same_box_of_another_outline():
     assert len(kept) == 1 and notes.lines() == ["1 x boxes left out that repeat another of the picture: 1"]
     outlines = [[1, 1, 6, 1, 6, 6], [1, 1, 6, 6, 1, 6]]
     objects = [("", {"category_id": 1, "bbox": [1, 1, 5, 5], "segmentation": [outline]}) for outline in outlines]
-    assert len(settle(objects, (40, 80), Notes())) == 2
+    assert len(clean_boxes(objects, (40, 80), Notes())) == 2
 
 
 def test_hold_out_is_a_partition_that_does_not_depend_on_order_or_place():
     names = [f"{i}.jpg" for i in range(20)]
-    first = Labelled({1: "cat"}, {"train": samples(*names)})
+    first = ImportedDataset({1: "cat"}, {"train": samples(*names)})
     hold_out(first, 0.25)
     assert [len(first.splits[split]) for split in ("train", "val")] == [15, 5]
-    second = Labelled(
+    second = ImportedDataset(
         {1: "cat"}, {"train": [s._replace(path=Path("/else", s.path.name)) for s in samples(*names[::-1])]}
     )
     hold_out(second, 0.25)
-    stems = [{sample.path.name for sample in labelled.splits["val"]} for labelled in (first, second)]
+    stems = [{sample.path.name for sample in imported.splits["val"]} for imported in (first, second)]
     assert stems[0] == stems[1] and not stems[0] & {sample.path.name for sample in first.splits["train"]}
 
 
 @pytest.mark.parametrize(("fraction", "held"), [(0.001, 1), (0.999, 2)])
 def test_hold_out_leaves_something_on_both_sides(fraction, held):
-    labelled = Labelled({1: "cat"}, {"train": samples("a.jpg", "b.jpg", "c.jpg")})
-    hold_out(labelled, fraction)
-    assert len(labelled.splits["val"]) == held
+    imported = ImportedDataset({1: "cat"}, {"train": samples("a.jpg", "b.jpg", "c.jpg")})
+    hold_out(imported, fraction)
+    assert len(imported.splits["val"]) == held
 
 
 @pytest.mark.parametrize(
@@ -136,12 +136,12 @@ def test_hold_out_leaves_something_on_both_sides(fraction, held):
 def test_hold_out_is_refused_where_it_means_nothing(splits, fraction):
     groups = {name: samples(*(f"{i}.jpg" for i in range(count))) for name, count in splits.items()}
     with pytest.raises(DataError, match="between 0 and 1"):
-        hold_out(Labelled({1: "cat"}, groups), fraction)
+        hold_out(ImportedDataset({1: "cat"}, groups), fraction)
 
 
-def test_coco_ids_are_those_of_pictures_and_names_relative_to_what_they_share():
+def test_coco_ids_are_those_of_images_and_names_relative_to_what_they_share():
     splits = {"train": samples("b/2.jpg", "a/1.jpg"), "val": samples("b/2.jpg")}
-    datasets, base = to_coco(Labelled({7: "cat", 1: "dog"}, splits))
+    datasets, base = to_coco(ImportedDataset({7: "cat", 1: "dog"}, splits))
     assert base == "/data"
     assert [(i["id"], i["file_name"]) for i in datasets["train"]["images"]] == [(2, "b/2.jpg"), (1, "a/1.jpg")]
     assert datasets["val"]["images"][0]["id"] == 2 == datasets["val"]["annotations"][0]["image_id"]
@@ -150,10 +150,10 @@ def test_coco_ids_are_those_of_pictures_and_names_relative_to_what_they_share():
 
 
 def test_inspection_names_leaks_similar_classes_and_empty_splits():
-    labelled = Labelled({1: "cat", 2: "Cat"}, {"train": samples("a.jpg"), "val": samples("a.jpg"), "test": []})
-    inspect(labelled, "here")
-    assert set(labelled.splits) == {"train", "val"}
-    text = "\n".join(labelled.notes.lines())
+    imported = ImportedDataset({1: "cat", 2: "Cat"}, {"train": samples("a.jpg"), "val": samples("a.jpg"), "test": []})
+    validate(imported, "here")
+    assert set(imported.splits) == {"train", "val"}
+    text = "\n".join(imported.notes.lines())
     assert "in train and in val: /data/a.jpg" in text and "cat and Cat" in text and "without a picture: test" in text
     with pytest.raises(DataError, match="here: there is no object"):
-        inspect(Labelled({1: "cat"}, {"train": samples("a.jpg", objects=())}), "here")
+        validate(ImportedDataset({1: "cat"}, {"train": samples("a.jpg", objects=())}), "here")

@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture()
-def yolo(tmp_path, write_picture):
+def yolo(tmp_path, write_image):
     """Twelve pictures in one folder, eleven of them with the same box, in a place with blanks in its name."""
     folder = tmp_path / "my data: #1" / "flat"
     for i in range(12):
-        write_picture(folder / f"{i}.jpg")
+        write_image(folder / f"{i}.jpg")
         (folder / f"{i}.txt").write_text("1 0.5 0.5 0.25 0.5\n" if i else "")
     (folder / "classes.txt").write_text("cat\n🐕 dog\n")
     return folder
@@ -122,12 +122,12 @@ def test_an_empty_folder_is_refused_with_one_sentence(kind, tmp_path, capsys):
 # COCO to the other formats and back
 
 
-def write_yolo(data, pictures, root):
+def write_yolo(data, images, root):
     """A YOLO folder with six digits, as most tools write them; class numbers are ranks of the category ids."""
     rank = {
         entry["id"]: number for number, entry in enumerate(sorted(data["categories"], key=lambda entry: entry["id"]))
     }
-    (root / "images").symlink_to(pictures)
+    (root / "images").symlink_to(images)
     (root / "labels").mkdir()
     names = {rank[entry["id"]]: entry["name"] for entry in data["categories"]}
     (root / "data.yaml").write_text(f"train: list.txt\nnames: {json.dumps([names[i] for i in sorted(names)])}\n")
@@ -142,10 +142,10 @@ def write_yolo(data, pictures, root):
         (root / "labels" / image["file_name"]).with_suffix(".txt").write_text("".join(lines))
 
 
-def write_voc(data, pictures, root):
+def write_voc(data, images, root):
     """A VOC folder; corners have two digits after the point."""
     names = {entry["id"]: entry["name"] for entry in data["categories"]}
-    (root / "JPEGImages").symlink_to(pictures)
+    (root / "JPEGImages").symlink_to(images)
     (root / "Annotations").mkdir()
     (root / "ImageSets" / "Main").mkdir(parents=True)
     (root / "ImageSets" / "Main" / "train.txt").write_text("\n".join(Path(i["file_name"]).stem for i in data["images"]))
@@ -167,18 +167,18 @@ def of_image(data, image):
 
 @pytest.mark.parametrize("name", ["bccd", "nuclei", "tiny_coco"])
 @pytest.mark.parametrize(("write", "read_back"), [(write_yolo, read_yolo), (write_voc, read_voc)])
-def test_boxes_of_real_pictures_survive_the_way_there_and_back(shared_data, tmp_path, name, write, read_back):
+def test_boxes_of_real_images_survive_the_way_there_and_back(shared_data, tmp_path, name, write, read_back):
     data = read(shared_data / name / "annotations" / "val.json")
     write(data, shared_data / name / "images", tmp_path)
-    labelled = read_back(tmp_path)
-    assert not any(kind.startswith(("boxes", "label lines", "objects")) for kind in labelled.notes.places)
-    samples = {sample.path.name: sample for sample in labelled.splits["train"]}
+    imported = read_back(tmp_path)
+    assert not any(kind.startswith(("boxes", "label lines", "objects")) for kind in imported.notes.places)
+    samples = {sample.path.name: sample for sample in imported.splits["train"]}
     names = {entry["id"]: entry["name"] for entry in data["categories"]}
     assert samples.keys() == {image["file_name"] for image in data["images"]}
     for image in data["images"]:
         sample, entries = samples[image["file_name"]], of_image(data, image)
         assert sample.size == (image["height"], image["width"])
-        assert [labelled.classes[item["category_id"]] for item in sample.objects] == [
+        assert [imported.classes[item["category_id"]] for item in sample.objects] == [
             names[e["category_id"]] for e in entries
         ]
         # half a unit of the last digit for each of the numbers that a side is made of
@@ -187,12 +187,12 @@ def test_boxes_of_real_pictures_survive_the_way_there_and_back(shared_data, tmp_
             assert item["bbox"] == pytest.approx(entry["bbox"], abs=tolerance + 1e-4)
 
 
-def test_pipes_in_a_folder_are_not_waited_for(yolo, tmp_path, capsys, write_picture):
+def test_pipes_in_a_folder_are_not_waited_for(yolo, tmp_path, capsys, write_image):
     """As picture, label file, list, annotation, and as what would be written over."""
     os.mkfifo(yolo / "x.jpg")
     os.mkfifo(yolo / "y.txt")
     os.mkfifo(yolo / "z.yaml")
-    write_picture(yolo / "y.jpg")
+    write_image(yolo / "y.jpg")
     assert convert("yolo", yolo, tmp_path / "out") == 0
     assert "x.jpg: this picture cannot be read: it is a named pipe" in capsys.readouterr().out
     assert len(read(tmp_path / "out" / "train.json")["images"]) == 13
@@ -212,7 +212,7 @@ VOC = (
 )
 
 
-def test_a_hostile_xml_is_left_out_and_said(tmp_path, write_picture, capsys):
+def test_a_hostile_xml_is_left_out_and_said(tmp_path, write_image, capsys):
     folder = tmp_path / "voc"
     laughs = "".join(f"<!ENTITY a{i} '{f'&a{i - 1};' * 10}'>" for i in range(1, 9))
     bomb = f"<!DOCTYPE x [<!ENTITY a0 'ha'>{laughs}]>" + VOC.replace("cat", "&a8;")
@@ -223,7 +223,7 @@ def test_a_hostile_xml_is_left_out_and_said(tmp_path, write_picture, capsys):
         "deep": b"<annotation>" + b"<a>" * 100_000 + b"</a>" * 100_000 + b"</annotation>",
     }
     for name, content in contents.items():
-        write_picture(folder / f"{name}.jpg")
+        write_image(folder / f"{name}.jpg")
         (folder / f"{name}.xml").write_bytes(content)
     os.mkfifo(folder / "pipe.xml")
     with open(folder / "holes.xml", "wb") as file:
@@ -236,8 +236,8 @@ def test_a_hostile_xml_is_left_out_and_said(tmp_path, write_picture, capsys):
     assert {"good.jpg", "deep.jpg"} >= {image["file_name"] for image in read(tmp_path / "out" / "train.json")["images"]}
 
 
-def test_names_in_notes_are_printed_safely(yolo, tmp_path, capsys, write_picture):
-    write_picture(yolo / "a\x1b[31m\nb.jpg")
+def test_names_in_notes_are_printed_safely(yolo, tmp_path, capsys, write_image):
+    write_image(yolo / "a\x1b[31m\nb.jpg")
     assert convert("yolo", yolo, tmp_path / "out") == 0
     said = capsys.readouterr().out
     assert "\x1b" not in said and r"a\x1b[31m\x0ab.jpg" in said

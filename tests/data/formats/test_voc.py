@@ -29,12 +29,12 @@ def annotation(*things, filename="x.jpg", size=(80, 40), head="", attributes="")
 
 
 @pytest.fixture()
-def voc(tmp_path, write_picture):
+def voc(tmp_path, write_image):
     """`voc({stem: xml or None}, lists={name: text}, annotations=, pictures=, ending=)`: a folder of that kind."""
 
-    def make(xmls, lists=(), *, annotations="Annotations", pictures="JPEGImages", ending=".jpg", root=tmp_path):
+    def make(xmls, lists=(), *, annotations="Annotations", images="JPEGImages", ending=".jpg", root=tmp_path):
         for stem, xml in xmls.items():
-            write_picture(root / pictures / f"{stem}{ending}")
+            write_image(root / images / f"{stem}{ending}")
             if xml is not None:
                 path = root / annotations / f"{stem}.xml"
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,16 +48,16 @@ def voc(tmp_path, write_picture):
     return make
 
 
-def boxes_of(labelled, split="train"):
-    return {sample.path.name: [item["bbox"] for item in sample.objects] for sample in labelled.splits[split]}
+def boxes_of(imported, split="train"):
+    return {sample.path.name: [item["bbox"] for item in sample.objects] for sample in imported.splits[split]}
 
 
-def notes_of(labelled):
-    return "\n".join(labelled.notes.lines())
+def notes_of(imported):
+    return "\n".join(imported.notes.lines())
 
 
-def splits_of(labelled):
-    return {split: [sample.path.stem for sample in samples] for split, samples in labelled.splits.items()}
+def splits_of(imported):
+    return {split: [sample.path.stem for sample in samples] for split, samples in imported.splits.items()}
 
 
 def test_corners_as_tools_write_them_and_as_the_original_counts(voc, tmp_path):
@@ -83,38 +83,38 @@ def test_lists_tell_the_splits_and_lists_about_one_class_do_not(voc):
         "fold_1": "1\n",
     }
     dogs = annotation(thing(), thing("dog"))
-    labelled = read_voc(voc({"1": annotation(thing()), "2": dogs, "a b": annotation(), "3": annotation()}, lists))
-    assert splits_of(labelled) == {"fold_1": ["1"], "train": ["a b", "1"], "trainval": ["1", "2", "a b"], "val": ["2"]}
+    imported = read_voc(voc({"1": annotation(thing()), "2": dogs, "a b": annotation(), "3": annotation()}, lists))
+    assert splits_of(imported) == {"fold_1": ["1"], "train": ["a b", "1"], "trainval": ["1", "2", "a b"], "val": ["2"]}
     for part in ("trainval.txt: gone", "test.txt: 000099", "name no annotation file", "in no list"):
-        assert part in notes_of(labelled)
+        assert part in notes_of(imported)
 
 
 def test_several_years_below_one_folder(voc, tmp_path):
     for year in ("VOC2007", "VOC2012"):
         lists = {"train": "1\n", "val": f"{year}\n"}
         voc({"1": annotation(thing(year)), year: annotation(thing())}, lists, root=tmp_path / "kit" / year)
-    labelled = read_voc(tmp_path / "kit")
-    assert splits_of(labelled) == {"train": ["1", "1"], "val": ["VOC2007", "VOC2012"]}
-    assert labelled.classes == {1: "VOC2007", 2: "VOC2012", 3: "cat"}
-    assert [item["category_id"] for sample in labelled.splits["train"] for item in sample.objects] == [1, 2]
+    imported = read_voc(tmp_path / "kit")
+    assert splits_of(imported) == {"train": ["1", "1"], "val": ["VOC2007", "VOC2012"]}
+    assert imported.classes == {1: "VOC2007", 2: "VOC2012", 3: "cat"}
+    assert [item["category_id"] for sample in imported.splits["train"] for item in sample.objects] == [1, 2]
 
 
 @pytest.mark.parametrize(
-    ("annotations", "pictures"),
+    ("annotations", "images"),
     [("train", "train"), ("train/annotations", "train/images"), ("Annotations/train", "JPEGImages/train")],
 )
-def test_folders_tell_the_splits_where_there_are_no_lists(voc, tmp_path, annotations, pictures):
+def test_folders_tell_the_splits_where_there_are_no_lists(voc, tmp_path, annotations, images):
     for split in ("train", "valid"):
-        places = {"annotations": annotations.replace("train", split), "pictures": pictures.replace("train", split)}
+        places = {"annotations": annotations.replace("train", split), "images": images.replace("train", split)}
         voc({"a": annotation(thing(split)), split: annotation()}, **places)
-    labelled = read_voc(tmp_path)
-    assert splits_of(labelled) == {"train": ["a", "train"], "val": ["a", "valid"]}
-    assert labelled.splits["val"][0].objects[0]["category_id"] == 2  # of the picture in its own split
+    imported = read_voc(tmp_path)
+    assert splits_of(imported) == {"train": ["a", "train"], "val": ["a", "valid"]}
+    assert imported.splits["val"][0].objects[0]["category_id"] == 2  # of the picture in its own split
 
 
 def test_a_flat_folder_is_train_or_what_its_name_says(voc, tmp_path):
-    voc({"a": annotation(thing())}, annotations="mine", pictures="mine", ending=".JPG")
-    voc({"b": annotation(thing())}, annotations="valid", pictures="valid")
+    voc({"a": annotation(thing())}, annotations="mine", images="mine", ending=".JPG")
+    voc({"b": annotation(thing())}, annotations="valid", images="valid")
     assert splits_of(read_voc(tmp_path / "mine")) == {"train": ["a"]}
     assert splits_of(read_voc(tmp_path / "valid")) == {"val": ["b"]}
 
@@ -122,62 +122,62 @@ def test_a_flat_folder_is_train_or_what_its_name_says(voc, tmp_path):
 @pytest.mark.parametrize(
     "tag", [None, "", "a.png", "A.JPG", "/home/me/a.jpg", "D:\\mine\\a.jpg", "stale.jpg", " a.jpg "]
 )
-def test_the_picture_of_the_xmls_own_name_is_taken_whatever_the_tag_says(voc, tag):
-    labelled = read_voc(voc({"a": annotation(thing(), filename=tag), "stale": None}))
-    assert boxes_of(labelled) == {"a.jpg": [XYWH]} and ("another picture" in notes_of(labelled)) == (tag == "stale.jpg")
+def test_the_image_of_the_xmls_own_name_is_taken_whatever_the_tag_says(voc, tag):
+    imported = read_voc(voc({"a": annotation(thing(), filename=tag), "stale": None}))
+    assert boxes_of(imported) == {"a.jpg": [XYWH]} and ("another picture" in notes_of(imported)) == (tag == "stale.jpg")
 
 
-def test_a_tag_finds_the_picture_of_another_name(voc, tmp_path, write_picture):
+def test_a_tag_finds_the_image_of_another_name(voc, tmp_path, write_image):
     voc({"IMG_7": None})
     (tmp_path / "Annotations").mkdir()
     (tmp_path / "Annotations" / "7.xml").write_text(annotation(thing(), filename="C:\\x\\IMG_7.jpg"))
     (tmp_path / "Annotations" / "8.xml").write_text(annotation(thing(), filename="IMG_8.jpg"))
-    labelled = read_voc(tmp_path)
-    assert boxes_of(labelled) == {"IMG_7.jpg": [XYWH]} and "8.xml (filename IMG_8.jpg)" in notes_of(labelled)
+    imported = read_voc(tmp_path)
+    assert boxes_of(imported) == {"IMG_7.jpg": [XYWH]} and "8.xml (filename IMG_8.jpg)" in notes_of(imported)
 
 
-def test_masks_and_copies_of_a_pictures_name_are_not_taken(voc, tmp_path, write_picture):
-    voc({"a": annotation(thing(), filename="gone.jpg")}, annotations="annotations/xmls", pictures="images")
+def test_masks_and_copies_of_a_images_name_are_not_taken(voc, tmp_path, write_image):
+    voc({"a": annotation(thing(), filename="gone.jpg")}, annotations="annotations/xmls", images="images")
     for name in ("SegmentationClass/a.png", "annotations/trimaps/a.png", "Masks/a.png"):
-        write_picture(tmp_path / name)
+        write_image(tmp_path / name)
     assert read_voc(tmp_path).splits["train"][0].path == tmp_path / "images" / "a.jpg"
 
 
-def test_of_two_suffixes_the_tag_decides(voc, tmp_path, write_picture):
+def test_of_two_suffixes_the_tag_decides(voc, tmp_path, write_image):
     for ending in (".jpg", ".png"):
-        voc({"a": annotation(thing(), filename=f"a{ending}")}, annotations="x", pictures="x")
-        write_picture(tmp_path / "x" / "a.png")
+        voc({"a": annotation(thing(), filename=f"a{ending}")}, annotations="x", images="x")
+        write_image(tmp_path / "x" / "a.png")
         assert list(boxes_of(read_voc(tmp_path / "x"))) == [f"a{ending}"]
 
 
-def test_accents_composed_in_another_way(voc, tmp_path, write_picture):
+def test_accents_composed_in_another_way(voc, tmp_path, write_image):
     voc({})
-    write_picture(tmp_path / (unicodedata.normalize("NFD", "Käfer") + ".jpg"))
+    write_image(tmp_path / (unicodedata.normalize("NFD", "Käfer") + ".jpg"))
     (tmp_path / (unicodedata.normalize("NFC", "Käfer") + ".xml")).write_text(annotation(thing()))
     assert len(read_voc(tmp_path).splits["train"]) == 1
 
 
 @pytest.mark.parametrize("size", [(0, 0), None, ("", ""), ("x", 40), ("80.0", "40.0"), (80, 40)])
-def test_sizes_that_say_nothing_are_read_from_the_picture(voc, size):
-    labelled = read_voc(voc({"a": annotation(thing(), size=size)}))
-    assert labelled.splits["train"][0].size == (40, 80)
+def test_sizes_that_say_nothing_are_read_from_the_image(voc, size):
+    imported = read_voc(voc({"a": annotation(thing(), size=size)}))
+    assert imported.splits["train"][0].size == (40, 80)
 
 
 def test_wrong_sizes(voc):
     swapped = annotation(thing(box=(1, 1, 70, 30)), size=(40, 80))
     resized = annotation(thing(box=(1, 1, 150, 70)), size=(160, 80))
-    labelled = read_voc(voc({"swapped": swapped, "resized": resized}))
-    assert [sample.size for sample in labelled.splits["train"]] == [(80, 160), (40, 80)]
-    assert "training scales" in notes_of(labelled) and "wrong size" in notes_of(labelled)
+    imported = read_voc(voc({"swapped": swapped, "resized": resized}))
+    assert [sample.size for sample in imported.splits["train"]] == [(80, 160), (40, 80)]
+    assert "training scales" in notes_of(imported) and "wrong size" in notes_of(imported)
 
 
 @pytest.mark.parametrize(
     ("size", "box", "frame"),
     [((80, 40), BOX, (40, 80)), ((40, 80), BOX, (80, 40)), (None, (1, 50, 20, 70), (80, 40)), (None, BOX, (40, 80))],
 )
-def test_the_size_or_else_the_boxes_tell_the_frame_of_a_turned_picture(voc, tmp_path, write_picture, size, box, frame):
+def test_the_size_or_else_the_boxes_tell_the_frame_of_a_turned_image(voc, tmp_path, write_image, size, box, frame):
     voc({"a": annotation(thing(box=box), size=size)})
-    write_picture(tmp_path / "JPEGImages" / "a.jpg", orientation=6)
+    write_image(tmp_path / "JPEGImages" / "a.jpg", orientation=6)
     assert read_voc(tmp_path).splits["train"][0].size == frame
 
 
@@ -200,16 +200,16 @@ def test_the_size_or_else_the_boxes_tell_the_frame_of_a_turned_picture(voc, tmp_
     ],
 )
 def test_objects_and_what_is_none(voc, content, boxes, note):
-    labelled = read_voc(voc({"a": annotation(content), "b": annotation(thing())}))
-    assert boxes_of(labelled)["a.jpg"] == boxes and (note in notes_of(labelled) if note else not labelled.notes.places)
-    assert labelled.classes == {1: "cat"}
+    imported = read_voc(voc({"a": annotation(content), "b": annotation(thing())}))
+    assert boxes_of(imported)["a.jpg"] == boxes and (note in notes_of(imported) if note else not imported.notes.places)
+    assert imported.classes == {1: "cat"}
 
 
 def test_difficult_objects_are_ignored_unless_told_otherwise(voc, tmp_path):
     voc({"a": annotation(thing(extra="<difficult>1</difficult>"), thing("dog", extra="<truncated>1</truncated>"))})
-    labelled = read_voc(tmp_path)
-    assert [item["iscrowd"] for item in labelled.splits["train"][0].objects] == [1, 0] and "--keep-dif" in notes_of(
-        labelled
+    imported = read_voc(tmp_path)
+    assert [item["iscrowd"] for item in imported.splits["train"][0].objects] == [1, 0] and "--keep-dif" in notes_of(
+        imported
     )
     kept = read_voc(tmp_path, keep_difficult=True)
     assert [item["iscrowd"] for item in kept.splits["train"][0].objects] == [0, 0] and not kept.notes.places
@@ -234,8 +234,8 @@ def test_difficult_objects_are_ignored_unless_told_otherwise(voc, tmp_path):
 )
 def test_encodings_declared_or_not(voc, declared, encoding, word):
     head = f'<?xml version="1.0" encoding="{declared}"?>\n' if declared else ""
-    labelled = read_voc(voc({"a": annotation(thing(word), head=head).encode(encoding)}))
-    assert labelled.classes == {1: word} and boxes_of(labelled) == {"a.jpg": [XYWH]}
+    imported = read_voc(voc({"a": annotation(thing(word), head=head).encode(encoding)}))
+    assert imported.classes == {1: word} and boxes_of(imported) == {"a.jpg": [XYWH]}
 
 
 @pytest.mark.parametrize(
@@ -252,8 +252,8 @@ def test_xml_that_is_nearly_right(voc, xml):
     [("", "no element found"), (annotation(thing())[:70], "not valid"), ("<annotations/>", "<annotations>")],
 )
 def test_xml_that_is_none_is_noted(voc, xml, note):
-    labelled = read_voc(voc({"a": annotation(thing()), "b": xml}))
-    assert list(boxes_of(labelled)) == ["a.jpg"] and "b.xml" in notes_of(labelled) and note in notes_of(labelled)
+    imported = read_voc(voc({"a": annotation(thing()), "b": xml}))
+    assert list(boxes_of(imported)) == ["a.jpg"] and "b.xml" in notes_of(imported) and note in notes_of(imported)
     assert "without an annotation file" in notes_of(read_voc(voc({"c": None})))
 
 
@@ -267,19 +267,19 @@ def test_classes_by_alphabet_over_all_splits_or_as_told(voc):
         read_voc(root, classes=["Ant", "traffic light"])
 
 
-def test_two_xmls_of_one_picture_count_once(voc, tmp_path):
+def test_two_xmls_of_one_image_count_once(voc, tmp_path):
     voc({"a": annotation(thing())})
     (tmp_path / "Annotations_old").mkdir()
     (tmp_path / "Annotations_old" / "a.xml").write_text(annotation(thing(box=(1, 1, 9, 9))))
-    labelled = read_voc(tmp_path)
-    assert boxes_of(labelled) == {"a.jpg": [XYWH]} and "another one has" in notes_of(labelled)
+    imported = read_voc(tmp_path)
+    assert boxes_of(imported) == {"a.jpg": [XYWH]} and "another one has" in notes_of(imported)
 
 
-def test_pictures_that_cannot_be_read_are_noted(voc, tmp_path):
+def test_images_that_cannot_be_read_are_noted(voc, tmp_path):
     voc({"a": annotation(thing()), "b": annotation(thing())})
     (tmp_path / "JPEGImages" / "b.jpg").write_bytes(b"no picture")
-    labelled = read_voc(tmp_path)
-    assert list(boxes_of(labelled)) == ["a.jpg"] and "b.jpg: this picture cannot be read" in notes_of(labelled)
+    imported = read_voc(tmp_path)
+    assert list(boxes_of(imported)) == ["a.jpg"] and "b.jpg: this picture cannot be read" in notes_of(imported)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_what_is_no_voc_folder_is_refused(tmp_path, name, sentence):
         read_voc(tmp_path / name)
 
 
-def test_resized_pictures_train_with_scaled_boxes(voc, tmp_path):
+def test_resized_images_train_with_scaled_boxes(voc, tmp_path):
     voc({"a": annotation(thing(box=(0, 0, 160, 40)), size=(160, 80))})
     datasets, base = to_coco(read_voc(tmp_path))
     (tmp_path / "x.json").write_text(json.dumps(datasets["train"]))

@@ -15,12 +15,12 @@ from brs_detr.data.issues import DataError
 
 
 @pytest.fixture()
-def yolo(tmp_path, write_picture):
+def yolo(tmp_path, write_image):
     """`yolo({stem of a picture: text of its label file, None for none})`: a folder with images, labels, classes.txt."""
 
     def make(labels, orientation=None):
         for name, text in labels.items():
-            write_picture(tmp_path / "images" / f"{name}.jpg", orientation=orientation)
+            write_image(tmp_path / "images" / f"{name}.jpg", orientation=orientation)
             (tmp_path / "labels" / f"{name}.txt").parent.mkdir(parents=True, exist_ok=True)
             if text is not None:
                 (tmp_path / "labels" / f"{name}.txt").write_text(text)
@@ -30,35 +30,35 @@ def yolo(tmp_path, write_picture):
     return make
 
 
-def notes_of(labelled):
-    return "\n".join(labelled.notes.lines())
+def notes_of(imported):
+    return "\n".join(imported.notes.lines())
 
 
-def boxes_of(labelled, split="train"):
-    return {sample.path.name: [item["bbox"] for item in sample.objects] for sample in labelled.splits[split]}
+def boxes_of(imported, split="train"):
+    return {sample.path.name: [item["bbox"] for item in sample.objects] for sample in imported.splits[split]}
 
 
-def test_fractions_become_pixels_of_each_picture(yolo, tmp_path, write_picture):
+def test_fractions_become_pixels_of_each_image(yolo, tmp_path, write_image):
     yolo({"a": "1 0.5 0.5 0.25 0.5\n0 0.1 0.1 0.1 0.6 0.4 0.6"})
-    write_picture(tmp_path / "images" / "b.png", 20, 30)
+    write_image(tmp_path / "images" / "b.png", 20, 30)
     (tmp_path / "labels" / "b.txt").write_text("0 0.5 0.5 1.0000003 1")
-    labelled = read_yolo(tmp_path)
-    assert boxes_of(labelled) == {"a.jpg": [[30, 10, 20, 20], [8, 4, 24, 20]], "b.png": [[0, 0, 30, 20]]}
-    assert labelled.classes == {0: "cat", 1: "dog"} and not labelled.notes.places
-    box, outline = labelled.splits["train"][0].objects
+    imported = read_yolo(tmp_path)
+    assert boxes_of(imported) == {"a.jpg": [[30, 10, 20, 20], [8, 4, 24, 20]], "b.png": [[0, 0, 30, 20]]}
+    assert imported.classes == {0: "cat", 1: "dog"} and not imported.notes.places
+    box, outline = imported.splits["train"][0].objects
     assert (box["category_id"], box["area"]) == (1, 400) and outline["area"] == pytest.approx(240)
 
 
 def test_backgrounds_are_kept_and_counted(yolo):
-    labelled = read_yolo(yolo({"a": "0 .5 .5 .2 .2", "empty": "", "absent": None}))
-    assert boxes_of(labelled) == {"a.jpg": [[32, 16, 16, 8]], "absent.jpg": [], "empty.jpg": []}
-    assert "1 x pictures without a label file" in notes_of(labelled) and "empty label file" in notes_of(labelled)
+    imported = read_yolo(yolo({"a": "0 .5 .5 .2 .2", "empty": "", "absent": None}))
+    assert boxes_of(imported) == {"a.jpg": [[32, 16, 16, 8]], "absent.jpg": [], "empty.jpg": []}
+    assert "1 x pictures without a label file" in notes_of(imported) and "empty label file" in notes_of(imported)
 
 
 def test_classes_without_a_name_are_left_out_and_counted(yolo):
-    labelled = read_yolo(yolo({"a": "0 .5 .5 .2 .2\n7 .5 .5 .2 .2\n-1 .5 .5 .2 .2"}))
-    assert len(boxes_of(labelled)["a.jpg"]) == 1 and "2 x label lines left out whose class has no name" in notes_of(
-        labelled
+    imported = read_yolo(yolo({"a": "0 .5 .5 .2 .2\n7 .5 .5 .2 .2\n-1 .5 .5 .2 .2"}))
+    assert len(boxes_of(imported)["a.jpg"]) == 1 and "2 x label lines left out whose class has no name" in notes_of(
+        imported
     )
 
 
@@ -66,28 +66,28 @@ def test_names_given_by_hand_and_names_made_up(yolo, tmp_path):
     yolo({"a": "0 .5 .5 .2 .2\n3 .5 .5 .2 .2"})
     assert read_yolo(tmp_path, classes=["x", "y"]).classes == {0: "x", 1: "y"}
     (tmp_path / "classes.txt").unlink()
-    labelled = read_yolo(tmp_path)
-    assert labelled.classes == {0: "class_0", 3: "class_3"} and "made up" in notes_of(labelled)
+    imported = read_yolo(tmp_path)
+    assert imported.classes == {0: "class_0", 3: "class_3"} and "made up" in notes_of(imported)
 
 
-def test_labels_and_pictures_without_each_other(yolo, tmp_path, write_picture):
+def test_labels_and_images_without_each_other(yolo, tmp_path, write_image):
     yolo({"a": "0 .5 .5 .2 .2"})
-    write_picture(tmp_path / "images" / "a.png")
+    write_image(tmp_path / "images" / "a.png")
     (tmp_path / "labels" / "alone.txt").write_text("0 .5 .5 .2 .2")
     (tmp_path / "images" / "broken.jpg").write_text("no picture")
-    labelled = read_yolo(tmp_path)
-    assert boxes_of(labelled) == {"a.jpg": [[32, 16, 16, 8]], "a.png": [[32, 16, 16, 8]]}
+    imported = read_yolo(tmp_path)
+    assert boxes_of(imported) == {"a.jpg": [[32, 16, 16, 8]], "a.png": [[32, 16, 16, 8]]}
     for part in ("a.png and ", "alone.txt", "broken.jpg", "classes.txt"):
-        assert (part in notes_of(labelled)) == (part != "classes.txt")
+        assert (part in notes_of(imported)) == (part != "classes.txt")
 
 
-def test_a_split_that_nobody_labelled_is_left_out(tmp_path, write_picture):
+def test_a_split_that_nobody_labeled_is_left_out(tmp_path, write_image):
     for split in ("train", "test"):
-        write_picture(tmp_path / "images" / split / "a.jpg")
+        write_image(tmp_path / "images" / split / "a.jpg")
     (tmp_path / "labels" / "train").mkdir(parents=True)
     (tmp_path / "labels" / "train" / "a.txt").write_text("0 .5 .5 .2 .2")
-    labelled = read_yolo(tmp_path)
-    assert set(labelled.splits) == {"train"} and "test (1 pictures)" in notes_of(labelled)
+    imported = read_yolo(tmp_path)
+    assert set(imported.splits) == {"train"} and "test (1 pictures)" in notes_of(imported)
 
 
 def test_no_label_file_at_all_is_refused_and_says_where_they_were_looked_for(yolo, tmp_path):
@@ -137,7 +137,7 @@ def look(source):
     return layout, splits, "\n".join(notes.lines())
 
 
-PICTURES = {"images/train/a.jpg": "", "images/val/b.jpg": ""}
+IMAGES = {"images/train/a.jpg": "", "images/val/b.jpg": ""}
 BOTH = {"train": ["a.jpg"], "val": ["b.jpg"]}
 
 
@@ -152,22 +152,22 @@ BOTH = {"train": ["a.jpg"], "val": ["b.jpg"]}
         "train: lists/train.txt\nval: lists/val.txt\n",
     ],
 )
-def test_entries_of_a_yaml_lead_to_the_pictures(tmp_path, text):
+def test_entries_of_a_yaml_lead_to_the_images(tmp_path, text):
     lists = {"lists/train.txt": "./images/train/a.jpg\r\n", "lists/val.txt": "\ufeffD:\\x\\images\\val\\b.jpg\n"}
-    root = make(tmp_path / "mine", PICTURES | lists | {"data.yaml": text})
+    root = make(tmp_path / "mine", IMAGES | lists | {"data.yaml": text})
     assert look(root)[1] in (BOTH, BOTH | {"test": []}) and look(root / "data.yaml")[1] == look(root)[1]
 
 
 def test_entries_relative_to_the_working_folder(tmp_path, monkeypatch):
-    make(tmp_path, PICTURES | {"cfg/x.yaml": "train: images/train\nval: images/val\n"})
+    make(tmp_path, IMAGES | {"cfg/x.yaml": "train: images/train\nval: images/val\n"})
     monkeypatch.chdir(tmp_path)
     assert look(tmp_path / "cfg" / "x.yaml")[1] == BOTH
 
 
 def test_exports_with_one_step_up_too_many(tmp_path):
-    pictures = {"train/images/a.jpg": "", "valid/images/b.jpg": ""}
+    images = {"train/images/a.jpg": "", "valid/images/b.jpg": ""}
     yaml = "train: ../train/images\nval: ../valid/images\ntest: ../test/images\nnames: ['cat']\n"
-    _, splits, notes = look(make(tmp_path / "mine", pictures | {"data.yaml": yaml}))
+    _, splits, notes = look(make(tmp_path / "mine", images | {"data.yaml": yaml}))
     assert {split: names for split, names in splits.items() if names} == BOTH and "test: ../test/images" in notes
 
 
@@ -177,9 +177,9 @@ def test_a_missing_split_is_never_guessed_from_a_folder_that_any_dataset_has(tmp
     assert splits == {"train": ["a.jpg"], "val": []} and "lead nowhere: data.yaml: val: ../valid/images" in notes
 
 
-def test_lists_name_pictures_that_are_not_there(tmp_path):
+def test_lists_name_images_that_are_not_there(tmp_path):
     files = {"data.yaml": "train: train.txt\n", "train.txt": "images/train/a.jpg\nimages/train/gone.jpg\n\n"}
-    _, splits, notes = look(make(tmp_path, PICTURES | files))
+    _, splits, notes = look(make(tmp_path, IMAGES | files))
     assert splits == {"train": ["a.jpg"]} and "train.txt: images/train/gone.jpg" in notes
 
 
@@ -220,11 +220,11 @@ def test_a_folder_without_splits_is_train_or_what_its_name_says(tmp_path):
 
 
 def test_lists_in_a_folder_are_not_mistaken_for_the_labels_of_train_jpg(tmp_path):
-    assert look(make(tmp_path / "a", PICTURES | {"train.txt": "images/train/a.jpg\n"}))[1] == {"train": ["a.jpg"]}
+    assert look(make(tmp_path / "a", IMAGES | {"train.txt": "images/train/a.jpg\n"}))[1] == {"train": ["a.jpg"]}
     assert look(make(tmp_path / "b", {"train.jpg": "", "train.txt": "0 .5 .5 1 1\n"}))[1] == {"train": ["train.jpg"]}
 
 
-def test_pictures_beside_the_split_folders_are_noted(tmp_path):
+def test_images_beside_the_split_folders_are_noted(tmp_path):
     _, splits, notes = look(make(tmp_path, {"train/a.jpg": "", "val/b.jpg": "", "preview.png": ""}))
     assert splits == BOTH and "preview.png" in notes
 
@@ -244,45 +244,43 @@ def test_pictures_beside_the_split_folders_are_noted(tmp_path):
 )
 def test_class_names_of_a_yaml(tmp_path, text, names):
     files = {"data.yaml": f"train: images/train\n{text}\n", "my.names": "cat\ndog\n\n"}
-    assert look(make(tmp_path, PICTURES | files))[0].names == names
+    assert look(make(tmp_path, IMAGES | files))[0].names == names
 
 
 def test_a_yaml_with_names_only_leaves_the_splits_to_the_folders(tmp_path):
-    layout, splits, _ = look(make(tmp_path, PICTURES | {"data.yaml": "names: [cat]\n"}))
+    layout, splits, _ = look(make(tmp_path, IMAGES | {"data.yaml": "names: [cat]\n"}))
     assert splits == BOTH and layout.names == {0: "cat"}
 
 
 def test_settings_of_other_programs_are_not_taken_for_a_datasets(tmp_path):
     files = {"config.yaml": "train: {lr: 0.1}\n", "args.yaml": "mode: train\n", "x.data": "\0\1", "list.yaml": "- 1\n"}
-    assert look(make(tmp_path, PICTURES | files))[1] == BOTH
+    assert look(make(tmp_path, IMAGES | files))[1] == BOTH
 
 
 def test_class_names_beside_a_yaml_that_has_none(tmp_path):
     files = {"data.yaml": "train: images/train\n", "classes.txt": "cat\r\ndog\r\n"}
-    assert look(make(tmp_path, PICTURES | files))[0].names == {0: "cat", 1: "dog"}
+    assert look(make(tmp_path, IMAGES | files))[0].names == {0: "cat", 1: "dog"}
 
 
 @pytest.mark.parametrize("place", ["classes.txt", "data/obj.names", "labels/classes.txt", "labels/train/classes.txt"])
 def test_class_names_of_text_files(tmp_path, place):
     files = {place: "cat\n\ntraffic light\n", "labels/train/a.txt": ""}
-    assert look(make(tmp_path, PICTURES | files))[0].names == {0: "cat", 2: "traffic light"}
+    assert look(make(tmp_path, IMAGES | files))[0].names == {0: "cat", 2: "traffic light"}
 
 
 def test_two_lists_of_classes_that_differ_are_refused(tmp_path):
     files = {"labels/train/classes.txt": "cat\ndog", "labels/val/classes.txt": "dog\ncat"}
     with pytest.raises(DataError, match=r"train.classes.txt and .*val.classes.txt name different classes"):
-        look(make(tmp_path, PICTURES | files))
+        look(make(tmp_path, IMAGES | files))
 
 
 def test_names_that_disagree_with_their_number_are_noted(tmp_path):
-    assert (
-        "nc is 3, names has 1" in look(make(tmp_path, PICTURES | {"data.yaml": "train: images\nnc: 3\nnames: [a]"}))[2]
-    )
+    assert "nc is 3, names has 1" in look(make(tmp_path, IMAGES | {"data.yaml": "train: images\nnc: 3\nnames: [a]"}))[2]
 
 
 def test_shape_of_poses(tmp_path):
     files = {"data.yaml": "train: images\nkpt_shape: [17, 3]\n"}
-    assert look(make(tmp_path, PICTURES | files))[0].keypoints == 51
+    assert look(make(tmp_path, IMAGES | files))[0].keypoints == 51
 
 
 @pytest.mark.parametrize(
@@ -302,7 +300,7 @@ def test_shape_of_poses(tmp_path):
 )
 def test_what_cannot_be_read_is_refused_with_a_sentence(tmp_path, files, sentence):
     with pytest.raises(DataError, match=sentence):
-        look(make(tmp_path, files | (PICTURES if files else {})))
+        look(make(tmp_path, files | (IMAGES if files else {})))
 
 
 @pytest.mark.parametrize("name", ["gone", "archive.zip"])
@@ -313,7 +311,7 @@ def test_what_is_no_folder_is_refused(tmp_path, name):
 
 
 def test_folders_that_are_links(tmp_path):
-    make(tmp_path / "store", PICTURES)
+    make(tmp_path / "store", IMAGES)
     (tmp_path / "mine").mkdir()
     os.symlink(tmp_path / "store" / "images", tmp_path / "mine" / "images")
     layout, splits, _ = look(tmp_path / "mine")

@@ -77,7 +77,7 @@ def test_lines_that_say_nothing_are_noted_with_their_number(tmp_path, text, reas
 
 
 @pytest.mark.parametrize(
-    ("picture", "label"),
+    ("image", "label"),
     [("images/train/a.jpg", "labels/train/a.txt"), ("train/images/a.jpg", "train/labels/a.txt"), ("a.jpg", "a.txt")]
     + [
         ("train/a.jpg", "labels/train/a.txt"),
@@ -87,14 +87,14 @@ def test_lines_that_say_nothing_are_noted_with_their_number(tmp_path, text, reas
     + [("images/train/a.jpg", "labels/a.txt"), ("Images/a.jpg", "Labels/a.txt"), ("images/a.jpg", "images/a.txt")]
     + [("train/a.jpg", "train/labels/a.txt"), ("images/sub/a.jpg", "labels/sub/a.txt")],
 )
-def test_label_files_are_found_in_the_usual_places(tmp_path, picture, label):
-    for name in (picture, label):
+def test_label_files_are_found_in_the_usual_places(tmp_path, image, label):
+    for name in (image, label):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert find_label_files([tmp_path / picture]) == {tmp_path / picture: tmp_path / label}
+    assert find_label_files([tmp_path / image]) == {tmp_path / image: tmp_path / label}
 
 
-def test_the_folder_of_labels_comes_before_a_text_beside_the_picture(tmp_path):
+def test_the_folder_of_labels_comes_before_a_text_beside_the_image(tmp_path):
     for name in ("images/a.jpg", "images/a.txt", "labels/a.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()

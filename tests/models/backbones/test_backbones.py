@@ -24,7 +24,7 @@ def small():
     return build_backbone("resnet18", pretrained=False)
 
 
-def randomise(module):
+def randomize(module):
     """Batch statistics and scales that are not the neutral ones."""
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d):
@@ -36,7 +36,7 @@ def randomise(module):
 
 
 def test_frozen_batch_norm_computes_batch_norm_in_evaluation():
-    reference = randomise(nn.Sequential(nn.BatchNorm2d(6))).eval()
+    reference = randomize(nn.Sequential(nn.BatchNorm2d(6))).eval()
     frozen = copy.deepcopy(reference)
     freeze_batch_norm(frozen)
     x = torch.randn(2, 6, 5, 7)
@@ -54,7 +54,7 @@ def test_frozen_batch_norm_keeps_nothing_of_its_input_for_the_backward_pass():
 
 def test_maps_equal_timm_and_do_not_depend_on_training_mode():
     torch.manual_seed(0)
-    reference = randomise(timm.create_model("resnet18", features_only=True, out_indices=(2, 3, 4))).eval()
+    reference = randomize(timm.create_model("resnet18", features_only=True, out_indices=(2, 3, 4))).eval()
     ours = build_backbone("resnet18", pretrained=False)
     ours.load_state_dict(reference.state_dict())  # strict: the names are timm's and torchvision's
     x = torch.randn(2, 3, 70, 97)

@@ -87,11 +87,11 @@ def merge(x, downsample):
     return downsample.reduction(downsample.norm(torch.cat(corners, -1)))
 
 
-def reference(backbone, picture, window):
+def reference(backbone, image, window):
     """The published features of one (3, H, W) picture."""
-    height, width = (math.ceil(side / 4) * 4 for side in picture.shape[1:])
-    padded = picture.new_zeros(3, height, width)
-    padded[:, : picture.shape[1], : picture.shape[2]] = picture
+    height, width = (math.ceil(side / 4) * 4 for side in image.shape[1:])
+    padded = image.new_zeros(3, height, width)
+    padded[:, : image.shape[1], : image.shape[2]] = image
     x = backbone.patch_embed.norm(backbone.patch_embed.proj(padded[None])[0].permute(1, 2, 0))
     maps = []
     for index, stage in enumerate(backbone.layers):
@@ -107,9 +107,9 @@ def reference(backbone, picture, window):
 @pytest.mark.parametrize("size", [(133, 171), (64, 96), (30, 41), (9, 200)])
 def test_features_are_the_published_ones_at_any_size(tiny_swin, size):
     backbone = tiny_swin().double().eval()
-    picture = torch.randn(3, *size, dtype=torch.float64)
+    image = torch.randn(3, *size, dtype=torch.float64)
     with torch.no_grad():
-        for level, expected in zip(backbone(picture[None]), reference(backbone, picture, 4), strict=True):
+        for level, expected in zip(backbone(image[None]), reference(backbone, image, 4), strict=True):
             torch.testing.assert_close(level[0], expected, rtol=1e-9, atol=1e-9)
 
 
@@ -127,7 +127,7 @@ def test_timm_as_it_is_differs(tiny_swin):
     assert (block(ragged) - repaired(ragged)).abs().max() > 1e-2
 
 
-def test_pictures_of_a_batch_do_not_touch(tiny_swin):
+def test_images_of_a_batch_do_not_touch(tiny_swin):
     backbone = tiny_swin().eval()
     x = torch.randn(3, 3, 50, 70)
     for together, alone in zip(backbone(x), backbone(x[1:2]), strict=True):

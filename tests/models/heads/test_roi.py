@@ -25,7 +25,7 @@ def first_by_index(count, device):
 def build(family, dim=64, classes=5, **changes):
     if family == "co_detr":
         settings = {
-            "objective": ScoreObjective("cross_entropy", {"cls": 12.0, "giou": 120.0}, normaliser="rows"),
+            "objective": ScoreObjective("cross_entropy", {"cls": 12.0, "giou": 120.0}, normalizer="rows"),
             "softmax": True,
             "sampler": RandomSampler(512, 0.25, first_by_index),
             "add_ground_truth": True,

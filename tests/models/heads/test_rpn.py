@@ -21,7 +21,7 @@ NAMES = {"rpn_conv": "conv", "rpn_cls": "score", "rpn_reg": "delta"}
 class UnitBoxRPNHead(RPNHead):
     """With the published fault put back: boxes of the loss are decoded around a unit box, with other deviations."""
 
-    def _localise(self, anchors, deltas, objects):
+    def _localize(self, anchors, deltas, objects):
         unit = torch.tensor([-0.5, -0.5, 0.5, 0.5]).expand(len(anchors), 4)
         coder = BoxCoder((0.1, 0.1, 0.2, 0.2))
         boxes, goals = coder.decode(unit, deltas), coder.decode(unit, self.coder.encode(anchors, objects))
@@ -37,8 +37,8 @@ def build(family, kind=RPNHead, dim=64):
         return RPNHead(
             dim,
             STRIDES,
-            objective=ScoreObjective("binary_cross_entropy", {"cls": 12.0, "l1": 12.0}, normaliser="rows"),
-            localisation="l1",
+            objective=ScoreObjective("binary_cross_entropy", {"cls": 12.0, "l1": 12.0}, normalizer="rows"),
+            localization="l1",
             sampler=RandomSampler(256, 0.5, first_by_index),
             keep=1000,
         )
@@ -189,6 +189,6 @@ def test_bfloat16_autocast_gives_float32_losses():
     assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in losses.values())
 
 
-def test_unknown_localisation_is_named():
+def test_unknown_localization_is_named():
     with pytest.raises(ValueError, match='"giou" or "l1", not \'iou\''):
-        RPNHead(8, (8,), objective=RankingObjective(), localisation="iou")
+        RPNHead(8, (8,), objective=RankingObjective(), localization="iou")

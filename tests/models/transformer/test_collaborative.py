@@ -25,16 +25,16 @@ def test_positives_come_first_and_background_fills_up_to_the_least():
     assert (chosen.features[0, 5:, 0] % 3 != 1).all()
 
 
-def test_boxes_and_targets_are_normalised_by_their_own_picture():
+def test_boxes_and_targets_are_normalized_by_their_own_image():
     (chosen,) = select_queries([samples([[1] * 9, [2] * 9])], SIZES, CLASSES)
     torch.testing.assert_close(chosen.boxes[0, 0], torch.tensor([0.1, 0.4, 0.1, 0.4]))
     torch.testing.assert_close(chosen.boxes[1, 0], torch.tensor([0.2, 0.4, 0.2, 0.4]))
     torch.testing.assert_close(chosen.targets, chosen.boxes.flatten(0, 1))
 
 
-def test_every_picture_gets_as_many_queries_as_the_richest_within_the_limit():
+def test_every_image_gets_as_many_queries_as_the_richest_within_the_limit():
     heads = [samples([[0] * 20, [3] * 30]), samples([[0] * 40, [1] * 2 + [3] * 9])]
-    first, second = select_queries(heads, SIZES, CLASSES, limit=30)
+    first, second = select_queries(heads, SIZES, CLASSES, max_queries=30)
     assert first.boxes.shape[1] == 20 and second.boxes.shape[1] == 30
     assert len(first.rows) == 20
     # the second picture repeats its 11 samples over 30 slots; its 2 positives stand in slots 0, 1, 11, 12, 22, 23
@@ -42,12 +42,12 @@ def test_every_picture_gets_as_many_queries_as_the_richest_within_the_limit():
     assert set(second.labels.tolist()) == {0, 1}
 
 
-def test_a_picture_without_positives_gets_background_only():
+def test_a_image_without_positives_gets_background_only():
     (chosen,) = select_queries([samples([[3] * 20, [3] * 5])], SIZES, CLASSES)
     assert chosen.rows.shape == (0,) and chosen.targets.shape == (0, 4) and chosen.boxes.shape == (2, 9, 4)
 
 
-def test_a_picture_without_any_sample_gets_the_whole_picture_as_background():
+def test_a_image_without_any_sample_gets_the_whole_image_as_background():
     empty = AuxSamples(
         [torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, 4)], [torch.zeros(0, DIM)]
     )

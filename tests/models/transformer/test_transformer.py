@@ -14,7 +14,7 @@ from brs_detr.models.transformer.attention import inverse_sigmoid, sine_of_cells
 from brs_detr.models.transformer.collaborative import AuxQueryEmbedding
 from brs_detr.models.transformer.decoder import QueryDecoder
 from brs_detr.models.transformer.encoder import DeformableEncoder, Memory, level_masks
-from brs_detr.models.transformer.two_stage import BoxEmbedding, ProposalHead
+from brs_detr.models.transformer.two_stage import BoxEmbedding, TwoStageHead
 from brs_detr.ops.deform_attn import deformable_sampling
 from brs_detr.ops.images import ImageBatch
 
@@ -28,7 +28,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.neck = ChannelMapper([32, 64, 128], DIM, 4)
         self.encoder = DeformableEncoder(DIM, layers=2, hidden=128)
-        self.proposals = ProposalHead(DIM, CLASSES, QUERIES)
+        self.proposals = TwoStageHead(DIM, CLASSES, QUERIES)
         self.decoder = QueryDecoder(DIM, CLASSES, layers=2, hidden=128)
         self.query_content = nn.Embedding(QUERIES, DIM)
         self.box_embedding = BoxEmbedding(DIM)
@@ -74,7 +74,7 @@ def test_level_masks_equal_the_official_ones(official):
         close(sine_of_cells(mask, DIM // 2).movedim(1, -1), arrays[f"pos_embed.{level}"].movedim(1, -1), ~mask)
 
 
-def test_level_masks_read_the_pixels_of_nearest_neighbour_interpolation():
+def test_level_masks_read_the_pixels_of_nearest_neighbor_interpolation():
     """At every level of a backbone that halves and rounds up, as all those of the recipes do."""
     for side in range(9, 400, 3):
         padding, cells = torch.rand(1, side, side + 1) < 0.5, [(side, side + 1)]
@@ -139,7 +139,7 @@ def test_padding_maps_to_the_right_changes_no_prediction():
 
 def test_padding_and_border_tokens_are_never_chosen_however_high_they_score():
     """They share the score of an empty token, 0 here, and every other token scores less."""
-    head = ProposalHead(8, CLASSES, queries=4)
+    head = TwoStageHead(8, CLASSES, queries=4)
     nn.init.eye_(head.projection.weight)
     nn.init.zeros_(head.projection.bias)
     token = torch.tensor([1.0, -1.0] * 4)
