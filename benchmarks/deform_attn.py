@@ -3,7 +3,7 @@
     python benchmarks/deform_attn.py
     python benchmarks/deform_attn.py --images 2 --dtype bfloat16
 
-Sizes are those of an 800 x 1333 picture with eight heads of 32 channels and four points: the encoder's layer (every
+Sizes are those of an 800 x 1333 image with eight heads of 32 channels and four points: the encoder's layer (every
 cell is a query) on four and on five levels, and the decoder's (300 queries). Both run in turn in one process; times are
 medians, memory is the most that is alive beyond the inputs. The last column is the largest difference relative to the
 largest value, of the result and the three gradients.
@@ -46,7 +46,7 @@ def problem(shapes: list, queries: int | None, images: int, dtype: torch.dtype) 
 
 
 def grid(height: int, width: int) -> Tensor:
-    """(height * width, 2) centres of cells as (x, y) in [0, 1]."""
+    """(height * width, 2) centers of cells as (x, y) in [0, 1]."""
     ys, xs = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
     return torch.stack([xs, ys], -1).flatten(0, 1)
 
@@ -97,7 +97,7 @@ def main() -> int:
         return 2
     torch.manual_seed(0)
     device = torch.cuda.get_device_name()
-    print(f"torch {torch.__version__}, {device}, {options.images} picture(s), {options.dtype}, {options.repeats} turns")
+    print(f"torch {torch.__version__}, {device}, {options.images} image(s), {options.dtype}, {options.repeats} turns")
     print("| | torch ms | Triton ms | torch MB | Triton MB | faster | less memory | difference |")
     print("|---|---|---|---|---|---|---|---|")
     for case in CASES:

@@ -24,7 +24,7 @@ from brs_detr.data.coco import CocoDetection
 
 
 def write_json(folder: Path, images: int, objects: int) -> None:
-    """A json like COCO's; all image entries share a few picture files, since only the annotations are measured."""
+    """A json like COCO's; all image entries share a few image files, since only the annotations are measured."""
     random = np.random.default_rng(0)
     (folder / "images").mkdir()
     for i in range(4):
@@ -54,7 +54,7 @@ def memory(key: str, pid: int | str = "self") -> float:
 
 
 class Touch(Dataset):
-    """Reads the annotations of one image after the other, but no picture; says how much private memory it has."""
+    """Reads the annotations of one image after the other, but no image; says how much private memory it has."""
 
     def __init__(self, count: int, touch: Callable[[int], object]) -> None:
         self.count, self.touch = count, touch

@@ -18,7 +18,7 @@ from brs_detr.user_files import forgive_output, printable
 
 COMMANDS = {
     "info": ("brs_detr.commands.info", "what a recipe builds and where it would run"),
-    "predict": ("brs_detr.commands.predict", "find objects in a folder of pictures"),
+    "predict": ("brs_detr.commands.predict", "find objects in a folder of images"),
     "export": ("brs_detr.commands.export", "write a detector as an ONNX file and check it in onnxruntime"),
     "make-dataset": ("brs_detr.data.synthetic", "draw a small dataset of shapes in COCO's format"),
     "check-data": ("brs_detr.commands.check_data", "find every fault of a dataset before training does"),

@@ -24,11 +24,11 @@ from brs_detr.user_files import MODEST_BYTES, UserFileError, read_file
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Training augmentation: one of two policies a picture; sides in pixels."""
+    """Training augmentation: one of two policies an image; sides in pixels."""
 
     short_sides: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     long_side: int = 1333
-    crop_policy: bool = True  # half of the pictures: resize, crop, resize again
+    crop_policy: bool = True  # half of the images: resize, crop, resize again
     crop_short_sides: tuple[int, ...] = (400, 500, 600)
     crop_long_side: int = 4200
     crop_min: int = 384
@@ -38,7 +38,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where pictures and annotations are; the four paths are relative to `root`."""
+    """Where images and annotations are; the four paths are relative to `root`."""
 
     root: str = "datasets/coco"
     train_json: str = "annotations/instances_train2017.json"
@@ -48,8 +48,8 @@ class DataConfig:
     workers: int = 4
     timeout: float | None = 300.0  # seconds to wait for a batch before the run ends, saved; null: for ever
     retry_seconds: float = 60.0  # for how long a file is tried again where the storage fails
-    keep_empty: bool = True  # pictures without objects are trained on
-    min_side: int = 32  # smaller pictures are not trained on
+    keep_empty: bool = True  # images without objects are trained on
+    min_side: int = 32  # smaller images are not trained on
     antialias: bool = True  # low-pass filter when shrinking; the released code had none
     max_image_pixels: int = 120_000_000  # an image with more is left out; decoding takes 7 bytes a pixel
     max_image_bytes: int = 536_870_912  # and so is an image file with more
@@ -117,7 +117,7 @@ class ScoreWeights:
 class RPNConfig:
     """Auxiliary region proposal network."""
 
-    sample: int | None = None  # anchors sampled a picture; null: all of them
+    sample: int | None = None  # anchors sampled an image; null: all of them
     proposals_before_nms: int = 4000  # per level
     proposals: int = 4000
     test_proposals_before_nms: int = 1000
@@ -133,9 +133,9 @@ class RoIConfig:
     """Auxiliary Faster R-CNN head."""
 
     fc_dim: int = 1024
-    sample: int | None = None  # RoIs sampled a picture; null: all proposals
+    sample: int | None = None  # RoIs sampled an image; null: all proposals
     add_ground_truth: bool = False  # true boxes join the proposals in training
-    max_rois: int | None = None  # cap a picture, to bound memory; null: none
+    max_rois: int | None = None  # cap an image, to bound memory; null: none
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class ModelConfig:
     queries: int = 300
     max_aux_queries: int = 300
     encoder_ranking: Literal["all", "first"] = "all"  # columns of the encoder proposals' logits that are ranked
-    score_weighted: bool = False  # localisation terms weighted by the scores of their boxes
+    score_weighted: bool = False  # localization terms weighted by the scores of their boxes
     detections_per_image: int = 100
     deformable_attention: Literal["torch", "triton"] = "torch"  # triton: fused kernels, where there is a GPU
     matcher: MatcherConfig = field(default_factory=MatcherConfig)
@@ -199,22 +199,22 @@ class TrainConfig:
     """Length, schedule and bookkeeping of the training."""
 
     epochs: int = 12
-    steps: int | None = None  # optimiser steps instead, rounded up to whole epochs; for the cosine schedule
+    steps: int | None = None  # optimizer steps instead, rounded up to whole epochs; for the cosine schedule
     schedule: Literal["step", "cosine"] = "step"
     lr_steps: tuple[int, ...] = (10, 11)  # epochs after which the rate falls
     lr_gamma: float = 0.2
-    warmup_steps: int = 0  # optimiser steps
-    total_batch_size: int = 16  # pictures an optimiser step, over all processes and accumulated batches
+    warmup_steps: int = 0  # optimizer steps
+    total_batch_size: int = 16  # images an optimizer step, over all processes and accumulated batches
     per_device_batch_size: int | None = None  # at most, at once; null: the whole share of a process
     precision: Literal["no", "bf16", "fp16"] = "no"
     ema_decay: float | None = None
     eval_every: int | None = 1  # epochs; null: about twenty validations altogether
-    log_every: int = 50  # optimiser steps
-    save_every: int | None = 1000  # optimiser steps between saved states; null: only after validations
+    log_every: int = 50  # optimizer steps
+    save_every: int | None = 1000  # optimizer steps between saved states; null: only after validations
     patience: int | None = None  # validations without a better one before the training ends early; null: never
     trackers: tuple[str, ...] = ()  # of Accelerate: tensorboard, wandb, ...
     tf32: bool = True  # float32 products on a GPU may round their inputs to 10 bits
-    overfit_batches: int | None = None  # train and validate on the first pictures only, that many batches
+    overfit_batches: int | None = None  # train and validate on the first images only, that many batches
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_skipped: int = 20  # steps skipped in a row after which the training stops all the same
     freeze: tuple[str, ...] = ()  # parts that stay as they are, by the beginning of their parameters' names
@@ -228,7 +228,7 @@ class TrainConfig:
 class EvalConfig:
     """Validation."""
 
-    batch_size: int = 1  # pictures a process
+    batch_size: int = 1  # images a process
     score_threshold: float = 0.0
     max_detections: int = 100
     predict_with: Literal["decoder", "roi", "atss"] = "decoder"  # the head whose boxes count; no NMS with the decoder

@@ -116,7 +116,8 @@ def _suggestion(name: str, prefix: str, hints: Mapping[str, Any], root: Any) -> 
 
 
 def _coerce(value: Any, hint: Any, name: str, source: str) -> Any:
-    """`value` as the annotated type, or a ConfigError; words become numbers and truth values only where wanted."""
+    """`value` as the annotated type, or a ConfigError; strings are parsed as numbers or booleans only where
+    the field's type asks for it."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return None if value is None else _coerce(value, options[0], name, source)
@@ -134,7 +135,7 @@ def _coerce(value: Any, hint: Any, name: str, source: str) -> Any:
         raise ConfigError(f"{source}: {name} must be {wanted}, not {_short(value)}")
     converted = _scalar(value, hint)
     if converted is None:
-        kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[hint]
+        kind = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}[hint]
         raise ConfigError(f"{source}: {name} must be {kind}, not {_short(value)}")
     return converted
 

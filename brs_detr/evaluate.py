@@ -2,7 +2,7 @@
 
 Prints COCO's figures, a table of classes and what is most often taken for what; writes `results.json` (COCO's result
 format, the dataset's own category ids), `evaluation.json` (all figures), `per_class.csv`, `confusion.csv`,
-`precision_recall.csv`, and pictures of them and of found and true boxes. Nothing but the weights file is needed:
+`precision_recall.csv`, and images of them and of found and true boxes. Nothing but the weights file is needed:
 classes and config travel inside it. The figures equal those that the training's validation printed for these weights;
 where settings differ from the training's, that is said.
 """
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("weights", type=Path, help="run folder (its best weights) or .safetensors file")
     parser.add_argument("overrides", nargs="*", help="settings to change, e.g. data.root=/data/coco")
     parser.add_argument("--out", type=Path, help="folder to write to (default: evaluation/ beside the weights)")
-    parser.add_argument("--images", type=int, default=12, help="example pictures to draw (default 12; 0: none)")
+    parser.add_argument("--images", type=int, default=12, help="example images to draw (default 12; 0: none)")
     options = parser.parse_intermixed_args(arguments)
     forgive_output()
     try:
@@ -109,7 +109,7 @@ def changed_settings(stored: configuration.Config, used: configuration.Config) -
     return [f"not as in the training: {'; '.join(changes)}"] if changes else []
 
 
-COCO_LIMIT = 100  # detections of a picture that COCO's AP counts
+COCO_LIMIT = 100  # detections of an image that COCO's AP counts
 
 
 def score(
@@ -138,7 +138,7 @@ def score(
         The figures and the detections in COCO's result format; (None, []) in all but the main process.
 
     Raises:
-        DataError: no picture could be read.
+        DataError: no image could be read.
         Interruption: in every process, where the loader of one was interrupted.
     """
     max_detections = config.eval.max_detections
@@ -146,7 +146,7 @@ def score(
     detections = predict(model, loader, accelerator, progress=True, **settings)
     unreadable = [found["image_id"] for found in detections if found["unreadable"]]
     if len(unreadable) == len(detections):  # in every process, so that none waits for the others
-        raise DataError("none of the pictures to evaluate can be read; `python -m brs_detr check-data` names the fault")
+        raise DataError("none of the images to evaluate can be read; `python -m brs_detr check-data` names the fault")
     if not accelerator.is_main_process:
         return None, []
     require_all(detections, truth.image_ids)
@@ -159,13 +159,13 @@ def score(
     summary.images_listed = max(images_listed, len(truth.image_ids))
     if unreadable:
         shown = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")
-        summary.notes.append(f"{len(unreadable)} picture(s) cannot be read and are left out: image id {shown}")
+        summary.notes.append(f"{len(unreadable)} image(s) cannot be read and are left out: image id {shown}")
     summary.notes += setting_notes(config, truth, readable)
     return summary, results
 
 
 def setting_notes(config: Config, truth: GroundTruth, image_ids: Sequence[int]) -> list[str]:
-    """What of the settings makes AP another measure than COCO's, or bounds it for these pictures."""
+    """What of the settings makes AP another measure than COCO's, or bounds it for these images."""
     notes, threshold, max_detections = [], config.eval.score_threshold, config.eval.max_detections
     if threshold > 0:
         notes.append(
@@ -174,13 +174,13 @@ def setting_notes(config: Config, truth: GroundTruth, image_ids: Sequence[int]) 
         )
     if max_detections != COCO_LIMIT:
         notes.append(
-            f"all figures count the best {max_detections} detection(s) of a picture (eval.max_detections), "
+            f"all figures count the best {max_detections} detection(s) of an image (eval.max_detections), "
             f"COCO's are of {COCO_LIMIT}"
         )
     returned = config.model.detections_per_image
     if max(returned, COCO_LIMIT) < max_detections:
         notes.append(
-            f"the detector returns {returned} detections a picture, not {max_detections}: raise "
+            f"the detector returns {returned} detections an image, not {max_detections}: raise "
             "model.detections_per_image too"
         )
     objects, image = truth.max_objects(image_ids, by_class=False)
@@ -189,7 +189,7 @@ def setting_notes(config: Config, truth: GroundTruth, image_ids: Sequence[int]) 
     ):  # else the summary says so itself
         notes.append(
             f"image {image} holds {objects} objects but at most {min(max_detections, returned)} detections of a "
-            "picture count: "
+            "image count: "
             "its recall cannot reach 1; raise eval.max_detections and model.detections_per_image"
         )
     return notes
@@ -201,7 +201,7 @@ def dataset_notes(dataset: CocoDetection) -> list[str]:
     if report["images"] < report["images_listed"]:
         missing = report["images_listed"] - report["images"]
         notes.append(
-            f"{missing:,} of {report['images_listed']:,} pictures of {printable(dataset.json_path)} are not evaluated"
+            f"{missing:,} of {report['images_listed']:,} images of {printable(dataset.json_path)} are not evaluated"
         )
     for kind, count in report.items():
         action, explanation = POLICY.get(kind, ("", ""))
@@ -235,8 +235,8 @@ def validator(
     truth, told = GroundTruth.read(dataset.ground_truth()), set()
     if not truth.max_objects(truth.image_ids)[0]:
         raise DataError(
-            f"{dataset.json_path}: none of its {len(dataset):,} pictures holds an object that counts, so validation "
-            "has nothing to measure; point data.val_json and data.val_images at annotated pictures"
+            f"{dataset.json_path}: none of its {len(dataset):,} images holds an object that counts, so validation "
+            "has nothing to measure; point data.val_json and data.val_images at annotated images"
         )
 
     def validate(module: nn.Module) -> dict[str, float]:
@@ -258,17 +258,17 @@ def validator(
 def write_images(
     out: Path, dataset: CocoDetection, results: list[dict[str, Any]], count: int, thresholds: Mapping[str, float]
 ) -> list[Path]:
-    """Draw evenly spaced pictures of a dataset with what was found and what is true.
+    """Draw evenly spaced images of a dataset with what was found and what is true.
 
     Args:
         out: folder; gets `detections/IMAGE_ID.png` and one sheet of them all, `detections.png`.
         dataset: opened with `train=False`.
         results: detections in COCO's format.
-        count: number of pictures; 0 for none.
+        count: number of images; 0 for none.
         thresholds: by class name the lowest score that is drawn; nothing of a class without one.
 
     Returns:
-        The sheet's path and those of the pictures; empty for none.
+        The sheet's path and those of the images; empty for none.
     """
     step = max(1, len(dataset) // count) if count else 0
     chosen = range(0, len(dataset), step)[:count] if step else range(0)

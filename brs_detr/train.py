@@ -154,7 +154,7 @@ def train(config: configuration.Config, trial: str | None = None) -> int:
             return ExitCode.OK
         finished = trainer.fit()
     for line in train_set.met_while_reading():
-        log.say(f"training pictures: {line}")
+        log.say(f"training images: {line}")
     log.end()
     return ExitCode.OK if finished else ExitCode.INTERRUPTED
 
@@ -175,7 +175,7 @@ def _ready_to_stop() -> Iterator[None]:
 
 
 def prepare_model(config: configuration.Config, accelerator, train_set, log: RunLog, *, fresh: bool) -> tuple:
-    """Detector and optimiser as Accelerate prepares them, and the averaged detector (None without EMA).
+    """Detector and optimizer as Accelerate prepares them, and the averaged detector (None without EMA).
 
     Not `fresh`: a saved state is loaded next, so no initial weights are fetched or read.
     """

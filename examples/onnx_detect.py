@@ -1,6 +1,6 @@
-"""Find objects in a picture with an exported detector: numpy, Pillow and onnxruntime, nothing else.
+"""Find objects in an image with an exported detector: numpy, Pillow and onnxruntime, nothing else.
 
-`python -m brs_detr export RUN --out model.onnx`, then `python examples/onnx_detect.py model.onnx picture.jpg`
+`python -m brs_detr export RUN --out model.onnx`, then `python examples/onnx_detect.py model.onnx image.jpg`
 """
 
 import argparse
@@ -12,7 +12,7 @@ from PIL import Image
 
 
 def resize(image: Image.Image, facts: dict) -> Image.Image:
-    """The picture at its test size, its aspect ratio kept, smaller where the detector's input is."""
+    """The image at its test size, its aspect ratio kept, smaller where the detector's input is."""
     width, height = image.size
     factor = min(facts["long_side"] / max(width, height), facts["short_side"] / min(width, height))
     if facts["size"] is not None:
@@ -25,7 +25,7 @@ def resize(image: Image.Image, facts: dict) -> Image.Image:
 
 
 def detect(session: onnxruntime.InferenceSession, facts: dict, image: Image.Image) -> tuple:
-    """boxes (n, 4) x1, y1, x2, y2 in pixels of the picture, scores (n,), labels (n,); best first."""
+    """boxes (n, 4) x1, y1, x2, y2 in pixels of the image, scores (n,), labels (n,); best first."""
     resized = resize(image, facts)
     width, height = resized.size
     wanted = np.uint8 if session.get_inputs()[0].type == "tensor(uint8)" else np.float32

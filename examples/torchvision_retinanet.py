@@ -46,7 +46,7 @@ def make_model(classes: int) -> RetinaNet:
 
 
 def make_image(classes: int, size: int = 128):
-    """Dark noise with one to three bright rectangles; the class is the colour channel."""
+    """Dark noise with one to three bright rectangles; the class is the color channel."""
     image, boxes, labels = torch.rand(3, size, size) * 0.3, [], torch.randint(classes, (int(torch.randint(1, 4, ())),))
     for label in labels:
         x, y, width, height = torch.randint(25, 55, (4,)).tolist()

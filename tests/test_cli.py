@@ -1,4 +1,4 @@
-"""The commands as a user types them, on a dataset of a few drawn pictures."""
+"""The commands as a user types them, on a dataset of a few drawn images."""
 
 import contextlib
 import gzip
@@ -74,7 +74,7 @@ def fresh_accelerator():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Ten training pictures (two and a half steps an epoch) and seven for validation, of two shapes."""
+    """Ten training images (two and a half steps an epoch) and seven for validation, of two shapes."""
     return make_dataset(tmp_path_factory.mktemp("data"), train=10, val=7, image_size=72)
 
 
@@ -165,7 +165,7 @@ def test_a_path_that_cannot_be_used_is_named_in_one_sentence(data, tmp_path, cap
 
 def test_what_holds_no_image_and_no_json_is_refused_in_one_sentence(run, tmp_path, capsys):
     assert cli.main(["predict", str(run), str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path}: no picture in this folder\n"
+    assert capsys.readouterr().err == f"error: {tmp_path}: no image in this folder\n"
     (tmp_path / "train.json").write_text("<html>")
     assert cli.main(["info", DEMO, *TINY, f"data.root={tmp_path}", "data.train_json=train.json"]) == 2
     assert "this is not a JSON file" in capsys.readouterr().err
@@ -203,7 +203,7 @@ def test_fine_tuning_from_other_classes_says_what_it_did(run, data, tmp_path, ca
     assert train([*command, "train.epochs=1"]) == 0
     said = capsys.readouterr().out
     assert "tensors loaded as they are" in said and "rows of shared classes loaded" in said
-    assert "re-initialised:" not in said.replace("the others re-initialised:", "")
+    assert "re-initialized:" not in said.replace("the others re-initialized:", "")
 
 
 def test_overfitting_uses_the_training_images_for_validation(data, tmp_path):
@@ -222,9 +222,9 @@ def test_a_dry_run_reports_memory_and_leaves_no_run(data, tmp_path, capsys):
     crop = {"crop_policy": "true", "crop_min": 32, "crop_max": 64, "crop_short_sides": "[64]", "long_side": 200}
     assert train([*command, "--dry-run", *(f"data.augment.{key}={value}" for key, value in crop.items())]) == 0
     said = capsys.readouterr().out
-    # a crop of 32 x 64 resized to a short side of 64, in either direction: two pictures are padded to both
+    # a crop of 32 x 64 resized to a short side of 64, in either direction: two images are padded to both
     assert "peak memory" in said and "of 128x128 with" in said
-    assert "an optimiser step of " in said and "step of 0 parameters" not in said
+    assert "an optimizer step of " in said and "step of 0 parameters" not in said
     AcceleratorState._reset_state(reset_partial_state=True)
     assert train([*command, "--dry-run"]) == 0
     assert not (tmp_path / "run" / "state").exists()
@@ -234,7 +234,7 @@ def test_a_profile_says_where_the_time_went_and_leaves_no_run(data, tmp_path, ca
     command = [DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path / 'run'}", "--profile"]
     assert train(command) == 0
     said = capsys.readouterr().out
-    for part in ("forward", "backward", "optimiser", "waiting for data", "aten::"):
+    for part in ("forward", "backward", "optimizer", "waiting for data", "aten::"):
         assert part in said
     with gzip.open(tmp_path / "run" / "profile" / "trace.json.gz") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
@@ -244,7 +244,7 @@ def test_a_profile_says_where_the_time_went_and_leaves_no_run(data, tmp_path, ca
 
 def test_a_run_starts_with_a_sheet_of_what_the_detector_sees(run):
     with Image.open(run / "train_samples.png") as sheet:
-        assert sheet.size == (4 * 320, 3 * 320)  # ten pictures, four in a row
+        assert sheet.size == (4 * 320, 3 * 320)  # ten images, four in a row
 
 
 def test_a_run_is_not_resumed_on_other_annotations(run, data, tmp_path, capsys):
@@ -266,8 +266,8 @@ def test_a_length_in_steps_is_rounded_up_to_epochs_and_too_few_are_warned_of(dat
     command = [DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}"]
     assert train([*command, "train.steps=4", "train.eval_every=null", "train.save_every=null"]) == 0
     said = capsys.readouterr().out
-    assert "2 epochs of 3 optimiser steps, 6 in all; validation every epoch" in said
-    assert "warning: 6 optimiser steps are few" in said
+    assert "2 epochs of 3 optimizer steps, 6 in all; validation every epoch" in said
+    assert "warning: 6 optimizer steps is very short" in said
     AcceleratorState._reset_state(reset_partial_state=True)
     assert train([*command, "train.steps=4", "train.schedule=step", "train.lr_steps=[1]"]) == 2
     assert "train.schedule=cosine" in capsys.readouterr().err
@@ -354,7 +354,7 @@ def test_eval_needs_and_opens_no_tracker_of_the_training(run, tmp_path):
 
 
 def test_a_image_that_proves_damaged_is_left_out_of_the_figures(run, data, tmp_path, capsys):
-    """Both of its entry and of what is found on it: the other pictures count as they always did."""
+    """Both of its entry and of what is found on it: the other images count as they always did."""
     root = tmp_path / "data"
     shutil.copytree(data, root)
     truth = json.loads((root / "annotations" / "val.json").read_text())
@@ -367,7 +367,7 @@ def test_a_image_that_proves_damaged_is_left_out_of_the_figures(run, data, tmp_p
     arguments = [str(run), f"data.root={root}", "--images", "7", "--out"]
     assert evaluate([*arguments, str(tmp_path / "damaged")]) == 0
     written = json.loads((tmp_path / "damaged" / "evaluation.json").read_text())
-    assert f"1 picture(s) cannot be read and are left out: image id {victim['id']}" in written["notes"]
+    assert f"1 image(s) cannot be read and are left out: image id {victim['id']}" in written["notes"]
     assert (written["images"], written["images_left_out"]) == (6, 1)
     assert "\n6 of 7 images, " in capsys.readouterr().out
     truth["images"].remove(victim)
@@ -457,7 +457,7 @@ def test_frozen_parts_stay_as_they_are(run, data, tmp_path, capsys):
 
 
 def test_three_processes_find_what_one_finds(run, tmp_path):
-    """Also with more processes than some shapes have pictures."""
+    """Also with more processes than some shapes have images."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     launch = [
         sys.executable,

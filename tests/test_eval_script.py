@@ -66,7 +66,7 @@ def fresh_accelerator():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Twelve training and nine validation pictures; those of validation have three shapes and one crowd."""
+    """Twelve training and nine validation images; those of validation have three shapes and one crowd."""
     root = make_dataset(tmp_path_factory.mktemp("data"), train=12, val=9, image_size=72)
     path = root / "annotations" / "val.json"
     content = json.loads(path.read_text())
@@ -145,7 +145,7 @@ def test_other_limits_than_cocos_leave_every_figure_defined_and_are_said(run, tm
     assert all(content["stats"][name] >= 0 for name in (*recalls, "AP", "AP50", "AP75", "oLRP"))
     notes = " ".join(content["notes"])
     assert f"best {most} detection(s)" in notes and f"eval.max_detections: 100 -> {most}" in notes
-    assert ("the detector returns 50 detections a picture, not 300" in notes) == (most == 300)
+    assert ("the detector returns 50 detections an image, not 300" in notes) == (most == 300)
 
 
 def test_a_score_threshold_is_said_and_one_above_all_scores_gives_zero(run, tmp_path):
@@ -169,7 +169,7 @@ def test_what_is_not_evaluated_is_said(run, data, tmp_path):
     path.write_text(json.dumps(content))
     assert evaluate([str(run), f"data.root={root}", "--out", str(tmp_path / "out"), "--images", "0"]) == 0
     notes = report(tmp_path / "out")["notes"]
-    assert any(note.startswith("1 of 9 pictures of") for note in notes)
+    assert any(note.startswith("1 of 9 images of") for note in notes)
     assert any(note.startswith("1 x box empty") for note in notes)
 
 
@@ -181,7 +181,7 @@ def test_a_val_set_without_objects_is_refused_by_training_and_said_by_eval(run, 
     command = [str(ROOT / "configs" / "demo.yaml"), *TINY, f"data.root={root}", f"output_dir={tmp_path / 'run'}"]
     assert train(command) == 2
     error = capsys.readouterr().err.strip()
-    assert "none of its 9 pictures holds an object" in error and "\n" not in error
+    assert "none of its 9 images holds an object" in error and "\n" not in error
     AcceleratorState._reset_state(reset_partial_state=True)
     assert evaluate([str(run), f"data.root={root}", "--out", str(tmp_path / "out"), "--images", "1"]) == 0
     content = report(tmp_path / "out")
@@ -212,5 +212,5 @@ def test_prediction_is_in_float32_also_with_a_model_prepared_for_bf16():
     (found,) = predict(accelerator.unwrap_model(prepared), [(images, [{"image_id": 5}])], accelerator)
     assert found["scores"].item() == expected
     require_all([found], [5])
-    with pytest.raises(RuntimeError, match=r"1 pictures were predicted but the dataset has 2: missing \[6\]"):
+    with pytest.raises(RuntimeError, match=r"1 images were predicted but the dataset has 2: missing \[6\]"):
         require_all([found], [5, 6])

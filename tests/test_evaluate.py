@@ -15,7 +15,7 @@ BOX = [10.0, 10.0, 50.0, 40.0]
 
 
 def annotations():
-    """Three pictures with one object each."""
+    """Three images with one object each."""
     entries = [{"id": i, "image_id": i, "category_id": 5, "bbox": [10, 10, 40, 30], "area": 1200} for i in (1, 2, 3)]
     images = [{"id": i, "width": 90, "height": 90, "file_name": f"{i}.png"} for i in (1, 2, 3)]
     return {"images": images, "annotations": entries, "categories": [{"id": 5, "name": "ring"}]}
@@ -37,13 +37,13 @@ def outcome(monkeypatch, detections, **settings):
 def test_a_image_that_cannot_be_read_counts_neither_for_nor_against(monkeypatch):
     summary, results = outcome(monkeypatch, [found(1), found(2), found(3, unreadable=True)])
     assert summary.stats["AP"] == pytest.approx(1.0) and summary.images == 2 and len(results) == 2
-    assert any("1 picture(s) cannot be read and are left out: image id 3" in note for note in summary.notes)
+    assert any("1 image(s) cannot be read and are left out: image id 3" in note for note in summary.notes)
     summary, _ = outcome(monkeypatch, [found(1), found(2), found(3, unreadable=True) | {"unreadable": False}])
     assert summary.stats["AP"] == pytest.approx(0.66, abs=0.01)
 
 
 def test_no_readable_image_at_all_is_an_error(monkeypatch):
-    with pytest.raises(DataError, match="none of the pictures to evaluate can be read"):
+    with pytest.raises(DataError, match="none of the images to evaluate can be read"):
         outcome(monkeypatch, [found(image, unreadable=True) for image in (1, 2, 3)])
 
 

@@ -5,7 +5,7 @@ dataset: loader workers, averaged weights, two accumulated batches a step, state
 In turn there is SIGKILL at a random time, SIGKILL while a state or a weights file is being written, and SIGTERM at a
 random time, after which the training must end with exit code 75. Each goes to the whole process group, workers
 included. The last lines are the verdict; the exit code is 0 only if all is equal, bit for bit: weights, averaged
-weights, optimiser, and every logged figure but the timings. About five minutes on two cores.
+weights, optimizer, and every logged figure but the timings. About five minutes on two cores.
 """
 
 from __future__ import annotations

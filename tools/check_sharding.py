@@ -191,7 +191,7 @@ def damaged(place: Path) -> list[str]:
 def told(place: Path) -> list[str]:
     reference = alone(place, "sharded", SHARDED)
     launch = stopped_after(place, "told", SHARDED, 3, signal.SIGTERM)
-    if not launch.said("told to stop: saved at step"):
+    if not launch.said("Received a stop signal: checkpoint saved at step"):
         return [f"nothing was saved: {launch.log}"]
     return same_end(place, Launch(place, "told", SHARDED), reference)
 

@@ -1,4 +1,4 @@
-"""Assignments of several pictures joined into one, so that a head computes one loss for the whole batch.
+"""Assignments of several images joined into one, so that a head computes one loss for the whole batch.
 
 What a one-to-many head hands to the decoder as collaborative queries (Zong et al., Co-DETR, section 3.3).
 """
@@ -13,11 +13,11 @@ from torch import Tensor
 
 
 class BatchAssignment(NamedTuple):
-    """One assignment over all pictures.
+    """One assignment over all images.
 
     Attributes:
         assigned: (N,) int64, index into `boxes`, or a negative mark of `assign.max_iou`.
-        boxes: (M, 4) xyxy pixels, objects of all pictures.
+        boxes: (M, 4) xyxy pixels, objects of all images.
         labels: (M,) int64 their classes.
     """
 
@@ -36,11 +36,11 @@ class BatchAssignment(NamedTuple):
 
 
 def join(assignments: Sequence[Tensor], targets: Sequence[dict]) -> BatchAssignment:
-    """Concatenate per-picture assignments, shifting object indices to the concatenated objects.
+    """Concatenate per-image assignments, shifting object indices to the concatenated objects.
 
     Args:
-        assignments: per picture (N_b,) int64.
-        targets: per picture {"boxes": (M_b, 4), "labels": (M_b,)}.
+        assignments: per image (N_b,) int64.
+        targets: per image {"boxes": (M_b, 4), "labels": (M_b,)}.
     """
     shifted, start = [], 0
     for assigned, target in zip(assignments, targets, strict=True):
@@ -51,7 +51,7 @@ def join(assignments: Sequence[Tensor], targets: Sequence[dict]) -> BatchAssignm
 
 
 class AuxSamples(NamedTuple):
-    """Positive and background samples of one head, a list entry per picture.
+    """Positive and background samples of one head, a list entry per image.
 
     Attributes:
         boxes: (n, 4) xyxy pixels, the head's anchors or proposals, detached.

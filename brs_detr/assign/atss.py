@@ -1,6 +1,6 @@
 """Adaptive Training Sample Selection (Zhang et al., CVPR 2020, Algorithm 1).
 
-Each object takes the anchors nearest to its centre on every level as candidates, and keeps those whose IoU exceeds the
+Each object takes the anchors nearest to its center on every level as candidates, and keeps those whose IoU exceeds the
 candidates' own mean plus standard deviation.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from brs_detr.assign.max_iou import BACKGROUND
 
-SMALLEST_MARGIN = 0.01  # pixels by which an anchor's centre has to lie inside its object
+SMALLEST_MARGIN = 0.01  # pixels by which an anchor's center has to lie inside its object
 
 
 def atss_assign(anchors: Tensor, level_counts: Sequence[int], objects: Tensor, *, topk: int = 9) -> Tensor:
@@ -41,7 +41,7 @@ def atss_assign(anchors: Tensor, level_counts: Sequence[int], objects: Tensor, *
 
 
 def _nearest(centers: Tensor, level_counts: Sequence[int], objects: Tensor, topk: int) -> Tensor:
-    """(K, M) indices of the topk anchors of every level nearest to each object's centre."""
+    """(K, M) indices of the topk anchors of every level nearest to each object's center."""
     middle = (objects[:, :2] + objects[:, 2:]) * 0.5
     chosen, start = [], 0
     for level in centers.split(list(level_counts)):
@@ -69,6 +69,6 @@ def _threshold(overlap: Tensor) -> Tensor:
 
 
 def _inside(centers: Tensor, objects: Tensor) -> Tensor:
-    """(K, M) whether candidate centres (K, M, 2) lie inside their object (M, 4)."""
+    """(K, M) whether candidate centers (K, M, 2) lie inside their object (M, 4)."""
     margin = torch.cat([centers - objects[:, :2], objects[:, 2:] - centers], dim=-1)
     return margin.amin(dim=-1) > SMALLEST_MARGIN

@@ -1,6 +1,6 @@
 """One-to-one matching of predictions and objects (DETR, Carion et al. 2020, Eq. 1) for all prediction sets of a step.
 
-The costs of every decoder layer, of the encoder proposals and of every picture are built on the device, cross to the
+The costs of every decoder layer, of the encoder proposals and of every image are built on the device, cross to the
 host in one copy, are solved there by SciPy, and the indices return in one copy.
 """
 
@@ -26,12 +26,12 @@ class Match(NamedTuple):
 
 
 class HungarianMatcher:
-    """Cost cls * focal + l1 * L1 + giou * (-GIoU), solved per picture.
+    """Cost cls * focal + l1 * L1 + giou * (-GIoU), solved per image.
 
     Args:
         cls: weight of the focal classification cost; 2 in Co-DETR, 4 in BRS-DETR (S.3.3 of the BRS paper).
-        l1: weight of the L1 distance of normalised cxcywh boxes.
-        giou: weight of the negative generalised IoU.
+        l1: weight of the L1 distance of normalized cxcywh boxes.
+        giou: weight of the negative generalized IoU.
         alpha, gamma: of the focal cost.
     """
 
@@ -42,12 +42,12 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def cost(self, logits: Tensor, boxes: Tensor, labels: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-        """Cost of every pair in one picture.
+        """Cost of every pair in one image.
 
         Args:
             logits: (Q, K). boxes: (Q, 4) cxcywh in [0, 1].
             labels: (G,). targets: (G, 4) cxcywh in [0, 1].
-            scale: (4,) picture's (w, h, w, h) in pixels, for the GIoU.
+            scale: (4,) image's (w, h, w, h) in pixels, for the GIoU.
 
         Returns:
             (Q, G) float32.
@@ -90,7 +90,7 @@ class HungarianMatcher:
 def _solve(
     costs: np.ndarray, sizes: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Solve the flattened cost blocks; `sizes` run over sets, then pictures. Returns rows, objects, pairs a set."""
+    """Solve the flattened cost blocks; `sizes` run over sets, then images. Returns rows, objects, pairs a set."""
     rows, objects, lengths, offset = [], [], [], 0
     for number, (queries, count) in enumerate(sizes):
         image = number % len(spans)

@@ -212,7 +212,7 @@ def settings_of(found: Architecture) -> dict[str, Any]:
         model["rpn"] = {"sample": 256, "proposals": 1000}
         model["roi"] |= {"sample": 512, "add_ground_truth": True}
         train = {"lr_steps": [11], "lr_gamma": 0.1}
-    # the released weights saw pictures that were shrunk without a low-pass filter
+    # the released weights saw images that were shrunk without a low-pass filter
     return {
         "data": {"antialias": False},
         "model": model,

@@ -73,7 +73,7 @@ HEAD_OFFSETS = "query_head.transformer.head_pos_embed.weight"
 """One (2, 1) table in the official files, one scalar per auxiliary embedding in ours."""
 
 DROPPED: tuple[tuple[str, str], ...] = (
-    (r"\.num_batches_tracked$", "a count of batches that frozen normalisation does not use"),
+    (r"\.num_batches_tracked$", "a count of batches that frozen normalization does not use"),
     (r"^backbone\.layers\..*\.relative_position_index$", "follows from the window size"),
     (r"^ema_", "a running average beside the weights; the weights themselves are converted"),
 )

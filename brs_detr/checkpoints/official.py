@@ -25,7 +25,7 @@ class Report:
     """What became of the tensors.
 
     Attributes:
-        architecture: what was recognised.
+        architecture: what was recognized.
         matched: number of tensors carried over; numbers: how many numbers they hold.
         dropped: why -> official names.
         ours_alone: our names without an official tensor (there are none in a complete file).
@@ -54,7 +54,7 @@ class Report:
 
 def expected_shapes(settings: ModelConfig, num_classes: int) -> dict[str, Size]:
     """Name and shape of every tensor of the detector that a recipe builds, without the memory for it."""
-    # freezing batch normalisation looks at values, which a tensor on the meta device lacks
+    # freezing batch normalization looks at values, which a tensor on the meta device lacks
     backbone = dataclasses.replace(settings.backbone, pretrained=False, checkpoint=None, norm="batch")
     with torch.device("meta"):
         model = build_model(dataclasses.replace(settings, backbone=backbone), num_classes)

@@ -1,4 +1,4 @@
-"""`convert-dataset`: Pascal VOC and YOLO folders to COCO annotations; the pictures stay where they are."""
+"""`convert-dataset`: Pascal VOC and YOLO folders to COCO annotations; the images stay where they are."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", help="folder to write SPLIT.json to")
     names = "class names in the order wanted: a text file with one a line, or separated by commas"
     parser.add_argument("--classes", metavar="NAMES", help=f"{names} (default: VOC by alphabet, YOLO as numbered)")
-    held = "make a val split of this part of train (always the same pictures), where there is none"
+    held = "make a val split of this part of train (always the same images), where there is none"
     parser.add_argument("--val-fraction", type=float, metavar="F", help=held)
     most = "largest image file that is looked into (default: that of data.max_image_bytes); none is decoded"
     parser.add_argument("--max-image-bytes", type=int, metavar="N", default=Limits.max_image_bytes, help=most)

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pixels", choices=PIXELS, default="uint8", help="type of the input, 0..255 in either case")
     parser.add_argument("--opset", type=int, default=OLDEST_OPSET, help="version of ONNX's operators (default: 18)")
     parser.add_argument(
-        "--image", type=Path, action="append", default=[], help="check with this picture too; may be repeated"
+        "--image", type=Path, action="append", default=[], help="check with this image too; may be repeated"
     )
 
 
@@ -98,9 +98,9 @@ def installed(name: str) -> bool:
 
 
 def input_size(config: Config, options: argparse.Namespace) -> Size:
-    """(H, W) of the graph: as asked, else a square in which every picture fits at its test size.
+    """(H, W) of the graph: as asked, else a square in which every image fits at its test size.
 
-    Under `--any-size` that of the picture with which the graph is traced, wide and as large as a test picture can be.
+    Under `--any-size` that of the image with which the graph is traced, wide and as large as a test image can be.
 
     Raises:
         ConfigError: a side is too small for the maps to have two cells.
@@ -114,7 +114,7 @@ def input_size(config: Config, options: argparse.Namespace) -> Size:
 
 
 def metadata(weights: Weights, config: Config, size: Size | None) -> dict[str, Any]:
-    """What the file's user has to know: what the labels mean, and how a picture is to be resized."""
+    """What the file's user has to know: what the labels mean, and how an image is to be resized."""
     return {
         "classes": weights.classes,
         "category_ids": weights.category_ids,
@@ -129,7 +129,7 @@ def metadata(weights: Weights, config: Config, size: Size | None) -> dict[str, A
 def check(
     model: BRSDETR, path: Path, config: Config, options: argparse.Namespace, size: Size, samples: dict[str, Tensor]
 ) -> None:
-    """Compare the file in onnxruntime with the detector in torch, on noise and on (3, h, w) pictures by name.
+    """Compare the file in onnxruntime with the detector in torch, on noise and on (3, h, w) images by name.
 
     Raises:
         ExportError: they differ by more than rounding.
@@ -161,7 +161,7 @@ def check(
 
 
 def fitted_size(size: Size, config: Config, max_size: Size | None) -> Size:
-    """(h, w) of a picture as `data.test_short_side` and `data.test_long_side` say, smaller where the graph's is."""
+    """(h, w) of an image as `data.test_short_side` and `data.test_long_side` say, smaller where the graph's is."""
     short_side: float = config.data.test_short_side
     if max_size is not None:
         short_side = min(short_side, min(size) * min(max_size[0] / size[0], max_size[1] / size[1]))
@@ -169,7 +169,7 @@ def fitted_size(size: Size, config: Config, max_size: Size | None) -> Size:
 
 
 def padded(image: Tensor, canvas: Size) -> ImageBatch:
-    """A batch of one (3, h, w) picture in the top left corner of a (H, W) canvas."""
+    """A batch of one (3, h, w) image in the top left corner of a (H, W) canvas."""
     height, width = image.shape[-2:]
     pixels = image.new_zeros(1, 3, *canvas)
     pixels[0, :, :height, :width] = image

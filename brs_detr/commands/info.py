@@ -75,7 +75,7 @@ def parts(model: nn.Module) -> str:
 
 
 def inputs(config: Config, model: nn.Module) -> str:
-    """Sizes of pictures and of the maps that the detector sees."""
+    """Sizes of images and of the maps that the detector sees."""
     data, augment = config.data, config.data.augment
     strides = [2 ** (i - 1) * model.backbone.strides[-1] for i in range(2, 2 + config.model.levels)]
     strides = [*model.backbone.strides, *strides][: config.model.levels]
@@ -83,10 +83,10 @@ def inputs(config: Config, model: nn.Module) -> str:
     maps = " ".join(f"{-(-short // s)}x{-(-long // s)}" for s in strides)
     tokens = sum(-(-short // s) * -(-long // s) for s in strides)
     return (
-        f"training pictures: short side {min(augment.short_sides)}-{max(augment.short_sides)}, "
+        f"training images: short side {min(augment.short_sides)}-{max(augment.short_sides)}, "
         f"long side up to {augment.long_side}\n"
-        f"test pictures: short side {short}, long side up to {long}\n"
-        f"maps of the largest test picture (strides {', '.join(map(str, strides))}): {maps}, {tokens:,} tokens"
+        f"test images: short side {short}, long side up to {long}\n"
+        f"maps of the largest test image (strides {', '.join(map(str, strides))}): {maps}, {tokens:,} tokens"
     )
 
 

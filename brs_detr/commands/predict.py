@@ -1,4 +1,4 @@
-"""`predict`: objects in a folder of pictures, as a json and as pictures with boxes."""
+"""`predict`: objects in a folder of images, as a json and as images with boxes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LONGEST_NAME = 255  # bytes of a file name that file systems take
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `predict`."""
     parser.add_argument("weights", type=Path, help="run folder (its best weights) or .safetensors file")
-    parser.add_argument("images", type=Path, help="picture, or folder of pictures")
+    parser.add_argument("images", type=Path, help="image, or folder of images")
     parser.add_argument("overrides", nargs="*", help="settings to change, e.g. data.test_short_side=640")
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder to write to")
     parser.add_argument(
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @torch.inference_mode()
 def run(options: argparse.Namespace) -> int:
-    """Predict every picture; returns the exit code: 1 where no picture could be read."""
+    """Predict every image; returns the exit code: 1 where no image could be read."""
     model, weights, config, _ = restore(options.weights, options.overrides)
     device = choose_device(options.device)
     model.to(device)
@@ -99,19 +99,19 @@ def score_thresholds(weights: Weights, threshold: float | None) -> list[float]:
 
 
 def image_files(path: Path) -> list[Path]:
-    """The picture itself, or every file of a folder that is named like one, by name.
+    """The image itself, or every file of a folder that is named like one, by name.
 
     Raises:
-        FileNotFoundError: there is no such file or folder, or no picture in it.
+        FileNotFoundError: there is no such file or folder, or no image in it.
     """
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such picture or folder")
+        raise FileNotFoundError(f"{path}: no such image or folder")
     Image.init()
     files = sorted(file for file in path.rglob("*") if is_image_name(file.name))
     if not files:
-        raise FileNotFoundError(f"{path}: no picture in this folder")
+        raise FileNotFoundError(f"{path}: no image in this folder")
     return files
 
 
@@ -140,7 +140,7 @@ def _hashed_names(file: Path) -> Iterable[Path]:
 
 
 def describe(output: dict[str, torch.Tensor], classes: list[str], category_ids: list[int]) -> list[dict]:
-    """Detections with class names and the dataset's category ids; boxes (x, y, w, h) in pixels of the picture."""
+    """Detections with class names and the dataset's category ids; boxes (x, y, w, h) in pixels of the image."""
     objects = []
     for (x1, y1, x2, y2), score, label in zip(
         *(output[key].tolist() for key in ("boxes", "scores", "labels")), strict=True

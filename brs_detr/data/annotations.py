@@ -1,6 +1,6 @@
 """A COCO json as columns of numbers; entries that are not well formed go by the policy of `issues.py`.
 
-Nothing here opens a picture, and nothing keeps the json's Python objects. What needs pictures is in `image_sizes.py`.
+Nothing here opens an image, and nothing keeps the json's Python objects. What needs images is in `image_sizes.py`.
 
 The classes of a COCO json, and what tells those of two jsons apart.
 
@@ -97,7 +97,7 @@ def read_images(data: dict[str, Any], path: str | Path, log: IssueLog) -> Images
             log.add("image_id_duplicate", f"image {key} ({name})")
             continue
         if name in named:
-            log.add("picture_listed_twice", f"image {key} ({name})")
+            log.add("image_listed_twice", f"image {key} ({name})")
         seen.add(key)
         named.add(name)
         height, width = as_int(entry.get("height")), as_int(entry.get("width"))
@@ -107,7 +107,7 @@ def read_images(data: dict[str, Any], path: str | Path, log: IssueLog) -> Images
         sizes.append((height, width) if known else (0, 0))
     if not ids:
         raise DataError(
-            f"{path}: none of its {len(data['images']):,} image entries has a whole number as its id and a file_name; "
+            f"{path}: none of its {len(data['images']):,} image entries has an integer id and a file_name; "
             f"the first is {printable(repr(data['images'][0]))[:120]}."
         )
     frames = np.array(sizes, np.int32).reshape(-1, 2)
@@ -221,7 +221,7 @@ def read_categories(data: dict[str, Any], path: str | Path, log: IssueLog) -> tu
     """Category ids in ascending order and their names; label `k` is the k-th of them.
 
     Raises:
-        DataError: there is no category, an id is not a whole number, or an id occurs twice.
+        DataError: there is no category, an id is not an integer, or an id occurs twice.
     """
     names: dict[int, str] = {}
     for position, entry in enumerate(data["categories"]):
@@ -231,8 +231,7 @@ def read_categories(data: dict[str, Any], path: str | Path, log: IssueLog) -> tu
         if key is None:
             shown = printable(repr(entry))[:80]
             raise DataError(
-                f"{path}: the category {shown} has no whole number as its id; it should look like "
-                '{"id": 1, "name": "..."}.'
+                f'{path}: the category {shown} has no integer id; it should look like {{"id": 1, "name": "..."}}.'
             )
         if key in names:
             raise DataError(f"{path}: two categories have the id {key}; give each its own.")

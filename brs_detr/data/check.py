@@ -1,6 +1,6 @@
 """`check-data`: every fault of a dataset, what training does about it, and what the model will see.
 
-Looking at each picture of a dataset: what was converted, and what a person should look at as well.
+Looking at each image of a dataset: what was converted, and what a person should look at as well.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Source:
     """One dataset to check.
 
     Attributes:
-        json_path, image_dir: annotation file and folder of its pictures.
+        json_path, image_dir: annotation file and folder of its images.
         transforms: what the contact sheet shows them through.
         train: is it trained on, or evaluated on.
         options: further arguments of `CocoDetection`.
@@ -49,12 +49,12 @@ class Source:
 
 
 def check_dataset(source: Source, log: IssueLog, listed: Collection[str] | None = None) -> CocoDetection:
-    """Open a dataset as training or evaluation does and look at every picture.
+    """Open a dataset as training or evaluation does and look at every image.
 
     Args:
         source: what to check.
         log: filled with every fault.
-        listed: absolute paths of pictures that some json names; default those of this one.
+        listed: absolute paths of images that some json names; default those of this one.
 
     Returns:
         the dataset as it will be used.
@@ -66,7 +66,7 @@ def check_dataset(source: Source, log: IssueLog, listed: Collection[str] | None 
     dataset = CocoDetection(source.json_path, source.image_dir, log=log, **options)
     readable = [inspect_image(dataset, index, log) for index in range(len(dataset))]
     if not any(readable):
-        raise DataError(f"{source.json_path}: none of its pictures can be read: {'; '.join(log.lines((DROPPED,)))}.")
+        raise DataError(f"{source.json_path}: none of its images can be read: {'; '.join(log.lines((DROPPED,)))}.")
     if not dataset.report["objects"]:
         reasons = "; ".join(log.lines((WARNED, DROPPED))) or "there is none"
         raise DataError(f"{source.json_path}: none of its annotations can be evaluated: {reasons}.")
@@ -75,7 +75,7 @@ def check_dataset(source: Source, log: IssueLog, listed: Collection[str] | None 
 
 
 def listed_files(source: Source) -> set[str]:
-    """Absolute paths of the pictures that a json names.
+    """Absolute paths of the images that a json names.
 
     Raises:
         DataError: it cannot be read.
@@ -92,22 +92,22 @@ def file_names(json_path: str | Path, limits: Limits | None = None) -> list[str]
 
 
 def _find_unlisted(dataset: CocoDetection, listed: Collection[str], log: IssueLog) -> None:
-    """Note the picture files beside the listed ones that no image entry names."""
+    """Note the image files beside the listed ones that no image entry names."""
     used = {os.path.abspath(dataset.path(index)) for index in range(len(dataset))}
     for folder in sorted({os.path.dirname(path) for path in used}):
         for name in sorted(os.listdir(folder)):
             path = os.path.join(folder, name)
             if name.lower().endswith(IMAGE_ENDINGS) and path not in used and path not in listed:
-                log.add("picture_not_listed", os.path.relpath(path, dataset.image_dir))
+                log.add("image_not_listed", os.path.relpath(path, dataset.image_dir))
 
 
 def note_shared_images(datasets: Iterable[CocoDetection], dataset: CocoDetection, log: IssueLog) -> None:
-    """Note the pictures of a dataset that one of others has as well."""
+    """Note the images of a dataset that one of others has as well."""
     paths = {os.path.realpath(other.path(index)) for other in datasets for index in range(len(other))}
     for index in range(len(dataset)):
         if os.path.realpath(dataset.path(index)) in paths:
             where = f"image {dataset.packed.image_ids[index]} ({dataset.file_name(index)})"
-            log.add("picture_in_both_splits", where)
+            log.add("image_in_both_splits", where)
 
 
 def report(dataset: CocoDetection, log: IssueLog, show: int) -> str:
@@ -117,7 +117,7 @@ def report(dataset: CocoDetection, log: IssueLog, show: int) -> str:
     lines = [
         f"{printable(dataset.json_path)}: {counts['images']:,} of {counts['images_listed']:,} images and "
         f"{counts['objects']:,} of {counts['annotations_listed']:,} annotations will be {purpose} on",
-        f"pictures in {printable(dataset.image_dir)}",
+        f"images in {printable(dataset.image_dir)}",
         f"{dataset.num_classes} classes: "
         + ", ".join(f"{name} (id {key})" for name, key in zip(dataset.classes, dataset.category_ids, strict=True)),
     ]
@@ -145,9 +145,9 @@ def write_csv(log: IssueLog, path: str | Path) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `check-data`."""
     parser.add_argument("target", metavar="CONFIG_OR_JSON", help="recipe (.yaml) or COCO annotation file (.json)")
-    parser.add_argument("--images", help="folder of the pictures, for a json; found in the usual places if left out")
+    parser.add_argument("--images", help="folder of the images, for a json; found in the usual places if left out")
     parser.add_argument("--sheet", default="check-data.png", help="contact sheet to write (default check-data.png)")
-    parser.add_argument("--samples", type=int, default=16, help="pictures on the contact sheet (default 16; 0: none)")
+    parser.add_argument("--samples", type=int, default=16, help="images on the contact sheet (default 16; 0: none)")
     parser.add_argument("--show", type=int, default=5, help="cases printed of each fault (default 5)")
     parser.add_argument("--csv", help="file to write every single fault to")
     parser.add_argument("--strict", action="store_true", help="also fail when anything is left out or warned about")
@@ -195,7 +195,7 @@ def run(
 
 
 def _refuse(error: DataError) -> int:
-    print(f"cannot be trained on: {printable(error)}", file=sys.stderr)
+    print(f"error: dataset is not trainable: {printable(error)}", file=sys.stderr)
     return EXIT_UNTRAINABLE
 
 
@@ -227,11 +227,11 @@ def _numbered(path: str, number: int) -> str:
 
 
 _FORMAT_OF_ENDING = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
-_JPEG_OF_CAMERAS = "MPO"  # with a second picture inside that is a preview or another eye's view
+_JPEG_OF_CAMERAS = "MPO"  # with a second image inside that is a preview or another eye's view
 
 
 def inspect_image(dataset: CocoDetection, index: int, log: IssueLog) -> bool:
-    """Read one picture and log what is unusual about it.
+    """Read one image and log what is unusual about it.
 
     Args:
         dataset: it belongs to; marks it where it cannot be read.
@@ -247,37 +247,37 @@ def inspect_image(dataset: CocoDetection, index: int, log: IssueLog) -> bool:
         info = read_image_info(path, dataset.limits)
         pixels, _ = dataset.load(index)
     except ImageError as error:
-        log.add("picture_unreadable", where, error.reason)
+        log.add("image_unreadable", where, error.reason)
         return False
     if info.mode != "RGB":
-        log.add("picture_converted", where, f"mode {info.mode}")
+        log.add("image_converted", where, f"mode {info.mode}")
     kind = "JPEG" if info.format == _JPEG_OF_CAMERAS else info.format
     if _FORMAT_OF_ENDING.get(Path(name).suffix.lower(), kind) != kind:
-        log.add("picture_name_misleads", where, f"it is a {info.format} file")
+        log.add("image_name_misleads", where, f"it is a {info.format} file")
     if not name.isascii() or " " in name:
-        log.add("picture_name_unusual", where)
+        log.add("image_name_unusual", where)
     if info.frames > 1 and info.format != _JPEG_OF_CAMERAS:
-        log.add("picture_has_pages", where, f"{info.frames} in the file")
+        log.add("image_has_pages", where, f"{info.frames} in the file")
     if pixels[:, ::4, ::4].float().std() < 2:
-        log.add("picture_uniform", where)
-    elif pixels.max() < (64 if info.mode.startswith("I") else 17):  # 14 bits of 16; 12 bits, where colours hide the 16
-        log.add("picture_dark", where, f"the brightest value is {pixels.max()} of 255")
+        log.add("image_uniform", where)
+    elif pixels.max() < (64 if info.mode.startswith("I") else 17):  # 14 bits of 16; 12 bits, where colors hide the 16
+        log.add("image_dark", where, f"the brightest value is {pixels.max()} of 255")
     elif blank_bottom_fraction(pixels) >= 0.25:
-        log.add("picture_part_blank", where, f"the lower {blank_bottom_fraction(pixels):.0%}")
+        log.add("image_part_blank", where, f"the lower {blank_bottom_fraction(pixels):.0%}")
     elif has_zeroed_part(path):
-        log.add("picture_part_blank", where, "the file holds zeros instead of pixels")
+        log.add("image_part_blank", where, "the file holds zeros instead of pixels")
     return True
 
 
 def blank_bottom_fraction(pixels: Tensor, period: int = 16) -> float:
-    """The share of a picture's height, from below, whose rows repeat themselves, as in a cut file that was saved again.
+    """The share of an image's height, from below, whose rows repeat themselves, as in a cut file that was saved again.
 
     Args:
         pixels: (3, h, w) uint8.
         period: width in pixels of the blocks that a JPEG is made of.
 
     Returns:
-        0 also where the uppermost row is such a one: then the picture has a frame.
+        0 also where the uppermost row is such a one: then the image has a frame.
     """
     if pixels.shape[2] <= 2 * period:
         return 0.0

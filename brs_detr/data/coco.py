@@ -37,19 +37,19 @@ _console = logging.getLogger(__name__)  # what workers meet; without further set
 
 
 class CocoDetection(Dataset):
-    """Pictures and boxes of a COCO json.
+    """Images and boxes of a COCO json.
 
     Args:
         json_path: annotation file.
         image_dir: folder that the json's file names are relative to.
         transforms: `(image, target, generator) -> (image, target)`, see `transforms.py`; None changes nothing.
-        train: clip boxes, leave out what cannot be learnt from, and replace damaged pictures by others. Otherwise
-            the json's boxes stay as they are, pictures whose header is unreadable are left out, and one that proves
+        train: clip boxes, leave out what cannot be learned from, and replace damaged images by others. Otherwise
+            the json's boxes stay as they are, images whose header is unreadable are left out, and one that proves
             damaged when it is read comes black and marked, for the evaluation to leave out.
         keep_empty: keep images without objects in training, as background.
-        min_side: smallest side in pixels of a training picture.
+        min_side: smallest side in pixels of a training image.
         seed: of the augmentation.
-        inspect: read the header of every picture at the start; by default in evaluation only.
+        inspect: read the header of every image at the start; by default in evaluation only.
         limits: of the sizes of files, and whether file names may lead out of the image folder; by default those of the
             settings.
         log: where faults are counted; give one to see them all.
@@ -107,7 +107,7 @@ class CocoDetection(Dataset):
         """How many images and objects are used, and how many faults of each kind were met so far."""
         packed, found = self.packed, self._found[: len(self)].numpy()
         counts = Counter(self._log.counts)
-        counts["picture_unreadable"] += int((found == _UNREADABLE).sum())
+        counts["image_unreadable"] += int((found == _UNREADABLE).sum())
         counts["size_mismatch"] += int((found == _MISMATCH).sum())
         readable = np.repeat(found != _UNREADABLE, np.diff(packed.offsets))
         totals = {
@@ -135,7 +135,7 @@ class CocoDetection(Dataset):
         """Lines on what no header told and the loader's workers found out."""
         found = self._found[: len(self)].numpy()
         lines = []
-        for state, kind in ((_UNREADABLE, "picture_unreadable"), (_MISMATCH, "size_mismatch")):
+        for state, kind in ((_UNREADABLE, "image_unreadable"), (_MISMATCH, "size_mismatch")):
             rows = np.flatnonzero(found == state)
             if len(rows):
                 first = f"image {self.packed.image_ids[rows[0]]} ({printable(self.file_name(int(rows[0])))})"
@@ -143,7 +143,7 @@ class CocoDetection(Dataset):
         return lines
 
     def fingerprint(self) -> str:
-        """A digest of classes, file names, sizes and boxes as they are used; not of the pictures' content."""
+        """A digest of classes, file names, sizes and boxes as they are used; not of the images' content."""
         content = hashlib.sha256(repr((self.classes, self.category_ids)).encode())
         for array in vars(self.packed).values():
             content.update(np.ascontiguousarray(array))
@@ -157,11 +157,11 @@ class CocoDetection(Dataset):
         return self.packed.file_name(index)
 
     def path(self, index: int) -> str:
-        """Where the picture lies."""
+        """Where the image lies."""
         return os.path.join(self.image_dir, self.file_name(index))
 
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Target]:
-        """One augmented picture and its objects.
+        """One augmented image and its objects.
 
         Args:
             index: image number, or (image number, epoch): the augmentation depends on (seed, epoch, image) alone.
@@ -169,11 +169,11 @@ class CocoDetection(Dataset):
         Returns:
             (3, h, w) uint8 RGB and {"boxes": (n, 4) float32 xyxy pixels, "labels": (n,) int64, "image_id": int,
             "original_size": (h, w) of the frame that detections are reported in}; in evaluation also
-            "unreadable": True where a black picture stands for a damaged one.
+            "unreadable": True where a black image stands for a damaged one.
 
         Raises:
-            ImageError: in training, where neither the picture nor the next ones can be decoded.
-            StorageError: the file, which was there, cannot be read; no other picture takes its place.
+            ImageError: in training, where neither the image nor the next ones can be decoded.
+            StorageError: the file, which was there, cannot be read; no other image takes its place.
         """
         index, epoch = index if isinstance(index, tuple) else (index, 0)
         index = int(index)
@@ -187,7 +187,7 @@ class CocoDetection(Dataset):
         return [self.path(number - 1) for number in self._reading[self._reading > 0].tolist()]
 
     def load(self, index: int) -> tuple[Tensor, Target]:
-        """The picture as stored and its objects, before augmentation; crowds are left out.
+        """The image as stored and its objects, before augmentation; crowds are left out.
 
         Raises:
             ImageError: the file cannot be decoded.
@@ -284,7 +284,7 @@ class CocoDetection(Dataset):
         return images, objects
 
     def _load_or_replace(self, index: int) -> tuple[Tensor, Target, int]:
-        """The picture, or the next one that can be read: a fixed rule, so that a resumed run replaces alike."""
+        """The image, or the next one that can be read: a fixed rule, so that a resumed run replaces alike."""
         for step in range(min(len(self), 100)):
             candidate = (index + step) % len(self)
             if self._found[candidate] == _UNREADABLE:
@@ -292,11 +292,11 @@ class CocoDetection(Dataset):
             try:
                 return *self.load(candidate), candidate
             except ImageError as error:
-                _console.warning("%s Another picture takes its place.", error)
-        raise ImageError(f"{self.path(index)}: neither this picture nor the next ones can be read.")
+                _console.warning("%s Using the next readable image instead.", error)
+        raise ImageError(f"{self.path(index)}: neither this image nor the next ones can be read.")
 
     def _load_or_mark(self, index: int) -> tuple[Tensor, Target]:
-        """The picture, or a black one of its size whose target says that it stands for an unreadable one."""
+        """The image, or a black one of its size whose target says that it stands for an unreadable one."""
         known = self._found[index] == _UNREADABLE
         try:
             return self.load(index)
@@ -319,24 +319,24 @@ class CocoDetection(Dataset):
 
 
 def _where_else(names: list[str], image_dir: str, log: IssueLog) -> str:
-    """Says that no picture is in its folder, and which folder beside that one holds them."""
-    outside = log.counts["picture_outside"]
+    """Says that no image is in its folder, and which folder beside that one holds them."""
+    outside = log.counts["image_outside"]
     if outside:
-        first = next(fault.where for fault in log.faults if fault.kind == "picture_outside")
+        first = next(fault.where for fault in log.faults if fault.kind == "image_outside")
         return (
             f"the file names of {outside:,} of its {len(names):,} images lead out of {image_dir}, and no other image "
             f"was found, first: {first}; data.allow_outside_images=true follows them."
         )
     first = os.path.join(image_dir, names[0])
     link = ", a link that leads nowhere" if os.path.islink(first) else ""
-    missing = f"none of its {len(names):,} pictures is in {image_dir} (looked for {printable(first)[:200]}{link})"
+    missing = f"none of its {len(names):,} images is in {image_dir} (looked for {printable(first)[:200]}{link})"
     beside = Path(os.path.abspath(image_dir)).parent
     while not beside.is_dir():
         beside = beside.parent
     folder, count = (beside != beside.parent and guess_folder(names, beside)) or (None, 0)
     if folder is None or folder == Path(os.path.abspath(image_dir)):
         return f"{missing}; is this the right image folder?"
-    return f"{missing}; {count:,} pictures of these names are in {folder}."
+    return f"{missing}; {count:,} images of these names are in {folder}."
 
 
 def _select(images: reading.Images, objects: reading.Objects, keep: np.ndarray) -> tuple:
@@ -347,7 +347,7 @@ def _select(images: reading.Images, objects: reading.Objects, keep: np.ndarray) 
 
 
 def _into_image(boxes: np.ndarray, labels: np.ndarray, frame: tuple[int, int], size: tuple[int, int]) -> tuple:
-    """Boxes of a json whose size is not the picture's: scaled if the aspect ratio agrees, else clipped."""
+    """Boxes of a json whose size is not the image's: scaled if the aspect ratio agrees, else clipped."""
     if same_aspect(frame, size):
         scale = np.array([size[1] / frame[1], size[0] / frame[0]] * 2, np.float32)
         return boxes * scale, labels, frame

@@ -1,7 +1,7 @@
-"""Read a picture file of any kind as 8-bit RGB.
+"""Read an image file of any kind as 8-bit RGB.
 
-Grey, 16-bit, CMYK, palette and alpha pictures are converted; an EXIF rotation is applied when, and only when, the size
-the annotations expect says so. A damaged file is an error that names it, never a half-grey picture.
+Gray, 16-bit, CMYK, palette and alpha images are converted; an EXIF rotation is applied when, and only when, the size
+the annotations expect says so. A damaged file is an error that names it, never a half-gray image.
 
 How large the files of a dataset may be before they are refused rather than fill the memory.
 """
@@ -34,7 +34,7 @@ _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
 class ImageError(ValueError):
-    """A picture file that cannot be used; the message names the file.
+    """An image file that cannot be used; the message names the file.
 
     A data loader hands on a worker's error as its traceback with the message at the end: only that is kept.
     """
@@ -45,7 +45,7 @@ class ImageError(ValueError):
     @property
     def reason(self) -> str:
         """The message without the file's name."""
-        return str(self).rpartition(": this picture ")[2].removeprefix("cannot be read: ").removesuffix(".")
+        return str(self).rpartition(": this image ")[2].removeprefix("cannot be read: ").removesuffix(".")
 
 
 class ImageInfo(NamedTuple):
@@ -65,11 +65,11 @@ def read_image(
     limits: Limits | None = None,
     retry_seconds: float | None = None,
 ) -> Tensor:
-    """Read a picture as RGB.
+    """Read an image as RGB.
 
     Args:
         path: file of one of `FORMATS`; its content decides, not its name.
-        expected_size: (height, width) that the annotations are drawn in. A picture with an EXIF rotation is turned
+        expected_size: (height, width) that the annotations are drawn in. An image with an EXIF rotation is turned
             upright if that gives this size and the stored pixels do not; otherwise the pixels are taken as stored.
         limits: of the file's size and of the number of pixels; by default those of the settings.
         retry_seconds: for how long to try again where the storage fails; None takes its failure for the file's.
@@ -90,7 +90,7 @@ def read_image(
     except (ImageError, StorageError):
         raise
     except Exception as error:  # Pillow's decoders raise many kinds, some from C
-        raise ImageError(f"{path}: this picture cannot be read: {_reason(error, path)}.") from error
+        raise ImageError(f"{path}: this image cannot be read: {_reason(error, path)}.") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
@@ -119,7 +119,7 @@ def open_image(file: BinaryIO, limits: Limits) -> Image.Image:
 
 @contextmanager
 def _strict_pillow() -> Iterator[None]:
-    """Other libraries may have told Pillow to turn a cut file grey in silence; and the limit of pixels is ours."""
+    """Other libraries may have told Pillow to turn a cut file gray in silence; and the limit of pixels is ours."""
     keep = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
     ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, None
     try:
@@ -135,7 +135,7 @@ def read_image_info(path: str | Path, limits: Limits | None = None, retry_second
         path, limits, retry_seconds: as for `read_image`.
 
     Raises:
-        ImageError: the file is missing, no regular file, too large, is no picture, or ends before its picture does.
+        ImageError: the file is missing, no regular file, too large, is no image, or ends before its image does.
         StorageError: the storage failed, and `retry_seconds` is not None.
     """
     limits = limits or Limits()
@@ -146,7 +146,7 @@ def read_image_info(path: str | Path, limits: Limits | None = None, retry_second
     except StorageError:
         raise
     except Exception as error:
-        raise ImageError(f"{path}: this picture cannot be read: {_reason(error, path)}.") from error
+        raise ImageError(f"{path}: this image cannot be read: {_reason(error, path)}.") from error
 
 
 def _inspect(path: str | Path, limits: Limits) -> ImageInfo:
@@ -163,7 +163,7 @@ def _inspect(path: str | Path, limits: Limits) -> ImageInfo:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file is named like a picture of one of `FORMATS`."""
+    """Whether a file is named like an image of one of `FORMATS`."""
     ending = Path(name).suffix.lower()
     return ending in IMAGE_ENDINGS or Image.registered_extensions().get(ending) in FORMATS
 
@@ -171,7 +171,7 @@ def is_image_name(name: str) -> bool:
 def _reason(error: Exception, path: str | Path) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         start = read_start(path, 24)
-        return f"it begins with {str(start)[1:]}, which is no picture" if start else "the file is empty"
+        return f"it begins with {str(start)[1:]}, which is no image" if start else "the file is empty"
     if isinstance(error, FileNotFoundError):
         return "the file does not exist"
     return (getattr(error, "strerror", None) or str(error)).rstrip(".") or type(error).__name__
@@ -208,14 +208,14 @@ def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
         return _from_floats(image, path).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # otherwise Pillow warns about palette transparency given as bytes
-    return image.convert("RGB")  # alpha is dropped: the colours under it are kept as the file has them
+    return image.convert("RGB")  # alpha is dropped: the colors under it are kept as the file has them
 
 
 def _from_integers(image: Image.Image, path: str | Path) -> Image.Image:
-    """0..65535 to 0..255 by one fixed factor, so that brightness compares between pictures."""
+    """0..65535 to 0..255 by one fixed factor, so that brightness compares between images."""
     values = np.asarray(image)
     if values.size and (values.min() < 0 or values.max() > 65535):
-        raise ImageError(f"{path}: this picture has values outside 0..65535; convert it to 8 or 16 bits.")
+        raise ImageError(f"{path}: this image has values outside 0..65535; convert it to 8 or 16 bits.")
     return Image.fromarray(_to_bytes(values, lambda part: (part.astype(np.int32) + 128) // 257))
 
 
@@ -224,13 +224,13 @@ def _from_floats(image: Image.Image, path: str | Path) -> Image.Image:
     values = np.asarray(image)
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     if not (low >= 0 and high <= 255):  # a NaN anywhere makes both NaN, which compares false
-        raise ImageError(f"{path}: this picture has float values outside 0..255; convert it to 8 or 16 bits.")
+        raise ImageError(f"{path}: this image has float values outside 0..255; convert it to 8 or 16 bits.")
     factor = 255 if high <= 1 else 1
     return Image.fromarray(_to_bytes(values, lambda part: np.rint(part.astype(np.float64) * factor)))
 
 
 def _to_bytes(values: np.ndarray, convert: Callable[[np.ndarray], np.ndarray], part: int = 2**20) -> np.ndarray:
-    """An array as uint8, a part at a time: intermediate results of a large picture would be its largest copies."""
+    """An array as uint8, a part at a time: intermediate results of a large image would be its largest copies."""
     flat, result = values.reshape(-1), np.empty(values.size, np.uint8)
     for start in range(0, values.size, part):
         result[start : start + part] = convert(flat[start : start + part])
@@ -241,7 +241,7 @@ _END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 
 
 def has_zeroed_part(path: str | Path) -> bool:
-    """Whether a JPEG holds a kilobyte of zeros in place of pixels: they decode, without an error, to one colour.
+    """Whether a JPEG holds a kilobyte of zeros in place of pixels: they decode, without an error, to one color.
 
     A large blank area can, in rare cases, look the same.
     """
@@ -251,7 +251,7 @@ def has_zeroed_part(path: str | Path) -> bool:
 
 
 def _require_whole(kind: str | None, content: bytes, limits: Limits) -> None:
-    """Find what decoding does not: bytes that never came (as zeros they decode to grey), a wrong checksum in a PNG."""
+    """Find what decoding does not: bytes that never came (as zeros they decode to gray), a wrong checksum in a PNG."""
     if not _has_ending(kind, content):
         raise ValueError("the file is cut short")
     if kind == "PNG":
@@ -273,7 +273,7 @@ def _pixels_begin(content: bytes) -> int:
 
 
 def _seems_whole(kind: str, file: BinaryIO) -> bool:
-    """Whether the end marker is among the last bytes or, since phones append films to pictures, further ahead."""
+    """Whether the end marker is among the last bytes or, since phones append films to images, further ahead."""
     file.seek(max(0, file.seek(0, 2) - 65536))
     if _END_MARKERS.get(kind, b"") in file.read():
         return True

@@ -1,6 +1,6 @@
-"""Where the pictures of a json are: exactly where it says, or where its tool's way of writing paths leads to.
+"""Where the images of a json are: exactly where it says, or where its tool's way of writing paths leads to.
 
-Labelling tools export names with the folders of another machine, with backslashes, as URLs, or in another case. If no
+Labeling tools export names with the folders of another machine, with backslashes, as URLs, or in another case. If no
 file lies where the json says, the one file under the image folder whose path agrees with the name is taken.
 """
 
@@ -27,9 +27,9 @@ def resolve_image_paths(
 ) -> np.ndarray:
     """Find the file of every image; changes `images.names` where it is another one than the json names.
 
-    Folders are listed once, rather than asked for each file. A name that leads nowhere is compared with the pictures
+    Folders are listed once, rather than asked for each file. A name that leads nowhere is compared with the images
     under `image_dir`: written in another way (case, backslashes, URL encoding, Unicode form) it may be the same path.
-    Only where no picture at all lies as stated may paths also begin with other folders, or files end differently.
+    Only where no image at all lies as stated may paths also begin with other folders, or files end differently.
     A name that leads out of `image_dir` (an absolute path, `..`) leads nowhere unless `allow_outside`; links within it
     are followed.
 
@@ -53,7 +53,7 @@ def resolve_image_paths(
     if not found.all():
         _search(images, found, image_dir, log)
     for row in np.flatnonzero(~found):
-        log.add("picture_outside" if outside[row] else "picture_missing", images.where(row))
+        log.add("image_outside" if outside[row] else "image_missing", images.where(row))
     return found
 
 
@@ -71,7 +71,7 @@ def _files_in(folder: str) -> set[str]:
             # the entry knows its kind; only a link must be followed
             return {e.name for e in entries if (os.path.isfile(e.path) if e.is_symlink() else e.is_file())}
     except PermissionError as error:
-        raise DataError(f"{folder}: this folder of pictures cannot be read ({error.strerror}).") from None
+        raise DataError(f"{folder}: this folder of images cannot be read ({error.strerror}).") from None
     except (OSError, ValueError):  # no such folder, or a name that cannot be one
         return set()
 
@@ -94,7 +94,7 @@ def _search(images: Images, found: np.ndarray, image_dir: str | Path, log: Issue
             if len({images.names[row] for row in rows}) > 1 or not os.path.isfile(os.path.join(image_dir, path)):
                 continue  # names in two folders lead to one file: whose it is, is not known
             for row in rows:
-                log.add("picture_elsewhere", images.where(row), path)
+                log.add("image_elsewhere", images.where(row), path)
                 images.names[row], found[row] = path, True
 
 
@@ -113,7 +113,7 @@ def _parts(name: str, loose: bool) -> list[str]:
 
 
 def images_under(folder: str | Path) -> Iterator[str]:
-    """Paths, relative to a folder, of the files under it that are named like pictures; not behind linked folders."""
+    """Paths, relative to a folder, of the files under it that are named like images; not behind linked folders."""
     looked_at = 0
     for place, folders, names in os.walk(folder):
         folders.sort()
@@ -127,7 +127,7 @@ def images_under(folder: str | Path) -> Iterator[str]:
 
 
 def guess_folder(names: Sequence[str], start: str | Path) -> tuple[Path, int] | None:
-    """The folder under `start` that holds the most pictures of these names, whatever folders the names begin with.
+    """The folder under `start` that holds the most images of these names, whatever folders the names begin with.
 
     Returns:
         that folder, or the one around all of them where it holds fewer than nine tenths, and how many were found
@@ -146,7 +146,7 @@ def guess_folder(names: Sequence[str], start: str | Path) -> tuple[Path, int] | 
 
 
 def usual_folder(json_path: str | Path, names: Sequence[str]) -> Path:
-    """The folder that most likely holds the pictures of a json, from where datasets usually keep them.
+    """The folder that most likely holds the images of a json, from where datasets usually keep them.
 
     Args:
         json_path: annotation file.
@@ -162,9 +162,9 @@ def usual_folder(json_path: str | Path, names: Sequence[str]) -> Path:
     for place in places:
         if not names or any(not leads_outside(name, place) and os.path.isfile(place / name) for name in names[:20]):
             return place
-    # not further up: there another dataset may have pictures of the same names
+    # not further up: there another dataset may have images of the same names
     beside = path.parent.parent if path.parent.name.lower().startswith("annotation") else path.parent
     guess = guess_folder(names, beside)
     if guess is not None:
         return guess[0]
-    raise DataError(f"{json_path}: its pictures are not in a usual place; name their folder with --images DIR.")
+    raise DataError(f"{json_path}: its images are not in a usual place; name their folder with --images DIR.")

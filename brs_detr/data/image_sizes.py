@@ -1,8 +1,8 @@
-"""In which frame an image's boxes are drawn, and which of them lie in it.
+"""Resolve the coordinate frame of each image's boxes (EXIF, resizes) and clip boxes to it.
 
-A json may state no size, a wrong one, or that of the picture before it was turned or shrunk; its boxes tell which.
+A json may state no size, a wrong one, or that of the image before it was turned or shrunk; its boxes tell which.
 
-Do the four numbers of the boxes mean what COCO means by them: x, y, width, height in pixels?
+Detect boxes that are not in COCO's xywh pixel format.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def resolve_image_sizes(
 ) -> np.ndarray:
     """Decide in which frame each image's boxes are drawn; changes `images.frames` and `images.sizes`.
 
-    A header is read where the json gives no size or a box sticks out of it, and of a hundred pictures from all over the
-    dataset; or of every picture, if told so.
+    A header is read where the json gives no size or a box sticks out of it, and of a hundred images from all over the
+    dataset; or of every image, if told so.
 
     Returns:
-        (I,) bool: False where the file turned out not to be a readable picture.
+        (I,) bool: False where the file turned out not to be a readable image.
 
     Raises:
-        DataError: no picture that was looked at can be read.
+        DataError: no image that was looked at can be read.
         StorageError: the storage failed for `retry_seconds`; with None such a file is not readable, like others.
     """
     extent = np.zeros((len(images), 2))
@@ -50,36 +50,36 @@ def resolve_image_sizes(
         try:
             info = read_image_info(path, limits, retry_seconds)
         except ImageError as error:
-            log.add("picture_unreadable", images.where(row), error.reason)
+            log.add("image_unreadable", images.where(row), error.reason)
             readable[row], last = False, error
             continue
         stated = (int(images.frames[row, 0]), int(images.frames[row, 1]))
         frame, image = _judge_size(stated, info, bool(fits[row]), images.where(row), log)
         images.frames[row], images.sizes[row] = frame, image
     if not readable[looked_at].any():
-        raise DataError(f"{image_dir}: none of {len(looked_at):,} pictures looked at can be read; the last is {last}")
+        raise DataError(f"{image_dir}: none of {len(looked_at):,} images looked at can be read; the last is {last}")
     return readable
 
 
 def _judge_size(stated: tuple[int, int], info: ImageInfo, fits: bool, where: str, log: IssueLog) -> tuple:
-    """(frame, picture), both (h, w), from the json's size and the file's."""
+    """(frame, image), both (h, w), from the json's size and the file's."""
     stored, upright = info.stored_size, info.upright_size
     if stated in (stored, upright):
         if stated != stored:
-            log.add("picture_turned", where, f"EXIF orientation {info.orientation}")
+            log.add("image_turned", where, f"EXIF orientation {info.orientation}")
         elif info.orientation != 1:
-            kind = "picture_not_turned" if upright != stored else "picture_mirrored"
+            kind = "image_not_turned" if upright != stored else "image_mirrored"
             log.add(kind, where, f"EXIF orientation {info.orientation}")
         return stated, stated
     if stated == (0, 0):
         log.add("size_missing", where)
         if info.orientation != 1:
-            log.add("picture_mirrored", where, f"EXIF orientation {info.orientation}")
+            log.add("image_mirrored", where, f"EXIF orientation {info.orientation}")
         return stored, stored
     scaled = fits and same_aspect(stated, stored)
     doubtful = fits and not scaled and stated != stored[::-1]  # not just width and height interchanged
-    sizes = f"the json says {stated[1]}x{stated[0]}, the picture is {stored[1]}x{stored[0]}"
-    taken = "boxes are scaled" if scaled else "boxes are taken in the picture's frame"
+    sizes = f"the json says {stated[1]}x{stated[0]}, the image is {stored[1]}x{stored[0]}"
+    taken = "boxes are scaled" if scaled else "boxes are taken in the image's frame"
     log.add("size_of_other_shape" if doubtful else "size_mismatch", where, f"{sizes}; {taken}")
     return (stated if scaled else stored), stored
 
@@ -125,12 +125,12 @@ def _repeats(objects: Objects) -> np.ndarray:
 
 
 _FEWEST = 10  # boxes from which anything can be concluded
-_SLACK = 2.0  # pixels that a box may stick out of its picture
+_SLACK = 2.0  # pixels that a box may stick out of its image
 
 
 def check_box_format(images: Images, objects: Objects, log: IssueLog) -> None:
-    """Warn where boxes stick out of their pictures, but would not if they were corners, centres or swapped axes, or
-    where all are fractions of the picture's size.
+    """Warn where boxes stick out of their images, but would not if they were corners, centers or swapped axes, or
+    where all are fractions of the image's size.
 
     Args:
         images: with the frames that the boxes are drawn in.
@@ -142,7 +142,7 @@ def check_box_format(images: Images, objects: Objects, log: IssueLog) -> None:
     a, b, c, d = objects.xywh.T
     height, width = images.frames[objects.rows].T
     if objects.xywh.max() <= 1.01:
-        log.add("box_layout_doubtful", "all boxes", "they lie between 0 and 1, as fractions of the picture's size do")
+        log.add("box_layout_doubtful", "all boxes", "they lie between 0 and 1, as fractions of the image's size do")
         return
 
     def share_inside(x1: np.ndarray, y1: np.ndarray, x2: np.ndarray, y2: np.ndarray) -> float:
@@ -152,10 +152,10 @@ def check_box_format(images: Images, objects: Objects, log: IssueLog) -> None:
     stated = share_inside(a, b, a + c, b + d)
     readings = {
         "corners x1, y1, x2, y2": share_inside(a, b, c, d),
-        "centre x, centre y, width, height": share_inside(a - c / 2, b - d / 2, a + c / 2, b + d / 2),
+        "center x, center y, width, height": share_inside(a - c / 2, b - d / 2, a + c / 2, b + d / 2),
         "y, x, height, width": share_inside(b, a, b + d, a + c),
     }
     best = max(readings, key=readings.get)
     if readings[best] > 0.99 and readings[best] - stated > 0.05:
-        detail = f"{stated:.0%} lie in their pictures, but {readings[best]:.0%} would if they were {best}"
+        detail = f"{stated:.0%} lie in their images, but {readings[best]:.0%} would if they were {best}"
         log.add("box_layout_doubtful", "all boxes", detail)

@@ -14,55 +14,55 @@ from brs_detr.user_files import printable
 KEPT = "kept"
 REPAIRED = "repaired"
 DROPPED = "dropped"
-WARNED = "warned"  # kept, and said first: it may spoil the training
+WARNED = "warned"  # kept, but reported first: it may hurt training
 
 # kind: (what happens to it, one sentence for people)
 POLICY: dict[str, tuple[str, str]] = {
-    # pictures
+    # images
     "image_malformed": (DROPPED, "an image entry without a usable id or file name is dropped, with its annotations"),
     "image_id_duplicate": (
         WARNED,
         "the first image entry with an id is kept, with the annotations of all of them; later ones are dropped",
     ),
-    "image_too_small": (DROPPED, "pictures with a side under data.min_side are left out of training"),
+    "image_too_small": (DROPPED, "images with a side under data.min_side are left out of training"),
     "image_without_objects": (KEPT, "kept as background (data.keep_empty=false leaves it out of training)"),
-    "size_missing": (REPAIRED, "the picture's own size is used"),
+    "size_missing": (REPAIRED, "the image's own size is used"),
     "size_mismatch": (
         REPAIRED,
-        "boxes that fit the json's size are scaled to a picture of that aspect ratio; boxes that do not fit are taken "
-        "in the picture's own frame",
+        "boxes that fit the json's size are scaled to an image of that aspect ratio; boxes that do not fit are taken "
+        "in the image's own frame",
     ),
     "size_of_other_shape": (
         WARNED,
-        "the boxes would fit both; they are taken in the picture's own frame, which is wrong if it was stretched: look "
+        "the boxes would fit both; they are taken in the image's own frame, which is wrong if it was stretched: look "
         "at the contact sheet",
     ),
-    "picture_missing": (DROPPED, "the image is left out"),
-    "picture_outside": (
+    "image_missing": (DROPPED, "the image is left out"),
+    "image_outside": (
         DROPPED,
         "a file name that leads out of the image folder is not followed (data.allow_outside_images=true follows it)",
     ),
-    "picture_elsewhere": (REPAIRED, "the one picture under the image folder whose path agrees with the name is used"),
-    "picture_listed_twice": (WARNED, "used once per entry, each time with the annotations of that entry only"),
-    "picture_in_both_splits": (WARNED, "trained on and evaluated on: the figures will be too good"),
-    "picture_unreadable": (DROPPED, "left out; in training another one takes its place where only decoding tells"),
-    "picture_turned": (REPAIRED, "the json's size is the upright one: the EXIF rotation is applied"),
-    "picture_not_turned": (KEPT, "the json's size is the stored one: the EXIF rotation is not applied"),
-    "picture_mirrored": (
+    "image_elsewhere": (REPAIRED, "the one image under the image folder whose path agrees with the name is used"),
+    "image_listed_twice": (WARNED, "used once per entry, each time with the annotations of that entry only"),
+    "image_in_both_splits": (WARNED, "trained on and evaluated on: the figures will be too good"),
+    "image_unreadable": (DROPPED, "left out; in training another one takes its place where only decoding tells"),
+    "image_turned": (REPAIRED, "the json's size is the upright one: the EXIF rotation is applied"),
+    "image_not_turned": (KEPT, "the json's size is the stored one: the EXIF rotation is not applied"),
+    "image_mirrored": (
         WARNED,
         "the size cannot tell whether this EXIF turn was applied; pixels are taken as stored: look at them",
     ),
-    "picture_converted": (REPAIRED, "converted to 8-bit RGB"),
-    "picture_name_misleads": (KEPT, "read by its content, not by its name"),
-    "picture_name_unusual": (KEPT, "spaces and letters outside ASCII in a file name are fine"),
-    "picture_has_pages": (KEPT, "of several pages or frames the first is used"),
-    "picture_uniform": (WARNED, "used, but it is almost of one colour: look at it"),
-    "picture_dark": (
+    "image_converted": (REPAIRED, "converted to 8-bit RGB"),
+    "image_name_misleads": (KEPT, "read by its content, not by its name"),
+    "image_name_unusual": (KEPT, "spaces and letters outside ASCII in a file name are fine"),
+    "image_has_pages": (KEPT, "of several pages or frames the first is used"),
+    "image_uniform": (WARNED, "used, but it is almost of one color: look at it"),
+    "image_dark": (
         WARNED,
         "used, but nothing in it is bright: 10- to 14-bit values in a 16-bit file are better stretched beforehand",
     ),
-    "picture_part_blank": (WARNED, "used, but a part of it is blank, by design or from a damaged file: look at it"),
-    "picture_not_listed": (KEPT, "a file that no image entry names is not used"),
+    "image_part_blank": (WARNED, "used, but a part of it is blank, by design or from a damaged file: look at it"),
+    "image_not_listed": (KEPT, "a file that no image entry names is not used"),
     # annotations
     "annotation_malformed": (DROPPED, "an annotation that is no object, or lacks its image or category id, is dropped"),
     "annotation_id_duplicate": (KEPT, "both are kept; ids of annotations are not used"),
@@ -82,8 +82,8 @@ POLICY: dict[str, tuple[str, str]] = {
     "box_negative": (DROPPED, "a box of negative width or height is dropped"),
     "box_empty": (DROPPED, "a box of width or height 0 is dropped"),
     "box_too_small": (DROPPED, "a box under 1 pixel wide or high, after clipping, is dropped"),
-    "box_outside": (DROPPED, "a box wholly outside its picture is dropped"),
-    "box_clipped": (REPAIRED, "a box partly outside its picture is clipped to it"),
+    "box_outside": (DROPPED, "a box wholly outside its image is dropped"),
+    "box_clipped": (REPAIRED, "a box partly outside its image is clipped to it"),
     "box_layout_doubtful": (WARNED, "read as x, y, width, height in pixels all the same: look at the contact sheet"),
     "box_duplicate": (DROPPED, "the same box and category on the same image is used once"),
     # categories

@@ -1,6 +1,6 @@
 """Opening a COCO json: in any Unicode encoding, packed with gzip or not, and without keeping its masks in memory.
 
-Numbers of a json as labelling tools write them: 3.0 for an id, "17" in quotes, true for 1.
+Numbers of a json as labeling tools write them: 3.0 for an id, "17" in quotes, true for 1.
 
 The box around a COCO segmentation, for annotations that have no box of their own.
 """
@@ -116,7 +116,7 @@ _NUMBERS = frozenset((int, float))
 
 
 def is_number(value: Any) -> bool:
-    """An int or a float; a bool is none."""
+    """True for int and float, but not bool."""
     return type(value) in _NUMBERS
 
 

@@ -1,6 +1,6 @@
-"""Batches of padded pictures from a dataset, with workers.
+"""Batches of padded images from a dataset, with workers.
 
-Which pictures make which batch, in which process: decided from (seed, epoch) alone, alike in every process.
+Which images make which batch, in which process: decided from (seed, epoch) alone, alike in every process.
 
 Training batches by (epoch, position), from a DataLoader whose batch sampler can be placed there.
 """
@@ -23,13 +23,13 @@ from brs_detr.ops.images import Batch, ImageBatch
 
 
 def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[ImageBatch, list[Target]]:
-    """Pad pictures to one batch and keep the targets as a list.
+    """Pad images to one batch and keep the targets as a list.
 
     Args:
-        samples: pairs of a (3, h, w) uint8 picture and its target.
+        samples: pairs of a (3, h, w) uint8 image and its target.
 
     Returns:
-        the padded batch, and one target per picture.
+        the padded batch, and one target per image.
     """
     images, targets = zip(*samples, strict=True)
     counts = [len(target["labels"]) for target in targets]
@@ -59,8 +59,8 @@ def build_train_loader(
     """Loader of `(ImageBatch, targets)` for training; `loader.batch_sampler.set_epoch(epoch, start_batch)` before use.
 
     Args:
-        dataset: pictures and boxes.
-        batch_size: pictures of one process in one step.
+        dataset: images and boxes.
+        batch_size: images of one process in one step.
         workers: processes that read and augment; results do not depend on their number.
         seed: of the shuffling (the dataset has its own for the augmentation).
         rank, world_size: this process and their number.
@@ -81,13 +81,13 @@ def build_eval_loader(
     pin_memory: bool | None = None,
     timeout: float | None = None,
 ) -> WatchedLoader:
-    """Loader of `(ImageBatch, targets)` for evaluation: every picture exactly once over all processes.
+    """Loader of `(ImageBatch, targets)` for evaluation: every image exactly once over all processes.
 
     Args:
-        dataset: pictures and boxes, opened with `train=False`.
-        batch_size: largest number of pictures in a batch.
+        dataset: images and boxes, opened with `train=False`.
+        batch_size: largest number of images in a batch.
         workers, rank, world_size, pin_memory, timeout: as for `build_train_loader`.
-        group_equal_shapes: put only pictures of the same resized shape in a batch, so that there is no padding.
+        group_equal_shapes: put only images of the same resized shape in a batch, so that there is no padding.
     """
     shapes = None
     if group_equal_shapes:
@@ -116,14 +116,14 @@ def _loader(
 
 
 class TrainBatches:
-    """Shuffled batches of pictures that are all wide (w > h) or all not, shared out among processes.
+    """Shuffled batches of images that are all wide (w > h) or all not, shared out among processes.
 
-    Every picture comes once per epoch. All batches are full and all processes get equally many: what is missing at the
-    end is filled with pictures from the beginning of the epoch's order. At most one batch mixes both orientations.
+    Every image comes once per epoch. All batches are full and all processes get equally many: what is missing at the
+    end is filled with images from the beginning of the epoch's order. At most one batch mixes both orientations.
 
     Args:
-        sizes: (I, 2) (h, w) of the pictures.
-        batch_size: pictures in a batch of one process.
+        sizes: (I, 2) (h, w) of the images.
+        batch_size: images in a batch of one process.
         seed: of the shuffling.
         rank, world_size: this process and their number.
 
@@ -132,7 +132,7 @@ class TrainBatches:
 
     def __init__(self, sizes: np.ndarray, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
         if len(sizes) == 0 or batch_size < 1:
-            raise ValueError("a training loader needs at least one picture and a batch size of at least 1.")
+            raise ValueError("a training loader needs at least one image and a batch size of at least 1.")
         self._wide = np.asarray(sizes)[:, 1] > np.asarray(sizes)[:, 0]
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.epoch = self.start_batch = 0
@@ -168,14 +168,14 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """Batches that show each picture exactly once over all processes, in a fixed order.
+    """Batches that show each image exactly once over all processes, in a fixed order.
 
     Args:
-        count: number of pictures.
-        batch_size: largest number of pictures in a batch.
+        count: number of images.
+        batch_size: largest number of images in a batch.
         rank, world_size: this process and their number; they may get one batch more or fewer.
-        shapes: (h, w) of each picture as the model sees it; if given, a batch holds pictures of one shape only, so that
-            no picture is padded and what else is in its batch cannot change what is found in it.
+        shapes: (h, w) of each image as the model sees it; if given, a batch holds images of one shape only, so that
+            no image is padded and what else is in its batch cannot change what is found in it.
     """
 
     def __init__(

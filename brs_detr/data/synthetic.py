@@ -1,8 +1,8 @@
 """A generated detection dataset: geometric shapes before cluttered, textured backgrounds, in COCO's format.
 
-Colour, texture, size and place are drawn independently of the class; strokes, blobs and corners that belong to no class
-lie between the objects; objects cover one another and stick out of the picture. Boxes and polygons are those of the
-visible part. Each picture depends on (seed, split, number) alone.
+Color, texture, size and place are drawn independently of the class; strokes, blobs and corners that belong to no class
+lie between the objects; objects cover one another and stick out of the image. Boxes and polygons are those of the
+visible part. Each image depends on (seed, split, number) alone.
 
 Outlines of masks as COCO polygons, and the outlines of the shapes that the synthetic scenes show.
 """
@@ -38,9 +38,9 @@ def make_dataset(
 
     Args:
         out_dir: folder to write to; made if absent.
-        train, val: number of pictures.
+        train, val: number of images.
         image_size: long side in pixels; the short side is 3/4 of it or more.
-        max_objects: most objects in a picture; about one picture in 40 has none.
+        max_objects: most objects in an image; about one image in 40 has none.
         seed: the same seed gives the same bytes on one machine.
 
     Returns:
@@ -69,7 +69,7 @@ def make_dataset(
 
 
 def draw_scene(random: np.random.Generator, image_size: int, max_objects: int) -> tuple[np.ndarray, list[dict]]:
-    """One picture and its objects.
+    """One image and its objects.
 
     Args:
         random: source of everything in it.
@@ -98,7 +98,7 @@ def draw_scene(random: np.random.Generator, image_size: int, max_objects: int) -
 
 
 def _background(random: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """(h, w, 3) float32: a colour gradient, smooth noise of three grain sizes, and sometimes stripes or squares."""
+    """(h, w, 3) float32: a color gradient, smooth noise of three grain sizes, and sometimes stripes or squares."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     first, second = random.uniform(30, 225, (2, 3))
     angle = random.uniform(0, 2 * np.pi)
@@ -179,7 +179,7 @@ def _place(
 
 
 def _contrasting(random: np.random.Generator, behind: np.ndarray) -> np.ndarray:
-    """A random colour (3,) that can be told from the one behind it."""
+    """A random color (3,) that can be told from the one behind it."""
     while True:
         color = random.uniform(15, 240, 3)
         if np.linalg.norm(color - behind) > MIN_CONTRAST:
@@ -187,7 +187,7 @@ def _contrasting(random: np.random.Generator, behind: np.ndarray) -> np.ndarray:
 
 
 def _paint(random: np.random.Generator, canvas: np.ndarray, mask: Image.Image, color: np.ndarray) -> None:
-    """Blend a shaded, sometimes striped, colour into the canvas with soft edges."""
+    """Blend a shaded, sometimes striped, color into the canvas with soft edges."""
     angle, slope, striped = random.uniform(0, 2 * np.pi), random.uniform(0, 0.5), random.random() < 0.3
     strength, period = random.uniform(0.08, 0.2), random.uniform(3, 10)
     small = mask.reduce(SUPERSAMPLING)
@@ -220,10 +220,10 @@ def _annotation(shape: str, visible: np.ndarray) -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `make-dataset`."""
     parser.add_argument("out", help="folder to write to")
-    parser.add_argument("--train", type=int, default=1000, help="training pictures (default 1000)")
-    parser.add_argument("--val", type=int, default=200, help="validation pictures (default 200)")
+    parser.add_argument("--train", type=int, default=1000, help="training images (default 1000)")
+    parser.add_argument("--val", type=int, default=200, help="validation images (default 200)")
     parser.add_argument("--image-size", type=int, default=80, help="long side in pixels (default 80)")
-    parser.add_argument("--max-objects", type=int, default=4, help="most objects in a picture (default 4)")
+    parser.add_argument("--max-objects", type=int, default=4, help="most objects in an image (default 4)")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -322,7 +322,7 @@ def _pixel_loops(mask: np.ndarray) -> list[np.ndarray]:
     padded = np.pad(mask[top : bottom + 1, left : right_end + 1], 1)
     inner = padded[1:-1, 1:-1]
     following: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    # (neighbour, start of the edge, its direction), going round a pixel clockwise as seen on the screen
+    # (neighbor, start of the edge, its direction), going round a pixel clockwise as seen on the screen
     sides = (
         (padded[:-2, 1:-1], (0, 0), (1, 0)),
         (padded[1:-1, 2:], (1, 0), (0, 1)),

@@ -1,7 +1,7 @@
 """The multi-scale augmentation of DETR-like detectors: flip, then resize, or resize, crop and resize again.
 
-Every random number comes from a generator given by the caller, so a picture's augmentation depends on the seed, the
-epoch and the picture alone: not on the number of workers, and not on whether the run was resumed.
+Every random number comes from a generator given by the caller, so an image's augmentation depends on the seed, the
+epoch and the image alone: not on the number of workers, and not on whether the run was resumed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TrainTransforms:
     """Flip, then one of two policies, as DETR's recipe has them.
 
     Policy A resizes to a short side chosen from `short_sides`. Policy B resizes to a short side of
-    `crop_short_sides`, cuts out a random rectangle whose sides are whole numbers from `crop_size`, and then does A.
+    `crop_short_sides`, cuts out a random rectangle whose sides are integers from `crop_size`, and then does A.
     Boxes follow, are clipped, and are kept when anything of them is left; a crop may be empty.
 
     Args:
@@ -37,7 +37,7 @@ class TrainTransforms:
         long_side: the long side never passes this.
         crop_short_sides: short sides in pixels before the crop.
         crop_long_side: as `long_side`, before the crop.
-        crop_size: smallest and largest side of the crop in pixels; a smaller picture is not enlarged for it.
+        crop_size: smallest and largest side of the crop in pixels; a smaller image is not enlarged for it.
         crop: probability of policy B.
         flip: probability of a horizontal flip.
         color_jitter: brightness, contrast and saturation each change by a factor within 1 +- this; 0 is off.
@@ -67,7 +67,7 @@ class TrainTransforms:
         self.color_jitter, self.antialias = color_jitter, antialias
 
     def __call__(self, image: Tensor, target: Target, generator: torch.Generator) -> tuple[Tensor, Target]:
-        """Augment one picture.
+        """Augment one image.
 
         Args:
             image: (3, h, w) uint8.
@@ -89,9 +89,9 @@ class TrainTransforms:
         return image.contiguous(), {**target, "boxes": boxes.as_subclass(Tensor), "labels": labels}
 
     def largest_sizes(self, height: int, width: int) -> list[Size]:
-        """(h, w) of the tallest, the widest and the largest pictures that one of this size can become.
+        """(h, w) of the tallest, the widest and the largest images that one of this size can become.
 
-        A crop can turn a wide picture tall, so the sizes of both policies count.
+        A crop can turn a wide image tall, so the sizes of both policies count.
         """
         ratios = [width / height] if self.crop < 1 else []
         for short_side in self.crop_short_sides if self.crop > 0 else ():
@@ -137,7 +137,7 @@ class EvalTransforms:
         self.short_side, self.long_side, self.antialias = short_side, long_side, antialias
 
     def output_size(self, height: int, width: int) -> Size:
-        """(h, w) that a picture of this size will have."""
+        """(h, w) that an image of this size will have."""
         return resized_size(height, width, self.short_side, self.long_side)
 
     def __call__(self, image: Tensor, target: Target, generator: torch.Generator | None = None) -> tuple:
@@ -163,5 +163,5 @@ def _uniform(generator: torch.Generator) -> float:
 
 
 def _integer(low: int, high: int, generator: torch.Generator) -> int:
-    """A whole number from low to high, both included."""
+    """An integer from low to high, both included."""
     return int(torch.randint(low, high + 1, (), generator=generator))

@@ -1,1 +1,1 @@
-"""Training and evaluation loops, optimiser, checkpoints, logging: everything between a detector and a run."""
+"""Training and evaluation loops, optimizer, checkpoints, logging: everything between a detector and a run."""

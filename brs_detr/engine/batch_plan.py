@@ -1,6 +1,6 @@
 """From a recipe's numbers to those of a launch and a dataset: what each process holds at once, and how long it trains.
 
-The recipe states the pictures of one optimiser step over all processes; the share of a process and the number of
+The recipe states the images of one optimizer step over all processes; the share of a process and the number of
 accumulated batches follow from the launch, so the learning rate never has to.
 """
 
@@ -22,7 +22,7 @@ class BatchPlan:
     def __str__(self) -> str:
         return (
             f"total batch {self.total} = {self.processes} process{'es' if self.processes > 1 else ''} x "
-            f"{self.per_device} pictures x {self.accumulate} accumulated"
+            f"{self.per_device} images x {self.accumulate} accumulated"
         )
 
 
@@ -30,8 +30,8 @@ def split_batch_size(total: int, per_device: int | None, processes: int) -> Batc
     """Split a total batch over processes and accumulated batches.
 
     Args:
-        total: pictures an optimiser step.
-        per_device: most pictures a process holds at once; None: its whole share. Where it does not divide the share,
+        total: images an optimizer step.
+        per_device: most images a process holds at once; None: its whole share. Where it does not divide the share,
             the next smaller number that does is taken.
         processes: of the launch.
 
@@ -55,7 +55,7 @@ VALIDATIONS = 20
 
 @dataclass(frozen=True)
 class TrainingLength:
-    """How long a training is: whole epochs, each of so many optimiser steps, validated every so many epochs."""
+    """How long a training is: whole epochs, each of so many optimizer steps, validated every so many epochs."""
 
     epochs: int
     steps_per_epoch: int
@@ -63,13 +63,13 @@ class TrainingLength:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps altogether."""
+        """Optimizer steps altogether."""
         return self.epochs * self.steps_per_epoch
 
     def __str__(self) -> str:
         epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs:,} epochs"
         every = "every epoch" if self.eval_every == 1 else f"every {self.eval_every} epochs"
-        return f"{epochs} of {self.steps_per_epoch:,} optimiser steps, {self.steps:,} in all; validation {every}"
+        return f"{epochs} of {self.steps_per_epoch:,} optimizer steps, {self.steps:,} in all; validation {every}"
 
 
 def plan_length(
@@ -79,9 +79,9 @@ def plan_length(
 
     Args:
         batches: of one epoch in one process.
-        plan: tells how many of them make an optimiser step.
+        plan: tells how many of them make an optimizer step.
         epochs: the recipe's; ignored where it asks for steps.
-        steps: optimiser steps that the training takes at least; None: as many as the epochs have.
+        steps: optimizer steps that the training takes at least; None: as many as the epochs have.
         eval_every: epochs between validations; None: about twenty validations altogether.
     """
     steps_per_epoch = math.ceil(batches / plan.accumulate)

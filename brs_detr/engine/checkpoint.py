@@ -143,7 +143,7 @@ class Transfer:
     def __str__(self) -> str:
         lines = [f"{len(self.kept)} tensors loaded as they are"]
         titles = {
-            "rows of shared classes loaded, the others re-initialised": self.by_class,
+            "rows of shared classes loaded, the others re-initialized": self.by_class,
             "re-initialised": self.fresh,
             "in the file but unused": self.unused,
         }

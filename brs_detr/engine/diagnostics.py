@@ -35,16 +35,16 @@ def largest_step(
     objects: int,
     num_classes: int,
 ) -> str:
-    """Two optimiser steps on noise: the second one runs, as all later ones do, beside the optimiser's state.
+    """Two optimizer steps on noise: the second one runs, as all later ones do, beside the optimizer's state.
 
     Args:
         model: prepared, in training mode and other weights afterwards.
         optimizer: returned by `accelerator.prepare`.
         accelerator: of the launch.
         batch_size: a process holds at once.
-        accumulate: batches of an optimiser step; from two on the gradients are kept during the forward pass.
+        accumulate: batches of an optimizer step; from two on the gradients are kept during the forward pass.
         size: (height, width) in pixels.
-        objects: true boxes a picture, as many as the fullest picture of the dataset has.
+        objects: true boxes an image, as many as the fullest image of the dataset has.
         num_classes: labels run from 0 to num_classes - 1.
 
     Returns:
@@ -73,8 +73,8 @@ def largest_step(
         if done == 2:
             break
     return (
-        f"dry run: {batches} batch(es) of {batch_size} picture(s) of {size[1]}x{size[0]} with {objects} objects each, "
-        f"then an optimiser step of {stepped:,} parameters, twice: loss {value:.4g}, {seconds:.2f} s the second time, "
+        f"dry run: {batches} batch(es) of {batch_size} image(s) of {size[1]}x{size[0]} with {objects} objects each, "
+        f"then an optimizer step of {stepped:,} parameters, twice: loss {value:.4g}, {seconds:.2f} s the second time, "
         f"peak memory {peak_memory_gb(device):.2f} GB"
     )
 

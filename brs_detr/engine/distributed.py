@@ -1,4 +1,4 @@
-"""Sharded weights (FSDP 2): each process keeps a part of every weight, gradient and optimiser state.
+"""Sharded weights (FSDP 2): each process keeps a part of every weight, gradient and optimizer state.
 
 Accelerate shards the detector; here is what a detector needs besides. Weights stay float32 and autocast rounds, as
 without sharding: a policy that casts a module's inputs and outputs would round boxes in pixels to bf16.
@@ -147,7 +147,7 @@ def seed_step(seed: int, step: int, process: int) -> None:
 
 
 def share_buffers(module: nn.Module) -> None:
-    """Give every process the main one's buffers: batch statistics differ, since each process saw other pictures."""
+    """Give every process the main one's buffers: batch statistics differ, since each process saw other images."""
     for buffer in module.buffers():
         torch.distributed.broadcast(buffer, src=0)
 

@@ -1,6 +1,6 @@
 """What a run says: a log file, metrics.jsonl for programs, trackers when asked.
 
-Loss terms stay on the device until they are reported, so logging costs no synchronisation a step.
+Loss terms stay on the device until they are reported, so logging costs no synchronization a step.
 
 The progress of an epoch: a bar on a terminal, plain lines in a log file or pipe.
 """
@@ -32,7 +32,7 @@ class RunLog:
 
     Args:
         folder: the run's folder.
-        accelerator: of the launch; its trackers, where any were initialised, get every metric too.
+        accelerator: of the launch; its trackers, where any were initialized, get every metric too.
         resumed_at: {"step", "epoch"} completed when the run goes on: later lines of metrics.jsonl are of steps and
             validations that will be repeated, and are dropped; None for a fresh run, which starts empty files.
 
@@ -73,7 +73,7 @@ class RunLog:
 
         Args:
             kind: "train", "val", ...
-            step: optimiser steps done.
+            step: optimizer steps done.
             values: JSON values; numbers and dictionaries of numbers reach the trackers.
         """
         if not self.main:

@@ -1,8 +1,8 @@
 """What happens when a loss or a gradient is not finite.
 
 The guard asks the device once a step, together with the gradient norm that clipping needs anyway; only a step that has
-failed is taken apart to name the term, the pictures and the parameter. A step that is left out leaves nothing behind:
-the running statistics of batch normalisation, which a forward pass changes, are set back too.
+failed is taken apart to name the term, the images and the parameter. A step that is left out leaves nothing behind:
+the running statistics of batch normalization, which a forward pass changes, are set back too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Batch", "NonFiniteError", "RunningStatistics", "describe_reports", "
 
 
 class RunningStatistics:
-    """The running statistics of a model's normalisation layers, the only buffers that a forward pass changes.
+    """The running statistics of a model's normalization layers, the only buffers that a forward pass changes.
 
     Frozen layers have none. All work stays on the device, in a handful of kernels; nothing waits for it.
 
@@ -63,7 +63,7 @@ def finite(total: Tensor, norm: Tensor) -> Tensor:
 
 
 class NonFiniteReport(NamedTuple):
-    """What one process sees of a failed step: sentences on its loss terms, first gradient and buffer, pictures' ids."""
+    """What one process sees of a failed step: sentences on its loss terms, first gradient and buffer, images' ids."""
 
     terms: str
     gradient: str
@@ -97,7 +97,7 @@ def inspect_step(terms: list[dict[str, Tensor]], batches: list[Batch], model: nn
 
 
 def describe_reports(findings: list[NonFiniteReport]) -> tuple[str, int]:
-    """Name what is not finite, and the first process to blame.
+    """Name what is not finite, and the first rank with a non-finite loss.
 
     Gradients are averaged before they are looked at: they tell of no process, and only where all loss terms are finite.
 
@@ -121,7 +121,7 @@ def describe_reports(findings: list[NonFiniteReport]) -> tuple[str, int]:
 def save_batch(
     path: Path, *, seed: int, step: int, process: int, batches: list[Batch], model: nn.Module, facts: dict[str, Any]
 ) -> None:
-    """Save what reproduces a failed step: pictures, targets, what the step's random numbers follow from, the run's
+    """Save what reproduces a failed step: images, targets, what the step's random numbers follow from, the run's
     facts (config, class names), and the weights it ran with. Every process calls it: sharded weights are gathered.
 
     `torch.load(path, weights_only=True)` reads it back: {"seed", "step", "process", "facts", "weights", "batches"},

@@ -1,7 +1,7 @@
 """AdamW parameter groups and the learning rate as a function of the step.
 
 Groups are merged by (learning rate, weight decay): a handful of large ones step much faster than one a parameter. The
-rate is a pure function of the optimiser step, so a resumed run needs no scheduler state.
+rate is a pure function of the optimizer step, so a resumed run needs no scheduler state.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch.optim import AdamW, Optimizer
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning-rate factor at each optimiser step.
+    """Learning-rate factor at each optimizer step.
 
     Attributes:
         kind: "step" (multiplied by `gamma` at each milestone) or "cosine" (to zero at `total_steps`).
-        total_steps: length of the training in optimiser steps.
+        total_steps: length of the training in optimizer steps.
         milestones: steps from which the rate is lower, for "step".
         gamma: factor at each milestone.
         warmup_steps: linear rise over the first steps; 0 for none.
@@ -34,7 +34,7 @@ class Schedule:
     warmup_steps: int = 0
 
     def factor(self, step: int) -> float:
-        """Factor on every group's base rate at optimiser step 0, 1, ..."""
+        """Factor on every group's base rate at optimizer step 0, 1, ..."""
         rise = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         if self.kind == "cosine":
             return rise * 0.5 * (1 + math.cos(math.pi * min(step / self.total_steps, 1.0)))
@@ -74,7 +74,7 @@ def parameter_groups(
         backbone_layer_decay: further factor for each stage below the last of `backbone.*`; None for none.
 
     Returns:
-        Groups for a torch optimiser with "params", "lr", "initial_lr", "weight_decay" and, for the log, "names".
+        Groups for a torch optimizer with "params", "lr", "initial_lr", "weight_decay" and, for the log, "names".
 
     Raises:
         ValueError: no parameter is trainable.

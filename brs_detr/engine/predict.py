@@ -1,8 +1,8 @@
 """Running a detector over a dataset.
 
-Every picture is predicted once in some process; the main process gathers the detections by image id, drops duplicates
-and refuses to score a set with a picture missing. The detector computes in full float32 whatever it trains in: under
-bf16 the rounding of a picture depends on how many share its batch, and scores that round to one value are in any order.
+Every image is predicted once in some process; the main process gathers the detections by image id, drops duplicates
+and refuses to score a set with an image missing. The detector computes in full float32 whatever it trains in: under
+bf16 the rounding of an image depends on how many share its batch, and scores that round to one value are in any order.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ def predict(
     max_detections: int = 100,
     progress: bool = False,
 ) -> list[Detections]:
-    """Detections of every picture, gathered over all processes.
+    """Detections of every image, gathered over all processes.
 
     Args:
         model: the bare detector (not wrapped for DDP: processes may hold different numbers of batches).
-        batches: of this process, with targets that carry "image_id" and, where the picture is only a stand-in for
+        batches: of this process, with targets that carry "image_id" and, where the image is only a stand-in for
             one that cannot be read, "unreadable".
         accelerator: of the launch; gives device and gathering.
         score_threshold: detections at or below it are dropped, unless it is 0.
-        max_detections: most detections a picture, the best ones.
+        max_detections: most detections an image, the best ones.
         progress: show a bar in the main process where there is a terminal.
 
     Returns:
-        One dict a picture, ascending by "image_id", in every process: "boxes" (n, 4) float32 xyxy pixels of the
-        original picture, "scores" (n,) float32 descending, "labels" (n,) int64, all numpy, and "unreadable" (bool):
-        nothing is found on such a picture.
+        One dict an image, ascending by "image_id", in every process: "boxes" (n, 4) float32 xyxy pixels of the
+        original image, "scores" (n,) float32 descending, "labels" (n,) int64, all numpy, and "unreadable" (bool):
+        nothing is found on such an image.
 
     Raises:
         Interruption: in every process, where the batches of one were interrupted.
@@ -107,15 +107,15 @@ def _to_host(output: dict[str, torch.Tensor], threshold: float, max_detections: 
 
 
 def require_all(detections: Sequence[Detections], image_ids: Iterable[int]) -> None:
-    """Refuse an evaluation in which a picture of the dataset was not predicted, or a foreign one was.
+    """Refuse an evaluation in which an image of the dataset was not predicted, or a foreign one was.
 
     Raises:
-        RuntimeError: naming the first such pictures.
+        RuntimeError: naming the first such images.
     """
     predicted, wanted = {found["image_id"] for found in detections}, set(image_ids)
     if predicted != wanted:
         missing, foreign = sorted(wanted - predicted)[:5], sorted(predicted - wanted)[:5]
         raise RuntimeError(
-            f"{len(predicted)} pictures were predicted but the dataset has {len(wanted)}: "
+            f"{len(predicted)} images were predicted but the dataset has {len(wanted)}: "
             f"missing {missing or 'none'}, foreign {foreign or 'none'}"
         )

@@ -38,8 +38,8 @@ class TrainerState:
 
     Attributes:
         epoch: epochs completed; the one under way is `epoch` when counted from 0.
-        step_in_epoch: optimiser steps done in the epoch under way.
-        step: optimiser steps done altogether.
+        step_in_epoch: optimizer steps done in the epoch under way.
+        step: optimizer steps done altogether.
         best: highest validation figure so far; None before the first.
         worse: validations since the best one.
         skipped: steps skipped because something was not finite.
@@ -76,7 +76,7 @@ class Training:
     meter: LossMeter
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, parameter) of what is trained, in the optimiser's order."""
+        """(name, parameter) of what is trained, in the optimizer's order."""
         names = {id(p): name for name, p in self.accelerator.unwrap_model(self.model).named_parameters()}
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
@@ -98,7 +98,7 @@ class Snapshot:
         """Write all files.
 
         Raises:
-            NonFiniteError: a weight, average or optimiser state holds NaN or infinite numbers.
+            NonFiniteError: a weight, average or optimizer state holds NaN or infinite numbers.
             StorageError: the disk has no room, or may not be written to.
         """
         for name, tensors in self.tensors.items():
@@ -188,7 +188,7 @@ def put_back(training: Training, snapshot: Snapshot, source: Path) -> None:
             "weights with train.init_from"
         )
     sizes = {f"{key}/{name}": named[name] for name, kept in moments.items() for key, t in kept.items() if t.dim()}
-    _require_fit(source, sizes, {name: tensors[OPTIMIZER][name] for name in sizes}, "optimiser's state")
+    _require_fit(source, sizes, {name: tensors[OPTIMIZER][name] for name in sizes}, "optimizer's state")
     if training.average is not None:  # a run that did not average before begins with the weights
         average = tensors.get(AVERAGE, tensors[MODEL])
         _require_fit(source, training.average.state_dict(), average, "averaged model")
@@ -199,7 +199,7 @@ def put_back(training: Training, snapshot: Snapshot, source: Path) -> None:
 
 
 def _load_optimizer(optimizer: AcceleratedOptimizer, named: dict[str, Tensor], moments: dict[str, Tensors]) -> None:
-    """Give the optimiser its memory of each parameter; rates and decay stay as this run's config has them."""
+    """Give the optimizer its memory of each parameter; rates and decay stay as this run's config has them."""
     # copies: what was read from a file may hold on to it, and to its room on the disk, when the state is long deleted
     state = {
         index: {key: _part_of(value, parameter).clone() for key, value in moments[name].items()}
@@ -267,7 +267,7 @@ def _read_earlier(folder: Path, trained: list[str], mend: str) -> Snapshot:
         scaler = folder / "scaler.pt"
         scaler = _load_earlier(scaler) if scaler.exists() else None
         if sum(len(group["params"]) for group in moments["param_groups"]) != len(trained):
-            raise ValueError("the optimiser had another number of parameters")
+            raise ValueError("the optimizer had another number of parameters")
         tensors[OPTIMIZER] = {f"{k}/{trained[i]}": t for i, s in moments["state"].items() for k, t in s.items()}
         if (average := position.pop("ema")) is not None:
             tensors[AVERAGE] = average

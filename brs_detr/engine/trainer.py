@@ -131,7 +131,7 @@ class Trainer:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps of an epoch; the last may hold fewer accumulated batches."""
+        """Optimizer steps of an epoch; the last may hold fewer accumulated batches."""
         return math.ceil(len(self.batches) / self.settings.accumulate)
 
     def resume(self, state: Path) -> None:
@@ -171,7 +171,9 @@ class Trainer:
                     ) from error
                 finished = False
             if not finished:
-                self.log.say(f"told to stop: saved at step {self.position.step}; continue with --resume")
+                self.log.say(
+                    f"Received a stop signal: checkpoint saved at step {self.position.step}. Resume with --resume."
+                )
             return finished
 
     def _train(self) -> bool:
@@ -244,7 +246,7 @@ class Trainer:
         return group
 
     def step(self, group: list[Batch]) -> bool:
-        """One optimiser step over accumulated batches; True when some process was told to stop."""
+        """One optimizer step over accumulated batches; True when some process was told to stop."""
         accelerator, position = self.accelerator, self.position
         seed_step(self.settings.seed, position.step, accelerator.process_index)
         self.lr = set_learning_rate(self.optimizer, self.schedule.factor(position.step))
@@ -271,7 +273,7 @@ class Trainer:
             position.skipped_in_a_row = 0
             if self.settings.clip_norm is not None:
                 clip_gradients(self.model, norm, self.settings.clip_norm)
-            with record_function("step: optimiser"):
+            with record_function("step: optimizer"):
                 self.optimizer.step()
             if self.ema is not None:
                 self.ema.update(accelerator.unwrap_model(self.model), step=position.step)
@@ -285,7 +287,7 @@ class Trainer:
         return stop
 
     def _agree(self, all_terms: list[dict[str, Tensor]], norm: Tensor) -> tuple[bool, bool]:
-        """(is the step finite, is any process told to stop), the same answer in every process; one synchronisation."""
+        """Return (is_finite, stop_requested), agreed across ranks with a single all-reduce."""
         total = torch.stack([value.float() for terms in all_terms for value in terms.values()]).sum()
         # under fp16 an overflowing gradient is the scaler's business: it skips the step and halves its scale; what is
         # still not finite where gradients are no longer enlarged would be skipped for ever
@@ -325,7 +327,7 @@ class Trainer:
             accelerator.wait_for_everyone()
             raise NonFiniteError(
                 f"step {step}: {what}. {most} steps in a row were skipped and nothing is learned any more; lower "
-                "optim.lr, or look at the pictures (train.max_skipped is the number of steps)."
+                "optim.lr, or look at the images (train.max_skipped is the number of steps)."
             )
         self.log.say(f"step {step}: {what}; skipped ({self.position.skipped} so far)")
         self.log.metrics("skipped", step, {"reason": what, "count": self.position.skipped})
@@ -355,8 +357,8 @@ class Trainer:
         silent = [name for name, value in self.epoch_sums.items() if value == 0]
         if silent:
             self.log.say(
-                f"warning: the loss of {', '.join(silent)} was 0 in all of epoch {self.position.epoch + 1}: no "
-                "positive was ever assigned there; do anchors and picture sizes fit the objects? see train_samples.png"
+                f"warning: {', '.join(silent)} loss was zero for the whole of epoch {self.position.epoch + 1}: no "
+                "anchor matched any ground truth. Check anchor and image sizes (see train_samples.png)."
             )
         self.epoch_sums.clear()
 

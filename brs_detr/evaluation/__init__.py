@@ -1,1 +1,1 @@
-"""COCO average precision and pictures of predictions. Knows nothing of models."""
+"""COCO average precision and images of predictions. Knows nothing of models."""

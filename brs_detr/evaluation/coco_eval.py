@@ -87,7 +87,7 @@ def _accumulate(
     truth: GroundTruth, detections: list[dict], image_ids: list[int], max_dets: list[int], backend: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """COCO's precision (IoU, recall, class, area, limit) and recall (IoU, class, area, limit); -1 where undefined."""
-    # numbered anew: the compiled code keeps ids in floating point, which takes neighbours above 2^53 for one
+    # Re-index ids: faster-coco-eval stores them as float64 and merges ids above 2^53.
     images = {image: number for number, image in enumerate(image_ids, 1)}
     classes = {category: number for number, category in enumerate(truth.names, 1)}
     if backend not in ("auto", "pycocotools", "faster"):
@@ -183,7 +183,7 @@ def _notes(truth: GroundTruth, image_ids: list[int], max_dets: int, broken: int,
             "its recall cannot reach 1; raise max_detections (the last number)"
         )
     if not max_objects:
-        notes.append("none of the pictures holds an object that counts: there is nothing to measure")
+        notes.append("none of the images holds an object that counts: there is nothing to measure")
     if broken:
         notes.append(f"{broken:,} detections with NaN or infinity were left out")
     if not detections:
@@ -265,7 +265,7 @@ def finite_results(results: Iterable[Result]) -> list[Result]:
 
 
 def _ids(values: Sequence[Any] | np.ndarray) -> np.ndarray:
-    """(n,) whole numbers; of any size, and quoted ones too, where they are not an integer array already."""
+    """(n,) integers; of any size, and quoted ones too, where they are not an integer array already."""
     array = np.asarray(values)
     return array if array.dtype.kind in "iu" else np.array([whole_id(value) for value in values], object)
 

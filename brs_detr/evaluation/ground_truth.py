@@ -85,7 +85,7 @@ def _load(path: str | Path) -> Any:
 
 
 def whole_id(value: Any) -> int | None:
-    """An id as a whole number, which some tools quote or write as 3.0; None for anything else."""
+    """An id as an integer, which some tools quote or write as 3.0; None for anything else."""
     if isinstance(value, str) and value.isascii() and value.isdigit():
         return int(value)
     return int(value) if _number(value) and value == value // 1 else None
@@ -96,7 +96,7 @@ def _names(entries: list[Any], source: str) -> dict[int, str]:
     for entry in entries:
         key = whole_id(entry.get("id")) if isinstance(entry, dict) else None
         if key is None:
-            raise ValueError(f"{source}: the category {entry!r} has no whole number as its id")
+            raise ValueError(f"{source}: the category {entry!r} has no integer id")
         names[key] = str(entry.get("name", key))
     return names
 

@@ -5,7 +5,7 @@ The confusion matrix: as which class objects are found, at the scores where each
 Each class first takes its own objects, as COCO matches them at IoU 0.5; only what is left over can be a confusion. So
 the diagonal over the sum of its row is the recall of the class table, and over the sum of its column the precision.
 
-Localisation Recall Precision error (Oksuz et al., 2018 and 2021): one number for missed, false and loose boxes.
+Localization Recall Precision error (Oksuz et al., 2018 and 2021): one number for missed, false and loose boxes.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ class Confusion:
     Attributes:
         classes: C names, in ascending order of category ids.
         counts: (C + 1, C + 1) int. [i, j] objects of class i were found as class j; [i, C] objects of class i were
-            missed; [C, j] detections of class j have no object of their own, be it that they lie on background or that
-            another detection has taken the object; [C, C] is 0.
+            missed; [C, j] detections of class j have no object of their own, false positives and duplicates; [C, C] is
+            0.
     """
 
     classes: list[str]

@@ -29,9 +29,9 @@ from brs_detr.ops.images import Size
 
 DESCRIPTION = """\
 Object detector.
-pixels (batch, 3, height, width): RGB, 0..255, each picture resized with its aspect ratio kept (short_side and long_side
+pixels (batch, 3, height, width): RGB, 0..255, each image resized with its aspect ratio kept (short_side and long_side
 in the metadata say how large) and padded at the right and at the bottom, with anything.
-sizes (batch, 2): height and width of each picture without its padding.
+sizes (batch, 2): height and width of each image without its padding.
 boxes (batch, n, 4): x1, y1, x2, y2 in pixels of the input; divide by the factor of the resizing.
 scores (batch, n), descending; labels (batch, n), rows of classes and category_ids in the metadata.
 No suppression of overlapping boxes is needed. A label's detections below its entry of thresholds are rarely right."""
@@ -45,7 +45,7 @@ class ExportError(ValueError):
 
 
 class DetectorGraph(nn.Module):
-    """A detector's decoder path with the pictures' sizes as a tensor instead of host integers.
+    """A detector's decoder path with the images' sizes as a tensor instead of host integers.
 
     Args:
         model: copied; the copy is put in eval mode and reads its samples by Gathers.
@@ -62,7 +62,7 @@ class DetectorGraph(nn.Module):
 
         Args:
             pixels: (B, 3, H, W) RGB in 0..255, uint8 or float.
-            sizes: (B, 2) int64 (height, width) of each picture inside its padding.
+            sizes: (B, 2) int64 (height, width) of each image inside its padding.
 
         Returns:
             boxes (B, n, 4) xyxy in pixels of the input, scores (B, n), labels (B, n), best first.
@@ -96,7 +96,7 @@ def write_onnx(
         model: on the CPU.
         path: file to write.
         size: (H, W) of the input; under `any_size` of the example that is traced.
-        any_size: height and width are free; the number of pictures always is.
+        any_size: height and width are free; the number of images always is.
         opset: version of ONNX's operators.
         pixels: torch.uint8 or torch.float32, the type of the input.
         metadata: facts to store in the file, each as JSON.
@@ -148,7 +148,7 @@ def write_onnx(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the exporters' remarks about their own optimisations from the terminal; errors still pass."""
+    """Keep the exporters' remarks about their own optimizations from the terminal; errors still pass."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

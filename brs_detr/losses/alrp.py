@@ -1,4 +1,4 @@
-"""Average Localisation Recall Precision loss (Oksuz et al., NeurIPS 2020): one ranking for scores and boxes."""
+"""Average Localization Recall Precision loss (Oksuz et al., NeurIPS 2020): one ranking for scores and boxes."""
 
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from .ranking import (
 
 
 class ALRP(NamedTuple):
-    """The classification part trains the logits, the localisation part the boxes; their sum is the loss."""
+    """The classification part trains the logits, the localization part the boxes; their sum is the loss."""
 
     classification: Tensor
     localization: Tensor
@@ -39,14 +39,14 @@ def alrp_loss(
 ) -> ALRP:
     """The mean over positives of the LRP error at each positive's score.
 
-    With N_FP as in `rank_sort_loss`, E the localisation errors and rank(i) = 1 + sum over the other positives of H +
+    With N_FP as in `rank_sort_loss`, E the localization errors and rank(i) = 1 + sum over the other positives of H +
     N_FP (Eq. 9 to 13 of the paper):
 
         classification = mean_i N_FP(i) / rank(i)
-        localisation   = mean_i (sum of E_k over positives ranked at or above i) / rank(i)
+        localization   = mean_i (sum of E_k over positives ranked at or above i) / rank(i)
 
     The gradient of the logits drives down N_FP(i) + sum_k E_k H(x_ik) over the other positives k, so it also lowers
-    badly localised positives' rivals; it is handed to the negatives in proportion to H. The localisation part is
+    badly localized positives' rivals; it is handed to the negatives in proportion to H. The localization part is
     differentiated by its E only, with the rank held fixed, and ranks the positives strictly (equal logits: later
     entries first), as the official heads do. For its self-balance see `balance.EpochBalance`.
 
@@ -116,7 +116,7 @@ def alrp_pairwise(
 
 
 def _shares(ranks: Tensor) -> Tensor:
-    """How much each error adds to the localisation part: it counts at its own and all lower scores, (P,) ascending."""
+    """How much each error adds to the localization part: it counts at its own and all lower scores, (P,) ascending."""
     return (1 / ranks).cumsum(0) / len(ranks)
 
 

@@ -1,4 +1,4 @@
-"""Weights of localisation losses that follow the ranking loss, so that nobody has to tune them.
+"""Self-balancing weights for the box losses (no tuning).
 
 `self_balance` is the value-based rule of Rank & Sort (Oksuz et al., ICCV 2021), `box_scores` its per-box
 weights, and `EpochBalance` the slower rule of aLRP (Oksuz et al., NeurIPS 2020, Sec. 4.2).
@@ -22,15 +22,15 @@ def self_balance(
     cap: float = CAP,
     least: float = LEAST,
 ) -> Tensor:
-    """Scale a localisation loss so that its value equals `weight * target`, without sending gradient into the scale.
+    """Scale a localization loss so that its value equals `weight * target`, without sending gradient into the scale.
 
     The factor is weight * max(target, least) / max(term, floor), at most `weight * cap`: boxes that already fit (term
     near 0) would otherwise get an unbounded gradient. The papers have no `least`: there the boxes stop learning when
-    their ranking is nearly perfect, as it soon is on few pictures, though no box need fit. A target of 0.1 is
+    their ranking is nearly perfect, as it soon is on few images, though no box need fit. A target of 0.1 is
     a mean precision of 0.9 or better with no error left in the order; from there on up the value is the papers'.
 
     Args:
-        term: scalar, the localisation loss, >= 0.
+        term: scalar, the localization loss, >= 0.
         target: scalar, ranking + sorting loss; detached here.
         weight: what the balanced value is multiplied with.
         floor: least denominator.
@@ -45,7 +45,7 @@ def self_balance(
 
 
 def box_scores(logits: Tensor) -> Tensor:
-    """How much each positive's box loss weighs, not yet normalised: its highest class probability.
+    """How much each positive's box loss weighs, not yet normalized: its highest class probability.
 
     Args:
         logits: (P, C) class logits of the positives' rows.
@@ -57,7 +57,7 @@ def box_scores(logits: Tensor) -> Tensor:
 
 
 class EpochBalance(nn.Module):
-    """Multiply aLRP's localisation part by the average of aLRP / aLRP_loc over an epoch.
+    """Multiply aLRP's localization part by the average of aLRP / aLRP_loc over an epoch.
 
     aLRP loss, Sec. 4.2: the classification error dominates early on and would leave the boxes untrained. As in the
     official heads, only iterations with objects count, and the one that completes a period uses the new factor already.
@@ -82,7 +82,7 @@ class EpochBalance(nn.Module):
         self.register_buffer("sums", torch.zeros(3))
 
     def forward(self, classification: Tensor, localization: Tensor, positives: Tensor | int = 1) -> Tensor:
-        """The balanced localisation part.
+        """The balanced localization part.
 
         Args:
             classification, localization: scalars, the parts of the loss; counted in training mode.

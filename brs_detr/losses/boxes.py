@@ -1,7 +1,7 @@
 """Overlap of paired boxes: the quality label of a positive and its GIoU loss, one number per pair.
 
 torchvision's `generalized_box_iou_loss` has no IoU without the loss and returns half precision for half inputs, so both
-are spelt out here in float32.
+are spelled out here in float32.
 """
 
 import torch

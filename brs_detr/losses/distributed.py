@@ -22,7 +22,7 @@ def process_sum(value: Tensor) -> Tensor:
 
 
 def process_mean(value: Tensor) -> Tensor:
-    """Mean of a normaliser over all processes, at least 1, in float32 and without gradient."""
+    """Mean of a normalizer over all processes, at least 1, in float32 and without gradient."""
     return (process_sum(value.float()) / world_size()).clamp(min=1)
 
 

@@ -5,7 +5,7 @@ does (a wavelet tree): before each pass, prefix sums over the columns say how mu
 column. A query follows the digits of its row down the tree and collects, at each level, what has a smaller digit and
 lies left of it.
 
-Sorting terms of Rank & Sort: how the positives rank among themselves against their localisation qualities.
+Sorting terms of Rank & Sort: how the positives rank among themselves against their localization qualities.
 
 Few positives are compared pair by pair; many go through quadrant sums of the (logit, quality) plane, where nothing of
 size P x P exists.
@@ -119,7 +119,7 @@ def sorting_terms(
 
 
 def dense_missorted(scores: Tensor, quality: Tensor, delta: float):
-    """What each positive i sees above itself among the worse localised (t_j < t_i), from the P x P matrix.
+    """What each positive i sees above itself among the worse localized (t_j < t_i), from the P x P matrix.
 
     Returns:
         mass M_i = sum_j H(s_j - s_i) [t_j < t_i]  (P,),

@@ -1,4 +1,4 @@
-"""Normalised discounted cumulative gain as a loss (aLRP supplement, Sec. S4)."""
+"""Normalized discounted cumulative gain as a loss (aLRP supplement, Sec. S4)."""
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def ndcg_loss(
 
         loss = 1 - sum_i G(i) / G_max,  G(i) = 1 / log2(1 + rank(i)),  G_max = sum_{i=1..P} 1 / log2(1 + i)
 
-    (the paper prints G_max without the reciprocals, which would not normalise). Each positive's update (1 - G(i)) /
+    (the paper prints G_max without the reciprocals, which would not normalize). Each positive's update (1 - G(i)) /
     G_max is handed to the negatives in proportion to H; a positive without negatives above it has none.
 
     Args:

@@ -77,10 +77,10 @@ RANKING_LOSSES = {
 
 
 class RankingObjective(nn.Module):
-    """All logits of the set in one ranking, the localisation terms weighted by it.
+    """All logits of the set in one ranking, the localization terms weighted by it.
 
     The ranking runs over the N * C logits of this process's whole call (all images, levels, classes), with the logit
-    of each positive row's own class as a positive. A localisation term is the mean over the positives, and
+    of each positive row's own class as a positive. A localization term is the mean over the positives, and
     - with Rank & Sort and NDCG scaled to the value of the ranking terms together (`balance.self_balance`);
     - with AP multiplied by `box_weight`, as in the official ATSS heads;
     - with aLRP the GIoU losses are part of the loss, balanced by `balance.EpochBalance`; other terms as with Rank &
@@ -89,10 +89,10 @@ class RankingObjective(nn.Module):
     Args:
         loss: "rs" (Rank & Sort), "ap" (with interpolation), "alrp", "ndcg"; "brs", "bap", "balrp", "bndcg" are their
             bucketed forms.
-        weight: factor of the ranking terms, and through the balance of the localisation terms.
+        weight: factor of the ranking terms, and through the balance of the localization terms.
         delta: half width of the step; the papers' when None (Rank & Sort 0.5, others 1).
         score_weighted: weigh each positive's box losses with its highest class probability.
-        box_weight: factor of every localisation term with "ap" and "bap".
+        box_weight: factor of every localization term with "ap" and "bap".
         cap: largest balance ratio, see `self_balance`.
         least: smallest ranking loss that the balance follows, see `self_balance`.
         tau: least IoU of a positive, with aLRP: its error is the GIoU loss / 2 / (1 - tau).
@@ -162,7 +162,7 @@ class RankingObjective(nn.Module):
             quality: (P,) IoU of each positive in row order; detached.
             localization: name -> (P,) losses of the positives, not reduced.
             valid: (N,) bool; False rows are ignored.
-            rows: (P,) int64 ascending rows of the positives; spares a device synchronisation.
+            rows: (P,) int64 ascending rows of the positives; spares a device synchronization.
             localization_weight, count: for score-based objectives; no effect here.
 
         Returns:
@@ -190,7 +190,7 @@ class RankingObjective(nn.Module):
         return terms
 
     def shared_count(self, positives: Tensor | float, like: Tensor) -> None:
-        """Nothing: a ranking is not divided by a number that processes exchange."""
+        """No-op: ranking losses need no cross-process normalizer."""
 
     def _box_weights(self, logits: Tensor, whole: Tensor) -> Tensor:
         """Weight of each positive's box losses (P,), mean 1 over all positives that are ranked together."""
@@ -218,7 +218,7 @@ class RankingObjective(nn.Module):
         if self.family == "ndcg":
             return {"rank": ndcg_loss(logits, positives, **how)}
         if "giou" not in localization:
-            raise ValueError("aLRP ranks boxes by their GIoU loss: give the objective a localisation term 'giou'")
+            raise ValueError("aLRP ranks boxes by their GIoU loss: give the objective a localization term 'giou'")
         error = localization["giou"].float() / 2 / (1 - self.tau)
         terms = alrp_loss(logits, positives, error, **how)
         if self.epoch_balance is None:
@@ -235,19 +235,19 @@ class RankingObjective(nn.Module):
 
 
 class ScoreObjective(nn.Module):
-    """A score-based classification loss with fixed weights for the localisation terms.
+    """A score-based classification loss with fixed weights for the localization terms.
 
     Args:
         classification: "focal", "cross_entropy" (softmax, last column is background), "binary_cross_entropy" or
             "quality_focal".
-        weights: factor of "cls" and of every localisation term.
+        weights: factor of "cls" and of every localization term.
         alpha: weight of positives in focal loss.
         gamma: focusing exponent of focal and quality focal loss.
         normalizer: "positives" divides by the number of positives, averaged over all processes and at least 1;
             "rows" by the number of valid rows of this process.
 
     Raises:
-        ValueError: for an unknown classification loss or normaliser, weights without "cls", or a number that is
+        ValueError: for an unknown classification loss or normalizer, weights without "cls", or a number that is
             negative or not finite.
     """
 
@@ -264,7 +264,7 @@ class ScoreObjective(nn.Module):
         if classification not in SCORE_LOSSES:
             raise ValueError(f"unknown classification loss {classification!r}: choose one of {', '.join(SCORE_LOSSES)}")
         if normalizer not in ("positives", "rows"):
-            raise ValueError(f"unknown normaliser {normalizer!r}: choose positives or rows")
+            raise ValueError(f"unknown normalizer {normalizer!r}: choose positives or rows")
         if "cls" not in weights:
             raise ValueError('weights need an entry "cls" for the classification loss')
         for name, value in {**weights, "gamma": gamma}.items():
@@ -295,8 +295,8 @@ class ScoreObjective(nn.Module):
             quality: (P,) IoU of each positive in row order; detached.
             localization: name -> (P,) losses of the positives, not reduced.
             valid: (N,) bool; False rows are ignored.
-            rows: (P,) int64 ascending rows of the positives; spares a device synchronisation.
-            localization_weight: (P,) weights of the localisation losses; their sum is then those terms' normaliser
+            rows: (P,) int64 ascending rows of the positives; spares a device synchronization.
+            localization_weight: (P,) weights of the localization losses; their sum is then those terms' normalizer
                 ("positives" only).
             count: replaces the mean number of positives, see `shared_count`, or the number of rows.
 
@@ -304,12 +304,12 @@ class ScoreObjective(nn.Module):
             {"cls", and every key of `localization`} -> scalar.
 
         Raises:
-            ValueError: when a localisation term has no weight, shapes or types do not fit, a label is out of range, or
+            ValueError: when a localization term has no weight, shapes or types do not fit, a label is out of range, or
                 a positive row is background or ignored (on a GPU the device asserts what concerns values).
         """
         missing = [name for name in localization if name not in self.weights]
         if missing:
-            raise ValueError(f"no weight for the localisation term {missing[0]!r}: add it to the objective's weights")
+            raise ValueError(f"no weight for the localization term {missing[0]!r}: add it to the objective's weights")
         classes = logits.shape[-1] - (self.classification == "cross_entropy")
         rows = _positive_rows(logits, labels, classes, valid, rows, quality, localization)
         with torch.autocast(logits.device.type, enabled=False):

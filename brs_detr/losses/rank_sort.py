@@ -37,7 +37,7 @@ def rank_sort_loss(
     method: str = "exact",
     scope: str = "process",
 ) -> RankSort:
-    """Rank every positive above every negative, and the positives among themselves by their localisation quality.
+    """Rank every positive above every negative, and the positives among themselves by their localization quality.
 
     With x_ij = s_j - s_i, the smoothed step H, rank+(i) = sum of H(x_ij) over positives (i included with H(0)),
     N_FP(i) = sum over negatives and rank = rank+ + N_FP (Bucketed Ranking-based Losses, Eq. 10, 11, S.3 and S.4):
@@ -56,7 +56,7 @@ def rank_sort_loss(
         valid: bool of the logits' shape; entries that are False are neither ranked nor given a gradient.
         delta: half width of the step.
         method: "pairwise" compares all pairs in O(P M), the reference; "exact" gives the same in O((P + M) log P) time
-            and O(P + M) memory; "bucketed" replaces the negatives between two neighbouring positives by their mean,
+            and O(P + M) memory; "bucketed" replaces the negatives between two neighboring positives by their mean,
             which changes nothing at delta = 0 and approximates the gradient of the negatives above it.
         scope: "process", or "global" to rank the logits of all processes together: each gets the loss, and its own part
             of the gradient, that one process with everything would get. Every process must call. Travels per process:

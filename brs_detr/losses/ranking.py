@@ -64,7 +64,7 @@ def rank(logits: Tensor, positives: Tensor, valid: Tensor | None, delta: float, 
     """Rank flat logits (M,) by a fast method; the group needs at least one positive."""
     x = logits.detach().to(accumulation_dtype(logits.device))
     scores, order = group.gather(x.index_select(0, positives)).sort(stable=True)
-    # Centred, so that a constant added to all logits costs no precision.
+    # Centered, so that a constant added to all logits costs no precision.
     center = scores.mean()
     scores, x = scores - center, x - center
     cells = make_cells(scores, delta)

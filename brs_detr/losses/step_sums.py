@@ -14,7 +14,7 @@ On a CPU a million binary searches cost more than all else in a ranking loss, as
 branches. There a uniform grid over the list answers most of the question in one step, and a few branch-free steps
 settle the rest.
 
-The negatives as the positives see them: how many rank above each positive, and the way back.
+Forward and backward of N_FP: false positives ranked above each positive, and their gradient.
 
 Both classes offer the same two maps for positives given in ascending order:
 `num_fp()`     N_FP(i) = sum_j H(s_j - s_i) over the negatives, (P,);
@@ -193,7 +193,7 @@ class ExactNegatives:
 
 
 class BucketedNegatives:
-    """Negatives between two neighbouring positives share one bucket and one prototype logit, their mean.
+    """Negatives between two neighboring positives share one bucket and one prototype logit, their mean.
 
     Bucketed Ranking-based Losses (Yavuz et al., ECCV 2024), Sec. 4. Bucket k of a negative is the number of positives
     at or below it, so no negative needs sorting; negatives that no ramp reaches (s < min positive - delta) are dropped

@@ -34,11 +34,11 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 
 
 def best_pairs(predictions: Predictions, max_detections: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `max_detections` best (query, class) pairs of each picture, without NMS.
+    """The `max_detections` best (query, class) pairs of each image, without NMS.
 
     Args:
         predictions: logits (B, Q, K), boxes (B, Q, 4) cxcywh in [0, 1].
-        max_detections: pairs to keep a picture; fewer where there are fewer.
+        max_detections: pairs to keep an image; fewer where there are fewer.
 
     Returns:
         boxes (B, n, 4) xyxy in [0, 1], scores (B, n), labels (B, n), best first.
@@ -53,15 +53,15 @@ def best_pairs(predictions: Predictions, max_detections: int) -> tuple[Tensor, T
 def detections_from(
     predictions: Predictions, original_sizes: Sequence[Size], max_detections: int
 ) -> list[dict[str, Tensor]]:
-    """The `max_detections` best (query, class) pairs of each picture, without NMS.
+    """The `max_detections` best (query, class) pairs of each image, without NMS.
 
     Args:
         predictions: logits (B, Q, K), boxes (B, Q, 4) cxcywh in [0, 1].
-        original_sizes: (h, w) of the stored pictures.
-        max_detections: pairs to keep a picture.
+        original_sizes: (h, w) of the stored images.
+        max_detections: pairs to keep an image.
 
     Returns:
-        One dict a picture: boxes (n, 4) xyxy pixels of the stored picture, scores (n,), labels (n,), best first.
+        One dict an image: boxes (n, 4) xyxy pixels of the stored image, scores (n,), labels (n,), best first.
     """
     boxes, scores, labels = best_pairs(predictions, max_detections)
     found = []
@@ -80,8 +80,8 @@ class BRSDETR(nn.Module):
         objective: of the decoder layers, encoder proposals and auxiliary query sets.
         matcher: assigns predictions of the decoder and of the encoder proposals to objects.
         dim: width; num_classes: K; queries: decoder queries; norm_groups: of the coarsest map's GroupNorm.
-        max_aux_queries: most auxiliary queries a picture and dense head.
-        detections_per_image: detections returned a picture.
+        max_aux_queries: most auxiliary queries an image and dense head.
+        detections_per_image: detections returned an image.
         rank_all_encoder_columns: the released code ranks all K columns of the class-agnostic encoder proposals,
             of which K - 1 only ever serve as negatives; False ranks column 0 alone.
         predict_with: "decoder", or a dense head's own detections: "roi" or "atss".
@@ -126,7 +126,7 @@ class BRSDETR(nn.Module):
         self.num_classes, self.max_aux_queries = num_classes, max_aux_queries
         self.detections_per_image, self.predict_with = detections_per_image, predict_with
         self.rank_all_encoder_columns = rank_all_encoder_columns
-        # Two-stage branches start as copies of the decoder's (section "initialisation" of the released code).
+        # Two-stage branches start as copies of the decoder's (section "initialization" of the released code).
         self.proposals.classifier.load_state_dict(decoder.classifiers[0].state_dict())
         self.proposals.regressor.load_state_dict(decoder.regressors[0].state_dict())
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(1, 3, 1, 1), persistent=False)
@@ -139,11 +139,11 @@ class BRSDETR(nn.Module):
 
         Args:
             images: a padded batch, or a list of (3, h, w) RGB tensors in 0..255.
-            targets: in training one dict a picture: `boxes` (n, 4) xyxy pixels, `labels` (n,) in 0..K-1.
+            targets: in training one dict an image: `boxes` (n, 4) xyxy pixels, `labels` (n,) in 0..K-1.
 
         Returns:
-            Training: named loss terms whose sum is the loss. Eval: one dict a picture, `boxes` (n, 4) xyxy pixels of
-            the stored picture, `scores` (n,), `labels` (n,).
+            Training: named loss terms whose sum is the loss. Eval: one dict an image, `boxes` (n, 4) xyxy pixels of
+            the stored image, `scores` (n,), `labels` (n,).
 
         Raises:
             ValueError: in training without targets, or where `check_targets` refuses them.
@@ -166,7 +166,7 @@ class BRSDETR(nn.Module):
         return x.masked_fill(padding[:, None], 0.0)
 
     def encode(self, x: Tensor, padding: Tensor) -> Memory:
-        """Normalised (B, 3, H, W) and its (B, H, W) padding -> the encoder's memory."""
+        """Normalized (B, 3, H, W) and its (B, H, W) padding -> the encoder's memory."""
         return self.encoder(self.neck(self.backbone(x)), padding)
 
     def pyramid(self, memory: Memory) -> list[Tensor]:

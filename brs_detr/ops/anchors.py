@@ -1,6 +1,6 @@
-"""Anchor boxes of a feature pyramid, and which of them belong to the picture rather than to the batch padding.
+"""Anchor boxes of a feature pyramid, and which of them belong to the image rather than to the batch padding.
 
-Validity follows from host integers alone: the anchors of a picture are the top left rectangle of every level, so they
+Validity follows from host integers alone: the anchors of an image are the top left rectangle of every level, so they
 are cut out by slicing and no mask ever has to be read back from the device.
 """
 
@@ -23,7 +23,7 @@ def base_anchors(stride: int, scales: Sequence[float], ratios: Sequence[float]) 
         ratios: height over width.
 
     Returns:
-        (len(ratios) * len(scales), 4) xyxy pixels, centred at (0, 0).
+        (len(ratios) * len(scales), 4) xyxy pixels, centered at (0, 0).
     """
     root = torch.tensor(ratios, dtype=torch.float32).sqrt()[:, None]
     sides = stride * torch.tensor(scales, dtype=torch.float32)[None]
@@ -32,7 +32,7 @@ def base_anchors(stride: int, scales: Sequence[float], ratios: Sequence[float]) 
 
 
 class AnchorGrid(nn.Module):
-    """Anchors of every cell of every level, centred at (column * stride, row * stride).
+    """Anchors of every cell of every level, centered at (column * stride, row * stride).
 
     There is no half-cell offset: released Co-DETR and BRS-DETR weights were trained without one.
 
@@ -63,10 +63,10 @@ class AnchorGrid(nn.Module):
 
 
 def valid_extents(size: Size, shapes: Sequence[Size], strides: Sequence[int]) -> list[Size]:
-    """Cells of each level that lie inside one picture of a padded batch.
+    """Cells of each level that lie inside one image of a padded batch.
 
     Args:
-        size: (h, w) pixels of the picture, without padding.
+        size: (h, w) pixels of the image, without padding.
         shapes: (h, w) cells of each level of the padded batch.
         strides: pixels per cell of each level.
 
@@ -80,14 +80,14 @@ def valid_extents(size: Size, shapes: Sequence[Size], strides: Sequence[int]) ->
 
 
 def valid_rows(levels: Sequence[Tensor], extents: Sequence[Size]) -> Tensor:
-    """Entries of one picture, level after level, cells row-major, anchors fastest.
+    """Entries of one image, level after level, cells row-major, anchors fastest.
 
     Args:
         levels: (h, w, ..., D) per level.
         extents: (rows, columns) per level, from `valid_extents`.
 
     Returns:
-        (n, D), n = entries inside the picture.
+        (n, D), n = entries inside the image.
     """
     return torch.cat(
         [level[:rows, :columns].reshape(-1, level.shape[-1]) for level, (rows, columns) in zip(levels, extents)]
@@ -95,14 +95,14 @@ def valid_rows(levels: Sequence[Tensor], extents: Sequence[Size]) -> Tensor:
 
 
 def batch_rows(levels: Sequence[Tensor], extents: Sequence[Sequence[Size]]) -> Tensor:
-    """Entries of all pictures, one picture after the other, each as in `valid_rows`.
+    """Entries of all images, one image after the other, each as in `valid_rows`.
 
     Args:
         levels: (B, h, w, ..., D) per level.
-        extents: per picture (rows, columns) per level.
+        extents: per image (rows, columns) per level.
 
     Returns:
-        (N, D), N = entries inside their pictures.
+        (N, D), N = entries inside their images.
     """
     return torch.cat([valid_rows([level[image] for level in levels], own) for image, own in enumerate(extents)])
 

@@ -1,6 +1,6 @@
 """Boxes as offsets from reference boxes (Girshick et al., "Rich feature hierarchies", appendix C, and Faster R-CNN).
 
-A centre moves by a fraction of the reference's size and sides grow by an exponential factor; each of the four numbers
+A center moves by a fraction of the reference's size and sides grow by an exponential factor; each of the four numbers
 is divided by its standard deviation so that all have a comparable size.
 """
 
@@ -43,7 +43,7 @@ class BoxCoder:
         return torch.stack([shift[..., 0] / sx, shift[..., 1] / sy, growth[..., 0] / sw, growth[..., 1] / sh], dim=-1)
 
     def decode(self, references: Tensor, deltas: Tensor) -> Tensor:
-        """Boxes that the offsets describe; not clipped to any picture.
+        """Boxes that the offsets describe; not clipped to any image.
 
         Args:
             references: (..., 4) xyxy, broadcast against the deltas.

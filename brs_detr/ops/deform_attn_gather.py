@@ -1,7 +1,7 @@
 """Multi-scale deformable sampling from plain indexing, for graphs that must run where `grid_sample` does not.
 
 Exported, `grid_sample` becomes ONNX's GridSample, which some runtimes lack and others have computed wrongly. Here each
-location's four neighbours are looked up as rows of one table of tokens and summed with their bilinear weights.
+location's four neighbors are looked up as rows of one table of tokens and summed with their bilinear weights.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def _blocks(dim: int) -> dict[str, int]:
 
 @triton.jit
 def _corner(base, y, x, h, w, channels, stride, rows, columns):
-    """The values of one neighbour of each query's location, zero outside the level; their offsets and mask.
+    """The values of one neighbor of each query's location, zero outside the level; their offsets and mask.
 
     base: the level's first cell; y, x: (BLOCK_Q,) whole floats; channels: (BLOCK_D,); stride: from cell to cell; rows,
     columns: which queries and channels are there. All results (BLOCK_Q, BLOCK_D).

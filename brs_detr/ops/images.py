@@ -1,4 +1,4 @@
-"""A batch of pictures of different sizes, zero-padded to one tensor.
+"""A batch of images of different sizes, zero-padded to one tensor.
 
 The sizes stay on the host as plain integers: masks, anchor validity and clipping follow from them without asking the
 device anything.
@@ -24,12 +24,12 @@ def level_sizes(shapes: Sequence[Size], like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Pictures padded at the right and bottom.
+    """Images padded at the right and bottom.
 
     Attributes:
         pixels: (B, 3, H, W) RGB, uint8 in 0..255 or float; 0 where padded.
-        sizes: (height, width) of each picture inside the padding.
-        original_sizes: (height, width) of each picture as stored on disk; detections are reported in this frame.
+        sizes: (height, width) of each image inside the padding.
+        original_sizes: (height, width) of each image as stored on disk; detections are reported in this frame.
     """
 
     pixels: Tensor

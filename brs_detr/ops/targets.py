@@ -1,4 +1,4 @@
-"""The objects of a batch in one list: labels and normalised boxes, with each picture's span kept on the host."""
+"""The objects of a batch in one list: labels and normalized boxes, with each image's span kept on the host."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_targets(targets: Sequence[dict[str, Any]], num_classes: int) -> None:
     targets are sent to a GPU. There one assertion of the device covers all values, and cannot name any.
 
     Args:
-        targets: one dict a picture, `boxes` (n, 4) xyxy pixels, `labels` (n,) in 0..K-1, and if known `image_id`.
+        targets: one dict an image, `boxes` (n, 4) xyxy pixels, `labels` (n,) in 0..K-1, and if known `image_id`.
         num_classes: K.
 
     Raises:
@@ -74,7 +74,7 @@ def _name_wrong(where: str, boxes: Tensor, labels: Tensor, num_classes: int) -> 
 
 
 def pixel_scales(sizes: Sequence[Size], device: torch.device) -> Tensor:
-    """(h, w) of each picture -> (B, 4) float32 (w, h, w, h)."""
+    """(h, w) of each image -> (B, 4) float32 (w, h, w, h)."""
     return torch.tensor([(w, h, w, h) for h, w in sizes], dtype=torch.float32).to(device, non_blocking=True)
 
 
@@ -84,9 +84,9 @@ class PackedTargets:
 
     Attributes:
         labels: (G,) int64.
-        boxes: (G, 4) float32 cxcywh in [0, 1] of the object's own picture (not of the padded batch).
-        scales: (G, 4) float32 (w, h, w, h) in pixels of the object's picture.
-        spans: first and one-past-last object of each picture, host integers.
+        boxes: (G, 4) float32 cxcywh in [0, 1] of the object's own image (not of the padded batch).
+        scales: (G, 4) float32 (w, h, w, h) in pixels of the object's image.
+        spans: first and one-past-last object of each image, host integers.
     """
 
     labels: Tensor
@@ -96,7 +96,7 @@ class PackedTargets:
 
     @classmethod
     def pack(cls, targets: Sequence[dict[str, Any]], sizes: Sequence[Size]) -> PackedTargets:
-        """From one dict a picture, `boxes` (n, 4) xyxy pixels and `labels` (n,), and the pictures' (h, w)."""
+        """From one dict an image, `boxes` (n, 4) xyxy pixels and `labels` (n,), and the images' (h, w)."""
         counts = [len(t["labels"]) for t in targets]
         ends = [sum(counts[: i + 1]) for i in range(len(counts))]
         device = targets[0]["boxes"].device

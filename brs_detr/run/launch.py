@@ -20,7 +20,7 @@ def start_accelerator(config: Config, *, trackers: bool = False) -> Accelerator:
     """Accelerate's view of the launch: devices, processes, precision and, for a training, its trackers.
 
     Raises:
-        ConfigError: the precision is not to be had on this machine, or a tracker is unknown or not installed.
+        ConfigError: this precision is not supported on this machine, or a tracker is unknown or not installed.
     """
     names = list(config.train.trackers) if trackers else []
     require_trackers(names)

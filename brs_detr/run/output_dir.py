@@ -1,4 +1,4 @@
-"""What keeps one run from damaging another: a folder is not written over, a run not resumed as a different one."""
+"""Guards for output_dir: never overwrite an existing run, never resume with incompatible settings."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from brs_detr.engine.storage import CheckpointError
 # settings in which a resumed run may differ: they change no number of the training
 _FREE_TO_CHANGE = (
     "output_dir",
-    "data.root",  # what lies there is compared instead, as are the annotations and the names of the pictures
+    "data.root",  # what lies there is compared instead, as are the annotations and the names of the images
     "data.train_",
     "data.val_",
     "data.workers",
     "data.timeout",
     "data.retry_seconds",
     "data.max_json_bytes",
-    "data.allow_outside_images",  # what it lets in is compared with the rest of the pictures
+    "data.allow_outside_images",  # what it lets in is compared with the rest of the images
     "train.resume",
     "train.overwrite",
     "train.allow_changes",
@@ -81,7 +81,7 @@ def check_resumable(config: Config, plan: BatchPlan, facts: dict, state: Path, s
 
 
 def require_same_data(config: Config, data: dict[str, str], facts: dict, state: Path) -> None:
-    """Refuse to go on with a run whose annotations have changed: its epochs would hold other pictures.
+    """Refuse to go on with a run whose annotations have changed: its epochs would hold other images.
 
     Args:
         config: of this run.
@@ -98,7 +98,7 @@ def require_same_data(config: Config, data: dict[str, str], facts: dict, state: 
     changed = [paths[split] for split, digest in data.items() if former.get(split) != digest]
     if changed and not config.train.allow_changes:
         raise ConfigError(
-            f"{' and '.join(changed)} changed since {state} was saved, or pictures are missing; restore them, "
+            f"{' and '.join(changed)} changed since {state} was saved, or images are missing; restore them, "
             "or go on with train.allow_changes=true"
         )
 

@@ -1,6 +1,6 @@
 """From a config to the parts of a run: datasets, detector, weights. What train.py, eval.py and the commands share.
 
-A small piece of a dataset, to see whether a detector can learn it by heart.
+Overfit a few batches as a sanity check.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def train_transforms(config: Config) -> TrainTransforms:
 
 
 def val_transforms(config: Config) -> EvalTransforms:
-    """The resizing of a recipe's test pictures."""
+    """The resizing of a recipe's test images."""
     return EvalTransforms(config.data.test_short_side, config.data.test_long_side, antialias=config.data.antialias)
 
 
@@ -70,7 +70,7 @@ def limits_of(config: Config) -> Limits:
 
 
 def open_train_set(config: Config) -> CocoDetection:
-    """The training pictures with their augmentation."""
+    """The training images with their augmentation."""
     data = config.data
     return CocoDetection(
         Path(data.root, data.train_json),
@@ -86,7 +86,7 @@ def open_train_set(config: Config) -> CocoDetection:
 
 
 def open_val_set(config: Config) -> CocoDetection:
-    """The validation pictures at their test size."""
+    """The validation images at their test size."""
     json_path, images = Path(config.data.root, config.data.val_json), Path(config.data.root, config.data.val_images)
     options = {"limits": limits_of(config), "retry_seconds": config.data.retry_seconds}
     return CocoDetection(json_path, images, transforms=val_transforms(config), train=False, **options)
@@ -233,13 +233,13 @@ def describe_length(config: Config, length: TrainingLength) -> str:
     if length.steps >= FEW_STEPS or config.train.overfit_batches is not None:
         return str(length)
     return (
-        f"{length}\nwarning: {length.steps} optimiser steps are few, a detector takes thousands; "
+        f"{length}\nwarning: {length.steps} optimizer steps is very short; detectors usually need thousands; "
         f"raise train.epochs={length.epochs}, or use train.steps=5000 train.schedule=cosine train.eval_every=null"
     )
 
 
 def build_schedule(config: Config, length: TrainingLength) -> Schedule:
-    """The learning-rate schedule in optimiser steps."""
+    """The learning-rate schedule in optimizer steps."""
     train = config.train
     milestones = [epoch * length.steps_per_epoch for epoch in train.lr_steps]
     return Schedule(train.schedule, length.steps, milestones, train.lr_gamma, train.warmup_steps)
@@ -307,7 +307,7 @@ def loop_settings(config: Config, plan: BatchPlan, length: TrainingLength, facts
 
 
 def with_subset(config: Config, accelerator: Accelerator) -> Config:
-    """Under `train.overfit_batches`: a config that trains and validates on the first pictures of the training set.
+    """Under `train.overfit_batches`: a config that trains and validates on the first images of the training set.
 
     Raises:
         DataError: the annotation file is missing or is no dataset.
@@ -339,9 +339,9 @@ def shared_memory_warning(
 
 
 def largest_shape(config: Config, plan: BatchPlan, dataset: CocoDetection) -> dict:
-    """Arguments of `largest_step`: the largest batch of the augmentation, as full as the fullest of the pictures.
+    """Arguments of `largest_step`: the largest batch of the augmentation, as full as the fullest of the images.
 
-    A picture alone is as large as it can be; several are padded to the tallest and to the widest of them.
+    A single image uses its own maximum size; a batch is padded to the largest height and width.
     """
     transforms = train_transforms(config)
     image_sizes = np.unique(dataset.packed.image_sizes, axis=0).tolist()
@@ -378,7 +378,7 @@ def describe_model(config: Config, model: nn.Module, transfer: Transfer | None) 
 
 
 def write_subset(data: dict[str, Any], target: Path, count: int) -> int:
-    """Write a COCO json with the first pictures of another that have objects.
+    """Write a COCO json with the first images of another that have objects.
 
     Args:
         data: content of a COCO json.
@@ -386,7 +386,7 @@ def write_subset(data: dict[str, Any], target: Path, count: int) -> int:
         count: how many; fewer where the dataset has fewer.
 
     Returns:
-        The number of pictures written.
+        The number of images written.
     """
     entries = {key: [entry for entry in data[key] if isinstance(entry, dict)] for key in ("images", "annotations")}
     occupied = {annotation.get("image_id") for annotation in entries["annotations"] if not annotation.get("iscrowd")}

@@ -1,8 +1,8 @@
-"""Draw boxes on pictures: detections beside ground truth, and contact sheets of training samples.
+"""Draw boxes on images: detections beside ground truth, and contact sheets of training samples.
 
-Colours, fonts and lines shared by pictures and curves; Pillow is all they need.
+Colors, fonts and lines shared by images and curves; Pillow is all they need.
 
-A contact sheet: pictures with their boxes and class names, as the model will see them.
+A contact sheet: images with their boxes and class names, as the model will see them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 TRUE = (255, 255, 255)
 TEXT = 14
-CROWDED = 40  # boxes from which names would hide the picture
+CROWDED = 40  # boxes from which names would hide the image
 
 
 def draw_detections(
@@ -35,20 +35,20 @@ def draw_detections(
     min_side: int = 640,
     legend: bool = True,
 ) -> Image.Image:
-    """Draw found and true boxes into a copy of a picture.
+    """Draw found and true boxes into a copy of an image.
 
     Args:
-        image: PIL picture, (h, w, 3) uint8 array or (3, h, w) uint8 tensor.
-        detections: `boxes` (n, 4) xyxy pixels of this picture, `scores` (n,), `labels` (n,); or None.
+        image: PIL image, (h, w, 3) uint8 array or (3, h, w) uint8 tensor.
+        detections: `boxes` (n, 4) xyxy pixels of this image, `scores` (n,), `labels` (n,); or None.
         targets: true `boxes` (m, 4) xyxy pixels and `labels` (m,); or None.
         classes: name of each label.
         threshold: detections with a lower score are left out.
         title: shown in the legend.
-        min_side: smaller pictures are enlarged until their longer side has this many pixels.
-        legend: add a strip below that explains colours and counts objects.
+        min_side: smaller images are enlarged until their longer side has this many pixels.
+        legend: add a strip below that explains colors and counts objects.
 
     Returns:
-        An RGB picture.
+        An RGB image.
     """
     canvas = to_image(image)
     scale = max(1.0, min_side / max(canvas.size))
@@ -72,7 +72,7 @@ def draw_detections(
 
 
 def to_image(image: Image.Image | np.ndarray | Tensor) -> Image.Image:
-    """An RGB copy of a PIL picture, an (h, w, 3) uint8 array or a (3, h, w) uint8 tensor."""
+    """An RGB copy of a PIL image, an (h, w, 3) uint8 array or a (3, h, w) uint8 tensor."""
     if isinstance(image, Tensor):
         image = image.detach().cpu().permute(1, 2, 0).numpy()
     if isinstance(image, np.ndarray):
@@ -83,19 +83,19 @@ def to_image(image: Image.Image | np.ndarray | Tensor) -> Image.Image:
 def contact_sheet(
     images: Sequence[Image.Image], *, columns: int | None = None, cell: tuple[int, int] = (520, 420), gap: int = 12
 ) -> Image.Image:
-    """Pictures side by side on one sheet, each shrunk to fit its cell.
+    """Images side by side on one sheet, each shrunk to fit its cell.
 
     Args:
         images: at least one.
         columns: default makes the sheet about as wide as high.
-        cell: largest (width, height) of one picture in pixels.
+        cell: largest (width, height) of one image in pixels.
         gap: pixels between cells.
 
     Raises:
-        ValueError: there is no picture.
+        ValueError: there is no image.
     """
     if not images:
-        raise ValueError("a contact sheet needs at least one picture")
+        raise ValueError("a contact sheet needs at least one image")
     columns = columns or math.ceil(math.sqrt(len(images)))
     small = [image.convert("RGB") for image in images]
     for image in small:
@@ -156,7 +156,7 @@ def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
 def _with_legend(
     image: Image.Image, found: list | None, true: list, has_targets: bool, classes: Sequence[str], title: str
 ) -> Image.Image:
-    """The picture over a strip with one swatch a class, and how many boxes of it are found and true."""
+    """The image over a strip with one swatch a class, and how many boxes of it are found and true."""
     items = []
     for label in sorted({row[1] for row in (found or []) + true}):
         counts = []
@@ -210,7 +210,7 @@ PAPER: Color = (255, 255, 255)
 
 
 def color(index: int) -> Color:
-    """A colour for class or line `index`; the first ten by hand, later ones by turning the hue by the golden ratio."""
+    """A color for class or line `index`; the first ten by hand, later ones by turning the hue by the golden ratio."""
     if index < len(PALETTE):
         return PALETTE[index]
     red, green, blue = colorsys.hsv_to_rgb(
@@ -220,7 +220,7 @@ def color(index: int) -> Color:
 
 
 def faint(tone: Color, share: float = 0.35) -> Color:
-    """The colour thinned towards white paper."""
+    """The color thinned toward white paper."""
     return tuple(round(255 - (255 - part) * share) for part in tone)  # type: ignore[return-value]
 
 
@@ -261,12 +261,12 @@ COLORS = ("#ff5c5c", "#4dd2ff", "#ffd24d", "#6ee06e", "#d58cff", "#ff9e4d", "#5c
 
 
 def write_samples(dataset: Sequence, path: str | Path, count: int) -> None:
-    """Draw `count` pictures from all over a dataset as its transforms give them in the first epoch.
+    """Draw `count` images from all over a dataset as its transforms give them in the first epoch.
 
     Args:
         dataset: has `classes`; its items are what `write_contact_sheet` draws.
-        path: picture file to write.
-        count: pictures on the sheet; fewer where the dataset has fewer.
+        path: image file to write.
+        count: images on the sheet; fewer where the dataset has fewer.
     """
     step = max(1, len(dataset) // count)
     chosen = range(0, len(dataset), step)[:count]
@@ -279,11 +279,11 @@ def write_contact_sheet(
     """Draw samples side by side.
 
     Args:
-        samples: pairs of a (3, h, w) uint8 picture and a target with "boxes" (n, 4) xyxy pixels and "labels" (n,).
+        samples: pairs of a (3, h, w) uint8 image and a target with "boxes" (n, 4) xyxy pixels and "labels" (n,).
         classes: names by label.
-        path: picture file to write.
-        columns: pictures in a row.
-        cell: side in pixels of the square that each picture is fitted into.
+        path: image file to write.
+        columns: images in a row.
+        cell: side in pixels of the square that each image is fitted into.
     """
     tiles = [_tile(image, target, classes, cell) for image, target in samples]
     rows = -(-len(tiles) // columns)

@@ -2,7 +2,7 @@
 
 Diagrams of lines with axes and a legend, drawn with Pillow alone.
 
-A confusion matrix as a picture: counts where there is room for them, shares as colour.
+A confusion matrix as an image: counts where there is room for them, shares as color.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def draw_curves(metrics: str | Path | Sequence[Mapping[str, Any]], out_png: str 
         metrics: a `metrics.jsonl`, or its records: `{"kind": "train" | "val", "step", "epoch", ...}`, training records
             with `loss`, `lr` and `terms`, validation records with `AP` and so on. Records that lack any of it are
             passed over.
-        out_png: where to save the picture, if anywhere.
+        out_png: where to save the image, if anywhere.
 
     Returns:
-        The picture, with a panel for everything that was logged.
+        The image, with a panel for everything that was logged.
     """
     records = read_records(metrics) if isinstance(metrics, str | Path) else list(metrics)
     train = [record for record in records if record.get("kind") == "train"]
@@ -55,7 +55,7 @@ def draw_precision_recall(
 
     Args:
         curves: by class name, precision at recalls evenly spaced from 0 to 1, as in `Summary.curves`.
-        out_png: where to save the picture, if anywhere.
+        out_png: where to save the image, if anywhere.
         max_classes: classes drawn; the first ones. The mean is that of all.
     """
     shown = {name: (curve, color(index), 2.0) for index, (name, curve) in enumerate(list(curves.items())[:max_classes])}
@@ -86,7 +86,7 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 
 
 def smoothed(points: Points, span: int) -> Points:
-    """The running median over `span` points, centred, shorter at both ends; one spike leaves no trace in it."""
+    """The running median over `span` points, centered, shorter at both ends; one spike leaves no trace in it."""
     values, half = [y for _, y in points], span // 2
     return [(x, statistics.median(values[max(0, i - half) : i + half + 1])) for i, (x, _) in enumerate(points)]
 
@@ -309,13 +309,13 @@ GAP, EDGE, LONGEST_NAME, MIN_WIDTH = 6, 20, 150, 640
 def draw_confusion(confusion: Confusion, out_png: str | Path | None = None) -> Image.Image:
     """Draw a confusion matrix: a row for each true class and the background, a column for each found class and missed.
 
-    Blue is found, red found as another class, grey missed or without an object; the darker, the larger the share of
+    Blue is found, red found as another class, gray missed or without an object; the darker, the larger the share of
     the row's objects or, of background, of what was found as the column's class. Names and counts are left out where
     cells are too small for them.
 
     Args:
         confusion: C classes.
-        out_png: where to save the picture, if anywhere.
+        out_png: where to save the image, if anywhere.
     """
     side = _cell_side(len(confusion.classes) + 1)
     text = min(13, side - 3)
@@ -410,7 +410,7 @@ def _shortened(name: str, size: int) -> str:
 def _upright(
     image: Image.Image, text: str, size: int, ink: Color, place: Sequence[float], *, below: bool = False
 ) -> None:
-    """Text read from below, centred on x; it ends at y, or begins there if `below`."""
+    """Text read from below, centered on x; it ends at y, or begins there if `below`."""
     line = Image.new("L", (text_width(text, size) + 2, size + 6), 0)
     ImageDraw.Draw(line).text((1, (size + 6) / 2), text, fill=255, font=font(size), anchor="lm")
     line = line.rotate(90, expand=True)

@@ -1,4 +1,4 @@
-"""Assignments of several pictures joined into one."""
+"""Assignments of several images joined into one."""
 
 import torch
 

@@ -23,7 +23,7 @@ SMALL = "model.roi.fc_dim=32 model.rpn.test_proposals=20 data.test_short_side=64
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A detector that has learnt nothing."""
+    """A detector that has learned nothing."""
     config = load_config(DEMO, [*TINY.split(), *SMALL.split()])
     path = tmp_path_factory.mktemp("weights") / "x.safetensors"
     tensors = build_detector(config, 2, initial_weights=False).state_dict()

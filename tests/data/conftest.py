@@ -11,7 +11,7 @@ from PIL import Image
 
 
 def _write_dataset(folder: Path, *, sizes, boxes, categories=((90, "c"), (1, "a"), (17, "b")), **extra) -> Path:
-    """Noise pictures of the given (h, w), `boxes[i]` = [(category_id, x, y, w, h), ...]; returns the json."""
+    """Noise images of the given (h, w), `boxes[i]` = [(category_id, x, y, w, h), ...]; returns the json."""
     random = np.random.default_rng(0)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
@@ -62,7 +62,7 @@ def change():
 
 
 def _write_image(path: Path, height: int = 40, width: int = 80, orientation: int | None = None) -> Path:
-    """A picture of noise, with EXIF's orientation if one is given; a PNG unless the name ends in .jpg."""
+    """An image of noise, with EXIF's orientation if one is given; a PNG unless the name ends in .jpg."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     exif = Image.Exif()

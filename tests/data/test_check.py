@@ -1,6 +1,6 @@
 """Every deliberate fault is named, and only what cannot be trained on fails.
 
-What a person should look at in the pictures themselves is named.
+What a person should look at in the images themselves is named.
 """
 
 import argparse
@@ -42,19 +42,19 @@ EXPECTED = {
     "20": "category_id_unknown",
     "21": "annotation_id_duplicate",
     "22": "image_id_duplicate",
-    "23": "picture_unreadable",
-    "24": "picture_converted",
-    "25": "picture_converted",
-    "26": "picture_converted",
-    "27": "picture_converted",
-    "28": "picture_not_turned",
-    "29": "picture_turned",
+    "23": "image_unreadable",
+    "24": "image_converted",
+    "25": "image_converted",
+    "26": "image_converted",
+    "27": "image_converted",
+    "28": "image_not_turned",
+    "29": "image_turned",
     "30": "size_mismatch",
-    "31": "picture_missing",
-    "32": "picture_unreadable",
-    "33": "picture_unreadable",
-    "34": "picture_name_misleads",
-    "35": "picture_name_unusual",
+    "31": "image_missing",
+    "32": "image_unreadable",
+    "33": "image_unreadable",
+    "34": "image_name_misleads",
+    "35": "image_name_unusual",
 }
 
 
@@ -70,9 +70,9 @@ def test_each_dirty_file_has_its_fault_named(shared_data, number):
     (path,) = (folder / "annotations" / "one_fault").glob(f"{number}_*.json")
     log = IssueLog(examples=None)
     check.check_dataset(check.Source(str(path), str(folder / "images"), EvalTransforms()), log)
-    beside = {"picture_not_listed", "category_unused"}  # true of these files as well, and not their fault
+    beside = {"image_not_listed", "category_unused"}  # true of these files as well, and not their fault
     kinds = set(log.counts) - beside
-    assert EXPECTED[number] in kinds and kinds <= {EXPECTED[number], "picture_converted"}
+    assert EXPECTED[number] in kinds and kinds <= {EXPECTED[number], "image_converted"}
     assert [fault.where for fault in log.faults if fault.kind == EXPECTED[number]] != []
 
 
@@ -81,7 +81,7 @@ def test_the_clean_control_has_none(shared_data):
     log = IssueLog(examples=None)
     source = check.Source(str(folder / "annotations" / "control.json"), str(folder / "images"), EvalTransforms())
     check.check_dataset(source, log)
-    assert set(log.counts) <= {"picture_not_listed"}
+    assert set(log.counts) <= {"image_not_listed"}
 
 
 def test_all_faults_at_once_are_trainable_and_listed(shared_data, tmp_path, capsys):
@@ -97,11 +97,11 @@ def test_all_faults_at_once_are_trainable_and_listed(shared_data, tmp_path, caps
     assert check.run(arguments(*words, "--strict")) == 1
 
 
-@pytest.mark.parametrize("wreck", ["no picture", "no box", "no json", "unreadable"])
+@pytest.mark.parametrize("wreck", ["no image", "no box", "no json", "unreadable"])
 def test_what_cannot_be_trained_on_fails_with_a_sentence(tmp_path, write_dataset, change, wreck, capsys):
     path = write_dataset(tmp_path, sizes=[(40, 50)], boxes=[[(1, 2, 3, 20, 20)]])
     image = tmp_path / "images" / "000.png"
-    if wreck == "no picture":
+    if wreck == "no image":
         image.unlink()
     elif wreck == "unreadable":
         image.write_bytes(b"")
@@ -110,7 +110,7 @@ def test_what_cannot_be_trained_on_fails_with_a_sentence(tmp_path, write_dataset
     else:
         path.write_text("nothing")
     assert check.run(arguments(path, "--images", tmp_path / "images", "--sheet", tmp_path / "s.png")) == 1
-    assert "cannot be trained on: " in capsys.readouterr().err
+    assert "error: dataset is not trainable: " in capsys.readouterr().err
 
 
 def test_recipes_are_resolved_by_the_caller(tmp_path, write_dataset, capsys):
@@ -182,7 +182,7 @@ def test_images_of_both_splits_are_named_and_those_of_the_other_are_not_called_u
     ]
     assert check.run(arguments("my.yaml", "--samples", 0), lambda target: sources) == 0
     out = capsys.readouterr().out
-    assert "1 x picture in both splits" in out and "image 993 (001.png)" in out and "picture not listed" not in out
+    assert "1 x image in both splits" in out and "image 993 (001.png)" in out and "image not listed" not in out
     assert check.run(arguments("my.yaml", "--samples", 0, "--strict"), lambda target: sources) == 1
 
 
@@ -191,7 +191,7 @@ def test_one_color_is_worth_a_look(tmp_path, write_dataset):
     Image.fromarray(np.full((40, 50, 3), 128, np.uint8)).save(tmp_path / "images" / "000.png")
     log = IssueLog()
     check.check_dataset(check.Source(str(path), str(tmp_path / "images"), EvalTransforms()), log)
-    assert log.counts["picture_uniform"] == 1
+    assert log.counts["image_uniform"] == 1
 
 
 def test_the_sheet_shows_boxes_where_they_are(tmp_path):
@@ -218,7 +218,7 @@ def noise(h=64, w=96, high=256):
 
 @pytest.fixture()
 def looks(tmp_path, write_dataset):
-    """Puts a file in the place of a picture and returns what there is to say about it."""
+    """Puts a file in the place of an image and returns what there is to say about it."""
     path = write_dataset(tmp_path, sizes=[(64, 96)], boxes=[[(1, 5, 5, 40, 40)]])
 
     def look(save):
@@ -238,7 +238,7 @@ def test_an_ordinary_image(looks):
 
 def test_twelve_bits_in_sixteen_are_dark(looks):
     values = noise()[..., 0].astype(np.uint16) * 16
-    assert looks(Image.fromarray(values).save) == (True, {"picture_converted": 1, "picture_dark": 1})
+    assert looks(Image.fromarray(values).save) == (True, {"image_converted": 1, "image_dark": 1})
 
 
 def test_a_night_image_of_8_bits_is_not_called_dark(looks):
@@ -248,13 +248,13 @@ def test_a_night_image_of_8_bits_is_not_called_dark(looks):
 def test_pages_and_frames(looks):
     frames = [Image.fromarray(noise(high=250)), Image.fromarray(noise(high=200))]
     found = looks(lambda path: frames[0].save(path, "TIFF", save_all=True, append_images=frames[1:]))
-    assert found == (True, {"picture_has_pages": 1, "picture_name_misleads": 1})
+    assert found == (True, {"image_has_pages": 1, "image_name_misleads": 1})
 
 
 def test_a_half_that_is_gray(looks):
     pixels = noise()
     pixels[30:] = 128
-    assert looks(Image.fromarray(pixels).save) == (True, {"picture_part_blank": 1})
+    assert looks(Image.fromarray(pixels).save) == (True, {"image_part_blank": 1})
 
 
 def test_a_jpeg_whose_body_is_zeros_but_for_its_end(looks, tmp_path):
@@ -262,7 +262,7 @@ def test_a_jpeg_whose_body_is_zeros_but_for_its_end(looks, tmp_path):
     content = (tmp_path / "whole.jpg").read_bytes()
     content = content[: len(content) // 2] + bytes(len(content) // 2 - 2) + content[-2:]
     ok, found = looks(lambda path: path.write_bytes(content))
-    assert ok and found == {"picture_part_blank": 1, "picture_name_misleads": 1}
+    assert ok and found == {"image_part_blank": 1, "image_name_misleads": 1}
 
 
 def test_what_cannot_be_decoded_is_named_and_counted_once(looks, tmp_path):
@@ -270,7 +270,7 @@ def test_what_cannot_be_decoded_is_named_and_counted_once(looks, tmp_path):
     Image.fromarray(noise()).save(tmp_path / "whole.png")
     content += (tmp_path / "whole.png").read_bytes()
     content[len(content) // 2] ^= 255
-    assert looks(lambda path: path.write_bytes(content)) == (False, {"picture_unreadable": 1})
+    assert looks(lambda path: path.write_bytes(content)) == (False, {"image_unreadable": 1})
 
 
 def test_the_blank_share_counts_from_below_and_not_within_a_frame():

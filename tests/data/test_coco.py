@@ -147,7 +147,7 @@ def test_an_unreadable_image_is_replaced_in_training_and_left_out_of_evaluation(
     assert dataset[0][1]["image_id"] == dataset[0][1]["image_id"] == 993
     assert caplog.text.count("000.png") == 1
     assert ["image 1000 (000.png)" in line for line in dataset.met_while_reading()] == [True]
-    assert dataset.report["picture_unreadable"] == 1
+    assert dataset.report["image_unreadable"] == 1
     assert (dataset.report["images"], dataset.report["objects"]) == (2, 1)  # what is really trained on
     (path.parent / "images" / "000.png").write_bytes(b"")
     assert open_set(path, train=False).image_ids == open_set(path).image_ids == [993, 986]  # the header tells
@@ -162,7 +162,7 @@ def test_a_image_that_proves_damaged_when_read_is_marked_in_evaluation(two, capl
     assert "000.png" in caplog.text and "left out of the evaluation" in caplog.text
     assert target["unreadable"] and target["original_size"] == size and tuple(image.shape) == (3, *size)
     assert len(target["boxes"]) == 0 and "unreadable" not in dataset[1][1]
-    assert dataset.report["picture_unreadable"] == 1
+    assert dataset.report["image_unreadable"] == 1
 
 
 def test_workers_report_the_unreadable_image_they_met(two):
@@ -171,7 +171,7 @@ def test_workers_report_the_unreadable_image_they_met(two):
     dataset = open_set(path)
     loader = torch.utils.data.DataLoader(dataset, num_workers=1, collate_fn=list)
     assert [batch[0][1]["image_id"] for batch in loader] == [993, 993, 986]
-    assert dataset.report["picture_unreadable"] == 1
+    assert dataset.report["image_unreadable"] == 1
 
 
 def test_the_augmentation_depends_on_seed_epoch_and_image_only(two):
@@ -191,7 +191,7 @@ UNTRAINABLE = {
     "two categories have the id 1": lambda path, change: change(
         path, lambda data: data["categories"].append({"id": 1})
     ),
-    "no whole number": lambda path, change: change(path, lambda data: data["categories"].append({"id": "x"})),
+    "no integer id": lambda path, change: change(path, lambda data: data["categories"].append({"id": "x"})),
     "right image folder": lambda path, _: shutil.rmtree(path.parent / "images"),
     "none of its 3 image entries": lambda path, change: change(path, lambda d: [i.update(id="x") for i in d["images"]]),
     "is empty": lambda path, change: change(path, lambda data: data.update(images=[])),
@@ -280,7 +280,7 @@ def test_entries_that_share_a_file_or_an_id_are_warned_about(two, change):
         data["images"] += [{**data["images"][0], "id": 7}, {**data["images"][1], "id": 1000}]
 
     report = open_set(change(two, share)).report
-    assert report["picture_listed_twice"] == report["image_id_duplicate"] == 1 and report["images"] == 4
+    assert report["image_listed_twice"] == report["image_id_duplicate"] == 1 and report["images"] == 4
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_fewer_than_half_of_the_annotations_is_a_warning(two, change):
 def test_images_that_all_cannot_be_read_are_refused_at_the_start(two, train):
     for file in (two.parent / "images").iterdir():
         file.write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(DataError, match=r"none of 3 pictures looked at can be read; .* begins with 'version https"):
+    with pytest.raises(DataError, match=r"none of 3 images looked at can be read; .* begins with 'version https"):
         open_set(two, train)
 
 
@@ -327,14 +327,12 @@ def test_the_sentence_of_a_worker_comes_without_its_traceback(two):
     loader = torch.utils.data.DataLoader(dataset, num_workers=1, collate_fn=list)
     with pytest.raises(ImageError) as error:
         list(loader)
-    assert str(error.value) == f"{dataset.path(0)}: neither this picture nor the next ones can be read."
+    assert str(error.value) == f"{dataset.path(0)}: neither this image nor the next ones can be read."
 
 
 def test_the_folder_that_holds_the_images_is_named(two):
     (two.parent / "images").rename(two.parent / "train2017")
-    with pytest.raises(
-        DataError, match=r"none of its 3 pictures is in .*images .* 3 pictures .* are in .*train2017\.$"
-    ):
+    with pytest.raises(DataError, match=r"none of its 3 images is in .*images .* 3 images .* are in .*train2017\.$"):
         open_set(two)
 
 
@@ -364,7 +362,7 @@ def test_a_name_that_leads_out_is_refused_unless_told(two, change):
 @pytest.mark.parametrize("train", [True, False])
 def test_a_image_above_the_limit_is_left_out_with_the_setting(two, train):
     dataset = open_set(two, train, limits=Limits(max_image_pixels=2400))
-    assert dataset.report["picture_unreadable"] == 1 and "more than data.max_image_pixels=2400" in dataset.summary()
+    assert dataset.report["image_unreadable"] == 1 and "more than data.max_image_pixels=2400" in dataset.summary()
     with pytest.raises(DataError, match=r"more than data\.max_json_bytes=10"):
         open_set(two, limits=Limits(max_json_bytes=10))
 

@@ -1,4 +1,4 @@
-"""Pictures of every kind come out as the RGB a person sees, and damaged ones never come out at all."""
+"""Images of every kind come out as the RGB a person sees, and damaged ones never come out at all."""
 
 import io
 import os
@@ -95,7 +95,7 @@ def test_what_is_no_image_is_named(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     for read in (read_image, read_image_info):
-        with pytest.raises(ImageError, match=r"y\.jpg: this picture cannot be read"):
+        with pytest.raises(ImageError, match=r"y\.jpg: this image cannot be read"):
             read(path)
 
 
@@ -136,7 +136,7 @@ def test_a_wrong_checksum_in_a_png_is_an_error(tmp_path):
 def test_the_reason_comes_with_what_the_file_begins_with(tmp_path):
     path = tmp_path / "x.jpg"
     for content, reason in (
-        (b"<html>404", "it begins with '<html>404', which is no picture"),
+        (b"<html>404", "it begins with '<html>404', which is no image"),
         (b"", "the file is empty"),
     ):
         path.write_bytes(content)
@@ -203,7 +203,7 @@ def test_a_name_cannot_do_more_than_be_printed(tmp_path):
     path.write_bytes(b"")
     with pytest.raises(ImageError) as error:
         read_image(path)
-    assert r"a\x1b[31m\x0ab.jpg: this picture" in str(error.value) and str(error.value).isprintable()
+    assert r"a\x1b[31m\x0ab.jpg: this image" in str(error.value) and str(error.value).isprintable()
     assert error.value.reason == "the file is empty"
 
 

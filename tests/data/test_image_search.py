@@ -1,4 +1,4 @@
-"""Pictures are found under the names that labelling tools give them, and never confused with one another."""
+"""Images are found under the names that labeling tools give them, and never confused with one another."""
 
 import os
 import unicodedata
@@ -45,7 +45,7 @@ def test_names_that_are_right_are_left_alone(tmp_path):
 def test_the_same_path_written_otherwise_is_found_also_beside_right_ones(tmp_path, name):
     make(tmp_path, "b.jpg", "sub/zellé 1.jpg")
     names, log = find(tmp_path, "b.jpg", name)
-    assert names == ["b.jpg", "sub/zellé 1.jpg"] and log.counts == {"picture_elsewhere": 1}
+    assert names == ["b.jpg", "sub/zellé 1.jpg"] and log.counts == {"image_elsewhere": 1}
 
 
 @pytest.mark.parametrize(
@@ -69,13 +69,13 @@ def test_folders_of_another_machine_are_seen_through_where_no_name_is_right(tmp_
 def test_a_missing_image_among_right_ones_is_not_replaced_by_one_from_another_folder(tmp_path):
     make(tmp_path, "b.jpg", "masks/a.png", "val/a.jpg")
     names, log = find(tmp_path, "a.jpg", "b.jpg")
-    assert names == [None, "b.jpg"] and log.counts == {"picture_missing": 1}
+    assert names == [None, "b.jpg"] and log.counts == {"image_missing": 1}
 
 
 @pytest.mark.parametrize(
     ("files", "names"),
     [
-        (["a.jpg"], ["one/a.jpg", "two/a.jpg"]),  # whose picture is it?
+        (["a.jpg"], ["one/a.jpg", "two/a.jpg"]),  # whose image is it?
         (["one/a.jpg", "two/a.jpg"], ["a.jpg"]),  # which one is meant?
         (["one/a.jpg"], ["two/a.jpg"]),  # folders that contradict each other
         (["a.jpg", "a.png"], ["x/a"]),
@@ -139,7 +139,7 @@ OUTSIDE = ["../a.jpg", "sub/../../a.jpg", "/etc/hostname", "./.././a.jpg", "../i
 def test_a_name_that_leads_out_of_the_folder_is_not_followed(tmp_path, name):
     make(tmp_path, "a.jpg", "images2/a.jpg", "images/b.jpg", "images/sub/c.jpg")
     names, log = find(tmp_path / "images", name, "b.jpg")
-    assert names == [None, "b.jpg"] and log.counts == {"picture_outside": 1}
+    assert names == [None, "b.jpg"] and log.counts == {"image_outside": 1}
 
 
 def test_a_name_may_lead_out_of_the_folder_if_told(tmp_path):

@@ -11,7 +11,7 @@ H, W = 200, 300
 
 
 def boxes(count=200):
-    """(count, 4) xywh that fill a picture evenly."""
+    """(count, 4) xywh that fill an image evenly."""
     random = np.random.default_rng(0)
     size = random.uniform(10, 90, (count, 2))
     corner = random.uniform(0, 1, (count, 2)) * ([W, H] - size)
@@ -30,7 +30,7 @@ def doubts(xywh):
 
 LAYOUTS = {
     "corners": lambda x, y, w, h: (x, y, x + w, y + h),
-    "centre": lambda x, y, w, h: (x + w / 2, y + h / 2, w, h),
+    "center": lambda x, y, w, h: (x + w / 2, y + h / 2, w, h),
     "y, x": lambda x, y, w, h: (y, x, h, w),
     "fractions": lambda x, y, w, h: (x / W, y / H, w / W, h / H),
 }

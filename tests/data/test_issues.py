@@ -28,16 +28,16 @@ def test_a_log_counts_all_and_keeps_the_first_few():
 
 def test_what_may_spoil_the_training_is_said_first():
     log = IssueLog()
-    for kind in ("picture_not_listed", "area_missing", "box_empty", "picture_dark"):
+    for kind in ("image_not_listed", "area_missing", "box_empty", "image_dark"):
         log.add(kind, "x")
     names = [line.split(",")[0] for line in log.lines()]
-    assert names == ["1 x picture dark", "1 x box empty", "1 x area missing", "1 x picture not listed"]
+    assert names == ["1 x image dark", "1 x box empty", "1 x area missing", "1 x image not listed"]
     assert [line.split(",")[0] for line in log.lines(["repaired"])] == ["1 x area missing"]
 
 
 def test_texts_of_a_json_are_made_short_and_printable():
     log = IssueLog()
-    log.add("picture_missing", "line\nbreak \0 \ud83d 日本", "x" * 10_000)
+    log.add("image_missing", "line\nbreak \0 \ud83d 日本", "x" * 10_000)
     (fault,) = log.faults
     assert fault.where == r"line\x0abreak \x00 \ud83d 日本" and len(fault.detail) < 300
 

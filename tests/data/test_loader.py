@@ -1,4 +1,4 @@
-"""Every picture once per epoch, equally many steps on every process, and a resumed epoch goes on where it was."""
+"""Every image once per epoch, equally many steps on every process, and a resumed epoch goes on where it was."""
 
 from collections import Counter
 
@@ -147,7 +147,7 @@ def test_grouped_evaluation_has_no_padding(path):
     assert sorted({len(images) for images, _ in loader}, reverse=True)[:1] + [1] == [
         3,
         1,
-    ]  # (40, 60) has three pictures
+    ]  # (40, 60) has three images
 
 
 def test_evaluation_groups_by_the_file_where_the_json_states_another_size(path, change):

@@ -42,7 +42,7 @@ def test_a_storage_that_fails_for_a_while_changes_nothing(path, monkeypatch, num
     count = fail(monkeypatch, number, number, number)
     image, _ = dataset[1]
     assert count[0] == 4 and image.equal(expected)
-    assert not dataset.met_while_reading() and "picture_unreadable" not in dataset.report
+    assert not dataset.met_while_reading() and "image_unreadable" not in dataset.report
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -80,7 +80,7 @@ def test_a_file_that_is_read_and_cannot_be_decoded_is_damaged(path, content):
     dataset = CocoDetection(path, path.parent / "images", train=True, retry_seconds=60)
     Path(dataset.path(1)).write_bytes(content)
     dataset[1]
-    assert dataset.report["picture_unreadable"] == 1
+    assert dataset.report["image_unreadable"] == 1
 
 
 def test_what_is_no_file_by_its_name_is_not_tried_again(tmp_path):

@@ -1,4 +1,4 @@
-"""The generated dataset is valid COCO, repeats byte for byte, and its colours do not give the classes away.
+"""The generated dataset is valid COCO, repeats byte for byte, and its colors do not give the classes away.
 
 A polygon drawn again gives the mask it came from.
 """
@@ -88,7 +88,7 @@ def test_large_small_touching_and_cut_objects_all_occur(truth):
     side = np.sqrt([a["area"] for a in truth.dataset["annotations"]])
     assert side.min() < 10 and side.max() > 30
     counts = [len(truth.getAnnIds(key)) for key in truth.imgs]
-    assert max(counts) == 4 and min(counts) <= 1 and 2 < np.mean(counts) < 3.5  # one to four a picture
+    assert max(counts) == 4 and min(counts) <= 1 and 2 < np.mean(counts) < 3.5  # one to four an image
     per_class = np.bincount([a["category_id"] for a in truth.dataset["annotations"]])
     assert all(per_class[key] > 40 for key in CATEGORY_IDS.values())
     borders = [a for a in truth.dataset["annotations"] if a["bbox"][0] == 0 or a["bbox"][1] == 0]

@@ -51,7 +51,7 @@ LIMIT = 240  # seconds
 
 
 class Detector(toy.ToyDetector):
-    """The toy, for boxes in pixels and for pictures without any."""
+    """The toy, for boxes in pixels and for images without any."""
 
     def forward(self, images, targets):
         none = torch.zeros(1, 4)
@@ -103,10 +103,10 @@ def this_process_is_killed(trainer):
 
 # name: (what happens, further settings, exit code, what is said)
 CASES = {
-    "told": (group_is_told, [], 75, "told to stop: saved at step 3"),
-    "told at the start of the workers": (None, [], 75, "told to stop: saved at step 0"),
-    "told in validation": (None, [], 75, "told to stop: saved at step 8"),
-    "told while waiting": (group_is_told_while_waiting, [], 75, "told to stop: saved at step "),
+    "told": (group_is_told, [], 75, "Received a stop signal: checkpoint saved at step 3"),
+    "told at the start of the workers": (None, [], 75, "Received a stop signal: checkpoint saved at step 0"),
+    "told in validation": (None, [], 75, "Received a stop signal: checkpoint saved at step 8"),
+    "told while waiting": (group_is_told_while_waiting, [], 75, "Received a stop signal: checkpoint saved at step "),
     "told while waiting without workers": (group_is_told_while_waiting, ["data.workers=0"], 75, "saved at step 3"),
     "a hung storage": (files_become_pipes, ["data.timeout=2", "data.retry_seconds=1"], 74, "s (being read: "),
     "a storage that comes back": (files_come_back, [], 0, "tried again for 20 s"),

@@ -36,7 +36,7 @@ KILLED = -9
 
 @dataclasses.dataclass
 class Job:
-    """One run. What happens at a step happens when so many optimiser steps are done, in the last process.
+    """One run. What happens at a step happens when so many optimizer steps are done, in the last process.
 
     Attributes:
         name: of the files it leaves.

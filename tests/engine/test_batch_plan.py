@@ -15,7 +15,7 @@ def test_the_parts_make_up_the_total(per, accumulate, processes):
 
 def test_without_a_limit_a_process_holds_its_whole_share():
     assert split_batch_size(16, None, 4).per_device == 4
-    assert str(split_batch_size(16, 2, 4)) == "total batch 16 = 4 processes x 2 pictures x 2 accumulated"
+    assert str(split_batch_size(16, 2, 4)) == "total batch 16 = 4 processes x 2 images x 2 accumulated"
 
 
 @pytest.mark.parametrize(
@@ -43,4 +43,4 @@ def test_a_length_in_steps_is_the_fewest_whole_epochs_that_reach_it(batches, acc
 
 def test_without_steps_the_epochs_are_those_of_the_recipe():
     length = plan_length(10, split_batch_size(2, 1, 1), epochs=12, steps=None, eval_every=1)
-    assert str(length) == "12 epochs of 5 optimiser steps, 60 in all; validation every epoch"
+    assert str(length) == "12 epochs of 5 optimizer steps, 60 in all; validation every epoch"

@@ -106,7 +106,7 @@ def test_fine_tuning_reports_what_was_re_initialized_and_what_was_not_used():
         "body.weight"
     }
     assert report.unused == ["gone"]
-    assert "7 re-initialised" in str(report) and "gone" in str(report)
+    assert "7 re-initialized" in str(report) and "gone" in str(report)
 
 
 def test_the_first_row_of_an_objectness_tensor_survives_other_classes():

@@ -1,4 +1,4 @@
-"""Two and three processes over gloo: gradients, gathering, pictures without objects, resuming, stopping together."""
+"""Two and three processes over gloo: gradients, gathering, images without objects, resuming, stopping together."""
 
 import os
 import subprocess
@@ -44,5 +44,5 @@ def test_with_two_processes(output, check):
 
 
 def test_images_without_objects_in_some_or_all_of_three_processes(tmp_path):
-    output = launch(3, tmp_path, "empty pictures")
-    assert "holds: empty pictures" in output, output[-4000:]
+    output = launch(3, tmp_path, "empty images")
+    assert "holds: empty images" in output, output[-4000:]

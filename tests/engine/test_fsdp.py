@@ -120,7 +120,7 @@ def jobs_of(folder, data):
 
 
 def make_data(folder):
-    """Three pictures to validate on: the processes have different numbers of forward passes to make.
+    """Three images to validate on: the processes have different numbers of forward passes to make.
 
     Objects lie all over them, so that a detector finds some after two steps.
     """
@@ -273,7 +273,7 @@ def test_a_dry_run_steps_all_parameters(runs):
     assert runs.codes["dry"] == [0, 0]
     model = setup.build_detector(load_config(DEMO), 5)
     parameters = sum(p.numel() for p in model.parameters())
-    assert f"an optimiser step of {parameters:,} parameters" in runs.printed("dry")
+    assert f"an optimizer step of {parameters:,} parameters" in runs.printed("dry")
 
 
 def test_evaluating_the_weights_gives_what_the_training_printed(runs):

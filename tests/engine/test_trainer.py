@@ -19,7 +19,7 @@ from brs_detr.ops.targets import TargetError, check_targets
 
 
 class Mean(nn.Module):
-    """A loss that is a mean over pictures, without randomness: here accumulation must change nothing."""
+    """A loss that is a mean over images, without randomness: here accumulation must change nothing."""
 
     def __init__(self):
         super().__init__()
@@ -31,14 +31,14 @@ class Mean(nn.Module):
 
 
 def merged(batches):
-    """The same pictures as one batch."""
+    """The same images as one batch."""
     pixels = torch.cat([images.pixels for images, _ in batches])
     sizes = [(4, 4)] * len(pixels)
     return ImageBatch(pixels, sizes, sizes), [target for _, targets in batches for target in targets]
 
 
 def one_step(toy, folder, group):
-    """Parameters after one optimiser step over a group of batches."""
+    """Parameters after one optimizer step over a group of batches."""
     trainer, accelerator = toy.build(folder)
     trainer.settings = dataclasses.replace(trainer.settings, clip_norm=None)  # clipped, a wrong factor would not show
     torch.manual_seed(1)
@@ -176,7 +176,7 @@ def test_skipping_goes_on_under_a_gradient_scaler(toy, tmp_path, monkeypatch):
 
 
 def test_an_overflow_is_the_scalers_business_but_not_for_ever(toy, tmp_path, monkeypatch):
-    """A gradient that is not finite at any scale would otherwise be a training in which nothing is ever learnt."""
+    """A gradient that is not finite at any scale would otherwise be a training in which nothing is ever learned."""
     trainer, _ = toy.build(tmp_path, epochs=9)
     scaler = with_scaler(trainer, monkeypatch)  # from 4 to 1 in two steps
     trainer.model.head.weight.register_hook(lambda gradient: gradient * math.inf)
@@ -299,7 +299,7 @@ def test_a_head_without_any_loss_in_an_epoch_is_named(toy, tmp_path, capsys):
     trainer.model.forward = lambda *inputs: {**forward(*inputs), **nothing}
     assert trainer.fit()
     said = capsys.readouterr().out
-    assert "warning: the loss of roi was 0 in all of epoch 1" in said
+    assert "warning: roi loss was zero for the whole of epoch 1" in said
 
 
 def test_heads_with_a_loss_are_not(toy, tmp_path, capsys):

@@ -41,7 +41,7 @@ class ToyDetector(nn.Module):
 
 
 class Normalized(nn.Module):
-    """Batch normalisation of what a picture and its targets say: a NaN in a box reaches the running statistics."""
+    """Batch normalization of what an image and its targets say: a NaN in a box reaches the running statistics."""
 
     def __init__(self, aside=False):
         super().__init__()

@@ -46,7 +46,7 @@ TINY = [
 
 
 class Quadratic(nn.Module):
-    """Without randomness and with a loss that is a mean over pictures."""
+    """Without randomness and with a loss that is a mean over images."""
 
     def __init__(self):
         super().__init__()
@@ -65,7 +65,7 @@ def gradient_of(model, batches):
 
 
 def check_gradient(accelerator):
-    """DDP's gradient is that of all pictures at once."""
+    """DDP's gradient is that of all images at once."""
     torch.manual_seed(0)
     single = Quadratic()
     everything = [next(iter(toy.ToyBatches(1, rank=rank, world=2).epoch(0))) for rank in (0, 1)]
@@ -76,7 +76,7 @@ def check_gradient(accelerator):
 
 
 def check_gathering(accelerator):
-    """Each picture once, in order, in both processes, though one process has more and one picture comes twice."""
+    """Each image once, in order, in both processes, though one process has more and one image comes twice."""
     ids = [[5, 1, 9], [2, 9]][accelerator.process_index]
 
     class Echo(nn.Module):
@@ -103,7 +103,7 @@ VARIANTS = ([], ["model.ranking_scope=global"], SCORE_BASED)
 
 
 def check_empty_images(accelerator):
-    """Processes whose pictures hold nothing, all but one or all, step too: no hang, no parameter without a gradient.
+    """Processes whose images hold nothing, all but one or all, step too: no hang, no parameter without a gradient.
 
     DDP would refuse the second step if a parameter had no part in the first.
     """
@@ -118,7 +118,7 @@ def check_empty_images(accelerator):
 
 
 def step_on_full(accelerator, model, full):
-    """A backward pass on a picture with two objects, or with none."""
+    """A backward pass on an image with two objects, or with none."""
     boxes = torch.tensor([[8.0, 8, 40, 40], [20, 10, 60, 50]]) if full else torch.zeros(0, 4)
     targets = [{"boxes": boxes, "labels": torch.arange(len(boxes)), "image_id": 0}]
     images = ImageBatch(torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8), [(64, 64)], [(64, 64)])
@@ -168,7 +168,7 @@ def check_buffers(accelerator, folder):
 
 
 def check_non_finite(accelerator, folder):
-    """One process meets a NaN: both stop, at the same step, and name its term, pictures and batch."""
+    """One process meets a NaN: both stop, at the same step, and name its term, images and batch."""
     poison = (0, 3) if accelerator.process_index == 1 else None
     trainer, _ = toy.build(folder / "poison", accelerator=accelerator, poison=poison)
     try:
@@ -328,7 +328,7 @@ def main():
     checks = {
         "gradient": lambda: check_gradient(accelerator),
         "gathering": lambda: check_gathering(accelerator),
-        "empty pictures": lambda: check_empty_images(accelerator),
+        "empty images": lambda: check_empty_images(accelerator),
         "resume": lambda: check_resume(accelerator, folder),
         "buffers": lambda: check_buffers(accelerator, folder),
         "interruption": lambda: check_interruption(accelerator, folder),

@@ -181,7 +181,7 @@ def test_a_dataset_without_objects_has_no_measure():
     summary = evaluate_coco(dataset([]), [result(1, 7, (0, 0, 5, 5), 0.5)])
     assert set(summary.stats.values()) == {-1.0}
     assert " -" in summary.table()
-    assert "none of the pictures holds an object" in summary.table()
+    assert "none of the images holds an object" in summary.table()
 
 
 def test_average_precision_of_a_hand_made_ranking():
@@ -205,7 +205,7 @@ def test_order_of_results_does_not_matter(shared_data):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", [float, str, lambda i: i + 2**53, lambda i: i + 2**62, lambda i: i + 2**64])
 def test_ids_may_be_of_any_size_and_quoted(backend, form):
-    """Neighbours above 2^53, which are one number in floating point, stay two images and two classes."""
+    """Neighbors above 2^53, which are one number in floating point, stay two images and two classes."""
     truth = dataset([(i, 7 + i % 2, (i, 2 * i, 30, 30)) for i in range(1, 9)], range(1, 9), ((7, "a"), (8, "b")))
     results = noisy_results(truth, seed=5)
     expected = evaluate_coco(truth, results, backend="pycocotools")
@@ -292,7 +292,7 @@ def test_results_that_do_not_belong_are_refused():
         evaluate_coco(truth, [result("one", 7, (0, 0, 2, 2), 0.5)])
     with pytest.raises(ValueError, match="no list `images`"):
         evaluate_coco({"annotations": []}, [])
-    with pytest.raises(ValueError, match="no whole number as its id"):
+    with pytest.raises(ValueError, match="no integer id"):
         evaluate_coco(truth | {"categories": [{"name": "cell"}]}, [])
 
 

@@ -65,7 +65,7 @@ def detector(build) -> BRSDETR:
 
 @pytest.fixture(scope="session")
 def exported(detector, tmp_path_factory) -> Path:
-    """The detector as a file for pictures of any size, traced at 150 x 210."""
+    """The detector as a file for images of any size, traced at 150 x 210."""
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     path = tmp_path_factory.mktemp("export") / "small.onnx"

@@ -38,8 +38,8 @@ def weights(spread, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory):
-    """A picture of just the size of the detector's input: neither resizing nor padding, which round, come in."""
-    path = tmp_path_factory.mktemp("pictures") / "noise.png"
+    """An image of just the size of the detector's input: neither resizing nor padding, which round, come in."""
+    path = tmp_path_factory.mktemp("images") / "noise.png"
     pixels = np.random.default_rng(0).integers(0, 256, (70, 70, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
     return path
@@ -77,7 +77,7 @@ def test_what_is_exported_is_checked_and_the_example_finds_what_predict_finds(we
 @pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize("size", [(60, 44), (90, 123)])
 def test_the_example_resizes_as_predict_does(antialias, size):
-    """To a grey level, with and without the low-pass filter, smaller and larger."""
+    """To a gray level, with and without the low-pass filter, smaller and larger."""
     pytest.importorskip("onnxruntime")
     spec = importlib.util.spec_from_file_location("onnx_detect", ROOT / "examples" / "onnx_detect.py")
     example = importlib.util.module_from_spec(spec)
@@ -123,7 +123,7 @@ def test_without_the_exporters_packages_nothing_begins(weights, tmp_path, capsys
         (["--out", "model.onnx", "--height", "12"], "--height=12: the coarsest of this detector's maps needs"),
         (["--out", "model.onnx", "--opset", "9"], "--opset=9"),
         (["--out", "/dev/null/model.onnx"], "--out=/dev/null: cannot be written to"),
-        (["--out", "model.onnx", "--image", "absent.jpg"], "absent.jpg: this picture cannot be read"),
+        (["--out", "model.onnx", "--image", "absent.jpg"], "absent.jpg: this image cannot be read"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_sentence(weights, tmp_path, capsys, monkeypatch, arguments, said):

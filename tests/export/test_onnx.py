@@ -1,4 +1,4 @@
-"""The exported graph: what the detector finds, in onnxruntime too, for any number, size and padding of pictures."""
+"""The exported graph: what the detector finds, in onnxruntime too, for any number, size and padding of images."""
 
 import json
 from dataclasses import replace

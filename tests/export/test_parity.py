@@ -19,7 +19,7 @@ def predictions():
 
 
 def detections(order=(0, 1, 2), shift=0.0):
-    """The three best, in pixels of a picture 200 wide and 100 high."""
+    """The three best, in pixels of an image 200 wide and 100 high."""
     boxes = torch.tensor([[80.0, 40, 120, 60], [40, 30, 60, 70], [40, 30, 60, 70]]) + shift
     scores, labels = torch.tensor([0.9, 0.6, 0.6]), torch.tensor([1, 1, 2])
     return boxes[list(order)][None], scores[None], labels[list(order)][None]

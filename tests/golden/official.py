@@ -155,7 +155,7 @@ def in_index_order(model, monkeypatch):
 
 
 def recorded_case(folder, family, case):
-    """Arrays of one training batch, the pictures' sizes and our targets."""
+    """Arrays of one training batch, the images' sizes and our targets."""
     arrays = load_file(folder / family / "train_normal.safetensors")
     if case != "normal":
         arrays |= load_file(folder / family / f"train_{case}.safetensors")
@@ -170,7 +170,7 @@ def recorded_case(folder, family, case):
 
 
 def image_sizes(folder):
-    """(h, w) of the recorded pictures as resized and as stored."""
+    """(h, w) of the recorded images as resized and as stored."""
     metas = json.loads((folder / "img_metas.json").read_text())
     return tuple([tuple(meta[key][:2]) for meta in metas] for key in ("img_shape", "ori_shape"))
 

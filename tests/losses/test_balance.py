@@ -1,4 +1,4 @@
-"""What localisation terms weigh beside the ranking: no cliff near a perfect ranking, and aLRP's recorded factors."""
+"""What localization terms weigh beside the ranking: no cliff near a perfect ranking, and aLRP's recorded factors."""
 
 import json
 from itertools import pairwise

@@ -31,7 +31,7 @@ EXCEPTIONS = {
     ("brs", "ties_quantised"): TIES,
     ("bap", "ties_quantised"): TIES,
 }
-# The localisation part of aLRP ranks strictly, so it depends on the order that the sort leaves among equal positives.
+# The localization part of aLRP ranks strictly, so it depends on the order that the sort leaves among equal positives.
 STRICT_RANK_TIES = ("ties_quantised",)
 
 pytestmark = pytest.mark.skipif(not CASES, reason="recorded losses are not beside this checkout")

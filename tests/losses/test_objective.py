@@ -1,4 +1,4 @@
-"""The contract between heads and objectives: names, values, normalisation, and what happens at the edges."""
+"""The contract between heads and objectives: names, values, normalization, and what happens at the edges."""
 
 import pytest
 import torch
@@ -222,7 +222,7 @@ def test_errors_name_the_mend():
         RankingObjective("bert")
     with pytest.raises(ValueError, match="one per positive"):
         RankingObjective()(leaf(8, CLASSES), LABELS, quality=torch.rand(2), localization={})
-    with pytest.raises(ValueError, match="no weight for the localisation term 'dice'"):
+    with pytest.raises(ValueError, match="no weight for the localization term 'dice'"):
         ScoreObjective("focal", {"cls": 1})(
             leaf(8, CLASSES), LABELS, quality=QUALITY, localization={"dice": torch.rand(3)}
         )
@@ -242,5 +242,5 @@ def test_alrp_balanced_by_value_weighs_boxes_like_the_classification():
 
 
 def test_alrp_needs_boxes():
-    with pytest.raises(ValueError, match="localisation term 'giou'"):
+    with pytest.raises(ValueError, match="localization term 'giou'"):
         RankingObjective("alrp")(leaf(8, CLASSES), LABELS, quality=QUALITY, localization={})

@@ -32,7 +32,7 @@ def problems(draw):
 
 
 def evaluate(name: str, problem, delta: float, method: str):
-    """Value and gradient of one loss; the quality doubles as localisation error."""
+    """Value and gradient of one loss; the quality doubles as localization error."""
     logits, positives, quality, valid = problem
     how = {"valid": valid, "delta": delta, "method": method}
     if name in ("rank", "sort"):

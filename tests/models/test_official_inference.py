@@ -1,4 +1,4 @@
-"""Official weights in evaluation: every intermediate array and the final boxes, from the picture on.
+"""Official weights in evaluation: every intermediate array and the final boxes, from the image on.
 
 Arrays of the training batch serve for the intermediates: without dropout and batch statistics both modes agree there.
 """
@@ -31,7 +31,7 @@ def model(golden, family, monkeypatch):
 
 
 def batch_of(golden, family, name):
-    """`batch`: both pictures padded together; `single1`: the second one alone, without padding."""
+    """`batch`: both images padded together; `single1`: the second one alone, without padding."""
     pixels = load_file(golden / family / "inputs.safetensors")["img"]
     sizes, stored = official.image_sizes(golden / family)
     if name == "batch":
@@ -136,7 +136,7 @@ def test_decoder_alone_and_in_a_padded_batch(golden, family, model, name):
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
 def test_final_boxes(golden, family, model, mode, name):
-    """The detections of every class, in pixels of the stored picture, with scores."""
+    """The detections of every class, in pixels of the stored image, with scores."""
     recorded = load_file(golden / family / "eval.safetensors")
     images = batch_of(golden, family, name)
     model.predict_with = MODES[mode]

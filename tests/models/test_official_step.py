@@ -110,7 +110,7 @@ class Spy(torch.nn.Module):
 
 
 def inside(levels, per_cell=1):
-    """Entries (2, n) a level, cut to the cells inside each picture and joined as the heads join them."""
+    """Entries (2, n) a level, cut to the cells inside each image and joined as the heads join them."""
     rows = []
     for image, (h, w) in enumerate(SIZES):
         for level, values in enumerate(levels):

@@ -1,4 +1,4 @@
-"""A training step with the official weights: every loss term and every parameter's gradient, from the picture on.
+"""A training step with the official weights: every loss term and every parameter's gradient, from the image on.
 
 Where the official code is at fault ours differs on purpose. The tests switch those differences back, in `as_released`
 of `golden/official.py`, and nowhere else.

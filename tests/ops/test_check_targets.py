@@ -1,4 +1,4 @@
-"""Targets that cannot be learnt are refused by name, before they reach a GPU; on one the device asserts."""
+"""Targets that cannot be learned are refused by name, before they reach a GPU; on one the device asserts."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from brs_detr.ops.targets import TargetError, check_targets
 
 
 def targets(boxes=((1.0, 2.0, 5.0, 6.0), (0.0, 0.0, 3.0, 3.0)), labels=(0, 2), kind=torch.int64):
-    """A good picture without id, and picture 139 with what is given."""
+    """A good image without id, and image 139 with what is given."""
     good = {"boxes": torch.tensor([[0.0, 0.0, 1.0, 1.0]]), "labels": torch.tensor([1])}
     return [good, {"boxes": torch.tensor(boxes), "labels": torch.tensor(labels, dtype=kind), "image_id": 139}]
 

@@ -1,4 +1,4 @@
-"""Deformable sampling against a loop that reads the four neighbours by hand."""
+"""Deformable sampling against a loop that reads the four neighbors by hand."""
 
 import math
 

@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 ROOT = Path(__file__).resolve().parents[2]
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-PROBLEMS = {  # (level shapes, pictures, queries, heads, channels of a head, points)
+PROBLEMS = {  # (level shapes, images, queries, heads, channels of a head, points)
     "odd sizes": ([(5, 7), (3, 2)], 2, 37, 2, 4, 2),
     "channels that are no power of two": ([(9, 11), (5, 6), (3, 3)], 1, 20, 2, 24, 3),
     "one cell": ([(1, 1)], 1, 3, 1, 8, 1),

@@ -1,4 +1,4 @@
-"""Drawn pictures: boxes lie where they should, whatever is drawn from, and odd inputs do not stop a run."""
+"""Drawn images: boxes lie where they should, whatever is drawn from, and odd inputs do not stop a run."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Labelled pictures of any source format, on their way to COCO dictionaries: what the converters share."""
+"""Labeled images of any source format, on their way to COCO dictionaries: what the converters share."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Notes:
 
 
 class Sample(NamedTuple):
-    """One picture and its objects.
+    """One image and its objects.
 
     Attributes:
         path: the file, absolute.
@@ -57,7 +57,7 @@ class Sample(NamedTuple):
 
 @dataclass
 class ImportedDataset:
-    """A dataset: class names by category id, its pictures by split, and what there is to say about the conversion."""
+    """A dataset: class names by category id, its images by split, and what there is to say about the conversion."""
 
     classes: dict[int, str]
     splits: dict[str, list[Sample]]
@@ -109,7 +109,7 @@ def decode(data: bytes, declared: str | None = None) -> str:
 
 
 def read_modest(path: Path, most: int = MODEST_BYTES) -> bytes:
-    """The content of a file that describes a dataset or a picture.
+    """The content of a file that describes a dataset or an image.
 
     Raises:
         DataError: it is no regular file, or larger than any such file is.
@@ -150,11 +150,11 @@ def split_of(path: Path, root: Path) -> str | None:
 def clean_boxes(
     objects: Iterable[tuple[str, dict[str, Any]]], size: tuple[int, int], notes: Notes
 ) -> list[dict[str, Any]]:
-    """Leave out what is no object and repeats; take back what a box oversteps its picture by less than half a pixel.
+    """Leave out what is no object and repeats; take back what a box oversteps its image by less than half a pixel.
 
     Args:
         objects: (place for the notes, annotation with a `bbox` x, y, w, h in pixels).
-        size: (h, w) of the picture.
+        size: (h, w) of the image.
         notes: what is left out is added here.
     """
     kept: list[dict[str, Any]] = []
@@ -168,7 +168,7 @@ def clean_boxes(
         elif w <= 0 or h <= 0:
             notes.add("boxes left out that have no width or no height", place)
         elif right <= 0 or bottom <= 0 or left >= width or top >= height:
-            notes.add("boxes left out that lie outside their picture", place)
+            notes.add("boxes left out that lie outside their image", place)
         else:
             left, top = (0.0 if -0.5 < low < 0 else low for low in (left, top))
             right = width if width < right < width + 0.5 else right
@@ -176,7 +176,7 @@ def clean_boxes(
             box = [round(value, 4) for value in (left, top, right - left, bottom - top)]
             key = repr((annotation["category_id"], box, annotation.get("segmentation")))
             if key in seen:
-                notes.add("boxes left out that repeat another of the picture", place)
+                notes.add("boxes left out that repeat another of the image", place)
                 continue
             seen.add(key)
             kept.append({**annotation, "bbox": box, "area": annotation.get("area") or round(box[2] * box[3], 4)})
@@ -184,14 +184,14 @@ def clean_boxes(
 
 
 def hold_out(imported: ImportedDataset, fraction: float) -> None:
-    """Make a val split of a fraction of train: always the same pictures, chosen by a hash of their names.
+    """Make a val split of a fraction of train: always the same images, chosen by a hash of their names.
 
     Raises:
         DataError: there is a val split, there is no train split, or it is too small.
     """
     samples = imported.splits.get("train", [])
     if "val" in imported.splits or len(samples) < 2 or not 0 < fraction < 1:
-        wrong = "a number between 0 and 1 and a train split of two pictures or more"
+        wrong = "a number between 0 and 1 and a train split of two images or more"
         have = ", ".join(f"{name} ({len(group):,})" for name, group in imported.splits.items())
         raise DataError(f"--val-fraction {fraction:g}: it takes {wrong}, and no val split; the splits are {have}.")
     by_hash = sorted(samples, key=lambda sample: hashlib.sha256(sample.path.stem.encode()).digest())
@@ -208,7 +208,7 @@ def pick_train_val(imported: ImportedDataset) -> tuple[str, str | None]:
 
 
 def validate(imported: ImportedDataset, source: object) -> None:
-    """Drop splits without pictures; note class names that may be one, and pictures both trained and validated on.
+    """Drop splits without images; note class names that may be one, and images both trained and validated on.
 
     Raises:
         DataError: there is no object; `source` is named.
@@ -218,7 +218,7 @@ def validate(imported: ImportedDataset, source: object) -> None:
         raise DataError(f"{source}: there is no object to train on ({'; '.join(notes.lines(1)) or 'none is listed'}).")
     for split in [split for split, samples in imported.splits.items() if not samples]:
         del imported.splits[split]
-        notes.add("splits left out without a picture", split)
+        notes.add("splits left out without an image", split)
     names: dict[str, str] = {}
     for name in imported.classes.values():
         if names.setdefault(same_name(name), name) != name:
@@ -227,13 +227,13 @@ def validate(imported: ImportedDataset, source: object) -> None:
     trained = {sample.path for sample in imported.splits[train]}
     for sample in imported.splits[val] if val else ():
         if sample.path in trained:
-            notes.add(f"pictures that are in {train} and in {val}", sample.path)
+            notes.add(f"images that are in {train} and in {val}", sample.path)
 
 
 def to_coco(imported: ImportedDataset) -> tuple[dict[str, dict[str, Any]], str]:
     """COCO dictionaries by split, and the folder that their file names are relative to.
 
-    A picture has the same id in every split that holds it. Image and annotation ids count from 1.
+    An image has the same id in every split that holds it. Image and annotation ids count from 1.
     """
     paths = sorted({sample.path for samples in imported.splits.values() for sample in samples})
     image_ids = {path: number for number, path in enumerate(paths, 1)}

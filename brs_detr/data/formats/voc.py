@@ -1,6 +1,6 @@
-"""Pascal VOC: an xml file per picture, wherever the two lie, and lists of names for the splits.
+"""Pascal VOC: an xml file per image, wherever the two lie, and lists of names for the splits.
 
-The files of a Pascal VOC dataset: which xml is an annotation, which picture is whose, and what the lists say.
+The files of a Pascal VOC dataset: which xml is an annotation, which image is whose, and what the lists say.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ def read_voc(
     keep_difficult: bool = False,
     limits: Limits | None = None,
 ) -> ImportedDataset:
-    """Read every `<annotation>` xml below a folder; see `voc` for pictures and splits.
+    """Read every `<annotation>` xml below a folder; see `voc` for images and splits.
 
     Args:
-        root: one VOC folder, several below one, or any folder with xml files and pictures.
+        root: one VOC folder, several below one, or any folder with xml files and images.
         classes: names in the order wanted; by default all that occur, by alphabet. Ids count from 1.
         one_based: corners are pixel numbers from 1, both included, as in the original VOC. By default x, y are taken
-            as they are and width = xmax - xmin, as most labelling tools write them.
+            as they are and width = xmax - xmin, as most labeling tools write them.
         keep_difficult: objects marked difficult are ordinary objects; otherwise they become crowd (ignored) regions.
-        limits: of the sizes of pictures; by default those of the settings.
+        limits: of the sizes of images; by default those of the settings.
 
     Raises:
         DataError: there is no annotation, or an object's name is not among `classes`.
     """
     root, notes = Path(os.path.abspath(root)), Notes()
     if not root.is_dir():
-        raise DataError(f"{root}: this is not a folder; give the one that holds the annotations and the pictures.")
+        raise DataError(f"{root}: this is not a folder; give the one that holds the annotations and the images.")
     files = find_files(root, (*IMAGE_ENDINGS, ".xml", ".txt"), notes)
     xmls, texts = ([path for path in files if path.suffix.lower() == ending] for ending in (".xml", ".txt"))
     trees = read_trees(xmls, notes)
@@ -97,16 +97,16 @@ def _sample(
     try:
         info = read_image_info(path, limits)
     except ImageError as error:
-        notes.add("pictures left out that cannot be read", error)
+        notes.add("images left out that cannot be read", error)
         return None
     size = _frame(xml, tree, info, [annotation["bbox"] for _, annotation in objects], notes)
     return Sample(path, size, clean_boxes(objects, size, notes))
 
 
 def _frame(xml: Path, tree: Element, info: ImageInfo, boxes: list[list[float]], notes: Notes) -> tuple[int, int]:
-    """(h, w) as the xml says, or where it says nothing possible the frame of the picture that holds the boxes.
+    """(h, w) as the xml says, or where it says nothing possible the frame of the image that holds the boxes.
 
-    Possible are the picture as stored, the picture upright, and a resized one of the same aspect ratio.
+    Possible are the image as stored, the image upright, and a resized one of the same aspect ratio.
     """
 
     def holds(size: tuple[int, int]) -> bool:
@@ -120,13 +120,13 @@ def _frame(xml: Path, tree: Element, info: ImageInfo, boxes: list[list[float]], 
     if (height, width) in frames:
         return height, width
     if height > 0 and width > 0:
-        sizes = f"{width}x{height}, the picture {info.stored_size[1]}x{info.stored_size[0]}"
+        sizes = f"{width}x{height}, the image {info.stored_size[1]}x{info.stored_size[0]}"
         if same_aspect((height, width), info.stored_size) and holds((height, width)):
-            notes.add("annotation files whose picture was resized: training scales the boxes", f"{xml} ({sizes})")
+            notes.add("annotation files whose image was resized: training scales the boxes", f"{xml} ({sizes})")
             return height, width
-        notes.add("annotation files with a wrong size: the picture's own is taken", f"{xml} ({sizes})")
+        notes.add("annotation files with a wrong size: the image's own is taken", f"{xml} ({sizes})")
     else:
-        notes.add("annotation files without a size: the picture's own is taken", xml)
+        notes.add("annotation files without a size: the image's own is taken", xml)
     return next(filter(holds, frames), info.stored_size)
 
 
@@ -164,7 +164,7 @@ def _one_per_image(samples: list[Sample], notes: Notes) -> list[Sample]:
     chosen: dict[Path, Sample] = {}
     for sample in samples:
         if chosen.setdefault(sample.path, sample) is not sample:
-            notes.add("annotation files left out whose picture another one has", sample.path)
+            notes.add("annotation files left out whose image another one has", sample.path)
     return list(chosen.values())
 
 
@@ -176,7 +176,7 @@ def _note_unlabeled(
     for stem, paths in images.items():
         for path in paths:
             if path.parent in folders and path not in used and stem not in stems:
-                notes.add("pictures left out without an annotation file", path)
+                notes.add("images left out without an annotation file", path)
 
 
 def _text(element: Element, path: str) -> str:
@@ -269,7 +269,7 @@ def find_splits(
 
 
 def _tells_one_class(stem: str, lines: list[str], stems: set[str], names: Collection[str]) -> bool:
-    """cat_train.txt says of each picture of train whether it shows a cat (1, 0, -1): it is no split."""
+    """cat_train.txt says of each image of train whether it shows a cat (1, 0, -1): it is no split."""
     head, _, tail = stem.rpartition("_")
     marked = bool(lines) and all(len(line.split()) == 2 and line.split()[1] in ("-1", "0", "1") for line in lines)
     return stem not in _USUAL_LISTS and (marked or (head in names and tail in stems))
@@ -286,7 +286,7 @@ def _listed(line: str, where: Path, files: dict[str, list[Path]]) -> Path | None
 
 
 def image_of(xml: Path, tag: str, images: dict[str, list[Path]], notes: Notes) -> Path | None:
-    """The picture of an annotation file: that of its own name, else the one that its `filename` names.
+    """The image of an annotation file: that of its own name, else the one that its `filename` names.
 
     Of several, one in an image folder or in the xml's own comes first, then the one that shares most folder names.
 
@@ -299,7 +299,7 @@ def image_of(xml: Path, tag: str, images: dict[str, list[Path]], notes: Notes) -
     named = PureWindowsPath(tag)
     candidates = images.get(same_name(xml.stem)) or images.get(same_name(named.stem)) or []
     if not candidates:
-        notes.add("annotation files left out whose picture was not found", f"{xml} (filename {tag or 'not given'})")
+        notes.add("annotation files left out whose image was not found", f"{xml} (filename {tag or 'not given'})")
         return None
 
     def rank(path: Path) -> tuple[bool, int, bool]:
@@ -308,7 +308,7 @@ def image_of(xml: Path, tag: str, images: dict[str, list[Path]], notes: Notes) -
 
     path = max(candidates, key=rank)
     if same_name(path.stem) != same_name(named.stem) and same_name(named.stem) in images:
-        notes.add("annotation files whose filename is another picture: the one of their own name is taken", xml)
+        notes.add("annotation files whose filename is another image: the one of their own name is taken", xml)
     return path
 
 

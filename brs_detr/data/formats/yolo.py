@@ -1,6 +1,6 @@
-"""YOLO datasets: a text file of fractions per picture.
+"""YOLO datasets: a text file of fractions per image.
 
-What a YOLO dataset consists of: pictures by split and class names, from a yaml, a darknet file or the folders.
+What a YOLO dataset consists of: images by split and class names, from a yaml, a darknet file or the folders.
 """
 
 from __future__ import annotations
@@ -55,17 +55,17 @@ _NOT_LABELS = (
 
 
 def read_yolo(source: str | Path, *, classes: Sequence[str] = (), limits: Limits | None = None) -> ImportedDataset:
-    """Read lines of `class cx cy w h` (fractions of the picture), outlines, oriented boxes or poses.
+    """Read lines of `class cx cy w h` (fractions of the image), outlines, oriented boxes or poses.
 
     An outline's box is the rectangle around it. Category ids are the class numbers of the labels.
 
     Args:
         source: a data.yaml, darknet's .data, or a folder with or without one of them.
         classes: names of the classes 0, 1, ... instead of those that the dataset gives.
-        limits: of the sizes of pictures; by default those of the settings.
+        limits: of the sizes of images; by default those of the settings.
 
     Raises:
-        DataError: there is no picture, no label file, or no line of them can be used.
+        DataError: there is no image, no label file, or no line of them can be used.
     """
     notes = Notes()
     layout = find_layout(Path(source), notes)
@@ -86,18 +86,18 @@ def read_yolo(source: str | Path, *, classes: Sequence[str] = (), limits: Limits
 
 
 def _labeled_splits(layout: Layout, files: dict[Path, Path | None], notes: Notes) -> dict[str, list[Path]]:
-    """The splits but for those that nobody has labelled."""
+    """The splits but for those that nobody has labeled."""
     splits = {}
     for split, images in layout.splits.items():
         if any(files[image] for image in images):
             splits[split] = list(dict.fromkeys(images))
         elif images:
-            notes.add("splits left out without a single label file", f"{split} ({len(images):,} pictures)")
+            notes.add("splits left out without a single label file", f"{split} ({len(images):,} images)")
     if not splits:
         image = next(iter(files))
         looked = ", ".join(map(str, places_of(image)))
         others = count_endings(image.parent, (".xml", ".json"))
-        raise DataError(f"{layout.source}: no picture has a label file, {image} none of {looked}{others}.")
+        raise DataError(f"{layout.source}: no image has a label file, {image} none of {looked}{others}.")
     return splits
 
 
@@ -112,14 +112,14 @@ def _sample(
     try:
         info = read_image_info(image, limits)
     except ImageError as error:
-        notes.add("pictures left out that cannot be read", error)
+        notes.add("images left out that cannot be read", error)
         return None
     if file is None:
-        notes.add("pictures without a label file: kept as background", image)
+        notes.add("images without a label file: kept as background", image)
     elif file.stat().st_size == 0:
-        notes.add("pictures with an empty label file: kept as background", image)
+        notes.add("images with an empty label file: kept as background", image)
     if info.orientation in (2, 3, 4):
-        notes.add("pictures that EXIF mirrors or stands on their head: boxes are written for the stored pixels", image)
+        notes.add("images that EXIF mirrors or stands on their head: boxes are written for the stored pixels", image)
     objects = []
     for place, (label, shape) in read_labels(file, keypoints, notes) if file else ():
         if names and label not in names:
@@ -130,20 +130,20 @@ def _sample(
 
 
 def _note_label_files(files: dict[Path, Path | None], notes: Notes) -> None:
-    """Note label files of two pictures (a.jpg and a.png) and those of none."""
+    """Note label files of two images (a.jpg and a.png) and those of none."""
     used: dict[Path, Path] = {}
     for image, file in files.items():
         if file is not None and used.setdefault(file, image) is not image:
-            notes.add("pictures that share their label file with another picture", f"{image} and {used[file]}")
+            notes.add("images that share their label file with another image", f"{image} and {used[file]}")
     for folder in sorted({file.parent for file in used}):
         for file in sorted(folder.glob("*.txt")):
             if file not in used and not file.stem.lower().startswith(_NOT_LABELS):
-                notes.add("label files left out whose picture is in no split", file)
+                notes.add("label files left out whose image is in no split", file)
 
 
 _SPLIT_KEYS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
-MADE_UP = "class names made up, for neither a yaml nor a classes.txt gives them (--classes does)"
+MADE_UP = "class names not found; using class_0, class_1, ... (set --classes)"
 _MOST_CLASSES = 100_000  # that are named by number alone
 _CLASS_FILES = ("classes.txt", "obj.names", "_darknet.labels")
 
@@ -155,7 +155,7 @@ class Layout:
     Attributes:
         source: file or folder that said so, for messages.
         names: class names by number; empty where nothing tells them.
-        splits: picture files by split.
+        splits: image files by split.
         keypoints: numbers after each box of a pose dataset, else 0.
     """
 
@@ -169,7 +169,7 @@ def find_layout(source: Path, notes: Notes) -> Layout:
     """Layout of a .yaml, of darknet's .data, or of a folder with or without one of them.
 
     Raises:
-        DataError: it is none of these, cannot be read, or leads to no picture.
+        DataError: it is none of these, cannot be read, or leads to no image.
     """
     if not source.exists():
         raise DataError(f"{source}: there is no such file or folder.")
@@ -240,8 +240,8 @@ def _of_settings(settings: dict[str, Any], file: Path, notes: Notes) -> Layout:
             layout.splits[split] = layout.splits.get(split, []) + images
     if not any(layout.splits.values()) or not layout.splits.get("train", [""]):
         what = "for its `train`" if any(layout.splits.values()) else "for its splits"
-        download = "; fetch the pictures first, its `download` is not followed" if settings.get("download") else ""
-        raise DataError(f"{file}: no picture was found {what} ({'; '.join(notes.lines(1))}){download}.")
+        download = "; fetch the images first, its `download` is not followed" if settings.get("download") else ""
+        raise DataError(f"{file}: no image was found {what} ({'; '.join(notes.lines(1))}){download}.")
     layout.names = _names_of_settings(settings, file, roots, notes) or names_of_text(_homes(roots[0], layout))
     return layout
 
@@ -253,7 +253,7 @@ def _keypoints(settings: dict[str, Any], file: Path) -> int:
             raise ValueError(shape)
         return math.prod(int(number) for number in shape)
     except (TypeError, ValueError):
-        raise DataError(f"{file}: kpt_shape must be two whole numbers, not {str(shape)[:80]}.") from None
+        raise DataError(f"{file}: kpt_shape must be two integers, not {str(shape)[:80]}.") from None
 
 
 def _names_of_settings(settings: dict[str, Any], file: Path, roots: Iterable[Path], notes: Notes) -> dict[int, str]:
@@ -282,7 +282,7 @@ def _names_of_settings(settings: dict[str, Any], file: Path, roots: Iterable[Pat
 
 
 def _of_folder(source: Path, notes: Notes) -> Layout:
-    """Splits by lists in the folder (train.txt ...) or by folder names; else all pictures are train."""
+    """Splits by lists in the folder (train.txt ...) or by folder names; else all images are train."""
     root = Path(os.path.abspath(source))
     while len(inside := [place for place in root.iterdir() if not place.name.startswith((".", "__"))]) == 1:
         if not inside[0].is_dir() or split_named(inside[0].name) or inside[0].name.lower() in IMAGE_FOLDERS:
@@ -300,16 +300,16 @@ def _of_folder(source: Path, notes: Notes) -> Layout:
     rest = groups.pop(None, [])
     if groups:
         for image in rest:
-            notes.add("pictures left out beside the folders of the splits", image)
+            notes.add("images left out beside the folders of the splits", image)
     layout.splits = groups or {split_named(root.name) or "train": rest}
     if not any(layout.splits.values()):
-        raise DataError(f"{source}: no picture was found here; give the folder or data.yaml of a YOLO dataset.")
+        raise DataError(f"{source}: no image was found here; give the folder or data.yaml of a YOLO dataset.")
     layout.names = names_of_text(_homes(root, layout))
     return layout
 
 
 def _is_list(path: Path) -> bool:
-    """Does a text file list pictures? (train.txt may also be the labels of train.jpg.)"""
+    """Does a text file list images? (train.txt may also be the labels of train.jpg.)"""
     first = next(filter(None, read_lines(path)), "") if path.is_file() else ""
     return first.lower().endswith(IMAGE_ENDINGS)
 

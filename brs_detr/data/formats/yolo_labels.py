@@ -1,4 +1,4 @@
-"""YOLO label files: which one belongs to a picture, and what a line of it says.
+"""YOLO label files: which one belongs to an image, and what a line of it says.
 
 What a path in the settings of a YOLO dataset leads to, on another machine than the one it was written on.
 """
@@ -22,22 +22,22 @@ NO_NUMBERS = "label lines left out that are not `class cx cy w h` nor `class x1 
 
 
 class Line(NamedTuple):
-    """One object: its class number, and (4,) cx, cy, w, h or a (k, 2) outline, in fractions of the picture."""
+    """One object: its class number, and (4,) cx, cy, w, h or a (k, 2) outline, in fractions of the image."""
 
     label: int
     shape: np.ndarray
 
 
 def places_of(image: Path) -> list[Path]:
-    """Where the label file of a picture may lie, in the order they are tried.
+    """Where the label file of an image may lie, in the order they are tried.
 
-    .../images/.../x.jpg has .../labels/.../x.txt; others lie beside the picture, or in a folder `labels` there.
+    .../images/.../x.jpg has .../labels/.../x.txt; others lie beside the image, or in a folder `labels` there.
     """
     return [folder / f"{image.stem}.txt" for folder in _label_folders(image.parent)]
 
 
 def find_label_files(images: Iterable[Path]) -> dict[Path, Path | None]:
-    """The label file of each picture, None where it has none."""
+    """The label file of each image, None where it has none."""
     folders: dict[Path, list[Path]] = {}
     files: dict[Path, Path | None] = {}
     for image in images:
@@ -85,11 +85,11 @@ def read_labels(path: Path, keypoints: int, notes: Notes) -> list[tuple[str, Lin
         if shape is None:
             notes.add(NO_NUMBERS, place)
         elif not math.isfinite(label) or label != int(label):
-            notes.add("label lines left out whose class is no whole number", f"{place} ({text.split()[0]})")
+            notes.add("label lines left out whose class is not an integer", f"{place} ({text.split()[0]})")
         elif not np.isfinite(shape).all():
             notes.add("label lines left out with NaN or infinity", place)
         elif shape.min() < -1 or shape.max() > 2:
-            notes.add("label lines left out whose numbers are no fractions of the picture (pixels?)", place)
+            notes.add("label lines left out whose numbers are no fractions of the image (pixels?)", place)
         else:
             found.append((place, Line(int(label), shape)))
     return found
@@ -126,12 +126,12 @@ def _ends_in_visibilities(values: list[float]) -> bool:
 def to_annotation(shape: np.ndarray, size: tuple[int, int], orientation: int) -> dict[str, Any]:
     """Box (and outline) in pixels of the frame that training uses.
 
-    Fractions are of the picture as it is shown. Where EXIF mirrors it or stands it on its head the size does not tell,
+    Fractions are of the image as it is shown. Where EXIF mirrors it or stands it on its head the size does not tell,
     and the pixels are taken as stored: the shape is turned back instead.
 
     Args:
         shape: (4,) cx, cy, w, h or (k, 2), fractions.
-        size: (h, w) of the picture upright.
+        size: (h, w) of the image upright.
         orientation: EXIF's number, 1 to 8.
     """
     height, width = size
@@ -155,7 +155,7 @@ def to_annotation(shape: np.ndarray, size: tuple[int, int], orientation: int) ->
 
 
 def images_of(entry: Any, roots: tuple[Path, ...], where: str, notes: Notes) -> list[Path]:
-    """Pictures of one entry of a yaml: a folder, a text file that lists them, or one picture.
+    """Images of one entry of a yaml: a folder, a text file that lists them, or one image.
 
     Args:
         entry: the path as written.
@@ -172,7 +172,7 @@ def images_of(entry: Any, roots: tuple[Path, ...], where: str, notes: Notes) -> 
     if place.is_dir():
         images = find_files(place, IMAGE_ENDINGS, notes)
         if not images:
-            notes.add("entries without a picture", where)
+            notes.add("entries without an image", where)
         return images
     return _listed(place, roots, notes) if place.suffix.lower() == ".txt" else [place]
 
@@ -187,7 +187,7 @@ def _listed(file: Path, roots: tuple[Path, ...], notes: Notes) -> list[Path]:
         if place is None or not place.is_file():
             place = locate(line, roots)
         if place is None or not place.is_file():
-            notes.add("pictures left out that a list names and that are not there", f"{file.name}: {line}")
+            notes.add("images left out that a list names and that are not there", f"{file.name}: {line}")
             continue
         folders[head] = place.parent
         found[place] = None

@@ -1,7 +1,7 @@
-"""What stands in for a backbone's batch normalisation: frozen statistics, or groups of channels.
+"""What stands in for a backbone's batch normalization: frozen statistics, or groups of channels.
 
-A detector sees a few large pictures per device, too few for batch statistics. Fine-tuning keeps the ImageNet statistics
-and scales (`frozen`); training from scratch normalises over groups of channels instead (`group`).
+A detector sees a few large images per device, too few for batch statistics. Fine-tuning keeps the ImageNet statistics
+and scales (`frozen`); training from scratch normalizes over groups of channels instead (`group`).
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ SMALL_RESIDUAL = 0.25
 
 
 class FrozenBatchNorm(nn.Module):
-    """Batch normalisation with fixed statistics and a fixed affine map, under the parameter names of `nn.BatchNorm2d`.
+    """Batch normalization with fixed statistics and a fixed affine map, under the parameter names of `nn.BatchNorm2d`.
 
     The affine map stays a (frozen) parameter, so parameter counts agree with those published for detectors.
 
     Args:
         channels: number of channels.
         eps: added to the variance.
-        act: activation applied afterwards, for timm layers that fuse it into the normalisation.
+        act: activation applied afterwards, for timm layers that fuse it into the normalization.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5, act: nn.Module | None = None):
@@ -48,7 +48,7 @@ class FrozenBatchNorm(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation (Wu and He, 2018): up to 32 groups of two channels or more; activation optional."""
+    """Group normalization (Wu and He, 2018): up to 32 groups of two channels or more; activation optional."""
 
     def __init__(self, channels: int, eps: float = 1e-5, act: nn.Module | None = None):
         groups = math.gcd(32, channels)
@@ -64,7 +64,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def freeze_batch_norm(module: nn.Module, random_weights: bool = False) -> None:
-    """Replace every batch normalisation inside `module` by `FrozenBatchNorm` with the same numbers.
+    """Replace every batch normalization inside `module` by `FrozenBatchNorm` with the same numbers.
 
     Args:
         module: changed in place.
@@ -79,7 +79,7 @@ def freeze_batch_norm(module: nn.Module, random_weights: bool = False) -> None:
 
 
 def group_norm_for_batch_norm(module: nn.Module) -> None:
-    """Replace every batch normalisation inside `module` by `GroupNorm` with the same affine map, in place."""
+    """Replace every batch normalization inside `module` by `GroupNorm` with the same affine map, in place."""
     _replace_batch_norm(module, GroupNorm)
 
 

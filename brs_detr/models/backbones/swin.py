@@ -97,7 +97,7 @@ class SwinBackbone(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) normalised pictures of any size -> one (B, c, h, w) map per stride."""
+        """(B, 3, H, W) normalized images of any size -> one (B, c, h, w) map per stride."""
         patch_height, patch_width = self.patch_size
         x = F.pad(x, (0, -x.shape[-1] % patch_width, 0, -x.shape[-2] % patch_height))
         x = self.patch_embed(x)

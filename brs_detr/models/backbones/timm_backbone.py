@@ -1,4 +1,4 @@
-"""Backbones: timm networks cut to the feature maps a detector reads, with detection's treatment of normalisation.
+"""Backbones: timm networks cut to the feature maps a detector reads, with detection's treatment of normalization.
 
 `build_backbone` is the one entrance. ResNets keep the parameter names of torchvision and timm; Swin gets its own module
 (`swin.py`), since timm's classification Swin does not compute the published detection features.
@@ -67,7 +67,7 @@ class TimmBackbone(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) normalised pictures -> one (B, c, h, w) map per stride."""
+        """(B, 3, H, W) normalized images -> one (B, c, h, w) map per stride."""
         if self.taken_apart:
             maps = []
             for name, module in self.named_children():
@@ -106,7 +106,7 @@ def build_backbone(
         pretrained: start from timm's weights, downloaded at the first use.
         checkpoint: local file to read instead; no network is used then.
         frozen_stages: 0 trains everything, 1 freezes the stem and the first stage, and so on.
-        norm: what becomes of batch normalisation: `frozen`, `batch` (trained as it is) or `group` (from scratch).
+        norm: what becomes of batch normalization: `frozen`, `batch` (trained as it is) or `group` (from scratch).
         drop_path: highest rate of stochastic depth.
         activation_checkpointing: less memory for about a third more time.
         strides: of the wanted maps, ascending.

@@ -60,7 +60,7 @@ class ATSSHead(nn.Module):
         before_nms: best (anchor, class) pairs of each level that enter suppression.
         score_threshold: class scores at or below this are dropped.
         nms_iou: class-wise suppression threshold of detections.
-        max_detections: detections per picture.
+        max_detections: detections per image.
     """
 
     def __init__(
@@ -121,12 +121,12 @@ class ATSSHead(nn.Module):
         Args:
             output: of `forward`.
             features: the maps given to `forward`; queries take the vector at their anchor's cell.
-            sizes: (h, w) pixels of each picture without padding; anchors of the padding take no part.
-            targets: per picture {"boxes": (M, 4) xyxy pixels, "labels": (M,)}.
+            sizes: (h, w) pixels of each image without padding; anchors of the padding take no part.
+            targets: per image {"boxes": (M, 4) xyxy pixels, "labels": (M,)}.
 
         Returns:
             {"atss." + name: scalar}, finite and attached to the graph also when there is no object at all; and samples,
-            all anchors inside each picture, level after level.
+            all anchors inside each image, level after level.
         """
         extents = [valid_extents(size, output.shapes, self.strides) for size in sizes]
         grid = [level[:, :, 0] for level in self.anchors(output.shapes)]
@@ -169,7 +169,7 @@ class ATSSHead(nn.Module):
         labels: Tensor,
         goals: Tensor,
     ) -> AuxSamples:
-        """Split labels (N,) and goals (N, 4) by picture and add the feature of every anchor's cell."""
+        """Split labels (N,) and goals (N, 4) by image and add the feature of every anchor's cell."""
         counts = [a.shape[0] for a in anchors]
         maps = [rearrange(x, "b d y x -> b y x d") for x in features]
         vectors = [valid_rows([x[image] for x in maps], extent) for image, extent in enumerate(extents)]
@@ -177,7 +177,7 @@ class ATSSHead(nn.Module):
 
     @torch.no_grad()
     def predict(self, output: ATSSOutput, sizes: Sequence[Size]) -> list[dict[str, Tensor]]:
-        """Detections of each picture, best first: {"boxes": (n, 4) xyxy pixels of the input, "scores", "labels"}."""
+        """Detections of each image, best first: {"boxes": (n, 4) xyxy pixels of the input, "scores", "labels"}."""
         columns: list[list[Tensor]] = [[], [], [], []]
         for level, anchors in enumerate(self.anchors(output.shapes)):
             score = output.logits[level].float().sigmoid().flatten(1)
@@ -194,21 +194,21 @@ class ATSSHead(nn.Module):
         return [self._detect(*(column[image] for column in joined), size) for image, size in enumerate(sizes)]
 
     def _detect(self, boxes: Tensor, scores: Tensor, labels: Tensor, kept: Tensor, size: Size) -> dict[str, Tensor]:
-        """Detections of one picture from its candidates."""
+        """Detections of one image from its candidates."""
         boxes, scores, labels = clip_boxes_to_image(boxes[kept], size), scores[kept], labels[kept]
         best = batched_nms(boxes, scores, labels, self.nms_iou)[: self.max_detections]
         return {"boxes": boxes[best], "scores": scores[best], "labels": labels[best]}
 
 
 def centerness_target(anchors: Tensor, objects: Tensor) -> Tensor:
-    """How central an anchor's centre lies in its object (Tian et al., "FCOS", Eq. 3).
+    """How central an anchor's center lies in its object (Tian et al., "FCOS", Eq. 3).
 
     Args:
-        anchors: (P, 4) xyxy, centres inside their objects.
+        anchors: (P, 4) xyxy, centers inside their objects.
         objects: (P, 4) xyxy.
 
     Returns:
-        (P,) in (0, 1], 1 at the object's centre.
+        (P,) in (0, 1], 1 at the object's center.
     """
     center = (anchors[:, :2] + anchors[:, 2:]) * 0.5
     low, high = center - objects[:, :2], objects[:, 2:] - center

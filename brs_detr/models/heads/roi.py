@@ -46,14 +46,14 @@ class RoIHead(nn.Module):
         fc_dim: width of the two fully connected layers.
         pool: side of the pooled window.
         softmax: classify by softmax with a background column instead of independent sigmoids.
-        sampler: chooses the RoIs of each picture while training; None takes all.
+        sampler: chooses the RoIs of each image while training; None takes all.
         add_ground_truth: put the objects themselves before the proposals while training.
-        max_rois: use at most this many proposals of a picture, the first ones; None uses all.
-        max_aux_samples: at most this many samples of a picture are handed on as collaborative queries.
+        max_rois: use at most this many proposals of an image, the first ones; None uses all.
+        max_aux_samples: at most this many samples of an image are handed on as collaborative queries.
         finest_scale: RoIs below twice this side (square root of the area, pixels) are pooled from the finest map.
         score_threshold: detections at or below this score are dropped.
         nms_iou: class-wise suppression threshold of detections.
-        max_detections: detections per picture.
+        max_detections: detections per image.
     """
 
     def __init__(
@@ -98,10 +98,10 @@ class RoIHead(nn.Module):
 
         Args:
             features: (B, dim, h, w) per stride; further maps are not used.
-            rois: per picture (n_b, 4) xyxy pixels.
+            rois: per image (n_b, 4) xyxy pixels.
 
         Returns:
-            rows of all pictures one after the other, N = sum of n_b.
+            rows of all images one after the other, N = sum of n_b.
         """
         pooled, order = self._pool(features, rois)
         hidden = self.fc2(self.fc1(pooled.flatten(1)).relu()).relu()
@@ -134,9 +134,9 @@ class RoIHead(nn.Module):
 
         Args:
             features: (B, dim, h, w) per stride.
-            proposals: per picture (n, 4) xyxy pixels, best first.
-            sizes: (h, w) pixels per picture; a picture without any proposal is given one, itself.
-            targets: per picture {"boxes": (M, 4) xyxy pixels, "labels": (M,)}.
+            proposals: per image (n, 4) xyxy pixels, best first.
+            sizes: (h, w) pixels per image; an image without any proposal is given one, itself.
+            targets: per image {"boxes": (M, 4) xyxy pixels, "labels": (M,)}.
 
         Returns:
             {"roi." + name: scalar}, finite and attached to the graph without any positive too; and samples, positives
@@ -166,7 +166,7 @@ class RoIHead(nn.Module):
     def _sample(
         self, proposals: Sequence[Tensor], sizes: Sequence[Size], targets: Sequence[dict]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """RoIs (n, 4) of every picture, positives first, and their assignment (n,); n is at least 1."""
+        """RoIs (n, 4) of every image, positives first, and their assignment (n,); n is at least 1."""
         candidates, assignments = [], []
         for boxes, (height, width), target in zip(proposals, sizes, targets, strict=True):
             boxes, objects = boxes[: self.max_rois].float(), target["boxes"].float()
@@ -190,7 +190,7 @@ class RoIHead(nn.Module):
     def predict(
         self, features: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size]
     ) -> list[dict[str, Tensor]]:
-        """Detections of each picture, best first: {"boxes": (n, 4) xyxy pixels of the input, "scores", "labels"}."""
+        """Detections of each image, best first: {"boxes": (n, 4) xyxy pixels of the input, "scores", "labels"}."""
         output = self(features, proposals)
         logits = output.logits.float()
         scores = logits.softmax(dim=1)[:, :-1] if self.softmax else logits.sigmoid()
@@ -199,7 +199,7 @@ class RoIHead(nn.Module):
         return [self._detect(*parts) for parts in zip(boxes.split(counts), scores.split(counts), sizes, strict=True)]
 
     def _detect(self, boxes: Tensor, scores: Tensor, size: Size) -> dict[str, Tensor]:
-        """Detections of one picture from (n, C, 4) boxes and (n, C) scores."""
+        """Detections of one image from (n, C, 4) boxes and (n, C) scores."""
         row, label = (scores > self.score_threshold).nonzero(as_tuple=True)
         boxes, scores = clip_boxes_to_image(boxes[row, label], size), scores[row, label]
         kept = batched_nms(boxes, scores, label, self.nms_iou)[: self.max_detections]

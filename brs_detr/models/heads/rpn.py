@@ -1,7 +1,7 @@
 """Region proposal network (Ren et al., "Faster R-CNN", section 3.1) trained with any objective.
 
-With a ranking objective every anchor takes part and boxes are learnt by GIoU (Oksuz et al., "Rank & Sort Loss",
-section 5); with binary cross entropy a random sample takes part and boxes are learnt by L1 on the offsets, as Co-DETR
+With a ranking objective every anchor takes part and boxes are learned by GIoU (Oksuz et al., "Rank & Sort Loss",
+section 5); with binary cross entropy a random sample takes part and boxes are learned by L1 on the offsets, as Co-DETR
 does.
 """
 
@@ -45,9 +45,9 @@ class RPNOutput(NamedTuple):
 class RPNHead(nn.Module):
     """Class-agnostic proposals from a feature pyramid.
 
-    The localisation loss and the quality label are computed on boxes decoded with this head's own coder, in pixels. The
+    The localization loss and the quality label are computed on boxes decoded with this head's own coder, in pixels. The
     published rank-based head decodes around a unit box with other standard deviations, which squeezes all
-    its IoU labels towards 1; that fault is not reproduced.
+    its IoU labels toward 1; that fault is not reproduced.
 
     Args:
         dim: channels of the feature maps.
@@ -59,7 +59,7 @@ class RPNHead(nn.Module):
         sampler: chooses the anchors that take part in the loss; None takes all that are not ignored.
         coder_stds: standard deviations of the offsets.
         before_nms: best anchors of each level that enter suppression while training.
-        keep: proposals per picture while training.
+        keep: proposals per image while training.
         test_before_nms: as `before_nms`, in evaluation.
         test_keep: as `keep`, in evaluation.
         nms_iou: suppression threshold, level by level.
@@ -84,7 +84,7 @@ class RPNHead(nn.Module):
     ) -> None:
         super().__init__()
         if localization not in ("giou", "l1"):
-            raise ValueError(f'localisation of the RPN is "giou" or "l1", not {localization!r}')
+            raise ValueError(f'localization of the RPN is "giou" or "l1", not {localization!r}')
         self.strides = tuple(strides)
         self.anchors = AnchorGrid(strides, scales, ratios)
         self.coder = BoxCoder(tuple(coder_stds))
@@ -113,8 +113,8 @@ class RPNHead(nn.Module):
 
         Args:
             output: of `forward`.
-            sizes: (h, w) pixels of each picture without padding; anchors of the padding take no part.
-            targets: per picture {"boxes": (M, 4) xyxy pixels, "labels": (M,)}; the classes are not used.
+            sizes: (h, w) pixels of each image without padding; anchors of the padding take no part.
+            targets: per image {"boxes": (M, 4) xyxy pixels, "labels": (M,)}; the classes are not used.
 
         Returns:
             {"rpn." + name: scalar}; finite and attached to the graph also when there is no object at all.
@@ -142,12 +142,12 @@ class RPNHead(nn.Module):
         return {f"rpn.{name}": value for name, value in terms.items()}
 
     def _assign(self, anchors: Tensor, objects: Tensor) -> Tensor:
-        """(N,) assignment of one picture's anchors (Faster R-CNN's thresholds)."""
+        """(N,) assignment of one image's anchors (Faster R-CNN's thresholds)."""
         assigned = max_iou_assign(anchors, objects, positive=0.7, negative=0.3, low_quality=0.3)
         return assigned if self.sampler is None else self.sampler(assigned)
 
     def _localize(self, anchors: Tensor, deltas: Tensor, objects: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """IoU (P,) and un-reduced localisation losses of the positive anchors (P, 4)."""
+        """IoU (P,) and un-reduced localization losses of the positive anchors (P, 4)."""
         boxes = self.coder.decode(anchors, deltas)
         quality = paired_iou(boxes.detach(), objects)
         if self.localization == "giou":
@@ -155,14 +155,14 @@ class RPNHead(nn.Module):
         return quality, {"l1": (deltas.float() - self.coder.encode(anchors, objects)).abs().sum(dim=-1)}
 
     def proposals(self, output: RPNOutput, sizes: Sequence[Size]) -> list[Tensor]:
-        """Proposed boxes of each picture: (n, 4) xyxy pixels, best first, detached."""
+        """Proposed boxes of each image: (n, 4) xyxy pixels, best first, detached."""
         return [boxes for boxes, _ in self.scored_proposals(output, sizes)]
 
     @torch.no_grad()
     def scored_proposals(self, output: RPNOutput, sizes: Sequence[Size]) -> list[tuple[Tensor, Tensor]]:
         """As `proposals`, with the objectness (n,) of each box in [0, 1].
 
-        Anchors of the batch padding may propose too, as in the published models: clipped to the picture most of them
+        Anchors of the batch padding may propose too, as in the published models: clipped to the image most of them
         vanish. Empty boxes are dropped (the published rank-based head keeps them).
         """
         max_candidates = self.before_nms if self.training else self.test_before_nms
@@ -180,7 +180,7 @@ class RPNHead(nn.Module):
         return [self._suppress(*(column[image] for column in columns), size) for image, size in enumerate(sizes)]
 
     def _suppress(self, boxes: Tensor, scores: Tensor, levels: Tensor, size: Size) -> tuple[Tensor, Tensor]:
-        """Clip one picture's candidates (n, 4), drop the empty ones, suppress level by level and keep the best."""
+        """Clip one image's candidates (n, 4), drop the empty ones, suppress level by level and keep the best."""
         boxes = clip_boxes_to_image(boxes, size)
         filled = (
             (boxes[:, 2:] > boxes[:, :2]).all(dim=1).nonzero()[:, 0]
@@ -191,5 +191,5 @@ class RPNHead(nn.Module):
 
 
 def _sampled(assigned: Tensor) -> Tensor:
-    """Anchors of one picture that take part in the loss; each kind counts at least once, as in the published code."""
+    """Anchors of one image that take part in the loss; each kind counts at least once, as in the published code."""
     return (assigned >= 0).sum().clamp(min=1) + ((assigned < 0) & (assigned != IGNORED)).sum().clamp(min=1)

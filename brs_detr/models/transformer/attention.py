@@ -25,7 +25,7 @@ class DeformableAttention(nn.Module):
     """Multi-scale deformable attention (Deformable DETR, Eq. 3) with its projections.
 
     Initially every head looks along its own direction, point p at p + 1 cells, with equal weights (the original
-    initialisation), so training starts from a fixed star-shaped stencil.
+    initialization), so training starts from a fixed star-shaped stencil.
 
     Args:
         dim: width of queries and values.
@@ -142,7 +142,7 @@ def _interleave(angles: Tensor) -> Tensor:
 
 
 def sine_of_cells(padding: Tensor, features: int, *, temperature: float = 10000.0, offset: float = -0.5) -> Tensor:
-    """Sine encoding of each cell's place among the unpadded cells of its picture.
+    """Sine encoding of each cell's place among the unpadded cells of its image.
 
     Args:
         padding: (B, h, w) bool, True where padded.

@@ -19,7 +19,7 @@ from brs_detr.ops.targets import pixel_scales
 
 
 class AuxQueries(NamedTuple):
-    """Queries of one dense head, n for every picture, positives first.
+    """Queries of one dense head, n for every image, positives first.
 
     boxes (B, n, 4) cxcywh, may exceed [0, 1]; features (B, n, dim); rows (P,) int64, positives among the flattened
     B * n; labels (P,); targets (P, 4) cxcywh; scales (P, 4) pixels (w, h, w, h). Background queries fill up to n.
@@ -44,13 +44,13 @@ def select_queries(
 ) -> list[AuxQueries]:
     """Choose the auxiliary queries of each dense head.
 
-    A head gets n queries a picture, n = its largest number of positives in any picture, within [min_queries,
+    A head gets n queries an image, n = its largest number of positives in any image, within [min_queries,
     max_queries]. Positives go first (a random subset where there are more than n), random background samples fill the
-    rest; a picture with fewer samples than n repeats them.
+    rest; an image with fewer samples than n repeats them.
 
     Args:
         heads: samples of each dense head.
-        sizes: (h, w) of the pictures.
+        sizes: (h, w) of the images.
         num_classes: K, the background label.
         max_queries, min_queries: bounds of n.
         priority: n -> (n,) numbers in [0, 1) on the CPU; the smallest are chosen first.
@@ -59,7 +59,7 @@ def select_queries(
         One set of queries a head.
     """
     device = heads[0].labels[0].device
-    # The number of queries is a shape, so the host must know it: one copy for all heads and pictures.
+    # The number of queries is a shape, so the host must know it: one copy for all heads and images.
     counts = torch.stack([(labels < num_classes).sum() for samples in heads for labels in samples.labels]).cpu().numpy()
     counts = counts.reshape(len(heads), len(sizes))
     scales = pixel_scales(sizes, device)
@@ -71,7 +71,7 @@ def select_queries(
 
 
 def _never_empty(samples: AuxSamples, scales: Tensor, num_classes: int) -> AuxSamples:
-    """Give a picture without any sample one background sample: the whole picture, without a feature."""
+    """Give an image without any sample one background sample: the whole image, without a feature."""
     if all(len(labels) for labels in samples.labels):
         return samples
     whole = torch.cat([torch.zeros_like(scales[:, :2]), scales[:, 2:]], dim=1)[:, None]

@@ -35,7 +35,7 @@ def classifier(dim: int, num_classes: int) -> nn.Linear:
 
 
 class Predictions(NamedTuple):
-    """logits (..., B, Q, K) float32; boxes (..., B, Q, 4) cxcywh in [0, 1] of each picture, float32."""
+    """logits (..., B, Q, K) float32; boxes (..., B, Q, 4) cxcywh in [0, 1] of each image, float32."""
 
     logits: Tensor
     boxes: Tensor

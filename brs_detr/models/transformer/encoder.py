@@ -20,7 +20,7 @@ class Memory:
 
     Attributes:
         tokens: (B, N, dim), row-major within a level, finest level first.
-        padding: (B, N) bool, True where a token lies in a picture's padding.
+        padding: (B, N) bool, True where a token lies in an image's padding.
         shapes: (h, w) of each level.
         valid_sizes: (B, L, 2) float32, unpadded cells as (columns, rows).
         valid_ratios: (B, L, 2) float32, the same as a share of the level's (w, h).
@@ -42,7 +42,7 @@ class Memory:
 def level_masks(padding: Tensor, shapes: Sequence[Size]) -> list[Tensor]:
     """(B, H, W) pixel padding -> (B, h, w) bool a level: cell i reads pixel floor(i * H / h).
 
-    In whole numbers, and not by `F.interpolate`, since exported to ONNX that reads other pixels at some sizes.
+    In integers, and not by `F.interpolate`, since exported to ONNX that reads other pixels at some sizes.
     """
     height, width = padding.shape[-2:]
     masks = []
@@ -54,7 +54,7 @@ def level_masks(padding: Tensor, shapes: Sequence[Size]) -> list[Tensor]:
 
 
 def cell_centers(shape: Size, valid_size: Tensor) -> Tensor:
-    """Centres of a level's cells in units of each picture's unpadded extent.
+    """Centers of a level's cells in units of each image's unpadded extent.
 
     Args:
         shape: (h, w) of the level.

@@ -28,7 +28,7 @@ class Proposals(NamedTuple):
 
 
 def token_anchors(memory: Memory) -> tuple[Tensor, Tensor]:
-    """One square anchor a token, side 0.05 * 2^level of the picture.
+    """One square anchor a token, side 0.05 * 2^level of the image.
 
     Returns:
         anchors (B, N, 4) cxcywh; valid (B, N) bool: not padded and all four numbers inside (0.01, 0.99).
@@ -46,7 +46,7 @@ class TwoStageHead(nn.Module):
     """Scores and boxes of all encoder tokens, and the choice among them.
 
     Unlike the released code, padded and border tokens cannot be chosen: there they share one constant score, so that
-    the amount of padding (the batch a picture sits in) could change its detections.
+    the amount of padding (the batch an image sits in) could change its detections.
 
     Args:
         dim: width of the tokens.
@@ -64,7 +64,7 @@ class TwoStageHead(nn.Module):
         self.regressor = box_regressor(dim)
 
     def forward(self, memory: Memory) -> Proposals:
-        """Score every token and choose the best `queries` of each picture by their class-0 logit."""
+        """Score every token and choose the best `queries` of each image by their class-0 logit."""
         anchors, valid = token_anchors(memory)
         unsquashed = torch.log(anchors / (1 - anchors)).masked_fill(~valid[..., None], torch.inf)
         tokens = self.norm(self.projection(memory.tokens.masked_fill(~valid[..., None], 0.0)))

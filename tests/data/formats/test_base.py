@@ -103,7 +103,7 @@ def test_what_is_no_box_is_left_out_with_its_reason(box, reason):
 
 def test_repeats_are_left_out_but_not_the_same_box_of_another_outline():
     kept, notes = settled((1, 1, 5, 5), (1, 1, 5, 5))
-    assert len(kept) == 1 and notes.lines() == ["1 x boxes left out that repeat another of the picture: 1"]
+    assert len(kept) == 1 and notes.lines() == ["1 x boxes left out that repeat another of the image: 1"]
     outlines = [[1, 1, 6, 1, 6, 6], [1, 1, 6, 6, 1, 6]]
     objects = [("", {"category_id": 1, "bbox": [1, 1, 5, 5], "segmentation": [outline]}) for outline in outlines]
     assert len(clean_boxes(objects, (40, 80), Notes())) == 2
@@ -154,6 +154,6 @@ def test_inspection_names_leaks_similar_classes_and_empty_splits():
     validate(imported, "here")
     assert set(imported.splits) == {"train", "val"}
     text = "\n".join(imported.notes.lines())
-    assert "in train and in val: /data/a.jpg" in text and "cat and Cat" in text and "without a picture: test" in text
+    assert "in train and in val: /data/a.jpg" in text and "cat and Cat" in text and "without an image: test" in text
     with pytest.raises(DataError, match="here: there is no object"):
         validate(ImportedDataset({1: "cat"}, {"train": samples("a.jpg", objects=())}), "here")

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture()
 def yolo(tmp_path, write_image):
-    """Twelve pictures in one folder, eleven of them with the same box, in a place with blanks in its name."""
+    """Twelve images in one folder, eleven of them with the same box, in a place with blanks in its name."""
     folder = tmp_path / "my data: #1" / "flat"
     for i in range(12):
         write_image(folder / f"{i}.jpg")
@@ -188,13 +188,13 @@ def test_boxes_of_real_images_survive_the_way_there_and_back(shared_data, tmp_pa
 
 
 def test_pipes_in_a_folder_are_not_waited_for(yolo, tmp_path, capsys, write_image):
-    """As picture, label file, list, annotation, and as what would be written over."""
+    """As image, label file, list, annotation, and as what would be written over."""
     os.mkfifo(yolo / "x.jpg")
     os.mkfifo(yolo / "y.txt")
     os.mkfifo(yolo / "z.yaml")
     write_image(yolo / "y.jpg")
     assert convert("yolo", yolo, tmp_path / "out") == 0
-    assert "x.jpg: this picture cannot be read: it is a named pipe" in capsys.readouterr().out
+    assert "x.jpg: this image cannot be read: it is a named pipe" in capsys.readouterr().out
     assert len(read(tmp_path / "out" / "train.json")["images"]) == 13
     os.mkfifo(yolo / "data.yaml")
     assert convert("yolo", yolo, tmp_path / "out") == 2

@@ -30,7 +30,7 @@ def annotation(*things, filename="x.jpg", size=(80, 40), head="", attributes="")
 
 @pytest.fixture()
 def voc(tmp_path, write_image):
-    """`voc({stem: xml or None}, lists={name: text}, annotations=, pictures=, ending=)`: a folder of that kind."""
+    """`voc({stem: xml or None}, lists={name: text}, annotations=, images=, ending=)`: a folder of that kind."""
 
     def make(xmls, lists=(), *, annotations="Annotations", images="JPEGImages", ending=".jpg", root=tmp_path):
         for stem, xml in xmls.items():
@@ -109,7 +109,7 @@ def test_folders_tell_the_splits_where_there_are_no_lists(voc, tmp_path, annotat
         voc({"a": annotation(thing(split)), split: annotation()}, **places)
     imported = read_voc(tmp_path)
     assert splits_of(imported) == {"train": ["a", "train"], "val": ["a", "valid"]}
-    assert imported.splits["val"][0].objects[0]["category_id"] == 2  # of the picture in its own split
+    assert imported.splits["val"][0].objects[0]["category_id"] == 2  # of the image in its own split
 
 
 def test_a_flat_folder_is_train_or_what_its_name_says(voc, tmp_path):
@@ -124,7 +124,7 @@ def test_a_flat_folder_is_train_or_what_its_name_says(voc, tmp_path):
 )
 def test_the_image_of_the_xmls_own_name_is_taken_whatever_the_tag_says(voc, tag):
     imported = read_voc(voc({"a": annotation(thing(), filename=tag), "stale": None}))
-    assert boxes_of(imported) == {"a.jpg": [XYWH]} and ("another picture" in notes_of(imported)) == (tag == "stale.jpg")
+    assert boxes_of(imported) == {"a.jpg": [XYWH]} and ("another image" in notes_of(imported)) == (tag == "stale.jpg")
 
 
 def test_a_tag_finds_the_image_of_another_name(voc, tmp_path, write_image):
@@ -279,7 +279,7 @@ def test_images_that_cannot_be_read_are_noted(voc, tmp_path):
     voc({"a": annotation(thing()), "b": annotation(thing())})
     (tmp_path / "JPEGImages" / "b.jpg").write_bytes(b"no picture")
     imported = read_voc(tmp_path)
-    assert list(boxes_of(imported)) == ["a.jpg"] and "b.jpg: this picture cannot be read" in notes_of(imported)
+    assert list(boxes_of(imported)) == ["a.jpg"] and "b.jpg: this image cannot be read" in notes_of(imported)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""YOLO datasets with their pictures: sizes, backgrounds, and what is noted.
+"""YOLO datasets with their images: sizes, backgrounds, and what is noted.
 
-YOLO datasets as exports and people leave them: each leads to the same pictures and class names.
+YOLO datasets as exports and people leave them: each leads to the same images and class names.
 """
 
 import json
@@ -16,7 +16,7 @@ from brs_detr.data.issues import DataError
 
 @pytest.fixture()
 def yolo(tmp_path, write_image):
-    """`yolo({stem of a picture: text of its label file, None for none})`: a folder with images, labels, classes.txt."""
+    """`yolo({stem of an image: text of its label file, None for none})`: a folder with images, labels, classes.txt."""
 
     def make(labels, orientation=None):
         for name, text in labels.items():
@@ -52,7 +52,7 @@ def test_fractions_become_pixels_of_each_image(yolo, tmp_path, write_image):
 def test_backgrounds_are_kept_and_counted(yolo):
     imported = read_yolo(yolo({"a": "0 .5 .5 .2 .2", "empty": "", "absent": None}))
     assert boxes_of(imported) == {"a.jpg": [[32, 16, 16, 8]], "absent.jpg": [], "empty.jpg": []}
-    assert "1 x pictures without a label file" in notes_of(imported) and "empty label file" in notes_of(imported)
+    assert "1 x images without a label file" in notes_of(imported) and "empty label file" in notes_of(imported)
 
 
 def test_classes_without_a_name_are_left_out_and_counted(yolo):
@@ -74,7 +74,7 @@ def test_labels_and_images_without_each_other(yolo, tmp_path, write_image):
     yolo({"a": "0 .5 .5 .2 .2"})
     write_image(tmp_path / "images" / "a.png")
     (tmp_path / "labels" / "alone.txt").write_text("0 .5 .5 .2 .2")
-    (tmp_path / "images" / "broken.jpg").write_text("no picture")
+    (tmp_path / "images" / "broken.jpg").write_text("no image")
     imported = read_yolo(tmp_path)
     assert boxes_of(imported) == {"a.jpg": [[32, 16, 16, 8]], "a.png": [[32, 16, 16, 8]]}
     for part in ("a.png and ", "alone.txt", "broken.jpg", "classes.txt"):
@@ -87,7 +87,7 @@ def test_a_split_that_nobody_labeled_is_left_out(tmp_path, write_image):
     (tmp_path / "labels" / "train").mkdir(parents=True)
     (tmp_path / "labels" / "train" / "a.txt").write_text("0 .5 .5 .2 .2")
     imported = read_yolo(tmp_path)
-    assert set(imported.splits) == {"train"} and "test (1 pictures)" in notes_of(imported)
+    assert set(imported.splits) == {"train"} and "test (1 images)" in notes_of(imported)
 
 
 def test_no_label_file_at_all_is_refused_and_says_where_they_were_looked_for(yolo, tmp_path):
@@ -99,13 +99,13 @@ def test_no_label_file_at_all_is_refused_and_says_where_they_were_looked_for(yol
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_boxes_lie_on_the_same_pixels_whatever_exif_says(yolo, tmp_path, orientation):
-    """The picture's own top left as shown is marked; what training loads must show the mark inside the box."""
+    """The image's own top left as shown is marked; what training loads must show the mark inside the box."""
     from PIL import Image, ImageOps
 
     yolo({"a": "0 0.25 0.125 0.5 0.25"})
     exif = Image.Exif()
     exif[0x0112] = orientation
-    undo = {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}[orientation]  # what turns the shown picture to the stored
+    undo = {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}[orientation]  # what turns the shown image to the stored
     shown = Image.new("RGB", (80, 40))
     shown.paste((255, 255, 255), (0, 0, 40, 10))
     turn = Image.Exif()
@@ -123,7 +123,7 @@ def test_boxes_lie_on_the_same_pixels_whatever_exif_says(yolo, tmp_path, orienta
 
 
 def make(root, files):
-    """Files by name; what is no text file stays empty (layouts are found without opening pictures)."""
+    """Files by name; what is no text file stays empty (layouts are found without opening images)."""
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(text.encode())
@@ -286,15 +286,15 @@ def test_shape_of_poses(tmp_path):
 @pytest.mark.parametrize(
     ("files", "sentence"),
     [
-        ({}, "no picture was found here"),
+        ({}, "no image was found here"),
         ({"data.yaml": "train: [images"}, "not valid YAML"),
         ({"data.yaml": "names: {cat: 0}\ntrain: images"}, "`names` must be"),
         ({"data.yaml": "names: [cat]\nnc: two\ntrain: images"}, "`nc` a number"),
         ({"data.yaml": "kpt_shape: [a, 3]\ntrain: images"}, "kpt_shape must be"),
         ({"data.yaml": "names: [{id: 0}]\ntrain: images"}, "`names` must be"),
-        ({"data.yaml": "train: images/none\nnames: [cat]", "images/none/x": ""}, "no picture was found"),
-        ({"data.yaml": "train: imgaes\nval: images\nnames: [cat]"}, "no picture was found for its `train`.*imgaes"),
-        ({"data.yaml": "train: pics\nnames: [cat]\ndownload: https://x.y/z.zip"}, "fetch the pictures first"),
+        ({"data.yaml": "train: images/none\nnames: [cat]", "images/none/x": ""}, "no image was found"),
+        ({"data.yaml": "train: imgaes\nval: images\nnames: [cat]"}, "no image was found for its `train`.*imgaes"),
+        ({"data.yaml": "train: pics\nnames: [cat]\ndownload: https://x.y/z.zip"}, "fetch the images first"),
         ({"a.yaml": "train: images", "b.yaml": "train: images"}, "give one of a.yaml, b.yaml"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a line of a YOLO label file says, and which file belongs to which picture."""
+"""What a line of a YOLO label file says, and which file belongs to which image."""
 
 import numpy as np
 import pytest
@@ -68,7 +68,7 @@ def test_poses_without_visibilities_are_told_by_the_settings(tmp_path):
         ("0 0.5 0.5 0.2", "not `class"),
         ("\0\1", "not `class"),
     ]
-    + [("1.5 0.5 0.5 0.2 0.2", "no whole number"), ("nan 0.5 0.5 0.2 0.2", "no whole number")]
+    + [("1.5 0.5 0.5 0.2 0.2", "not an integer"), ("nan 0.5 0.5 0.2 0.2", "not an integer")]
     + [("0 nan 0.5 0.2 0.2", "NaN"), ("0 0.5 -inf 0.2 0.2", "NaN"), ("0 40 20 10 10", "pixels?")],
 )
 def test_lines_that_say_nothing_are_noted_with_their_number(tmp_path, text, reason):
@@ -105,7 +105,7 @@ def test_the_folder_of_labels_comes_before_a_text_beside_the_image(tmp_path):
 def test_boxes_follow_the_pixels_that_exif_mirrors(orientation):
     shown = np.zeros((40, 80), bool)
     shown[4:12, 0:16] = True
-    # from the picture as shown to the picture as stored: these four undo themselves
+    # from the image as shown to the image as stored: these four undo themselves
     stored = {1: shown, 2: shown[:, ::-1], 3: shown[::-1, ::-1], 4: shown[::-1]}[orientation]
     rows, columns = np.nonzero(stored)
     expected = [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1]

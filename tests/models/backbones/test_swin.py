@@ -79,7 +79,7 @@ def windowed_attention(x, attn, window, shift):
 
 
 def merge(x, downsample):
-    """2 x 2 neighbours side by side in the channels, zero rows and columns at odd ends."""
+    """2 x 2 neighbors side by side in the channels, zero rows and columns at odd ends."""
     height, width, channels = x.shape
     even = x.new_zeros(height + height % 2, width + width % 2, channels)
     even[:height, :width] = x
@@ -88,7 +88,7 @@ def merge(x, downsample):
 
 
 def reference(backbone, image, window):
-    """The published features of one (3, H, W) picture."""
+    """The published features of one (3, H, W) image."""
     height, width = (math.ceil(side / 4) * 4 for side in image.shape[1:])
     padded = image.new_zeros(3, height, width)
     padded[:, : image.shape[1], : image.shape[2]] = image

@@ -161,7 +161,7 @@ def test_pooling_by_hand():
 
 
 def fixed_output(head, logits, deltas=None):
-    """Let the head say the same of every picture; deltas (n, C, 4)."""
+    """Let the head say the same of every image; deltas (n, C, 4)."""
     logits = torch.tensor(logits)
     deltas = torch.zeros(len(logits), head.num_classes, 4) if deltas is None else deltas
     head.forward = lambda *_: RoIOutput(logits, deltas, torch.zeros(len(logits), 4))

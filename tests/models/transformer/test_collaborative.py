@@ -9,7 +9,7 @@ CLASSES, DIM, SIZES = 3, 8, [(100, 200), (100, 100)]
 
 
 def samples(labels):
-    """Samples whose features carry their index, so that they can be recognised."""
+    """Samples whose features carry their index, so that they can be recognized."""
     labels = [torch.tensor(one) for one in labels]
     boxes = [torch.tensor([[10.0, 20.0, 30.0, 60.0]]).repeat(len(one), 1) for one in labels]
     targets = [box * (label < CLASSES)[:, None] for box, label in zip(boxes, labels)]
@@ -37,7 +37,7 @@ def test_every_image_gets_as_many_queries_as_the_richest_within_the_limit():
     first, second = select_queries(heads, SIZES, CLASSES, max_queries=30)
     assert first.boxes.shape[1] == 20 and second.boxes.shape[1] == 30
     assert len(first.rows) == 20
-    # the second picture repeats its 11 samples over 30 slots; its 2 positives stand in slots 0, 1, 11, 12, 22, 23
+    # the second image repeats its 11 samples over 30 slots; its 2 positives stand in slots 0, 1, 11, 12, 22, 23
     assert len(second.rows) == 30 + 6
     assert set(second.labels.tolist()) == {0, 1}
 

@@ -147,7 +147,7 @@ def test_padding_and_border_tokens_are_never_chosen_however_high_they_score():
         head.classifier.weight.copy_(-token.expand(CLASSES, -1))
         head.classifier.bias.zero_()
     padding = torch.zeros(1, 16, dtype=torch.bool)
-    padding[0, [2, 3, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]] = True  # the picture: two rows and columns of four
+    padding[0, [2, 3, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]] = True  # the image: two rows and columns of four
     memory = Memory(token.expand(1, 16, 8), padding, [(4, 4)], torch.tensor([[[2.0, 2.0]]]), torch.full((1, 1, 2), 0.5))
     found = head(memory)
     assert found.predictions.logits[0, 15, 0] == 0 > found.predictions.logits[0, 0, 0]
