@@ -393,8 +393,8 @@ def test_a_storage_that_fails_has_a_code_of_its_own_in_every_command(run, data, 
     def gone(path, *_, **__):
         raise StorageError(f"{path}: the storage does not give this file: Input/output error.")
 
-    monkeypatch.setattr("brs_detr.data.coco.read_picture", gone)
-    monkeypatch.setattr("brs_detr.commands.predict.read_picture", gone)
+    monkeypatch.setattr("brs_detr.data.coco.read_image", gone)
+    monkeypatch.setattr("brs_detr.commands.predict.read_image", gone)
     out = ["--out", str(tmp_path / "out")]
     assert train([DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path / 'run'}"]) == 74
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -144,7 +144,7 @@ class Transfer:
         lines = [f"{len(self.kept)} tensors loaded as they are"]
         titles = {
             "rows of shared classes loaded, the others re-initialized": self.by_class,
-            "re-initialised": self.fresh,
+            "re-initialized": self.fresh,
             "in the file but unused": self.unused,
         }
         lines += [f"{len(names)} {title}: {', '.join(names)}" for title, names in titles.items() if names]

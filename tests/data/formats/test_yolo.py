@@ -67,7 +67,7 @@ def test_names_given_by_hand_and_names_made_up(yolo, tmp_path):
     assert read_yolo(tmp_path, classes=["x", "y"]).classes == {0: "x", 1: "y"}
     (tmp_path / "classes.txt").unlink()
     imported = read_yolo(tmp_path)
-    assert imported.classes == {0: "class_0", 3: "class_3"} and "made up" in notes_of(imported)
+    assert imported.classes == {0: "class_0", 3: "class_3"} and "using class_0" in notes_of(imported)
 
 
 def test_labels_and_images_without_each_other(yolo, tmp_path, write_image):
