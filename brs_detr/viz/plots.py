@@ -26,12 +26,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import StrMethodFormatter
 
 from brs_detr.evaluation.matching import BACKGROUND, MISSED, Confusion
-from brs_detr.user_files import printable
-from brs_detr.viz.boxes import color, ink_on
+from brs_detr.viz.boxes import color, ink_on, short_name
 
 DPI = 100
 PANEL = (6.4, 4.0)  # inches
-MAX_NAME = 24  # characters of a class name
 MAX_LEGEND = 12  # entries
 MAX_FLOAT32 = 3.4e38
 # DejaVu Sans comes with matplotlib; glyphs that it lacks are taken from these where they are installed
@@ -52,6 +50,7 @@ STYLE = {
 _styled = matplotlib.style.context(["default", STYLE])  # decorates a function
 
 Points = list[tuple[float, float]]
+Curve = tuple[str, Points, dict[str, Any]]  # name in the legend, (x, y) by ascending x, options of `Axes.plot`
 
 
 @dataclass
@@ -60,13 +59,13 @@ class Panel:
 
     Attributes:
         title: over it.
-        curves: the name of each in the legend, its (x, y) points by ascending x, and options of `Axes.plot`.
+        curves: those without points are left out.
         top: upper end of the y axis (default: that of the curves); the lower end is 0.
         legend: where it is; a single curve gets one only in "lower right".
     """
 
     title: str
-    curves: list[tuple[str, Points, dict[str, Any]]]
+    curves: list[Curve]
     top: float | None = None
     legend: str = "upper right"
 
@@ -117,6 +116,7 @@ def draw_precision_recall(
     axes = figure.add_subplot(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     axes.set_title("precision over recall at IoU 0.5" + f" (first {max_classes})" * (len(curves) > max_classes))
     axes.grid()
+    shown: list[tuple[str, Any, dict[str, Any]]]
     shown = [(name, curve, {"color": _rgb(index)}) for index, (name, curve) in enumerate(curves.items())][:max_classes]
     if len(curves) > 1:
         mean = np.mean(list(curves.values()), axis=0)
@@ -124,7 +124,7 @@ def draw_precision_recall(
     lines = [axes.plot(np.linspace(0, 1, len(curve)), curve, **options)[0] for _, curve, options in shown]
     if lines:
         legend = figure.legend(lines, [str(i) for i in range(len(lines))], loc="outside right upper", title="AP50")
-        _set_names(legend, [f"{_short(name)}: {100 * np.mean(curve):.1f}" for name, curve, _ in shown])
+        _set_names(legend, [f"{short_name(name)}: {100 * np.mean(curve):.1f}" for name, curve, _ in shown])
     return _save(figure, out_png)
 
 
@@ -145,7 +145,7 @@ def draw_confusion(confusion: Confusion, out_png: str | Path | None = None) -> F
     """
     rows = len(confusion.counts)
     side = min(max(1260 / rows, 1), 120 if rows <= 2 else 72)  # of a cell, in pixels
-    names = [_short(name) for name in (*confusion.classes, BACKGROUND, MISSED)] if side >= 13 else []
+    names = [short_name(name) for name in (*confusion.classes, BACKGROUND, MISSED)] if side >= 13 else []
     extent = rows * side / DPI
     figure = Figure((max(extent + 2.6, 6.4), max(extent + 2.8, 4.0)), layout="constrained")
     axes = figure.add_subplot(xlabel="detected as", ylabel="ground truth")
@@ -165,7 +165,7 @@ def draw_confusion(confusion: Confusion, out_png: str | Path | None = None) -> F
         _write_counts(axes, confusion.counts, shares, colors, side)
     figure.suptitle("confusion matrix at IoU 0.5, each class at its score of best F1", fontsize=11)
     kinds = zip(("correct", "another class", "missed, or no object there"), KINDS, strict=True)
-    patches = [Patch(color=np.divide(tone, 255), label=text) for text, tone in kinds]
+    patches = [Patch(color=tuple(value / 255 for value in tone), label=text) for text, tone in kinds]
     figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False)
     return _save(figure, out_png)
 
@@ -191,7 +191,7 @@ def smoothed(points: Points, span: int) -> Points:
 
 def _loss_panel(train: list, x_name: str) -> Panel:
     raw = _points(train, x_name, "loss")
-    curves = [("loss", raw, {"color": _rgb(0)})]
+    curves: list[Curve] = [("loss", raw, {"color": _rgb(0)})]
     if len(raw) > 30:
         smooth = smoothed(raw, max(5, len(raw) // 25))
         curves = [
@@ -212,14 +212,14 @@ def _terms_panel(train: list, x_name: str) -> Panel:
         for head, value in sums.items():
             if _is_number(record.get(x_name)):
                 heads[head].append((record[x_name], value))
-    curves = []
+    curves: list[Curve] = []
     for index, (name, points) in enumerate(heads.items()):
         curves.append((name, smoothed(points, max(1, len(points) // 25)), {"color": _rgb(index)}))
     return Panel("loss by head", curves, top=max((_robust_top(points) for _, points, _ in curves), default=None))
 
 
 def _precision_panel(val: list, x_name: str) -> Panel:
-    curves = []
+    curves: list[Curve] = []
     for index, name in enumerate(("AP", "AP50", "AP75")):
         points = [(x, y * 100) for x, y in _points(val, x_name, name) if y >= 0]
         best = f" (best {max(y for _, y in points):.1f})" if points else ""
@@ -234,7 +234,7 @@ def _plot_panel(axes: Axes, panel: Panel, x_name: str) -> None:
         axis.set_major_formatter(StrMethodFormatter("{x:,.9g}"))
     curves = [curve for curve in panel.curves if curve[1]]
     for _, points, options in curves:
-        dot = {"marker": "o"} if len(points) == 1 else {}  # a line of one point would not be seen
+        dot: dict[str, Any] = {"marker": "o"} if len(points) == 1 else {}  # a line of one point would not be seen
         axes.plot(*zip(*points, strict=True), **(dot | options))
     x, y = np.array([point for _, points, _ in curves for point in points] or [(0.0, 0.0)], float).T
     axes.set_ylim(0, panel.top or _positive(1.06 * y.max()))
@@ -242,7 +242,7 @@ def _plot_panel(axes: Axes, panel: Panel, x_name: str) -> None:
         axes.set_xlim(left=0)
     if len(curves) > 1 or (curves and panel.legend == "lower right"):
         more = f"and {len(curves) - MAX_LEGEND} more" if len(curves) > MAX_LEGEND else None
-        lines, names = axes.lines[:MAX_LEGEND], [_short(name) for name, _, _ in curves[:MAX_LEGEND]]
+        lines, names = axes.lines[:MAX_LEGEND], [short_name(name) for name, _, _ in curves[:MAX_LEGEND]]
         _set_names(axes.legend(lines, [str(i) for i in range(len(lines))], loc=panel.legend, title=more), names)
 
 
@@ -277,12 +277,6 @@ def _is_number(value: Any) -> bool:
 def _rgb(index: int) -> tuple[float, ...]:
     """The color of class or curve `index` in matplotlib's range, 0 to 1."""
     return tuple(value / 255 for value in color(index))
-
-
-def _short(name: str) -> str:
-    """A name on one line, cut to `MAX_NAME` characters."""
-    name = printable(name)
-    return name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…"
 
 
 KINDS = ((31, 119, 180), (208, 64, 40), (96, 104, 114))  # correct, detected as another class, missed or false

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageChops
 
 from brs_detr.evaluation.matching import Confusion
-from brs_detr.viz.boxes import color, contact_sheet, draw_detections, ink_on
+from brs_detr.viz.boxes import color, contact_sheet, draw_boxes, draw_detections, ink_on
 from brs_detr.viz.plots import draw_confusion, draw_curves, draw_precision_recall, smoothed
 
 GRAY = Image.new("RGB", (200, 100), (120, 120, 120))
@@ -51,13 +51,68 @@ def test_low_scores_are_left_out():
     assert changed(draw_detections(GRAY, low, None, ["a"], threshold=0.1, **PLAIN)) is not None
 
 
-def test_found_and_true_boxes_look_different():
+def test_detections_and_ground_truth_look_different():
     box = [[40.0, 30.0, 80.0, 60.0]]
     solid = draw_detections(GRAY, found(box, [0.9], [0]), None, ["a"], **PLAIN)
-    dashed = draw_detections(GRAY, None, {"boxes": torch.tensor(box), "labels": torch.tensor([0])}, ["a"], **PLAIN)
-    edge = {solid.getpixel((80, y)) for y in range(32, 58)}
-    assert edge == {color(0)}
-    assert len({dashed.getpixel((80, y)) for y in range(32, 58)}) == 2
+    true = draw_detections(GRAY, None, {"boxes": torch.tensor(box), "labels": torch.tensor([0])}, ["a"], **PLAIN)
+    middle = [(80 - step, 45) for step in range(4)]  # from the right edge inward
+    assert [solid.getpixel(place) for place in middle] == [color(0)] * 2 + [(120, 120, 120)] * 2
+    assert [true.getpixel(place) for place in middle] == [(0, 0, 0)] * 2 + [(255, 255, 255)] * 2
+    targets = {"boxes": torch.tensor(box), "labels": torch.tensor([0])}
+    both = draw_detections(GRAY, found(box, [0.9], [0]), targets, ["a"], **PLAIN)
+    assert [both.getpixel(place) for place in middle] == [color(0)] * 2 + [(255, 255, 255)] * 2  # neither is hidden
+
+
+def tag_boxes(image, tones):
+    """(left, top, right, bottom) of what has each color."""
+    pixels = np.asarray(image)
+    spots = [np.argwhere((pixels == tone).all(2)) for tone in tones]
+    return [(*spot.min(0)[::-1].tolist(), *(spot.max(0)[::-1] + 1).tolist()) for spot in spots]
+
+
+def test_a_tag_lies_inside_the_image_wherever_its_box_is():
+    for x, y in ((0, 0), (180, 0), (0, 80), (180, 80), (90, 40)):
+        box = torch.tensor([[x, y, x + 19.0, y + 19.0]])
+        plain = draw_boxes(GRAY, box, [color(0)])
+        tagged = draw_boxes(GRAY, box, [color(0)], ["triangle 0.95"])
+        assert changed(plain) == (x, y, x + 20, y + 20)
+        left, top, right, bottom = changed(tagged)
+        assert right - left > 80 and 14 < bottom - top < 40  # the tag, not a part of it
+        assert left >= 0 and right <= 200 and top >= 0 and bottom <= 100
+        (tag,) = tag_boxes(tagged, [color(0)])
+        assert tag == (left, top, right, bottom)
+
+
+def test_tags_do_not_cover_one_another_and_the_best_one_is_there():
+    boxes = torch.tensor([[60.0, 30, 120, 60]] * 12)
+    tones = [color(index) for index in range(12)]
+    alone = draw_boxes(GRAY, boxes[:1], tones[-1:], ["the last"])
+    together = draw_boxes(GRAY, boxes, tones, [*["others"] * 11, "the last"])
+    above = (60, 12, 120, 29)  # where the first choice of all is
+    assert alone.crop(above).tobytes() == together.crop(above).tobytes()
+    tags = [np.argwhere((np.asarray(together) == tone).all(2)) for tone in tones[:-1]]  # beneath the last box
+    placed = [spots for spots in tags if len(spots) > 200]
+    assert len(placed) == 2  # below and inside; there is no room for more
+
+
+def test_odd_class_names_are_drawn():
+    names = ["$x^2", "line\nbreak", "\ud800", "köln", "名字", "😀", "", "x" * 300]
+    for label, _ in enumerate(names):
+        one = found([[40.0, 30.0, 80.0, 60.0]], [0.9], [label])
+        image = draw_detections(GRAY, one, one, names, title="\udcff.jpg")
+        left, top, right, bottom = tag_boxes(image.crop((0, 0, 640, 320)), [color(label)])[0]
+        assert right - left <= 400 and bottom - top < 130
+
+
+def test_letters_grow_with_the_image_and_small_images_are_enlarged():
+    heights = []
+    for size in ((80, 60), (640, 480), (2560, 1920)):
+        box = torch.tensor([[0.25, 0.25, 0.5, 0.5]]) * torch.tensor(size).repeat(2)
+        detections = {"boxes": box, "scores": torch.ones(1), "labels": torch.zeros(1)}
+        image = draw_detections(Image.new("RGB", size), detections, None, ["disc"], legend=False)
+        top, bottom = (tag_boxes(image, [color(0)])[0][i] for i in (1, 3))
+        heights.append((bottom - top - image.height * 0.25) / image.height)
+    assert heights == pytest.approx([heights[0]] * 3, abs=0.01) and heights[0] > 0.02
 
 
 @pytest.mark.parametrize(
