@@ -137,7 +137,6 @@ def draw_boxes(
             font=font_path(),
             font_size=text_size(image),
             label_colors=[ink_on(tone) for tone in tones],
-            label_background_colors=tones,
             fill_labels=True,
         )
     return to_pil_image(pixels)
