@@ -41,7 +41,6 @@ from brs_detr.run.launch import start_accelerator
 from brs_detr.run.output_dir import require_writable
 from brs_detr.user_files import forgive_output, printable
 from brs_detr.viz.boxes import contact_sheet, draw_detections
-from brs_detr.viz.plots import draw_confusion, draw_curves, draw_precision_recall
 
 FIGURES = ("model.", "eval.", "data.test_", "data.antialias")  # beginnings of the settings that figures depend on
 OPTIONAL = "confusion.csv confusion.png precision_recall.csv precision_recall.png detections.png curves.png"
@@ -303,6 +302,8 @@ def write_images(
 
 def write_curves(out: Path, summary: Summary, metrics: Path) -> list[Path]:
     """Draw the confusion matrix, precision over recall and, where metrics.jsonl is at hand, the training curves."""
+    from brs_detr.viz.plots import draw_confusion, draw_curves, draw_precision_recall  # a training needs no matplotlib
+
     paths = []
     if summary.confusion is not None:
         paths.append(out / "confusion.png")

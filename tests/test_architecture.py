@@ -15,7 +15,7 @@ ALLOWED = {
     "assign": {"ops"},
     "models": {"assign", "losses", "ops", "user_files"},
     "evaluation": {"ops", "parsing", "user_files"},
-    "viz": {"evaluation"},
+    "viz": {"evaluation", "user_files"},
     "data": {"exit_codes", "ops", "parsing", "user_files", "viz"},
     "engine": {"assign", "exit_codes", "losses", "models", "ops", "user_files"},
     "config_io": {"parsing", "user_files"},

@@ -205,6 +205,7 @@ def _paint(random: np.random.Generator, canvas: np.ndarray, mask: Image.Image, c
 
 
 def _annotation(shape: str, visible: np.ndarray) -> dict[str, Any]:
+    """The annotation of a visible mask; its box is that of the polygons, which specks of the mask do not enlarge."""
     polygons = mask_polygons(visible, SUPERSAMPLING)
     points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons])
     (x0, y0), (x1, y1) = points.min(0).tolist(), points.max(0).tolist()

@@ -1,7 +1,7 @@
 """COCO's average precision and recall of boxes, by COCO's own code.
 
-pycocotools is the reference; where `faster-coco-eval` is installed its compiled version of the same algorithm runs
-instead (the numbers agree to rounding, see the tests).
+pycocotools is the reference; `faster-coco-eval`'s compiled version of the same algorithm runs instead (the numbers
+agree to rounding, see the tests), or pycocotools itself where that package cannot be installed.
 
 Detections in COCO's result format: `{"image_id", "category_id", "bbox" (x, y, w, h), "score"}`.
 """

@@ -1,14 +1,13 @@
-"""Draw boxes on images: detections beside ground truth, and contact sheets of training samples.
+"""Draw boxes on images: detections beside ground truth, training samples, and contact sheets of them.
 
-Colors, fonts and lines shared by images and curves; Pillow is all they need.
-
-A contact sheet: images with their boxes and class names, as the model will see them.
+torchvision draws the boxes and their tags; the colors are those of the plots, too.
 """
 
 from __future__ import annotations
 
 import colorsys
 import functools
+import importlib.util
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,176 +17,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_bounding_boxes
 
-TRUE = (255, 255, 255)
-TEXT = 14
-CROWDED = 40  # boxes from which names would hide the image
-
-
-def draw_detections(
-    image: Image.Image | np.ndarray | Tensor,
-    detections: Mapping[str, Any] | None,
-    targets: Mapping[str, Any] | None,
-    classes: Sequence[str],
-    *,
-    threshold: float = 0.3,
-    title: str = "",
-    min_side: int = 640,
-    legend: bool = True,
-) -> Image.Image:
-    """Draw found and true boxes into a copy of an image.
-
-    Args:
-        image: PIL image, (h, w, 3) uint8 array or (3, h, w) uint8 tensor.
-        detections: `boxes` (n, 4) xyxy pixels of this image, `scores` (n,), `labels` (n,); or None.
-        targets: true `boxes` (m, 4) xyxy pixels and `labels` (m,); or None.
-        classes: name of each label.
-        threshold: detections with a lower score are left out.
-        title: shown in the legend.
-        min_side: smaller images are enlarged until their longer side has this many pixels.
-        legend: add a strip below that explains colors and counts objects.
-
-    Returns:
-        An RGB image.
-    """
-    canvas = to_image(image)
-    scale = max(1.0, min_side / max(canvas.size))
-    if scale > 1:
-        canvas = canvas.resize([round(side * scale) for side in canvas.size], Image.Resampling.BICUBIC)
-    found, true = _rows(detections, threshold), _rows(targets, -math.inf)
-    draw = ImageDraw.Draw(canvas)
-    width = 1 if len(found) > CROWDED else 2 if max(canvas.size) < 1200 else 3
-    for box, _, _ in true:
-        sides = (*canvas.size, *canvas.size)
-        near = [min(max(v * scale, -9.0), side + 9.0) for v, side in zip(box, sides, strict=True)]
-        dashed_rectangle(draw, near, TRUE, width)
-    for box, label, _ in found:
-        left, top, right, bottom = (round(v * scale) for v in box)
-        draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=color(label), width=width)
-    if len(found) <= CROWDED:
-        _write_names(draw, canvas.size, found, classes, scale)
-    if not legend:
-        return canvas
-    return _with_legend(canvas, found if detections is not None else None, true, targets is not None, classes, title)
-
-
-def to_image(image: Image.Image | np.ndarray | Tensor) -> Image.Image:
-    """An RGB copy of a PIL image, an (h, w, 3) uint8 array or a (3, h, w) uint8 tensor."""
-    if isinstance(image, Tensor):
-        image = image.detach().cpu().permute(1, 2, 0).numpy()
-    if isinstance(image, np.ndarray):
-        return Image.fromarray(np.ascontiguousarray(image.astype(np.uint8))).convert("RGB")
-    return image.convert("RGB") if image.mode != "RGB" else image.copy()
-
-
-def contact_sheet(
-    images: Sequence[Image.Image], *, columns: int | None = None, cell: tuple[int, int] = (520, 420), gap: int = 12
-) -> Image.Image:
-    """Images side by side on one sheet, each shrunk to fit its cell.
-
-    Args:
-        images: at least one.
-        columns: default makes the sheet about as wide as high.
-        cell: largest (width, height) of one image in pixels.
-        gap: pixels between cells.
-
-    Raises:
-        ValueError: there is no image.
-    """
-    if not images:
-        raise ValueError("a contact sheet needs at least one image")
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    small = [image.convert("RGB") for image in images]
-    for image in small:
-        image.thumbnail(cell, Image.Resampling.LANCZOS)
-    rows = [small[start : start + columns] for start in range(0, len(small), columns)]
-    heights = [max(image.height for image in row) for row in rows]
-    wide = max(sum(image.width for image in row) + gap * (len(row) - 1) for row in rows)
-    sheet = Image.new("RGB", (wide + 2 * gap, sum(heights) + gap * (len(rows) + 1)), (244, 246, 248))
-    y = gap
-    for row, height in zip(rows, heights, strict=True):
-        x = gap
-        for image in row:
-            sheet.paste(image, (x, y))
-            x += image.width + gap
-        y += height + gap
-    return sheet
-
-
-def _rows(boxes: Mapping[str, Any] | None, threshold: float) -> list[tuple[list[float], int, float]]:
-    """(box, label, score) with the lowest score first, so that the best is drawn on top."""
-    if boxes is None or not len(boxes["boxes"]):
-        return []
-    corners = torch.as_tensor(boxes["boxes"]).double().tolist()
-    labels = [int(label) for label in torch.as_tensor(boxes["labels"]).tolist()]
-    scores = torch.as_tensor(boxes["scores"]).double().tolist() if "scores" in boxes else [1.0] * len(corners)
-    rows = [r for r in zip(corners, labels, scores, strict=True) if r[2] >= threshold and all(map(math.isfinite, r[0]))]
-    return sorted(rows, key=lambda row: row[2])
-
-
-def _name(classes: Sequence[str], label: int) -> str:
-    return classes[label] if 0 <= label < len(classes) else f"label {label}"
-
-
-def _write_names(
-    draw: ImageDraw.ImageDraw, size: tuple[int, int], found: list, classes: Sequence[str], scale: float
-) -> None:
-    """A tag for each box, the best first, moved along its box where it would cover another tag."""
-    high, taken = TEXT + 5, []
-    for box, label, score in reversed(found):
-        text = f"{_name(classes, label)} {score:.2f}"
-        wide = text_width(text, TEXT) + 6
-        left, top, right, bottom = (round(v * scale) for v in box)
-        spots = [(left, top - high), (right - wide, bottom), (left, bottom), (right - wide, top - high), (left, top)]
-        spots = [(min(max(0, x), max(0, size[0] - wide)), y) for x, y in spots if 0 <= y <= size[1] - high]
-        tags = [(x, y, x + wide, y + high) for x, y in spots] or [(max(0, left), 0, max(0, left) + wide, high)]
-        tag = next((tag for tag in tags if not any(_overlap(tag, other) for other in taken)), tags[0])
-        if any(_overlap(tag, other) for other in taken):
-            continue  # no room: the box speaks for itself
-        taken.append(tag)
-        draw.rectangle(tag, fill=color(label))
-        draw.text((tag[0] + 3, tag[1] + 1), text, fill=ink_on(color(label)), font=font(TEXT))
-
-
-def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def _with_legend(
-    image: Image.Image, found: list | None, true: list, has_targets: bool, classes: Sequence[str], title: str
-) -> Image.Image:
-    """The image over a strip with one swatch a class, and how many boxes of it are found and true."""
-    items = []
-    for label in sorted({row[1] for row in (found or []) + true}):
-        counts = []
-        if found is not None:
-            counts.append(f"{sum(row[1] == label for row in found)} found")
-        if has_targets:
-            counts.append(f"{sum(row[1] == label for row in true)} true")
-        items.append((color(label), f"{_name(classes, label)}: {', '.join(counts)}"))
-    kinds = [text for text, shown in (("solid: found", found is not None), ("dashed: true", has_targets)) if shown]
-    heading = "   ".join(([title] if title else []) + kinds)
-    lines: list[list[tuple[Any, str, int]]] = [[]]
-    x = 10
-    for tone, text in items:
-        wide = text_width(text, TEXT) + 34
-        if lines[-1] and x + wide > image.width:
-            lines.append([])
-            x = 10
-        lines[-1].append((tone, text, x))
-        x += wide
-    step = TEXT + 8
-    sheet = Image.new("RGB", (image.width, image.height + step * (1 + len(lines) * bool(items)) + 8), PAPER)
-    sheet.paste(image)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((10, image.height + 5), heading, fill=GRAY, font=font(TEXT))
-    for number, line in enumerate(lines, 1):
-        y = image.height + 5 + number * step
-        for tone, text, x in line:
-            draw.rectangle((x, y + 2, x + 12, y + 14), fill=tone)
-            draw.text((x + 18, y), text, fill=INK, font=font(TEXT))
-    return sheet
-
+from brs_detr.user_files import printable
 
 Color = tuple[int, int, int]
 
@@ -203,14 +36,15 @@ PALETTE: tuple[Color, ...] = (
     (140, 86, 75),
     (90, 90, 220),
 )
-INK: Color = (38, 42, 48)
-GRAY: Color = (130, 136, 144)
-GRID: Color = (230, 233, 237)
-PAPER: Color = (255, 255, 255)
+INK, GRAY, PAPER = (38, 42, 48), (130, 136, 144), (255, 255, 255)
+BLACK, WHITE = (0, 0, 0), (255, 255, 255)
+TEXT = 14  # height of letters on images of up to 640 pixels
+CROWDED = 40  # boxes from which tags would hide the image
+MAX_NAME = 24  # characters of a class name
 
 
 def color(index: int) -> Color:
-    """A color for class or line `index`; the first ten by hand, later ones by turning the hue by the golden ratio."""
+    """The color of class or curve `index`; the first ten by hand, later ones by turning the hue by the golden ratio."""
     if index < len(PALETTE):
         return PALETTE[index]
     red, green, blue = colorsys.hsv_to_rgb(
@@ -219,45 +53,115 @@ def color(index: int) -> Color:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def faint(tone: Color, share: float = 0.35) -> Color:
-    """The color thinned toward white paper."""
-    return tuple(round(255 - (255 - part) * share) for part in tone)  # type: ignore[return-value]
-
-
 def ink_on(tone: Color) -> Color:
     """Black or white, whichever is read more easily on `tone`."""
     red, green, blue = tone
-    return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 150 else (255, 255, 255)
+    return BLACK if 0.299 * red + 0.587 * green + 0.114 * blue > 150 else WHITE
 
 
-@functools.cache
-def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font, which needs no font file on the machine."""
-    return ImageFont.load_default(size)
+def draw_detections(
+    image: Image.Image | np.ndarray | Tensor,
+    detections: Mapping[str, Any] | None,
+    targets: Mapping[str, Any] | None,
+    classes: Sequence[str],
+    *,
+    threshold: float = 0.3,
+    title: str = "",
+    min_side: int = 640,
+    legend: bool = True,
+) -> Image.Image:
+    """Draw detections in the colors of their classes, over ground truth in white, into a copy of an image.
+
+    Args:
+        image: PIL image, (h, w, 3) uint8 array or (3, h, w) uint8 tensor.
+        detections: `boxes` (n, 4) xyxy pixels of this image, `scores` (n,), `labels` (n,); or None.
+        targets: ground truth `boxes` (m, 4) xyxy pixels and `labels` (m,); or None.
+        classes: name of each label.
+        threshold: detections with a lower score are left out.
+        title: shown in the legend.
+        min_side: smaller images are enlarged until their longer side has this many pixels.
+        legend: add a strip below that explains colors and counts objects.
+
+    Returns:
+        An RGB image.
+    """
+    canvas = to_image(image)
+    scale = max(1.0, min_side / max(canvas.size))
+    if scale > 1:
+        canvas = canvas.resize([round(side * scale) for side in canvas.size], Image.Resampling.BICUBIC)
+    true_boxes, true_labels, _ = _select(targets, -math.inf)
+    boxes, labels, scores = _select(detections, threshold)
+    width = text_size(canvas) // TEXT * (1 if len(boxes) > CROWDED else 2)
+    for tone, thickness in ((WHITE, 2 * width), (BLACK, width)):  # two tones show on any ground, white under detections
+        canvas = draw_boxes(canvas, true_boxes * scale, [tone] * len(true_boxes), width=thickness)
+    names = [_name(classes, label) for label in labels]
+    tags = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)] if len(boxes) <= CROWDED else None
+    canvas = draw_boxes(canvas, boxes * scale, [color(label) for label in labels], tags, width=width)
+    if not legend:
+        return canvas
+    counts = {"detected": labels} if detections is not None else {}
+    counts |= {"true": true_labels} if targets is not None else {}
+    return _with_legend(canvas, counts, classes, title)
 
 
-def text_width(text: str, size: int) -> int:
-    """Width of one line in pixels."""
-    return math.ceil(font(size).getlength(text))
+def draw_boxes(
+    image: Image.Image, boxes: Tensor, colors: Sequence[Color], tags: Sequence[str] | None = None, width: int = 2
+) -> Image.Image:
+    """Draw boxes, and over them a tag beside each, into a copy of an image.
+
+    Args:
+        image: RGB.
+        boxes: (n, 4) xyxy pixels, finite; later ones are drawn over earlier ones.
+        colors: of each box and its tag.
+        tags: text for each box; that of a later box is placed first, and one without room beside others is left out.
+        width: of the lines in pixels.
+
+    Returns:
+        An RGB image of the same size.
+    """
+    if not len(boxes):
+        return image.copy()
+    sides = torch.tensor(image.size).repeat(2)
+    corners = torch.minimum(boxes.round().clamp(min=-width - 1), sides + width)  # no coordinate too large for Pillow
+    corners[:, 2:] = torch.maximum(corners[:, :2], corners[:, 2:])
+    pixels = draw_bounding_boxes(pil_to_tensor(image), corners, colors=list(colors), width=width)
+    places = _place_tags(corners.tolist(), tags or [], image.size, text_size(image))
+    if places:
+        tones = [colors[index] for index in places]
+        pixels = draw_bounding_boxes(  # boxes without lines, only their tags
+            pixels,
+            torch.tensor(list(places.values())),
+            labels=[(tags or [])[index] for index in places],
+            colors=tones,
+            width=0,
+            font=font_path(),
+            font_size=text_size(image),
+            label_colors=[ink_on(tone) for tone in tones],
+            fill_labels=True,
+        )
+    return to_pil_image(pixels)
 
 
-def dashed_rectangle(
-    draw: ImageDraw.ImageDraw, box: Sequence[float], tone: Color, width: int = 2, dash: int = 6
-) -> None:
-    """A rectangle of dashes with dark gaps, so that it shows on light and dark ground alike."""
-    left, top, right, bottom = (round(value) for value in box)
-    draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=(0, 0, 0), width=width)
-    for start in range(left, right, 2 * dash):
-        end = min(start + dash, right)
-        draw.rectangle((start, top, end, top + width - 1), fill=tone)
-        draw.rectangle((start, bottom - width + 1, end, bottom), fill=tone)
-    for start in range(top, bottom, 2 * dash):
-        end = min(start + dash, bottom)
-        draw.rectangle((left, start, left + width - 1, end), fill=tone)
-        draw.rectangle((right - width + 1, start, right, end), fill=tone)
+def _place_tags(
+    boxes: list[list[float]], tags: Sequence[str], size: tuple[int, int], text: int
+) -> dict[int, tuple[float, float, float, float]]:
+    """Rectangles of the tags by number of the box: above or below it, or inside, where no other tag is."""
+    places: dict[int, tuple[float, float, float, float]] = {}
+    for index in reversed(range(len(tags))):
+        x0, y0, x1, y1 = boxes[index]
+        wide, high = text_width(tags[index], text) + 4, text + 4
+        spots = [(x0, y0 - high), (x1 - wide, y1), (x0, y1), (x1 - wide, y0 - high), (x0, y0), (x0, y1 - high)]
+        for x, y in spots:
+            x = min(max(0.0, x), max(0.0, size[0] - wide))
+            tag = (x, y, x + wide, y + high)
+            if 0 <= y <= max(0, size[1] - high) and not any(_overlap(tag, other) for other in places.values()):
+                places[index] = tag
+                break
+    return places
 
 
-COLORS = ("#ff5c5c", "#4dd2ff", "#ffd24d", "#6ee06e", "#d58cff", "#ff9e4d", "#5cffd1", "#ff7ad1")
+def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def write_samples(dataset: Sequence, path: str | Path, count: int) -> None:
@@ -270,40 +174,137 @@ def write_samples(dataset: Sequence, path: str | Path, count: int) -> None:
     """
     step = max(1, len(dataset) // count)
     chosen = range(0, len(dataset), step)[:count]
-    write_contact_sheet((dataset[index] for index in chosen), dataset.classes, path)
+    write_contact_sheet((dataset[index] for index in chosen), dataset.classes, path)  # type: ignore[attr-defined]
 
 
 def write_contact_sheet(
     samples: Iterable[tuple[Tensor, dict]], classes: Sequence[str], path: str | Path, columns: int = 4, cell: int = 320
 ) -> None:
-    """Draw samples side by side.
+    """Draw samples with their ground truth side by side.
 
     Args:
-        samples: pairs of a (3, h, w) uint8 image and a target with "boxes" (n, 4) xyxy pixels and "labels" (n,).
+        samples: at least one pair of a (3, h, w) uint8 image and a target with "boxes" (n, 4) xyxy pixels and "labels"
+            (n,).
         classes: names by label.
         path: image file to write.
         columns: images in a row.
         cell: side in pixels of the square that each image is fitted into.
     """
-    tiles = [_tile(image, target, classes, cell) for image, target in samples]
-    rows = -(-len(tiles) // columns)
-    sheet = Image.new("RGB", (columns * cell, max(1, rows) * cell), "#202020")
-    for number, tile in enumerate(tiles):
-        sheet.paste(tile, (number % columns * cell, number // columns * cell))
+    tiles = []
+    for pixels, target in samples:
+        tile = to_image(pixels)
+        scale = cell / max(tile.size)
+        tile = tile.resize([max(1, round(side * scale)) for side in tile.size], Image.Resampling.BICUBIC)
+        boxes, labels, _ = _select(target, -math.inf)
+        tags = [_name(classes, label) for label in labels]
+        tiles.append(draw_boxes(tile, boxes * scale, [color(label) for label in labels], tags))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    contact_sheet(tiles, columns=columns, cell=(cell, cell), gap=0).save(path)
 
 
-def _tile(pixels: Tensor, target: dict, classes: Sequence[str], cell: int) -> Image.Image:
-    tile = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    scale = (cell - 4) / max(tile.size)
-    tile = tile.resize((max(1, round(tile.width * scale)), max(1, round(tile.height * scale))))
-    draw = ImageDraw.Draw(tile)
-    for box, label in zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True):
-        color = COLORS[label % len(COLORS)]
-        corner = (box[0] * scale, box[1] * scale)
-        draw.rectangle([*corner, box[2] * scale, box[3] * scale], outline=color, width=2)
-        text = str(classes[label]).encode("latin-1", "replace").decode("latin-1")  # all that the built-in font has
-        draw.rectangle(draw.textbbox((corner[0] + 2, corner[1] + 1), text), fill="black")
-        draw.text((corner[0] + 2, corner[1] + 1), text, fill=color)
-    return tile
+def contact_sheet(
+    images: Sequence[Image.Image], *, columns: int | None = None, cell: tuple[int, int] = (520, 520), gap: int = 12
+) -> Image.Image:
+    """Put images side by side on one sheet, each shrunk to fit its cell.
+
+    Args:
+        images: at least one.
+        columns: default makes the sheet about as wide as high.
+        cell: (width, height) of each image's place in pixels.
+        gap: pixels between cells.
+
+    Raises:
+        ValueError: there is no image.
+    """
+    if not images:
+        raise ValueError("a contact sheet needs at least one image")
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    sides = [number * (side + gap) + gap for number, side in zip((columns, -(-len(images) // columns)), cell)]
+    sheet = Image.new("RGB", (sides[0], sides[1]), (32, 32, 32))
+    for number, image in enumerate(images):
+        small = image.convert("RGB")
+        small.thumbnail(cell, Image.Resampling.LANCZOS)
+        row, column = divmod(number, columns)
+        sheet.paste(small, (gap + column * (cell[0] + gap), gap + row * (cell[1] + gap)))
+    return sheet
+
+
+def to_image(image: Image.Image | np.ndarray | Tensor) -> Image.Image:
+    """An RGB copy of a PIL image, an (h, w, 3) uint8 array or a (3, h, w) uint8 tensor."""
+    if isinstance(image, Tensor):
+        image = image.detach().cpu().permute(1, 2, 0).numpy()
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(np.ascontiguousarray(image.astype(np.uint8))).convert("RGB")
+    return image.convert("RGB") if image.mode != "RGB" else image.copy()
+
+
+def short_name(name: str) -> str:
+    """A class name on one line, cut to `MAX_NAME` characters."""
+    name = printable(name)
+    return name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…"
+
+
+def text_size(image: Image.Image) -> int:
+    """Height of letters in pixels: `TEXT`, and more on large images, which are looked at shrunk."""
+    return max(TEXT, round(TEXT * max(image.size) / 640))
+
+
+def text_width(text: str, size: int) -> int:
+    """Width of one line in pixels."""
+    return math.ceil(_font(size).getlength(text))
+
+
+@functools.cache
+def font_path() -> str:
+    """Find DejaVu Sans as matplotlib brings it, without the cost of importing matplotlib; else the system's."""
+    spec = importlib.util.find_spec("matplotlib")
+    path = Path((spec and spec.origin) or "").parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return str(path) if path.is_file() else path.name  # Pillow looks for a bare name in the system's folders
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(font_path(), size)
+
+
+def _select(boxes: Mapping[str, Any] | None, threshold: float) -> tuple[Tensor, list[int], list[float]]:
+    """Finite boxes (n, 4), labels and scores, the lowest score first, so that the best is drawn on top."""
+    if boxes is None or not len(boxes["boxes"]):
+        return torch.zeros(0, 4), [], []
+    corners, labels = (torch.as_tensor(boxes[key]).cpu() for key in ("boxes", "labels"))
+    scores = torch.as_tensor(boxes.get("scores", torch.ones(len(corners)))).cpu().double()
+    order = scores.argsort(stable=True)
+    order = order[(scores >= threshold)[order] & corners.isfinite().all(1)[order]]
+    return corners[order].double(), labels[order].long().tolist(), scores[order].tolist()
+
+
+def _name(classes: Sequence[str], label: int) -> str:
+    return short_name(classes[label]) if 0 <= label < len(classes) else f"label {label}"
+
+
+def _with_legend(
+    image: Image.Image, counts: Mapping[str, Sequence[int]], classes: Sequence[str], title: str
+) -> Image.Image:
+    """The image over a strip with one swatch a class and how many boxes of it there are of each kind."""
+    size = text_size(image)
+    kinds = {"detected": "colors: detections", "true": "white: ground truth"}
+    heading = "   ".join([*([printable(title)] if title else []), *(kinds[kind] for kind in counts)])
+    entries: list[tuple[tuple[int, int], Color | None, str]] = [((0, 0), None, heading)]
+    x, y = 0, 0
+    for label in sorted({label for labels in counts.values() for label in labels}):
+        text = f"{_name(classes, label)}: " + ", ".join(f"{list(n).count(label)} {kind}" for kind, n in counts.items())
+        wide = text_width(text, size) + 3 * size
+        x, y = (0, y + 1) if y == 0 or x + wide > image.width else (x, y)
+        entries.append(((x, y), color(label), text))
+        x += wide
+    step = round(1.5 * size)
+    sheet = Image.new("RGB", (image.width, image.height + step * (y + 1) + size), PAPER)
+    sheet.paste(image)
+    draw = ImageDraw.Draw(sheet)
+    for (x, y), tone, text in entries:
+        left, middle = x + size, image.height + size // 2 + step * y + step // 2
+        if tone is not None:
+            draw.rectangle((left, middle - size // 2, left + size, middle + size // 2), fill=tone)
+            left += round(1.5 * size)
+        draw.text((left, middle), text, fill=GRAY if tone is None else INK, font=_font(size), anchor="lm")
+    return sheet

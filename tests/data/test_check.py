@@ -17,7 +17,7 @@ from brs_detr.data.check import blank_bottom_fraction, inspect_image
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.issues import POLICY, IssueLog
 from brs_detr.data.transforms import EvalTransforms
-from brs_detr.viz.boxes import write_contact_sheet
+from brs_detr.viz.boxes import color, write_contact_sheet
 
 EXPECTED = {
     "01": "image_without_objects",
@@ -197,13 +197,14 @@ def test_one_color_is_worth_a_look(tmp_path, write_dataset):
 def test_the_sheet_shows_boxes_where_they_are(tmp_path):
     target = {"boxes": torch.tensor([[20.0, 40, 60, 80]]), "labels": torch.tensor([0])}
     write_contact_sheet(
-        [(torch.zeros(3, 100, 100, dtype=torch.uint8), target)], ["ü-名"], tmp_path / "s.png", 1, cell=104
+        [(torch.zeros(3, 100, 100, dtype=torch.uint8), target)], ["ü-名\ud800"], tmp_path / "s.png", 1, cell=200
     )
-    pixels = np.asarray(Image.open(tmp_path / "s.png")).astype(int)
-    red = (pixels[..., 0] > 200) & (pixels[..., 1] < 120)
-    ys, xs = np.where(red)
-    assert (xs.min(), ys.max()) == (20, 80) and abs(xs.max() - 60) <= 1
-    assert red[60, 20] and not red[60, 40]
+    pixels = np.asarray(Image.open(tmp_path / "s.png"))
+    assert pixels.shape == (200, 200, 3)  # twice as large
+    ys, xs = np.where((pixels == color(0)).all(2))
+    assert (xs.min(), xs.max(), ys.max()) == (40, 120, 160)
+    assert (pixels[120, 40] == color(0)).all() and not pixels[120, 80].any()
+    assert ys.min() < 78  # its tag is above the box
 
 
 def test_reading_twice_gives_the_same_report(tmp_path, write_dataset):
