@@ -1,5 +1,6 @@
-"""Ranking losses, score-based losses and the objective that applies them to one set of predictions. Needs
-torch only.
+"""Ranking losses, score-based losses, and the objectives that apply them to one set of predictions.
+
+The package imports torch only, so that it can be copied into another project.
 """
 
 from .alrp import ALRP, alrp_loss
