@@ -1,9 +1,12 @@
-"""Data of the dense heads: a batch's assignment, and the samples that become collaborative queries."""
+"""Assignments of several images joined into one, so that a head computes one loss for the whole batch.
+
+What a one-to-many head hands to the decoder as collaborative queries (Zong et al., Co-DETR, section 3.3).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +36,7 @@ class BatchAssignment(NamedTuple):
         return padded[torch.where(self.assigned >= 0, self.assigned, self.labels.shape[0])]
 
 
-def join(assignments: Sequence[Tensor], targets: Sequence[dict[str, Any]]) -> BatchAssignment:
+def join(assignments: Sequence[Tensor], targets: Sequence[dict]) -> BatchAssignment:
     """Concatenate per-image assignments, shifting object indices to the concatenated objects.
 
     Args:
@@ -49,15 +52,13 @@ def join(assignments: Sequence[Tensor], targets: Sequence[dict[str, Any]]) -> Ba
 
 
 class AuxSamples(NamedTuple):
-    """Positive and background samples of a one-to-many head, one list entry per image.
-
-    The decoder uses them as collaborative queries (Zong et al., Co-DETR, section 3.3).
+    """Positive and background samples of one head, a list entry per image.
 
     Attributes:
         boxes: (n, 4) xyxy pixels, the head's anchors or proposals, detached.
         labels: (n,) int64, background = number of classes.
         targets: (n, 4) xyxy pixels of the object, zeros for background.
-        features: (n, dim) the head's features there, with gradient.
+        features: (n, dim) what the head saw there, with gradient.
     """
 
     boxes: list[Tensor]

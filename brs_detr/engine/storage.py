@@ -184,18 +184,17 @@ def together(accelerator: Accelerator, work: Callable[[], object]) -> None:
 
 
 def complain(error: Exception) -> None:
-    """Print an error on stderr; failures are ignored, since stderr may be a file on the full disk."""
+    """Print an error for the user; stderr may be a file on the very disk that is full."""
     with contextlib.suppress(OSError):
         print(f"error: {printable(error)}", file=sys.stderr)
 
 
 def end_output(code: int) -> int:
-    """Flush stdout and stderr and return the exit code: Python would exit with 120 if stdout's disk is full."""
+    """Flush what was printed, and return the exit code: Python would end with 120 where stdout's disk is full."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:
-            # Python flushes again at exit; into the null device that succeeds.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return code
 

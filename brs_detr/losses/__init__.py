@@ -1,6 +1,6 @@
-"""Ranking losses, score-based losses, and the objectives that apply them to one set of predictions.
+"""Ranking losses, score-based losses and the objective that applies them to one set of predictions.
 
-The package imports torch only, so that it can be copied into another project.
+Needs torch only.
 """
 
 from .alrp import ALRP, alrp_loss

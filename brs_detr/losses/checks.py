@@ -157,8 +157,7 @@ def check_per_positive(name: str, values: Tensor, positives: Tensor) -> None:
     """
     if values.shape != positives.shape:
         raise ValueError(
-            f"{name}: shape {tuple(values.shape)} does not match {len(positives)} positives. "
-            "Give one value per positive."
+            f"{name} has shape {tuple(values.shape)} for {len(positives)} positives. Give one value per positive."
         )
 
 

@@ -182,7 +182,7 @@ def test_objectives_refuse_labels_that_no_class_has(objective):
 def test_objectives_refuse_box_losses_of_other_positives():
     objective = RankingObjective("rs")
     labels = torch.tensor([1, 0, 0])
-    with pytest.raises(ValueError, match="giou: shape"):
+    with pytest.raises(ValueError, match="giou has shape"):
         objective(torch.randn(3, 1), labels, quality=torch.rand(2), localization={"giou": torch.rand(3)})
 
 
