@@ -3,7 +3,7 @@
 `python tools/check_resume.py [--kills 20] [--seed 0]` trains `train.py` with the demo's detector on a small generated
 dataset: loader workers, averaged weights, two accumulated batches per step, states written in the middle of an epoch.
 The signals alternate: SIGKILL at a random time, SIGKILL while a state or a weights file is being written, and SIGTERM
-at a random time, after which the training must end with exit code 75. Each is sent to the process group with its workers.
+at a random time, after which the training must end with exit code 75. Each is sent to the process group.
 The last lines are the result; the exit code is 0 only if everything is equal, bit for bit: weights, averaged weights,
 optimizer, and every logged number but the timings. About five minutes on two cores.
 """

@@ -36,7 +36,7 @@ class BatchAssignment(NamedTuple):
         return padded[torch.where(self.assigned >= 0, self.assigned, self.labels.shape[0])]
 
 
-def join(assignments: Sequence[Tensor], targets: Sequence[dict]) -> BatchAssignment:
+def join(assignments: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> BatchAssignment:
     """Concatenate per-image assignments, shifting object indices to the concatenated objects.
 
     Args:
