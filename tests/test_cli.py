@@ -202,7 +202,7 @@ def test_fine_tuning_from_other_classes_says_what_it_did(run, data, tmp_path, ca
     command = [DEMO, *TINY, f"data.root={other}", f"output_dir={tmp_path / 'run'}", f"train.init_from={run}"]
     assert train([*command, "train.epochs=1"]) == 0
     said = capsys.readouterr().out
-    assert "tensors loaded as they are" in said and "rows of shared classes loaded" in said
+    assert "tensors loaded unchanged" in said and "rows of shared classes loaded" in said
     assert "re-initialized:" not in said.replace("the others re-initialized:", "")
 
 

@@ -1,11 +1,11 @@
-"""Kill a training many times, resume it each time, and compare its end with that of a run that was never killed.
+"""Kill a training many times, resume it each time, and compare the result with that of an uninterrupted run.
 
 `python tools/check_resume.py [--kills 20] [--seed 0]` trains `train.py` with the demo's detector on a small generated
-dataset: loader workers, averaged weights, two accumulated batches a step, states written in the middle of an epoch.
-In turn there is SIGKILL at a random time, SIGKILL while a state or a weights file is being written, and SIGTERM at a
-random time, after which the training must end with exit code 75. Each goes to the whole process group, workers
-included. The last lines are the verdict; the exit code is 0 only if all is equal, bit for bit: weights, averaged
-weights, optimizer, and every logged figure but the timings. About five minutes on two cores.
+dataset: loader workers, averaged weights, two accumulated batches per step, states written in the middle of an epoch.
+The signals alternate: SIGKILL at a random time, SIGKILL while a state or a weights file is being written, and SIGTERM
+at a random time, after which the training must end with exit code 75. Each is sent to the process group.
+The last lines are the result; the exit code is 0 only if everything is equal, bit for bit: weights, averaged weights,
+optimizer, and every logged number but the timings. About five minutes on two cores.
 """
 
 from __future__ import annotations
@@ -49,26 +49,26 @@ def main() -> int:
     """Run the comparison; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random times")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         make_dataset(place / "data", train=41, val=6, image_size=64)
         began = time.perf_counter()
-        start(place, "whole").wait()
+        start(place, "reference").wait()
         duration = time.perf_counter() - began
-        print(f"never killed: {duration:.0f} s")
+        print(f"uninterrupted: {duration:.0f} s")
         if not kill_and_resume(place, options.kills, random.Random(options.seed)):
             return 1
-        faults = compare(place / "whole", place / "killed")
+        faults = compare(place / "reference", place / "killed")
     for fault in faults:
         print(f"DIFFERENT: {fault}")
     print(f"{options.kills} kills in a row: {'NOT THE SAME RUN' if faults else 'the same run, bit for bit'}")
     return 1 if faults else 0
 
 
-def start(place: Path, name: str) -> subprocess.Popen:
-    """The training, as a process group of its own, always with the same command."""
+def start(place: Path, name: str) -> subprocess.Popen[bytes]:
+    """Start the training in a process group of its own, always with the same command."""
     command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "configs/demo.yaml"), "--resume"]
     command += [f"data.root={place / 'data'}", f"output_dir={place / name}", *SETTINGS]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -77,7 +77,7 @@ def start(place: Path, name: str) -> subprocess.Popen:
 
 
 def kill_and_resume(place: Path, kills: int, chance: random.Random) -> bool:
-    """Kill and resume, then let the run end; False, with what it said, where a run ended by itself with an error."""
+    """Kill and resume, then let the run finish; print its output and return False if it ended with an error."""
     folder, done = place / "killed", 0
     while done < kills:
         process = start(place, "killed")
@@ -88,11 +88,11 @@ def kill_and_resume(place: Path, kills: int, chance: random.Random) -> bool:
             if process.returncode or done < kills // 2:
                 print(f"ended with {process.returncode} after {done} kills:\n{(place / 'killed.log').read_text()}")
                 return False
-            print(f"the run has ended after {done} kills: fewer than asked for; give it more epochs")
+            print(f"the run ended after {done} of {kills} kills. Give it more epochs.")
             return False
         os.killpg(process.pid, number)
         code, expected = process.wait(), ExitCode.INTERRUPTED if number == signal.SIGTERM else -number
-        if code not in (expected, ExitCode.OK):  # the last step may have been done
+        if code not in (expected, ExitCode.OK):  # 0: the signal came after the last step
             print(f"{number.name} {moment}: ended with {code}:\n{(place / 'killed.log').read_text()}")
             return False
         done += 1
@@ -104,11 +104,11 @@ def kill_and_resume(place: Path, kills: int, chance: random.Random) -> bool:
 
 
 def states(folder: Path) -> list[Path]:
-    """What lies in the folder of states, unfinished ones included."""
+    """List the folder of states, unfinished ones included."""
     return sorted((folder / "state").glob("*step-*")) if (folder / "state").is_dir() else []
 
 
-def wait_for_training(folder: Path, process: subprocess.Popen, chance: random.Random) -> str:
+def wait_for_training(folder: Path, process: subprocess.Popen[bytes], chance: random.Random) -> str:
     """Wait until something is logged by this process, then a random time."""
     log = folder / "log.txt"
     before = log.stat().st_size if log.exists() else 0
@@ -117,8 +117,8 @@ def wait_for_training(folder: Path, process: subprocess.Popen, chance: random.Ra
     return "at a random time"
 
 
-def wait_for_writing(folder: Path, process: subprocess.Popen, chance: random.Random) -> str:
-    """Wait until one of the next few unfinished states and weights files appears, then some milliseconds."""
+def wait_for_writing(folder: Path, process: subprocess.Popen[bytes], chance: random.Random) -> str:
+    """Wait until one of the next few unfinished states and weights files appears, then a few milliseconds."""
     seen = writes(folder)
     name = "nothing"
     for _ in range(chance.randrange(1, 6)):
@@ -130,47 +130,47 @@ def wait_for_writing(folder: Path, process: subprocess.Popen, chance: random.Ran
 
 
 def writes(folder: Path) -> set[tuple[Path, int]]:
-    """Files and folders that are being written, with the time: their names end in .partial."""
+    """List the files and folders that are being written, with their times: their names end in .partial."""
     places = [*folder.glob(".*.partial"), *(folder / "state").glob(".*.partial")]
     return {(path, modified(path)) for path in places if modified(path)}
 
 
 def modified(path: Path) -> int:
-    """When a file was last written; 0 once it is gone."""
+    """Return the time a file was last written; 0 if it does not exist any more."""
     try:
         return path.stat().st_mtime_ns
     except OSError:
         return 0
 
 
-def wait_until(reached: Callable[[], Any], process: subprocess.Popen) -> Any:
-    """Wait, looking every millisecond, until something is so or the process has ended; returns what was so."""
+def wait_until(reached: Callable[[], Any], process: subprocess.Popen[bytes]) -> Any:
+    """Poll every millisecond until `reached` returns a true value, which is returned, or the process ends (None)."""
     while process.poll() is None:
-        if found := reached():
-            return found
+        if value := reached():
+            return value
         time.sleep(0.001)
     return None
 
 
-def compare(whole: Path, killed: Path) -> list[str]:
-    """What differs between the ends of two runs."""
+def compare(reference: Path, killed: Path) -> list[str]:
+    """List the differences between the results of two runs."""
     faults = []
-    newest = states(whole)[-1].name
+    newest = states(reference)[-1].name
     parts = [f"state/{newest}/{part}.safetensors" for part in ("model", "ema", "optimizer")]
     for name in ("last.safetensors", "best.safetensors", *parts):
-        one, other = load_file(whole / name), load_file(killed / name)
+        one, other = load_file(reference / name), load_file(killed / name)
         differ = [key for key in one.keys() | other.keys() if not torch.equal(one[key], other[key])]
         faults += [f"{name}: {len(differ)} tensors, {differ[0]} first"] if differ else []
     name = f"state/{newest}/trainer.json"
-    faults += [] if (whole / name).read_bytes() == (killed / name).read_bytes() else [name]
-    one, other = (figures(folder) for folder in (whole, killed))
-    faults += [f"metrics.jsonl: {a} and {b}" for a, b in zip(one, other) if a != b]
-    faults += [f"metrics.jsonl: {len(one)} and {len(other)} lines"] if len(one) != len(other) else []
+    faults += [] if (reference / name).read_bytes() == (killed / name).read_bytes() else [name]
+    ours, theirs = (metrics(folder) for folder in (reference, killed))
+    faults += [f"metrics.jsonl: {a} and {b}" for a, b in zip(ours, theirs) if a != b]
+    faults += [f"metrics.jsonl: {len(ours)} and {len(theirs)} lines"] if len(ours) != len(theirs) else []
     return faults
 
 
-def figures(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl without their timings."""
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Read the lines of metrics.jsonl without their timings."""
     lines = read_metrics(folder / "metrics.jsonl")
     return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
 

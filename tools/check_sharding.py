@@ -1,16 +1,16 @@
-"""Train with sharded weights and on several machines, kill it, resume it, and compare with runs left alone.
+"""Kill and resume trainings with sharded weights and on several machines, and compare with uninterrupted runs.
 
 `python tools/check_sharding.py [CASE ...]` runs `train.py` as docs/training.md launches it, on CPUs and at toy size.
-Two machines are two launchers on this one, and `tests/engine/sharded_run.py` stands for `train.py` under FSDP, for
-Accelerate alone shards on GPUs only. Prints a verdict for each case; the exit code is 0 only if all hold. Cases:
+Two machines are two launchers on this one, and `tests/engine/sharded_run.py` replaces `train.py` under FSDP, since
+Accelerate itself shards on GPUs only. Prints a result for each case; the exit code is 0 only if all hold. Cases:
 
-killed      SIGKILL to all processes, four times at random moments, then resumed: bit for bit the run never killed
-damaged     a flipped bit in the newest state: named, the state before it resumed, the same end
-told        SIGTERM to all processes: they save; resumed, the same end
-processes   two processes' state and four processes: refused; told to go on all the same, the losses of two
-machines    two machines train as one does, and evaluate; one is lost, the other ends too; resumed, the same end
+killed      SIGKILL to all processes, four times at random times, then resumed: equal, bit for bit
+damaged     a flipped bit in the newest state: reported, the state before it resumed, the same result
+stopped     SIGTERM to all processes: they save; resumed, the same result
+processes   a state of two processes resumed with four: an error; with allow_changes, the losses of two
+machines    two machines train as one does, and evaluate; one is lost, the other ends too; resumed, the same result
 both        two machines with sharded weights train as one does
-folder      two machines that do not share output_dir: refused in one sentence
+folder      two machines that do not share output_dir: an error in one sentence
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ sys.path.insert(0, str(ROOT))
 from brs_detr.data.synthetic import make_dataset  # noqa: E402
 from brs_detr.engine.logging import read_metrics  # noqa: E402
 
-# alike for any number of processes: one ranking over all of them, no batch statistics
+# Equal for any number of processes: one ranking over all of them, no batch statistics.
 SETTINGS = ["model.ranking_scope=global", "model.backbone.norm=group", "data.root=data", "data.workers=0"]
 SETTINGS += ["train.epochs=3", "train.total_batch_size=4", "train.ema_decay=null", "train.warmup_steps=0"]
 SETTINGS += ["train.save_every=2", "train.log_every=1"]
 TIMINGS = ("images_per_s", "data_s", "step_s")
-SHARDED, WHOLE = ("fsdp", "tests/engine/sharded_run.py"), ("multi_node", "train.py")
+SHARDED, PLAIN = ("fsdp", "tests/engine/sharded_run.py"), ("multi_node", "train.py")
 
 
 class Launch:
@@ -54,7 +54,7 @@ class Launch:
         place: scratch folder, holds `data`.
         out: the run's folder in it.
         kind: (launch file, script).
-        folders: where each launcher runs; all in `place` if None.
+        folders: working directory of each launcher; `place` for all if None.
     """
 
     def __init__(self, place, out, kind, *extra, processes=2, machines=1, folders=None, overrides=("--resume",)):
@@ -83,7 +83,7 @@ class Launch:
                 )
 
     def wait(self, seconds=300) -> int:
-        """The highest exit code; the launchers are killed when the time is up."""
+        """Return the highest exit code; kill the launchers when the time is up."""
         until = time.monotonic() + seconds
         try:
             return max(abs(launcher.wait(max(0.1, until - time.monotonic()))) for launcher in self.launchers)
@@ -92,10 +92,10 @@ class Launch:
             return 124
 
     def wait_for_step(self, step: int) -> bool:
-        """Wait until so many steps are logged; False where the run has ended before."""
+        """Wait until a step is logged; return False if the run ended before."""
         path = self.folder / "metrics.jsonl"
         while all(launcher.poll() is None for launcher in self.launchers):
-            if path.exists() and any(line["step"] >= step for line in figures(self.folder)):
+            if path.exists() and any(line["step"] >= step for line in metrics(self.folder)):
                 return True
             time.sleep(0.01)
         return False
@@ -107,32 +107,32 @@ class Launch:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, number)
 
-    def said(self, text: str) -> bool:
-        """Is a text in what was printed by this run and those before it in its folder."""
+    def printed(self, text: str) -> bool:
+        """Return True if a text was printed by this run or those before it in its folder."""
         return text in self.log.read_text(encoding="utf-8")
 
 
 def family(process: int) -> list[int]:
-    """A process and all that it has started, directly or not."""
+    """Return a process and all its descendants."""
     with contextlib.suppress(OSError):
         lists = [path.read_text() for path in Path(f"/proc/{process}/task").glob("*/children")]
         return [process, *(member for child in " ".join(lists).split() for member in family(int(child)))]
     return []
 
 
-def figures(folder: Path) -> list[dict]:
-    """The complete lines of metrics.jsonl without their timings."""
+def metrics(folder: Path) -> list[dict]:
+    """Read the complete lines of metrics.jsonl without their timings."""
     lines = read_metrics(folder / "metrics.jsonl")
     return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What differs between two finished runs: weights, figures, and the tensors of the last state."""
+    """List the differences between two finished runs: weights, metrics, and the tensors of the last state."""
     faults = []
     for name in ("last.safetensors", "best.safetensors"):
         a, b = load_file(one / name), load_file(other / name)
         faults += [f"{name}: {key}" for key in a.keys() | b.keys() if not torch.equal(a[key], b[key])][:1]
-    faults += [f"{a} and {b}" for a, b in zip_longest(figures(one), figures(other)) if a != b][:1]
+    faults += [f"{a} and {b}" for a, b in zip_longest(metrics(one), metrics(other)) if a != b][:1]
     states = [sorted((run / "state").glob("step-*"))[-1] for run in (one, other)]
     for part in sorted(states[0].glob("*.safetensors")):  # equal tensors are equal bytes
         same = part.read_bytes() == (states[1] / part.name).read_bytes()
@@ -141,13 +141,13 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def same_end(place: Path, launch: Launch, reference: str) -> list[str]:
-    """Let a run end and compare it with another."""
+    """Wait for a run and compare it with another."""
     code = launch.wait()
     return [f"ended with {code}: {launch.log}"] if code else differences(place / reference, launch.folder)
 
 
 def alone(place: Path, name: str, kind: tuple[str, str], processes: int = 2) -> str:
-    """A run left alone, made once; its name."""
+    """Train an uninterrupted run, once, and return its name."""
     if not (place / name / "last.safetensors").exists() and Launch(place, name, kind, processes=processes).wait():
         raise SystemExit((place / f"{name}.log").read_text())
     return name
@@ -166,7 +166,7 @@ def killed(place: Path) -> list[str]:
 
 
 def stopped_after(place: Path, name: str, kind: tuple[str, str], step: int, number: int) -> Launch:
-    """A run that got a signal when a step was logged; it has ended."""
+    """Start a run, send a signal once a step is logged, and wait for its end."""
     launch = Launch(place, name, kind)
     launch.wait_for_step(step)
     launch.signal(number)
@@ -184,27 +184,27 @@ def damaged(place: Path) -> list[str]:
     part.write_bytes(content)
     launch = Launch(place, "damaged", SHARDED)
     faults = same_end(place, launch, reference)
-    named = launch.said(f"{newest.name}: damaged ({part.name} has changed since it was written)")
-    return faults + ([] if named else ["the damaged state was not named"])
+    named = launch.printed(f"{newest.name}: damaged ({part.name} has changed since it was written)")
+    return faults + ([] if named else ["the damaged state was not reported"])
 
 
-def told(place: Path) -> list[str]:
+def stopped(place: Path) -> list[str]:
     reference = alone(place, "sharded", SHARDED)
-    launch = stopped_after(place, "told", SHARDED, 3, signal.SIGTERM)
-    if not launch.said("Received a stop signal: checkpoint saved at step"):
+    launch = stopped_after(place, "stopped", SHARDED, 3, signal.SIGTERM)
+    if not launch.printed(": checkpoint saved at step"):
         return [f"nothing was saved: {launch.log}"]
-    return same_end(place, Launch(place, "told", SHARDED), reference)
+    return same_end(place, Launch(place, "stopped", SHARDED), reference)
 
 
 def processes(place: Path) -> list[str]:
     reference = alone(place, "sharded", SHARDED)
     stopped_after(place, "more", SHARDED, 5, signal.SIGKILL)
     refused = Launch(place, "more", SHARDED, processes=4)
-    if refused.wait() == 0 or not refused.said("launch processes: 2 -> 4"):
-        return [f"four processes were not refused: {refused.log}"]
+    if refused.wait() == 0 or not refused.printed("launch processes: 2 -> 4"):
+        return [f"four processes did not fail: {refused.log}"]
     if code := Launch(place, "more", SHARDED, "train.allow_changes=true", processes=4).wait():
         return [f"ended with {code}: {refused.log}"]
-    pairs = zip(figures(place / reference), figures(place / "more"), strict=True)
+    pairs = zip(metrics(place / reference), metrics(place / "more"), strict=True)
     losses = [(a["loss"], b["loss"]) for a, b in pairs if a["kind"] == "train"]
     print("  losses of two processes and of two, then four:", *(f"{a:.4f}/{b:.4f}" for a, b in losses))
     return [f"{a} and {b}" for a, b in losses if abs(a - b) > 1e-3 * a]
@@ -212,14 +212,14 @@ def processes(place: Path) -> list[str]:
 
 def machines(place: Path) -> list[str]:
     reference = alone(place, "one", ("multi_node", "train.py"))
-    faults = same_end(place, Launch(place, "two", WHOLE, machines=2), reference)
+    faults = same_end(place, Launch(place, "two", PLAIN, machines=2), reference)
     score = Launch(place, "score", ("multi_node", "eval.py"), "two/last.safetensors", machines=2, overrides=())
     if code := score.wait():
         return [*faults, f"eval.py ended with {code}: {score.log}"]
     measured = json.loads((place / "two/evaluation/evaluation.json").read_text(encoding="utf-8"))["stats"]
-    printed = [line for line in figures(place / "two") if line["kind"] == "val"][-1]
+    printed = [line for line in metrics(place / "two") if line["kind"] == "val"][-1]
     faults += [f"{k}: {measured[k]} not {printed[k]}" for k in ("AP", "AP50", "oLRP") if measured[k] != printed[k]]
-    launch = Launch(place, "lost", WHOLE, machines=2)
+    launch = Launch(place, "lost", PLAIN, machines=2)
     launch.wait_for_step(4)
     launch.signal(signal.SIGKILL, machine=1)
     began = time.monotonic()
@@ -227,7 +227,7 @@ def machines(place: Path) -> list[str]:
     seconds, code = time.monotonic() - began, launch.launchers[0].returncode
     print(f"  the machine that was left ended after {seconds:.0f} s with {code}")
     faults += ["the machine that was left did not end by itself"] if code in (None, 0, -signal.SIGKILL) else []
-    return faults + same_end(place, Launch(place, "lost", WHOLE, machines=2), reference)
+    return faults + same_end(place, Launch(place, "lost", PLAIN, machines=2), reference)
 
 
 def both(place: Path) -> list[str]:
@@ -239,20 +239,20 @@ def folder(place: Path) -> list[str]:
     elsewhere = place / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "data").symlink_to(place / "data")
-    launch = Launch(place, "apart", WHOLE, machines=2, folders=[place, elsewhere])
+    launch = Launch(place, "apart", PLAIN, machines=2, folders=[place, elsewhere])
     code = launch.wait()
-    if code == 0 or not launch.said("process 1 sees another folder there than process 0"):
+    if code == 0 or not launch.printed("process 1 sees another folder there than process 0"):
         return [f"ended with {code}: {launch.log}"]
     return []
 
 
-CASES = {case.__name__: case for case in (killed, damaged, told, processes, machines, both, folder)}
+CASES = {case.__name__: case for case in (killed, damaged, stopped, processes, machines, both, folder)}
 
 
 def main() -> int:
     """Run the cases; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", help="names from the list above; all if none is given")
+    parser.add_argument("cases", nargs="*", help="names from the list above; default: all")
     chosen = parser.parse_args().cases or list(CASES)
     place, bad = Path(tempfile.mkdtemp(prefix="check_sharding-")), 0
     make_dataset(place / "data", train=14, val=5, image_size=64)
@@ -264,7 +264,7 @@ def main() -> int:
         print(f"{name}: {'DOES NOT HOLD' if faults else 'holds'} ({time.monotonic() - began:.0f} s)", flush=True)
         bad += bool(faults)
     if bad:
-        print(f"what was printed lies in {place}")
+        print(f"logs: {place}")
     else:
         shutil.rmtree(place)
     return 1 if bad else 0

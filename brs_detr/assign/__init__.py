@@ -1,1 +1,1 @@
-"""Assigners: which prediction or anchor answers for which ground-truth box."""
+"""Assignment of ground-truth boxes to predictions and anchors."""

@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 class BatchAssignment(NamedTuple):
-    """One assignment over all images.
+    """The assignments of several images joined into one, so that a head computes one loss for the batch.
 
     Attributes:
-        assigned: (N,) int64, index into `boxes`, or a negative mark of `assign.max_iou`.
-        boxes: (M, 4) xyxy pixels, objects of all images.
-        labels: (M,) int64 their classes.
+        assigned: (N,) int64, index into `boxes`, or a negative constant of `assign.max_iou`.
+        boxes: (M, 4) xyxy pixels, ground truth of all images.
+        labels: (M,) int64, their classes.
     """
 
     assigned: Tensor
@@ -26,16 +26,17 @@ class BatchAssignment(NamedTuple):
     labels: Tensor
 
     def positives(self) -> Tensor:
-        """(P,) ascending rows that have an object (waits for the device once)."""
+        """Return the rows (P,) that have an object, ascending (the host waits for the device once)."""
         return (self.assigned >= 0).nonzero().flatten()
 
     def classes(self, background: int) -> Tensor:
-        """(N,) class of every row, `background` where it has no object."""
+        """Return the class (N,) of every row, `background` where it has no object."""
+        # One more label for the rows without an object: `where` then selects without reading anything on the host.
         padded = torch.cat([self.labels, self.labels.new_full((1,), background)])
         return padded[torch.where(self.assigned >= 0, self.assigned, self.labels.shape[0])]
 
 
-def join(assignments: Sequence[Tensor], targets: Sequence[dict]) -> BatchAssignment:
+def join(assignments: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> BatchAssignment:
     """Concatenate per-image assignments, shifting object indices to the concatenated objects.
 
     Args:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from brs_detr.assign.max_iou import BACKGROUND
 
-SMALLEST_MARGIN = 0.01  # pixels by which an anchor's center has to lie inside its object
+MIN_MARGIN = 0.01  # pixels by which an anchor's center has to lie inside its object, as in the official code
 
 
 def atss_assign(anchors: Tensor, level_counts: Sequence[int], objects: Tensor, *, topk: int = 9) -> Tensor:
-    """Give anchors to objects by a threshold that every object sets for itself.
+    """Assign anchors to objects by an IoU threshold of each object's own.
 
     Args:
         anchors: (N, 4) xyxy pixels, level after level.
@@ -26,11 +26,12 @@ def atss_assign(anchors: Tensor, level_counts: Sequence[int], objects: Tensor, *
         topk: candidates per level and object (fewer where the level is smaller).
 
     Returns:
-        (N,) int64: object index or BACKGROUND. An anchor wanted by several objects goes to the one it overlaps most.
+        (N,) int64: object index or BACKGROUND. An anchor accepted by several objects goes to the one it overlaps most.
     """
     if objects.shape[0] == 0 or anchors.shape[0] == 0:
         return torch.full((anchors.shape[0],), BACKGROUND, dtype=torch.int64, device=anchors.device)
     centers = (anchors[:, :2] + anchors[:, 2:]) * 0.5
+    # (K, M) tables of candidates instead of (N, M) of all anchors, up to the final maximum.
     candidates = _nearest(centers, level_counts, objects, topk)
     overlap = _overlap(anchors[candidates], objects)
     accepted = (overlap >= _threshold(overlap)) & _inside(centers[candidates], objects)
@@ -41,7 +42,7 @@ def atss_assign(anchors: Tensor, level_counts: Sequence[int], objects: Tensor, *
 
 
 def _nearest(centers: Tensor, level_counts: Sequence[int], objects: Tensor, topk: int) -> Tensor:
-    """(K, M) indices of the topk anchors of every level nearest to each object's center."""
+    """Return (K, M) indices of the topk anchors of every level nearest to each object's center."""
     middle = (objects[:, :2] + objects[:, 2:]) * 0.5
     chosen, start = [], 0
     for level in centers.split(list(level_counts)):
@@ -54,7 +55,7 @@ def _nearest(centers: Tensor, level_counts: Sequence[int], objects: Tensor, topk
 
 
 def _overlap(boxes: Tensor, objects: Tensor) -> Tensor:
-    """(K, M) IoU of candidate boxes (K, M, 4) with their object (M, 4)."""
+    """Compute the IoU (K, M) of candidate boxes (K, M, 4) with their object (M, 4)."""
     low = torch.maximum(boxes[..., :2], objects[:, :2])
     high = torch.minimum(boxes[..., 2:], objects[:, 2:])
     intersection = (high - low).clamp(min=0).prod(-1)
@@ -63,12 +64,13 @@ def _overlap(boxes: Tensor, objects: Tensor) -> Tensor:
 
 
 def _threshold(overlap: Tensor) -> Tensor:
-    """(M,) mean plus unbiased standard deviation over the candidates; a lone candidate is its own threshold."""
+    """Compute mean plus unbiased standard deviation (M,) over the candidates; a single one is its own threshold."""
+    # The deviation of a single value is NaN.
     mean = overlap.mean(dim=0)
     return mean + overlap.std(dim=0) if overlap.shape[0] > 1 else mean
 
 
 def _inside(centers: Tensor, objects: Tensor) -> Tensor:
-    """(K, M) whether candidate centers (K, M, 2) lie inside their object (M, 4)."""
+    """Return (K, M) bool, True where candidate centers (K, M, 2) lie inside their object (M, 4)."""
     margin = torch.cat([centers - objects[:, :2], objects[:, 2:] - centers], dim=-1)
-    return margin.amin(dim=-1) > SMALLEST_MARGIN
+    return margin.amin(dim=-1) > MIN_MARGIN

@@ -1,7 +1,7 @@
 """One-to-one matching of predictions and objects (DETR, Carion et al. 2020, Eq. 1) for all prediction sets of a step.
 
-The costs of every decoder layer, of the encoder proposals and of every image are built on the device, cross to the
-host in one copy, are solved there by SciPy, and the indices return in one copy.
+The costs of every decoder layer, of the encoder proposals and of every image are computed on the device and copied to
+the host at once, where SciPy solves them; the indices are copied back at once.
 """
 
 from __future__ import annotations
@@ -19,14 +19,19 @@ from brs_detr.ops.targets import PackedTargets
 
 
 class Match(NamedTuple):
-    """rows (P,) int64 into the flattened (B * Q) predictions, ascending; objects (P,) int64 into the packed targets."""
+    """Matched pairs of one prediction set.
+
+    Attributes:
+        rows: (P,) int64 into the flattened (B * Q) predictions, ascending.
+        objects: (P,) int64 into the packed targets.
+    """
 
     rows: Tensor
     objects: Tensor
 
 
 class HungarianMatcher:
-    """Cost cls * focal + l1 * L1 + giou * (-GIoU), solved per image.
+    """Hungarian matching with the cost cls * focal + l1 * L1 + giou * (-GIoU), per image.
 
     Args:
         cls: weight of the focal classification cost; 2 in Co-DETR, 4 in BRS-DETR (S.3.3 of the BRS paper).
@@ -42,7 +47,7 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def cost(self, logits: Tensor, boxes: Tensor, labels: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-        """Cost of every pair in one image.
+        """Compute the cost of every pair in one image.
 
         Args:
             logits: (Q, K). boxes: (Q, 4) cxcywh in [0, 1].
@@ -54,11 +59,13 @@ class HungarianMatcher:
         """
         logits, boxes = logits.float(), boxes.float()
         chance = logits[:, labels].sigmoid()
+        # The focal loss with the object minus that without it: what the match changes. 1e-12 is the official epsilon.
         present = self.alpha * (1 - chance) ** self.gamma * -(chance + 1e-12).log()
         absent = (1 - self.alpha) * chance**self.gamma * -(1 - chance + 1e-12).log()
         distance = (boxes[:, None] - targets[None]).abs().sum(-1)
         corners = [box_convert(b * scale, "cxcywh", "xyxy") for b in (boxes, targets)]
-        return self.cls * (present - absent) + self.l1 * distance - self.giou * generalized_box_iou(*corners)
+        overlap: Tensor = generalized_box_iou(*corners)
+        return self.cls * (present - absent) + self.l1 * distance - self.giou * overlap
 
     @torch.no_grad()
     def __call__(self, sets: Sequence[tuple[Tensor, Tensor, Tensor]], targets: PackedTargets) -> list[Match]:
@@ -69,8 +76,8 @@ class HungarianMatcher:
             targets: objects of the batch.
 
         Returns:
-            One match a set. A NaN prediction is matched as if it were very expensive: the loss then shows the NaN by
-            name, where SciPy would only refuse the matrix.
+            One match per set. A NaN prediction is matched as if it were very expensive: the loss then names the NaN,
+            where SciPy would only reject the matrix.
         """
         costs, sizes = [], []
         with torch.autocast(targets.boxes.device.type, enabled=False):
@@ -82,6 +89,7 @@ class HungarianMatcher:
                         costs.append(self.cost(logits[image], boxes[image], labels[one], targets.boxes[one], scale))
                     sizes.append((logits.shape[1], stop - start))
         host = torch.cat([c.flatten() for c in costs]).cpu().numpy() if costs else np.zeros(0, np.float32)
+        # 1e8 and not infinity, with which SciPy may find no assignment at all.
         rows, objects, lengths = _solve(np.nan_to_num(host, nan=1e8, posinf=1e8, neginf=-1e8), sizes, targets.spans)
         both = torch.from_numpy(np.stack([rows, objects])).to(targets.boxes.device, non_blocking=True)
         return [Match(*pair) for pair in zip(both[0].split(lengths), both[1].split(lengths), strict=True)]
@@ -90,7 +98,7 @@ class HungarianMatcher:
 def _solve(
     costs: np.ndarray, sizes: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Solve the flattened cost blocks; `sizes` run over sets, then images. Returns rows, objects, pairs a set."""
+    """Solve the flattened cost blocks; `sizes` run over sets, then images. Returns rows, objects, pairs per set."""
     rows, objects, lengths, offset = [], [], [], 0
     for number, (queries, count) in enumerate(sizes):
         image = number % len(spans)

@@ -1,8 +1,6 @@
-"""Maximum-IoU assignment of reference boxes to objects (Faster R-CNN, section 3.1.2).
+"""Maximum-IoU assignment of reference boxes to objects, and random sampling of it (Faster R-CNN, 3.1.2 and 3.1.3).
 
-An assignment is one integer per reference box: the index of its object, or one of the two marks below.
-
-Random subset of an assignment with a bounded share of positives (Faster R-CNN, section 3.1.3).
+An assignment is one integer per reference box: the index of its object, or one of the two constants below.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from torchvision.ops import box_iou
 
 BACKGROUND = -1
 IGNORED = -2
-LARGEST_TABLE = 1 << 23  # entries of one block of the (object, box) IoU table: 32 MiB in float32
+MAX_TABLE = 1 << 23  # entries of one block of the (object, box) IoU table: 32 MiB in float32
 
 
 def max_iou_assign(
@@ -27,7 +25,7 @@ def max_iou_assign(
     negative: float,
     low_quality: float | None = None,
 ) -> Tensor:
-    """Give every box the object it overlaps most, if it overlaps enough.
+    """Assign every box to the object it overlaps most, if it overlaps enough.
 
     Args:
         boxes: (N, 4) xyxy anchors or proposals.
@@ -46,11 +44,11 @@ def max_iou_assign(
     claimed = torch.full_like(index, BACKGROUND)
     if objects.shape[0] == 0 or count == 0:
         return claimed
-    block = max(1, LARGEST_TABLE // count)
+    block = max(1, MAX_TABLE // count)
     for start in range(0, objects.shape[0], block):
         iou = box_iou(objects[start : start + block], boxes)
         value, which = iou.max(dim=0)
-        better = value > best
+        better = value > best  # strictly: of equal objects the first is taken
         best = torch.where(better, value, best)
         index = torch.where(better, which + start, index)
         if low_quality is not None:
@@ -61,26 +59,27 @@ def max_iou_assign(
 
 
 def _claims(iou: Tensor, low_quality: float, start: int) -> Tensor:
-    """(N,) last object of this block whose best box is this one, BACKGROUND where there is none."""
+    """Return, for each box (N,), the last object of this block that overlaps it most of all boxes, else BACKGROUND."""
     top = iou.amax(dim=1, keepdim=True)
-    mine = (iou == top) & (top >= low_quality)
-    number = torch.arange(start, start + iou.shape[0], device=iou.device)[:, None]
-    return torch.where(mine, number, BACKGROUND).amax(dim=0)
+    claimed = (iou == top) & (top >= low_quality)
+    index = torch.arange(start, start + iou.shape[0], device=iou.device)[:, None]
+    # The maximum, since later objects override earlier ones.
+    return torch.where(claimed, index, BACKGROUND).amax(dim=0)
 
 
 def random_permutation(count: int, device: torch.device) -> Tensor:
-    """(count,) random order of 0..count-1."""
+    """Return a random permutation (count,) of 0..count-1."""
     return torch.randperm(count, device=device)
 
 
 @dataclass(frozen=True)
 class RandomSampler:
-    """Keeps at most `count` entries of an assignment and ignores the rest.
+    """A sampler that keeps at most `count` entries of an assignment and ignores the rest.
 
     Attributes:
         count: entries to keep; background fills what the positives leave free.
         positive_fraction: at most this share of `count` are positives.
-        permute: makes the order in which entries are considered; replaced by `torch.arange` where a run must repeat.
+        permute: makes the order in which entries are considered; tests replace it by `torch.arange`.
     """
 
     count: int
@@ -88,7 +87,7 @@ class RandomSampler:
     permute: Callable[[int, torch.device], Tensor] = random_permutation
 
     def __call__(self, assigned: Tensor) -> Tensor:
-        """(N,) assignment -> (N,) the same with entries not drawn set to IGNORED, without a device sync."""
+        """Set the entries of an assignment (N,) that are not drawn to IGNORED, without waiting for the device."""
         order = self.permute(assigned.shape[0], assigned.device)
         shuffled = assigned[order]
         positive = _first(shuffled >= 0, int(self.count * self.positive_fraction))
@@ -99,5 +98,5 @@ class RandomSampler:
 
 
 def _first(mask: Tensor, count: int | Tensor) -> Tensor:
-    """The first `count` true entries of a mask."""
+    """Keep the first `count` true entries of a mask."""
     return mask & (mask.cumsum(0) <= count)

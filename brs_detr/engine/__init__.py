@@ -1,1 +1,1 @@
-"""Training and evaluation loops, optimizer, checkpoints, logging: everything between a detector and a run."""
+"""The training loop, its checkpoints and logs, and prediction over a dataset."""

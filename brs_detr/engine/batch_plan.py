@@ -1,7 +1,7 @@
-"""From a recipe's numbers to those of a launch and a dataset: what each process holds at once, and how long it trains.
+"""Batch size per process and length of the training, from a recipe, the launch and the dataset.
 
 The recipe states the images of one optimizer step over all processes; the share of a process and the number of
-accumulated batches follow from the launch, so the learning rate never has to.
+accumulated batches follow from the launch, so that the learning rate need not be changed with it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """total = processes x per_device x accumulate."""
+    """Split of a total batch: total = processes x per_device x accumulate, in images."""
 
     total: int
     processes: int
@@ -30,32 +30,33 @@ def split_batch_size(total: int, per_device: int | None, processes: int) -> Batc
     """Split a total batch over processes and accumulated batches.
 
     Args:
-        total: images an optimizer step.
-        per_device: most images a process holds at once; None: its whole share. Where it does not divide the share,
-            the next smaller number that does is taken.
+        total: images per optimizer step.
+        per_device: largest number of images that a process holds at once; None: its full share. If it does not divide
+            the share, the next smaller number that does is taken.
         processes: of the launch.
 
     Raises:
-        ValueError: the total cannot be shared evenly; says which numbers would do.
+        ValueError: the total cannot be split evenly; names numbers that would work.
     """
     if total % processes:
         raise ValueError(
-            f"train.total_batch_size={total} cannot be shared by {processes} processes; "
-            f"launch a divisor of {total} processes, or set train.total_batch_size to a multiple of {processes}"
+            f"train.total_batch_size={total}: cannot be split evenly over {processes} processes. "
+            f"Launch a divisor of {total} processes, or set train.total_batch_size to a multiple of {processes}."
         )
     share = total // processes
+    # The largest divisor of the share: every accumulated batch is then equally large, as a mean over them needs.
     max_per_device = min(per_device or share, share)
     per_device = next(n for n in range(max_per_device, 0, -1) if share % n == 0)
     return BatchPlan(total, processes, per_device, share // per_device)
 
 
-FEW_STEPS = 500
-VALIDATIONS = 20
+FEW_STEPS = 500  # a shorter training gets a warning: detectors usually need thousands of steps
+VALIDATIONS = 20  # of a training whose recipe does not say how often to validate
 
 
 @dataclass(frozen=True)
 class TrainingLength:
-    """How long a training is: whole epochs, each of so many optimizer steps, validated every so many epochs."""
+    """Length of a training: full epochs, optimizer steps per epoch, epochs between validations."""
 
     epochs: int
     steps_per_epoch: int
@@ -63,7 +64,7 @@ class TrainingLength:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps altogether."""
+        """Return the number of optimizer steps of all epochs."""
         return self.epochs * self.steps_per_epoch
 
     def __str__(self) -> str:
@@ -75,15 +76,16 @@ class TrainingLength:
 def plan_length(
     batches: int, plan: BatchPlan, *, epochs: int, steps: int | None, eval_every: int | None
 ) -> TrainingLength:
-    """Settle the number of epochs for a dataset.
+    """Determine the number of epochs, steps and validations for a dataset.
 
     Args:
         batches: of one epoch in one process.
-        plan: tells how many of them make an optimizer step.
-        epochs: the recipe's; ignored where it asks for steps.
-        steps: optimizer steps that the training takes at least; None: as many as the epochs have.
-        eval_every: epochs between validations; None: about twenty validations altogether.
+        plan: gives the number of batches per optimizer step.
+        epochs: of the recipe; ignored if `steps` is given.
+        steps: minimum number of optimizer steps; None: as many as the epochs have.
+        eval_every: epochs between validations; None: about twenty validations in total.
     """
+    # Rounded up: the last step of an epoch may accumulate fewer batches.
     steps_per_epoch = math.ceil(batches / plan.accumulate)
     if steps is not None:
         epochs = math.ceil(steps / steps_per_epoch)

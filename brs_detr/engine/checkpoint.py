@@ -1,12 +1,10 @@
-"""What a run saves and starts from: weights files, resumable states, weights of other runs.
+"""Weights files of detectors, and fine-tuning from them, also with other classes.
 
-Class names, the dataset's category ids and the resolved config travel in the file's metadata, so a detector can be
+Class names, the dataset's category ids and the resolved config are stored in the file's metadata, so a detector can be
 rebuilt and its detections named from the file alone. Files appear under their name only when complete.
 
-Starting from the weights of another run, also one with other classes.
-
-Which tensors depend on the classes is not guessed from their names or from a matching number (four boxes coordinates,
-four classes): a second detector with one class more shows it.
+Which tensors depend on the classes is not guessed from their names or sizes (there may be four classes as there are
+four box coordinates): comparison with a detector that has one class more shows it.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +32,8 @@ class Weights:
         tensors: state dict, on the CPU.
         classes: name of label 0, 1, ...
         category_ids: the dataset's id of label 0, 1, ...
-        config: the resolved config as nested plain values; empty where the file holds none.
-        extra: further facts: "epoch", "step", "metrics", "thresholds" (score of each class's best F1).
+        config: the resolved config as nested plain values; empty if the file has no config.
+        extra: further metadata: "epoch", "step", "metrics", "thresholds" (score of each class's best F1).
     """
 
     tensors: dict[str, Tensor]
@@ -46,7 +44,7 @@ class Weights:
 
 
 def save_weights(path: Path, weights: Weights) -> None:
-    """Write a weights file; a crash at any moment leaves the former file or the new one, never half of one.
+    """Write a weights file; a crash at any moment leaves the old file or the new one, never a partial one.
 
     Raises:
         NonFiniteError: a tensor holds NaN or infinite numbers.
@@ -62,10 +60,10 @@ def save_weights(path: Path, weights: Weights) -> None:
 
 
 def load_weights(path: Path) -> Weights:
-    """Read a weights file written by `save_weights`; one of an earlier version, without a checksum, too.
+    """Read a weights file written by `save_weights`, with or (earlier versions) without a checksum.
 
     Raises:
-        CheckpointError: absent, unreadable, damaged, with numbers that are not finite, or not one of ours.
+        CheckpointError: the file is missing, unreadable, damaged, holds non-finite numbers, or lacks class names.
     """
     if not _is_file(path):
         raise CheckpointError(f"{path}: no such weights file")
@@ -74,27 +72,26 @@ def load_weights(path: Path) -> Weights:
         raise CheckpointError(f"{path}: holds tensors but no class names; convert it with `python -m brs_detr convert`")
     if bad := not_finite(tensors):
         raise CheckpointError(
-            f"{path}: {len(bad)} tensors hold NaN or infinite numbers ({', '.join(bad[:3])}), so nothing can be "
-            "detected with them; use an earlier file"
+            f"{path}: {len(bad)} tensors hold NaN or infinite numbers ({', '.join(bad[:3])}). Use an earlier file."
         )
     labels, config, extra = (_parse(path, metadata.get(key, "{}"), key) for key in ("brs_detr", "config", "extra"))
     classes, category_ids = labels.get("classes"), labels.get("category_ids")
-    if not (_list_of(classes, str) and _list_of(category_ids, int) and len(classes) == len(category_ids) > 0):
+    if not (_is_list_of(classes, str) and _is_list_of(category_ids, int) and len(classes) == len(category_ids) > 0):
         raise CheckpointError(
-            f"{path}: its class names and category ids are no two lists of one length; use an earlier file, or convert "
-            "it again"
+            f"{path}: its class names and category ids are not two lists of the same length. Use an earlier file, or "
+            "convert it again."
         )
     scores = extra.get("thresholds", {})
-    if not isinstance(scores, dict) or not _list_of(list(scores.values()), float, int):
-        raise CheckpointError(f"{path}: its thresholds are no numbers by class name; use an earlier file")
+    if not isinstance(scores, dict) or not _is_list_of(list(scores.values()), float, int):
+        raise CheckpointError(f"{path}: its thresholds are not numbers by class name. Use an earlier file.")
     return Weights(tensors, classes, category_ids, config, extra)
 
 
 def find_weights(path: Path) -> Path:
-    """The weights file meant by a run folder (its best, else its last) or by the path of a file itself.
+    """Return the weights file of a run folder (its best, else its last), or the path itself if it is a file.
 
     Raises:
-        CheckpointError: neither, or it may not be read; names what was looked for.
+        CheckpointError: there is no such file, or permission to read it is missing.
     """
     for file in (path, path / "best.safetensors", path / "last.safetensors"):
         if _is_file(file):
@@ -106,32 +103,33 @@ def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); ask its owner for the permission") from None
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Ask its owner for permission.") from None
 
 
 def _parse(path: Path, text: str, name: str) -> dict[str, Any]:
-    """A metadata entry that must be a JSON object."""
+    """Parse a metadata entry that must be a JSON object."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: its metadata entry {name} is no JSON object; use an earlier file")
+        raise CheckpointError(f"{path}: its metadata entry {name} is not a JSON object. Use an earlier file.")
     return value
 
 
-def _list_of(value: Any, *kinds: type) -> bool:
-    return isinstance(value, list) and all(type(item) in kinds for item in value)
+def _is_list_of(value: Any, *types: type) -> TypeGuard[list[Any]]:
+    # The exact type, since True would pass as an int.
+    return isinstance(value, list) and all(type(item) in types for item in value)
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """What `load_matching` did, by tensor name.
+    """Report of `load_matching`: tensor names by what became of them.
 
     Attributes:
-        kept: loaded as they are.
-        by_class: rows of the classes that both detectors know were copied; the other rows are fresh.
-        fresh: in the model, but absent from the file or of another shape.
+        kept: loaded unchanged.
+        by_class: rows of the classes that both detectors have were copied; the other rows keep their initialization.
+        fresh: keep their initialization, missing in the file or of another shape there.
         unused: in the file only.
     """
 
@@ -141,7 +139,7 @@ class Transfer:
     unused: list[str]
 
     def __str__(self) -> str:
-        lines = [f"{len(self.kept)} tensors loaded as they are"]
+        lines = [f"{len(self.kept)} tensors loaded unchanged"]
         titles = {
             "rows of shared classes loaded, the others re-initialized": self.by_class,
             "re-initialized": self.fresh,
@@ -152,7 +150,7 @@ class Transfer:
 
 
 def rows_per_class(model: nn.Module, one_class_more: nn.Module) -> dict[str, int]:
-    """Rows that each class owns in the class-dependent tensors of a detector, by tensor name.
+    """Count the rows per class in the class-dependent tensors of a detector, by tensor name.
 
     Args:
         model: the detector.
@@ -174,37 +172,41 @@ def load_matching(
     class_rows: Mapping[str, int],
     objectness: Collection[str] = (),
 ) -> Transfer:
-    """Load every tensor that fits; class-dependent ones row by row for the class names that both sides share.
+    """Load every tensor of matching shape; class-dependent ones row by row for the class names that both share.
 
     Args:
-        model: the detector to fill, in place.
+        model: the detector to load into, in place.
         tensors: state dict of another detector.
         old_classes: class names of `tensors`.
         classes: class names of `model`.
-        class_rows: of `rows_per_class`; may be empty where the classes are the same.
-        objectness: class-dependent tensors whose first row means "any object", whatever the classes; it is copied.
+        class_rows: of `rows_per_class`; may be empty if the classes are the same.
+        objectness: class-dependent tensors whose first row means "any object" whatever the classes; it is copied.
+
+    Returns:
+        A report by tensor name.
     """
     shared = [(old_classes.index(name), new) for new, name in enumerate(classes) if name in old_classes]
     same = list(old_classes) == list(classes)
-    kept, by_class, fresh, filled = [], [], [], {}
+    kept, by_class, fresh = [], [], []
+    loaded: dict[str, Tensor] = {}
     for name, target in model.state_dict().items():
         source, rows = tensors.get(name), class_rows.get(name, 0)
         if source is None:
             fresh.append(name)
         elif (same or not rows) and source.shape == target.shape:
-            filled[name] = source
+            loaded[name] = source
             kept.append(name)
         elif rows and (pairs := [(0, 0)] if name in objectness else shared) and source.shape[1:] == target.shape[1:]:
-            filled[name] = _copy_rows(source, target, pairs, rows, len(old_classes), len(classes))
+            loaded[name] = _copy_rows(source, target, pairs, rows, len(old_classes), len(classes))
             by_class.append(name)
         else:
             fresh.append(name)
-    model.load_state_dict(filled, strict=False)
+    model.load_state_dict(loaded, strict=False)
     return Transfer(kept, by_class, fresh, sorted(set(tensors) - set(model.state_dict())))
 
 
 def _copy_rows(source: Tensor, target: Tensor, shared: list[tuple[int, int]], rows: int, old: int, new: int) -> Tensor:
-    """`target` with the rows of shared classes, and those behind the last class (background), taken from `source`."""
+    """Copy the rows of shared classes, and those after the last class (background), from `source` into `target`."""
     result = target.clone()
     for before, after in shared:
         result[after * rows : (after + 1) * rows] = source[before * rows : (before + 1) * rows]

@@ -1,7 +1,4 @@
-"""Try a recipe before training: a dry run at the largest shape, and a profile of a few real steps.
-
-Where the time of a training step goes: a few real steps under torch's profiler.
-"""
+"""Try a recipe before training: a dry run at the largest shape, and a profile of a few real steps."""
 
 from __future__ import annotations
 
@@ -35,21 +32,22 @@ def largest_step(
     objects: int,
     num_classes: int,
 ) -> str:
-    """Two optimizer steps on noise: the second one runs, as all later ones do, beside the optimizer's state.
+    """Take two optimizer steps on noise; the second one, like all later ones, with the optimizer's state in memory.
 
     Args:
-        model: prepared, in training mode and other weights afterwards.
+        model: prepared; its weights are changed, and it is left in training mode.
         optimizer: returned by `accelerator.prepare`.
         accelerator: of the launch.
-        batch_size: a process holds at once.
-        accumulate: batches of an optimizer step; from two on the gradients are kept during the forward pass.
+        batch_size: images that a process holds at once.
+        accumulate: batches per optimizer step; from two on, gradients are in memory during the forward pass.
         size: (height, width) in pixels.
-        objects: true boxes an image, as many as the fullest image of the dataset has.
+        objects: ground-truth boxes per image, as many as the fullest image of the dataset has.
         num_classes: labels run from 0 to num_classes - 1.
 
     Returns:
         A sentence with the time of the second step, the number of parameters stepped and the peak memory.
     """
+    # Two accumulated batches need as much memory as more do.
     device, batches = accelerator.device, min(accumulate, 2)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -58,7 +56,7 @@ def largest_step(
     done = 0
     for _ in range(20):  # under fp16 the scaler skips steps until its scale fits
         start = time.perf_counter()
-        for batch in range(batches):  # as the trainer does: before the last one sharded gradients stay whole
+        for batch in range(batches):  # as the trainer does: gradients stay unsharded until the last batch
             with contextlib.nullcontext() if batch + 1 == batches else accelerator.no_sync(model):
                 with accelerator.autocast():
                     terms = model(images, targets)
@@ -80,6 +78,7 @@ def largest_step(
 
 
 def _noise(batch_size: int, size: tuple[int, int], objects: int, num_classes: int, device: torch.device) -> Batch:
+    """Make a batch of random pixels with random boxes and labels, always the same ones."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (batch_size, 3, *size), dtype=torch.uint8, generator=generator)
     images = ImageBatch(pixels, [size] * batch_size, [size] * batch_size).to(device)
@@ -93,29 +92,30 @@ def _noise(batch_size: int, size: tuple[int, int], objects: int, num_classes: in
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Most memory held so far: of the GPU, or of this process where there is none."""
+    """Return the peak memory so far in GB: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux reports kB
 
 
-WARM_UP, RECORDED = 3, 5
+WARM_UP, RECORDED = 3, 5  # steps; the first ones compile kernels and fill caches
 
 
 def profile_steps(trainer: Trainer, folder: Path, rows: int = 15) -> str:
-    """Train some steps, the last five of them recorded.
+    """Train a few steps and record the last five with torch's profiler.
 
     Args:
-        trainer: fresh; its weights are others afterwards.
-        folder: gets `trace.json.gz` (for chrome://tracing or ui.perfetto.dev) and `profile.txt`, the whole table.
-        rows: lines of the table that are returned.
+        trainer: fresh; its weights are changed.
+        folder: receives `trace.json.gz` (for chrome://tracing or ui.perfetto.dev) and `profile.txt`, the full table.
+        rows: number of operations in the returned text.
 
     Returns:
-        Time of a step, of its parts and of the costliest operations, as text; "" in all but the main process.
+        Time per step, per part and of the most expensive operations; "" in all but the main process.
     """
     cuda = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    batches = chain.from_iterable(map(trainer.batches.epoch, count()))  # an epoch may have fewer
+    # Over several epochs, since one may have fewer batches than needed here.
+    batches = chain.from_iterable(map(trainer.batches.epoch, count()))
     trainer.model.train()
     for _ in range(WARM_UP):
         trainer.step(list(islice(batches, trainer.settings.accumulate)))
@@ -129,28 +129,29 @@ def profile_steps(trainer: Trainer, folder: Path, rows: int = 15) -> str:
             trainer.position.step += 1
     seconds = (time.perf_counter() - start) / RECORDED
     if not trainer.accelerator.is_main_process:
-        return ""  # it would write to the same files
+        return ""  # all processes would write to the same files
     folder.mkdir(parents=True, exist_ok=True)
     _write_trace(profiler, folder / "trace.json.gz")
     averages, order = profiler.key_averages(), "self_device_time_total" if cuda else "self_cpu_time_total"
     (folder / "profile.txt").write_text(averages.table(sort_by=order, row_limit=-1), encoding="utf-8")
     parts = [event for event in averages if event.key.startswith("step: ")]
-    on_host = [event for event in parts if event.device_type == DeviceType.CPU]  # a GPU has spans of the same names
-    lines = [f"{seconds:.3f} s a step under the profiler, a mean of {RECORDED} steps; of these on the host:"]
+    on_host = [event for event in parts if event.device_type == DeviceType.CPU]  # a GPU has events of the same names
+    lines = [f"{seconds:.3f} s per step under the profiler (mean of {RECORDED} steps); on the host:"]
     lines += [
         f"  {event.key.removeprefix('step: '):<18} {event.cpu_time_total / RECORDED / 1e6:8.3f} s"
         for event in sorted(on_host, key=lambda event: -event.cpu_time_total)
     ]
-    costly = sorted((e for e in averages if e not in parts), key=lambda event: -getattr(event, order))[:rows]
-    lines.append(f"costliest operations on the {'GPU' if cuda else 'CPU'}, without what they call, a step:")
+    expensive = sorted((e for e in averages if e not in parts), key=lambda event: -getattr(event, order))[:rows]
+    lines.append(f"most expensive operations on the {'GPU' if cuda else 'CPU'}, self time per step:")
     lines += [
-        f"  {e.key[:60]:<60} {getattr(e, order) / RECORDED / 1e3:9.2f} ms {e.count // RECORDED:6} x" for e in costly
+        f"  {e.key[:60]:<60} {getattr(e, order) / RECORDED / 1e3:9.2f} ms {e.count // RECORDED:6} x" for e in expensive
     ]
-    lines.append(f"trace and whole table in {folder}")
+    lines.append(f"trace and full table: {folder}")
     return "\n".join(lines)
 
 
 def _write_trace(profiler: profile, path: Path) -> None:
+    """Export the trace as compressed JSON, which the viewers open directly."""
     plain = path.with_suffix("")
     profiler.export_chrome_trace(str(plain))
     with open(plain, "rb") as source, gzip.open(path, "wb") as target:

@@ -1,8 +1,7 @@
-"""What a run says: a log file, metrics.jsonl for programs, trackers when asked.
+"""Logging of a run: log.txt, metrics.jsonl, trackers, and the progress of an epoch.
 
-Loss terms stay on the device until they are reported, so logging costs no synchronization a step.
-
-The progress of an epoch: a bar on a terminal, plain lines in a log file or pipe.
+Loss terms stay on the device until they are reported, so that logging does not synchronize every step. Progress is a
+bar on a terminal, and plain lines in a log file or pipe.
 """
 
 from __future__ import annotations
@@ -27,32 +26,33 @@ from brs_detr.engine.storage import describe_fault, write_text
 class RunLog:
     """log.txt, metrics.jsonl and Accelerate's trackers of one run; silent on all but the main process.
 
-    Once the run has begun, a line that cannot be written never ends it: that is said once on stderr, and the next line
-    is tried again. A folder that was removed is made anew.
+    Once the run has begun, a line that cannot be written does not end it: a warning is printed once on stderr, and the
+    next line is tried again. A folder that was removed is created again.
 
     Args:
         folder: the run's folder.
-        accelerator: of the launch; its trackers, where any were initialized, get every metric too.
-        resumed_at: {"step", "epoch"} completed when the run goes on: later lines of metrics.jsonl are of steps and
-            validations that will be repeated, and are dropped; None for a fresh run, which starts empty files.
+        accelerator: of the launch; its trackers, if any were initialized, get every metric too.
+        resumed_at: {"step", "epoch"} completed by the resumed state: later lines of metrics.jsonl are of steps and
+            validations that will be repeated, and are dropped; None for a fresh run, which starts with empty files.
 
     Raises:
         StorageError: the files cannot be written.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, resumed_at: dict[str, Any] | None = None):
+    def __init__(self, folder: Path, accelerator: Accelerator, resumed_at: dict[str, Any] | None = None) -> None:
         self.accelerator = accelerator
         self.main = accelerator.is_main_process
         self.text_path, self.metrics_path = folder / "log.txt", folder / "metrics.jsonl"
-        self.torn: set[Path] = set()  # files whose last line may be half a line
-        self.told: set[str] = set()
+        self.torn: set[Path] = set()  # files whose last line may be incomplete
+        self.warned: set[str] = set()  # subjects of warnings printed so far
         if not self.main:
             return
-        lines = read_metrics(self.metrics_path) if resumed_at is not None else []
-        kept = [json.dumps(line) + "\n" for line in lines if not _is_later(line, resumed_at)]
-        write_text(self.metrics_path, "".join(kept))
         if resumed_at is None:
+            write_text(self.metrics_path, "")
             write_text(self.text_path, "")
+            return
+        kept = [line for line in read_metrics(self.metrics_path) if not _is_later(line, resumed_at)]
+        write_text(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def say(self, text: str) -> None:
         """Print a message and append it to log.txt, without breaking a progress bar."""
@@ -69,7 +69,7 @@ class RunLog:
             self._append(self.text_path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def metrics(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append one line `{"kind": ..., "step": ..., **values}` and hand its numbers to the trackers.
+        """Append one line `{"kind": ..., "step": ..., **values}` and send its numbers to the trackers.
 
         Args:
             kind: "train", "val", ...
@@ -79,55 +79,58 @@ class RunLog:
         if not self.main:
             return
         self._append(self.metrics_path, json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        flat = {}
+        flat: dict[str, float] = {}
         for name, value in values.items():
             inner = value.items() if isinstance(value, dict) else [("", value)]
             flat |= {f"{kind}/{name}{'/' if key else ''}{key}": v for key, v in inner if isinstance(v, (int, float))}
         self._track(lambda: self.accelerator.log(flat, step=step))
 
     def end(self) -> None:
-        """Let the trackers write what they hold back; every process calls it."""
+        """Flush and close the trackers; every process calls it."""
         self._track(self.accelerator.end_training)
 
     def _append(self, path: Path, text: str) -> None:
+        """Append to a file of the run; a failure is a warning."""
         begin = "\n" if path in self.torn else ""
         try:
             if not path.parent.is_dir():
                 path.parent.mkdir(parents=True)
-                self._warn("folder", f"{path.parent}: was removed while the run was writing to it; it is made anew.")
+                self._warn("folder", f"{path.parent}: was removed while the run was writing to it; created again.")
             with path.open("a", encoding="utf-8") as file:
                 file.write(begin + text)
             self.torn.discard(path)
         except OSError as error:
             self.torn.add(path)
-            fact, mend = describe_fault(path.parent, error)
-            self._warn(path.name, f"{path.name} misses lines: {fact}. {mend}; the run goes on meanwhile.")
+            fact, advice = describe_fault(path.parent, error)
+            self._warn(path.name, f"{path.name} misses lines: {fact}. {advice}; the run continues meanwhile.")
 
     def _track(self, work: Callable[[], object]) -> None:
-        """Trackers have faults of their own kinds, and none of them is worth a training."""
+        """Call a tracker; whatever it raises is a warning, since no tracker is worth ending a training."""
         try:
             work()
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            self._warn("trackers", f"train.trackers: figures are missing ({reason}). The run goes on without them.")
+            self._warn("trackers", f"train.trackers: metrics are missing ({reason}). The run continues without them.")
 
     def _warn(self, about: str, text: str) -> None:
-        """Say something on stderr, once: log.txt may be what cannot be written."""
-        if about not in self.told:
-            self.told.add(about)
+        """Print a warning on stderr, once per subject: log.txt may be what cannot be written."""
+        if about not in self.warned:
+            self.warned.add(about)
             with contextlib.suppress(OSError):
                 tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
-def _is_later(line: dict[str, Any], place: dict[str, Any]) -> bool:
-    # a state may be saved between the last step of an epoch and its validation, so the step alone does not tell
-    return line["step"] > place["step"] or (line["kind"] == "val" and line["epoch"] > place["epoch"])
+def _is_later(line: dict[str, Any], resumed_at: dict[str, Any]) -> bool:
+    """Return True if a line was written after the state that the run resumes from."""
+    # A state may be saved between the last step of an epoch and its validation, so the step alone does not decide.
+    later: bool = line["step"] > resumed_at["step"]
+    return later or (line["kind"] == "val" and line["epoch"] > resumed_at["epoch"])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics.jsonl; what a kill, a full disk or another program left of others is passed over.
+    """Read the complete lines of a metrics.jsonl; lines cut short by a kill or a full disk are skipped.
 
-    Every line returned has "kind" and "step", and one of a validation "epoch".
+    Every line returned has "kind" and "step", and a validation's also "epoch".
     """
     if not path.is_file():
         return []
@@ -135,29 +138,29 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
-            if isinstance(line, dict) and _has_place(line):
+            if isinstance(line, dict) and _has_step(line):
                 lines.append(line)
     return lines
 
 
-def _has_place(line: dict[str, Any]) -> bool:
+def _has_step(line: dict[str, Any]) -> bool:
     numbers = [line.get("step"), *([line.get("epoch")] if line.get("kind") == "val" else [])]
     return isinstance(line.get("kind"), str) and all(type(number) in (int, float) for number in numbers)
 
 
 class LossMeter:
-    """Sums loss terms on the device; the host sees them only when `mean` is asked."""
+    """Running means of loss terms, kept on the device; the host reads them only when `mean` is called."""
 
     def __init__(self) -> None:
         self.pending: list[tuple[tuple[str, ...], Tensor]] = []
 
     def add(self, terms: dict[str, Tensor]) -> None:
-        """Remember the scalar terms of one batch, detached."""
+        """Add the scalar terms of one batch, detached."""
         stacked = torch.stack([term.detach().float().reshape(()) for term in terms.values()])
         self.pending.append((tuple(terms), stacked))
 
     def share(self, accelerator: Accelerator) -> None:
-        """Replace each term by its mean over the processes, for only the main one's state is saved; called by all."""
+        """Replace each term by its mean over the processes, since only the main one's state is saved; called by all."""
         if accelerator.num_processes == 1 or not self.pending:
             return
         names, values = zip(*self.pending, strict=True)
@@ -166,22 +169,23 @@ class LossMeter:
         self.pending = list(zip(names, means, strict=True))
 
     def state(self) -> list[list[Any]]:
-        """What is not reported yet, as plain values; saved with the run, so that a resumed one reports the same."""
+        """Return the terms not reported yet as plain values, saved so that a resumed run reports the same means."""
         return [[list(names), values.tolist()] for names, values in self.pending]
 
     def set_state(self, pending: list[list[Any]]) -> None:
-        """Take over what `state` gave.
+        """Restore what `state` returned.
 
         Raises:
-            ValueError, TypeError: it makes no sense.
+            ValueError, TypeError: it is not a list of names with as many numbers.
         """
-        found = [(tuple(names), torch.tensor(values, dtype=torch.float32)) for names, values in pending]
-        if any(values.shape != (len(names),) or not all(isinstance(n, str) for n in names) for names, values in found):
+        terms = [(tuple(names), torch.tensor(values, dtype=torch.float32)) for names, values in pending]
+        if any(values.shape != (len(names),) or not all(isinstance(n, str) for n in names) for names, values in terms):
             raise ValueError("names and values of the loss terms differ in number")
-        self.pending = found
+        self.pending = terms
 
     def mean(self, accelerator: Accelerator) -> dict[str, float]:
-        """Mean of every term over the batches added since the last call and over all processes; starts afresh."""
+        """Average every term over the batches added since the last call and over all processes, and reset."""
+        # Sorted, so that all processes reduce the terms in the same order.
         names = sorted({name for keys, _ in self.pending for name in keys})
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
@@ -197,7 +201,7 @@ class LossMeter:
 
 
 def grouped(terms: dict[str, float]) -> dict[str, float]:
-    """Sums of terms by the part of their name before the first dot, for a short progress line."""
+    """Sum terms by the part of their name before the first dot, for a short progress line."""
     groups: dict[str, float] = {}
     for name, value in terms.items():
         part = name.split(".", 1)[0]
@@ -206,29 +210,29 @@ def grouped(terms: dict[str, float]) -> dict[str, float]:
 
 
 def json_number(value: float) -> float | None:
-    """A number as JSON can hold it: NaN and infinities become null."""
+    """Convert a number to what JSON can represent: NaN and infinities become null."""
     return value if math.isfinite(value) else None
 
 
 def duration(seconds: float) -> str:
-    """12 s, 3 min 04 s or 2 h 05 min."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    """Format a duration: 12 s, 3 min 04 s or 2 h 05 min."""
+    rounded = max(0, round(seconds))
+    if rounded < 60:
+        return f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60:02d} s"
+    return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"
 
 
 class Progress:
-    """Steps of one epoch.
+    """Progress of one epoch.
 
     Args:
         title: e.g. "epoch 3/12".
         total: steps of the epoch.
-        done: steps already done before this call (a resumed epoch).
-        say: prints a line; used where there is no terminal.
-        note: keeps a line in the log file; used where the bar shows it.
+        done: steps done before (of a resumed epoch).
+        say: prints a line; used without a terminal.
+        note: writes a line to the log file; used when the bar shows it.
         show: False on all but the main process.
     """
 
@@ -240,22 +244,24 @@ class Progress:
         say: Callable[[str], None],
         note: Callable[[str], None],
         show: bool = True,
-    ):
+    ) -> None:
         self.title, self.total, self.done = title, total, done
         self.say, self.note, self.show = say, note, show
         on_terminal = show and sys.stderr.isatty()
-        shape = "{desc} |{bar:12}| {n_fmt}/{total_fmt} {elapsed}{postfix}"  # room for the figures behind it
-        options = {"total": total, "initial": done, "leave": False, "bar_format": shape}
-        self.bar = tqdm(desc=title, **options) if on_terminal else None
+        self.bar: tqdm[Any] | None = None
+        if on_terminal:
+            # a short bar leaves room for the losses after it
+            layout = "{desc} |{bar:12}| {n_fmt}/{total_fmt} {elapsed}{postfix}"
+            self.bar = tqdm(desc=title, total=total, initial=done, leave=False, bar_format=layout)
 
     def step(self) -> None:
-        """One step is done."""
+        """Count one step."""
         self.done += 1
         if self.bar is not None:
             self.bar.update()
 
     def report(self, text: str) -> None:
-        """Show the latest figures: behind the bar, or as a line of their own."""
+        """Show the latest losses: after the bar, or as a line of their own."""
         line = f"{self.title} step {self.done}/{self.total}: {text}"
         if self.bar is not None:
             self.bar.set_postfix_str(text)
@@ -264,7 +270,7 @@ class Progress:
             self.say(line)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
 
@@ -276,7 +282,7 @@ class Stopwatch:
         self.reset()
 
     def reset(self) -> None:
-        """Start counting anew."""
+        """Start again from 0."""
         self.start, self.data, self.images, self.steps = time.perf_counter(), 0.0, 0, 0
 
     def add(self, data_seconds: float, images: int) -> None:
@@ -286,7 +292,7 @@ class Stopwatch:
         self.steps += 1
 
     def read(self) -> dict[str, float]:
-        """Means a step: images_per_s of this process, data_s, step_s (data included)."""
+        """Return means per step: images_per_s of this process, data_s, step_s (data included)."""
         elapsed, steps = time.perf_counter() - self.start, max(self.steps, 1)
         return {
             "images_per_s": round(self.images / max(elapsed, 1e-9), 3),

@@ -1,8 +1,8 @@
-"""What happens when a loss or a gradient is not finite.
+"""Detection and diagnosis of losses and gradients that are not finite.
 
-The guard asks the device once a step, together with the gradient norm that clipping needs anyway; only a step that has
-failed is taken apart to name the term, the images and the parameter. A step that is left out leaves nothing behind:
-the running statistics of batch normalization, which a forward pass changes, are set back too.
+The trainer reads one flag per step, together with the gradient norm that clipping needs anyway; only a failed step is
+inspected to name the loss term, the images and the parameter. A skipped step has no effect: the running statistics of
+batch normalization, which a forward pass changes, are restored too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from brs_detr.engine.distributed import local, whole
+from brs_detr.engine.distributed import full_tensor, local_tensor
 from brs_detr.engine.storage import NonFiniteError, write_file
 from brs_detr.ops.images import Batch
 
@@ -22,15 +22,15 @@ __all__ = ["Batch", "NonFiniteError", "RunningStatistics", "describe_reports", "
 
 
 class RunningStatistics:
-    """The running statistics of a model's normalization layers, the only buffers that a forward pass changes.
+    """A copy of a model's running statistics of normalization, the only buffers that a forward pass changes.
 
-    Frozen layers have none. All work stays on the device, in a handful of kernels; nothing waits for it.
+    Frozen layers have no running statistics. Everything stays on the device, in a few kernels; the host does not wait.
 
     Args:
-        model: in training mode or not; its layers are looked for once.
+        model: in training mode or not; its layers are collected once, here.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         layers = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._NormBase)]
         buffers = [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
         self.numbers = [buffer for buffer in buffers if buffer.is_floating_point()]
@@ -39,31 +39,39 @@ class RunningStatistics:
 
     @torch.no_grad()
     def keep(self) -> None:
-        """Remember them as they are."""
+        """Copy the current values."""
         if self.live:
             torch._foreach_copy_(self.kept, self.live)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Set them back to what was kept."""
+        """Restore the values of the last `keep`."""
         if self.live:
             torch._foreach_copy_(self.live, self.kept)
 
     def largest(self, like: Tensor) -> Tensor:
-        """() the largest magnitude among them, NaN or infinite where one of them is; 0 where there are none."""
+        """Return () a number that is NaN or infinite if any running statistic is; 0 for a model without them."""
         if not self.numbers:
             return torch.zeros_like(like)
+        # Infinity norms, one kernel for all buffers; their sum keeps every NaN and infinity.
         norms = torch._foreach_norm(self.numbers, ord=float("inf"))
         return torch.stack([norm.to(like.device, like.dtype) for norm in norms]).sum()
 
 
 def finite(total: Tensor, norm: Tensor) -> Tensor:
-    """() bool on the device: is the step's loss and is its gradient norm finite."""
+    """Return () bool on the device, True if both the step's loss and its gradient norm are finite."""
     return torch.isfinite(total.detach()) & torch.isfinite(norm.detach().to(total.device))
 
 
 class NonFiniteReport(NamedTuple):
-    """What one process sees of a failed step: sentences on its loss terms, first gradient and buffer, images' ids."""
+    """Diagnosis of a failed step in one process; empty strings where everything is finite.
+
+    Attributes:
+        terms: a sentence that names the non-finite loss terms and their images.
+        gradient: name of the first parameter with a non-finite gradient.
+        buffer: name of the first non-finite buffer.
+        images: ids of all images of the step.
+    """
 
     terms: str
     gradient: str
@@ -72,7 +80,7 @@ class NonFiniteReport(NamedTuple):
 
 
 def inspect_step(terms: list[dict[str, Tensor]], batches: list[Batch], model: nn.Module) -> NonFiniteReport:
-    """Look for what is not finite in a failed step.
+    """Find what is not finite in a failed step.
 
     Args:
         terms: loss terms of each accumulated batch.
@@ -88,58 +96,62 @@ def inspect_step(terms: list[dict[str, Tensor]], batches: list[Batch], model: nn
             verb = "are" if len(bad) > 1 else "is"
             parts.append(f"loss {plural} {', '.join(bad[:3])}{more} {verb} not finite (images {_ids(targets)})")
     gradients = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
-    bad = next((name for name, gradient in gradients if not torch.isfinite(local(gradient)).all().item()), "")
+    bad_gradient = next(
+        (name for name, gradient in gradients if not torch.isfinite(local_tensor(gradient)).all().item()), ""
+    )
     buffers = ((name, b) for name, b in model.named_buffers() if b.is_floating_point())
-    buffer = next((name for name, value in buffers if not torch.isfinite(local(value)).all().item()), "")
+    buffer = next((name for name, value in buffers if not torch.isfinite(local_tensor(value)).all().item()), "")
     return NonFiniteReport(
-        "; ".join(parts), bad, buffer, _ids([target for _, targets in batches for target in targets])
+        "; ".join(parts), bad_gradient, buffer, _ids([target for _, targets in batches for target in targets])
     )
 
 
-def describe_reports(findings: list[NonFiniteReport]) -> tuple[str, int]:
+def describe_reports(reports: list[NonFiniteReport]) -> tuple[str, int]:
     """Name what is not finite, and the first rank with a non-finite loss.
 
-    Gradients are averaged before they are looked at: they tell of no process, and only where all loss terms are finite.
+    Gradients are averaged over processes before they are checked, so they do not identify a process, and they are named
+    only if all loss terms are finite.
 
     Args:
-        findings: of each process.
+        reports: of each process.
     """
-    bad_ranks = {process: found.terms for process, found in enumerate(findings) if found.terms}
+    bad_ranks = {process: report.terms for process, report in enumerate(reports) if report.terms}
     if bad_ranks:
-        several = len(findings) > 1
+        several = len(reports) > 1
         return "; ".join(f"process {p}: {text}" if several else text for p, text in bad_ranks.items()), min(bad_ranks)
-    images = ", ".join(found.images for found in findings)
-    name = next((found.gradient for found in findings if found.gradient), None)
-    buffer = next((found.buffer for found in findings if found.buffer), None)
+    images = ", ".join(report.images for report in reports)
+    name = next((report.gradient for report in reports if report.gradient), None)
+    buffer = next((report.buffer for report in reports if report.buffer), None)
     if name is None and buffer is not None:
         return f"losses and gradients are finite, but the running statistics {buffer} are not (images {images})", 0
     if name is None:
-        return f"losses and gradients are finite one by one, but too large to be summed (images {images})", 0
+        return f"losses and gradients are finite, but their sum overflows (images {images})", 0
     return f"every loss term is finite, but the gradient of {name} is not (images {images})", 0
 
 
 def save_batch(
     path: Path, *, seed: int, step: int, process: int, batches: list[Batch], model: nn.Module, facts: dict[str, Any]
 ) -> None:
-    """Save what reproduces a failed step: images, targets, what the step's random numbers follow from, the run's
-    facts (config, class names), and the weights it ran with. Every process calls it: sharded weights are gathered.
+    """Save what reproduces a failed step: images, targets, seed, the run's metadata and the weights before the step.
 
-    `torch.load(path, weights_only=True)` reads it back: {"seed", "step", "process", "facts", "weights", "batches"},
-    each batch with the fields of an `ImageBatch` and its "targets". `python -m brs_detr replay` runs it again.
+    Every process calls it, since sharded weights are gathered. `torch.load(path, weights_only=True)` reads it back as
+    {"seed", "step", "process", "facts", "weights", "batches"}, each batch with the fields of an `ImageBatch` and its
+    "targets". `python -m brs_detr replay` runs it again.
 
     Raises:
-        StorageError: it could not be written.
+        StorageError: the file cannot be written.
     """
     stored = [
         {"pixels": i.pixels.cpu(), "sizes": i.sizes, "original_sizes": i.original_sizes, "targets": targets}
         for i, targets in batches
     ]
-    weights = {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}
-    place = {"seed": seed, "step": step, "process": process, "facts": facts}
-    content = io.BytesIO()  # written to a file, torch hides why the disk has refused
-    torch.save({**place, "batches": stored, "weights": weights}, content)
+    weights = {name: full_tensor(tensor).cpu() for name, tensor in model.state_dict().items()}
+    origin = {"seed": seed, "step": step, "process": process, "facts": facts}
+    content = io.BytesIO()  # writing to a file itself, torch hides why the disk refuses
+    torch.save({**origin, "batches": stored, "weights": weights}, content)
     write_file(path, lambda file: file.write(content.getbuffer()))
 
 
 def _ids(targets: list[dict[str, Any]]) -> str:
+    """List the image ids of targets."""
     return ", ".join(str(int(target["image_id"])) for target in targets)

@@ -1,7 +1,7 @@
 """AdamW parameter groups and the learning rate as a function of the step.
 
-Groups are merged by (learning rate, weight decay): a handful of large ones step much faster than one a parameter. The
-rate is a pure function of the optimizer step, so a resumed run needs no scheduler state.
+Parameters are grouped by learning rate: a few large groups step much faster than one per parameter. The rate is a pure
+function of the optimizer step, so a resumed run needs no scheduler state.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -17,14 +18,14 @@ from torch.optim import AdamW, Optimizer
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning-rate factor at each optimizer step.
+    """Learning-rate schedule: a factor at each optimizer step.
 
     Attributes:
         kind: "step" (multiplied by `gamma` at each milestone) or "cosine" (to zero at `total_steps`).
         total_steps: length of the training in optimizer steps.
         milestones: steps from which the rate is lower, for "step".
         gamma: factor at each milestone.
-        warmup_steps: linear rise over the first steps; 0 for none.
+        warmup_steps: linear rise over the first steps; 0 for no warm-up.
     """
 
     kind: str
@@ -34,7 +35,8 @@ class Schedule:
     warmup_steps: int = 0
 
     def factor(self, step: int) -> float:
-        """Factor on every group's base rate at optimizer step 0, 1, ..."""
+        """Return the factor on every group's base rate at optimizer step 0, 1, ..."""
+        # step + 1, so that the first step does not have a rate of 0.
         rise = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         if self.kind == "cosine":
             return rise * 0.5 * (1 + math.cos(math.pi * min(step / self.total_steps, 1.0)))
@@ -42,18 +44,18 @@ class Schedule:
 
 
 def lr_factor_of(name: str, factors: Mapping[str, float]) -> float:
-    """Factor of the longest key that occurs in a parameter's name; 1 where none does."""
+    """Return the factor of the longest key contained in a parameter's name; 1 if no key is."""
     keys = [key for key in factors if key in name]
     return factors[max(keys, key=len)] if keys else 1.0
 
 
 def backbone_depth(name: str) -> int:
-    """Position of a backbone parameter: 0 for the stem, i + 1 for stage i (timm's `layer1` or `layers.0`)."""
-    found = re.search(r"(?:layers?[._]?|stages?[._]?|blocks[._]?)(\d+)", name)
-    if not found:
+    """Return the depth of a backbone parameter: 0 for the stem, i + 1 for stage i (timm's `layer1` or `layers.0`)."""
+    stage = re.search(r"(?:layers?[._]?|stages?[._]?|blocks[._]?)(\d+)", name)
+    if not stage:
         return 0
-    counts_from_one = re.search(r"layer\d", name) is not None
-    return int(found[1]) + (0 if counts_from_one else 1)
+    counts_from_one = re.search(r"layer\d", name) is not None  # ResNets only
+    return int(stage[1]) + (0 if counts_from_one else 1)
 
 
 def parameter_groups(
@@ -63,15 +65,15 @@ def parameter_groups(
     weight_decay: float,
     lr_factors: Mapping[str, float],
     backbone_layer_decay: float | None = None,
-) -> list[dict]:
-    """Trainable parameters grouped by learning rate.
+) -> list[dict[str, Any]]:
+    """Group the trainable parameters by learning rate.
 
     Args:
         model: parameters with `requires_grad=False` are left out.
         lr: base rate.
-        weight_decay: of every parameter, biases and norms included (as the released recipes have it).
+        weight_decay: of every parameter, biases and norms included, as in the released recipes.
         lr_factors: factor on `lr` for parameters whose name contains the key; the longest key wins.
-        backbone_layer_decay: further factor for each stage below the last of `backbone.*`; None for none.
+        backbone_layer_decay: further factor for each stage below the last of `backbone.*`; None for no decay.
 
     Returns:
         Groups for a torch optimizer with "params", "lr", "initial_lr", "weight_decay" and, for the log, "names".
@@ -81,9 +83,9 @@ def parameter_groups(
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
-        raise ValueError("no parameter is trainable; check model.backbone.frozen_stages and the detector")
+        raise ValueError("no parameter is trainable. Check train.freeze and model.backbone.frozen_stages.")
     deepest = max((backbone_depth(name) for name, _ in trainable if "backbone." in name), default=0)
-    groups: dict[float, dict] = {}
+    groups: dict[float, dict[str, Any]] = {}
     for name, parameter in trainable:
         rate = lr * lr_factor_of(name, lr_factors)
         if backbone_layer_decay is not None and "backbone." in name:
@@ -96,21 +98,21 @@ def parameter_groups(
     return sorted(groups.values(), key=lambda group: -group["lr"])
 
 
-def build_adamw(groups: list[dict], *, betas: tuple[float, float], fused: bool) -> AdamW:
-    """AdamW over `parameter_groups`; fused only where every parameter lies on a CUDA device."""
+def build_adamw(groups: list[dict[str, Any]], *, betas: tuple[float, float], fused: bool) -> AdamW:
+    """Build AdamW over `parameter_groups`; fused only if every parameter is on a CUDA device."""
     on_cuda = all(p.device.type == "cuda" for group in groups for p in group["params"])
     plain = [{key: value for key, value in group.items() if key != "names"} for group in groups]
     return AdamW(plain, lr=plain[0]["lr"], betas=betas, fused=fused and on_cuda)
 
 
 def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
-    """Scale every group's base rate; returns the highest rate now in force."""
+    """Scale every group's base rate; returns the highest resulting rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     return max(group["lr"] for group in optimizer.param_groups)
 
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:
-    """(all, trainable) numbers of a module's parameters."""
+    """Count a module's parameters, as (all, trainable)."""
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
     return sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)

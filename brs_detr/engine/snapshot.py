@@ -1,8 +1,8 @@
-"""What a training consists of at one moment, as named tensors and plain values, and a training set back to it.
+"""Snapshots of a training as named tensors and plain values, and restoring a training from them.
 
-Everything goes into safetensors files and one JSON file: nothing is pickled, so nothing that a file holds can be
-executed when a run is resumed. Sharded weights are gathered in the main process, tensor by tensor, and every process
-takes its own part when they are loaded: the files are the same with and without sharding.
+A snapshot is stored in safetensors files and one JSON file: nothing is pickled, so no content of a file can be executed
+when a run is resumed. Sharded weights are gathered in the main process, tensor by tensor, and every process takes its
+own part when they are loaded: the files are the same with and without sharding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from brs_detr.engine.distributed import whole
+from brs_detr.engine.distributed import full_tensor
 from brs_detr.engine.logging import LossMeter
 from brs_detr.engine.storage import CheckpointError, write_text
 from brs_detr.engine.tensor_file import read_tensors, write_tensors
@@ -34,16 +34,16 @@ Tensors = dict[str, Tensor]
 
 @dataclass
 class TrainerState:
-    """Where a run stands.
+    """Progress of a training; its field names are keys of the saved state.
 
     Attributes:
-        epoch: epochs completed; the one under way is `epoch` when counted from 0.
-        step_in_epoch: optimizer steps done in the epoch under way.
-        step: optimizer steps done altogether.
-        best: highest validation figure so far; None before the first.
+        epoch: epochs completed; also the number, from 0, of the current one.
+        step_in_epoch: optimizer steps done in the current epoch.
+        step: optimizer steps done in total.
+        best: highest validation AP so far; None before the first validation.
         worse: validations since the best one.
-        skipped: steps skipped because something was not finite.
-        skipped_in_a_row: those of them since the last step that was taken.
+        skipped: steps skipped because a loss or gradient was not finite.
+        skipped_in_a_row: steps skipped since the last step that was taken.
     """
 
     epoch: int = 0
@@ -63,9 +63,9 @@ class Training:
         accelerator: of the launch; its gradient scaler is saved too.
         model: as `accelerator.prepare` returned it.
         optimizer: as `accelerator.prepare` returned it.
-        average: the averaged model; None where there is none.
-        position: where the run stands.
-        meter: loss terms that are not reported yet.
+        average: the averaged model (EMA), or None.
+        position: progress of the training.
+        meter: loss terms not reported yet.
     """
 
     accelerator: Accelerator
@@ -76,7 +76,7 @@ class Training:
     meter: LossMeter
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, parameter) of what is trained, in the optimizer's order."""
+        """Yield (name, parameter) of the trained parameters, in the optimizer's order."""
         names = {id(p): name for name, p in self.accelerator.unwrap_model(self.model).named_parameters()}
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
@@ -85,13 +85,13 @@ class Training:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A training at one moment: tensors by file name and tensor name, and plain values."""
+    """The state of a training: tensors by file name and tensor name, and plain values."""
 
     tensors: dict[str, Tensors]
     values: dict[str, Any]
 
     def size(self) -> int:
-        """Bytes of all tensors."""
+        """Return the bytes of all tensors."""
         return sum(t.numel() * t.element_size() for named in self.tensors.values() for t in named.values())
 
     def write(self, folder: Path) -> None:
@@ -99,7 +99,7 @@ class Snapshot:
 
         Raises:
             NonFiniteError: a weight, average or optimizer state holds NaN or infinite numbers.
-            StorageError: the disk has no room, or may not be written to.
+            StorageError: the disk is full or cannot be written to.
         """
         for name, tensors in self.tensors.items():
             write_tensors(folder / name, tensors)
@@ -107,7 +107,7 @@ class Snapshot:
 
 
 def take(training: Training) -> Snapshot:
-    """The training as it stands, for the main process to write; every process calls it, for parts are gathered."""
+    """Take a snapshot for the main process to write; every process calls it, since sharded tensors are gathered."""
     accelerator, named = training.accelerator, list(training.parameters())
     memory = [(name, key, t) for name, p in named for key, t in training.optimizer.state.get(p, {}).items()]
     tensors = {
@@ -119,7 +119,8 @@ def take(training: Training) -> Snapshot:
     for group in tensors.values():
         for name, tensor in group.items():
             if isinstance(tensor, DTensor):
-                gathered = whole(tensor)
+                gathered = full_tensor(tensor)
+                # On the CPU at once, and only in the main process: the gathered model need not fit on a GPU.
                 group[name] = gathered.cpu() if accelerator.is_main_process else torch.empty(0)
     scaler = accelerator.scaler
     values = {
@@ -132,31 +133,31 @@ def take(training: Training) -> Snapshot:
 
 
 def read(folder: Path, training: Training) -> Snapshot:
-    """Read what `Snapshot.write` wrote, or Accelerate for an earlier version of the trainer; nothing is executed.
+    """Read a snapshot, also one that Accelerate saved for an earlier version of the trainer; no code is executed.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the state was saved by an earlier version with FSDP.
     """
     if any(folder.glob("pytorch_model_fsdp*")):
         raise CheckpointError(
-            f"{folder}: was saved with FSDP by an earlier version, in files that only pickle reads; start another run "
-            "from the weights with train.init_from"
+            f"{folder}: was saved with FSDP by an earlier version, in files that only pickle reads. Start another run "
+            "from the weights with train.init_from."
         )
-    mend = "remove this state to resume from the one before it"
+    advice = "Remove this state to resume from the one before it."
     if not (folder / VALUES).exists() and (folder / "optimizer.bin").exists():
-        return _read_earlier(folder, [name for name, _ in training.parameters()], mend)
-    tensors = {name: read_tensors(folder / name, mend)[0] for name in (MODEL, OPTIMIZER)}
+        return _read_earlier(folder, [name for name, _ in training.parameters()], advice)
+    tensors = {name: read_tensors(folder / name, advice)[0] for name in (MODEL, OPTIMIZER)}
     if (folder / AVERAGE).exists():
-        tensors[AVERAGE] = read_tensors(folder / AVERAGE, mend)[0]
+        tensors[AVERAGE] = read_tensors(folder / AVERAGE, advice)[0]
     try:
         values = json.loads((folder / VALUES).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / VALUES}: cannot be read ({error}); {mend}") from None
+        raise CheckpointError(f"{folder / VALUES}: cannot be read ({error}). {advice}") from None
     return Snapshot(tensors, values)
 
 
 def put_back(training: Training, snapshot: Snapshot, source: Path) -> None:
-    """Set a training back to a moment.
+    """Restore a training from a snapshot.
 
     Args:
         training: freshly built, with the same detector.
@@ -164,11 +165,12 @@ def put_back(training: Training, snapshot: Snapshot, source: Path) -> None:
         source: named in errors.
 
     Raises:
-        CheckpointError: the detector is another one, or other parts of it are trained; or the values make no sense.
+        CheckpointError: the detector or its trained parameters differ, or the values are invalid.
     """
     values, tensors = snapshot.values, snapshot.tensors
     own = training.accelerator.unwrap_model(training.model).state_dict()
     named = dict(training.parameters())
+    # Everything is checked before the first tensor is overwritten.
     try:
         position, trained = _position(values["position"]), set(values["trained"])
         moments = _by_parameter(tensors[OPTIMIZER])
@@ -177,19 +179,19 @@ def put_back(training: Training, snapshot: Snapshot, source: Path) -> None:
             training.accelerator.scaler.load_state_dict(values["scaler"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
-            f"{source}: {VALUES} makes no sense ({type(error).__name__}: {error}); remove this state"
+            f"{source}: {VALUES} has invalid content ({type(error).__name__}: {error}). Remove this state."
         ) from None
     _require_fit(source, own, tensors[MODEL], "model")
     changed = (trained | moments.keys()) ^ named.keys()
     if changed:
         raise CheckpointError(
             f"{source}: {len(changed)} parameters are trained in only one of the saved run and this one "
-            f"({_some(sorted(changed))}); restore train.freeze and the model's settings, or start another run from the "
-            "weights with train.init_from"
+            f"({_some(sorted(changed))}). Restore train.freeze and the model's settings, or start another run from the "
+            "weights with train.init_from."
         )
     sizes = {f"{key}/{name}": named[name] for name, kept in moments.items() for key, t in kept.items() if t.dim()}
     _require_fit(source, sizes, {name: tensors[OPTIMIZER][name] for name in sizes}, "optimizer's state")
-    if training.average is not None:  # a run that did not average before begins with the weights
+    if training.average is not None:  # a run saved without EMA starts its average from the weights
         average = tensors.get(AVERAGE, tensors[MODEL])
         _require_fit(source, training.average.state_dict(), average, "averaged model")
         _fill(training.average.state_dict(), average)
@@ -199,8 +201,8 @@ def put_back(training: Training, snapshot: Snapshot, source: Path) -> None:
 
 
 def _load_optimizer(optimizer: AcceleratedOptimizer, named: dict[str, Tensor], moments: dict[str, Tensors]) -> None:
-    """Give the optimizer its memory of each parameter; rates and decay stay as this run's config has them."""
-    # copies: what was read from a file may hold on to it, and to its room on the disk, when the state is long deleted
+    """Restore the optimizer's state of each parameter; rates and decay are those of this run's config."""
+    # Copies: tensors mapped from a file would keep its disk space in use after the state is deleted.
     state = {
         index: {key: _part_of(value, parameter).clone() for key, value in moments[name].items()}
         for index, (name, parameter) in enumerate(named.items())
@@ -211,61 +213,64 @@ def _load_optimizer(optimizer: AcceleratedOptimizer, named: dict[str, Tensor], m
 
 @torch.no_grad()
 def _fill(targets: Mapping[str, Tensor], tensors: Tensors) -> None:
+    """Copy tensors into those of the same name."""
     for name, target in targets.items():
         target.copy_(_part_of(tensors[name], target))
 
 
 def _part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor sharded as another one is, each process taking its own part of it; others as they are."""
+    """Shard a full tensor like another one, each process taking its own part; return other tensors unchanged."""
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _by_parameter(tensors: Tensors) -> dict[str, Tensors]:
-    """Tensors named as in "exp_avg/backbone.conv1.weight", by the name of the parameter."""
-    found: dict[str, Tensors] = {}
+    """Group tensors named as in "exp_avg/backbone.conv1.weight" by the name of the parameter."""
+    grouped: dict[str, Tensors] = {}
     for full, tensor in tensors.items():
         key, _, name = full.partition("/")
-        found.setdefault(name, {})[key] = tensor
-    return found
+        grouped.setdefault(name, {})[key] = tensor
+    return grouped
 
 
 def _position(values: Mapping[str, Any]) -> TrainerState:
+    """Build a `TrainerState` from JSON values, and check their types and signs."""
     position = TrainerState(**values)
     for field in dataclasses.fields(TrainerState):
         value = getattr(position, field.name)
         if field.name == "best":
-            good = value is None or type(value) in (int, float)
+            valid = value is None or type(value) in (int, float)
         else:
-            good = type(value) is int and value >= 0
-        if not good:
+            valid = type(value) is int and value >= 0
+        if not valid:
             raise ValueError(f"{field.name} is {value!r}")
     return position
 
 
 def _require_fit(source: Path, own: Mapping[str, Tensor], stored: Mapping[str, Tensor], what: str) -> None:
+    """Raise unless two sets of tensors agree in names and shapes."""
     shapes = {n: (tuple(stored[n].shape), tuple(own[n].shape)) for n in own.keys() & stored.keys()}
     faults = [f"{n} {s} there and {o} here" for n, (s, o) in sorted(shapes.items()) if s != o]
     faults += [f"{name} only there" for name in sorted(stored.keys() - own.keys())]
     faults += [f"{name} only here" for name in sorted(own.keys() - stored.keys())]
     if faults:
         raise CheckpointError(
-            f"{source}: {len(faults)} tensors of the {what} do not fit this run's detector ({_some(faults)}); restore "
-            "the model's settings, or start another run from the weights with train.init_from"
+            f"{source}: {len(faults)} tensors of the {what} do not match this run's detector ({_some(faults)}). "
+            "Restore the model's settings, or start another run from the weights with train.init_from."
         )
 
 
-def _read_earlier(folder: Path, trained: list[str], mend: str) -> Snapshot:
-    """A state that Accelerate saved for an earlier version; of its pickles only tensors and plain values are read."""
-    tensors = {MODEL: read_tensors(folder / "model.safetensors", mend)[0]}
+def _read_earlier(folder: Path, trained: list[str], advice: str) -> Snapshot:
+    """Read a state that Accelerate saved for an earlier version; only tensors and plain values are unpickled."""
+    tensors = {MODEL: read_tensors(folder / "model.safetensors", advice)[0]}
     try:
         moments, position, meter = (
             _load_earlier(folder / name)
             for name in ("optimizer.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl")
         )
-        scaler = folder / "scaler.pt"
-        scaler = _load_earlier(scaler) if scaler.exists() else None
+        scaler_path = folder / "scaler.pt"
+        scaler = _load_earlier(scaler_path) if scaler_path.exists() else None
         if sum(len(group["params"]) for group in moments["param_groups"]) != len(trained):
             raise ValueError("the optimizer had another number of parameters")
         tensors[OPTIMIZER] = {f"{k}/{trained[i]}": t for i, s in moments["state"].items() for k, t in s.items()}
@@ -273,17 +278,21 @@ def _read_earlier(folder: Path, trained: list[str], mend: str) -> Snapshot:
             tensors[AVERAGE] = average
         pending = [[list(names), values.tolist()] for names, values in meter["pending"]]
     except pickle.UnpicklingError:
-        raise CheckpointError(f"{folder}: holds pickled Python objects besides tensors and is not opened") from None
+        raise CheckpointError(
+            f"{folder}: holds pickled Python objects besides tensors and is not opened. {advice}"
+        ) from None
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__}: {error}); {mend}") from None
+        raise CheckpointError(f"{folder}: cannot be read ({type(error).__name__}: {error}). {advice}") from None
     return Snapshot(tensors, {"position": position, "meter": pending, "scaler": scaler, "trained": trained})
 
 
 def _load_earlier(path: Path) -> Any:
+    """Unpickle tensors and plain values."""
     require_unpacked(path)
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _some(names: Iterable[str], limit: int = 3) -> str:
+def _some(names: Iterable[str], max_names: int = 3) -> str:
+    """List the first few names."""
     shown = list(names)
-    return ", ".join(shown[:limit]) + (", ..." if len(shown) > limit else "")
+    return ", ".join(shown[:max_names]) + (", ..." if len(shown) > max_names else "")

@@ -1,8 +1,8 @@
-"""The states a run resumes from: complete folders, verified before use, the last two kept.
+"""Saved states, from which a run resumes: complete folders, verified before use, the last two kept.
 
-A folder holds what `snapshot` writes and a manifest with the checksum of every file and of itself. It is written under
-another name and renamed when complete, and renamed again before it is deleted, so a kill at any moment leaves complete
-folders only; a damaged one is named and the one before it used.
+A folder holds the files of a snapshot and a manifest with the checksum of every file and of itself. It is written under
+another name and renamed when complete, and renamed again before it is deleted, so that a kill at any moment leaves
+complete folders only. A damaged state is reported, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -28,24 +28,25 @@ _NAME = re.compile(r"step-(\d+)(\.former)?")
 
 
 def save_state(folder: Path, training: Training, facts: dict[str, Any], keep: int = 2) -> list[str]:
-    """Save a training; to be called by every process.
+    """Save a training; every process calls it.
 
-    Where the disk is full, the older ones of the saved states make room for the new one.
+    If the disk is full, older states are removed to make room for the new one.
 
     Args:
         folder: the run's folder of states.
         training: what is saved; its step is part of the name.
-        facts: JSON values stored in the manifest, e.g. the config.
-        keep: number of states that stay.
+        facts: metadata stored in the manifest as JSON, e.g. the config.
+        keep: number of states to keep.
 
     Returns:
-        Sentences for the log.
+        Lines for the log.
 
     Raises:
-        StorageError: the disk has no room, or may not be written to; the former states are as they were.
-        NonFiniteError: a tensor holds NaN or infinite numbers; the former states are as they were.
+        StorageError: the disk is full or cannot be written to; earlier states are unchanged.
+        NonFiniteError: a tensor holds NaN or infinite numbers; earlier states are unchanged.
     """
-    position, accelerator, notes = training.position, training.accelerator, []
+    position, accelerator = training.position, training.accelerator
+    notes: list[str] = []
     facts = facts | {"step": position.step, "epoch": position.epoch, "sharded": is_sharded(accelerator)}
     snapshot = take(training)
 
@@ -58,8 +59,8 @@ def save_state(folder: Path, training: Training, facts: dict[str, Any], keep: in
             except OSError as error:
                 if error.errno not in FULL or not (removed := _make_room(folder, snapshot.size())):
                     raise
-                former = ", ".join(removed)
-                notes.append(f"{folder}: not enough room on the disk; removed {former} to make room for {final.name}")
+                names = ", ".join(removed)
+                notes.append(f"{folder}: not enough room on the disk. Removed {names} to make room for {final.name}.")
                 partial = _write(final, snapshot, facts)
             _put_in_place(partial, final)
         _remove_old(folder, position.step, keep)
@@ -69,68 +70,69 @@ def save_state(folder: Path, training: Training, facts: dict[str, Any], keep: in
 
 
 def load_state(state: Path, training: Training) -> None:
-    """Set a training back to a saved state; every process calls it.
+    """Restore a training from a saved state; every process calls it.
 
     Raises:
-        CheckpointError: it is damaged, or of another detector; names what does not fit.
+        CheckpointError: the state is damaged or of another detector; names the difference.
     """
     put_back(training, read(state, training), state)
 
 
 def latest_state(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest state that is whole.
+    """Return the newest undamaged state.
 
     Returns:
-        Its folder (None where there is no state at all), and a sentence for each damaged one that was passed over.
+        Its folder (None if there is no state), and a line for the log about each damaged one that was skipped.
 
     Raises:
-        CheckpointError: there are states, but every one is damaged.
+        CheckpointError: there are states, but all are damaged.
     """
-    complaints = []
+    warnings: list[str] = []
     for state in reversed(states(folder)):
         fault = find_fault(state)
         if fault is None:
-            return state, complaints
-        complaints.append(f"{state}: damaged ({fault}); the state before it is used")
-    if complaints:
+            return state, warnings
+        warnings.append(f"{state}: damaged ({fault}). Using the state before it.")
+    if warnings:
         raise CheckpointError(
-            f"{folder}: every saved state is damaged ({'; '.join(complaints)}); start again with --overwrite, "
-            "or from the weights with train.init_from"
+            f"{folder}: every saved state is damaged ({' '.join(warnings)}). Start again with --overwrite, or from "
+            "the weights with train.init_from."
         )
     return None, []
 
 
 def agreed_state(folder: Path, accelerator: Accelerator) -> tuple[Path | None, list[str]]:
-    """`latest_state` as the main process finds it, in every process: all resume from the same one.
+    """Return `latest_state` of the main process in every process, so that all resume from the same state.
 
-    What a process that was killed has left unfinished is removed first.
+    Unfinished files of a killed process are removed first.
 
     Raises:
         CheckpointError: every state is damaged.
     """
-    found: list[Any] = [None]
+    latest: list[Any] = [None]
 
     def look() -> None:
         tidy(folder)
-        found[0] = latest_state(folder)
+        latest[0] = latest_state(folder)
 
     together(accelerator, look)
     if accelerator.num_processes > 1:
-        broadcast_object_list(found)
-    return found[0]
+        broadcast_object_list(latest)
+    state, warnings = latest[0]
+    return state, warnings
 
 
 def states(folder: Path) -> list[Path]:
-    """The folders of saved states, damaged ones included, the newest last.
+    """List the folders of saved states, damaged ones included, the newest last.
 
-    A state that is saved again at the same step bears the name `step-N.former` until the new one has its place.
+    A state that is saved again at the same step is named `step-N.former` until the new one is in place.
     """
-    found = [(match, path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
-    return [path for _, path in sorted(found, key=lambda pair: (int(pair[0][1]), pair[0][2] is None))]
+    named = [(match, path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
+    return [path for _, path in sorted(named, key=lambda pair: (int(pair[0][1]), pair[0][2] is None))]
 
 
 def tidy(folder: Path) -> None:
-    """Remove what a process that was killed has left: states half written or half deleted, and former ones."""
+    """Remove what a killed process has left: partly written, partly deleted and replaced states."""
     for former in folder.glob("step-*.former"):
         if former.with_suffix("").exists():
             _remove(former)
@@ -143,7 +145,7 @@ def tidy(folder: Path) -> None:
 
 
 def find_fault(state: Path) -> str | None:
-    """What is wrong with a saved state, or None: every file is checked against its checksum."""
+    """Check every file of a saved state against its checksum; return what is damaged, or None."""
     try:
         sums = _read_manifest(state)["files"]
     except CheckpointError as error:
@@ -158,16 +160,17 @@ def find_fault(state: Path) -> str | None:
 
 
 def read_facts(state: Path) -> dict[str, Any]:
-    """The facts given to `save_state`, "step" and "epoch", the numbers of those completed, and "sharded".
+    """Read the metadata given to `save_state`, with "step" and "epoch" (numbers of completed ones) and "sharded".
 
     Raises:
         CheckpointError: the manifest is damaged.
     """
-    return _read_manifest(state)["facts"]
+    facts: dict[str, Any] = _read_manifest(state)["facts"]
+    return facts
 
 
 def _write(final: Path, snapshot: Snapshot, facts: dict[str, Any]) -> Path:
-    """A complete state under another name; nothing is left of one that could not be written to its end."""
+    """Write a complete state under a temporary name, and remove it if that fails."""
     partial = final.with_name(f".{final.name}.partial")
     try:
         partial.mkdir(parents=True)
@@ -182,7 +185,8 @@ def _write(final: Path, snapshot: Snapshot, facts: dict[str, Any]) -> Path:
 
 
 def _put_in_place(partial: Path, final: Path) -> None:
-    if final.exists():  # saved before its validation: it stays until the new one has its place
+    """Rename a complete state to its final name."""
+    if final.exists():  # saved at this step before its validation: kept until the new one is in place
         former = final.with_name(f"{final.name}.former")
         os.replace(final, former)
         os.replace(partial, final)
@@ -193,10 +197,10 @@ def _put_in_place(partial: Path, final: Path) -> None:
 
 
 def _make_room(folder: Path, needed: int) -> list[str]:
-    """Remove all states but the newest one that is whole, where that is enough; the names of those removed."""
-    found = states(folder)
-    whole = next((state for state in reversed(found) if find_fault(state) is None), None)
-    removed = [state for state in found if whole is not None and state != whole]
+    """Remove all states but the newest undamaged one, if that frees enough space; return the names of those removed."""
+    saved = states(folder)
+    newest = next((state for state in reversed(saved) if find_fault(state) is None), None)
+    removed = [state for state in saved if newest is not None and state != newest]
     gain = sum(file.stat().st_size for state in removed for file in state.rglob("*"))
     if shutil.disk_usage(folder).free + gain < needed:
         return []
@@ -206,16 +210,16 @@ def _make_room(folder: Path, needed: int) -> list[str]:
 
 
 def _remove_old(folder: Path, step: int, keep: int) -> None:
-    """Remove all states but the last ones: also those half deleted, and damaged ones from which this run went back."""
-    found = states(folder)
-    sound = [state for state in found if _number(state) <= step and _is_complete(state)]
-    for state in found:
-        if state not in sound[-keep:]:
+    """Remove all states but the last ones, also incomplete ones and those after the one this run resumed from."""
+    saved = states(folder)
+    complete = [state for state in saved if _number(state) <= step and _is_complete(state)]
+    for state in saved:
+        if state not in complete[-keep:]:
             _remove(state)
 
 
 def _remove(state: Path) -> None:
-    """Delete a state; it loses its name first, so that half of one is never taken for a state."""
+    """Delete a state, renamed first so that a partly deleted one is never taken for a state."""
     doomed = state.with_name(f".{state.name}.deleted")
     shutil.rmtree(doomed, ignore_errors=True)
     with contextlib.suppress(OSError):
@@ -224,6 +228,7 @@ def _remove(state: Path) -> None:
 
 
 def _is_complete(state: Path) -> bool:
+    """Return True if all files exist; their checksums, which take longer, are not compared."""
     try:
         return all((state / name).is_file() for name in _read_manifest(state)["files"])
     except (CheckpointError, OSError):
@@ -231,36 +236,44 @@ def _is_complete(state: Path) -> bool:
 
 
 def _number(state: Path) -> int:
+    """Return the step in a state's name."""
     match = _NAME.fullmatch(state.name)
     return int(match[1]) if match else -1
 
 
 def _read_manifest(state: Path) -> dict[str, Any]:
-    """{"files": checksum by name, "facts": ...}; those of earlier versions hold no checksum of their own.
+    """Read {"files": checksum by name, "facts": ...}; manifests of earlier versions have no checksum of their own.
 
     Raises:
-        CheckpointError: it cannot be read, has changed since it was written, or is none.
+        CheckpointError: the manifest cannot be read, has changed since it was written, or is not one.
     """
     try:
-        content = json.loads((state / MANIFEST).read_text(encoding="utf-8"))
+        content: Any = json.loads((state / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         raise CheckpointError(f"{MANIFEST} cannot be read") from None
     files, facts = (content.get(key) for key in ("files", "facts")) if isinstance(content, dict) else (None, None)
-    good = isinstance(files, dict) and isinstance(facts, dict) and content.keys() <= {"files", "facts", "sha256"}
-    if not good or not files or not all(isinstance(value, str) for value in files.values()):
-        raise CheckpointError(f"{MANIFEST} is no manifest of a state")
+    if (
+        not (isinstance(files, dict) and isinstance(facts, dict) and content.keys() <= {"files", "facts", "sha256"})
+        or not files
+        or not all(isinstance(value, str) for value in files.values())
+    ):
+        raise CheckpointError(f"{MANIFEST} is not the manifest of a state")
     if not all(type(facts.get(key)) is int for key in ("step", "epoch")):
         raise CheckpointError(f"{MANIFEST} does not say at which step and epoch the state was saved")
     if content.get("sha256", _sum_of(content)) != _sum_of(content):
         raise CheckpointError(f"{MANIFEST} has changed since it was written")
-    return content
+    manifest: dict[str, Any] = content
+    return manifest
 
 
 def _sum_of(manifest: dict[str, Any]) -> str:
+    """Compute the checksum of a manifest's content."""
+    # Sorted keys: the checksum must not depend on how the JSON was formatted.
     plain = json.dumps({key: manifest[key] for key in ("files", "facts")}, sort_keys=True)
     return hashlib.sha256(plain.encode()).hexdigest()
 
 
 def _checksum(path: Path) -> str:
+    """Compute the SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

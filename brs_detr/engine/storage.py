@@ -1,6 +1,6 @@
-"""Writing to a disk that may be full, read-only or gone: whole files or none, and one sentence that says what is wrong.
+"""Atomic writing to a disk that may be full, read-only or disconnected, with errors that say what to do.
 
-Files appear under their name only when complete; what could not be written to its end is removed.
+Files appear under their name only when complete; an incomplete one is removed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _REASONS = {
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
 }
-_MENDS = {
+_ADVICE = {
     errno.ENOSPC: "Make room there",
     errno.EDQUOT: "Make room there",
     errno.EFBIG: "Raise the limit with `ulimit -f unlimited`",
@@ -43,41 +43,42 @@ class NonFiniteError(RuntimeError):
 
 
 class StorageError(OSError):
-    """Something could not be written; the message names the folder, the reason, the free space and the mend."""
+    """A file cannot be written; the message names the folder, the reason, the free space and what to do."""
 
     def __str__(self) -> str:
         return str(self.strerror)
 
 
 def is_storage_fault(error: OSError) -> bool:
-    """Is an error the disk's, rather than that of a wrong path or a foreign file."""
-    return isinstance(error, StorageError) or error.errno in _MENDS or error.errno == errno.EROFS
+    """Return True if an error is of the disk, rather than of a path or a file's content."""
+    return isinstance(error, StorageError) or error.errno in _ADVICE or error.errno == errno.EROFS
 
 
 def describe_fault(place: Path, error: OSError, needed: int | None = None) -> tuple[str, str]:
-    """What is wrong with the disk, and what to do.
+    """Return two sentences: why the disk cannot be written to, and what to do.
 
     Args:
         place: the folder that was written to; it need not exist.
-        error: what the operating system said.
-        needed: bytes to be written altogether, where that is known.
+        error: of the operating system.
+        needed: total bytes to be written, if known.
     """
     number = error.errno or errno.EIO
     reason = _REASONS.get(number, os.strerror(number).lower())
     space = free_space(place)
     space += f", {_size(needed)} needed" if needed is not None and number in FULL else ""
-    return f"{place}: cannot be written to: {reason} ({space})", _MENDS.get(number, "Mend that, or use another folder")
+    return f"{place}: cannot be written to: {reason} ({space})", _ADVICE.get(number, "Fix that, or use another folder")
 
 
 def storage_error(place: Path, error: OSError, needed: int | None = None) -> StorageError:
-    """`describe_fault` as an error for the user."""
-    fact, mend = describe_fault(place, error, needed)
-    text = f"{fact}. {mend}, then run the same command again (a training with --resume)."
+    """Build an error for the user from `describe_fault`."""
+    fact, advice = describe_fault(place, error, needed)
+    text = f"{fact}. {advice}, then run the same command again (a training with --resume)."
     return StorageError(error.errno or errno.EIO, text)
 
 
 def free_space(place: Path) -> str:
-    """The free space of the disk on which a folder lies, or would lie."""
+    """Return the free space of the disk on which a folder is, or would be, as text."""
+    # The nearest parent that exists: the folder itself may not have been created yet.
     for folder in (place, *place.absolute().parents):
         with contextlib.suppress(OSError):
             usage = shutil.disk_usage(folder)
@@ -87,7 +88,7 @@ def free_space(place: Path) -> str:
 
 @contextlib.contextmanager
 def writing(place: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn what the operating system refuses inside into a `StorageError` about the folder `place`.
+    """Turn errors of the operating system inside into a `StorageError` about the folder `place`.
 
     Raises:
         StorageError: see `describe_fault`, which takes `needed`.
@@ -95,20 +96,20 @@ def writing(place: Path, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # of a library, about a file's content
+        if error.errno is None:  # raised by a library about a file's content
             raise
         raise storage_error(place, error, needed) from None
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file; a crash at any moment leaves the former file or the new one, never half of one.
+    """Write a file atomically: a crash at any moment leaves the old file or the new one, never a partial one.
 
     Args:
-        path: its folder is made where there is none.
+        path: its folder is created if necessary.
         write: called with the file, open for writing.
 
     Raises:
-        StorageError: it could not be written; nothing is left of it.
+        StorageError: the file cannot be written; no partial file is left.
     """
     partial = path.with_name(f".{path.name}.partial")
     with writing(path.parent):
@@ -124,12 +125,13 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def publish(partial: Path, path: Path) -> None:
-    """Flush a finished file to disk and give it its name in one atomic step.
+    """Flush a finished file to disk and rename it to `path` atomically.
 
     Raises:
-        StorageError: the disk has no room for it.
+        StorageError: the disk is full.
     """
     with writing(path.parent):
+        # Flushed before it is renamed: after a power failure the name must not refer to an empty file.
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -137,8 +139,8 @@ def publish(partial: Path, path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Flush the names in a folder to disk: after a power failure too, a file that was renamed has its new name."""
-    with contextlib.suppress(OSError):  # not every file system can
+    """Flush a folder's entries to disk, so that renamed files keep their new names after a power failure."""
+    with contextlib.suppress(OSError):  # not every file system supports it
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -150,13 +152,13 @@ def write_text(path: Path, text: str) -> None:
     """Write a small text file atomically.
 
     Raises:
-        StorageError: it could not be written.
+        StorageError: the file cannot be written.
     """
     write_file(path, lambda file: file.write(text.encode()))
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove the unfinished files that a process which was killed has left in a folder."""
+    """Remove the unfinished files that a killed process has left in a folder."""
     for partial in folder.glob(".*.partial"):
         if partial.is_file():
             with contextlib.suppress(OSError):
@@ -164,21 +166,21 @@ def remove_partials(folder: Path) -> None:
 
 
 def together(accelerator: Accelerator, work: Callable[[], object]) -> None:
-    """Do `work` in the main process; what it raises is raised in every process, so that none waits for another.
+    """Call `work` in the main process and raise its errors in every process, so that no process waits for another.
 
     Raises:
         StorageError, NonFiniteError, CheckpointError: raised by `work`.
     """
-    found: list[Exception | None] = [None]
+    errors: list[Exception | None] = [None]
     if accelerator.is_main_process:
         try:
             work()
         except (StorageError, NonFiniteError, CheckpointError) as error:
-            found = [error]
+            errors = [error]
     if accelerator.num_processes > 1:
-        broadcast_object_list(found)
-    if found[0] is not None:
-        raise found[0]
+        broadcast_object_list(errors)
+    if errors[0] is not None:
+        raise errors[0]
 
 
 def complain(error: Exception) -> None:
@@ -198,6 +200,7 @@ def end_output(code: int) -> int:
 
 
 def _size(count: int) -> str:
+    """Format a number of bytes."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.1f} {unit}"

@@ -1,7 +1,7 @@
 """The training loop.
 
-It knows a detector only by `model(images, targets) -> named loss terms`. Every random draw of a step follows from
-(seed, step, process), every batch from (seed, epoch, position), so a resumed run repeats the one that was never killed.
+A detector is any `model(images, targets) -> named loss terms`. The random numbers of a step are a function of (seed,
+step, process), and every batch one of (seed, epoch, position), so a resumed run equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from brs_detr.engine.distributed import (
-    average_whole_gradients,
+    average_unsharded_gradients,
     clip_gradients,
     gradient_norm,
     is_sharded,
@@ -35,7 +35,7 @@ from brs_detr.engine.distributed import (
     seed_step,
     share_buffers,
     to_device,
-    whole_weights,
+    unsharded_weights,
 )
 from brs_detr.engine.logging import LossMeter, Progress, RunLog, Stopwatch, duration, grouped, json_number
 from brs_detr.engine.nonfinite import (
@@ -60,15 +60,15 @@ class Batches(Protocol):
     """The training batches of this process."""
 
     def __len__(self) -> int:
-        """Batches of an epoch, the same number in every process."""
+        """Return the number of batches of an epoch, the same in every process."""
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Batches of epoch 0, 1, ... from the one at position `start`; the same ones whenever asked."""
+        """Iterate over the batches of epoch 0, 1, ... from position `start`; always the same ones."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Numbers of the loop; see `TrainConfig` for their meaning. `facts` go into every saved state."""
+    """Settings of the loop; see `TrainConfig` for their meaning. `facts` is stored with every state."""
 
     epochs: int
     accumulate: int
@@ -84,7 +84,7 @@ class Settings:
 
 
 class Trainer:
-    """Trains a prepared detector to the end, or until it is told to stop.
+    """Trainer of a prepared detector, until the last epoch or a stop request.
 
     Args:
         accelerator: of the launch.
@@ -93,13 +93,13 @@ class Trainer:
         schedule: factor on the learning rate by step.
         batches: of this process; not prepared.
         folder: the run's folder.
-        log: where to report.
-        settings: the loop's numbers.
-        validate: called with the module to evaluate (the averaged one under EMA) in every process; returns the
-            figures, among them "AP", in the main process and {} in the others. None: no validation.
-        save: called in the main process with (file name, state dict, facts) to write a weights file.
+        log: of the run.
+        settings: of the loop.
+        validate: called in every process with the module to evaluate (the averaged one under EMA); returns the metrics,
+            among them "AP", in the main process and {} in the others. None: no validation.
+        save: called in the main process with (file name, state dict, metadata) to write a weights file.
         ema: the averaged model, or None.
-        check_targets: called with every batch's targets while they still lie on the CPU; raises where they are wrong.
+        check_targets: called with every batch's targets while they are still on the CPU; raises if they are invalid.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Trainer:
         save: Callable[[str, dict[str, Tensor], dict[str, Any]], None],
         ema: ModelEmaV3 | None = None,
         check_targets: Callable[[Sequence[dict[str, Any]]], None] | None = None,
-    ):
+    ) -> None:
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.schedule, self.batches, self.settings = schedule, batches, settings
         self.folder, self.log, self.validate, self.save, self.ema = folder, log, validate, save, ema
@@ -127,18 +127,19 @@ class Trainer:
         self.position = TrainerState()
         self.statistics = RunningStatistics(model)
         self.asked_to_stop = False
+        self.stop_signal = "a stop signal"  # its name, in the process that received it
         self.lr = 0.0
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch; the last may hold fewer accumulated batches."""
+        """Return the optimizer steps per epoch; the last may accumulate fewer batches."""
         return math.ceil(len(self.batches) / self.settings.accumulate)
 
     def resume(self, state: Path) -> None:
-        """Take up the training where a saved state left it; every process calls it, before `fit`.
+        """Continue from a saved state; every process calls it, before `fit`.
 
         Raises:
-            CheckpointError: the state is damaged, or of another detector.
+            CheckpointError: the state is damaged or of another detector.
         """
         load_state(state, self._training())
 
@@ -146,21 +147,21 @@ class Trainer:
         """Train from the current position to the end.
 
         Returns:
-            True when the training is complete, False when a SIGTERM ended it early (the state is saved).
+            True if the training is complete, False if a signal ended it early (the state is saved).
 
         Raises:
-            Interruption: the batches of some process do not come (the state of the last completed step is saved).
+            Interruption: a process gets no more batches (the state of the last completed step is saved).
             NonFiniteError: a loss or gradient was not finite and `on_nonfinite` is "stop", or too many were.
-            StorageError: the state or the weights could not be written.
+            StorageError: the state or the weights cannot be written.
         """
         if self.position.epoch >= self.settings.epochs:
             self.log.say(
-                f"this run is complete: {self.position.epoch} of {self.settings.epochs} epochs; to go on, "
-                "raise its length and set train.allow_changes=true"
+                f"this run is complete: {self.position.epoch} of {self.settings.epochs} epochs. To train longer, raise "
+                "train.epochs or train.steps and set train.allow_changes=true."
             )
         else:
             self._forget_lost_best()
-        with self._listening():
+        with self._signal_handlers():
             try:
                 finished = self._train()
             except Interruption as error:
@@ -172,40 +173,40 @@ class Trainer:
                 finished = False
             if not finished:
                 self.log.say(
-                    f"Received a stop signal: checkpoint saved at step {self.position.step}. Resume with --resume."
+                    f"Received {self.stop_signal}: checkpoint saved at step {self.position.step}. Resume with --resume."
                 )
             return finished
 
     def _train(self) -> bool:
-        """The rest of the training; False when told to stop, after saving.
+        """Train the remaining epochs; return False if stopped by a signal, after saving.
 
         Raises:
             Interruption: nothing is saved yet; the position is that of the last completed step.
         """
         position, settings = self.position, self.settings
         while position.epoch < settings.epochs:
-            if settings.patience is not None and position.worse >= settings.patience:  # first: also of a resumed run
-                self.log.say(f"no better validation for {position.worse} times: training ends early")
+            if settings.patience is not None and position.worse >= settings.patience:  # checked first, for resumed runs
+                self.log.say(f"Early stopping: no improvement in {position.worse} validations.")
                 return True
             if not self._train_epoch():
                 self._save_state()
                 return False
-            self._warn_of_silent_heads()
+            self._warn_of_zero_losses()
             position.epoch, position.step_in_epoch = position.epoch + 1, 0
             last = position.epoch == settings.epochs
             if position.epoch % settings.eval_every == 0 or last:
                 try:
                     self._validate()
-                except Interruption:  # a resumed run begins with this validation
+                except Interruption:  # the saved state is that before the validation, which a resumed run repeats
                     position.epoch, position.step_in_epoch = position.epoch - 1, self.steps_per_epoch
                     raise
                 self._save_state()
-                if not last and self._told_to_stop():
+                if not last and self._stop_requested():
                     return False
         return True
 
     def _train_epoch(self) -> bool:
-        """The rest of the epoch under way; False when told to stop before its end."""
+        """Train the rest of the current epoch; return False if stopped by a signal before its end."""
         position, settings = self.position, self.settings
         self.model.train()
         title = f"epoch {position.epoch + 1}/{settings.epochs}"
@@ -232,10 +233,10 @@ class Trainer:
         return True
 
     def _next_group(self, batches: Iterator[Batch]) -> list[Batch]:
-        """The batches of a step, when every process has its own: none may wait within a step for one without.
+        """Return the batches of a step once every process has its own, so that no process waits inside a step.
 
         Raises:
-            Interruption: in every process, where one was interrupted while it waited.
+            Interruption: in every process, if one was interrupted while it waited for data.
         """
         group, interruption = [], None
         try:
@@ -246,7 +247,7 @@ class Trainer:
         return group
 
     def step(self, group: list[Batch]) -> bool:
-        """One optimizer step over accumulated batches; True when some process was told to stop."""
+        """Take one optimizer step over accumulated batches; return True if any process was asked to stop."""
         accelerator, position = self.accelerator, self.position
         seed_step(self.settings.seed, position.step, accelerator.process_index)
         self.lr = set_learning_rate(self.optimizer, self.schedule.factor(position.step))
@@ -257,15 +258,15 @@ class Trainer:
             if self.check_targets is not None:
                 self.check_targets(targets)
             with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
-                # Accelerate wraps the forward pass itself, but not of a sharded model
+                # Accelerate puts the forward pass under autocast itself, but not that of a sharded model.
                 with accelerator.autocast(), record_function("step: forward"):
                     terms = self.model(images.to(accelerator.device), to_device(targets, accelerator.device))
                 with record_function("step: backward"):
-                    # a mean over the accumulated batches: what DDP's mean over processes is, for the same reason
+                    # The mean over accumulated batches, as DDP takes it over processes: independent of the split.
                     accelerator.backward(torch.stack(list(terms.values())).sum() / len(group))
             all_terms.append({name: term.detach() for name, term in terms.items()})
         if is_sharded(accelerator):
-            average_whole_gradients(self.model)
+            average_unsharded_gradients(self.model)
         accelerator.unscale_gradients()
         norm = gradient_norm(self.model).to(accelerator.device, torch.float32)
         healthy, stop = self._agree(all_terms, norm)
@@ -289,11 +290,11 @@ class Trainer:
     def _agree(self, all_terms: list[dict[str, Tensor]], norm: Tensor) -> tuple[bool, bool]:
         """Return (is_finite, stop_requested), agreed across ranks with a single all-reduce."""
         total = torch.stack([value.float() for terms in all_terms for value in terms.values()]).sum()
-        # under fp16 an overflowing gradient is the scaler's business: it skips the step and halves its scale; what is
-        # still not finite where gradients are no longer enlarged would be skipped for ever
+        # Under fp16 the scaler handles an overflowing gradient: it skips the step and halves its scale. Once the scale
+        # is 1, a gradient that still overflows would be skipped for ever, so it counts as not finite.
         scaler = self.accelerator.scaler
-        enlarged = scaler is not None and scaler.is_enabled() and scaler.get_scale() > 1
-        bad = ~finite(total, total if enlarged else norm) | ~torch.isfinite(self.statistics.largest(total))
+        scaled = scaler is not None and scaler.is_enabled() and scaler.get_scale() > 1
+        bad = ~finite(total, total if scaled else norm) | ~torch.isfinite(self.statistics.largest(total))
         flags = torch.stack([bad.float(), torch.full_like(total, float(self.asked_to_stop))])
         if self.accelerator.num_processes > 1:
             flags = self.accelerator.reduce(flags, reduction="sum")
@@ -301,6 +302,7 @@ class Trainer:
         return failed == 0, stops > 0
 
     def _not_finite(self, group: list[Batch], all_terms: list[dict[str, Tensor]]) -> None:
+        """Diagnose a failed step, and raise or skip it as the settings say."""
         accelerator, settings, step = self.accelerator, self.settings, self.position.step
         model = accelerator.unwrap_model(self.model)
         what, process = describe_reports(gather_object([inspect_step(all_terms, group, model)]))
@@ -309,38 +311,39 @@ class Trainer:
         self.position.skipped_in_a_row += 1
         if settings.on_nonfinite == "stop" or self.position.skipped == 1:
             several = accelerator.num_processes > 1
-            mine, theirs = (
+            own_path, bad_path = (
                 self.folder / f"nonfinite-{step}{f'-process{rank}' if several else ''}.pt"
                 for rank in (accelerator.process_index, process)
             )
             facts = {"process": accelerator.process_index, "facts": settings.facts, "seed": settings.seed}
             try:
-                save_batch(mine, step=step, batches=group, model=model, **facts)
-                what += f"; the batch is saved, see `python -m brs_detr replay {theirs}`"
+                save_batch(own_path, step=step, batches=group, model=model, **facts)
+                what += f"; the batch is saved, see `python -m brs_detr replay {bad_path}`"
             except StorageError as error:
                 what += f"; the batch is not saved ({error})"
         if settings.on_nonfinite == "stop":
-            accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
-            raise NonFiniteError(f"step {step}: {what}. To skip such steps and go on: train.on_nonfinite=skip")
-        most = min(settings.max_skipped, settings.epochs * self.steps_per_epoch)
-        if self.position.skipped_in_a_row >= most:
+            accelerator.wait_for_everyone()  # a launcher kills all processes as soon as one has ended
+            raise NonFiniteError(f"step {step}: {what}. To skip such steps, set train.on_nonfinite=skip.")
+        max_skipped = min(settings.max_skipped, settings.epochs * self.steps_per_epoch)
+        if self.position.skipped_in_a_row >= max_skipped:
             accelerator.wait_for_everyone()
             raise NonFiniteError(
-                f"step {step}: {what}. {most} steps in a row were skipped and nothing is learned any more; lower "
-                "optim.lr, or look at the images (train.max_skipped is the number of steps)."
+                f"step {step}: {what}. {max_skipped} steps in a row were skipped (train.max_skipped). "
+                "Lower optim.lr, or check the images."
             )
         self.log.say(f"step {step}: {what}; skipped ({self.position.skipped} so far)")
         self.log.metrics("skipped", step, {"reason": what, "count": self.position.skipped})
 
     def _report(self) -> str:
-        """Write the means since the last report to the log; returns them as a short line."""
+        """Log the means since the last report; return them as a short line."""
         terms, speed = self.meter.mean(self.accelerator), self.watch.read()
         self.watch.reset()
         speed["images_per_s"] *= self.accelerator.num_processes
         norm = terms.pop("gradient_norm", math.nan)
         loss, position = sum(terms.values()) if terms else math.nan, self.position
         remaining = self.settings.epochs * self.steps_per_epoch - position.step
-        values = {"epoch": position.epoch + position.step_in_epoch / self.steps_per_epoch, "lr": self.lr}
+        epoch = position.epoch + position.step_in_epoch / self.steps_per_epoch
+        values: dict[str, Any] = {"epoch": epoch, "lr": self.lr}
         values |= {"loss": json_number(loss), "gradient_norm": json_number(norm), **speed, "terms": terms}
         if torch.cuda.is_available():
             values["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
@@ -352,8 +355,8 @@ class Trainer:
             f"step {speed['step_s']:.3g} s (data {speed['data_s']:.2g} s) ETA {duration(remaining * speed['step_s'])}"
         )
 
-    def _warn_of_silent_heads(self) -> None:
-        """Say which heads had no loss in the whole epoch: nothing was ever assigned to them, and they learn nothing."""
+    def _warn_of_zero_losses(self) -> None:
+        """Warn of heads whose loss was zero for an entire epoch: no anchor was positive, so they learn nothing."""
         silent = [name for name, value in self.epoch_sums.items() if value == 0]
         if silent:
             self.log.say(
@@ -362,51 +365,51 @@ class Trainer:
             )
         self.epoch_sums.clear()
 
-    def _told_to_stop(self) -> bool:
-        """Is any process told to stop, the same answer in every process."""
-        told = torch.tensor(float(self.asked_to_stop), device=self.accelerator.device)
-        return self.accelerator.reduce(told, reduction="sum").item() > 0
+    def _stop_requested(self) -> bool:
+        """Return True in every process if any process was asked to stop."""
+        requested = torch.tensor(float(self.asked_to_stop), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(requested, reduction="sum").item() > 0)
 
     def _validate(self) -> None:
-        """Evaluate, keep the weights just evaluated as the last ones, and as the best ones where they are."""
+        """Evaluate, and save the evaluated weights as the last ones, and as the best ones if they are."""
         accelerator, position = self.accelerator, self.position
         self._forget_lost_best()
         module = self.ema.module if self.ema is not None else accelerator.unwrap_model(self.model)
         if accelerator.num_processes > 1:
             share_buffers(module)
-        with whole_weights(module, accelerator):
-            figures = self.validate(module) if self.validate is not None else {}
+        with unsharded_weights(module, accelerator):
+            metrics = self.validate(module) if self.validate is not None else {}
         weights = module.state_dict() if self.ema is not None else accelerator.get_state_dict(self.model)
-        score = self._from_main(figures.get("AP", math.nan))
+        score = self._from_main(metrics.get("AP", math.nan))
         better = not math.isnan(score) and (position.best is None or score > position.best)
         position.best, position.worse = (score, 0) if better else (position.best, position.worse + 1)
-        if figures:
-            self.log.metrics("val", position.step, {"epoch": position.epoch, **figures})
+        if metrics:
+            self.log.metrics("val", position.step, {"epoch": position.epoch, **metrics})
             best = math.nan if position.best is None else position.best
             mark = " (best so far)" if better else f" (best {best:.4f})"
-            shown = " ".join(f"{name} {value:.4f}" for name, value in figures.items() if name in ("AP", "AP50", "AP75"))
-            if missing := figures.get("images_left_out"):
-                shown += f" on {figures['images']:,} of {figures['images'] + missing:,} images"
+            shown = " ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name in ("AP", "AP50", "AP75"))
+            if missing := metrics.get("images_left_out"):
+                shown += f" on {metrics['images']:,} of {metrics['images'] + missing:,} images"
             self.log.say(f"epoch {position.epoch}/{self.settings.epochs} validation: {shown}{mark}")
-        facts = {"epoch": position.epoch, "step": position.step, "metrics": figures}
+        facts = {"epoch": position.epoch, "step": position.step, "metrics": metrics}
         names = (LAST, BEST) if better or self.validate is None else (LAST,)
         together(accelerator, lambda: [self.save(name, weights, facts) for name in names])
 
     def _from_main(self, value: float) -> float:
-        """The main process's value, in every process."""
+        """Return the main process's value in every process."""
         if self.accelerator.num_processes == 1:
             return value
-        mine = torch.tensor([value if self.accelerator.is_main_process else 0.0], dtype=torch.float64)
-        return self.accelerator.reduce(mine.to(self.accelerator.device), reduction="sum").item()
+        mine = torch.tensor([value if self.accelerator.is_main_process else 0.0], dtype=torch.float64)  # exact
+        return float(self.accelerator.reduce(mine.to(self.accelerator.device), reduction="sum").item())
 
     def _forget_lost_best(self) -> None:
-        """Where the best weights were deleted, say so; those validated next are then the best ones that there are."""
+        """Warn if the best weights were deleted; the weights of the next validation are then the best that exist."""
         position = self.position
         lost = position.best is not None and not (self.folder / BEST).is_file()
         if self._from_main(float(lost)):
             self.log.say(
-                f"warning: {self.folder / BEST} is gone, whose AP was {position.best:.4f}; the weights of the next "
-                "validation are kept as the best ones, whatever their AP"
+                f"warning: {self.folder / BEST} is gone, whose AP was {position.best:.4f}. The weights of the next "
+                "validation are saved as the best ones, whatever their AP."
             )
             position.best = None
 
@@ -415,31 +418,33 @@ class Trainer:
         return Training(self.accelerator, self.model, self.optimizer, average, self.position, self.meter)
 
     def _save_state(self) -> None:
+        """Save a state from which the run can be resumed; every process calls it."""
         self.meter.share(self.accelerator)
-        if is_sharded(self.accelerator):  # the main process's batch statistics are saved, and count for all from here
+        if is_sharded(self.accelerator):  # all continue with the saved batch statistics, as a resumed run does
             share_buffers(self.model)
         for note in save_state(self.folder / "state", self._training(), self.settings.facts):
             self.log.say(note)
 
     @contextlib.contextmanager
-    def _listening(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C ask for a stop after the step under way; a second Ctrl-C ends the process at once."""
-        own, asked_at = os.getpid(), math.inf
+    def _signal_handlers(self) -> Iterator[None]:
+        """Handle signals inside: SIGTERM and Ctrl-C stop after the current step; a second Ctrl-C ends at once."""
+        own_pid, asked_at = os.getpid(), math.inf
 
         def ask(number: int, _: Any) -> None:
             nonlocal asked_at
-            if os.getpid() != own:  # a loader's worker: it ends with this process, and must not end before
+            if os.getpid() != own_pid:  # a loader worker: it must not end before this process, which stops it
                 return
-            # torchrun passes on a Ctrl-C that the terminal has sent already: not a second one
+            # torchrun forwards a Ctrl-C that the terminal has already sent: within two seconds it is the same one.
             if number == signal.SIGINT and time.monotonic() > asked_at + 2:
                 raise KeyboardInterrupt
             if not self.asked_to_stop and number == signal.SIGINT:
-                self.log.say("stopping after this step; press Ctrl-C again to end without saving")
+                self.log.say("Received SIGINT: stopping after this step. Press Ctrl-C again to end without saving.")
+            self.stop_signal = signal.Signals(number).name
             self.asked_to_stop, asked_at = True, min(asked_at, time.monotonic())
 
-        former = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
-            for number, handler in former.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)

@@ -1,5 +1,6 @@
-"""Ranking losses, score-based losses and the objective that applies them to one set of predictions. Needs
-torch only.
+"""Ranking losses, score-based losses and the objective that applies them to one set of predictions.
+
+Needs torch only.
 """
 
 from .alrp import ALRP, alrp_loss

@@ -21,7 +21,7 @@ from .ranking import (
 
 
 class ALRP(NamedTuple):
-    """The classification part trains the logits, the localization part the boxes; their sum is the loss."""
+    """The two parts of aLRP: classification trains the logits, localization the boxes; their sum is the loss."""
 
     classification: Tensor
     localization: Tensor
@@ -37,7 +37,7 @@ def alrp_loss(
     method: str = "exact",
     scope: str = "process",
 ) -> ALRP:
-    """The mean over positives of the LRP error at each positive's score.
+    """Compute the mean over positives of the LRP error at each positive's score.
 
     With N_FP as in `rank_sort_loss`, E the localization errors and rank(i) = 1 + sum over the other positives of H +
     N_FP (Eq. 9 to 13 of the paper):
@@ -45,10 +45,10 @@ def alrp_loss(
         classification = mean_i N_FP(i) / rank(i)
         localization   = mean_i (sum of E_k over positives ranked at or above i) / rank(i)
 
-    The gradient of the logits drives down N_FP(i) + sum_k E_k H(x_ik) over the other positives k, so it also lowers
-    badly localized positives' rivals; it is handed to the negatives in proportion to H. The localization part is
-    differentiated by its E only, with the rank held fixed, and ranks the positives strictly (equal logits: later
-    entries first), as the official heads do. For its self-balance see `balance.EpochBalance`.
+    The gradient of the logits minimizes N_FP(i) + sum_k E_k H(x_ik) over the other positives k, so it also lowers the
+    badly localized positives above i; it is distributed over the negatives in proportion to H. The localization part is
+    differentiated with respect to E only, with the rank held fixed, and ranks the positives strictly (equal logits:
+    later entries first), as the official heads do. For its self-balance see `balance.EpochBalance`.
 
     Args:
         logits: any shape, M entries, all in one ranking.
@@ -59,15 +59,16 @@ def alrp_loss(
         delta: half width of the step.
         method: "pairwise", "bucketed" or "exact", as for `rank_sort_loss`.
         scope: "process", or "global" to rank the logits of all processes together: each gets the loss, and its own part
-            of the gradient, that one process with everything would get. Every process must call. Travels per process:
-            two numbers per positive, and one table of 4 numbers (exact; bucketed 2) per positive of all processes.
+            of the gradient, that a single process with all logits would get. Every process must call it. Sent per
+            process: two numbers per positive, and one table of 4 numbers (exact; bucketed 2) per positive of all
+            processes.
 
     Returns:
         two scalars in float32 or wider; zeros attached to the graph without positives.
 
     Raises:
         ValueError: for an unknown method, a delta that is negative or not finite, arguments whose shapes or types do
-            not fit, or positives that are out of range, double or ignored (on a GPU the device asserts).
+            not match, or positives that are out of range, duplicated or ignored (on a GPU: a device-side assertion).
     """
     flat, valid, group = prepare(logits, positives, valid, delta, method, scope, localization_error=localization_error)
     if group.positives == 0:
@@ -84,18 +85,19 @@ def alrp_loss(
             ranking = rank(flat, positives, valid, delta, method, group)
             value, ranks, gradient = _from_ranking(ranking, error)
             share = ranking.own(_shares(ranks))
+        # The errors of other processes: part of the value, but not of this process's gradient.
         others = group.total((error * share).sum()) - (error * share).sum()
     with torch.autocast(flat.device.type, enabled=False):
-        kind = flat.dtype
-        share = (share * group.sound).to(kind)
-        localization = (localization_error.to(kind) * share).sum() + others.to(kind)
-    return ALRP(attach(flat, value, gradient, group.sound), localization)
+        dtype = flat.dtype
+        share = (share * group.nan_or_one).to(dtype)
+        localization = (localization_error.to(dtype) * share).sum() + others.to(dtype)
+    return ALRP(attach(flat, value, gradient, group.nan_or_one), localization)
 
 
 def alrp_pairwise(
     logits: Tensor, positives: Tensor, error: Tensor, negative: Tensor, delta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Classification part of aLRP loss (Oksuz et al., NeurIPS 2020, Eq. 9 to 13); error (P,) is E_loc.
+    """Compute the classification part of aLRP loss (Eq. 9 to 13) pair by pair; error (P,) is E_loc.
 
     Returns:
         value, the rank of each positive (P,), gradient (M,).
@@ -105,29 +107,35 @@ def alrp_pairwise(
     ranks, numbers, updates = (torch.zeros_like(own) for _ in range(3))
     on_negatives = torch.zeros_like(others)
     for i, (false_positives, above) in enumerate(pairwise_steps(own, others, delta)):
-        rivals = above.clone()
-        rivals[i] = 0
-        number = numbers[i] = false_positives.sum()
-        ranks[i] = 1 + rivals.sum() + number
-        updates[i] = torch.where(number > EPS, (number + (error * rivals).sum()) / ranks[i], 0.0)
-        on_negatives += updates[i] * false_positives / number.clamp(min=EPS)
+        other_positives = above.clone()
+        other_positives[i] = 0
+        num_fp = numbers[i] = false_positives.sum()
+        ranks[i] = 1 + other_positives.sum() + num_fp
+        # Without a negative above it there is nothing to distribute the error over, so the positive has no update.
+        updates[i] = torch.where(num_fp > EPS, (num_fp + (error * other_positives).sum()) / ranks[i], 0.0)
+        on_negatives += updates[i] * false_positives / num_fp.clamp(min=EPS)
     gradient = join_gradient(logits, positives, -updates, relevant, on_negatives) / len(own)
     return (numbers / ranks).mean(), ranks, gradient
 
 
 def _shares(ranks: Tensor) -> Tensor:
-    """How much each error adds to the localization part: it counts at its own and all lower scores, (P,) ascending."""
+    """Return the weight of each error in the localization part: it counts at its own and all lower scores.
+
+    Args:
+        ranks: (P,) in ascending order of the logits.
+    """
     return (1 / ranks).cumsum(0) / len(ranks)
 
 
 def _from_ranking(ranking: Ranking, error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Value, ranks in ascending order of the logits, gradient."""
+    """Return the value, the ranks (P,) in ascending order of the logits, and the gradient (M,)."""
     error = ranking.sort(error)
     own = ranking.positives_above() - ranking.self_step
-    rivals = ranking.positives_above(error) - ranking.self_step * error
-    false_positives = ranking.negatives.num_fp()
-    position = 1 + own + false_positives
-    update = torch.where(false_positives > EPS, (false_positives + rivals) / position, 0.0) / len(error)
-    gradient = ranking.negatives.backprop(update / false_positives.clamp(min=EPS))
+    error_above = ranking.positives_above(error) - ranking.self_step * error
+    num_fp = ranking.negatives.num_fp()
+    # The positive itself counts fully in its rank (Eq. 9), not with H(0).
+    position = 1 + own + num_fp
+    update = torch.where(num_fp > EPS, (num_fp + error_above) / position, 0.0) / len(error)
+    gradient = ranking.negatives.backprop(update / num_fp.clamp(min=EPS))
     gradient.index_copy_(0, ranking.index, ranking.own(-update))
-    return (false_positives / position).mean(), position, gradient
+    return (num_fp / position).mean(), position, gradient

@@ -1,7 +1,7 @@
-"""Overlap of paired boxes: the quality label of a positive and its GIoU loss, one number per pair.
+"""IoU and GIoU loss of paired boxes: the quality label of a positive and its box loss, one number per pair.
 
-torchvision's `generalized_box_iou_loss` has no IoU without the loss and returns half precision for half inputs, so both
-are spelled out here in float32.
+torchvision's `generalized_box_iou_loss` does not return the IoU, and computes in half precision for half inputs, so
+both are written out here in float32.
 """
 
 import torch
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 def _overlap(boxes: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Intersection and union areas (P,) of paired xyxy boxes."""
+    """Return intersection and union areas (P,) of paired xyxy boxes."""
     width_height = (torch.min(boxes[:, 2:], targets[:, 2:]) - torch.max(boxes[:, :2], targets[:, :2])).clamp(min=0)
     intersection = width_height[:, 0] * width_height[:, 1]
     return intersection, _area(boxes) + _area(targets) - intersection
 
 
 def _area(boxes: Tensor) -> Tensor:
-    """(P,) areas of xyxy boxes; a box whose corners are swapped is empty, else its area would be negative."""
+    """Return the areas (P,) of xyxy boxes; a box whose corners are swapped has area 0, not a negative one."""
     return (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1)
 
 
@@ -25,7 +25,7 @@ def _single_precision(boxes: Tensor) -> Tensor:
 
 
 def paired_iou(boxes: Tensor, targets: Tensor) -> Tensor:
-    """Intersection over union of the i-th box with the i-th target.
+    """Compute the intersection over union of the i-th box with the i-th target.
 
     Args:
         boxes: (P, 4) xyxy in any unit.
@@ -36,16 +36,17 @@ def paired_iou(boxes: Tensor, targets: Tensor) -> Tensor:
     """
     with torch.autocast(boxes.device.type, enabled=False):
         intersection, union = _overlap(_single_precision(boxes), _single_precision(targets))
+        # Two empty boxes: 0 / tiny is 0, where 0 / 0 would be NaN.
         return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
 def paired_giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-6) -> Tensor:
-    """1 - GIoU of the i-th box with the i-th target (Rezatofighi et al., CVPR 2019, Algorithm 1).
+    """Compute 1 - GIoU of the i-th box with the i-th target (Rezatofighi et al., CVPR 2019, Algorithm 1).
 
     Args:
         boxes: (P, 4) xyxy in any unit.
         targets: (P, 4) xyxy in the same unit.
-        eps: floor of the union and of the enclosing area, in that unit squared.
+        eps: smallest union and enclosing area, in that unit squared.
 
     Returns:
         (P,) in [0, 2], float32 or wider, not reduced.

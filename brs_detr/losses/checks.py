@@ -1,10 +1,8 @@
-"""What the losses refuse.
+"""Checks of the losses' arguments, and the precision in which the losses are computed.
 
-Shapes, types and settings are always checked. Values are checked where they can be read for nothing, on a CPU; on a GPU
-reading one would make the host wait, so an assertion runs there instead and ends the process as a bad index does.
+Shapes, types and settings are always checked. Values are checked on a CPU, where reading them costs nothing; on a GPU
+reading one would make the host wait, so a device-side assertion ends the process there, as it does for a bad index.
 Nothing is checked while a graph is being compiled.
-
-In which precision the losses are computed, and what that means for the precision of their inputs.
 """
 
 import warnings
@@ -14,15 +12,15 @@ import torch
 from torch import Tensor
 
 
-def demand(holds: Tensor, message: Callable[[], str]) -> None:
-    """Refuse values without waiting for a device.
+def check_values(holds: Tensor, message: Callable[[], str]) -> None:
+    """Raise unless a condition on tensor values holds, without waiting for a device.
 
     Args:
         holds: () bool.
-        message: called where it is False and can be read.
+        message: returns the error's text; called on a CPU only, and only if the condition is False.
 
     Raises:
-        ValueError: on a CPU, with the message. On CUDA the device asserts.
+        ValueError: on a CPU. On CUDA a device-side assertion fails instead.
     """
     if torch.compiler.is_compiling():
         return
@@ -30,22 +28,22 @@ def demand(holds: Tensor, message: Callable[[], str]) -> None:
         if not holds:
             raise ValueError(message())
     elif holds.device.type == "cuda":
-        torch._assert_async(holds, "brs_detr.losses: labels or positives are wrong; a run on the CPU names the value")
+        torch._assert_async(holds, "brs_detr.losses: invalid labels or positives. Run on the CPU to see which.")
 
 
-def check_number(name: str, value: float, least: float = 0.0, below: float = float("inf")) -> None:
-    """Refuse a setting that is not a number, or lies outside [least, below).
+def check_number(name: str, value: float, minimum: float = 0.0, below: float = float("inf")) -> None:
+    """Raise unless a setting is a number in [minimum, below).
 
     Raises:
         ValueError: naming the setting.
     """
-    if not least <= value < below:
+    if not minimum <= value < below:  # a NaN compares as False
         limit = "finite" if below == float("inf") else f"below {below:g}"
-        raise ValueError(f"{name}: {value} is out of range. Give a number that is at least {least:g} and {limit}.")
+        raise ValueError(f"{name}: {value} is out of range. Give a number that is at least {minimum:g} and {limit}.")
 
 
 def check_positives(positives: Tensor, length: int, valid: Tensor | None) -> None:
-    """Refuse indices that are out of range, double, or of ignored entries.
+    """Raise if an index is out of range, occurs twice, or belongs to an ignored entry.
 
     Args:
         positives: indices into the flat logits.
@@ -53,33 +51,34 @@ def check_positives(positives: Tensor, length: int, valid: Tensor | None) -> Non
         valid: (length,) bool or None.
 
     Raises:
-        ValueError: naming the first wrong index.
+        ValueError: naming the first invalid index.
     """
     if positives.ndim != 1 or positives.dtype != torch.int64:
         shape = tuple(positives.shape)
         raise ValueError(
-            f"positives must be (P,) int64 indices into logits.flatten(), got {positives.dtype} of shape {shape}"
+            f"positives: {positives.dtype} of shape {shape} cannot index the logits. "
+            "Give (P,) torch.int64 indices into logits.flatten()."
         )
     if len(positives) == 0:
         return
     ordered = positives.sort()[0]
     if positives.device.type == "cpu":  # a GPU asserts this by itself, where the index is used
         inside = (ordered[0] >= 0) & (ordered[-1] < length)
-        demand(
+        check_values(
             inside,
             lambda: (
                 f"positives: index {int(ordered[0] if ordered[0] < 0 else ordered[-1])} is out of range for {length} "
                 "logits. Give indices into logits.flatten()."
             ),
         )
-    double = ordered[1:] == ordered[:-1]
-    demand(
-        ~double.any(),
-        lambda: f"positives: index {int(ordered[1:][double][0])} occurs twice. Give every positive once.",
+    repeated = ordered[1:] == ordered[:-1]
+    check_values(
+        ~repeated.any(),
+        lambda: f"positives: index {int(ordered[1:][repeated][0])} occurs twice. Give every positive once.",
     )
     if valid is not None:
         counted = valid.index_select(0, positives)
-        demand(
+        check_values(
             counted.all(),
             lambda: (
                 f"positives: index {int(positives[~counted][0])} is ignored by valid. "
@@ -89,7 +88,7 @@ def check_positives(positives: Tensor, length: int, valid: Tensor | None) -> Non
 
 
 def check_set(logits: Tensor, labels: Tensor, valid: Tensor | None, rows: Tensor | None) -> None:
-    """Refuse the shapes and types of a prediction set that do not fit.
+    """Raise if the shapes or types of a prediction set do not match.
 
     Args:
         logits: (N, columns). labels: (N,) int64. valid: (N,) bool or None. rows: (P,) int64 or None.
@@ -99,11 +98,11 @@ def check_set(logits: Tensor, labels: Tensor, valid: Tensor | None, rows: Tensor
     """
     if logits.ndim != 2:
         raise ValueError(f"logits: shape {tuple(logits.shape)} is not (N, C). Flatten images and levels into N rows.")
-    for name, value, kind in (("labels", labels, torch.int64), ("valid", valid, torch.bool)):
-        if value is not None and (value.shape != logits.shape[:1] or value.dtype != kind):
+    for name, value, dtype in (("labels", labels, torch.int64), ("valid", valid, torch.bool)):
+        if value is not None and (value.shape != logits.shape[:1] or value.dtype != dtype):
             raise ValueError(
-                f"{name}: {value.dtype} of shape {tuple(value.shape)} does not fit {len(logits)} rows of logits. "
-                f"Give ({len(logits)},) {kind}."
+                f"{name}: {value.dtype} of shape {tuple(value.shape)} does not match {len(logits)} rows of logits. "
+                f"Give ({len(logits)},) {dtype}."
             )
     if rows is not None and (rows.ndim != 1 or rows.dtype != torch.int64):
         raise ValueError(
@@ -112,70 +111,74 @@ def check_set(logits: Tensor, labels: Tensor, valid: Tensor | None, rows: Tensor
 
 
 def check_labels(labels: Tensor, classes: int, valid: Tensor | None, rows: Tensor) -> None:
-    """Refuse labels that no class, and not the background, has, and positive rows that are none.
+    """Raise if a label is out of range, or a row listed as positive is background or ignored.
 
     Args:
         labels: (N,) int64; `classes` is the background.
         classes: number of classes.
-        valid: (N,) bool or None; the labels of ignored rows are free.
+        valid: (N,) bool or None; ignored rows may have any label.
         rows: (P,) int64 rows of the positives.
 
     Raises:
-        ValueError: naming the first wrong row and its label.
+        ValueError: naming the first such row and its label.
     """
     known = labels.clamp(0, classes) == labels
     if valid is not None:
         known = known | ~valid
 
-    def unknown() -> str:
+    def describe_unknown() -> str:
         row = int((~known).nonzero()[0])
         return (
             f"labels: row {row} has label {int(labels[row])}. Give 0 to {classes - 1} for {classes} classes, {classes} "
             "for background, and mark ignored rows in valid."
         )
 
-    demand(known.all(), unknown)
+    check_values(known.all(), describe_unknown)
     own = labels[rows]
     positive = own.clamp(0, classes - 1) == own
     if valid is not None:
         positive = positive & valid[rows]
 
-    def negative() -> str:
+    def describe_negative() -> str:
         first = int((~positive).nonzero()[0])
         return (
             f"rows: row {int(rows[first])} has label {int(own[first])} and is background or ignored. "
             f"Name only rows with a label of 0 to {classes - 1} that valid does not ignore."
         )
 
-    demand(positive.all(), negative)
+    check_values(positive.all(), describe_negative)
 
 
 def check_per_positive(name: str, values: Tensor, positives: Tensor) -> None:
-    """Refuse per-positive values that do not fit the positives.
+    """Raise unless there is one value per positive.
 
     Raises:
         ValueError: naming the values.
     """
     if values.shape != positives.shape:
         raise ValueError(
-            f"{name} has shape {tuple(values.shape)} for {len(positives)} positives: give one value per positive"
+            f"{name} has shape {tuple(values.shape)} for {len(positives)} positives. Give one value per positive."
         )
 
 
+# Device types on which torch has no float64.
 WITHOUT_FLOAT64 = ("mps",)
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:
-    """What the sums of a ranking are accumulated in: float64, or float32 on a device that has no wider type."""
+    """Return the type that a ranking's sums are accumulated in: float64, or float32 on a device without it.
+
+    Sums over a few logits are taken as differences of running sums over all of them, which leave few digits in float32.
+    """
     return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
 def single_or_wider(logits: Tensor) -> Tensor:
-    """Logits in float32, or as they are in float64; on their graph.
+    """Cast logits to float32, unless they are float64 already; differentiable.
 
-    The gradient goes back to the type that was given. For float16 logits many entries, about 1 / (P rank), then lie
-    below the least float16 number and become 0, unless the loss is multiplied first, as a GradScaler does. Under
-    autocast one is expected to be there; outside it a warning says so.
+    The gradient is cast back to the type of the input. For float16 logits many entries, about 1 / (P rank), are then
+    smaller than any float16 number and become 0, unless the loss is scaled first, as a GradScaler does. Under autocast
+    a scaler is expected; outside of it a warning is issued.
     """
     half = logits.dtype == torch.float16 and logits.requires_grad and not torch.compiler.is_compiling()
     if half and not torch.is_autocast_enabled(logits.device.type):

@@ -1,4 +1,4 @@
-"""Who takes part in one ranking: this process alone, or all processes of a distributed run."""
+"""Rankings over one process or over all processes of a distributed run."""
 
 import torch
 import torch.distributed as dist
@@ -8,12 +8,12 @@ SCOPES = ("process", "global")
 
 
 def world_size() -> int:
-    """Number of processes; 1 without torch.distributed."""
+    """Return the number of processes; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def process_sum(value: Tensor) -> Tensor:
-    """Sum of a tensor over all processes, without gradient."""
+    """Sum a tensor over all processes, without gradient."""
     value = value.detach()
     if world_size() > 1:
         value = value.clone()
@@ -22,12 +22,13 @@ def process_sum(value: Tensor) -> Tensor:
 
 
 def process_mean(value: Tensor) -> Tensor:
-    """Mean of a normalizer over all processes, at least 1, in float32 and without gradient."""
+    """Average a normalizer over all processes: at least 1, float32, without gradient."""
+    # The mean and not the sum: DDP averages the gradients, so loss / mean is, over all processes, sum / sum.
     return (process_sum(value.float()) / world_size()).clamp(min=1)
 
 
 def sum_over(values: Tensor, scope: str) -> Tensor:
-    """Sum of all values, here or of all processes; the gradient is that of this process's values."""
+    """Sum all values of this process or of all processes; the gradient is that of this process's values."""
     own = values.sum()
     if scope == "process" or world_size() == 1:
         return own
@@ -35,54 +36,62 @@ def sum_over(values: Tensor, scope: str) -> Tensor:
 
 
 def scale_for_ddp(term: Tensor, scope: str) -> Tensor:
-    """The same value with the gradient times the number of processes, for data-parallel training to divide by it."""
+    """Multiply the gradient of a term by the number of processes, not its value: DDP divides gradients by it."""
     if scope == "process" or world_size() == 1:
         return term
     return term + (world_size() - 1) * (term - term.detach())
 
 
 class Group:
-    """The processes that rank together, and how many positives each has.
+    """The processes that rank together, and the number of positives in each.
 
     Args:
-        scope: "process", or "global" for all processes; these tell each other their numbers of positives, for which
-            the host waits.
-        positives: number of positives here.
-        undefined: () bool on the device where tensors are exchanged: is this process's part of the loss undefined?
+        scope: "process", or "global" for all processes; these exchange their numbers of positives, for which the host
+            waits.
+        positives: number of positives of this process.
+        undefined: () bool on the device where tensors are exchanged, True if this process's part of the loss is
+            undefined.
+
+    Attributes:
+        counts: number of positives of each process.
+        rank: index of this process in `counts`.
+        nan_or_one: () float, NaN if the loss of any process is undefined, else 1; every value and every gradient is
+            multiplied by it, so that no process steps on a loss that is undefined in another.
 
     Raises:
         ValueError: for an unknown scope.
     """
 
-    def __init__(self, scope: str, positives: int, undefined: Tensor):
+    def __init__(self, scope: str, positives: int, undefined: Tensor) -> None:
         if scope not in SCOPES:
             raise ValueError(f"unknown scope {scope!r}: choose one of {', '.join(SCOPES)}")
         self.counts = [positives]
-        self.own = 0
+        self.rank = 0
         if scope == "global" and world_size() > 1:
+            # Every process's count and the number of undefined parts in one all-reduce.
             counts = torch.zeros(world_size() + 1, dtype=torch.int64, device=undefined.device)
             counts[dist.get_rank()] = positives
             counts[-1] = undefined
             counts = process_sum(counts)
             undefined = counts[-1] > 0
             self.counts = counts[:-1].tolist()
-            self.own = dist.get_rank()
-        # What every value and gradient is multiplied with: NaN for all where the loss of one is undefined, else 1.
-        self.sound = torch.where(undefined, torch.nan, 1.0)
+            self.rank = dist.get_rank()
+        self.nan_or_one = torch.where(undefined, torch.nan, 1.0)
 
     @property
     def positives(self) -> int:
-        """Number of positives of all processes together."""
+        """Return the number of positives of the group."""
         return sum(self.counts)
 
     def total(self, value: Tensor) -> Tensor:
-        """Sum over the group."""
+        """Sum a tensor over the group."""
         return value if len(self.counts) == 1 else process_sum(value)
 
     def gather(self, values: Tensor) -> Tensor:
-        """Values of this process's positives (P,) to those of all positives of the group, process by process."""
+        """Concatenate the values (P,) of each process's positives in the order of the processes."""
         if len(self.counts) == 1:
             return values
+        # all_gather needs equal shapes: padded to the largest count, and cut again.
         padded = values.new_zeros(max(self.counts))
         padded[: len(values)] = values
         parts = [torch.empty_like(padded) for _ in self.counts]
@@ -90,6 +99,6 @@ class Group:
         return torch.cat([part[:count] for part, count in zip(parts, self.counts)])
 
     def local_slice(self, values: Tensor) -> Tensor:
-        """The part of gathered values that belongs to this process, (P,)."""
-        start = sum(self.counts[: self.own])
-        return values[start : start + self.counts[self.own]]
+        """Return this process's part (P,) of gathered values."""
+        start = sum(self.counts[: self.rank])
+        return values[start : start + self.counts[self.rank]]

@@ -1,15 +1,15 @@
-"""Sums over the points in a quadrant of the plane, many quadrants at once, in O(n log n) time and O(n) memory.
+"""Sorting term of Rank & Sort: the order of the positives compared with that of their localization qualities.
 
-n items hold one row and one column each. The items, in column order, are sorted by row digit by digit as a radix sort
-does (a wavelet tree): before each pass, prefix sums over the columns say how much of each digit lies left of any
-column. A query follows the digits of its row down the tree and collects, at each level, what has a smaller digit and
-lies left of it.
+Few positives are compared pair by pair. For many, `quadrant_sums` sums over quadrants of the (logit, quality) plane, in
+O(n log n) time and O(n) memory, without any P x P matrix:
 
-Sorting terms of Rank & Sort: how the positives rank among themselves against their localization qualities.
-
-Few positives are compared pair by pair; many go through quadrant sums of the (logit, quality) plane, where nothing of
-size P x P exists.
+n items have one row and one column each. In column order, they are sorted by row, digit by digit as in a radix sort (a
+wavelet tree): before each pass, prefix sums over the columns give the sum of each digit's items left of any column. A
+query follows the digits of its row down the tree and adds up, at each level, the items that have a smaller digit and
+lie left of it.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from .ranking import smooth_heaviside
 
 
 def quadrant_sums(row: Tensor, values: Tensor, rows_before: Tensor, columns_before: Tensor) -> Tensor:
-    """Sums of the values of the items with row < rows_before and column < columns_before.
+    """Sum the values of the items with row < rows_before and column < columns_before, for many queries at once.
 
     Args:
         row: (n,) int64, a permutation: the row of the item in each column.
@@ -35,7 +35,7 @@ def quadrant_sums(row: Tensor, values: Tensor, rows_before: Tensor, columns_befo
     size = 1 << bits
     position = torch.arange(size, device=row.device, dtype=torch.int32)
     row = torch.cat([row.int(), position[count:]])
-    # Every node of the tree has to be full; the items that fill it up lie in rows that no query reaches.
+    # Every node of the tree has to be full; the items added lie in rows that no query reaches.
     values = pad(values, (0, size - count))
     rows_before, inside = rows_before.int(), columns_before.int()
     sums = values.new_zeros(len(values), len(rows_before))
@@ -46,11 +46,11 @@ def quadrant_sums(row: Tensor, values: Tensor, rows_before: Tensor, columns_befo
         bits -= level.step
         equal, below = _digit_tables(row, values, level)
         at, digit = level.place(rows_before, inside), level.digit(rows_before)
-        # Nothing has a digit below 0, and nothing comes before the first item.
-        some = (inside > 0) & (digit > 0)
-        sums.addcmul_(below.index_select(1, (digit - 1).clamp_(min=0) * size + at), some.to(sums.dtype))
+        # No digit is below 0, and no item comes before the first one.
+        nonempty = (inside > 0) & (digit > 0)
+        sums.addcmul_(below.index_select(1, (digit - 1).clamp_(min=0) * size + at), nonempty.to(sums.dtype))
         inside = equal.index_select(0, digit * size + at).mul_(inside > 0)
-        if bits:
+        if bits:  # sort the items of each node by digit, for the next pass
             digit = level.digit(row)
             rank = equal.index_select(0, digit * size + position) - 1
             target = (((row >> bits) << bits) + rank).long()
@@ -62,19 +62,20 @@ def quadrant_sums(row: Tensor, values: Tensor, rows_before: Tensor, columns_befo
 class Level:
     """One pass: nodes of 2^bits items whose rows agree in all higher bits; the next `step` bits are the digit."""
 
-    def __init__(self, bits: int, step: int, size: int):
+    def __init__(self, bits: int, step: int, size: int) -> None:
         self.bits, self.step, self.size = bits, step, size
 
     def digit(self, row: Tensor) -> Tensor:
+        """Return each row's digit at this level."""
         return (row >> (self.bits - self.step)) & ((1 << self.step) - 1)
 
     def place(self, row: Tensor, inside: Tensor) -> Tensor:
-        """Position of the last of the first `inside` items of the row's node."""
+        """Return the position of the last of the first `inside` items of the row's node."""
         return (((row >> self.bits) << self.bits) + inside - 1).clamp_(min=0, max=self.size - 1)
 
 
 def _digit_tables(row: Tensor, values: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-    """Running sums within each node, up to and including each position.
+    """Compute running sums within each node, up to and including each position.
 
     Returns:
         (2^step * n,) int32, the number of items with digit 0, 1, ...;
@@ -87,15 +88,16 @@ def _digit_tables(row: Tensor, values: Tensor, level: Level) -> tuple[Tensor, Te
     return equal.flatten(), below.flatten(1)
 
 
-# Measured on one CPU thread: above this many positives the quadrant sums are faster.
-DENSE = 400
-NOTHING = 1e-10
+# Measured on one CPU thread: above this many positives the quadrant sums are faster than the P x P matrix.
+MAX_DENSE = 400
+# A positive with less missorted mass above it than this is in order; its error would be 0 / 0.
+MIN_MASS = 1e-10
 
 
 def sorting_terms(
     scores: Tensor, quality: Tensor, delta: float, rank: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sorting error of each positive and the gradient of their sum (Bucketed Ranking-based Losses, Eq. S.3 and S.4).
+    """Compute each positive's sorting error and the gradient of their sum (Bucketed Ranking-based Losses, S.3, S.4).
 
     Args:
         scores: (P,) float64 ascending logits of the positives.
@@ -107,49 +109,55 @@ def sorting_terms(
     Returns:
         errors l_S(i) - l_S*(i) (P,) and gradients (P,), neither divided by P.
     """
-    method = dense_missorted if len(scores) <= DENSE else quadrant_missorted
+    method = dense_missorted if len(scores) <= MAX_DENSE else quadrant_missorted
     mass, error, spread = method(scores, quality, delta)
-    found = mass > NOTHING
-    mass = mass.clamp(min=NOTHING)
-    # M (A_M / M - A_T / R_T) / R, since the difference of the current and the target error would cancel.
+    missorted = mass > MIN_MASS
+    mass = mass.clamp(min=MIN_MASS)
+    # l_S - l_S* written as M (A_M / M - A_T / R_T) / R: the difference of the two errors would lose its digits.
+    # M, A_M: sums of H and H (1 - t) over the missorted; A_T, R_T: over the others; R: rank among the positives.
     share = (error / mass - (inverse - error) / (rank - mass)).clamp(min=0, max=1) / rank
-    share = torch.where(found, share, 0.0)
+    share = torch.where(missorted, share, 0.0)
     errors = share * mass
     return errors, spread(share) - errors
 
 
-def dense_missorted(scores: Tensor, quality: Tensor, delta: float):
-    """What each positive i sees above itself among the worse localized (t_j < t_i), from the P x P matrix.
+# Missorted mass M and error A of each positive, and the map that distributes values over what is missorted above each.
+Missorted = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
+
+
+def dense_missorted(scores: Tensor, quality: Tensor, delta: float) -> Missorted:
+    """Sum, for each positive i, over the worse localized positives (t_j < t_i) above it, from the P x P matrix.
 
     Returns:
         mass M_i = sum_j H(s_j - s_i) [t_j < t_i]  (P,),
         error A_i = the same sum of H (1 - t_j)  (P,),
         the map x -> sum_i x_i H(s_j - s_i) [t_j < t_i]  (P,) to (P,).
     """
-    missorted = smooth_heaviside(scores[None] - scores[:, None], delta) * (quality[None] < quality[:, None])
-    mass, error = (missorted @ torch.stack([torch.ones_like(quality), 1 - quality], 1)).unbind(1)
-    return mass, error, lambda x: x @ missorted
+    above = smooth_heaviside(scores[None] - scores[:, None], delta) * (quality[None] < quality[:, None])
+    mass, error = (above @ torch.stack([torch.ones_like(quality), 1 - quality], 1)).unbind(1)
+    return mass, error, lambda x: x @ above
 
 
-def quadrant_missorted(scores: Tensor, quality: Tensor, delta: float):
-    """`dense_missorted` from quadrant sums, in O(P log P)."""
+def quadrant_missorted(scores: Tensor, quality: Tensor, delta: float) -> Missorted:
+    """Compute the same as `dense_missorted` from quadrant sums, in O(P log P)."""
     mass, error = _missorted_sums(scores, quality, torch.stack([torch.ones_like(quality), 1 - quality]), delta)
 
     def spread(x: Tensor) -> Tensor:
-        # With both signs turned, j looks at i as i looked at j.
+        # The transposed sum: with both signs flipped, i lies above j with lower quality where j lay above i.
         return _missorted_sums(-scores.flip(0), -quality.flip(0), x.flip(0)[None], delta)[0].flip(0)
 
     return mass.clamp(min=0), error, spread
 
 
 def _missorted_sums(scores: Tensor, quality: Tensor, values: Tensor, delta: float) -> Tensor:
-    """sum_j v_j H(s_j - s_i) [t_j < t_i] for ascending scores; values and result (V, P)."""
+    """Compute sum_j v_j H(s_j - s_i) [t_j < t_i] for ascending scores; values and result (V, P)."""
     count = len(scores)
     ascending, order = quality.sort(stable=True)
     row = torch.empty_like(order).index_copy_(0, order, torch.arange(count, device=order.device)).flip(0)
     rows_before = torch.searchsorted(ascending, quality)
     if delta == 0:
         return quadrant_sums(row, values.flip(1), rows_before, count - torch.searchsorted(scores, scores))
+    # H is a ramp: 1 above s_i + delta, linear in s_j from s_i - delta on. Both ends are one query each.
     starts = count - torch.searchsorted(scores, torch.cat([scores - delta, scores + delta]))
     values = torch.cat([values, values * scores]).flip(1)
     sums = quadrant_sums(row, values, rows_before.repeat(2), starts)

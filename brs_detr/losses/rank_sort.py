@@ -19,9 +19,12 @@ from .ranking import (
     relevant_negatives,
 )
 
+# Ranking term, sorting term, gradient (M,) of the first, entries (P,) of the positives, gradient of the second there.
+Terms = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
 
 class RankSort(NamedTuple):
-    """Ranking and sorting terms of Rank & Sort; both scalars carry their own gradient."""
+    """Ranking and sorting term of Rank & Sort, scalars with a gradient each."""
 
     ranking: Tensor
     sorting: Tensor
@@ -45,9 +48,9 @@ def rank_sort_loss(
         ranking = mean_i N_FP(i) / rank(i)
         sorting = mean_i l_S(i) - l_S*(i),  l_S(i) = sum_j H(x_ij) (1 - t_j) / rank+(i),  l_S*: over t_j >= t_i only
 
-    The gradient is the identity update: each positive hands its ranking error to the negatives in proportion to H, and
-    its sorting error to the positives above it with lower quality. A step of gradient descent on both terms is
-    `(ranking + sorting).backward()`; a term that is scaled or left out scales or drops its own gradient only.
+    The gradient is the identity update: the ranking error of a positive is distributed over the negatives in proportion
+    to H, and its sorting error over the positives above it with lower quality. `(ranking + sorting).backward()` trains
+    with both terms; scaling or leaving out one of them scales or drops its own gradient only.
 
     Args:
         logits: any shape, M entries, all in one ranking.
@@ -59,15 +62,16 @@ def rank_sort_loss(
             and O(P + M) memory; "bucketed" replaces the negatives between two neighboring positives by their mean,
             which changes nothing at delta = 0 and approximates the gradient of the negatives above it.
         scope: "process", or "global" to rank the logits of all processes together: each gets the loss, and its own part
-            of the gradient, that one process with everything would get. Every process must call. Travels per process:
-            two numbers per positive, and one table of 4 numbers (exact; bucketed 2) per positive of all processes.
+            of the gradient, that a single process with all logits would get. Every process must call it. Sent per
+            process: two numbers per positive, and one table of 4 numbers (exact; bucketed 2) per positive of all
+            processes.
 
     Returns:
         two scalars >= 0, in float32 or wider; zeros attached to the graph without positives.
 
     Raises:
         ValueError: for an unknown method, a delta that is negative or not finite, arguments whose shapes or types do
-            not fit, or positives that are out of range, double or ignored (on a GPU the device asserts).
+            not match, or positives that are out of range, duplicated or ignored (on a GPU: a device-side assertion).
     """
     flat, valid, group = prepare(logits, positives, valid, delta, method, scope, quality=quality)
     if group.positives == 0:
@@ -78,14 +82,16 @@ def rank_sort_loss(
             terms = _pairwise(flat, positives, quality, valid, delta)
         else:
             terms = _from_ranking(rank(flat, positives, valid, delta, method, group), quality)
-    return RankSort(*attach_two(flat, *terms, group.sound))
+    return RankSort(*attach_two(flat, *terms, group.nan_or_one))
 
 
 def rank_sort_pairwise(
     logits: Tensor, positives: Tensor, quality: Tensor, negative: Tensor, delta: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rank & Sort loss (Bucketed Ranking-based Losses, Eq. 10, 11, S.3, S.4), ranking term first; quality (P,) is
-    t_i.
+    """Compute Rank & Sort loss (Bucketed Ranking-based Losses, Eq. 10, 11, S.3, S.4) pair by pair; quality (P,) is t_i.
+
+    Returns:
+        ranking term, sorting term, gradient (M,) of the first, gradient (M,) of the second.
     """
     count = len(positives)
     relevant = relevant_negatives(logits, positives, negative, delta)
@@ -93,11 +99,13 @@ def rank_sort_pairwise(
     ranking_errors, sorting_errors = torch.zeros_like(own), torch.zeros_like(own)
     on_negatives, on_positives = torch.zeros_like(others), torch.zeros_like(own)
     for i, (false_positives, above) in enumerate(pairwise_steps(own, others, delta)):
-        number = false_positives.sum()
-        rank = above.sum() + number
-        ranking_errors[i] = number / rank
+        num_fp = false_positives.sum()
+        rank = above.sum() + num_fp
+        ranking_errors[i] = num_fp / rank
+        # (N_FP / rank) H / N_FP: the division by N_FP, which may be 0, cancels.
         on_negatives += false_positives / rank
 
+        # The target ranking keeps only the positives of at least this quality above i.
         target = above * (quality >= quality[i])
         missorted = above * (quality < quality[i])
         current_error = (above * (1 - quality)).sum() / above.sum()
@@ -109,22 +117,21 @@ def rank_sort_pairwise(
     return ranking_errors.mean(), sorting_errors.mean(), ranking_gradient, sorting_gradient
 
 
-def _pairwise(flat: Tensor, positives: Tensor, quality: Tensor, valid: Tensor | None, delta: float):
+def _pairwise(flat: Tensor, positives: Tensor, quality: Tensor, valid: Tensor | None, delta: float) -> Terms:
+    """Arrange the result of `rank_sort_pairwise` for `attach_two`."""
     negative = negative_mask(flat, positives, valid)
     ranking, sorting, dense, sparse = rank_sort_pairwise(flat.to(quality.dtype), positives, quality, negative, delta)
     return ranking, sorting, dense, positives, sparse[positives]
 
 
-def _from_ranking(ranking: Ranking, quality: Tensor):
-    """Ranking and sorting term, gradient of the first (M,), entries of the positives and gradient of the second
-    there.
-    """
+def _from_ranking(ranking: Ranking, quality: Tensor) -> Terms:
+    """Compute both terms by a fast method."""
     count = len(ranking.order)
     quality = ranking.sort(quality)
     above = ranking.positives_above()
-    false_positives = ranking.negatives.num_fp()
-    position = above + false_positives
-    ranking_error = false_positives / position
+    num_fp = ranking.negatives.num_fp()
+    position = above + num_fp
+    ranking_error = num_fp / position
     # l_R(i) H / N_FP(i) = H / rank(i): nothing is divided by N_FP, which may be 0.
     dense = ranking.negatives.backprop(1 / (position * count))
     dense.index_copy_(0, ranking.index, ranking.own(-ranking_error / count))

@@ -6,17 +6,10 @@ negatives needs the cell's count and sum of logits only. So one look-up per nega
 positive.
 
 At delta = 0 the ramps are steps at s_i, there are P + 1 cells, and counts alone suffice. Cell 0 lies below every ramp:
-what must not take part (the positives themselves, ignored entries) is sent there.
+entries that must not count (the positives themselves, ignored entries) are put there.
 
-Which interval of a sorted list does each of many values fall into?
-
-On a CPU a million binary searches cost more than all else in a ranking loss, as each takes a dozen mispredicted
-branches. There a uniform grid over the list answers most of the question in one step, and a few branch-free steps
-settle the rest.
-
-Forward and backward of N_FP: false positives ranked above each positive, and their gradient.
-
-Both classes offer the same two maps for positives given in ascending order:
+`ExactNegatives` and `BucketedNegatives` compute N_FP, the false positives ranked above each positive, and its gradient,
+for positives in ascending order:
 `num_fp()`     N_FP(i) = sum_j H(s_j - s_i) over the negatives, (P,);
 `backprop(w)`  g_j = sum_i w_i H(s_j - s_i) for every logit, (M,), exactly 0 for positives and ignored entries.
 """
@@ -32,10 +25,11 @@ from .distributed import Group
 class Cells(NamedTuple):
     """The partition of the line by the positives' ramps.
 
-    scores: (P,) float64, the positives' logits in ascending order.
-    points: (K,) float64, ascending ends of the ramps; K = 2P, or P at delta 0.
-    low, high: (P,) int64, positions in `points` where each positive's ramp starts and ends.
-    delta: half width of the step.
+    Attributes:
+        scores: (P,) float64, the positives' logits in ascending order.
+        points: (K,) float64, ascending ends of the ramps; K = 2P, or P at delta 0.
+        low, high: (P,) int64, positions in `points` where each positive's ramp starts and ends.
+        delta: half width of the step.
     """
 
     scores: Tensor
@@ -52,7 +46,7 @@ def make_cells(scores: Tensor, delta: float) -> Cells:
     if delta == 0:
         return Cells(scores, scores, position, position, delta)
     lower, upper = scores - delta, scores + delta
-    # Both lists are sorted: each end's place among its own is known, and only its place among the others is looked up.
+    # A merge of two sorted lists: each end's position in its own list is known, only that in the other is searched.
     low = position + torch.searchsorted(upper, lower)
     high = position + torch.searchsorted(lower, upper, right=True)
     points = scores.new_empty(2 * count).index_copy_(0, low, lower).index_copy_(0, high, upper)
@@ -60,7 +54,7 @@ def make_cells(scores: Tensor, delta: float) -> Cells:
 
 
 def tally(cells: Cells, where: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Weight and weighted sum of the values in each cell.
+    """Sum the weights and the weighted values in each cell.
 
     Args:
         where: (M,) cell of each value.
@@ -78,7 +72,7 @@ def tally(cells: Cells, where: Tensor, x: Tensor, weight: Tensor | None = None) 
 
 
 def sums_above(cells: Cells, table: Tensor) -> Tensor:
-    """sum_j weight_j H(x_j - s_i) for every positive i, from the tally of the x_j.
+    """Compute sum_j weight_j H(x_j - s_i) for every positive i, from the tally of the x_j.
 
     Args:
         table: (2, K + 1) as `tally` returns it.
@@ -87,15 +81,17 @@ def sums_above(cells: Cells, table: Tensor) -> Tensor:
         (P,) float64 in the order of `cells.scores`.
     """
     suffix = table.flip(1).cumsum(1).flip(1)
+    # Values past the ramp count 1 each; `points[k]` is the left end of cell k + 1.
     above = suffix[0].index_select(0, cells.high + 1)
     if cells.delta == 0:
         return above
+    # On the ramp H = (x - s_i) / (2 delta) + 1/2, so the count and the sum of the x there suffice.
     on_ramp = suffix.index_select(1, cells.low + 1) - suffix.index_select(1, cells.high + 1)
     return above + (on_ramp[1] - cells.scores * on_ramp[0]) / (2 * cells.delta) + on_ramp[0] / 2
 
 
 def lines(cells: Cells, weight: Tensor) -> Tensor:
-    """The function x -> sum_i weight_i H(x - s_i), one straight line per cell.
+    """Tabulate the function x -> sum_i weight_i H(x - s_i), one straight line per cell.
 
     Args:
         weight: (P,) float64 in the order of `cells.scores`.
@@ -109,41 +105,45 @@ def lines(cells: Cells, weight: Tensor) -> Tensor:
         return table
     slope = weight / (2 * cells.delta)
     offset = slope * cells.scores
+    # Each ramp adds its line where it starts, and replaces it by the constant weight where it ends.
     table.index_copy_(1, cells.low + 1, torch.stack([weight / 2 - offset, slope]))
     table.index_copy_(1, cells.high + 1, torch.stack([weight / 2 + offset, -slope]))
     return table.cumsum(1)
 
 
 def evaluate(table: Tensor, where: Tensor, x: Tensor) -> Tensor:
-    """alpha + beta * x of each value's cell, (M,)."""
+    """Evaluate alpha + beta * x with the line of each value's cell, (M,)."""
     return table[1].index_select(0, where).mul_(x).add_(table[0].index_select(0, where))
 
 
-GRID = 1 << 16
-STEPS = 6
+# On a CPU a million binary searches cost more than all else in a ranking loss, since each takes a dozen mispredicted
+# branches. There a uniform grid finds the neighborhood of a value in one step, and a few branch-free steps do the rest.
+GRID = 1 << 16  # largest number of slots: a table of 256 KiB
+MAX_STEPS = 6  # where a slot has 64 points or more, the binary search is used instead
+MIN_GRID_QUERIES = 4096  # fewer queries do not pay for the grid
 
 
 def locate(points: Tensor, x: Tensor) -> Tensor:
-    """Number of points at or below each value.
+    """Count the points at or below each value.
 
     Args:
         points: (K,) ascending, K >= 1, finite.
-        x: (M,) same dtype, may be infinite; a NaN falls anywhere in 0..K.
+        x: (M,) same dtype, may be infinite; a NaN gives any number in 0..K.
 
     Returns:
         (M,) int32 in 0..K.
     """
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and len(x) > 4096:
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and len(x) > MIN_GRID_QUERIES:
         return _grid_search(points, x)
     return torch.searchsorted(points, x, right=True, out_int32=True)
 
 
 def _grid_search(points: Tensor, x: Tensor) -> Tensor:
-    """`locate` with a table of how many points lie before each of at most `GRID` equal slots.
+    """Count as `locate` does, with a table of the number of points before each of at most `GRID` equal slots.
 
     The slot is a monotone function of the value even after rounding, so that points in earlier slots are below x and
-    points in later ones above it, and only those of x's own slot are left to compare with. Reads the fullest slot's
-    size on the host.
+    points in later ones above it, and only those of x's own slot are left to compare with. The host reads the size of
+    the fullest slot.
     """
     slots = min(GRID, 1 << (len(x) - 1).bit_length())
     low, span = points[0], points[-1] - points[0]
@@ -154,15 +154,15 @@ def _grid_search(points: Tensor, x: Tensor) -> Tensor:
 
     filled = torch.bincount(slot(points), minlength=slots)
     fullest = int(filled.max()).bit_length()
-    if fullest > STEPS:
+    if fullest > MAX_STEPS:
         return torch.searchsorted(points, x, right=True, out_int32=True)
     before = (filled.cumsum(0) - filled).int()
-    found = before.index_select(0, slot(x))
-    # Past the end nothing is at or below x, infinity included.
+    count = before.index_select(0, slot(x))
+    # NaN past the end compares as not at or below x, even an infinite x.
     padded = torch.cat([points, points.new_full((1 << fullest,), torch.nan)])
     for step in reversed(range(fullest)):
-        found.add_(padded[(1 << step) - 1 :].index_select(0, found) <= x, alpha=1 << step)
-    return found
+        count.add_(padded[(1 << step) - 1 :].index_select(0, count) <= x, alpha=1 << step)
+    return count
 
 
 class ExactNegatives:
@@ -176,19 +176,21 @@ class ExactNegatives:
         group: the processes that rank together; one table of (2, K + 1) numbers is summed over them.
     """
 
-    def __init__(self, cells: Cells, logits: Tensor, positives: Tensor, valid: Tensor | None, group: Group):
+    def __init__(self, cells: Cells, logits: Tensor, positives: Tensor, valid: Tensor | None, group: Group) -> None:
         self.cells = cells
         self.group = group
         self.where = locate(cells.points, logits).index_fill_(0, positives, 0)
         if valid is not None:
             self.where *= valid
-        # Outside the ramps a logit's value is of no account; clamping keeps infinities out of the sums.
+        # Outside the ramps a logit's value has no effect; clamping keeps infinities out of the sums.
         self.x = logits.clamp(cells.points[0], cells.points[-1])
 
     def num_fp(self) -> Tensor:
+        """Compute N_FP of every positive, (P,)."""
         return sums_above(self.cells, self.group.total(tally(self.cells, self.where, self.x)))
 
     def backprop(self, weight: Tensor) -> Tensor:
+        """Compute sum_i weight_i H(s_j - s_i) of every logit, (M,)."""
         return evaluate(lines(self.cells, weight), self.where, self.x)
 
 
@@ -202,20 +204,20 @@ class BucketedNegatives:
     Args: as for `ExactNegatives`; the table summed over processes holds the P + 1 buckets.
     """
 
-    def __init__(self, cells: Cells, logits: Tensor, positives: Tensor, valid: Tensor | None, group: Group):
+    def __init__(self, cells: Cells, logits: Tensor, positives: Tensor, valid: Tensor | None, group: Group) -> None:
         self.cells = cells
         edges = torch.cat([cells.points[:1], cells.scores]) if cells.delta > 0 else cells.scores
         self.bucket = locate(edges, logits).index_fill_(0, positives, 0)
         if valid is not None:
             self.bucket *= valid
         table = logits.new_zeros(2, len(edges) + 1)
-        # An infinite logit may not make its bucket's mean undefined.
+        # An infinite logit must not make its bucket's mean undefined.
         x = logits.clamp(max=torch.finfo(torch.float32).max).clamp_(min=edges[0])
         table[0].index_add_(0, self.bucket, torch.ones_like(x))
         table[1].index_add_(0, self.bucket, x)
         table = group.total(table)
         self.size = table[0, 1:]
-        # A mean may round past an edge of its bucket, and would then lie on the wrong side of a positive.
+        # A rounded mean may lie past an edge of its bucket, on the other side of a positive.
         upper = torch.cat([edges[1:], cells.points[-1:]])
         self.prototype = (table[1, 1:] / self.size.clamp(min=1)).clamp(edges, upper)
         if cells.delta > 0:
@@ -224,8 +226,10 @@ class BucketedNegatives:
             self.where = torch.arange(1, len(edges) + 1, device=logits.device, dtype=torch.int32)
 
     def num_fp(self) -> Tensor:
+        """Compute N_FP of every positive, (P,)."""
         return sums_above(self.cells, tally(self.cells, self.where, self.prototype, self.size))
 
     def backprop(self, weight: Tensor) -> Tensor:
+        """Compute sum_i weight_i H(s_j - s_i) of every logit, (M,), the same for a whole bucket."""
         per_bucket = evaluate(lines(self.cells, weight), self.where, self.prototype)
         return torch.cat([per_bucket.new_zeros(1), per_bucket]).index_select(0, self.bucket)

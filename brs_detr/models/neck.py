@@ -1,4 +1,4 @@
-"""Channel mapper: backbone levels to one width, plus one coarser level."""
+"""Channel mapper: projects backbone levels to one width and adds coarser levels."""
 
 from __future__ import annotations
 
@@ -24,26 +24,27 @@ class ConvNorm(nn.Module):
         nn.init.xavier_uniform_(self.conv.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, h, w) -> (B, outputs, h', w')."""
-        return self.norm(self.conv(x))
+        """Map (B, inputs, h, w) to (B, outputs, h', w')."""
+        out: Tensor = self.norm(self.conv(x))
+        return out
 
 
 class ChannelMapper(nn.Module):
-    """A 1x1 projection for each backbone level; further levels by 3x3 stride-2 convolutions.
+    """1x1 projections of the backbone levels, and 3x3 stride-2 convolutions for further levels.
 
-    The first further level reads the last *backbone* map, not its projection (as in Deformable DETR).
+    The first further level reads the last *backbone* map, not its projection, as in Deformable DETR.
 
     Args:
         channels: of the backbone's levels.
         dim: width of every output.
-        levels: how many maps to return; at least `len(channels)`.
+        levels: number of maps to return; at least `len(channels)`.
         norm_groups: GroupNorm's groups; must divide `dim`.
     """
 
     def __init__(self, channels: Sequence[int], dim: int = 256, levels: int = 4, norm_groups: int = 32) -> None:
         super().__init__()
         if levels < len(channels):
-            raise ValueError(f"model.levels is {levels}, the backbone already gives {len(channels)} levels")
+            raise ValueError(f"model.levels={levels}: the backbone already has {len(channels)} levels. Raise it.")
         self.projections = nn.ModuleList(ConvNorm(c, dim, 1, groups=norm_groups) for c in channels)
         widths = [channels[-1]] + [dim] * (levels - len(channels) - 1)
         self.extra = nn.ModuleList(
@@ -51,7 +52,7 @@ class ChannelMapper(nn.Module):
         )
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """list of (B, c, h, w) -> list of (B, dim, h, w), finest first."""
+        """Map a list of (B, c, h, w) to a list of (B, dim, h, w), finest first."""
         maps = [project(f) for project, f in zip(self.projections, features, strict=True)]
         source = features[-1]
         for extra in self.extra:

@@ -1,1 +1,4 @@
-"""Leaves of the house: boxes, anchors, batches of images, deformable attention. They import nothing of ours."""
+"""Building blocks: boxes, anchors, batches of images and targets, deformable attention sampling.
+
+They import no other package of brs_detr.
+"""

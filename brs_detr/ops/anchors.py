@@ -1,7 +1,7 @@
-"""Anchor boxes of a feature pyramid, and which of them belong to the image rather than to the batch padding.
+"""Anchor boxes of a feature pyramid, and selection of those inside an image rather than in the batch padding.
 
 Validity follows from host integers alone: the anchors of an image are the top left rectangle of every level, so they
-are cut out by slicing and no mask ever has to be read back from the device.
+are selected by slicing, and the host never waits for the device to read a mask.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from brs_detr.ops.images import Size
 
 
 def base_anchors(stride: int, scales: Sequence[float], ratios: Sequence[float]) -> Tensor:
-    """Anchors of the cell at the origin, ratio-major, then scale.
+    """Make the anchors of the cell at the origin, ratio-major, then scale.
 
     Args:
         stride: pixels per cell; an anchor of scale s has the area (stride * s)^2.
@@ -25,6 +25,7 @@ def base_anchors(stride: int, scales: Sequence[float], ratios: Sequence[float]) 
     Returns:
         (len(ratios) * len(scales), 4) xyxy pixels, centered at (0, 0).
     """
+    # Sides (s / sqrt(r), s * sqrt(r)): the ratio is height over width, and the area stays s^2.
     root = torch.tensor(ratios, dtype=torch.float32).sqrt()[:, None]
     sides = stride * torch.tensor(scales, dtype=torch.float32)[None]
     half = 0.5 * torch.stack([sides / root, sides * root], dim=-1).reshape(-1, 2)
@@ -42,17 +43,29 @@ class AnchorGrid(nn.Module):
         ratios: height over width of the anchors.
     """
 
+    bases: Tensor
+
     def __init__(self, strides: Sequence[int], scales: Sequence[float], ratios: Sequence[float]) -> None:
         super().__init__()
         self.strides = tuple(strides)
         self.per_cell = len(scales) * len(ratios)
         bases = torch.stack([base_anchors(stride, scales, ratios) for stride in strides])
-        self.register_buffer("bases", bases, persistent=False)
+        self.register_buffer("bases", bases, persistent=False)  # a buffer moves with the module; not saved
 
     def forward(self, shapes: Sequence[Size]) -> list[Tensor]:
-        """Anchors for levels of the given (h, w) cells: one (h, w, per_cell, 4) xyxy pixel tensor per level."""
+        """Place the anchors on levels of the given (h, w) cells.
+
+        Returns:
+            (h, w, per_cell, 4) xyxy pixels per level.
+
+        Raises:
+            ValueError: there are more or fewer levels than strides.
+        """
         if len(shapes) != len(self.strides):
-            raise ValueError(f"{len(shapes)} feature maps for {len(self.strides)} strides {self.strides}")
+            raise ValueError(
+                f"anchors: {len(shapes)} feature maps for {len(self.strides)} strides {self.strides}. "
+                "Give one map per stride."
+            )
         levels = []
         for (height, width), stride, base in zip(shapes, self.strides, self.bases, strict=True):
             x = torch.arange(width, device=base.device, dtype=base.dtype) * stride
@@ -63,7 +76,7 @@ class AnchorGrid(nn.Module):
 
 
 def valid_extents(size: Size, shapes: Sequence[Size], strides: Sequence[int]) -> list[Size]:
-    """Cells of each level that lie inside one image of a padded batch.
+    """Count the cells of each level that lie inside one image of a padded batch.
 
     Args:
         size: (h, w) pixels of the image, without padding.
@@ -80,7 +93,7 @@ def valid_extents(size: Size, shapes: Sequence[Size], strides: Sequence[int]) ->
 
 
 def valid_rows(levels: Sequence[Tensor], extents: Sequence[Size]) -> Tensor:
-    """Entries of one image, level after level, cells row-major, anchors fastest.
+    """Select the entries of one image, level after level, cells row-major, anchors fastest.
 
     Args:
         levels: (h, w, ..., D) per level.
@@ -95,7 +108,7 @@ def valid_rows(levels: Sequence[Tensor], extents: Sequence[Size]) -> Tensor:
 
 
 def batch_rows(levels: Sequence[Tensor], extents: Sequence[Sequence[Size]]) -> Tensor:
-    """Entries of all images, one image after the other, each as in `valid_rows`.
+    """Select the entries of all images, one image after the other, each as in `valid_rows`.
 
     Args:
         levels: (B, h, w, ..., D) per level.
@@ -110,6 +123,6 @@ def batch_rows(levels: Sequence[Tensor], extents: Sequence[Sequence[Size]]) -> T
 def take_rows(rows: Tensor, index: Tensor) -> Tensor:
     """Pick rows of each image by index: (B, N, D) and (B, n) int64 -> (B, n, D).
 
-    By `gather` and not `take_along_dim`, which `torch.export` can only trace for one batch size.
+    `gather` and not `take_along_dim`, which `torch.export` can trace for a fixed batch size only.
     """
     return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))

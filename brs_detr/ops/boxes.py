@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BoxCoder:
-    """Encodes boxes relative to reference boxes, and back, always in float32 or wider.
+    """Conversion of boxes to offsets from reference boxes and back, in float32 or wider.
 
     Attributes:
         stds: divisors of (dx, dy, dw, dh).
@@ -23,10 +23,10 @@ class BoxCoder:
     """
 
     stds: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
-    largest_factor: float = 1000 / 16
+    largest_factor: float = 1000 / 16  # as in Faster R-CNN's code: exp() of an early prediction must not overflow
 
     def encode(self, references: Tensor, boxes: Tensor) -> Tensor:
-        """Offsets that turn each reference into the box of the same row.
+        """Compute the offsets that turn each reference into the box of the same row.
 
         Args:
             references: (..., 4) xyxy, sides above 0.
@@ -43,7 +43,7 @@ class BoxCoder:
         return torch.stack([shift[..., 0] / sx, shift[..., 1] / sy, growth[..., 0] / sw, growth[..., 1] / sh], dim=-1)
 
     def decode(self, references: Tensor, deltas: Tensor) -> Tensor:
-        """Boxes that the offsets describe; not clipped to any image.
+        """Apply offsets to reference boxes; the result is not clipped to any image.
 
         Args:
             references: (..., 4) xyxy, broadcast against the deltas.
@@ -55,6 +55,7 @@ class BoxCoder:
         center, side = _center_side(_wide(references))
         dx, dy, dw, dh = _wide(deltas).unbind(-1)
         (sx, sy, sw, sh) = self.stds
+        # Only the sides are bounded: a center far outside is harmless, a side of exp(large) is infinite.
         max_log = math.log(self.largest_factor)
         center = center + torch.stack([dx * sx, dy * sy], dim=-1) * side
         half = 0.5 * side * torch.stack([dw * sw, dh * sh], dim=-1).clamp(-max_log, max_log).exp()
@@ -62,9 +63,11 @@ class BoxCoder:
 
 
 def _wide(x: Tensor) -> Tensor:
+    """Cast to float32, unless float64: half precision has too few digits for pixel coordinates."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _center_side(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return centers and sides, (..., 2) each."""
     low, high = boxes[..., :2], boxes[..., 2:]
     return (low + high) * 0.5, high - low

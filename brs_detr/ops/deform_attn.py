@@ -1,7 +1,7 @@
 """Multi-scale deformable attention sampling (Deformable DETR, Zhu et al. 2021, Eq. 3) in plain torch.
 
-Each query reads a few bilinear samples of every feature level and sums them with its own weights. One `grid_sample` a
-level does the reading; nothing is compiled, and every floating dtype and device that torch supports will do.
+Each query reads a few bilinear samples of every feature level and sums them with its own weights. One `grid_sample` per
+level reads them; nothing is compiled, and every floating dtype and device that torch supports works.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from brs_detr.ops.images import Size
 
 
 def deformable_sampling(value: Tensor, shapes: Sequence[Size], locations: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of bilinear samples over all levels and points.
+    """Sum bilinear samples over all levels and points, weighted.
 
     Args:
         value: (B, N, heads, dim) tokens of all levels, row-major, one level after the other; N = sum of h * w.
@@ -36,14 +36,16 @@ def deformable_sampling(value: Tensor, shapes: Sequence[Size], locations: Tensor
     lengths = [h * w for h, w in shapes]
     if sum(lengths) != tokens:
         raise ValueError(f"levels {list(shapes)} hold {sum(lengths)} tokens, the value tensor has {tokens}")
+    # bf16 locations would be off by cells on a large map, and sums of many samples would lose their digits.
     compute = torch.promote_types(value.dtype, torch.float32)
     with torch.autocast(value.device.type, enabled=False):
-        # grid_sample reads one image per (image, head), at coordinates in [-1, 1]
+        # To grid_sample each (image, head) is an image of its own; it wants coordinates in [-1, 1].
         grids = rearrange(2 * locations.to(compute) - 1, "b q h l p xy -> (b h) l q p xy")
         shares = rearrange(weights.to(compute), "b q h l p -> (b h) l q p")
         total = value.new_zeros(batch * heads, dim, queries, dtype=compute)
         for level, (tokens_of_level, (h, w)) in enumerate(zip(value.split(lengths, dim=1), shapes, strict=True)):
             image = rearrange(tokens_of_level.to(compute), "b (y x) h d -> (b h) d y x", y=h, x=w)
+            # Not aligned to corners: 0 and 1 are the outer edges of the border cells, not their centers.
             samples = F.grid_sample(image, grids[:, level], padding_mode="zeros", align_corners=False)
             total = total + (samples * shares[:, level].unsqueeze(1)).sum(-1)
     return rearrange(total, "(b h) d q -> b q (h d)", h=heads).to(value.dtype)

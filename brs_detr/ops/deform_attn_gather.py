@@ -1,7 +1,7 @@
 """Multi-scale deformable sampling from plain indexing, for graphs that must run where `grid_sample` does not.
 
-Exported, `grid_sample` becomes ONNX's GridSample, which some runtimes lack and others have computed wrongly. Here each
-location's four neighbors are looked up as rows of one table of tokens and summed with their bilinear weights.
+Exported, `grid_sample` becomes ONNX's GridSample, which some runtimes lack and some versions of others compute wrongly.
+Here each location's four neighbors are rows of one table of tokens, summed with their bilinear weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from brs_detr.ops.images import Size, level_sizes
 
 
 def gathered_sampling(value: Tensor, shapes: Sequence[Size], locations: Tensor, weights: Tensor) -> Tensor:
-    """The function that `deform_attn.deformable_sampling` is, gradients included; it takes more memory.
+    """Compute the same as `deform_attn.deformable_sampling`, gradients included, with more memory.
 
     Arguments, result and errors are described there: value (B, N, heads, dim), locations (B, Q, heads, L, points, 2),
     weights (B, Q, heads, L, points) -> (B, Q, heads * dim).
@@ -32,6 +32,7 @@ def gathered_sampling(value: Tensor, shapes: Sequence[Size], locations: Tensor, 
         starts = torch.tensor([sum(lengths[:level]) for level in range(len(lengths))]).to(device)[:, None]
         first = torch.arange(batch, device=device).view(batch, 1, 1, 1, 1) * tokens + starts
         head = torch.arange(heads, device=device).view(heads, 1, 1)
+        # Cell i has its center at i + 0.5, hence - 0.5; neighbors outside the level get weight 0.
         columns = neighbors(locations[..., 0] * widths - 0.5, widths)
         total = value.new_zeros(batch, locations.shape[1], heads, dim, dtype=compute)
         for row, row_share in neighbors(locations[..., 1] * heights - 0.5, heights):
@@ -44,19 +45,19 @@ def gathered_sampling(value: Tensor, shapes: Sequence[Size], locations: Tensor, 
 
 
 def neighbors(positions: Tensor, lengths: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The cells before and after each position on an axis, and their linear weights.
+    """Return the cells before and after each position on an axis, and their linear weights.
 
     Args:
         positions: any shape, in cells; cell i lies at i.
         lengths: cells on the axis, to broadcast with the positions.
 
     Returns:
-        Twice: cells (int64), moved to the nearest end where they lie outside, and weights, then 0.
+        (cells, weights) of both: cells int64, clamped to the axis, and weight 0 where they lay outside.
     """
     before = positions.floor()
     share = positions - before
-    found = []
+    pairs = []
     for cells, weights in ((before, 1 - share), (before + 1, share)):
         inside = (cells >= 0) & (cells < lengths)
-        found.append((cells.clamp(min=0).minimum(lengths - 1).long(), weights * inside))
-    return found
+        pairs.append((cells.clamp(min=0).minimum(lengths - 1).long(), weights * inside))
+    return pairs

@@ -1,14 +1,18 @@
 """Multi-scale deformable sampling as one Triton kernel forward and one backward.
 
-The plain torch version keeps every sample of every query for the backward pass, (B, heads, Q, dim, points) a level;
-here they stay in registers and are read again when the gradient is computed: nothing is kept but the inputs. Triton
-compiles at the first call; nothing is compiled at installation.
+The plain torch version keeps every sample of every query for the backward pass, (B, heads, Q, dim, points) per level;
+here they stay in registers and are read again for the gradient, so that only the inputs are kept. Triton compiles at
+the first call; nothing is compiled at installation.
 """
+
+# Triton kernels cannot be typed: their arguments are pointers and blocks of a language of its own.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -19,21 +23,21 @@ from torch.autograd.function import once_differentiable
 from brs_detr.ops.deform_attn import deformable_sampling
 from brs_detr.ops.images import Size
 
-QUERIES_PER_PROGRAM = 16  # 32 make the backward kernel run out of registers
+QUERIES_PER_PROGRAM = 16  # with 32 the backward kernel runs out of registers
 
 
 def fused_sampling(value: Tensor, shapes: Sequence[Size], locations: Tensor, weights: Tensor) -> Tensor:
-    """`triton_sampling` on a GPU, the plain torch version elsewhere and in float64: a model trained there runs here."""
+    """Sample by `triton_sampling` on a GPU, and by the torch version on a CPU or in float64: a model runs on both."""
     if not value.is_cuda or value.dtype == torch.float64:
         return deformable_sampling(value, shapes, locations, weights)
     return triton_sampling(value, shapes, locations, weights)
 
 
 def triton_sampling(value: Tensor, shapes: Sequence[Size], locations: Tensor, weights: Tensor) -> Tensor:
-    """The same function as `deform_attn.deformable_sampling`, on a GPU.
+    """Compute the same as `deform_attn.deformable_sampling`, on a GPU.
 
-    The gradient of `value` is summed with atomic additions in float32: its last bits depend on their order. Arguments
-    and result are described there: value (B, N, heads, dim) of float32 or half precision, locations
+    The gradient of `value` is summed with atomic additions in float32, so its last bits depend on their order.
+    Arguments and result are described there: value (B, N, heads, dim) of float32 or half precision, locations
     (B, Q, heads, L, points, 2), weights (B, Q, heads, L, points) -> (B, Q, heads * dim), summed in float32.
 
     Raises:
@@ -44,12 +48,15 @@ def triton_sampling(value: Tensor, shapes: Sequence[Size], locations: Tensor, we
     if value.dtype == torch.float64:
         raise ValueError("the Triton kernel sums in float32; use the torch version for float64")
     with torch.cuda.device_of(value):  # Triton launches on the current device, which may be another GPU
-        return _Sampling.apply(value, locations.float(), weights.float(), tuple(map(tuple, shapes)))
+        result: Tensor = _Sampling.apply(value, locations.float(), weights.float(), tuple(map(tuple, shapes)))
+    return result
 
 
 class _Sampling(torch.autograd.Function):
+    """The autograd function of both kernels."""
+
     @staticmethod
-    def forward(ctx, value: Tensor, locations: Tensor, weights: Tensor, shapes: tuple[Size, ...]) -> Tensor:
+    def forward(ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, shapes: tuple[Size, ...]) -> Tensor:
         value, locations, weights = value.contiguous(), locations.contiguous(), weights.contiguous()
         batch, tokens, heads, dim = value.shape
         queries, levels, points = locations.shape[1], len(shapes), locations.shape[4]
@@ -61,8 +68,9 @@ class _Sampling(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         value, locations, weights = ctx.saved_tensors
+        # Float32 zeros: half precision would lose most of the many small additions.
         of_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
         of_locations, of_weights = torch.empty_like(locations), torch.empty_like(weights)
         grid = _grid(value.shape[0], value.shape[2], locations.shape[1])
@@ -73,12 +81,12 @@ class _Sampling(torch.autograd.Function):
 
 @lru_cache(maxsize=1024)
 def _level_table(shapes: tuple[Size, ...], device: torch.device) -> Tensor:
-    """(L, 3) int32: height, width and first token of each level; kept, so that a step copies nothing to the device."""
+    """Return (L, 3) int32: height, width and first token of each level; cached, which saves a copy per step."""
     rows, start = [], 0
     for height, width in shapes:
         rows.append((height, width, start))
         start += height * width
-    with torch.inference_mode(False):
+    with torch.inference_mode(False):  # a cached inference tensor could not be saved for a later backward pass
         return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
@@ -92,12 +100,12 @@ def _blocks(dim: int) -> dict[str, int]:
 
 @triton.jit
 def _corner(base, y, x, h, w, channels, stride, rows, columns):
-    """The values of one neighbor of each query's location, zero outside the level; their offsets and mask.
+    """Load one neighbor of each query's location, zero outside the level; return values, offsets and mask.
 
-    base: the level's first cell; y, x: (BLOCK_Q,) whole floats; channels: (BLOCK_D,); stride: from cell to cell; rows,
-    columns: which queries and channels are there. All results (BLOCK_Q, BLOCK_D).
+    base: the level's first cell; y, x: (BLOCK_Q,) integral floats; channels: (BLOCK_D,); stride: from cell to cell;
+    rows, columns: masks of the queries and channels that exist. All results (BLOCK_Q, BLOCK_D).
     """
-    # compared as floats: a location far outside, or NaN, must not become an index
+    # Compared as floats: a location far outside, or NaN, must not become an index.
     inside = (y >= 0) & (y < h) & (x >= 0) & (x < w) & rows
     cell = tl.where(inside, y, 0.0).to(tl.int32) * w + tl.where(inside, x, 0.0).to(tl.int32)
     offsets = cell[:, None] * stride + channels[None, :]
@@ -107,7 +115,7 @@ def _corner(base, y, x, h, w, channels, stride, rows, columns):
 
 @triton.jit
 def _place(locations, weights, sample, h, w, rows):
-    """Cell above and left of each location, the fractions beyond it, and the sample's weight; all (BLOCK_Q,)."""
+    """Return the cell above and left of each location, the fractions beyond it, and the sample's weight, (BLOCK_Q,)."""
     x = tl.load(locations + sample * 2, mask=rows, other=0.0) * w - 0.5
     y = tl.load(locations + sample * 2 + 1, mask=rows, other=0.0) * h - 0.5
     weight = tl.load(weights + sample, mask=rows, other=0.0)

@@ -1,7 +1,7 @@
 """A batch of images of different sizes, zero-padded to one tensor.
 
-The sizes stay on the host as plain integers: masks, anchor validity and clipping follow from them without asking the
-device anything.
+The sizes stay on the host as plain integers: masks, anchor validity and clipping follow from them without waiting for
+the device.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ Size = tuple[int, int]
 
 
 def level_sizes(shapes: Sequence[Size], like: Tensor) -> Tensor:
-    """(h, w) of L feature levels -> (L, 2) as (w, h), in the dtype and on the device of `like`, without waiting."""
+    """Convert (h, w) of L feature levels to (L, 2) as (w, h), in dtype and on device of `like`, without waiting."""
     sizes = torch.tensor([(w, h) for h, w in shapes], dtype=like.dtype)
     return sizes.to(like.device, non_blocking=True)
 
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images padded at the right and bottom.
+    """A batch of images padded at the right and bottom.
 
     Attributes:
         pixels: (B, 3, H, W) RGB, uint8 in 0..255 or float; 0 where padded.
@@ -40,7 +40,7 @@ class ImageBatch:
     def from_list(cls, images: Sequence[Tensor], original_sizes: Sequence[Size] | None = None) -> ImageBatch:
         """Pad (3, h, w) tensors to the largest height and width among them (no rounding to a multiple of 32)."""
         if not images:
-            raise ValueError("a batch needs at least one image")
+            raise ValueError("images: a batch needs at least one image")
         sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
         height, width = (max(side) for side in zip(*sizes, strict=True))
         pixels = images[0].new_zeros(len(images), 3, height, width)
@@ -53,7 +53,7 @@ class ImageBatch:
 
     @property
     def padded_size(self) -> Size:
-        """(H, W) of the padded tensor."""
+        """Return (H, W) of the padded tensor."""
         return int(self.pixels.shape[-2]), int(self.pixels.shape[-1])
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> ImageBatch:
@@ -61,12 +61,13 @@ class ImageBatch:
         return replace(self, pixels=self.pixels.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> ImageBatch:
-        """Called by `DataLoader(pin_memory=True)`."""
+        """Pin the pixels; called by `DataLoader(pin_memory=True)`."""
         return replace(self, pixels=self.pixels.pin_memory())
 
     def padding_mask(self) -> Tensor:
-        """(B, H, W) bool on the pixels' device, True where padded."""
+        """Return (B, H, W) bool on the pixels' device, True where padded."""
         height, width = self.padded_size
+        # Filled on the host and copied once: B small fills on a GPU would cost B kernel launches.
         mask = torch.ones(len(self), height, width, dtype=torch.bool)
         for row, (h, w) in zip(mask, self.sizes, strict=True):
             row[:h, :w] = False

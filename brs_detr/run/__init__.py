@@ -1,1 +1,1 @@
-"""What assembles a run: datasets, detector and weights from a config, the launch, the output directory."""
+"""Assembly of a run: datasets, detector and weights from a config, the launch, the output directory."""

@@ -1,4 +1,4 @@
-"""The launch of a script: processes, device, precision and trackers, as Accelerate gives them."""
+"""Launch of a script with Accelerate: processes, device, precision and trackers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from brs_detr.engine.distributed import is_sharded, sharding_plugin, sharding_wa
 
 
 def start_accelerator(config: Config, *, trackers: bool = False) -> Accelerator:
-    """Accelerate's view of the launch: devices, processes, precision and, for a training, its trackers.
+    """Create the Accelerator of this launch, for a training with its trackers.
 
     Raises:
         ConfigError: this precision is not supported on this machine, or a tracker is unknown or not installed.
@@ -25,11 +25,11 @@ def start_accelerator(config: Config, *, trackers: bool = False) -> Accelerator:
     names = list(config.train.trackers) if trackers else []
     require_trackers(names)
     if config.train.precision == "fp16" and not torch.cuda.is_available():
-        raise ConfigError("train.precision=fp16 needs a GPU; use bf16 or no")
+        raise ConfigError("train.precision=fp16 needs a GPU. Use bf16 or no.")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
     try:
         accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # else several processes on CPUs would not find each other
+            cpu=not torch.accelerator.is_available(),  # without it, several CPU processes would not form a group
             mixed_precision=config.train.precision,
             fsdp_plugin=sharding_plugin(),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=_longest_collective(config))],
@@ -37,45 +37,49 @@ def start_accelerator(config: Config, *, trackers: bool = False) -> Accelerator:
             project_dir=config.output_dir if names else None,
         )
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"the launch and train.precision={config.train.precision} do not fit: {error}") from error
+        raise ConfigError(
+            f"train.precision={config.train.precision}: not possible with this launch: {error}"
+        ) from error
     if names:
         try:
-            plain = (int, float, str)  # what trackers can hold
+            plain = (int, float, str)  # the types that trackers accept
             settings = {name: value if isinstance(value, plain) else str(value) for name, value in leaves(config)}
             accelerator.init_trackers("brs_detr", config=settings)
-        except Exception as error:  # each tracker has its own kinds: no login, no network, no rights
+        except Exception as error:  # each tracker raises its own: no login, no network, no permission
             raise ConfigError(f"train.trackers={names}: {' '.join(str(error).split())}") from error
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
-        raise ConfigError(f"{launched} processes were launched but {accelerator.num_processes} take part; use torchrun")
+        raise ConfigError(
+            f"launch: {launched} processes were started but only {accelerator.num_processes} take part. Use torchrun."
+        )
     if sharding_wanted() and launched > 1 and not is_sharded(accelerator):
-        raise ConfigError("the launch asks for FSDP, which Accelerate has for GPUs only; leave it out on CPUs")
+        raise ConfigError("launch: Accelerate supports FSDP on GPUs only. Leave it out on CPUs.")
     return accelerator
 
 
 def _longest_collective(config: Config) -> timedelta:
-    """For how long a process waits for the others: half an hour, and as long as those may wait for their data."""
+    """Return how long a process waits for the others: half an hour plus the time those may wait for their data."""
     accumulated = config.train.total_batch_size // (config.train.per_device_batch_size or config.train.total_batch_size)
     return timedelta(minutes=30, seconds=(config.data.timeout or 0) * max(1, accumulated))
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that Accelerate does not know, or would leave out in silence since their package is absent.
+    """Raise for trackers that Accelerate does not know, or would skip silently since their package is not installed.
 
     Raises:
         ConfigError: naming the tracker.
     """
-    known = [str(kind) for kind in LoggerType if kind != LoggerType.ALL]
-    available = [str(kind) for kind in get_available_trackers()]
+    known = [str(tracker) for tracker in LoggerType if tracker != LoggerType.ALL]
+    available = [str(tracker) for tracker in get_available_trackers()]
     for name in names:
         if name not in known:
-            raise ConfigError(f"train.trackers: {name} is not known; there are {', '.join(known)}")
+            raise ConfigError(f"train.trackers: {name} is not known. Choose from {', '.join(known)}.")
         if name not in available:
-            raise ConfigError(f"train.trackers: {name} is not installed; `pip install {name}`, or leave it out")
+            raise ConfigError(f"train.trackers: {name} is not installed. Run `pip install {name}`, or leave it out.")
 
 
 def describe_machine(accelerator: Accelerator) -> str:
-    """Device, processes, precision and versions, in one line."""
+    """Describe device, processes, precision and versions in one line."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
     return (
@@ -85,14 +89,15 @@ def describe_machine(accelerator: Accelerator) -> str:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device named; without a name a GPU if there is one.
+    """Return the named device; without a name, a GPU if there is one, else the CPU.
 
     Raises:
         ConfigError: this machine has no such device.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        # An empty tensor, since torch.device() also accepts the name of a device that does not exist.
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0][:120]
-        raise ConfigError(f"--device {name}: cannot be used here ({reason}); leave it out, or write cpu") from None
+        raise ConfigError(f"--device {name}: cannot be used here ({reason}). Leave it out, or write cpu.") from None

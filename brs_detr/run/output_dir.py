@@ -10,7 +10,7 @@ import socket
 import tempfile
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -19,17 +19,17 @@ from brs_detr.config import Config, ConfigError, differences, from_dict
 from brs_detr.engine.batch_plan import BatchPlan
 from brs_detr.engine.storage import CheckpointError
 
-# settings in which a resumed run may differ: they change no number of the training
+# Settings in which a resumed run may differ, since they do not change the training's numbers.
 _FREE_TO_CHANGE = (
     "output_dir",
-    "data.root",  # what lies there is compared instead, as are the annotations and the names of the images
+    "data.root",  # its content is compared instead, as are the annotations and the file names of the images
     "data.train_",
     "data.val_",
     "data.workers",
     "data.timeout",
     "data.retry_seconds",
     "data.max_json_bytes",
-    "data.allow_outside_images",  # what it lets in is compared with the rest of the images
+    "data.allow_outside_images",  # the images it allows are compared with all others
     "train.resume",
     "train.overwrite",
     "train.allow_changes",
@@ -41,52 +41,54 @@ _FREE_TO_CHANGE = (
     "eval.batch_size",
 )
 
-_held: list[IO[str]] = []  # a lock lasts as long as its file is open
+_locks: list[IO[str]] = []  # a lock is held as long as its file is open
 
 
-def check_resumable(config: Config, plan: BatchPlan, facts: dict, state: Path, sharded: bool = False) -> list[str]:
-    """Differences between a saved run and this one that would change its numbers.
+def check_resumable(
+    config: Config, plan: BatchPlan, facts: dict[str, Any], state: Path, sharded: bool = False
+) -> list[str]:
+    """Compare the settings of a saved run with this run's, and list the differences that would change its numbers.
 
     Args:
         config: of this run.
         plan: of this run.
-        facts: stored with `state`.
+        facts: metadata stored with `state`.
         state: named in errors.
-        sharded: does this launch shard the weights.
+        sharded: True if this launch shards the weights.
 
     Returns:
-        The differences, when `train.allow_changes` permits them.
+        The differences, if `train.allow_changes` permits them.
 
     Raises:
-        ConfigError: there are some, and it does not.
-        CheckpointError: the facts are none of a run.
+        ConfigError: there are differences, and it does not.
+        CheckpointError: the metadata is not of a training.
     """
     launch = facts.get("launch")
     if not isinstance(launch, dict) or "config" not in facts:
-        raise CheckpointError(f"{state}: does not say with which settings it was saved; use the state before it")
+        raise CheckpointError(f"{state}: the settings of its run are missing. Use the state before it.")
     saved = from_dict(facts["config"], str(state))
     changes = [c for c in differences(saved, config) if not c.startswith(_FREE_TO_CHANGE)]
     for name, value in dataclasses.asdict(plan).items():
         if launch.get(name) != value:
             changes.append(f"launch {name}: {launch.get(name)} -> {value}")
-    was_sharded = facts.get("sharded", sharded)  # earlier versions did not say
+    was_sharded = facts.get("sharded", sharded)  # not stored by earlier versions
     if was_sharded != sharded:
         changes.append(f"launch sharded (FSDP): {was_sharded} -> {sharded}")
     if changes and not config.train.allow_changes:
         raise ConfigError(
-            f"{state}: the run to resume had other settings ({'; '.join(changes)}); "
-            "restore them, or go on with train.allow_changes=true"
+            f"{state}: the run to resume had other settings ({'; '.join(changes)}). "
+            "Restore them, or continue with train.allow_changes=true."
         )
     return changes
 
 
-def require_same_data(config: Config, data: dict[str, str], facts: dict, state: Path) -> None:
-    """Refuse to go on with a run whose annotations have changed: its epochs would hold other images.
+def require_same_data(config: Config, data: dict[str, str], facts: dict[str, Any], state: Path) -> None:
+    """Raise if the annotations have changed since a run was saved: its epochs would have other images.
 
     Args:
         config: of this run.
         data: fingerprints of the "train" and "val" annotations.
-        facts: stored with `state`.
+        facts: metadata stored with `state`.
         state: named in the error.
 
     Raises:
@@ -98,17 +100,17 @@ def require_same_data(config: Config, data: dict[str, str], facts: dict, state: 
     changed = [paths[split] for split, digest in data.items() if former.get(split) != digest]
     if changed and not config.train.allow_changes:
         raise ConfigError(
-            f"{' and '.join(changed)} changed since {state} was saved, or images are missing; restore them, "
-            "or go on with train.allow_changes=true"
+            f"{' and '.join(changed)} changed since {state} was saved, or images are missing. Restore them, "
+            "or continue with train.allow_changes=true."
         )
 
 
 def check_output_dir(config: Config) -> None:
-    """Refuse to write over an existing run, unless told; keep other trainings out of the folder.
+    """Raise if the output folder holds a run that is neither resumed nor overwritten; lock it against other trainings.
 
     Raises:
-        ConfigError: the output folder cannot be written to, or it holds a run, and neither resuming nor overwriting was
-            asked for.
+        ConfigError: the folder cannot be written to, is in use by another training, or holds a run without --resume or
+            --overwrite.
     """
     train, folder = config.train, Path(config.output_dir)
     require_writable(folder, "output_dir")
@@ -116,52 +118,53 @@ def check_output_dir(config: Config) -> None:
     exists = (metrics.exists() and metrics.stat().st_size > 0) or any((folder / "state").glob("step-*"))
     if exists and not (train.resume or train.overwrite):
         raise ConfigError(
-            f"{folder} holds a run already: add --resume to go on with it, --overwrite to start anew, "
-            "or choose another output_dir"
+            f"{folder}: holds a run already. Add --resume to continue it or --overwrite to start again, "
+            "or choose another output_dir."
         )
     if int(os.environ.get("RANK", "0")) == 0:
         lock_output_dir(folder)
 
 
 def remove_run(folder: Path) -> None:
-    """Remove what a later resume could mistake for a new run's; once the new one is known to begin."""
+    """Remove the states and weights of a run that is overwritten; called once the new run is sure to begin."""
     shutil.rmtree(folder / "state", ignore_errors=True)
     for name in ("best.safetensors", "last.safetensors"):
         (folder / name).unlink(missing_ok=True)
 
 
 def lock_output_dir(folder: Path) -> None:
-    """Keep other trainings out of a folder as long as this process lives, however it ends; only the main process does.
+    """Lock a folder against other trainings until this process ends in any way; for the main process only.
 
-    A launcher that is killed may leave its processes training.
+    A killed launcher may leave its processes training.
 
     Raises:
         ConfigError: another process trains there.
     """
-    file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (closing it would give the folder up)
+    file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (closing it would release the lock)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
-        who = file.read().strip()
-        raise ConfigError(f"output_dir={folder}: {who} is training there; wait for its end or stop it") from None
+        owner = file.read().strip()
+        raise ConfigError(f"output_dir={folder}: {owner} is training there. Wait for it to end, or stop it.") from None
     except OSError:
-        return  # a file system without locks
+        return  # this file system does not support locks
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
-    _held.append(file)
+    _locks.append(file)
 
 
 def require_shared_folder(config: Config, accelerator: Accelerator) -> None:
-    """Refuse an output folder that is not one and the same for all processes: some would resume, others start anew.
+    """Raise if the output folder is not shared by all processes: some would resume and others start from scratch.
 
     Raises:
-        ConfigError: in every process, naming those that look elsewhere.
+        ConfigError: in every process, naming those that see another folder.
     """
     if accelerator.num_processes == 1:
         return
     folder = Path(config.output_dir)
+    # A file with a name of its own, created by the main process, has to be visible to all others.
     [name] = broadcast_object_list([f".launch-{time.time_ns()}"])
     if accelerator.is_main_process:
         (folder / name).touch()
@@ -171,20 +174,20 @@ def require_shared_folder(config: Config, accelerator: Accelerator) -> None:
         (folder / name).unlink()
     if elsewhere := [str(process) for process, sees in seen if not sees]:
         raise ConfigError(
-            f"output_dir={folder}: process {', '.join(elsewhere)} sees another folder there than process 0; "
-            "choose one that all machines share"
+            f"output_dir={folder}: process {', '.join(elsewhere)} sees another folder there than process 0. "
+            "Choose one that all machines share."
         )
 
 
 def require_writable(folder: Path, name: str) -> None:
-    """Make a folder, and a file in it for a moment, before hours are spent on what is to be written there.
+    """Create a folder and check that files can be written there, before hours are spent on their content.
 
     Raises:
-        ConfigError: it cannot be done; names the setting or option `name`.
+        ConfigError: the folder cannot be written to; names the setting or option `name`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ConfigError(f"{name}={folder}: cannot be written to ({error.strerror}); choose another folder") from None
+        raise ConfigError(f"{name}={folder}: cannot be written to ({error.strerror}). Choose another folder.") from None

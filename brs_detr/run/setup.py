@@ -1,7 +1,4 @@
-"""From a config to the parts of a run: datasets, detector, weights. What train.py, eval.py and the commands share.
-
-Overfit a few batches as a sanity check.
-"""
+"""Datasets, detector, weights, optimizer and schedule from a config: what training, evaluation and commands share."""
 
 from __future__ import annotations
 
@@ -45,7 +42,7 @@ from brs_detr.models.build import build_model, sampling_here
 
 
 def train_transforms(config: Config) -> TrainTransforms:
-    """The augmentation of a recipe."""
+    """Build the training augmentation of a config."""
     augment = config.data.augment
     return TrainTransforms(
         short_sides=augment.short_sides,
@@ -53,24 +50,24 @@ def train_transforms(config: Config) -> TrainTransforms:
         crop_short_sides=augment.crop_short_sides,
         crop_long_side=augment.crop_long_side,
         crop_size=(augment.crop_min, augment.crop_max),
-        crop=0.5 if augment.crop_policy else 0.0,
+        crop=0.5 if augment.crop_policy else 0.0,  # DETR crops every other image before it resizes
         flip=augment.flip,
         antialias=config.data.antialias,
     )
 
 
 def val_transforms(config: Config) -> EvalTransforms:
-    """The resizing of a recipe's test images."""
+    """Build the test resizing of a config."""
     return EvalTransforms(config.data.test_short_side, config.data.test_long_side, antialias=config.data.antialias)
 
 
 def limits_of(config: Config) -> Limits:
-    """How large a recipe's files may be, and where they may lie."""
+    """Collect the limits on the size and location of a dataset's files."""
     return Limits(**{field.name: getattr(config.data, field.name) for field in dataclasses.fields(Limits)})
 
 
 def open_train_set(config: Config) -> CocoDetection:
-    """The training images with their augmentation."""
+    """Open the training set with its augmentation."""
     data = config.data
     return CocoDetection(
         Path(data.root, data.train_json),
@@ -86,14 +83,21 @@ def open_train_set(config: Config) -> CocoDetection:
 
 
 def open_val_set(config: Config) -> CocoDetection:
-    """The validation images at their test size."""
-    json_path, images = Path(config.data.root, config.data.val_json), Path(config.data.root, config.data.val_images)
-    options = {"limits": limits_of(config), "retry_seconds": config.data.retry_seconds}
-    return CocoDetection(json_path, images, transforms=val_transforms(config), train=False, **options)
+    """Open the validation set with its test resizing."""
+    data = config.data
+    return CocoDetection(
+        Path(data.root, data.val_json),
+        Path(data.root, data.val_images),
+        transforms=val_transforms(config),
+        train=False,
+        limits=limits_of(config),
+        retry_seconds=data.retry_seconds,
+    )
 
 
 def run_metadata(config: Config, plan: BatchPlan, train_set: CocoDetection, val_set: CocoDetection) -> dict[str, Any]:
-    """What is stored with every state: what a resumed run must find again, the annotations wherever they lie."""
+    """Collect the metadata stored with every state, with which a resumed run is compared."""
+    # Annotations by fingerprint and not by path: the dataset may have moved.
     return {
         "config": configuration.to_dict(config),
         "launch": dataclasses.asdict(plan),
@@ -103,7 +107,8 @@ def run_metadata(config: Config, plan: BatchPlan, train_set: CocoDetection, val_
 
 
 def worker_count(config: Config) -> int:
-    """Loader processes: as the recipe says, but not more than there are cores (the batches do not depend on it)."""
+    """Return the number of loader workers: that of the config, but at most one per core."""
+    # Of the cores that this process may use, which a scheduler can restrict; batches do not depend on the number.
     return min(
         config.data.workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -112,7 +117,7 @@ def worker_count(config: Config) -> int:
 def require_same_categories(
     classes: Sequence[str], category_ids: Sequence[int], dataset: CocoDetection, owner: str
 ) -> None:
-    """Refuse a dataset whose categories are not those that `owner` (the training set, a checkpoint) knows.
+    """Raise if a dataset's categories differ from those of `owner` (the training set, a checkpoint).
 
     Raises:
         ConfigError: naming the ids that differ.
@@ -120,15 +125,15 @@ def require_same_categories(
     differ = categories_differ((category_ids, classes), (dataset.category_ids, dataset.classes))
     if differ:
         raise ConfigError(
-            f"{dataset.json_path}: its categories are not those of {owner}: {differ}; give both the same `categories`"
+            f"{dataset.json_path}: its categories are not those of {owner}: {differ}. Give both the same `categories`."
         )
 
 
 def build_detector(config: Config, num_classes: int, *, initial_weights: bool = True) -> nn.Module:
-    """The detector, seeded; with `initial_weights=False` nothing is downloaded or read, for weights are loaded next.
+    """Build the detector, seeded; with `initial_weights=False` without pretrained weights, as others are loaded next.
 
     Raises:
-        ConfigError: the backbone does not exist, does not fit the settings, or its weights cannot be had.
+        ConfigError: the backbone does not exist or does not match the settings, or its weights are not available.
     """
     backbone = config.model.backbone
     if not initial_weights:
@@ -138,39 +143,44 @@ def build_detector(config: Config, num_classes: int, *, initial_weights: bool = 
         model = build_model(dataclasses.replace(config.model, backbone=backbone), num_classes)
     except (ValueError, RuntimeError, OSError, EOFError, SafetensorError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        place = "" if "model.backbone" in reason else f"model.backbone.name={backbone.name}: "
+        # Name the setting, unless the reason does.
+        subject = "" if "model.backbone" in reason else f"model.backbone.name={backbone.name}: "
         if backbone.checkpoint and backbone.checkpoint not in reason:
-            place = f"model.backbone.checkpoint={backbone.checkpoint}: "
-        raise ConfigError(place + reason) from error
-    model.predict_with = config.eval.predict_with
+            subject = f"model.backbone.checkpoint={backbone.checkpoint}: "
+        raise ConfigError(subject + reason) from error
+    model.predict_with = config.eval.predict_with  # type: ignore[assignment]  # nn.Module declares tensors and modules
     return model
 
 
 def load_initial_weights(model: nn.Module, config: Config, classes: Sequence[str]) -> Transfer | None:
-    """Fill a fresh detector from `train.init_from`, also from a run with other classes; None where none is named."""
+    """Load `train.init_from`, if given, into a fresh detector; the weights may be of a run with other classes.
+
+    Returns:
+        A report by tensor name; None without `train.init_from`.
+    """
     if config.train.init_from is None:
         return None
     weights = load_weights(find_weights(Path(config.train.init_from)))
-    rows = {}
+    rows: dict[str, int] = {}
     if weights.classes != list(classes):
         rows = rows_per_class(model, build_detector(config, len(classes) + 1, initial_weights=False))
-    objectness = getattr(model, "objectness", ())
+    objectness = getattr(model, "objectness", ())  # only detectors with class-agnostic proposals have it
     return load_matching(model, weights.tensors, weights.classes, classes, rows, objectness)
 
 
 def restore(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, Weights, Config, Path]:
-    """The detector of a run folder or weights file, ready to predict.
+    """Load the detector of a run folder or weights file, ready to predict.
 
     Args:
         path: run folder (its best weights, else its last) or weights file.
         overrides: `a.b=value` applied to the stored config.
 
     Returns:
-        Model in eval mode on the CPU, what the file held, the config, the file.
+        The model in evaluation mode on the CPU, the file's content, the config, and the file's path.
 
     Raises:
-        CheckpointError: no usable file.
-        ConfigError: the overrides, a backbone that only the network knows, or weights that do not fit the model.
+        CheckpointError: there is no usable file.
+        ConfigError: the overrides are invalid, the backbone is not in timm's list, or the weights do not match.
     """
     file = find_weights(path)
     weights = load_weights(file)
@@ -185,35 +195,35 @@ def restore(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, Weigh
     ]
     if differ:
         raise ConfigError(
-            f"{file}: {len(differ)} tensors have another shape than the model's ({'; '.join(differ[:2])}); "
-            "was a model setting overridden?"
+            f"{file}: {len(differ)} tensors have another shape than the model's ({'; '.join(differ[:2])}). "
+            "Check the overridden model settings."
         )
     missing, unexpected = model.load_state_dict(weights.tensors, strict=False)
     if missing or unexpected:
         raise ConfigError(
             f"{file}: the model has {len(missing)} tensors that the file lacks ({', '.join(missing[:3])} ...), "
-            f"the file {len(unexpected)} that the model lacks ({', '.join(unexpected[:3])} ...); "
-            "was a model setting overridden?"
+            f"the file {len(unexpected)} that the model lacks ({', '.join(unexpected[:3])} ...). "
+            "Check the overridden model settings."
         )
     return model.eval(), weights, config, file
 
 
 def require_known_backbone(config: Config, file: Path) -> None:
-    """Refuse a config that came with a file and whose backbone is not in timm's own list: it may be anyone's.
+    """Raise if the config in a weights file names a backbone outside timm's list: it could be anyone's.
 
     Raises:
-        ConfigError: its name leads to the network or into a folder.
+        ConfigError: the name is of a hub or a folder.
     """
     name = config.model.backbone.name
     if ":" in name:
         raise ConfigError(
-            f"{file}: its backbone {name} is looked up elsewhere, which is not done for a file of weights; add the "
-            "name that timm has for the network, e.g. model.backbone.name=resnet50"
+            f"{file}: its backbone {name} is looked up elsewhere, which a weights file must not request. Add timm's "
+            "name of the network, e.g. model.backbone.name=resnet50."
         )
 
 
 def for_weights_file(config: Config) -> Config:
-    """The config as a weights file holds it: the backbone by timm's own name, so that nothing is looked up later."""
+    """Return the config to store in a weights file, with timm's own name of the backbone: it needs no look-up."""
     backbone = config.model.backbone
     try:
         backbone = dataclasses.replace(backbone, name=plain_name(backbone.name))
@@ -223,30 +233,30 @@ def for_weights_file(config: Config) -> Config:
 
 
 def plan_training(config: Config, plan: BatchPlan, batches_per_epoch: int) -> TrainingLength:
-    """How long the training is on its dataset."""
+    """Compute the length of the training on its dataset."""
     train = config.train
     return plan_length(batches_per_epoch, plan, epochs=train.epochs, steps=train.steps, eval_every=train.eval_every)
 
 
 def describe_length(config: Config, length: TrainingLength) -> str:
-    """A line for the log, and a warning where there are too few steps to learn anything."""
+    """Describe the length in a line for the log, with a warning if there are too few steps to learn anything."""
     if length.steps >= FEW_STEPS or config.train.overfit_batches is not None:
         return str(length)
     return (
-        f"{length}\nwarning: {length.steps} optimizer steps is very short; detectors usually need thousands; "
-        f"raise train.epochs={length.epochs}, or use train.steps=5000 train.schedule=cosine train.eval_every=null"
+        f"{length}\nwarning: {length.steps} optimizer steps is very short; detectors usually need thousands. "
+        f"Raise train.epochs={length.epochs}, or use train.steps=5000 train.schedule=cosine train.eval_every=null."
     )
 
 
 def build_schedule(config: Config, length: TrainingLength) -> Schedule:
-    """The learning-rate schedule in optimizer steps."""
+    """Build the learning-rate schedule, with milestones in optimizer steps."""
     train = config.train
     milestones = [epoch * length.steps_per_epoch for epoch in train.lr_steps]
     return Schedule(train.schedule, length.steps, milestones, train.lr_gamma, train.warmup_steps)
 
 
 def build_optimizer(config: Config, model: nn.Module) -> AdamW:
-    """AdamW with the recipe's rates; `model` lies on its device already."""
+    """Build AdamW with the config's rates; `model` has to be on its device already, which decides on `fused`."""
     optim = config.optim
     factors = {"backbone.": optim.backbone_lr_factor, "sampling_offsets": optim.sampling_offsets_lr_factor}
     groups = parameter_groups(
@@ -260,22 +270,22 @@ def build_optimizer(config: Config, model: nn.Module) -> AdamW:
 
 
 def freeze(model: nn.Module, config: Config) -> None:
-    """Stop the training of the parts that `train.freeze` names.
+    """Freeze the parameters whose names begin with an entry of `train.freeze`.
 
     Raises:
-        ConfigError: a name fits no parameter.
+        ConfigError: an entry matches no parameter.
     """
     for prefix in config.train.freeze:
         parts = [parameter for name, parameter in model.named_parameters() if name.startswith(prefix)]
         if not parts:
             known = ", ".join(name for name, _ in model.named_children())
-            raise ConfigError(f"train.freeze: no parameter's name begins with {prefix}; the parts are {known}")
+            raise ConfigError(f"train.freeze: no parameter's name begins with {prefix}; the parts are {known}.")
         for parameter in parts:
             parameter.requires_grad_(False)
 
 
 def plan_batches(config: Config, accelerator: Accelerator) -> BatchPlan:
-    """The split of the total batch over the processes of the launch.
+    """Split the total batch over the processes of the launch.
 
     Raises:
         ConfigError: it cannot be split evenly.
@@ -289,7 +299,7 @@ def plan_batches(config: Config, accelerator: Accelerator) -> BatchPlan:
 
 
 def loop_settings(config: Config, plan: BatchPlan, length: TrainingLength, facts: dict[str, Any]) -> Settings:
-    """The training loop's numbers; `facts` go into every saved state."""
+    """Collect the settings of the training loop; `facts` is stored with every state."""
     train = config.train
     return Settings(
         epochs=length.epochs,
@@ -307,10 +317,12 @@ def loop_settings(config: Config, plan: BatchPlan, length: TrainingLength, facts
 
 
 def with_subset(config: Config, accelerator: Accelerator) -> Config:
-    """Under `train.overfit_batches`: a config that trains and validates on the first images of the training set.
+    """Apply `train.overfit_batches`: train and validate on the first images of the training set.
+
+    A detector that cannot overfit a few batches has a bug; without the setting the config is returned unchanged.
 
     Raises:
-        DataError: the annotation file is missing or is no dataset.
+        DataError: the annotation file is missing or is not a dataset.
     """
     if config.train.overfit_batches is None:
         return config
@@ -321,16 +333,18 @@ def with_subset(config: Config, accelerator: Accelerator) -> Config:
         content = load_json(Path(data.root, data.train_json), data.max_json_bytes)
         write_subset(content, target, images)
     accelerator.wait_for_everyone()
-    paths = {"train_json": str(target), "val_json": str(target), "val_images": data.train_images}
-    return dataclasses.replace(config, data=dataclasses.replace(data, **paths))
+    subset = dataclasses.replace(data, train_json=str(target), val_json=str(target), val_images=data.train_images)
+    return dataclasses.replace(config, data=subset)
 
 
 def shared_memory_warning(
     config: Config, plan: BatchPlan, train_set: CocoDetection, val_set: CocoDetection
 ) -> str | None:
-    """What the log should say of the shared memory that the loaders' workers may need on this machine, if anything."""
+    """Return a warning if this machine has less shared memory than the loader workers may need, else None."""
     shape = largest_shape(config, plan, train_set)
-    resized = [val_set.transforms.output_size(h, w) for h, w in np.unique(val_set.packed.image_sizes, axis=0)]
+    resize = val_transforms(config)
+    resized = [resize.output_size(h, w) for h, w in np.unique(val_set.packed.image_sizes, axis=0)]
+    # In bytes: images reach the main process as uint8 RGB.
     batches = (
         3 * shape["batch_size"] * math.prod(shape["size"]),
         3 * config.eval.batch_size * max(math.prod(size) for size in resized),
@@ -338,8 +352,8 @@ def shared_memory_warning(
     return shortage(worker_count(config), max(batches), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def largest_shape(config: Config, plan: BatchPlan, dataset: CocoDetection) -> dict:
-    """Arguments of `largest_step`: the largest batch of the augmentation, as full as the fullest of the images.
+def largest_shape(config: Config, plan: BatchPlan, dataset: CocoDetection) -> dict[str, Any]:
+    """Compute the arguments of `largest_step`: the largest batch of the augmentation, with the most objects.
 
     A single image uses its own maximum size; a batch is padded to the largest height and width.
     """
@@ -359,7 +373,7 @@ def largest_shape(config: Config, plan: BatchPlan, dataset: CocoDetection) -> di
 
 
 def describe_model(config: Config, model: nn.Module, transfer: Transfer | None) -> list[str]:
-    """Lines for the log: size, what was loaded, and a warning where a random backbone cannot learn."""
+    """Describe the model in lines for the log: size, what was loaded, a warning if a random backbone is frozen."""
     total, trainable = count_parameters(model)
     lines = [
         f"{config.model.name} with loss {config.model.loss}: {total:,} parameters, {trainable:,} trained, "
@@ -371,8 +385,8 @@ def describe_model(config: Config, model: nn.Module, transfer: Transfer | None) 
     random = not (backbone.pretrained or backbone.checkpoint or config.train.init_from)
     if random and (backbone.norm == "frozen" or backbone.frozen_stages):
         lines.append(
-            "warning: the backbone starts from random weights with frozen parts, which will not learn; "
-            "set model.backbone.norm=group and model.backbone.frozen_stages=0, or give it weights"
+            "warning: the backbone starts from random weights with frozen parts, which will not learn. "
+            "Set model.backbone.norm=group and model.backbone.frozen_stages=0, or give it weights."
         )
     return lines
 
@@ -383,7 +397,7 @@ def write_subset(data: dict[str, Any], target: Path, count: int) -> int:
     Args:
         data: content of a COCO json.
         target: file to write.
-        count: how many; fewer where the dataset has fewer.
+        count: largest number of images.
 
     Returns:
         The number of images written.

@@ -43,7 +43,7 @@ def slow_assign(boxes, objects, positive, negative, low_quality):
 @pytest.mark.parametrize("low_quality", [None, 0.1, 0.3])
 @pytest.mark.parametrize("table", [1, 150, 1 << 23])
 def test_equals_the_slow_form_in_blocks_of_any_size(monkeypatch, low_quality, table):
-    monkeypatch.setattr(max_iou, "LARGEST_TABLE", table)
+    monkeypatch.setattr(max_iou, "MAX_TABLE", table)
     boxes, objects = boxes_of(60), boxes_of(7)
     boxes[10:14] = boxes[3]
     objects[6] = objects[2]
@@ -67,7 +67,7 @@ def test_an_iou_at_a_threshold_reaches_it(thresholds, expected):
 
 @pytest.mark.parametrize("table", [1, 1 << 23])
 def test_of_equal_objects_the_first_is_taken(monkeypatch, table):
-    monkeypatch.setattr(max_iou, "LARGEST_TABLE", table)
+    monkeypatch.setattr(max_iou, "MAX_TABLE", table)
     box = torch.tensor([[0.0, 0, 10, 10]])
     assert max_iou_assign(box, box.repeat(3, 1), positive=0.5, negative=0.5).tolist() == [0]
 

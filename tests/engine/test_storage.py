@@ -75,7 +75,7 @@ def test_on_a_full_disk_the_oldest_state_makes_room_where_that_is_enough(toy, tm
     if enough:
         trainer._save_state()
         assert [path.name for path in sorted(folder.iterdir())] == [newest.name, f"step-{trainer.position.step:08d}"]
-        assert "not enough room on the disk; removed step-" in (tmp_path / "log.txt").read_text()
+        assert "not enough room on the disk. Removed step-" in (tmp_path / "log.txt").read_text()
     else:
         with pytest.raises(StorageError, match=r"not enough room on the disk \(.* needed\)"):
             trainer._save_state()
@@ -145,7 +145,7 @@ def test_a_tracker_that_fails_ends_no_run(toy, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(accelerator, "end_training", full)
     assert trainer.fit()
     trainer.log.end()
-    assert capsys.readouterr().err.count("train.trackers: figures are missing (OSError:") == 1
+    assert capsys.readouterr().err.count("train.trackers: metrics are missing (OSError:") == 1
 
 
 def test_an_output_folder_removed_under_way_is_made_anew(toy, tmp_path, capsys):
@@ -182,7 +182,7 @@ def test_weights_that_may_not_be_read_are_not_called_damaged(tmp_path, monkeypat
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr("builtins.open", denied)
-    with pytest.raises(CheckpointError, match=r"cannot be read \(Permission denied\); ask its owner"):
+    with pytest.raises(CheckpointError, match=r"cannot be read \(Permission denied\)\. Ask its owner"):
         load_weights(tmp_path / "w.safetensors")
     monkeypatch.setattr("pathlib.Path.is_file", denied)
     with pytest.raises(CheckpointError, match=r"cannot be read \(Permission denied\)"):

@@ -403,6 +403,6 @@ def test_targets_are_checked_before_the_step_and_a_wrong_one_ends_the_training(t
             check_targets([{**targets[0], "labels": torch.tensor([0, 5])}], 3)
 
     trainer.check_targets = check
-    with pytest.raises(TargetError, match=r"label of image \d+: 5 is none of 3 classes"):
+    with pytest.raises(TargetError, match=r"label of image \d+: 5 is out of range for 3 classes"):
         trainer.fit()
     assert trainer.position.step == 1 and len(seen) == 3  # two batches a step

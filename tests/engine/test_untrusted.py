@@ -189,7 +189,7 @@ def test_another_detector_or_other_frozen_parts_are_named(toy, finished, tmp_pat
     other.head = torch.nn.Linear(8, 5)
     trainer, _ = toy.build(tmp_path / "wider", model=other)
     with pytest.raises(
-        CheckpointError, match=r"2 tensors of the model do not fit.*head\.bias \(4,\) there and \(5,\) here"
+        CheckpointError, match=r"2 tensors of the model do not match.*head\.bias \(4,\) there and \(5,\) here"
     ):
         trainer.resume(finished)
     frozen = toy.ToyDetector()

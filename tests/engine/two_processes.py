@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from brs_detr.config import Config, ConfigError, apply_overrides, load_config
-from brs_detr.engine.distributed import average_whole_gradients, clip_gradients, gradient_norm, whole
+from brs_detr.engine.distributed import average_unsharded_gradients, clip_gradients, full_tensor, gradient_norm
 from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.nonfinite import NonFiniteError
 from brs_detr.engine.predict import predict
@@ -280,7 +280,7 @@ def check_shared_folder(accelerator, folder):
     assert not list(folder.glob(".launch-*"))
     mine = folder / f"machine{accelerator.process_index}"
     mine.mkdir()
-    with pytest.raises(ConfigError, match=r"process 1 sees another folder there than process 0; choose one that"):
+    with pytest.raises(ConfigError, match=r"process 1 sees another folder there than process 0\. Choose one that"):
         require_shared_folder(Config(output_dir=str(mine)), accelerator)
 
 
@@ -304,18 +304,18 @@ def check_scaler(accelerator):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for overflow, expected in ((False, 4.0), (True, 2.0), (False, 2.0)):
-        before = [p.detach().clone() for p in map(whole, model.parameters())]
+        before = [p.detach().clone() for p in map(full_tensor, model.parameters())]
         scaler.scale(model(torch.ones(2, 4) * (accelerator.process_index + 1))).backward()
         if overflow and accelerator.process_index == 1:
             model.linear.weight.grad.to_local()[0, 0] = float("inf")
-        average_whole_gradients(model)
+        average_unsharded_gradients(model)
         scaler.unscale_(optimizer)
         norm = gradient_norm(model)
         clip_gradients(model, norm, 1e-2)
         assert overflow != norm.isfinite()
         scaler.step(optimizer)
         scaler.update()
-        moved = torch.stack([(whole(p) - b).norm() for p, b in zip(model.parameters(), before)]).norm()
+        moved = torch.stack([(full_tensor(p) - b).norm() for p, b in zip(model.parameters(), before)]).norm()
         torch.testing.assert_close(moved.detach(), torch.tensor(0.0 if overflow else 1e-3), rtol=1e-3, atol=0)
         assert scaler.get_scale() == expected
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""What localization terms weigh beside the ranking: no cliff near a perfect ranking, and aLRP's recorded factors."""
+"""Weights of the localization terms: continuous near a perfect ranking, and aLRP's factors as recorded."""
 
 import json
 from itertools import pairwise
@@ -27,7 +27,7 @@ def test_the_ratio_obeys_its_cap():
 
 
 def box_gradient(gap: float) -> float:
-    """Pull on the boxes where the positives lie `gap` above the negatives (the step is 0.5 wide on either side)."""
+    """Gradient of the boxes where the positives lie `gap` above the negatives (the step is 0.5 wide on either side)."""
     logits = torch.tensor([[gap], [0.0], [0.0], [gap]], requires_grad=True)
     boxes = torch.tensor([0.2, 0.2], requires_grad=True)
     terms = RankingObjective("rs")(logits, LABELS, quality=QUALITY, localization={"giou": boxes}, rows=ROWS)

@@ -55,7 +55,7 @@ def losses(part, scope: str):
 
 
 def objectives(part, scope: str):
-    """Value and gradients of whole objectives."""
+    """Value and gradients of every objective."""
     logits, labels, boxes, quality, valid = part
     results = []
     for name in ("rs", "brs", "bap", "alrp"):
@@ -79,15 +79,15 @@ def work(rank: int, world: int, folder: str):
 def test_equals_one_process_with_everything(world, tmp_path):
     mp.spawn(work, (world, str(tmp_path)), nprocs=world)
     parts = shards(world)
-    whole = tuple(torch.cat([part[k] for part in parts]) for k in range(5))
+    joined = tuple(torch.cat([part[k] for part in parts]) for k in range(5))
     spread = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
 
-    for k, (value, gradient) in enumerate(losses(whole, "process")):
+    for k, (value, gradient) in enumerate(losses(joined, "process")):
         assert all(torch.allclose(results[k][0], value, atol=1e-12) for results, _ in spread)
         together = torch.cat([results[k][1] for results, _ in spread])
         assert torch.allclose(together, gradient, atol=1e-12)
 
-    for k, (values, of_logits, of_boxes) in enumerate(objectives(whole, "process")):
+    for k, (values, of_logits, of_boxes) in enumerate(objectives(joined, "process")):
         assert all(torch.allclose(results[k][0], values, atol=1e-5) for _, results in spread)
         # Data-parallel training averages over processes.
         assert torch.allclose(torch.cat([results[k][1] for _, results in spread]) / world, of_logits, atol=1e-6)

@@ -1,6 +1,6 @@
 """Every recorded case of the official losses, at 1e-7 in float32 and 1e-12 in float64.
 
-Where the official code crashes or is wrong the case is listed with the reason and held against the definition instead.
+Cases in which the official code crashes or deviates are listed with the reason and compared with the definition.
 """
 
 import json
@@ -16,7 +16,7 @@ from brs_detr.losses import alrp_loss, average_precision_loss, rank_sort_loss
 FOLDER = Path(__file__).resolve().parents[3] / "shared" / "golden" / "losses"
 CASES = [case["name"] for case in json.loads((FOLDER / "index.json").read_text())] if FOLDER.exists() else []
 NO_POSITIVE = "takes the minimum over no positives"
-NO_NEGATIVE = "indexes the last relevant negative where there is none"
+NO_NEGATIVE = "indexes the last relevant negative of an empty list"
 ROUNDING = "the float32 mean of a bucket falls below the margin, and its size no longer has a prototype"
 TIES = "which negatives share a bucket depends on the order in which an unstable sort leaves equal logits"
 EXCEPTIONS = {

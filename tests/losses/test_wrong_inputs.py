@@ -1,4 +1,4 @@
-"""What cannot be right is refused or shows in the loss: NaN and infinity, labels, indices, settings, half precision."""
+"""Invalid inputs raise or show in the loss: NaN and infinity, labels, indices, settings, half precision."""
 
 import warnings
 
@@ -93,9 +93,9 @@ def test_an_ignored_value_changes_nothing(name, method, size, delta):
     valid = torch.ones(size, dtype=torch.bool)
     valid[[0, 1, 2, 5]] = False
     results = []
-    for spoilt in (torch.tensor([-50.0, 0.1, 0.2, 0.3]), torch.tensor([torch.nan, torch.nan, torch.inf, -torch.inf])):
+    for values in (torch.tensor([-50.0, 0.1, 0.2, 0.3]), torch.tensor([torch.nan, torch.nan, torch.inf, -torch.inf])):
         logits = logits.detach().clone()
-        logits[[0, 1, 2, 5]] = spoilt
+        logits[[0, 1, 2, 5]] = values
         leaf, errors = logits.requires_grad_(), quality.clone().requires_grad_()
         loss = LOSSES[name](leaf, where, errors, valid=valid, delta=delta, method=method)
         results.append((loss.detach(), gradient_of(loss, errors if name == "alrp boxes" else leaf)))
@@ -159,9 +159,9 @@ def test_objectives_refuse_labels_that_no_class_has(objective):
     run()
     ignored = torch.tensor([True, True, True, True, True, False])
     run(torch.tensor([3, 0, 3, 2, 3, -1]), valid=ignored)
-    for wrong in (-1, 4, 91):
-        with pytest.raises(ValueError, match=f"labels: row 4 has label {wrong}"):
-            run(torch.tensor([3, 0, 3, 2, wrong, 3]))
+    for label in (-1, 4, 91):
+        with pytest.raises(ValueError, match=f"labels: row 4 has label {label}"):
+            run(torch.tensor([3, 0, 3, 2, label, 3]))
     with pytest.raises(ValueError, match="rows: row 3 has label 3 and is background"):
         run(torch.tensor([3, 0, 3, 3, 3, 3]))
     with pytest.raises(ValueError, match="rows: row 3 has label 2 and is background or ignored"):
@@ -189,13 +189,13 @@ def test_objectives_refuse_box_losses_of_other_positives():
 @pytest.mark.parametrize("name", LOSSES)
 def test_positives_are_distinct_indices_of_logits_that_count(name):
     logits, where, quality = problem(200)
-    for wrong, message in (
+    for indices, message in (
         ([3, 17, 50, 17, 120, 199], "index 17 occurs twice"),
         ([3, 17, 50, 90, 120, 200], "index 200 is out of range"),
         ([-1, 17, 50, 90, 120, 199], "index -1 is out of range"),
     ):
         with pytest.raises(ValueError, match=message):
-            LOSSES[name](logits, torch.tensor(wrong), quality)
+            LOSSES[name](logits, torch.tensor(indices), quality)
     valid = torch.ones(200, dtype=torch.bool)
     valid[50] = False
     with pytest.raises(ValueError, match="index 50 is ignored by valid"):
@@ -280,9 +280,9 @@ def test_float32_sums_are_close(name, method, monkeypatch):
     for module in ("ranking", "rank_sort", "average_precision", "alrp", "ndcg"):
         monkeypatch.setattr(f"brs_detr.losses.{module}.accumulation_dtype", lambda device: torch.float32)
     with NoDouble():
-        found = LOSSES[name](leaf, where, quality, method=method)
-        again = gradient_of(found, of)
-    assert torch.allclose(found, wanted, rtol=1e-4)
+        loss = LOSSES[name](leaf, where, quality, method=method)
+        again = gradient_of(loss, of)
+    assert torch.allclose(loss, wanted, rtol=1e-4)
     assert torch.allclose(again, gradient, rtol=1e-3, atol=1e-6)
 
 

@@ -22,7 +22,7 @@ def test_good_targets_pass():
 
 @pytest.mark.parametrize("label", [3, -1, 91])
 def test_a_label_outside_the_classes_is_named(label):
-    with pytest.raises(TargetError, match=f"label of image 139: {label} is none of 3 classes"):
+    with pytest.raises(TargetError, match=f"label of image 139: {label} is out of range for 3 classes"):
         check_targets(targets(labels=(0, label)), 3)
 
 

@@ -1,4 +1,4 @@
-"""One training at a time in a folder, no run written over by accident, none resumed as another one."""
+"""One training at a time in a folder, no accidental overwriting, no resuming with other settings."""
 
 import dataclasses
 import signal
@@ -26,7 +26,7 @@ def test_a_folder_is_held_by_one_process_until_it_ends_even_if_it_is_killed(tmp_
         command, cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert other.stdout.readline() == "held\n"
-    with pytest.raises(ConfigError, match=f"process {other.pid} on .* is training there; wait for its end or stop it"):
+    with pytest.raises(ConfigError, match=rf"process {other.pid} on .* is training there\. Wait for it to end"):
         lock_output_dir(tmp_path)
     other.send_signal(signal.SIGKILL)
     other.communicate()
@@ -55,7 +55,7 @@ def test_a_folder_with_a_run_is_refused_unless_told_and_stays_as_it_is(tmp_path,
     state.touch()
     config = Config(output_dir=str(tmp_path), train=TrainConfig(**({flag: True} if flag else {})))
     if flag is None:
-        with pytest.raises(ConfigError, match="holds a run already: add --resume"):
+        with pytest.raises(ConfigError, match=r"holds a run already\. Add --resume"):
             check_output_dir(config)
     else:
         check_output_dir(config)

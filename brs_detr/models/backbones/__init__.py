@@ -1,1 +1,1 @@
-"""Backbones: timm networks and Swin cut to the feature maps that a detector reads, and their weights."""
+"""Backbones: timm networks and Swin, with the feature maps that a detector reads, and their weights."""

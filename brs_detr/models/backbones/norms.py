@@ -1,4 +1,4 @@
-"""What stands in for a backbone's batch normalization: frozen statistics, or groups of channels.
+"""Replacements of a backbone's batch normalization: frozen statistics, or group normalization.
 
 A detector sees a few large images per device, too few for batch statistics. Fine-tuning keeps the ImageNet statistics
 and scales (`frozen`); training from scratch normalizes over groups of channels instead (`group`).
@@ -7,11 +7,12 @@ and scales (`frozen`); training from scratch normalizes over groups of channels 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-SMALL_RESIDUAL = 0.25
+SMALL_RESIDUAL = 0.25  # scale of a frozen residual branch that would otherwise stay at its initial zero
 
 
 class FrozenBatchNorm(nn.Module):
@@ -25,7 +26,10 @@ class FrozenBatchNorm(nn.Module):
         act: activation applied afterwards, for timm layers that fuse it into the normalization.
     """
 
-    def __init__(self, channels: int, eps: float = 1e-5, act: nn.Module | None = None):
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5, act: nn.Module | None = None) -> None:
         super().__init__()
         self.eps = eps
         self.act = act
@@ -35,14 +39,15 @@ class FrozenBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, h, w), the same in training and evaluation."""
+        """Normalize (B, C, h, w), the same in training and evaluation."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         shift = self.bias - self.running_mean * scale
-        # addcmul and not F.batch_norm: with a frozen scale nothing of x has to be kept for the backward pass
+        # addcmul and not F.batch_norm: with a frozen scale, x need not be kept for the backward pass.
         x = torch.addcmul(shift.to(x.dtype)[:, None, None], x, scale.to(x.dtype)[:, None, None])
         return x if self.act is None else self.act(x)
 
-    def _load_from_state_dict(self, state: dict, prefix: str, *args) -> None:
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A counter of nn.BatchNorm2d, which fixed statistics do not have: it would be an unexpected key.
         state.pop(prefix + "num_batches_tracked", None)
         super()._load_from_state_dict(state, prefix, *args)
 
@@ -50,15 +55,16 @@ class FrozenBatchNorm(nn.Module):
 class GroupNorm(nn.GroupNorm):
     """Group normalization (Wu and He, 2018): up to 32 groups of two channels or more; activation optional."""
 
-    def __init__(self, channels: int, eps: float = 1e-5, act: nn.Module | None = None):
+    def __init__(self, channels: int, eps: float = 1e-5, act: nn.Module | None = None) -> None:
         groups = math.gcd(32, channels)
+        # A group of one channel would be an instance norm, which is 0 on a map of 1 x 1.
         while groups > 1 and channels // groups < 2:
             groups //= 2
         super().__init__(groups, channels, eps=eps)
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, h, w)."""
+        """Normalize (B, C, h, w) over groups of channels."""
         x = super().forward(x)
         return x if self.act is None else self.act(x)
 
@@ -83,13 +89,14 @@ def group_norm_for_batch_norm(module: nn.Module) -> None:
     _replace_batch_norm(module, GroupNorm)
 
 
-def _replace_batch_norm(module: nn.Module, kind: type[FrozenBatchNorm] | type[GroupNorm]) -> None:
+def _replace_batch_norm(module: nn.Module, norm: type[FrozenBatchNorm] | type[GroupNorm]) -> None:
+    """Replace every batch normalization inside `module`, keeping the numbers that both have."""
     for name, child in module.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            new = kind(child.num_features, child.eps, getattr(child, "act", None))
+            new = norm(child.num_features, child.eps, getattr(child, "act", None))
             state = child.state_dict()
             own = new.state_dict()
             new.load_state_dict({key: state.get(key, value) for key, value in own.items()})
             setattr(module, name, new)
         else:
-            _replace_batch_norm(child, kind)
+            _replace_batch_norm(child, norm)

@@ -1,6 +1,6 @@
-"""Backbones: timm networks cut to the feature maps a detector reads, with detection's treatment of normalization.
+"""Backbones from timm with the feature maps and the normalization that a detector needs.
 
-`build_backbone` is the one entrance. ResNets keep the parameter names of torchvision and timm; Swin gets its own module
+`build_backbone` builds all of them. ResNets keep the parameter names of torchvision and timm; Swin gets its own module
 (`swin.py`), since timm's classification Swin does not compute the published detection features.
 """
 
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from typing import Any, cast
 
 import timm
 import torch
 from einops import rearrange
 from timm.models import FeatureListNet
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -20,11 +22,11 @@ from brs_detr.models.backbones.norms import freeze_batch_norm, group_norm_for_ba
 from brs_detr.models.backbones.swin import SwinBackbone, rename_official_swin
 from brs_detr.models.backbones.weights_io import flat_name, load_weights
 
-FIRST_STAGE_STRIDE = 4
+FIRST_STAGE_STRIDE = 4  # maps of a smaller stride belong to the stem
 
 
 class TimmBackbone(nn.Module):
-    """The feature maps of a timm network at chosen strides.
+    """Timm network that returns its feature maps at chosen strides.
 
     Args:
         features: a network built by timm with `features_only=True`.
@@ -37,9 +39,9 @@ class TimmBackbone(nn.Module):
         stages: name of the last module of each stage from stride 4 on.
     """
 
-    def __init__(self, features: nn.Module, strides: Sequence[int], activation_checkpointing: bool = False):
+    def __init__(self, features: nn.Module, strides: Sequence[int], activation_checkpointing: bool = False) -> None:
         super().__init__()
-        info = features.feature_info.info
+        info = _feature_info(features).info
         picked = {item["reduction"]: item for item in info if item["reduction"] in strides}
         self.strides = list(strides)
         self.channels = [picked[stride]["num_chs"] for stride in strides]
@@ -47,9 +49,10 @@ class TimmBackbone(nn.Module):
         self.returned = [flat_name(picked[stride]["module"]) for stride in strides]
         self.channels_last = getattr(getattr(features, "output_fmt", None), "value", "NCHW") == "NHWC"
         self.activation_checkpointing = activation_checkpointing
+        # FeatureListNet is a dictionary of modules. They become children of this module, so that their names are those
+        # of the published checkpoints, and those above the last wanted map are dropped.
         self.taken_apart = isinstance(features, FeatureListNet)
-        if self.taken_apart:
-            # the modules are ours directly, so that their names are those of the published checkpoints
+        if isinstance(features, FeatureListNet):
             for name, module in features.items():
                 self.add_module(name, module)
                 if flat_name(name) == self.returned[-1]:
@@ -57,19 +60,19 @@ class TimmBackbone(nn.Module):
         else:
             self.features = features
             if activation_checkpointing:
-                features.set_grad_checkpointing(True)
+                cast(Any, features).set_grad_checkpointing(True)
 
     def train(self, mode: bool = True) -> TimmBackbone:
-        """As usual, except that frozen parts stay in evaluation mode."""
+        """Set the mode; frozen parts stay in evaluation mode."""
         super().train(mode)
-        if mode:  # a backbone frozen as a whole comes back here with False
+        if mode:  # for a completely frozen backbone, keep_frozen_in_eval calls this method with False
             keep_frozen_in_eval(self)
         return self
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) normalized images -> one (B, c, h, w) map per stride."""
+        """Compute one (B, c, h, w) map per stride from (B, 3, H, W) normalized images."""
         if self.taken_apart:
-            maps = []
+            maps: list[Tensor] = []
             for name, module in self.named_children():
                 x = self._run(flat_name(name), module, x)
                 if flat_name(name) in self.returned:
@@ -81,8 +84,10 @@ class TimmBackbone(nn.Module):
         return list(maps)
 
     def _run(self, name: str, module: nn.Module, x: Tensor) -> Tensor:
+        """Run a module; a stage block by block, with activation checkpointing, if that is on."""
         if not (self.activation_checkpointing and self.training and name in self.stages and torch.is_grad_enabled()):
-            return module(x)
+            out: Tensor = module(x)
+            return out
         for block in module if isinstance(module, nn.Sequential) else [module]:
             x = recompute(block, x, use_reentrant=False)
         return x
@@ -99,14 +104,14 @@ def build_backbone(
     activation_checkpointing: bool = False,
     strides: Sequence[int] = (8, 16, 32),
 ) -> nn.Module:
-    """A backbone by its timm name.
+    """Build a backbone by its timm name.
 
     Args:
         name: for example `resnet50.tv_in1k` or `swin_tiny_patch4_window7_224.ms_in1k`.
         pretrained: start from timm's weights, downloaded at the first use.
         checkpoint: local file to read instead; no network is used then.
         frozen_stages: 0 trains everything, 1 freezes the stem and the first stage, and so on.
-        norm: what becomes of batch normalization: `frozen`, `batch` (trained as it is) or `group` (from scratch).
+        norm: replacement of batch normalization: `frozen`, `batch` (kept and trained) or `group` (from scratch).
         drop_path: highest rate of stochastic depth.
         activation_checkpointing: less memory for about a third more time.
         strides: of the wanted maps, ascending.
@@ -119,14 +124,14 @@ def build_backbone(
         RuntimeError: the weights cannot be downloaded.
     """
     if norm not in ("frozen", "batch", "group"):
-        raise ValueError(f"model.backbone.norm={norm} is not known; write frozen, batch or group")
+        raise ValueError(f"model.backbone.norm={norm} is not known. Choose frozen, batch or group.")
     check_name(name)
     strides = sorted(strides)
     download = pretrained and checkpoint is None
     if timm.models.is_model_in_modules(plain_name(name).partition(".")[0], ["swin_transformer"]):
-        network = _create(name, download, drop_path, num_classes=0, **SwinBackbone.TIMM_SETTINGS)
+        network = cast(SwinTransformer, _create(name, download, drop_path, num_classes=0, **SwinBackbone.TIMM_SETTINGS))
         _require_strides(name, [item["reduction"] for item in network.feature_info], strides)
-        backbone = SwinBackbone(network, strides, activation_checkpointing)
+        backbone: SwinBackbone | TimmBackbone = SwinBackbone(network, strides, activation_checkpointing)
     else:
         backbone = _timm_backbone(name, download, drop_path, strides, activation_checkpointing)
     if norm == "group":
@@ -145,14 +150,15 @@ def freeze_stages(backbone: nn.Module, count: int) -> None:
     Raises:
         ValueError: the backbone has fewer stages.
     """
-    if not 0 <= count <= len(backbone.stages):
-        raise ValueError(f"model.backbone.frozen_stages={count}: this backbone has {len(backbone.stages)} stages")
+    stages: list[str] = cast(Any, backbone).stages
+    if not 0 <= count <= len(stages):
+        raise ValueError(f"model.backbone.frozen_stages={count}: this backbone has {len(stages)} stages.")
     if count == 0:
         return
-    stage = backbone.stages[count - 1]
-    names, modules = zip(*backbone.named_modules(), strict=True)
-    names = [flat_name(name.removeprefix("features.")) for name in names]
-    # modules are registered in order of use: all up to the stage's last one belong to it or come before it
+    stage = stages[count - 1]
+    modules = [module for _, module in backbone.named_modules()]
+    names = [flat_name(name.removeprefix("features.")) for name, _ in backbone.named_modules()]
+    # Modules are registered in order of use: all up to the stage's last one belong to it or come before it.
     last = max(index for index, name in enumerate(names) if name == stage or name.startswith(stage + "_"))
     for module in modules[: last + 1]:
         for parameter in module.parameters(recurse=False):
@@ -170,21 +176,24 @@ def keep_frozen_in_eval(module: nn.Module) -> None:
 
 
 def plain_name(name: str) -> str:
-    """The name of a backbone in timm's own list; for one of the hub or of a folder, the architecture that it is of.
+    """Return a backbone's name in timm's own list; for a name of the hub or a folder, that of its architecture.
 
     Raises:
-        ValueError, RuntimeError, OSError: there is none, or it cannot be looked up.
+        ValueError, RuntimeError, OSError: there is no such backbone, or it cannot be looked up.
     """
-    return timm.create_model(name, pretrained=False).pretrained_cfg["architecture"] if ":" in name else name
+    if ":" not in name:
+        return name
+    config: Any = timm.create_model(name, pretrained=False).pretrained_cfg
+    return str(config["architecture"])
 
 
 def check_name(name: str) -> None:
-    """Refuse a name timm does not know, naming the nearest ones.
+    """Raise for a name that timm does not know, with the most similar ones.
 
     Raises:
-        ValueError: no such network, or no such weights of it.
+        ValueError: there is no such network, or no such weights of it.
     """
-    if ":" in name:  # hf-hub:... and local-dir:... name a place, not an entry of timm's list
+    if ":" in name:  # hf-hub:... and local-dir:... name a location, not an entry of timm's list
         return
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
@@ -193,44 +202,52 @@ def check_name(name: str) -> None:
     tags = timm.list_pretrained(f"{architecture}.*")
     if tag and name not in tags:
         near = difflib.get_close_matches(name, tags, n=4, cutoff=0.0)
-        raise ValueError(f"model.backbone.name={name}: timm has no such weights; there are {', '.join(near) or 'none'}")
+        raise ValueError(f"model.backbone.name={name}: timm has no such weights. Choose from {', '.join(near) or '-'}.")
 
 
 def _timm_backbone(name: str, download: bool, drop_path: float, strides: list[int], recomputed: bool) -> TimmBackbone:
+    """Build a `TimmBackbone`; a first network, without weights, shows which levels there are."""
     features = _create(name, False, drop_path, features_only=True)
-    reductions = features.feature_info.reduction()
+    reductions = _feature_info(features).reduction()
     _require_strides(name, reductions, strides)
-    settings = {}
-    if not isinstance(features, FeatureListNet):  # its unused levels cannot be cut off afterwards
+    settings: dict[str, Any] = {}
+    if not isinstance(features, FeatureListNet):  # unused levels of other wrappers cannot be dropped afterwards
         settings["out_indices"] = tuple(len(reductions) - 1 - reductions[::-1].index(stride) for stride in strides)
     if download or settings:
         features = _create(name, download, drop_path, features_only=True, **settings)
     return TimmBackbone(features, strides, recomputed)
 
 
-def _create(name: str, download: bool, drop_path: float, **settings) -> nn.Module:
+def _feature_info(network: nn.Module) -> Any:
+    """Return timm's description of a network's feature levels."""
+    return network.feature_info
+
+
+def _create(name: str, download: bool, drop_path: float, **settings: Any) -> nn.Module:
+    """Create a timm network, with errors that name the setting."""
     try:
-        # named even when 0: some networks of timm have stochastic depth by default
+        # Given even if 0: some networks of timm have stochastic depth by default.
         return timm.create_model(name, pretrained=download, drop_path_rate=drop_path, **settings)
     except TypeError as error:
         if "drop_path_rate" not in str(error):
             raise
         if drop_path > 0:
-            raise ValueError(f"model.backbone.drop_path: {name} has no stochastic depth; set it to 0") from error
+            raise ValueError(f"model.backbone.drop_path: {name} has no stochastic depth. Set it to 0.") from error
         return timm.create_model(name, pretrained=download, **settings)
     except (OSError, RuntimeError) as error:
         if not download:
             raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise RuntimeError(
-            f"the pretrained weights of {name} cannot be had ({reason}); set model.backbone.checkpoint=PATH to a local "
-            "file, or model.backbone.pretrained=false to start from random weights"
+            f"the pretrained weights of {name} cannot be downloaded ({reason}). Set model.backbone.checkpoint=PATH to "
+            "a local file, or model.backbone.pretrained=false to start from random weights."
         ) from error
 
 
-def _require_strides(name: str, offered: Sequence[int], wanted: Sequence[int]) -> None:
-    if missing := sorted(set(wanted) - set(offered)):
+def _require_strides(name: str, available: Sequence[int], wanted: Sequence[int]) -> None:
+    """Raise if a network lacks a map of a wanted stride."""
+    if missing := sorted(set(wanted) - set(available)):
         raise ValueError(
-            f"model.backbone.name={name} has maps of stride {sorted(set(offered))}, but model.backbone.levels wants "
-            f"{missing}; take a network with pyramid features, such as resnet50.tv_in1k, or other levels"
+            f"model.backbone.name={name} has maps of stride {sorted(set(available))}, but model.backbone.levels "
+            f"needs {missing}. Use a network with pyramid features, such as resnet50.tv_in1k, or other levels."
         )

@@ -1,1 +1,1 @@
-"""The deformable transformer: attention, encoder, decoder, two-stage and collaborative queries."""
+"""The deformable transformer: attention, encoder, two-stage proposals, decoder, collaborative queries."""

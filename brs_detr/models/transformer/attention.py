@@ -1,9 +1,7 @@
-"""What encoder and decoder layers share: deformable attention, the feed-forward block, sine encodings.
+"""Parts of encoder and decoder layers: deformable attention, the feed-forward block, sine encodings, inverse sigmoid.
 
-Sine encodings: of cells under a padding mask, and of boxes; and the inverse sigmoid that boxes are refined in.
-
-All of it runs in float32 (or wider), also under autocast: padded columns divide by 1e-6, and a coordinate in bf16 would
-be off by whole cells.
+Encodings and sampling locations are computed in float32 (or wider), also under autocast: padded columns divide by 1e-6,
+and a coordinate in bf16 would be off by several cells.
 """
 
 from __future__ import annotations
@@ -24,8 +22,8 @@ Sampling = Callable[[Tensor, Sequence[Size], Tensor, Tensor], Tensor]
 class DeformableAttention(nn.Module):
     """Multi-scale deformable attention (Deformable DETR, Eq. 3) with its projections.
 
-    Initially every head looks along its own direction, point p at p + 1 cells, with equal weights (the original
-    initialization), so training starts from a fixed star-shaped stencil.
+    Initially every head samples along its own direction, point p at p + 1 cells, with equal weights (the original
+    initialization), so training starts from a fixed star-shaped pattern.
 
     Args:
         dim: width of queries and values.
@@ -37,7 +35,7 @@ class DeformableAttention(nn.Module):
     def __init__(self, dim: int, heads: int = 8, levels: int = 4, points: int = 4) -> None:
         super().__init__()
         if dim % heads:
-            raise ValueError(f"model.dim {dim} is not a multiple of model.heads {heads}")
+            raise ValueError(f"model.dim={dim}: not a multiple of model.heads={heads}.")
         self.heads, self.levels, self.points = heads, levels, points
         self.sampling: Sampling = deformable_sampling
         self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
@@ -47,7 +45,7 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Star-shaped offsets, equal weights, Xavier projections."""
+        """Initialize with star-shaped offsets, equal weights and Xavier projections."""
         nn.init.zeros_(self.sampling_offsets.weight)
         angles = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
         directions = torch.stack([angles.cos(), angles.sin()], -1)
@@ -84,29 +82,28 @@ class DeformableAttention(nn.Module):
         offsets = self.sampling_offsets(query).float() if query.dtype != torch.float64 else self.sampling_offsets(query)
         offsets = rearrange(offsets, "b q (h l p xy) -> b q h l p xy", **sizes)
         weights = self.attention_weights(query).to(offsets.dtype)
-        # the weights of all levels and points of a head sum to 1
+        # The softmax is over all levels and points of a head together.
         weights = rearrange(weights, "b q (h samples) -> b q h samples", h=self.heads).softmax(-1)
         weights = rearrange(weights, "b q h (l p) -> b q h l p", l=self.levels)
         centers = references[:, :, None, :, None, :2]
         if references.shape[-1] == 2:
             locations = centers + offsets / level_sizes(shapes, offsets)[:, None]
         else:
-            # points reach half a box away at an offset of `points` (Deformable DETR, A.4)
+            # An offset of `points` is half a box side, so the initial pattern reaches the box's border (A.4).
             locations = centers + offsets / self.points * references[:, :, None, :, None, 2:] * 0.5
-        return self.output_proj(self.sampling(value, shapes, locations, weights))
+        out: Tensor = self.output_proj(self.sampling(value, shapes, locations, weights))
+        return out
 
 
 def use_sampling(model: nn.Module, sampling: Sampling) -> None:
-    """Let all deformable attention in `model` read its samples by `sampling`, which has to be the same function as
-    `deformable_sampling`, only computed in another way.
-    """
+    """Make all deformable attention in `model` use `sampling`, another implementation of `deformable_sampling`."""
     for module in model.modules():
         if isinstance(module, DeformableAttention):
             module.sampling = sampling
 
 
 class FeedForward(nn.Module):
-    """Linear, ReLU, Linear; the residual is the layer's business.
+    """Linear, ReLU, Linear; the layer adds the residual.
 
     Args:
         dim: width in and out.
@@ -121,28 +118,31 @@ class FeedForward(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) -> (..., dim)."""
-        return self.contract(self.expand(x).relu())
+        """Map (..., dim) to (..., dim)."""
+        out: Tensor = self.contract(self.expand(x).relu())
+        return out
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """log(x / (1 - x)) with x clamped to [0, 1] and both parts floored at `eps`. Any shape."""
+    """Compute log(x / (1 - x)) with x clamped to [0, 1] and both terms to at least `eps`; any shape."""
     x = x.clamp(0.0, 1.0)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
 def _frequencies(features: int, like: Tensor, temperature: float) -> Tensor:
+    """Return the divisors (features,) of the angles; each sine and its cosine share one."""
     pairs = torch.arange(features, device=like.device) // 2
-    return temperature ** (2 * pairs.to(like.dtype) / features)
+    divisors: Tensor = temperature ** (2 * pairs.to(like.dtype) / features)
+    return divisors
 
 
 def _interleave(angles: Tensor) -> Tensor:
-    """(..., F) angles -> sine in even channels, cosine in odd ones."""
+    """Map angles (..., F) to sines in even channels and cosines in odd ones."""
     return rearrange([angles[..., 0::2].sin(), angles[..., 1::2].cos()], "sincos ... f -> ... (f sincos)")
 
 
 def sine_of_cells(padding: Tensor, features: int, *, temperature: float = 10000.0, offset: float = -0.5) -> Tensor:
-    """Sine encoding of each cell's place among the unpadded cells of its image.
+    """Encode each cell's position among the unpadded cells of its image with sines.
 
     Args:
         padding: (B, h, w) bool, True where padded.
@@ -156,6 +156,7 @@ def sine_of_cells(padding: Tensor, features: int, *, temperature: float = 10000.
     valid = (~padding).float()
     y = valid.cumsum(1)
     x = valid.cumsum(2)
+    # Normalized by the last count, the unpadded extent, so that the encoding does not depend on the padding.
     y = (y + offset) / (y[:, -1:, :] + 1e-6) * (2 * math.pi)
     x = (x + offset) / (x[:, :, -1:] + 1e-6) * (2 * math.pi)
     waves = _frequencies(features, y, temperature)
@@ -164,11 +165,11 @@ def sine_of_cells(padding: Tensor, features: int, *, temperature: float = 10000.
 
 
 def sine_of_boxes(boxes: Tensor, features: int, *, temperature: float = 10000.0) -> Tensor:
-    """Sine encoding of the four box coordinates, in the order cx, cy, w, h.
+    """Encode the four box coordinates with sines, in the order cx, cy, w, h.
 
     Args:
         boxes: (..., 4) cxcywh in [0, 1].
-        features: channels a coordinate.
+        features: channels per coordinate.
 
     Returns:
         (..., 4 * features) in boxes' dtype, at least float32.

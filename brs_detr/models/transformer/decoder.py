@@ -20,22 +20,28 @@ PRIOR_BIAS = -math.log(99.0)
 
 
 def box_regressor(dim: int) -> nn.Sequential:
-    """Three-layer perceptron to four box deltas; the last layer starts at zero, so boxes start at their references."""
-    head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4))
-    nn.init.zeros_(head[-1].weight)
-    nn.init.zeros_(head[-1].bias)
-    return head
+    """Build a three-layer perceptron to four box deltas; its last layer is zero, so boxes start at their references."""
+    # In this order, in which the layers draw their initial weights.
+    first, second, last = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, 4)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
 
 
 def classifier(dim: int, num_classes: int) -> nn.Linear:
-    """Linear sigmoid classifier at a prior of 0.01."""
+    """Build a linear sigmoid classifier that starts at a probability of 0.01."""
     layer = nn.Linear(dim, num_classes)
     nn.init.constant_(layer.bias, PRIOR_BIAS)
     return layer
 
 
 class Predictions(NamedTuple):
-    """logits (..., B, Q, K) float32; boxes (..., B, Q, 4) cxcywh in [0, 1] of each image, float32."""
+    """Logits and boxes of queries or tokens.
+
+    Attributes:
+        logits: (..., B, Q, K) float32.
+        boxes: (..., B, Q, 4) cxcywh in [0, 1] of each image, float32.
+    """
 
     logits: Tensor
     boxes: Tensor
@@ -55,12 +61,13 @@ class DecoderLayer(nn.Module):
         self.ffn_norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, position: Tensor, references: Tensor, memory: Memory) -> Tensor:
-        """x, position (B, Q, dim); references (B, Q, L, 4) -> (B, Q, dim)."""
+        """Update the queries x (B, Q, dim), given their position (B, Q, dim) and references (B, Q, L, 4)."""
         query = x + position
         x = self.self_norm(x + self.self_attention(query, query, x, need_weights=False)[0])
         attended = self.cross_attention(x + position, memory.tokens, references, memory.shapes, memory.padding)
         x = self.cross_norm(x + attended)
-        return self.ffn_norm(x + self.ffn(x))
+        out: Tensor = self.ffn_norm(x + self.ffn(x))
+        return out
 
 
 class QueryDecoder(nn.Module):
@@ -69,7 +76,7 @@ class QueryDecoder(nn.Module):
     Args:
         dim, heads, levels, points, hidden: sizes of the layers.
         num_classes: K.
-        layers: how many.
+        layers: number of layers.
     """
 
     def __init__(
@@ -85,7 +92,7 @@ class QueryDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(dim, heads, levels, points, hidden) for _ in range(layers))
-        # Every branch starts as a copy of the same one, the two-stage branch (two_stage.py) included.
+        # All layers start with the same classifier and regressor, as in the official code.
         first_classifier, first_regressor = classifier(dim, num_classes), box_regressor(dim)
         self.classifiers = nn.ModuleList(copy.deepcopy(first_classifier) for _ in range(layers))
         self.regressors = nn.ModuleList(copy.deepcopy(first_regressor) for _ in range(layers))
@@ -95,13 +102,14 @@ class QueryDecoder(nn.Module):
 
         Args:
             content, position: (B, Q, dim) of the queries; the position is the same for every layer.
-            references: (B, Q, 4) cxcywh, where refinement starts; detached by the caller.
+            references: (B, Q, 4) cxcywh, the boxes to refine; detached by the caller.
             memory: of the encoder.
 
         Returns:
             Predictions of every layer, (layers, B, Q, ...). Layer l's box keeps the graph of layer l - 1's regressor
             (look forward twice) though its reference is detached.
         """
+        # References are in [0, 1] of the image, sampling locations in [0, 1] of each padded level.
         ratios = torch.cat([memory.valid_ratios, memory.valid_ratios], -1)[:, None]
         all_logits, all_boxes = [], []
         x, graph_references = content, references

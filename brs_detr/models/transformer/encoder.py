@@ -16,14 +16,14 @@ from brs_detr.ops.images import Size, level_sizes
 
 @dataclass(frozen=True)
 class Memory:
-    """Feature levels as one list of tokens.
+    """Feature maps of all levels as one sequence of tokens.
 
     Attributes:
         tokens: (B, N, dim), row-major within a level, finest level first.
-        padding: (B, N) bool, True where a token lies in an image's padding.
+        padding: (B, N) bool, True where a token is in an image's padding.
         shapes: (h, w) of each level.
         valid_sizes: (B, L, 2) float32, unpadded cells as (columns, rows).
-        valid_ratios: (B, L, 2) float32, the same as a share of the level's (w, h).
+        valid_ratios: (B, L, 2) float32, the same as a fraction of the level's (w, h).
     """
 
     tokens: Tensor
@@ -33,16 +33,16 @@ class Memory:
     valid_ratios: Tensor
 
     def maps(self, tokens: Tensor | None = None) -> list[Tensor]:
-        """Cut tokens back into (B, dim, h, w) maps."""
+        """Split tokens into (B, dim, h, w) maps."""
         tokens = self.tokens if tokens is None else tokens
         levels = tokens.split([h * w for h, w in self.shapes], dim=1)
         return [rearrange(t, "b (y x) d -> b d y x", y=h, x=w) for t, (h, w) in zip(levels, self.shapes, strict=True)]
 
 
 def level_masks(padding: Tensor, shapes: Sequence[Size]) -> list[Tensor]:
-    """(B, H, W) pixel padding -> (B, h, w) bool a level: cell i reads pixel floor(i * H / h).
+    """Downsample the padding (B, H, W) of pixels to (B, h, w) bool per level: cell i reads pixel floor(i * H / h).
 
-    In integers, and not by `F.interpolate`, since exported to ONNX that reads other pixels at some sizes.
+    In integers and not by `F.interpolate`, which reads other pixels at some sizes once exported to ONNX.
     """
     height, width = padding.shape[-2:]
     masks = []
@@ -54,7 +54,7 @@ def level_masks(padding: Tensor, shapes: Sequence[Size]) -> list[Tensor]:
 
 
 def cell_centers(shape: Size, valid_size: Tensor) -> Tensor:
-    """Centers of a level's cells in units of each image's unpadded extent.
+    """Compute the centers of a level's cells in units of each image's unpadded extent.
 
     Args:
         shape: (h, w) of the level.
@@ -83,17 +83,18 @@ class EncoderLayer(nn.Module):
     def forward(
         self, x: Tensor, position: Tensor, references: Tensor, shapes: Sequence[Size], padding: Tensor
     ) -> Tensor:
-        """x, position (B, N, dim); references (B, N, L, 2); padding (B, N) -> (B, N, dim)."""
+        """Update the tokens x (B, N, dim), given position (B, N, dim), references (B, N, L, 2) and padding (B, N)."""
         x = self.attention_norm(x + self.attention(x + position, x, references, shapes, padding))
-        return self.ffn_norm(x + self.ffn(x))
+        out: Tensor = self.ffn_norm(x + self.ffn(x))
+        return out
 
 
 class DeformableEncoder(nn.Module):
-    """Flattens the levels, adds sine and level encodings, runs the layers.
+    """Deformable encoder over the flattened levels, with sine and level encodings.
 
     Args:
         dim, heads, levels, points, hidden: sizes of the layers.
-        layers: how many.
+        layers: number of layers.
         activation_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
     """
 
@@ -114,14 +115,14 @@ class DeformableEncoder(nn.Module):
         self.activation_checkpointing = activation_checkpointing
 
     def forward(self, maps: Sequence[Tensor], padding: Tensor) -> Memory:
-        """Encode.
+        """Encode feature maps.
 
         Args:
-            maps: (B, dim, h, w) a level.
+            maps: (B, dim, h, w) per level.
             padding: (B, H, W) bool on pixels, True where padded.
 
         Returns:
-            The memory. Tokens in the padding are not blanked; whoever reads them masks.
+            The memory. Tokens in the padding are not zeroed; its readers apply the mask.
         """
         shapes = [(m.shape[-2], m.shape[-1]) for m in maps]
         masks = level_masks(padding, shapes)
@@ -130,10 +131,12 @@ class DeformableEncoder(nn.Module):
         sines = [rearrange(sine_of_cells(mask, dim // 2), "b d y x -> b (y x) d") for mask in masks]
         position = torch.cat([s + e for s, e in zip(sines, self.level_embed, strict=True)], dim=1)
         blank = torch.cat([rearrange(mask, "b y x -> b (y x)") for mask in masks], dim=1)
+        # Images are padded at the right and bottom only, so the first row and column show the unpadded extent.
         valid_sizes = torch.stack([torch.stack([(~m[:, 0, :]).sum(1), (~m[:, :, 0]).sum(1)], -1) for m in masks], 1)
         valid_sizes = valid_sizes.to(torch.float32)
         valid_ratios = valid_sizes / level_sizes(shapes, valid_sizes)
         centers = torch.cat([cell_centers(s, valid_sizes[:, i]) for i, s in enumerate(shapes)], dim=1)
+        # Each cell's own center, on every level.
         references = centers[:, :, None] * valid_ratios[:, None]
         for layer in self.layers:
             if self.activation_checkpointing and self.training:

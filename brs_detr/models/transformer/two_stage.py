@@ -1,7 +1,7 @@
 """Two-stage proposals: every encoder token predicts a score and a box; the best become the decoder's references.
 
-Deformable DETR A.4 with Co-DETR's mixed selection: only the position of a query comes from its proposal, the content is
-learned. The class-0 logit alone selects, since the proposals' targets are class-agnostic.
+Deformable DETR A.4 with Co-DETR's mixed selection: only the position of a query comes from its proposal, its content is
+learned. Tokens are ranked by the class-0 logit alone, since the proposals' targets are class-agnostic.
 """
 
 from __future__ import annotations
@@ -18,8 +18,14 @@ from brs_detr.ops.anchors import take_rows
 
 
 class Proposals(NamedTuple):
-    """predictions over all N tokens; references (B, Q, 4) cxcywh, detached; valid (B, N) bool, may be selected;
-    chosen (B, Q) token indices."""
+    """Predictions of all encoder tokens and the selected ones.
+
+    Attributes:
+        predictions: of all N tokens.
+        references: (B, Q, 4) cxcywh, boxes of the selected tokens, detached.
+        valid: (B, N) bool, tokens that may be selected.
+        chosen: (B, Q) indices of the selected tokens.
+    """
 
     predictions: Predictions
     references: Tensor
@@ -28,30 +34,31 @@ class Proposals(NamedTuple):
 
 
 def token_anchors(memory: Memory) -> tuple[Tensor, Tensor]:
-    """One square anchor a token, side 0.05 * 2^level of the image.
+    """Make one square anchor per token, of side 0.05 * 2^level of the image.
 
     Returns:
         anchors (B, N, 4) cxcywh; valid (B, N) bool: not padded and all four numbers inside (0.01, 0.99).
     """
-    anchors = []
+    squares = []
     for level, shape in enumerate(memory.shapes):
         centers = cell_centers(shape, memory.valid_sizes[:, level])
-        anchors.append(torch.cat([centers, torch.full_like(centers, 0.05 * 2**level)], -1))
-    anchors = torch.cat(anchors, 1)
+        squares.append(torch.cat([centers, torch.full_like(centers, 0.05 * 2**level)], -1))
+    anchors = torch.cat(squares, 1)
+    # Near 0 and 1 the inverse sigmoid of an anchor would be too large to be corrected by a delta.
     valid = ((anchors > 0.01) & (anchors < 0.99)).all(-1) & ~memory.padding
     return anchors, valid
 
 
 class TwoStageHead(nn.Module):
-    """Scores and boxes of all encoder tokens, and the choice among them.
+    """Scores and boxes of all encoder tokens, and the selection of the best.
 
-    Unlike the released code, padded and border tokens cannot be chosen: there they share one constant score, so that
-    the amount of padding (the batch an image sits in) could change its detections.
+    Unlike in the released code, padded and border tokens cannot be selected: there they share one constant score, so
+    that the amount of padding (the other images of the batch) could change an image's detections.
 
     Args:
         dim: width of the tokens.
         num_classes: K; the targets are class-agnostic, yet the released classifier has K columns.
-        queries: how many to choose; fewer where the memory has fewer tokens.
+        queries: number of tokens to select; all if the memory has fewer.
     """
 
     def __init__(self, dim: int, num_classes: int, queries: int = 300) -> None:
@@ -64,8 +71,9 @@ class TwoStageHead(nn.Module):
         self.regressor = box_regressor(dim)
 
     def forward(self, memory: Memory) -> Proposals:
-        """Score every token and choose the best `queries` of each image by their class-0 logit."""
+        """Score every token and select the best `queries` of each image by their class-0 logit."""
         anchors, valid = token_anchors(memory)
+        # Infinite for invalid tokens: their boxes become constant and get no gradient.
         unsquashed = torch.log(anchors / (1 - anchors)).masked_fill(~valid[..., None], torch.inf)
         tokens = self.norm(self.projection(memory.tokens.masked_fill(~valid[..., None], 0.0)))
         logits = self.classifier(tokens).to(unsquashed.dtype)
@@ -77,7 +85,7 @@ class TwoStageHead(nn.Module):
 
 
 class BoxEmbedding(nn.Module):
-    """Sine encoding of a box, projected: the first `dim` channels place a query, the last `dim` may fill its content.
+    """Projected sine encoding of boxes: `dim` channels for a query's position, `dim` that may be used as its content.
 
     Args:
         dim: width of the queries; a multiple of 4.
@@ -91,8 +99,8 @@ class BoxEmbedding(nn.Module):
         self.norm = nn.LayerNorm(2 * dim)
 
     def forward(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, Q, 4) cxcywh -> position (B, Q, dim), content (B, Q, dim)."""
-        # The round trip clamps as the released code does: coordinates outside [1e-5, 1 - 1e-5] embed at the edge.
+        """Embed (B, Q, 4) cxcywh boxes as position (B, Q, dim) and content (B, Q, dim)."""
+        # The round trip clamps coordinates to [1e-5, 1 - 1e-5], as the released code does.
         inside = inverse_sigmoid(boxes).sigmoid()
         position, content = self.norm(self.projection(sine_of_boxes(inside, self.features))).chunk(2, dim=-1)
         return position, content
