@@ -17,6 +17,8 @@ from torchvision.ops import box_convert
 
 from brs_detr.assign.hungarian import HungarianMatcher
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
+from brs_detr.losses.distributed import SharedCount
+from brs_detr.losses.objective import PredictionSet
 from brs_detr.models.heads.atss import ATSSHead
 from brs_detr.models.heads.roi import RoIHead
 from brs_detr.models.heads.rpn import RPNHead
@@ -216,7 +218,7 @@ class BRSDETR(nn.Module):
         matches = self.matcher([tuple(t.detach() for t in s) for s in sets], packed)
         for name, (logits, boxes, labels), (rows, objects) in zip(names, sets, matches, strict=True):
             if name in names[:2]:  # every decoder layer matches as many objects as the first
-                count = self.objective.shared_count(len(rows), packed.boxes)
+                count = SharedCount(len(rows))
             if name == "encoder" and not self.rank_all_encoder_columns:
                 logits = logits[..., :1]
             found = packed.boxes[objects], packed.scales[objects]
@@ -234,7 +236,7 @@ class BRSDETR(nn.Module):
         for head, queries in zip(samples, chosen, strict=True):
             position, content = self.aux_embeddings[head](queries.boxes, queries.features)
             layers = self.decoder(content, position, queries.boxes, memory)
-            count = self.objective.shared_count(len(queries.rows), queries.boxes)
+            count = SharedCount(len(queries.rows))
             for i, predictions in enumerate(zip(layers.logits, layers.boxes)):
                 found = queries.rows, queries.labels, queries.targets, queries.scales, count
                 losses |= self.set_losses(f"aux_{head}.{i}", Predictions(*predictions), *found)
@@ -248,7 +250,7 @@ class BRSDETR(nn.Module):
         labels: Tensor,
         targets: Tensor,
         scales: Tensor,
-        count: Tensor | None = None,
+        count: SharedCount | None = None,
     ) -> dict[str, Tensor]:
         """Terms of one prediction set.
 
@@ -257,7 +259,7 @@ class BRSDETR(nn.Module):
             predictions: logits (B, Q, K), boxes (B, Q, 4) cxcywh.
             rows: (P,) positives among the B * Q rows.
             labels: (P,). targets: (P, 4) cxcywh. scales: (P, 4) pixels.
-            count: the objective's `shared_count` of P; None: it asks the other processes itself.
+            count: P, shared with other sets of as many positives.
 
         Returns:
             `name.term` -> scalar. Quality and GIoU are those of the boxes in pixels.
@@ -268,14 +270,16 @@ class BRSDETR(nn.Module):
         all_labels = all_labels.index_copy(0, rows, labels)
         pixels, target_pixels = (box_convert(b * scales, "cxcywh", "xyxy") for b in (boxes, targets))
         terms = self.objective(
-            logits,
-            all_labels,
-            quality=paired_iou(pixels.detach(), target_pixels),
-            localization={
-                "l1": (boxes - targets).abs().sum(-1),
-                "giou": paired_giou_loss(pixels, target_pixels),
-            },
-            rows=rows,
-            count=count,
+            PredictionSet(
+                logits,
+                all_labels,
+                quality=paired_iou(pixels.detach(), target_pixels),
+                box_losses={
+                    "l1": (boxes - targets).abs().sum(-1),
+                    "giou": paired_giou_loss(pixels, target_pixels),
+                },
+                rows=rows,
+                normalizer=count,
+            )
         )
         return {f"{name}.{term}": value for term, value in terms.items()}

@@ -108,15 +108,14 @@ class ReleasedObjective(nn.Module):
 
     def __init__(self, ours):
         super().__init__()
-        self.ours, self.shared_count = ours, ours.shared_count
+        self.ours = ours
 
-    def forward(self, logits, labels, *, quality, localization, valid=None, rows=None, **others):
-        kept = quality > 0
-        ranked_labels = labels.index_fill(0, rows[~kept], logits.shape[1])
-        ones = {name: value.mean().expand(int(kept.sum())) for name, value in localization.items()}
-        return self.ours(
-            logits, ranked_labels, quality=quality[kept], localization=ones, valid=valid, rows=rows[kept], **others
-        )
+    def forward(self, predictions):
+        rows, kept = predictions.rows, predictions.quality > 0
+        labels = predictions.labels.index_fill(0, rows[~kept], predictions.logits.shape[1])
+        ones = {name: value.mean().expand(int(kept.sum())) for name, value in predictions.box_losses.items()}
+        quality = predictions.quality[kept]
+        return self.ours(predictions._replace(labels=labels, quality=quality, box_losses=ones, rows=rows[kept]))
 
 
 def as_released(model):

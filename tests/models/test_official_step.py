@@ -102,11 +102,11 @@ class Spy(torch.nn.Module):
 
     def __init__(self, inner):
         super().__init__()
-        self.inner, self.shared_count = inner, inner.shared_count
+        self.inner = inner
 
-    def forward(self, logits, labels, **options):
-        self.labels, self.valid = labels, options.get("valid")
-        return self.inner(logits, labels, **options)
+    def forward(self, predictions):
+        self.labels, self.valid = predictions.labels, predictions.valid
+        return self.inner(predictions)
 
 
 def inside(levels, per_cell=1):

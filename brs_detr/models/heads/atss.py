@@ -18,6 +18,8 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 from brs_detr.assign.assignment import AuxSamples, join
 from brs_detr.assign.atss import atss_assign
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
+from brs_detr.losses.distributed import SharedCount
+from brs_detr.losses.objective import PredictionSet
 from brs_detr.models.transformer.decoder import PRIOR_BIAS
 from brs_detr.ops.anchors import AnchorGrid, batch_rows, take_rows, valid_extents, valid_rows
 from brs_detr.ops.boxes import BoxCoder
@@ -140,21 +142,22 @@ class ATSSHead(nn.Module):
         objects = joined.boxes[joined.assigned[rows]]
         chosen = torch.cat(anchors)[rows]
         boxes = self.coder.decode(chosen, batch_rows(output.deltas, extents)[rows])
-        count = sum((assigned >= 0).sum().clamp(min=1) for assigned in assignments)
-        count = self.objective.shared_count(count, boxes)
+        count = SharedCount(sum((assigned >= 0).sum().clamp(min=1) for assigned in assignments))
         goal = None if output.centerness is None else centerness_target(chosen, objects)
         terms = self.objective(
-            batch_rows(output.logits, extents),
-            labels,
-            quality=paired_iou(boxes.detach(), objects),
-            localization={"giou": paired_giou_loss(boxes, objects)},
-            rows=rows,
-            localization_weight=goal,
-            count=count,
+            PredictionSet(
+                batch_rows(output.logits, extents),
+                labels,
+                quality=paired_iou(boxes.detach(), objects),
+                box_losses={"giou": paired_giou_loss(boxes, objects)},
+                rows=rows,
+                box_weight=goal,
+                normalizer=count,
+            )
         )
         if goal is not None:
             logits = batch_rows(output.centerness, extents)[rows, 0].float()
-            value = binary_cross_entropy_with_logits(logits, goal, reduction="sum") / count
+            value = binary_cross_entropy_with_logits(logits, goal, reduction="sum") / count.mean(logits.device)
             terms = {**terms, "centerness": self.centerness_weight * value}
         samples = self._samples(
             features, anchors, extents, labels, objects.new_zeros(labels.shape[0], 4).index_copy(0, rows, objects)

@@ -17,6 +17,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
 from brs_detr.assign.assignment import AuxSamples, join
 from brs_detr.assign.max_iou import IGNORED, RandomSampler, max_iou_assign
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
+from brs_detr.losses.objective import PredictionSet
 from brs_detr.ops.boxes import BoxCoder
 from brs_detr.ops.images import Size
 
@@ -149,12 +150,13 @@ class RoIHead(nn.Module):
         objects = joined.boxes[joined.assigned[rows]]
         boxes = self.coder.decode(torch.cat(rois)[rows], output.deltas[rows, labels[rows]])
         terms = self.objective(
-            output.logits,
-            labels,
-            quality=paired_iou(boxes.detach(), objects),
-            localization={"giou": paired_giou_loss(boxes, objects)},
-            rows=rows,
-            count=max(labels.shape[0], 1) if self.softmax else None,
+            PredictionSet(
+                output.logits,
+                labels,
+                quality=paired_iou(boxes.detach(), objects),
+                box_losses={"giou": paired_giou_loss(boxes, objects)},
+                rows=rows,
+            )
         )
         counts = [roi.shape[0] for roi in rois]
         goals = objects.new_zeros(labels.shape[0], 4).index_copy(0, rows, objects)

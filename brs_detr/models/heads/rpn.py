@@ -18,6 +18,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 from brs_detr.assign.assignment import join
 from brs_detr.assign.max_iou import IGNORED, RandomSampler, max_iou_assign
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
+from brs_detr.losses.objective import PredictionSet
 from brs_detr.ops.anchors import AnchorGrid, batch_rows, take_rows, valid_extents, valid_rows
 from brs_detr.ops.boxes import BoxCoder
 from brs_detr.ops.images import Size
@@ -131,13 +132,15 @@ class RPNHead(nn.Module):
             torch.cat(anchors)[rows], deltas[rows], joined.boxes[joined.assigned[rows]]
         )
         terms = self.objective(
-            logits,
-            (joined.assigned < 0).long(),
-            quality=quality,
-            localization=localization,
-            valid=joined.assigned != IGNORED,
-            rows=rows,
-            count=sum(map(_sampled, assignments)) if self.sampler else None,
+            PredictionSet(
+                logits,
+                (joined.assigned < 0).long(),
+                quality=quality,
+                box_losses=localization,
+                valid=joined.assigned != IGNORED,
+                rows=rows,
+                normalizer=sum(map(_sampled, assignments)) if self.sampler else None,
+            )
         )
         return {f"rpn.{name}": value for name, value in terms.items()}
 
