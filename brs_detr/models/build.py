@@ -80,7 +80,7 @@ def build_dense_heads(settings: Any, num_classes: int, strides: Sequence[int]) -
             scales=octave,
             ratios=rpn.anchor_ratios,
             objective=build_objective(settings, "rpn"),
-            localization="l1" if score_based else "giou",
+            box_loss="l1" if score_based else "giou",
             sampler=None if rpn.sample is None else RandomSampler(rpn.sample, 0.5),
             before_nms=rpn.proposals_before_nms,
             keep=rpn.proposals,

@@ -11,7 +11,6 @@ from dataclasses import replace
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from brs_detr.checkpoints.keys import to_ours
 from brs_detr.config import ATSSConfig, MatcherConfig, ModelConfig, RoIConfig, RPNConfig
@@ -131,20 +130,18 @@ def as_released(model):
         goals = coder.decode(unit, model.rpn.coder.encode(anchors, objects))
         return paired_iou(boxes.detach(), goals), {"giou": paired_giou_loss(boxes, goals)}
 
-    def empty_boxes_too(boxes, scores, levels, size):
-        boxes = clip_boxes_to_image(boxes, size)
-        kept = batched_nms(boxes, scores, levels, model.rpn.nms_iou)[: model.rpn.keep]
-        return boxes[kept], scores[kept]
-
-    model.rpn._localize = around_a_unit_box
-    model.rpn._suppress = empty_boxes_too
+    model.rpn.box_losses = around_a_unit_box
+    model.rpn.drop_empty = False
 
 
 def in_index_order(model, monkeypatch):
     """The recorded runs replaced every random permutation by index order."""
-    for head in (model.rpn, model.roi):
-        if head.sampler is not None:
-            head.sampler = replace(head.sampler, permute=lambda count, device: torch.arange(count, device=device))
+
+    def in_order(sampler):
+        return sampler and replace(sampler, permute=lambda count, device: torch.arange(count, device=device))
+
+    model.roi.sampler = in_order(model.roi.sampler)
+    model.rpn.assigner = replace(model.rpn.assigner, sampler=in_order(model.rpn.assigner.sampler))
     ordered = detector.select_queries
 
     def select(*args, **kwargs):
