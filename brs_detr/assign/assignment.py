@@ -1,15 +1,30 @@
-"""Assignments of several images joined into one, so that a head computes one loss for the whole batch.
-
-What a one-to-many head hands to the decoder as collaborative queries (Zong et al., Co-DETR, section 3.3).
-"""
+"""Assignments of several images joined into one, so that a head computes one loss for the whole batch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Assigner(Protocol):
+    """Gives the anchors of one image to its objects.
+
+    Attributes:
+        may_ignore: whether assignments may hold IGNORED.
+    """
+
+    may_ignore: bool
+
+    def __call__(self, anchors: Tensor, level_counts: Sequence[int], objects: Tensor) -> Tensor:
+        """Assign (N, 4) xyxy anchors, `level_counts` of each level, to (M, 4) objects.
+
+        Returns:
+            (N,) int64: object index, or a negative mark of `assign.max_iou`.
+        """
+        ...
 
 
 class BatchAssignment(NamedTuple):
@@ -51,17 +66,25 @@ def join(assignments: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) ->
     return BatchAssignment(torch.cat(shifted), boxes, torch.cat([target["labels"] for target in targets]))
 
 
-class AuxSamples(NamedTuple):
-    """Positive and background samples of one head, a list entry per image.
+class HeadAssignment(NamedTuple):
+    """What the anchors or proposals of a batch, N in all, P of them positive, learn in a head.
 
     Attributes:
-        boxes: (n, 4) xyxy pixels, the head's anchors or proposals, detached.
-        labels: (n,) int64, background = number of classes.
-        targets: (n, 4) xyxy pixels of the object, zeros for background.
-        features: (n, dim) what the head saw there, with gradient.
+        references: per image (n, 4) xyxy pixels, anchors or proposals, detached.
+        labels: (N,) int64, background = number of classes.
+        rows: (P,) int64 ascending rows of the positives.
+        targets: (P, 4) xyxy pixels of each positive's object.
+        valid: (N,) bool; False rows are ignored. None: all rows count.
+        features: per image (n, dim) what the head saw at each reference, with gradient; None where a map has it.
     """
 
-    boxes: list[Tensor]
-    labels: list[Tensor]
-    targets: list[Tensor]
-    features: list[Tensor]
+    references: list[Tensor]
+    labels: Tensor
+    rows: Tensor
+    targets: Tensor
+    valid: Tensor | None = None
+    features: list[Tensor] | None = None
+
+    def per_image(self, values: Tensor) -> list[Tensor]:
+        """Split the rows of (N, ...) values by image."""
+        return list(values.split([len(boxes) for boxes in self.references]))

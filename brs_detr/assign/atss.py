@@ -7,6 +7,8 @@ candidates' own mean plus standard deviation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +41,22 @@ def atss_assign(anchors: Tensor, level_counts: Sequence[int], objects: Tensor, *
     table.scatter_(0, candidates, torch.where(accepted, overlap, -1.0))
     best, index = table.max(dim=1)
     return torch.where(best >= 0, index, BACKGROUND)
+
+
+@dataclass(frozen=True)
+class ATSSAssigner:
+    """`atss_assign` as a dense head calls it.
+
+    Attributes:
+        topk: candidates per level and object.
+    """
+
+    topk: int = 9
+    may_ignore: ClassVar[bool] = False
+
+    def __call__(self, anchors: Tensor, level_counts: Sequence[int], objects: Tensor) -> Tensor:
+        """(N, 4) anchors, `level_counts` of each level, and (M, 4) objects -> (N,) assignment."""
+        return atss_assign(anchors, level_counts, objects, topk=self.topk)
 
 
 def _nearest(centers: Tensor, level_counts: Sequence[int], objects: Tensor, topk: int) -> Tensor:

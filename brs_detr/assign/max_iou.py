@@ -5,8 +5,9 @@ An assignment is one integer per reference box: the index of its object, or one 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -95,6 +96,29 @@ class RandomSampler:
         kept = torch.empty_like(positive)
         kept[order] = positive | background
         return torch.where(kept, assigned, IGNORED)
+
+
+@dataclass(frozen=True)
+class MaxIoUAssigner:
+    """`max_iou_assign` as a dense head calls it.
+
+    Attributes:
+        positive, negative, low_quality: thresholds of `max_iou_assign`.
+        sampler: chooses the anchors that take part; None takes all that are not ignored.
+    """
+
+    positive: float
+    negative: float
+    low_quality: float | None = None
+    sampler: RandomSampler | None = None
+    may_ignore: ClassVar[bool] = True
+
+    def __call__(self, anchors: Tensor, level_counts: Sequence[int], objects: Tensor) -> Tensor:
+        """(N, 4) anchors and (M, 4) objects -> (N,) assignment; the levels do not matter."""
+        assigned = max_iou_assign(
+            anchors, objects, positive=self.positive, negative=self.negative, low_quality=self.low_quality
+        )
+        return assigned if self.sampler is None else self.sampler(assigned)
 
 
 def _first(mask: Tensor, count: int | Tensor) -> Tensor:

@@ -7,16 +7,19 @@ from .alrp import ALRP, alrp_loss
 from .average_precision import average_precision_loss
 from .balance import EpochBalance, self_balance
 from .boxes import paired_giou_loss, paired_iou
+from .distributed import SharedCount
 from .ndcg import ndcg_loss
-from .objective import RankingObjective, ScoreObjective
+from .objective import PredictionSet, RankingObjective, ScoreObjective
 from .rank_sort import RankSort, rank_sort_loss
 
 __all__ = [
     "ALRP",
     "EpochBalance",
+    "PredictionSet",
     "RankSort",
     "RankingObjective",
     "ScoreObjective",
+    "SharedCount",
     "alrp_loss",
     "average_precision_loss",
     "ndcg_loss",

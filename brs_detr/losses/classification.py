@@ -1,8 +1,13 @@
 """Score-based classification losses: each row is compared with its label, not with other rows; one value per row."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+PRIOR_BIAS = -math.log(99.0)
+"""Bias of a sigmoid classifier that starts at a probability of 0.01 (Lin et al., ICCV 2017, section 4.1)."""
 
 
 def _one_hot(logits: Tensor, labels: Tensor, rows: Tensor, value: Tensor | float = 1.0) -> Tensor:

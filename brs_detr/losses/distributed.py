@@ -27,6 +27,34 @@ def process_mean(value: Tensor) -> Tensor:
     return (process_sum(value.float()) / world_size()).clamp(min=1)
 
 
+def scalar(value: Tensor | float, device: torch.device) -> Tensor:
+    """A number, or a tensor of one element, as () float32 on a device, without gradient."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, torch.float32).reshape(())
+    return torch.full((), float(value), device=device)
+
+
+class SharedCount:
+    """A number of positives, averaged over all processes when it is first asked for, and then kept.
+
+    Several prediction sets with as many positives can share one: processes then exchange a single number for all of
+    them, and none where no loss asks.
+
+    Args:
+        count: number of positives of this process.
+    """
+
+    def __init__(self, count: Tensor | float) -> None:
+        self.count = count
+        self._mean: Tensor | None = None
+
+    def mean(self, device: torch.device) -> Tensor:
+        """Mean over all processes, at least 1: () float32 on the device of the exchange."""
+        if self._mean is None:
+            self._mean = process_mean(scalar(self.count, device))
+        return self._mean
+
+
 def sum_over(values: Tensor, scope: str) -> Tensor:
     """Sum all values of this process or of all processes; the gradient is that of this process's values."""
     own = values.sum()

@@ -1,7 +1,7 @@
 """The loss of one set of predictions (a decoder layer, an RPN, a dense head): a classification loss and what it does
 to the box losses.
 
-Both objectives are called the same way, so a head does not know which one it was given. Every term comes back
+Both objectives take one `PredictionSet`, so a head does not know which one it was given. Every term comes back
 weighted, finite and attached to the graph, also without positives; the plain sum of all terms is the loss.
 """
 
@@ -16,7 +16,7 @@ from .average_precision import average_precision_loss
 from .balance import CAP, LEAST, EpochBalance, box_scores, self_balance
 from .checks import check_labels, check_number, check_per_positive, check_set, single_or_wider
 from .classification import SCORE_LOSSES
-from .distributed import SCOPES, process_mean, scale_for_ddp, sum_over
+from .distributed import SCOPES, SharedCount, process_mean, scalar, scale_for_ddp, sum_over
 from .ndcg import ndcg_loss
 from .rank_sort import rank_sort_loss
 
@@ -26,34 +26,54 @@ def _zero(*tensors: Tensor) -> Tensor:
     return sum(tensor[:0].float().sum() for tensor in tensors)
 
 
-def _positive_rows(
-    logits: Tensor,
-    labels: Tensor,
-    classes: int,
-    valid: Tensor | None,
-    rows: Tensor | None,
-    quality: Tensor,
-    localization: Mapping[str, Tensor],
-) -> Tensor:
-    """Ascending rows of the positives; all arguments checked against each other."""
-    check_set(logits, labels, valid, rows)
-    if rows is None:
-        positive = (labels >= 0) & (labels < classes)
-        rows = (positive if valid is None else positive & valid).nonzero()[:, 0]
-    if len(rows) != len(quality):
-        raise ValueError(
-            f"quality has {len(quality)} entries for {len(rows)} positive rows: give one per positive, in row order"
-        )
-    for name, values in localization.items():
-        check_per_positive(name, values, rows)
-    check_labels(labels, classes, valid, rows)
-    return rows
+class PredictionSet(NamedTuple):
+    """What an objective needs to know of one set of N predictions of which P are positive.
 
+    Attributes:
+        logits: (N, C) one sigmoid logit per class; (N, C + 1) with the background last for softmax cross entropy.
+        labels: (N,) int64; 0..C-1 positive, C background.
+        quality: (P,) IoU of each positive in row order; detached.
+        box_losses: name -> (P,) box losses of the positives, not reduced.
+        rows: (P,) int64 ascending rows of the positives; None: read from the labels, for which a GPU is waited for.
+        valid: (N,) bool; False rows are ignored. None: all rows count.
+        box_weight: (P,) relative weights of the box losses, whose sum normalizes these terms; None: all weigh the same.
+        normalizer: what score-based terms are divided by in place of the objective's own number of positives or rows.
+            Sets that have as many positives may share one `SharedCount`. A ranking loss is a mean over its own
+            positives and has no other divisor.
+    """
 
-def _scalar(value: Tensor | float, like: Tensor) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.detach().to(like.device, torch.float32).reshape(())
-    return torch.full((), float(value), device=like.device)
+    logits: Tensor
+    labels: Tensor
+    quality: Tensor
+    box_losses: Mapping[str, Tensor]
+    rows: Tensor | None = None
+    valid: Tensor | None = None
+    box_weight: Tensor | None = None
+    normalizer: Tensor | SharedCount | None = None
+
+    def checked(self, classes: int) -> "PredictionSet":
+        """The same set with its `rows`, all attributes checked against each other.
+
+        Raises:
+            ValueError: when shapes or types do not fit, a label is out of range, or a positive row is background or
+                ignored (on a GPU the device asserts what concerns values).
+        """
+        labels, valid, rows = self.labels, self.valid, self.rows
+        check_set(self.logits, labels, valid, rows)
+        if rows is None:
+            positive = (labels >= 0) & (labels < classes)
+            rows = (positive if valid is None else positive & valid).nonzero()[:, 0]
+        if len(rows) != len(self.quality):
+            raise ValueError(
+                f"quality has {len(self.quality)} entries for {len(rows)} positive rows: "
+                "give one per positive, in row order"
+            )
+        for name, values in self.box_losses.items():
+            check_per_positive(name, values, rows)
+        if self.box_weight is not None:
+            check_per_positive("box_weight", self.box_weight, rows)
+        check_labels(labels, classes, valid, rows)
+        return self._replace(rows=rows)
 
 
 class RankingLoss(NamedTuple):
@@ -77,31 +97,31 @@ RANKING_LOSSES = {
 
 
 class RankingObjective(nn.Module):
-    """All logits of the set in one ranking, the localization terms weighted by it.
+    """All logits of the set in one ranking, the box terms weighted by it.
 
     The ranking runs over the N * C logits of this process's whole call (all images, levels, classes), with the logit
-    of each positive row's own class as a positive. A localization term is the mean over the positives, and
+    of each positive row's own class as a positive. A box term is the mean over the positives, and
     - with Rank & Sort and NDCG scaled to the value of the ranking terms together (`balance.self_balance`);
     - with AP multiplied by `box_weight`, as in the official ATSS heads;
     - with aLRP the GIoU losses are part of the loss, balanced by `balance.EpochBalance`; other terms as with Rank &
-    Sort.
+      Sort.
+    A set's own `box_weight` is divided by its mean first; aLRP's GIoU losses, being errors of the ranking, have none.
 
     Args:
         loss: "rs" (Rank & Sort), "ap" (with interpolation), "alrp", "ndcg"; "brs", "bap", "balrp", "bndcg" are their
             bucketed forms.
-        weight: factor of the ranking terms, and through the balance of the localization terms.
+        weight: factor of the ranking terms, and through the balance of the box terms.
         delta: half width of the step; the papers' when None (Rank & Sort 0.5, others 1).
         score_weighted: weigh each positive's box losses with its highest class probability.
-        box_weight: factor of every localization term with "ap" and "bap".
+        box_weight: factor of every box term with "ap" and "bap".
         cap: largest balance ratio, see `self_balance`.
         least: smallest ranking loss that the balance follows, see `self_balance`.
         tau: least IoU of a positive, with aLRP: its error is the GIoU loss / 2 / (1 - tau).
         period: iterations per epoch of aLRP's balance; None balances by value, as Rank & Sort does: for an objective
             that several prediction sets share, whose iterations are not to be averaged together.
         scope: "process", or "global" for one ranking over all processes. Then every value is that of the whole batch,
-            and
-            gradients are multiplied by the number of processes, since data-parallel training averages them: the step is
-            the one that a single process with the whole batch would take.
+            and gradients are multiplied by the number of processes, since data-parallel training averages them: the
+            step is the one that a single process with the whole batch would take.
 
     Raises:
         ValueError: for an unknown loss or scope, or a number that is negative, not finite, or (`tau`) not below 1.
@@ -142,70 +162,49 @@ class RankingObjective(nn.Module):
         self.tau = tau
         self.epoch_balance = EpochBalance(period) if self.family == "alrp" and period is not None else None
 
-    def forward(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        *,
-        quality: Tensor,
-        localization: Mapping[str, Tensor],
-        valid: Tensor | None = None,
-        rows: Tensor | None = None,
-        localization_weight: Tensor | None = None,
-        count: Tensor | float | None = None,
-    ) -> dict[str, Tensor]:
+    def forward(self, predictions: PredictionSet) -> dict[str, Tensor]:
         """Loss terms of one set.
 
-        Args:
-            logits: (N, C) one sigmoid logit per class.
-            labels: (N,) int64; 0..C-1 positive, C background.
-            quality: (P,) IoU of each positive in row order; detached.
-            localization: name -> (P,) losses of the positives, not reduced.
-            valid: (N,) bool; False rows are ignored.
-            rows: (P,) int64 ascending rows of the positives; spares a device synchronization.
-            localization_weight, count: for score-based objectives; no effect here.
-
         Returns:
-            {"rank", with Rank & Sort "sort", and every key of `localization`} -> scalar.
+            {"rank", with Rank & Sort "sort", and every key of the set's `box_losses`} -> scalar.
 
         Raises:
-            ValueError: when shapes or types do not fit, a label is out of range, a positive row is background or
-                ignored (on a GPU the device asserts what concerns values), or aLRP gets no "giou".
+            ValueError: the set is refused, see `PredictionSet.checked`, or aLRP gets no "giou".
         """
-        classes = logits.shape[-1]
-        rows = _positive_rows(logits, labels, classes, valid, rows, quality, localization)
-        logits = single_or_wider(logits).float()
+        classes = predictions.logits.shape[-1]
+        given, labels, quality, box_losses, rows, valid, box_weight, _ = predictions.checked(classes)
+        logits = single_or_wider(given).float()
         with torch.autocast(logits.device.type, enabled=False):
             positives = rows * classes + labels[rows]
             mask = None if valid is None else valid[:, None].expand(-1, classes)
-            terms = self._ranking_terms(logits, positives, quality, localization, mask)
+            terms = self._ranking_terms(logits, positives, quality, box_losses, mask)
             target = sum(term for name, term in terms.items() if name in ("rank", "sort"))
             terms = {name: scale_for_ddp(term, self.scope) * self.weight for name, term in terms.items()}
-            whole = sum_over(torch.full((1,), float(len(rows)), device=logits.device), self.scope).clamp(min=1)
-            weights = self._box_weights(logits[rows], whole)
-            for name, values in localization.items():
+            total = sum_over(torch.full((1,), float(len(rows)), device=logits.device), self.scope).clamp(min=1)
+            weights = self._box_weights(logits[rows], box_weight, total)
+            for name, values in box_losses.items():
                 if name not in terms:
-                    mean = sum_over(values.float() * weights, self.scope) / whole + _zero(logits)
+                    mean = sum_over(values.float() * weights, self.scope) / total + _zero(logits)
                     terms[name] = scale_for_ddp(self._balance(mean, target), self.scope)
         return terms
 
-    def shared_count(self, positives: Tensor | float, like: Tensor) -> None:
-        """No-op: ranking losses need no cross-process normalizer."""
-
-    def _box_weights(self, logits: Tensor, whole: Tensor) -> Tensor:
+    def _box_weights(self, logits: Tensor, given: Tensor | None, total: Tensor) -> Tensor:
         """Weight of each positive's box losses (P,), mean 1 over all positives that are ranked together."""
-        if not self.score_weighted:
+        weights = None if given is None else given.detach().float()
+        if self.score_weighted:
+            scores = box_scores(logits)
+            weights = scores if weights is None else scores * weights
+        if weights is None:
             return logits.new_ones(len(logits))
-        scores = box_scores(logits)
-        mean = sum_over(scores, self.scope) / whole
-        return torch.where(mean > 0, scores / mean.clamp(min=torch.finfo(mean.dtype).tiny), torch.ones_like(scores))
+        mean = sum_over(weights, self.scope) / total
+        return torch.where(mean > 0, weights / mean.clamp(min=torch.finfo(mean.dtype).tiny), torch.ones_like(weights))
 
     def _ranking_terms(
         self,
         logits: Tensor,
         positives: Tensor,
         quality: Tensor,
-        localization: Mapping[str, Tensor],
+        box_losses: Mapping[str, Tensor],
         valid: Tensor | None,
     ) -> dict[str, Tensor]:
         """Terms of the ranking loss itself, not yet weighted."""
@@ -217,9 +216,9 @@ class RankingObjective(nn.Module):
             return {"rank": average_precision_loss(logits, positives, interpolate=self.method == "exact", **how)}
         if self.family == "ndcg":
             return {"rank": ndcg_loss(logits, positives, **how)}
-        if "giou" not in localization:
-            raise ValueError("aLRP ranks boxes by their GIoU loss: give the objective a localization term 'giou'")
-        error = localization["giou"].float() / 2 / (1 - self.tau)
+        if "giou" not in box_losses:
+            raise ValueError("aLRP ranks boxes by their GIoU loss: give the objective box losses named 'giou'")
+        error = box_losses["giou"].float() / 2 / (1 - self.tau)
         terms = alrp_loss(logits, positives, error, **how)
         if self.epoch_balance is None:
             boxes = self_balance(terms.localization, terms.classification, cap=self.cap, least=self.least)
@@ -235,12 +234,12 @@ class RankingObjective(nn.Module):
 
 
 class ScoreObjective(nn.Module):
-    """A score-based classification loss with fixed weights for the localization terms.
+    """A score-based classification loss with fixed weights for the box terms.
 
     Args:
         classification: "focal", "cross_entropy" (softmax, last column is background), "binary_cross_entropy" or
             "quality_focal".
-        weights: factor of "cls" and of every localization term.
+        weights: factor of "cls" and of every box term.
         alpha: weight of positives in focal loss.
         gamma: focusing exponent of focal and quality focal loss.
         normalizer: "positives" divides by the number of positives, averaged over all processes and at least 1;
@@ -275,46 +274,26 @@ class ScoreObjective(nn.Module):
         self.gamma = gamma
         self.normalizer = normalizer
 
-    def forward(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        *,
-        quality: Tensor,
-        localization: Mapping[str, Tensor],
-        valid: Tensor | None = None,
-        rows: Tensor | None = None,
-        localization_weight: Tensor | None = None,
-        count: Tensor | float | None = None,
-    ) -> dict[str, Tensor]:
+    def forward(self, predictions: PredictionSet) -> dict[str, Tensor]:
         """Loss terms of one set.
 
-        Args:
-            logits: (N, C), or (N, C + 1) with the background last for cross entropy.
-            labels: (N,) int64; 0..C-1 positive, C background.
-            quality: (P,) IoU of each positive in row order; detached.
-            localization: name -> (P,) losses of the positives, not reduced.
-            valid: (N,) bool; False rows are ignored.
-            rows: (P,) int64 ascending rows of the positives; spares a device synchronization.
-            localization_weight: (P,) weights of the localization losses; their sum is then those terms' normalizer
-                ("positives" only).
-            count: replaces the mean number of positives, see `shared_count`, or the number of rows.
+        A set's `box_weight` normalizes the box terms by its sum where the normalizer is "positives".
 
         Returns:
-            {"cls", and every key of `localization`} -> scalar.
+            {"cls", and every key of the set's `box_losses`} -> scalar.
 
         Raises:
-            ValueError: when a localization term has no weight, shapes or types do not fit, a label is out of range, or
-                a positive row is background or ignored (on a GPU the device asserts what concerns values).
+            ValueError: a box loss has no weight, or the set is refused, see `PredictionSet.checked`.
         """
-        missing = [name for name in localization if name not in self.weights]
+        missing = [name for name in predictions.box_losses if name not in self.weights]
         if missing:
-            raise ValueError(f"no weight for the localization term {missing[0]!r}: add it to the objective's weights")
-        classes = logits.shape[-1] - (self.classification == "cross_entropy")
-        rows = _positive_rows(logits, labels, classes, valid, rows, quality, localization)
+            raise ValueError(f"no weight for the box loss {missing[0]!r}: add it to the objective's weights")
+        classes = predictions.logits.shape[-1] - (self.classification == "cross_entropy")
+        predictions = predictions.checked(classes)
+        logits, labels, quality, box_losses, rows, valid, box_weight, _ = predictions
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
-            normalizer = self._normalizer(logits, valid, len(rows), count)
+            normalizer = self._normalizer(predictions)
             if valid is not None:
                 # Before the loss and not after it: an ignored infinite logit has a nan gradient otherwise.
                 logits = logits.masked_fill(~valid[:, None], 0)
@@ -324,26 +303,22 @@ class ScoreObjective(nn.Module):
             if valid is not None:
                 row_losses = row_losses * valid
             terms = {"cls": row_losses.sum() / normalizer * self.weights["cls"]}
-            if localization_weight is not None:
-                localization_weight = localization_weight.detach().float()
+            if box_weight is not None:
+                box_weight = box_weight.detach().float()
                 if self.normalizer == "positives":
-                    normalizer = process_mean(localization_weight.sum())
-            for name, values in localization.items():
-                values = values.float() if localization_weight is None else values.float() * localization_weight
+                    normalizer = process_mean(box_weight.sum())
+            for name, values in box_losses.items():
+                values = values.float() if box_weight is None else values.float() * box_weight
                 terms[name] = (values.sum() + _zero(logits)) / normalizer * self.weights[name]
         return terms
 
-    def shared_count(self, positives: Tensor | float, like: Tensor) -> Tensor:
-        """What to give as `count` for several sets of as many positives, (): processes exchange it once for all sets.
-
-        Args:
-            positives: number of positives here; `like`: a tensor on the device of the exchange.
-        """
-        return process_mean(_scalar(positives, like))
-
-    def _normalizer(self, logits: Tensor, valid: Tensor | None, positives: int, count: Tensor | float | None) -> Tensor:
-        if count is not None:
-            return _scalar(count, logits).clamp(min=1)
-        if self.normalizer == "positives":
-            return self.shared_count(positives, logits)
-        return _scalar(len(logits) if valid is None else valid.sum(), logits).clamp(min=1)
+    def _normalizer(self, predictions: PredictionSet) -> Tensor:
+        """What the terms are divided by: (), at least 1."""
+        logits, given, valid = predictions.logits, predictions.normalizer, predictions.valid
+        if given is None and self.normalizer == "positives":
+            given = SharedCount(len(predictions.rows))
+        if isinstance(given, SharedCount):
+            return given.mean(logits.device)
+        if given is None:
+            given = len(logits) if valid is None else valid.sum()
+        return scalar(given, logits.device).clamp(min=1)

@@ -15,22 +15,26 @@ from einops import rearrange
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
+from brs_detr.assign.assignment import HeadAssignment
 from brs_detr.assign.hungarian import HungarianMatcher
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
+from brs_detr.losses.distributed import SharedCount
+from brs_detr.losses.objective import PredictionSet
 from brs_detr.models.heads.atss import ATSSHead
 from brs_detr.models.heads.roi import RoIHead
 from brs_detr.models.heads.rpn import RPNHead
 from brs_detr.models.neck import ChannelMapper
-from brs_detr.models.transformer.collaborative import AuxQueryEmbedding, select_queries
+from brs_detr.models.transformer.collaborative import AuxQueryEmbedding, aux_samples, select_queries
 from brs_detr.models.transformer.decoder import Predictions, QueryDecoder
 from brs_detr.models.transformer.encoder import DeformableEncoder, Memory
 from brs_detr.models.transformer.two_stage import BoxEmbedding, TwoStageHead
-from brs_detr.ops.anchors import take_rows
+from brs_detr.ops.anchors import cell_features, take_rows
 from brs_detr.ops.images import ImageBatch, Size
 from brs_detr.ops.targets import PackedTargets, check_targets
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
+MAX_ROI_SAMPLES = 2000  # regions of an image among which auxiliary queries are chosen
 
 
 def best_pairs(predictions: Predictions, max_detections: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,10 +208,12 @@ class BRSDETR(nn.Module):
         maps = self.pyramid(memory)
 
         regions = self.rpn(maps)
-        losses = dict(self.rpn.losses(regions, sizes, targets))
-        roi_losses, roi_samples = self.roi.forward_train(maps[:4], self.rpn.proposals(regions, sizes), sizes, targets)
-        atss_losses, atss_samples = self.atss.losses(self.atss(maps), maps, sizes, targets)
-        losses |= roi_losses | atss_losses
+        heads = {
+            "rpn": self.rpn.losses(regions, sizes, targets),
+            "roi": self.roi.losses(maps[:4], self.rpn.proposals(regions, sizes), sizes, targets),
+            "atss": self.atss.losses(self.atss(maps), sizes, targets),
+        }
+        losses = {f"{name}.{term}": value for name, head in heads.items() for term, value in head.terms.items()}
 
         class_agnostic = torch.zeros_like(packed.labels)
         sets = [(proposals.predictions.logits, proposals.predictions.boxes, class_agnostic)]
@@ -216,25 +222,32 @@ class BRSDETR(nn.Module):
         matches = self.matcher([tuple(t.detach() for t in s) for s in sets], packed)
         for name, (logits, boxes, labels), (rows, objects) in zip(names, sets, matches, strict=True):
             if name in names[:2]:  # every decoder layer matches as many objects as the first
-                count = self.objective.shared_count(len(rows), packed.boxes)
+                count = SharedCount(len(rows))
             if name == "encoder" and not self.rank_all_encoder_columns:
                 logits = logits[..., :1]
             found = packed.boxes[objects], packed.scales[objects]
             losses |= self.set_losses(name, Predictions(logits, boxes), rows, labels[objects], *found, count)
-        losses |= self.aux_losses(memory, {"roi": roi_samples, "atss": atss_samples}, sizes)
+        losses |= self.aux_losses(memory, maps, heads["roi"].assignment, heads["atss"].assignment, sizes)
         return losses
 
-    def aux_losses(self, memory: Memory, samples: dict[str, Any], sizes: list[Size]) -> dict[str, Tensor]:
+    def aux_losses(
+        self, memory: Memory, maps: list[Tensor], roi: HeadAssignment, atss: HeadAssignment, sizes: list[Size]
+    ) -> dict[str, Tensor]:
         """Terms of the auxiliary query sets at every decoder layer.
 
-        They attend to the encoder's maps like the main queries, each head's set in a pass of its own.
+        They attend to the encoder's maps like the main queries, each head's set in a pass of its own. What the RoI head
+        saw are its pooled features, what the ATSS head saw are the cells of `maps`.
         """
         losses = {}
-        chosen = select_queries(list(samples.values()), sizes, self.num_classes, max_queries=self.max_aux_queries)
-        for head, queries in zip(samples, chosen, strict=True):
+        samples = [
+            aux_samples(roi, roi.features, MAX_ROI_SAMPLES),
+            aux_samples(atss, cell_features(maps, sizes, self.atss.strides)),
+        ]
+        chosen = select_queries(samples, sizes, self.num_classes, max_queries=self.max_aux_queries)
+        for head, queries in zip(("roi", "atss"), chosen, strict=True):
             position, content = self.aux_embeddings[head](queries.boxes, queries.features)
             layers = self.decoder(content, position, queries.boxes, memory)
-            count = self.objective.shared_count(len(queries.rows), queries.boxes)
+            count = SharedCount(len(queries.rows))
             for i, predictions in enumerate(zip(layers.logits, layers.boxes)):
                 found = queries.rows, queries.labels, queries.targets, queries.scales, count
                 losses |= self.set_losses(f"aux_{head}.{i}", Predictions(*predictions), *found)
@@ -248,7 +261,7 @@ class BRSDETR(nn.Module):
         labels: Tensor,
         targets: Tensor,
         scales: Tensor,
-        count: Tensor | None = None,
+        count: SharedCount | None = None,
     ) -> dict[str, Tensor]:
         """Terms of one prediction set.
 
@@ -257,7 +270,7 @@ class BRSDETR(nn.Module):
             predictions: logits (B, Q, K), boxes (B, Q, 4) cxcywh.
             rows: (P,) positives among the B * Q rows.
             labels: (P,). targets: (P, 4) cxcywh. scales: (P, 4) pixels.
-            count: the objective's `shared_count` of P; None: it asks the other processes itself.
+            count: P, shared with other sets of as many positives.
 
         Returns:
             `name.term` -> scalar. Quality and GIoU are those of the boxes in pixels.
@@ -268,14 +281,16 @@ class BRSDETR(nn.Module):
         all_labels = all_labels.index_copy(0, rows, labels)
         pixels, target_pixels = (box_convert(b * scales, "cxcywh", "xyxy") for b in (boxes, targets))
         terms = self.objective(
-            logits,
-            all_labels,
-            quality=paired_iou(pixels.detach(), target_pixels),
-            localization={
-                "l1": (boxes - targets).abs().sum(-1),
-                "giou": paired_giou_loss(pixels, target_pixels),
-            },
-            rows=rows,
-            count=count,
+            PredictionSet(
+                logits,
+                all_labels,
+                quality=paired_iou(pixels.detach(), target_pixels),
+                box_losses={
+                    "l1": (boxes - targets).abs().sum(-1),
+                    "giou": paired_giou_loss(pixels, target_pixels),
+                },
+                rows=rows,
+                normalizer=count,
+            )
         )
         return {f"{name}.{term}": value for term, value in terms.items()}

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -44,28 +44,54 @@ def build_model(settings: Any, num_classes: int) -> nn.Module:
     return DETECTORS[settings.name](settings, num_classes)
 
 
-def build_objective(settings: Any, head: str):
-    """The objective of one head: "decoder" (all query sets), "rpn", "roi" or "atss".
+class HeadRule(NamedTuple):
+    """What of an objective depends on the head and not on the recipe.
+
+    Attributes:
+        tau: least IoU of a positive there, with aLRP (the paper's supplement).
+        score_loss: classification loss of score-based recipes; None: `model.loss` itself.
+        normalizer: of `ScoreObjective`, in score-based recipes.
+        box_loss: of the RPN in score-based recipes; with ranking losses it is GIoU.
+    """
+
+    tau: float = 0.5
+    score_loss: str | None = None
+    normalizer: str = "positives"
+    box_loss: Literal["giou", "l1"] = "giou"
+
+
+HEAD_RULES = {
+    # All query sets and the encoder proposals: focal loss over the number of matched queries, as in Deformable DETR.
+    "decoder": HeadRule(),
+    # Faster R-CNN's: sampled anchors, binary cross entropy over their number, L1 on offsets. Its positives start at an
+    # IoU of 0.7, or 0.3 where an object has no better anchor.
+    "rpn": HeadRule(tau=0.7, score_loss="binary_cross_entropy", normalizer="rows", box_loss="l1"),
+    # Faster R-CNN's: sampled regions, softmax over classes and background; Co-DETR's GIoU in the place of L1.
+    "roi": HeadRule(score_loss="cross_entropy", normalizer="rows"),
+    # Focal loss, as published; its box losses are weighed with centerness where that branch is wanted.
+    "atss": HeadRule(),
+}
+
+
+def build_objective(settings: Any, head: str) -> RankingObjective | ScoreObjective:
+    """The objective of one head, a key of `HEAD_RULES`.
 
     Ranking losses weigh a head with one number, box terms follow by self-balancing; score-based ones weigh each term.
     """
+    rule = HEAD_RULES[head]
     if settings.loss not in SCORE_BASED:
         return RankingObjective(
             settings.loss,
             weight=getattr(settings.ranking_weights, head),
             delta=settings.ranking_delta,
             score_weighted=settings.score_weighted,
-            tau=0.7 if head == "rpn" else 0.5,  # least IoU of a positive there (aLRP paper, supplement)
+            tau=rule.tau,
             period=None,  # aLRP: one objective serves many query sets a step
             scope=settings.ranking_scope,
         )
     weights = getattr(settings.score_weights, head)
     terms = {"cls": weights.cls, "l1": weights.l1, "giou": weights.giou}
-    if head == "rpn":
-        return ScoreObjective("binary_cross_entropy", weights=terms, normalizer="rows")
-    if head == "roi":
-        return ScoreObjective("cross_entropy", weights=terms, normalizer="rows")
-    return ScoreObjective(settings.loss, weights=terms)
+    return ScoreObjective(rule.score_loss or settings.loss, weights=terms, normalizer=rule.normalizer)
 
 
 def build_dense_heads(settings: Any, num_classes: int, strides: Sequence[int]) -> tuple[RPNHead, RoIHead, ATSSHead]:
@@ -80,7 +106,7 @@ def build_dense_heads(settings: Any, num_classes: int, strides: Sequence[int]) -
             scales=octave,
             ratios=rpn.anchor_ratios,
             objective=build_objective(settings, "rpn"),
-            localization="l1" if score_based else "giou",
+            box_loss=HEAD_RULES["rpn"].box_loss if score_based else "giou",
             sampler=None if rpn.sample is None else RandomSampler(rpn.sample, 0.5),
             before_nms=rpn.proposals_before_nms,
             keep=rpn.proposals,
@@ -94,7 +120,7 @@ def build_dense_heads(settings: Any, num_classes: int, strides: Sequence[int]) -
             strides[:-1],
             fc_dim=roi.fc_dim,
             objective=build_objective(settings, "roi"),
-            softmax=score_based,
+            softmax=score_based and HEAD_RULES["roi"].score_loss == "cross_entropy",
             sampler=None if roi.sample is None else RandomSampler(roi.sample, 0.25),
             add_ground_truth=roi.add_ground_truth,
             max_rois=roi.max_rois,

@@ -120,6 +120,22 @@ def batch_rows(levels: Sequence[Tensor], extents: Sequence[Sequence[Size]]) -> T
     return torch.cat([valid_rows([level[image] for level in levels], own) for image, own in enumerate(extents)])
 
 
+def cell_features(maps: Sequence[Tensor], sizes: Sequence[Size], strides: Sequence[int]) -> list[Tensor]:
+    """Feature vectors of the cells inside each image, in the order of `valid_rows` with one anchor a cell.
+
+    Args:
+        maps: (B, dim, h, w) per level.
+        sizes: (h, w) pixels of each image, without padding.
+        strides: pixels per cell of each level.
+
+    Returns:
+        Per image (n, dim), with gradient.
+    """
+    levels = [x.permute(0, 2, 3, 1) for x in maps]
+    extents = [valid_extents(size, [x.shape[1:3] for x in levels], strides) for size in sizes]
+    return [valid_rows([x[image] for x in levels], own) for image, own in enumerate(extents)]
+
+
 def take_rows(rows: Tensor, index: Tensor) -> Tensor:
     """Pick rows of each image by index: (B, N, D) and (B, n) int64 -> (B, n, D).
 

@@ -1,7 +1,8 @@
-"""Boxes as offsets from reference boxes (Girshick et al., "Rich feature hierarchies", appendix C, and Faster R-CNN).
+"""Boxes as offsets from reference boxes, and which of many overlapping boxes are kept.
 
-A center moves by a fraction of the reference's size and sides grow by an exponential factor; each of the four numbers
-is divided by its standard deviation so that all have a comparable size.
+Offsets are those of Girshick et al., "Rich feature hierarchies", appendix C, and Faster R-CNN: a center moves by a
+fraction of the reference's size and sides grow by an exponential factor; each of the four numbers is divided by its
+standard deviation so that all have a comparable size.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torchvision.ops import batched_nms, clip_boxes_to_image
+
+from brs_detr.ops.images import Size
 
 
 @dataclass(frozen=True)
@@ -71,3 +75,41 @@ def _center_side(boxes: Tensor) -> tuple[Tensor, Tensor]:
     """Return centers and sides, (..., 2) each."""
     low, high = boxes[..., :2], boxes[..., 2:]
     return (low + high) * 0.5, high - low
+
+
+def suppress(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    size: Size,
+    *,
+    nms_iou: float,
+    max_detections: int,
+    groups: Tensor | None = None,
+    kept: Tensor | None = None,
+    drop_empty: bool = False,
+) -> dict[str, Tensor]:
+    """Clip the candidates of one image and keep the best that do not overlap.
+
+    Args:
+        boxes: (n, 4) xyxy pixels. scores: (n,). labels: (n,).
+        size: (h, w) pixels of the image.
+        nms_iou: of two boxes of a group that overlap more, the one with the higher score is kept.
+        max_detections: most boxes that are kept.
+        groups: (n,) int64; boxes of different groups do not suppress each other. None: the labels.
+        kept: (n,) bool, candidates that take part; None: all.
+        drop_empty: drop boxes that have no area inside the image.
+
+    Returns:
+        {"boxes": (m, 4), "scores": (m,), "labels": (m,)}, best first.
+    """
+    boxes = clip_boxes_to_image(boxes, size)
+    groups = labels if groups is None else groups
+    if drop_empty:
+        filled = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        kept = filled if kept is None else kept & filled
+    if kept is not None:
+        index = kept.nonzero()[:, 0]  # the host must know their number: NMS follows
+        boxes, scores, labels, groups = boxes[index], scores[index], labels[index], groups[index]
+    best = batched_nms(boxes, scores, groups, nms_iou)[:max_detections]
+    return {"boxes": boxes[best], "scores": scores[best], "labels": labels[best]}

@@ -46,9 +46,9 @@ def test_costs_and_losses_are_those_of_float32_on_what_the_network_says(monkeypa
     forward = (ScoreObjective if settings else RankingObjective).forward
     losses = []
 
-    def note(objective, *arguments, **keywords):
-        terms = forward(objective, *arguments, **keywords)
-        losses.append((objective, arguments, keywords, terms))
+    def note(objective, predictions):
+        terms = forward(objective, predictions)
+        losses.append((objective, predictions, terms))
         return terms
 
     monkeypatch.setattr(ScoreObjective if settings else RankingObjective, "forward", note)
@@ -63,8 +63,8 @@ def test_costs_and_losses_are_those_of_float32_on_what_the_network_says(monkeypa
         assert result.dtype == torch.float32
         exact = exact_cost(model.matcher, *(t.double() if t.is_floating_point() else t for t in arguments))
         torch.testing.assert_close(result.double(), exact, rtol=1e-4, atol=1e-4)
-    for objective, arguments, keywords, result in losses:
-        again = forward(objective, *arguments, **keywords)  # without autocast
+    for objective, predictions, result in losses:
+        again = forward(objective, predictions)  # without autocast
         assert all(torch.equal(again[name], value) for name, value in result.items())
-        assert all(value.dtype == torch.float32 for value in keywords["localization"].values())
-        assert keywords["quality"].dtype == torch.float32
+        assert all(value.dtype == torch.float32 for value in predictions.box_losses.values())
+        assert predictions.quality.dtype == torch.float32

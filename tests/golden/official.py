@@ -11,7 +11,6 @@ from dataclasses import replace
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from brs_detr.checkpoints.keys import to_ours
 from brs_detr.config import ATSSConfig, MatcherConfig, ModelConfig, RoIConfig, RPNConfig
@@ -108,15 +107,14 @@ class ReleasedObjective(nn.Module):
 
     def __init__(self, ours):
         super().__init__()
-        self.ours, self.shared_count = ours, ours.shared_count
+        self.ours = ours
 
-    def forward(self, logits, labels, *, quality, localization, valid=None, rows=None, **others):
-        kept = quality > 0
-        ranked_labels = labels.index_fill(0, rows[~kept], logits.shape[1])
-        ones = {name: value.mean().expand(int(kept.sum())) for name, value in localization.items()}
-        return self.ours(
-            logits, ranked_labels, quality=quality[kept], localization=ones, valid=valid, rows=rows[kept], **others
-        )
+    def forward(self, predictions):
+        rows, kept = predictions.rows, predictions.quality > 0
+        labels = predictions.labels.index_fill(0, rows[~kept], predictions.logits.shape[1])
+        ones = {name: value.mean().expand(int(kept.sum())) for name, value in predictions.box_losses.items()}
+        quality = predictions.quality[kept]
+        return self.ours(predictions._replace(labels=labels, quality=quality, box_losses=ones, rows=rows[kept]))
 
 
 def as_released(model):
@@ -132,20 +130,18 @@ def as_released(model):
         goals = coder.decode(unit, model.rpn.coder.encode(anchors, objects))
         return paired_iou(boxes.detach(), goals), {"giou": paired_giou_loss(boxes, goals)}
 
-    def empty_boxes_too(boxes, scores, levels, size):
-        boxes = clip_boxes_to_image(boxes, size)
-        kept = batched_nms(boxes, scores, levels, model.rpn.nms_iou)[: model.rpn.keep]
-        return boxes[kept], scores[kept]
-
-    model.rpn._localize = around_a_unit_box
-    model.rpn._suppress = empty_boxes_too
+    model.rpn.box_losses = around_a_unit_box
+    model.rpn.drop_empty = False
 
 
 def in_index_order(model, monkeypatch):
     """The recorded runs replaced every random permutation by index order."""
-    for head in (model.rpn, model.roi):
-        if head.sampler is not None:
-            head.sampler = replace(head.sampler, permute=lambda count, device: torch.arange(count, device=device))
+
+    def in_order(sampler):
+        return sampler and replace(sampler, permute=lambda count, device: torch.arange(count, device=device))
+
+    model.roi.sampler = in_order(model.roi.sampler)
+    model.rpn.assigner = replace(model.rpn.assigner, sampler=in_order(model.rpn.assigner.sampler))
     ordered = detector.select_queries
 
     def select(*args, **kwargs):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from brs_detr.losses import EpochBalance, RankingObjective, rank_sort_loss, self_balance
+from brs_detr.losses import EpochBalance, PredictionSet, RankingObjective, rank_sort_loss, self_balance
 from brs_detr.losses.balance import LEAST
 
 RECORDED = json.loads((Path(__file__).resolve().parents[1] / "golden" / "alrp_balance.json").read_text())
@@ -30,7 +30,9 @@ def box_gradient(gap: float) -> float:
     """Gradient of the boxes where the positives lie `gap` above the negatives (the step is 0.5 wide on either side)."""
     logits = torch.tensor([[gap], [0.0], [0.0], [gap]], requires_grad=True)
     boxes = torch.tensor([0.2, 0.2], requires_grad=True)
-    terms = RankingObjective("rs")(logits, LABELS, quality=QUALITY, localization={"giou": boxes}, rows=ROWS)
+    terms = RankingObjective("rs")(
+        PredictionSet(logits, LABELS, quality=QUALITY, box_losses={"giou": boxes}, rows=ROWS)
+    )
     terms["giou"].backward()
     return boxes.grad.sum().item()
 
@@ -49,7 +51,7 @@ def test_a_ranking_that_is_not_nearly_perfect_balances_as_published():
     ranking = sum(rank_sort_loss(logits, ROWS, QUALITY))
     assert ranking > LEAST
     boxes = {"giou": torch.rand(2)}
-    terms = RankingObjective("rs", 2.0)(logits, LABELS, quality=QUALITY, localization=boxes, rows=ROWS)
+    terms = RankingObjective("rs", 2.0)(PredictionSet(logits, LABELS, quality=QUALITY, box_losses=boxes, rows=ROWS))
     assert terms["giou"].item() == pytest.approx(2 * ranking.item(), rel=1e-5)
 
 
@@ -66,7 +68,7 @@ def alrp_step(objective, labels=LABELS):
     rows = (labels == 0).nonzero()[:, 0]
     boxes = torch.full((len(rows),), 0.3, requires_grad=True)
     logits = torch.tensor([[0.0], [1.0], [0.5], [0.2]])
-    return objective(logits, labels, quality=QUALITY[: len(rows)], localization={"giou": boxes}, rows=rows)
+    return objective(PredictionSet(logits, labels, quality=QUALITY[: len(rows)], box_losses={"giou": boxes}, rows=rows))
 
 
 def test_an_objective_counts_steps_with_objects_and_uses_the_factor_that_they_give():

@@ -6,7 +6,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from losses_reference import gradient_of
 
-from brs_detr.losses import RankingObjective, alrp_loss, average_precision_loss, ndcg_loss, rank_sort_loss
+from brs_detr.losses import (
+    PredictionSet,
+    RankingObjective,
+    alrp_loss,
+    average_precision_loss,
+    ndcg_loss,
+    rank_sort_loss,
+)
 
 CLASSES = 5
 
@@ -61,7 +68,9 @@ def objectives(part, scope: str):
     for name in ("rs", "brs", "bap", "alrp"):
         leaves = [logits.float().requires_grad_(), boxes.float().requires_grad_()]
         objective = RankingObjective(name, score_weighted=True, scope=scope)
-        terms = objective(leaves[0], labels, quality=quality, localization={"giou": leaves[1]}, valid=valid)
+        terms = objective(
+            PredictionSet(leaves[0], labels, quality=quality, box_losses={"giou": leaves[1]}, valid=valid)
+        )
         sum(terms.values()).backward()
         results.append((torch.stack(list(terms.values())).detach(), leaves[0].grad, leaves[1].grad))
     return results

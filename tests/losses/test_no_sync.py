@@ -6,6 +6,7 @@ from losses_reference import detector_like, gradient_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from brs_detr.losses import (
+    PredictionSet,
     RankingObjective,
     ScoreObjective,
     alrp_loss,
@@ -64,12 +65,14 @@ def test_objectives_read_nothing_from_the_gpu_when_rows_are_given(objective):
     with FakeTensorMode():
         boxes = {"l1": on_gpu(20).requires_grad_(), "giou": on_gpu(20).requires_grad_()}
         terms = objective(
-            on_gpu(900, 11).requires_grad_(),
-            on_gpu(900, dtype=torch.int64),
-            quality=on_gpu(20),
-            localization=boxes,
-            valid=on_gpu(900, dtype=torch.bool),
-            rows=on_gpu(20, dtype=torch.int64),
+            PredictionSet(
+                on_gpu(900, 11).requires_grad_(),
+                on_gpu(900, dtype=torch.int64),
+                quality=on_gpu(20),
+                box_losses=boxes,
+                valid=on_gpu(900, dtype=torch.bool),
+                rows=on_gpu(20, dtype=torch.int64),
+            )
         )
         assert all(term.device.type == "cuda" and term.requires_grad for term in terms.values())
 

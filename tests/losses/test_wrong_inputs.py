@@ -8,6 +8,7 @@ from losses_reference import detector_like, gradient_of
 
 from brs_detr.losses import (
     EpochBalance,
+    PredictionSet,
     RankingObjective,
     ScoreObjective,
     alrp_loss,
@@ -132,7 +133,7 @@ def test_an_objective_shows_a_nan_and_ignores_an_ignored_one(loss):
         valid[7] = not ignored
         boxes = {"giou": torch.rand(2, requires_grad=True)}
         terms = RankingObjective(loss)(
-            logits, labels, quality=torch.rand(2), localization=boxes, valid=valid, rows=rows
+            PredictionSet(logits, labels, quality=torch.rand(2), box_losses=boxes, valid=valid, rows=rows)
         )
         total = sum(terms.values())
         assert total.isfinite() == ignored
@@ -154,7 +155,7 @@ def test_objectives_refuse_labels_that_no_class_has(objective):
     logits, labels, rows = torch.randn(6, columns), torch.tensor([3, 0, 3, 2, 3, 3]), torch.tensor([1, 3])
 
     def run(labels=labels, rows=rows, **more):
-        return objective(logits, labels, quality=torch.rand(2), localization={}, rows=rows, **more)
+        return objective(PredictionSet(logits, labels, quality=torch.rand(2), box_losses={}, rows=rows, **more))
 
     run()
     ignored = torch.tensor([True, True, True, True, True, False])
@@ -176,14 +177,14 @@ def test_objectives_refuse_labels_that_no_class_has(objective):
     with pytest.raises(ValueError, match=r"rows: torch\.int32"):
         run(rows=rows.int())
     with pytest.raises(ValueError, match="logits: shape"):
-        objective(logits[None], labels, quality=torch.rand(2), localization={}, rows=rows)
+        objective(PredictionSet(logits[None], labels, quality=torch.rand(2), box_losses={}, rows=rows))
 
 
 def test_objectives_refuse_box_losses_of_other_positives():
     objective = RankingObjective("rs")
     labels = torch.tensor([1, 0, 0])
     with pytest.raises(ValueError, match="giou has shape"):
-        objective(torch.randn(3, 1), labels, quality=torch.rand(2), localization={"giou": torch.rand(3)})
+        objective(PredictionSet(torch.randn(3, 1), labels, quality=torch.rand(2), box_losses={"giou": torch.rand(3)}))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -256,10 +257,10 @@ def test_float16_is_warned_of_only_outside_autocast():
     labels = torch.ones(500, dtype=torch.int64).index_fill(0, where, 0)
     objective = RankingObjective("rs")
     with pytest.warns(UserWarning, match="GradScaler"):
-        objective(logits[:, None], labels, quality=quality, localization={}, rows=where.sort()[0])
+        objective(PredictionSet(logits[:, None], labels, quality=quality, box_losses={}, rows=where.sort()[0]))
     with warnings.catch_warnings(), torch.autocast("cpu", dtype=torch.bfloat16):
         warnings.simplefilter("error")
-        objective(logits[:, None], labels, quality=quality, localization={}, rows=where.sort()[0])
+        objective(PredictionSet(logits[:, None], labels, quality=quality, box_losses={}, rows=where.sort()[0]))
         rank_sort_loss(logits, where, quality)
 
 

@@ -23,7 +23,6 @@ class Spy(torch.nn.Module):
         super().__init__()
         self.calls = []
         self.inner = inner
-        self.shared_count = getattr(inner, "shared_count", None)  # of an objective
 
     def forward(self, *args, **kwargs):
         result = self.inner(*args, **kwargs)
@@ -79,7 +78,7 @@ def test_matched_queries_and_tokens(seen):
 
 @pytest.mark.parametrize("head", ["rpn", "atss"])
 def test_labels_of_all_anchors(seen, head):
-    (_, labels, *_), options, _ = seen[head]
+    (predictions,), _, _ = seen[head]
     per_cell, strides = {"rpn": 9, "atss": 1}[head], (8, 16, 32, 64, 128)
     shapes = [(16, 20), (8, 10), (4, 5), (2, 3), (1, 2)]
     expected, used = [], []
@@ -90,9 +89,9 @@ def test_labels_of_all_anchors(seen, head):
             grids = [level.reshape(*shape, per_cell, 1) for level, shape in zip(levels, shapes)]
             rows.append(valid_rows(grids, extents)[:, 0])
     expected, used = torch.cat(expected), torch.cat(used) > 0
-    if options.get("valid") is not None:
-        assert torch.equal(options["valid"], used)
-    assert torch.equal(labels[used], expected[used])
+    if predictions.valid is not None:
+        assert torch.equal(predictions.valid, used)
+    assert torch.equal(predictions.labels[used], expected[used])
 
 
 def test_sampled_regions(seen):
@@ -105,8 +104,8 @@ def test_sampled_regions(seen):
         # two background proposals are recorded with the very same score, so that their order is left to rounding
         distances = torch.cdist(own, expected, p=torch.inf)
         assert max(distances.min(0).values.max(), distances.min(1).values.max()) <= 1e-5 * expected.max()
-    (_, labels, *_), _, _ = seen["roi"]
-    assert torch.equal(labels, seen["arrays"]["roi.target.labels"])
+    (predictions,), _, _ = seen["roi"]
+    assert torch.equal(predictions.labels, seen["arrays"]["roi.target.labels"])
     for b, (own, count) in enumerate(zip(assigned, seen["counts"])):
         if count:
             assert torch.equal(own[own >= 0], seen["arrays"][f"roi.sample.img{b}.pos_gt_inds"])

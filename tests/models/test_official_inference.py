@@ -101,14 +101,14 @@ def test_dense_heads(golden, family, model):
     grids = model.rpn.anchors(rpn.shapes), model.atss.anchors(atss.shapes)
     for level, found in enumerate(maps):
         official.assert_equal_to(found, recorded[f"X.{level}"])
-        official.assert_equal_to(rpn.logits[level].permute(0, 3, 1, 2), recorded[f"rpn.cls.{level}"])
+        official.assert_equal_to(rpn.logits[level].flatten(3).permute(0, 3, 1, 2), recorded[f"rpn.cls.{level}"])
         official.assert_equal_to(rpn.deltas[level].flatten(3).permute(0, 3, 1, 2), recorded[f"rpn.reg.{level}"])
-        official.assert_equal_to(atss.logits[level].permute(0, 3, 1, 2), recorded[f"atss.cls.{level}"])
-        official.assert_equal_to(atss.deltas[level].permute(0, 3, 1, 2), recorded[f"atss.reg.{level}"])
+        official.assert_equal_to(atss.logits[level].flatten(3).permute(0, 3, 1, 2), recorded[f"atss.cls.{level}"])
+        official.assert_equal_to(atss.deltas[level].flatten(3).permute(0, 3, 1, 2), recorded[f"atss.reg.{level}"])
         for name, grid in zip(("rpn", "atss"), grids):
             official.assert_equal_to(grid[level].flatten(0, 2), recorded[f"{name}.anchors.{level}"])
         if atss.centerness is not None:
-            found = atss.centerness[level].permute(0, 3, 1, 2)
+            found = atss.centerness[level].flatten(3).permute(0, 3, 1, 2)
             official.assert_equal_to(found, recorded[f"atss.centerness.{level}"])
     assert (atss.centerness is None) == (family == "brs_detr")
     rois = recorded["roi.rois"]

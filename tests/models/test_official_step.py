@@ -18,15 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "golden"))
 import official
 
 from brs_detr.checkpoints.keys import to_ours
-from brs_detr.models.heads.atss import ATSSOutput
-from brs_detr.models.heads.rpn import RPNOutput
+from brs_detr.models.heads.dense import DenseOutput, HeadLosses
 
 GOLDEN = Path(official.__file__).parent
 SIZES = [(128, 153), (101, 160)]
 NOTHING_OF_THE_HEADS = {
-    "rpn": SimpleNamespace(losses=lambda *_: {}, proposals=lambda *_: None),
-    "roi": SimpleNamespace(forward_train=lambda *_: ({}, None)),
-    "atss": SimpleNamespace(losses=lambda *_: ({}, None)),
+    "rpn": SimpleNamespace(losses=lambda *_: HeadLosses({}, None), proposals=lambda *_: None),
+    "roi": SimpleNamespace(losses=lambda *_: HeadLosses({}, None)),
+    "atss": SimpleNamespace(losses=lambda *_: HeadLosses({}, None)),
 }
 
 
@@ -102,11 +101,11 @@ class Spy(torch.nn.Module):
 
     def __init__(self, inner):
         super().__init__()
-        self.inner, self.shared_count = inner, inner.shared_count
+        self.inner = inner
 
-    def forward(self, logits, labels, **options):
-        self.labels, self.valid = labels, options.get("valid")
-        return self.inner(logits, labels, **options)
+    def forward(self, predictions):
+        self.labels, self.valid = predictions.labels, predictions.valid
+        return self.inner(predictions)
 
 
 def inside(levels, per_cell=1):
@@ -122,9 +121,9 @@ def inside(levels, per_cell=1):
 
 def compare(family, head, losses, biases, recorded):
     """Losses and gradients of one dense head with the recorded ones."""
-    expected = {k: v for k, v in expected_losses(family).items() if k.startswith(f"{head}.")}
+    expected = {k.partition(".")[2]: v for k, v in expected_losses(family).items() if k.startswith(f"{head}.")}
     if head == "rpn":
-        expected["rpn.giou" if family == "brs_detr" else "rpn.l1"] = expected.pop("rpn.bbox")
+        expected["giou" if family == "brs_detr" else "l1"] = expected.pop("bbox")
     assert losses.keys() == expected.keys()
     for name, value in losses.items():
         assert value.item() == pytest.approx(expected[name].item(), rel=1e-4), name
@@ -135,17 +134,19 @@ def compare(family, head, losses, biases, recorded):
 
 
 def test_losses_of_the_rpn(family, model, arrays, recorded):
-    logits = [recorded[f"rpn.cls.{level}"].permute(0, 2, 3, 1).clone().requires_grad_() for level in range(5)]
+    logits = [
+        recorded[f"rpn.cls.{level}"].permute(0, 2, 3, 1)[..., None].clone().requires_grad_() for level in range(5)
+    ]
     deltas = [recorded[f"{family}.rpn.reg.{level}"].clone().requires_grad_() for level in range(5)]
     model.rpn.objective = Spy(model.rpn.objective)
-    losses = model.rpn.losses(RPNOutput(logits, deltas), SIZES, targets_of(arrays))
+    losses = model.rpn.losses(DenseOutput(logits, deltas), SIZES, targets_of(arrays)).terms
     labels = inside([recorded[f"{family}.rpn.labels.{level}"] for level in range(5)], 9)
     valid = model.rpn.objective.valid
     assert torch.equal(valid, labels >= 0) and torch.equal(model.rpn.objective.labels[valid], labels[valid].long())
     assert int((~valid).sum()) > 0  # some anchors are ignored
     sum(losses.values()).backward()
     biases = {
-        "rpn.score.bias": sum(x.grad.sum((0, 1, 2)) for x in logits),
+        "rpn.score.bias": sum(x.grad.sum((0, 1, 2, 4)) for x in logits),
         "rpn.delta.bias": sum(x.grad.sum((0, 1, 2)) for x in deltas).flatten(),
     }
     compare(family, "rpn", losses, biases, recorded)
@@ -154,23 +155,25 @@ def test_losses_of_the_rpn(family, model, arrays, recorded):
 def test_losses_of_the_atss_head(family, model, arrays, recorded):
     scales = [recorded[f"scale.{level}"] for level in range(5)]
     outputs = {
-        kind: [recorded[f"atss.{kind}.{level}"].permute(0, 2, 3, 1).clone().requires_grad_() for level in range(5)]
+        kind: [
+            recorded[f"atss.{kind}.{level}"].permute(0, 2, 3, 1)[..., None, :].clone().requires_grad_()
+            for level in range(5)
+        ]
         for kind in ("cls", "reg", "centerness")
     }
     centerness = outputs["centerness"] if family == "co_detr" else None
-    output = ATSSOutput(outputs["cls"], outputs["reg"], centerness)
+    output = DenseOutput(outputs["cls"], outputs["reg"], centerness)
     model.atss.objective = Spy(model.atss.objective)
-    features = [torch.zeros(2, 64, *shape) for shape in output.shapes]
-    losses, _ = model.atss.losses(output, features, SIZES, targets_of(arrays))
+    losses = model.atss.losses(output, SIZES, targets_of(arrays)).terms
     labels = inside([recorded[f"{family}.atss.labels.{level}"] for level in range(5)])
     assert torch.equal(model.atss.objective.labels, labels.long())
     sum(losses.values()).backward()
     biases = {
-        "atss.score.bias": sum(x.grad.sum((0, 1, 2)) for x in outputs["cls"]),
-        "atss.delta.bias": sum(scale * x.grad.sum((0, 1, 2)) for scale, x in zip(scales, outputs["reg"])),
+        "atss.score.bias": sum(x.grad.sum((0, 1, 2, 3)) for x in outputs["cls"]),
+        "atss.delta.bias": sum(scale * x.grad.sum((0, 1, 2, 3)) for scale, x in zip(scales, outputs["reg"])),
     }
     for level, (scale, x) in enumerate(zip(scales, outputs["reg"])):
         biases[f"atss.scales.{level}"] = (x.grad * x.detach() / scale).sum()
     if centerness is not None:
-        biases["atss.centerness.bias"] = sum(x.grad.sum((0, 1, 2)) for x in centerness)
+        biases["atss.centerness.bias"] = sum(x.grad.sum((0, 1, 2, 3)) for x in centerness)
     compare(family, "atss", losses, biases, recorded)

@@ -6,18 +6,20 @@ and a sampler this is Co-DETR's head; with sigmoids, a ranking objective and no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
-from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
+from torchvision.ops import roi_align
 
-from brs_detr.assign.assignment import AuxSamples, join
+from brs_detr.assign.assignment import HeadAssignment, join
 from brs_detr.assign.max_iou import IGNORED, RandomSampler, max_iou_assign
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
-from brs_detr.ops.boxes import BoxCoder
+from brs_detr.losses.objective import PredictionSet
+from brs_detr.models.heads.dense import HeadLosses, Objective
+from brs_detr.ops.boxes import BoxCoder, suppress
 from brs_detr.ops.images import Size
 
 
@@ -42,14 +44,13 @@ class RoIHead(nn.Module):
         dim: channels of the feature maps.
         num_classes: object classes.
         strides: pixels per cell of the maps that are pooled from.
-        objective: called as in `losses/objective.py`.
+        objective: takes a `PredictionSet`.
         fc_dim: width of the two fully connected layers.
         pool: side of the pooled window.
         softmax: classify by softmax with a background column instead of independent sigmoids.
         sampler: chooses the RoIs of each image while training; None takes all.
         add_ground_truth: put the objects themselves before the proposals while training.
         max_rois: use at most this many proposals of an image, the first ones; None uses all.
-        max_aux_samples: at most this many samples of an image are handed on as collaborative queries.
         finest_scale: RoIs below twice this side (square root of the area, pixels) are pooled from the finest map.
         score_threshold: detections at or below this score are dropped.
         nms_iou: class-wise suppression threshold of detections.
@@ -62,14 +63,13 @@ class RoIHead(nn.Module):
         num_classes: int,
         strides: Sequence[int],
         *,
-        objective: Callable[..., dict[str, Tensor]],
+        objective: Objective,
         fc_dim: int = 1024,
         pool: int = 7,
         softmax: bool = False,
         sampler: RandomSampler | None = None,
         add_ground_truth: bool = False,
         max_rois: int | None = None,
-        max_aux_samples: int = 2000,
         finest_scale: int = 112,
         score_threshold: float = 0.0,
         nms_iou: float = 0.5,
@@ -79,7 +79,7 @@ class RoIHead(nn.Module):
         self.num_classes, self.softmax = num_classes, softmax
         self.strides, self.pool, self.finest_scale = tuple(strides), pool, finest_scale
         self.objective, self.sampler, self.add_ground_truth = objective, sampler, add_ground_truth
-        self.max_rois, self.max_aux_samples = max_rois, max_aux_samples
+        self.max_rois = max_rois
         self.score_threshold, self.nms_iou, self.max_detections = score_threshold, nms_iou, max_detections
         self.coder = BoxCoder((0.1, 0.1, 0.2, 0.2))
         self.fc1 = nn.Linear(dim * pool * pool, fc_dim)
@@ -127,10 +127,10 @@ class RoIHead(nn.Module):
         ]
         return torch.cat(pooled), order
 
-    def forward_train(
+    def losses(
         self, features: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size], targets: Sequence[dict]
-    ) -> tuple[dict[str, Tensor], AuxSamples]:
-        """Loss terms, and the RoIs as collaborative queries.
+    ) -> HeadLosses:
+        """Loss terms of the whole batch, as one prediction set.
 
         Args:
             features: (B, dim, h, w) per stride.
@@ -139,28 +139,26 @@ class RoIHead(nn.Module):
             targets: per image {"boxes": (M, 4) xyxy pixels, "labels": (M,)}.
 
         Returns:
-            {"roi." + name: scalar}, finite and attached to the graph without any positive too; and samples, positives
-            before background, cut to `max_aux_samples`.
+            scalar terms, finite and attached to the graph without any positive too; and what the RoIs learned, of each
+            image the positives before the background, with their pooled features.
         """
-        rois, assignments = self._sample(proposals, sizes, targets)
+        rois, assigned = self._sample(proposals, sizes, targets)
         output = self(features, rois)
-        joined = join(assignments, targets)
+        joined = join(assigned, targets)
         labels, rows = joined.classes(self.num_classes), joined.positives()
         objects = joined.boxes[joined.assigned[rows]]
         boxes = self.coder.decode(torch.cat(rois)[rows], output.deltas[rows, labels[rows]])
         terms = self.objective(
-            output.logits,
-            labels,
-            quality=paired_iou(boxes.detach(), objects),
-            localization={"giou": paired_giou_loss(boxes, objects)},
-            rows=rows,
-            count=max(labels.shape[0], 1) if self.softmax else None,
+            PredictionSet(
+                output.logits,
+                labels,
+                quality=paired_iou(boxes.detach(), objects),
+                box_losses={"giou": paired_giou_loss(boxes, objects)},
+                rows=rows,
+            )
         )
-        counts = [roi.shape[0] for roi in rois]
-        goals = objects.new_zeros(labels.shape[0], 4).index_copy(0, rows, objects)
-        columns = (column.split(counts) for column in (torch.cat(rois), labels, goals, output.features))
-        samples = AuxSamples(*([part[: self.max_aux_samples] for part in column] for column in columns))
-        return {f"roi.{name}": value for name, value in terms.items()}, samples
+        assignment = HeadAssignment(rois, labels, rows, objects)
+        return HeadLosses(terms, assignment._replace(features=assignment.per_image(output.features)))
 
     @torch.no_grad()
     def _sample(
@@ -195,12 +193,16 @@ class RoIHead(nn.Module):
         logits = output.logits.float()
         scores = logits.softmax(dim=1)[:, :-1] if self.softmax else logits.sigmoid()
         boxes = self.coder.decode(torch.cat(list(proposals))[:, None], output.deltas)
+        labels = torch.arange(self.num_classes, device=logits.device).expand_as(scores)
         counts = [rois.shape[0] for rois in proposals]
-        return [self._detect(*parts) for parts in zip(boxes.split(counts), scores.split(counts), sizes, strict=True)]
-
-    def _detect(self, boxes: Tensor, scores: Tensor, size: Size) -> dict[str, Tensor]:
-        """Detections of one image from (n, C, 4) boxes and (n, C) scores."""
-        row, label = (scores > self.score_threshold).nonzero(as_tuple=True)
-        boxes, scores = clip_boxes_to_image(boxes[row, label], size), scores[row, label]
-        kept = batched_nms(boxes, scores, label, self.nms_iou)[: self.max_detections]
-        return {"boxes": boxes[kept], "scores": scores[kept], "labels": label[kept]}
+        columns = (column.split(counts) for column in (boxes, scores, labels))
+        return [
+            suppress(
+                *(part.flatten(0, 1) for part in parts),
+                size,
+                kept=parts[1].flatten() > self.score_threshold,
+                nms_iou=self.nms_iou,
+                max_detections=self.max_detections,
+            )
+            for *parts, size in zip(*columns, sizes, strict=True)
+        ]

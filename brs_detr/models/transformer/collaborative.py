@@ -12,10 +12,39 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from brs_detr.assign.assignment import AuxSamples
+from brs_detr.assign.assignment import HeadAssignment
 from brs_detr.models.transformer.two_stage import BoxEmbedding
 from brs_detr.ops.images import Size
 from brs_detr.ops.targets import pixel_scales
+
+
+class AuxSamples(NamedTuple):
+    """Positive and background samples of one head, a list entry per image; they may become queries.
+
+    Attributes:
+        boxes: (n, 4) xyxy pixels, the head's anchors or proposals, detached.
+        labels: (n,) int64, background = number of classes.
+        targets: (n, 4) xyxy pixels of the object, zeros for background.
+        features: (n, dim) what the head saw there, with gradient.
+    """
+
+    boxes: list[Tensor]
+    labels: list[Tensor]
+    targets: list[Tensor]
+    features: list[Tensor]
+
+
+def aux_samples(assignment: HeadAssignment, features: Sequence[Tensor], max_samples: int | None = None) -> AuxSamples:
+    """Split what a head learned by image.
+
+    Args:
+        assignment: of the head.
+        features: per image (n, dim) what the head saw at each reference, with gradient.
+        max_samples: at most this many samples of an image, the first ones; None: all.
+    """
+    targets = assignment.targets.new_zeros(len(assignment.labels), 4).index_copy(0, assignment.rows, assignment.targets)
+    columns = assignment.references, assignment.per_image(assignment.labels), assignment.per_image(targets), features
+    return AuxSamples(*([part[:max_samples] for part in column] for column in columns))
 
 
 class AuxQueries(NamedTuple):

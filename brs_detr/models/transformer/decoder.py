@@ -6,17 +6,14 @@ The same decoder serves the main queries and, in training, the auxiliary queries
 from __future__ import annotations
 
 import copy
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from brs_detr.losses.classification import PRIOR_BIAS
 from brs_detr.models.transformer.attention import DeformableAttention, FeedForward, inverse_sigmoid
 from brs_detr.models.transformer.encoder import Memory
-
-PRIOR_BIAS = -math.log(99.0)
-"""Bias of a sigmoid classifier that starts at a probability of 0.01 (RetinaNet, section 4.1)."""
 
 
 def box_regressor(dim: int) -> nn.Sequential:

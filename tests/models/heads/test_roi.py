@@ -11,6 +11,7 @@ from brs_detr.assign.max_iou import RandomSampler
 from brs_detr.losses.objective import RankingObjective, ScoreObjective
 from brs_detr.models.heads.roi import RoIHead, RoIOutput
 from brs_detr.models.heads.rpn import RPNHead
+from brs_detr.models.transformer.collaborative import aux_samples
 
 STRIDES = (8, 16, 32, 64)
 SIZES = [(128, 153), (101, 160)]
@@ -57,7 +58,8 @@ def test_official_samples_outputs_and_queries(golden, family):
     torch.testing.assert_close(output.logits, data["roi.cls_score"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output.deltas.flatten(1), data["roi.bbox_pred"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output.features, data["roi.feats_pooled"], rtol=1e-5, atol=1e-5)
-    _, samples = head.forward_train(features, proposals, SIZES, targets)
+    assignment = head.losses(features, proposals, SIZES, targets).assignment
+    samples = aux_samples(assignment, assignment.features)
     start = 0
     for image, roi in enumerate(rois):
         rows = slice(start, start + len(roi))
@@ -76,13 +78,13 @@ def test_official_losses_and_gradients(golden, family, scenario):
     if (family, scenario) == ("brs_detr", "empty_both"):
         pytest.skip("the official head returns a constant without gradient here")
     data, head, features, proposals, targets = load(golden, family, scenario)
-    losses, _ = head.forward_train(features, proposals, SIZES, targets)
+    losses = head.losses(features, proposals, SIZES, targets).terms
     pairs = {"cls": "loss_cls0", "giou": "loss_bbox0"}
     if family == "brs_detr":
         pairs = {"rank": "loss_roi_rank0", "sort": "loss_roi_sort0", "giou": "loss_roi_bbox0"}
     for ours, official in pairs.items():
         expected = data[f"loss.{official}"].reshape(())
-        torch.testing.assert_close(losses[f"roi.{ours}"], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(losses[ours], expected, rtol=1e-5, atol=1e-6)
     if scenario == "normal":
         sum(losses.values()).backward()
         grads = load_file(golden / family / "train_normal_grads.safetensors")
@@ -195,9 +197,9 @@ def test_a_region_learns_the_box_of_its_class_from_an_iou_of_one_half():
     head = fixed_output(head, [[0.0, 1.0], [0.5, -1.0], [0.0, 0.0]], deltas)
     rois = [torch.tensor([[0.0, 0, 20, 20], [0, 0, 20, 10], [0, 0, 20, 9]])]
     target = [{"boxes": torch.tensor([[0.0, 0, 20, 20]]), "labels": torch.tensor([1])}]
-    losses, samples = head.forward_train([], rois, [(40, 40)], target)
-    assert samples.labels[0].tolist() == [1, 1, 2]
-    losses["roi.giou"].backward()
+    losses, assignment = head.losses([], rois, [(40, 40)], target)
+    assert assignment.labels.tolist() == [1, 1, 2]
+    losses["giou"].backward()
     assert deltas.grad[1, 1].any() and not deltas.grad[:, 0].any() and not deltas.grad[2].any()
 
 
@@ -207,41 +209,40 @@ def test_a_region_learns_the_box_of_its_class_from_an_iou_of_one_half():
 def test_every_parameter_is_in_the_graph(family, counts, proposals, classes):
     head = build(family, dim=4, classes=classes)
     rois = [random_boxes(proposals) for _ in counts]
-    losses, samples = head.forward_train(
+    losses, assignment = head.losses(
         random_features(len(counts)), rois, SIZES[: len(counts)], random_targets(*counts, classes=classes)
     )
     total = sum(losses.values())
     total.backward()
     assert torch.isfinite(total)
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in head.parameters())
-    assert all(len(labels) >= 1 for labels in samples.labels)
+    assert all(len(boxes) >= 1 for boxes in assignment.references)
 
 
 def test_objects_join_the_proposals_only_when_asked():
     far, target = [torch.tensor([[100.0, 100, 120, 120]])], [{"boxes": torch.tensor([[0.0, 0, 30, 30]])}]
     target[0]["labels"] = torch.tensor([2])
     features = random_features(1)
-    _, without = build("brs_detr", dim=4).forward_train(features, far, SIZES[:1], target)
-    assert without.labels[0].tolist() == [5]
-    _, joined = build("brs_detr", dim=4, add_ground_truth=True).forward_train(features, far, SIZES[:1], target)
-    assert joined.labels[0].tolist() == [2, 5]
-    assert joined.boxes[0][0].equal(target[0]["boxes"][0]) and joined.targets[0][0].equal(target[0]["boxes"][0])
+    _, without = build("brs_detr", dim=4).losses(features, far, SIZES[:1], target)
+    assert without.labels.tolist() == [5]
+    _, joined = build("brs_detr", dim=4, add_ground_truth=True).losses(features, far, SIZES[:1], target)
+    assert joined.labels.tolist() == [2, 5]
+    assert joined.references[0][0].equal(target[0]["boxes"][0]) and joined.targets.equal(target[0]["boxes"])
 
 
 def test_cap_on_rois_keeps_the_best():
     boxes = [random_boxes(12), random_boxes(3)]
-    _, samples = build("brs_detr", dim=4, max_rois=5).forward_train(
-        random_features(), boxes, SIZES, random_targets(0, 0)
-    )
-    assert [len(b) for b in samples.boxes] == [5, 3]
-    assert samples.boxes[0].equal(boxes[0][:5])
+    head = build("brs_detr", dim=4, max_rois=5)
+    _, assignment = head.losses(random_features(), boxes, SIZES, random_targets(0, 0))
+    assert [len(b) for b in assignment.references] == [5, 3]
+    assert assignment.references[0].equal(boxes[0][:5])
 
 
 def test_query_features_carry_gradient_and_boxes_do_not():
     features = [x.requires_grad_() for x in random_features(1)]
-    _, samples = build("brs_detr", dim=4).forward_train(features, [random_boxes(6)], SIZES[:1], random_targets(2))
-    assert not samples.boxes[0].requires_grad
-    samples.features[0].sum().backward()
+    _, assignment = build("brs_detr", dim=4).losses(features, [random_boxes(6)], SIZES[:1], random_targets(2))
+    assert not assignment.references[0].requires_grad
+    assignment.features[0].sum().backward()
     assert any(x.grad is not None and x.grad.any() for x in features)
 
 
@@ -249,6 +250,6 @@ def test_bfloat16_autocast_gives_float32_losses():
     head = build("brs_detr", dim=4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         features = [torch.nn.functional.conv2d(x, torch.eye(4)[..., None, None]) for x in random_features()]
-        losses, _ = head.forward_train(features, [random_boxes(8), random_boxes(8)], SIZES, random_targets(3, 2))
+        losses, _ = head.losses(features, [random_boxes(8), random_boxes(8)], SIZES, random_targets(3, 2))
     assert features[0].dtype == torch.bfloat16
     assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in losses.values())

@@ -10,7 +10,8 @@ from torchvision.ops import box_iou
 from brs_detr.assign.max_iou import RandomSampler
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
 from brs_detr.losses.objective import RankingObjective, ScoreObjective
-from brs_detr.models.heads.rpn import RPNHead, RPNOutput
+from brs_detr.models.heads.dense import DenseOutput
+from brs_detr.models.heads.rpn import RPNHead
 from brs_detr.ops.boxes import BoxCoder
 
 STRIDES = (8, 16, 32, 64, 128)
@@ -21,7 +22,7 @@ NAMES = {"rpn_conv": "conv", "rpn_cls": "score", "rpn_reg": "delta"}
 class UnitBoxRPNHead(RPNHead):
     """With the published fault put back: boxes of the loss are decoded around a unit box, with other deviations."""
 
-    def _localize(self, anchors, deltas, objects):
+    def box_losses(self, anchors, deltas, objects):
         unit = torch.tensor([-0.5, -0.5, 0.5, 0.5]).expand(len(anchors), 4)
         coder = BoxCoder((0.1, 0.1, 0.2, 0.2))
         boxes, goals = coder.decode(unit, deltas), coder.decode(unit, self.coder.encode(anchors, objects))
@@ -38,7 +39,7 @@ def build(family, kind=RPNHead, dim=64):
             dim,
             STRIDES,
             objective=ScoreObjective("binary_cross_entropy", {"cls": 12.0, "l1": 12.0}, normalizer="rows"),
-            localization="l1",
+            box_loss="l1",
             sampler=RandomSampler(256, 0.5, first_by_index),
             keep=1000,
         )
@@ -65,13 +66,13 @@ def test_official_outputs_and_proposals(golden, family):
     data, head, features, _ = load(golden, family)
     output = head(features)
     for level in range(5):
-        torch.testing.assert_close(output.logits[level].permute(0, 3, 1, 2), data[f"rpn.cls.{level}"])
+        torch.testing.assert_close(output.logits[level][..., 0].permute(0, 3, 1, 2), data[f"rpn.cls.{level}"])
         torch.testing.assert_close(output.deltas[level].flatten(3).permute(0, 3, 1, 2), data[f"rpn.reg.{level}"])
-    for image, (boxes, scores) in enumerate(head.scored_proposals(output, SIZES)):
+    for image, found in enumerate(head.predict(output, SIZES)):
         expected = data[f"rpn.proposals.{image}"]
         expected = expected[(expected[:, 2:4] > expected[:, :2]).all(dim=1)]  # the rank-based head keeps empty boxes
-        torch.testing.assert_close(boxes, expected[:, :4], rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(scores, expected[:, 4], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found["boxes"], expected[:, :4], rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(found["scores"], expected[:, 4], rtol=1e-5, atol=1e-6)
 
 
 def gradients_agree(golden, family, head):
@@ -86,8 +87,8 @@ def gradients_agree(golden, family, head):
 @pytest.mark.parametrize("scenario", ["normal", "empty1", "empty_both"])
 def test_official_losses_of_co_detr(golden, scenario):
     data, head, features, targets = load(golden, "co_detr", scenario)
-    losses = head.losses(head(features), SIZES, targets)
-    for ours, official in (("rpn.cls", "cls"), ("rpn.l1", "bbox")):
+    losses = head.losses(head(features), SIZES, targets).terms
+    for ours, official in (("cls", "cls"), ("l1", "bbox")):
         expected = sum(data[f"loss.loss_rpn_{official}.{level}"] for level in range(5))
         torch.testing.assert_close(losses[ours], expected, rtol=1e-5, atol=1e-6)
     if scenario == "normal":
@@ -98,8 +99,8 @@ def test_official_losses_of_co_detr(golden, scenario):
 @pytest.mark.parametrize("scenario", ["normal", "empty1"])
 def test_official_losses_of_brs_detr_with_its_decoding(golden, scenario):
     data, head, features, targets = load(golden, "brs_detr", scenario, UnitBoxRPNHead)
-    losses = head.losses(head(features), SIZES, targets)
-    for ours, official in (("rpn.rank", "rank"), ("rpn.sort", "sort"), ("rpn.giou", "bbox")):
+    losses = head.losses(head(features), SIZES, targets).terms
+    for ours, official in (("rank", "rank"), ("sort", "sort"), ("giou", "bbox")):
         torch.testing.assert_close(losses[ours], data[f"loss.loss_rpn_{official}"].reshape(()), rtol=1e-5, atol=1e-6)
     if scenario == "normal":
         sum(losses.values()).backward()
@@ -124,7 +125,7 @@ def random_targets(*counts):
 def test_every_parameter_is_in_the_graph(family, counts):
     head = build(family, dim=8)
     output = head(random_features(len(counts)))
-    losses = head.losses(output, SIZES[: len(counts)], random_targets(*counts))
+    losses = head.losses(output, SIZES[: len(counts)], random_targets(*counts)).terms
     total = sum(losses.values())
     total.backward()
     assert torch.isfinite(total)
@@ -135,17 +136,18 @@ def test_every_parameter_is_in_the_graph(family, counts):
 def test_padding_takes_no_part_in_the_loss(family):
     head, targets = build(family, dim=8), random_targets(3, 2)
     output = head(random_features())
-    losses = head.losses(output, SIZES, targets)
+    losses = head.losses(output, SIZES, targets).terms
     spoilt = [x.clone() for x in output.logits]
     spoilt[0][1, 13:] = 1e4  # 101 pixels are 13 rows of stride 8
-    again = head.losses(RPNOutput(spoilt, output.deltas), SIZES, targets)
+    again = head.losses(DenseOutput(spoilt, output.deltas), SIZES, targets).terms
     assert all(torch.equal(losses[name], again[name]) for name in losses)
 
 
 def test_proposals_are_sorted_separated_and_inside():
     head = build("brs_detr", dim=8)
     output = head([10 * x for x in random_features()])
-    for (boxes, scores), (height, width) in zip(head.scored_proposals(output, SIZES), SIZES):
+    for found, (height, width) in zip(head.predict(output, SIZES), SIZES):
+        boxes, scores = found["boxes"], found["scores"]
         assert (scores[1:] <= scores[:-1]).all() and not boxes.requires_grad
         assert (boxes >= 0).all() and (boxes[:, 0::2] <= width).all() and (boxes[:, 1::2] <= height).all()
         assert (boxes[:, 2:] > boxes[:, :2]).all()
@@ -161,18 +163,18 @@ def test_one_level_proposals_survive_only_below_the_threshold():
 def test_equal_boxes_of_two_levels_are_both_proposed_and_of_one_level_once():
     """One anchor of each level, 32 and 64 pixels wide, becomes the same box; suppression goes level by level."""
     head = RPNHead(8, (8, 16), objective=RankingObjective(), scales=(4.0,), ratios=(1.0,)).eval()
-    logits = [torch.full((1, side, side, 1), -9.0) for side in (8, 4)]
+    logits = [torch.full((1, side, side, 1, 1), -9.0) for side in (8, 4)]
     deltas = [torch.zeros(1, side, side, 1, 4) for side in (8, 4)]
     logits[0][0, 4, 4], logits[1][0, 2, 2] = 1.0, 2.0
     deltas[1][0, 2, 2, 0, 2:] = -math.log(2)
     head.test_before_nms = 1
-    (both,) = head.proposals(RPNOutput(logits, deltas), [(64, 64)])
+    (both,) = head.proposals(DenseOutput(logits, deltas), [(64, 64)])
     torch.testing.assert_close(both, torch.tensor([[16.0, 16, 48, 48]] * 2))
     logits[0][0, 4, 5], deltas[0][0, 4, 5, 0, 0] = 3.0, -8 / 32
     head.test_before_nms = 2
-    ((boxes, scores),) = head.scored_proposals(RPNOutput(logits, deltas), [(64, 64)])
-    equal = (boxes - torch.tensor([16.0, 16, 48, 48])).abs().amax(1) < 1e-3
-    torch.testing.assert_close(scores[equal], torch.tensor([3.0, 2.0]).sigmoid())
+    (found,) = head.predict(DenseOutput(logits, deltas), [(64, 64)])
+    equal = (found["boxes"] - torch.tensor([16.0, 16, 48, 48])).abs().amax(1) < 1e-3
+    torch.testing.assert_close(found["scores"][equal], torch.tensor([3.0, 2.0]).sigmoid())
 
 
 def test_fewer_proposals_in_evaluation():
@@ -185,10 +187,10 @@ def test_fewer_proposals_in_evaluation():
 def test_bfloat16_autocast_gives_float32_losses():
     head, targets = build("brs_detr", dim=8), random_targets(3, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = head.losses(head(random_features()), SIZES, targets)
+        losses = head.losses(head(random_features()), SIZES, targets).terms
     assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in losses.values())
 
 
-def test_unknown_localization_is_named():
+def test_unknown_box_loss_is_named():
     with pytest.raises(ValueError, match='"giou" or "l1", not \'iou\''):
-        RPNHead(8, (8,), objective=RankingObjective(), localization="iou")
+        RPNHead(8, (8,), objective=RankingObjective(), box_loss="iou")

@@ -2,8 +2,8 @@
 
 import torch
 
-from brs_detr.assign.assignment import AuxSamples
-from brs_detr.models.transformer.collaborative import select_queries
+from brs_detr.assign.assignment import HeadAssignment
+from brs_detr.models.transformer.collaborative import AuxSamples, aux_samples, select_queries
 
 CLASSES, DIM, SIZES = 3, 8, [(100, 200), (100, 100)]
 
@@ -55,3 +55,17 @@ def test_a_image_without_any_sample_gets_the_whole_image_as_background():
     both = AuxSamples(*(a + b for a, b in zip(full, empty)))
     (chosen,) = select_queries([both], SIZES, CLASSES)
     assert len(chosen.rows) == 10 and chosen.boxes[1].tolist() == [[0.5, 0.5, 1.0, 1.0]] * 10
+
+
+def test_samples_of_an_assignment_are_split_by_image_and_cut():
+    """Two images of 2 and 3 references; the object of the second image's first reference becomes its target."""
+    boxes = [torch.rand(2, 4), torch.rand(3, 4)]
+    features = [torch.rand(2, DIM), torch.rand(3, DIM)]
+    target = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    assignment = HeadAssignment(boxes, torch.tensor([3, 3, 1, 3, 3]), torch.tensor([2]), target)
+    cut = aux_samples(assignment, features, max_samples=2)
+    assert [one.tolist() for one in cut.labels] == [[3, 3], [1, 3]]
+    assert not cut.targets[0].any() and cut.targets[1].tolist() == [[1, 2, 3, 4], [0, 0, 0, 0]]
+    for column, given in ((cut.boxes, boxes), (cut.features, features)):
+        assert all(one.equal(whole[:2]) for one, whole in zip(column, given, strict=True))
+    assert [len(one) for one in aux_samples(assignment, features).labels] == [2, 3]

@@ -1,0 +1,221 @@
+"""What all one-stage heads on a feature pyramid share: losses of all anchors, and detections.
+
+A head adds its layers: its `forward` turns feature maps into a `DenseOutput`. Losses are anchors -> assign -> decode ->
+objective; detections are best scores per level -> decode -> clip -> suppress.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from brs_detr.assign.assignment import Assigner, HeadAssignment, join
+from brs_detr.assign.max_iou import IGNORED
+from brs_detr.losses.boxes import paired_giou_loss, paired_iou
+from brs_detr.losses.distributed import SharedCount
+from brs_detr.losses.objective import PredictionSet
+from brs_detr.ops.anchors import AnchorGrid, batch_rows, take_rows, valid_extents, valid_rows
+from brs_detr.ops.boxes import BoxCoder, suppress
+from brs_detr.ops.images import Size
+
+Objective = Callable[[PredictionSet], dict[str, Tensor]]
+
+
+class HeadLosses(NamedTuple):
+    """What a head returns in training: named loss terms whose sum is its loss, and what each of its boxes learned."""
+
+    terms: dict[str, Tensor]
+    assignment: HeadAssignment
+
+
+class DenseOutput(NamedTuple):
+    """What a head predicts for every anchor: A per cell, C classes.
+
+    Attributes:
+        logits: per level (B, h, w, A, C).
+        deltas: per level (B, h, w, A, 4) offsets from the anchors.
+        centerness: per level (B, h, w, A, 1) logits of a factor of the detections' scores; None: no such factor.
+    """
+
+    logits: list[Tensor]
+    deltas: list[Tensor]
+    centerness: list[Tensor] | None = None
+
+    @property
+    def shapes(self) -> list[Size]:
+        """(h, w) cells of each level."""
+        return [(logits.shape[1], logits.shape[2]) for logits in self.logits]
+
+
+class DenseHead(nn.Module):
+    """Losses and detections of a head that classifies anchors and regresses one box from each.
+
+    A subclass has the layers and `forward`. It may also replace `normalizer`, `box_losses`, `terms` or `limits`.
+
+    Args:
+        num_classes: C, object classes; 1 for objectness.
+        anchors: of every level; A per cell.
+        objective: takes a `PredictionSet`.
+        assigner: gives the anchors of one image to its objects.
+        coder: turns offsets into boxes.
+        box_loss: "giou" on decoded boxes or "l1" on offsets.
+        before_nms: best (anchor, class) pairs of each level that enter suppression.
+        score_threshold: class scores at or below this are dropped; None keeps all.
+        drop_empty: drop boxes that have no area inside the image.
+        nms_iou: suppression threshold.
+        nms_within: suppress among boxes of one "class" or of one "level".
+        max_detections: detections per image.
+
+    Raises:
+        ValueError: for another `box_loss`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        anchors: AnchorGrid,
+        *,
+        objective: Objective,
+        assigner: Assigner,
+        coder: BoxCoder,
+        box_loss: Literal["giou", "l1"] = "giou",
+        before_nms: int = 1000,
+        score_threshold: float | None = 0.0,
+        drop_empty: bool = False,
+        nms_iou: float = 0.6,
+        nms_within: Literal["class", "level"] = "class",
+        max_detections: int = 100,
+    ) -> None:
+        super().__init__()
+        if box_loss not in ("giou", "l1"):
+            raise ValueError(f'box_loss of a dense head is "giou" or "l1", not {box_loss!r}')
+        self.num_classes, self.anchors, self.strides = num_classes, anchors, anchors.strides
+        self.objective, self.assigner, self.coder, self.box_loss = objective, assigner, coder, box_loss
+        self.before_nms, self.score_threshold, self.drop_empty = before_nms, score_threshold, drop_empty
+        self.nms_iou, self.nms_within, self.max_detections = nms_iou, nms_within, max_detections
+
+    def losses(self, output: DenseOutput, sizes: Sequence[Size], targets: Sequence[dict]) -> HeadLosses:
+        """Loss terms of the whole batch, as one prediction set.
+
+        Args:
+            output: of `forward`.
+            sizes: (h, w) pixels of each image without padding; anchors of the padding take no part.
+            targets: per image {"boxes": (M, 4) xyxy pixels, "labels": (M,)}.
+
+        Returns:
+            scalar terms, finite and attached to the graph also when there is no object at all; and what the anchors
+            inside each image learned, level after level.
+        """
+        extents = [valid_extents(size, output.shapes, self.strides) for size in sizes]
+        assignment = self.assign(output.shapes, extents, targets)
+        return HeadLosses(self.terms(output, extents, assignment, self.normalizer(assignment)), assignment)
+
+    def assign(
+        self, shapes: Sequence[Size], extents: Sequence[Sequence[Size]], targets: Sequence[dict]
+    ) -> HeadAssignment:
+        """What every anchor inside its image shall learn.
+
+        Args:
+            shapes: (h, w) cells of each level.
+            extents: per image (rows, columns) of each level that lie inside it.
+            targets: as for `losses`.
+        """
+        grid, per_cell = self.anchors(shapes), self.anchors.per_cell
+        anchors = [valid_rows(grid, extent) for extent in extents]
+        assigned = [
+            self.assigner(own, [h * w * per_cell for h, w in extent], target["boxes"].float())
+            for own, extent, target in zip(anchors, extents, targets, strict=True)
+        ]
+        joined = join(assigned, targets)
+        rows = joined.positives()
+        return HeadAssignment(
+            references=anchors,
+            labels=joined.classes(self.num_classes),
+            rows=rows,
+            targets=joined.boxes[joined.assigned[rows]],
+            valid=joined.assigned != IGNORED if self.assigner.may_ignore else None,
+        )
+
+    def normalizer(self, assignment: HeadAssignment) -> Tensor | SharedCount | None:
+        """What score-based terms are divided by; None: the objective's own number of positives or rows."""
+        return None
+
+    def terms(
+        self,
+        output: DenseOutput,
+        extents: Sequence[Sequence[Size]],
+        assignment: HeadAssignment,
+        normalizer: Tensor | SharedCount | None,
+        box_weight: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Named loss terms of predictions with a known assignment; the last two arguments as in `PredictionSet`."""
+        rows = assignment.rows
+        deltas = batch_rows(output.deltas, extents)[rows]
+        quality, box_losses = self.box_losses(torch.cat(assignment.references)[rows], deltas, assignment.targets)
+        return self.objective(
+            PredictionSet(
+                batch_rows(output.logits, extents),
+                assignment.labels,
+                quality=quality,
+                box_losses=box_losses,
+                rows=rows,
+                valid=assignment.valid,
+                box_weight=box_weight,
+                normalizer=normalizer,
+            )
+        )
+
+    def box_losses(self, anchors: Tensor, deltas: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """IoU (P,) and un-reduced box losses of the positive anchors (P, 4) with their offsets and ground truth."""
+        boxes = self.coder.decode(anchors, deltas)
+        quality = paired_iou(boxes.detach(), targets)
+        if self.box_loss == "giou":
+            return quality, {"giou": paired_giou_loss(boxes, targets)}
+        return quality, {"l1": (deltas.float() - self.coder.encode(anchors, targets)).abs().sum(dim=-1)}
+
+    def limits(self) -> tuple[int, int]:
+        """(pairs of each level that enter suppression, detections per image)."""
+        return self.before_nms, self.max_detections
+
+    @torch.no_grad()
+    def predict(self, output: DenseOutput, sizes: Sequence[Size]) -> list[dict[str, Tensor]]:
+        """Detections of each image, best first: {"boxes": (n, 4) xyxy pixels of the input, "scores", "labels"}.
+
+        Anchors of the batch padding may predict too, as in the published models: clipped to the image most of their
+        boxes vanish.
+        """
+        before_nms, max_detections = self.limits()
+        levels = [
+            self._candidates(output, level, anchors, before_nms)
+            for level, anchors in enumerate(self.anchors(output.shapes))
+        ]
+        boxes, scores, labels, groups, kept = (torch.cat(column, dim=1) for column in zip(*levels, strict=True))
+        return [
+            suppress(
+                *(column[image] for column in (boxes, scores, labels)),
+                size,
+                groups=groups[image],
+                kept=kept[image],
+                drop_empty=self.drop_empty,
+                nms_iou=self.nms_iou,
+                max_detections=max_detections,
+            )
+            for image, size in enumerate(sizes)
+        ]
+
+    def _candidates(self, output: DenseOutput, level: int, anchors: Tensor, count: int) -> tuple[Tensor, ...]:
+        """The best (anchor, class) pairs of one level: boxes (B, n, 4), and (B, n) scores, labels, groups, kept."""
+        score = output.logits[level].float().sigmoid().flatten(1)
+        score, index = score.topk(min(count, score.shape[1]), dim=1)
+        anchor, label = index // self.num_classes, index % self.num_classes
+        boxes = self.coder.decode(anchors.reshape(-1, 4)[anchor], take_rows(output.deltas[level].flatten(1, 3), anchor))
+        kept = torch.ones_like(score, dtype=torch.bool)
+        if self.score_threshold is not None:
+            kept = score > self.score_threshold
+        if output.centerness is not None:
+            score = score * output.centerness[level].float().sigmoid().flatten(1).gather(1, anchor)
+        groups = label if self.nms_within == "class" else torch.full_like(label, level)
+        return boxes, score, label, groups, kept
