@@ -1,5 +1,5 @@
 # make demo: from a fresh clone to a trained detector (SEED=1, ARGS="train.epochs=2" change it);
-# make test: the whole test suite; make lint: ruff.
+# make test: the complete test suite; make lint: static checks; make docs: the documentation as a site, in site/.
 # Everything is installed into .venv; PYTHON chooses the interpreter (3.11 to 3.13).
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ ARGS ?=
 # every question that accelerate would ask or warn about is answered here
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --quiet
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -40,5 +40,12 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+$(VENV)/installed-docs: requirements-docs.txt $(VENV)/installed-dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $@
+
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) datasets/demo runs/demo
+	rm -rf $(VENV) datasets/demo runs/demo site
