@@ -11,6 +11,7 @@ import pytest
 from brs_detr.cli import COMMANDS
 from brs_detr.config import Config
 from brs_detr.config_io import leaves
+from brs_detr.data.issues import POLICY
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDES = [p for p in sorted((ROOT / "docs").glob("*.md")) if p.name != "mutations.md"]  # written by a run of the tool
@@ -82,3 +83,10 @@ def test_links_are_rewritten_for_the_site():
     text = "[a](../README.md#results) [b](data.md) ![c](images/demo.png) [d](../CHANGELOG.md)"
     there = "[a](index.md#results) [b](data.md) ![c](images/demo.png) [d](changelog.md)"
     assert tool.site_links(text, from_root=False) == there
+
+
+def test_the_table_of_faults_is_that_of_the_code():
+    """Each kind of `POLICY` with what happens to it, in its order."""
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\w ]+) \| (kept|repaired|dropped|warned) \|", text, re.MULTILINE)
+    assert rows == [(kind.replace("_", " "), action) for kind, (action, _) in POLICY.items()]
