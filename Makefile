@@ -1,5 +1,6 @@
 # make demo: from a fresh clone to a trained detector (SEED=1, ARGS="train.epochs=2" change it);
-# make test: the whole test suite; make lint: ruff.
+# make test: the complete test suite; make test-fast: that of the core, without the slow ones;
+# make lint: static checks; make docs: the documentation as a site, in site/.
 # Everything is installed into .venv; PYTHON chooses the interpreter (3.11 to 3.13).
 
 PYTHON ?= python3
@@ -9,10 +10,11 @@ DATA := datasets/demo
 RUN ?= runs/demo
 SEED ?= 0
 ARGS ?=
+FAST := $(addprefix tests/,losses ops assign models test_architecture.py test_config.py test_docs.py test_measure.py)
 # every question that accelerate would ask or warn about is answered here
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --quiet
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-fast lint docs clean
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -36,9 +38,19 @@ demo: $(DATA)/annotations/val.json
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
+test-fast: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(FAST)
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+$(VENV)/installed-docs: requirements-docs.txt $(VENV)/installed-dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $@
+
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) datasets/demo runs/demo
+	rm -rf $(VENV) datasets/demo runs/demo site

@@ -206,9 +206,11 @@ def table_of(verdicts: Sequence[Verdict]) -> str:
     lines = [
         "# Injected bugs",
         "",
-        f"{caught} of {len(verdicts)} bugs were caught by the tests of a fresh clone. Written by "
-        "`python tools/mutate.py --table docs/mutations.md`, which puts the bugs of `tools/mutations.toml` into a copy "
-        "of the checkout one at a time and runs the tests that should notice; it is not part of `make test`.",
+        f"{caught} of {len(verdicts)} bugs were caught by the tests of a fresh clone.",
+        "",
+        "`python tools/mutate.py --table docs/mutations.md` writes this page. It injects the bugs of "
+        "`tools/mutations.toml` into a copy of the checkout, one at a time, and runs the tests that should notice. It "
+        "is not part of `make test`. Paths are below `brs_detr/` and `tests/`.",
         "",
         "| file | bug | first test that failed |",
         "|---|---|---|",

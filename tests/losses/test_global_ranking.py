@@ -84,7 +84,7 @@ def work(rank: int, world: int, folder: str):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_equals_one_process_with_everything(world, tmp_path):
     mp.spawn(work, (world, str(tmp_path)), nprocs=world)
     parts = shards(world)

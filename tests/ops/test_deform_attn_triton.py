@@ -57,6 +57,7 @@ def interpreted(name):
     assert triton_sampling(inputs[0], shapes, lost, inputs[2]).isnan().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_equals_the_torch_version_in_the_interpreter(name):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
