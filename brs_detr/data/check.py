@@ -267,7 +267,7 @@ def inspect_image(dataset: CocoDetection, index: int, log: IssueLog) -> bool:
     if pixels[:, ::4, ::4].float().std() < 2:
         log.add("image_uniform", where)
     # 14-bit values in 16 bits stay below 64 of 255, 12-bit values below 17; in a color file Pillow has already cut the
-    # 16 bits to 8, so that only the darker case can be told from an ordinary dark photo
+    # 16 bits to 8, so that only the darker case differs from an ordinary dark photo
     elif pixels.max() < (64 if info.mode.startswith("I") else 17):
         log.add("image_dark", where, f"the brightest value is {pixels.max()} of 255")
     elif blank_bottom_fraction(pixels) >= 0.25:

@@ -75,7 +75,7 @@ class WatchedLoader(DataLoader):
         pins = self.pin_memory and torch.accelerator.is_available()
         device = torch.accelerator.current_device_index() if pins else None
         threading.Thread(target=_work, args=(tasks, results, device), daemon=True).start()
-        begin = super().__iter__  # new workers are children of the main thread; living ones are only told to begin
+        begin = super().__iter__  # new workers are children of the main thread; running ones only start a new epoch
         try:
             iterator = self._start_workers() if self._iterator is None else self._wait(begin, tasks, results)
             while True:
