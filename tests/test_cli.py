@@ -291,7 +291,7 @@ def test_a_batch_that_was_not_finite_can_be_run_again(data, tmp_path, capsys):
     assert cli.main(["replay", str(tmp_path / "sound.pt")]) == 1
     assert "everything is finite here" in capsys.readouterr().out
     assert cli.main(["replay", str(tmp_path / "config.yaml")]) == 2
-    assert "is no batch that a training saved" in capsys.readouterr().err
+    assert "not a batch saved by training" in capsys.readouterr().err
 
 
 def test_bf16_trains(data, tmp_path):

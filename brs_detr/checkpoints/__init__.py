@@ -1,1 +1,1 @@
-"""Official Co-DETR and BRS-DETR checkpoints to ours and back."""
+"""Conversion of official Co-DETR and BRS-DETR checkpoints to the weights files of this project, and back."""

@@ -1,12 +1,11 @@
-"""Which detector an official checkpoint holds, read off the names and shapes of its tensors.
+"""Infer the architecture and the classes of an official checkpoint from the names and shapes of its tensors.
 
-What leaves no trace in the tensors is taken from the released recipes: eight attention heads, GroupNorm with 32 groups,
-the Bucketed Rank & Sort loss where the RoI classifier has no background column.
+Settings that the tensors do not show are those of the released configs: eight attention heads, GroupNorm with 32
+groups, and the Bucketed Rank & Sort loss if the RoI classifier has no background column.
 
-Names and category ids of the classes of an official checkpoint, which stores names at best.
-
-The official code numbers classes in the order of the dataset's json, whatever the order of the names it stores. A
-weights file lists ids beside names, so that order is kept.
+An official checkpoint stores the names of its classes at best. The official code numbers classes in the order of the
+dataset's json, whatever the order of the names it stores. A weights file lists ids with the names, so that order is
+kept.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ OTHER_VARIANTS: tuple[tuple[str, str], ...] = (
     (r"backbone\.(blocks\.|pos_embed)", "a detector on a plain ViT"),
     (r"backbone\.stages\.", "a detector on MMDetection's own Swin, whose parameters are ordered otherwise"),
 )
-"""Names that give another architecture away, and what to call it; the first that fits speaks."""
+"""Patterns of tensor names that identify another architecture, and its description; the first match counts."""
 
 OTHER_DETECTORS: tuple[tuple[str, str], ...] = (
     (r"bbox_head\.transformer\.", "a DETR of MMDetection (Deformable DETR, DINO, ...)"),
@@ -47,7 +46,7 @@ OTHER_DETECTORS: tuple[tuple[str, str], ...] = (
     (r"roi_head\.", "a two-stage detector"),
     (r"bbox_head\.", "a one-stage detector"),
 )
-"""The same for files without Co-DETR's query head."""
+"""The same for checkpoints without Co-DETR's query head."""
 
 RESNETS = {6: "resnet50.tv_in1k", 23: "resnet101.tv_in1k"}
 """Bottleneck ResNets by the number of blocks in their third stage."""
@@ -65,15 +64,17 @@ SWINS = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the tensors of a Co-Deformable-DETR say about it.
+    """Architecture of a Co-Deformable-DETR.
 
     Attributes:
-        backbone: timm's name; drop_path: of its training recipe.
+        backbone: timm's name.
+        drop_path: drop path rate of the training config.
         dim, levels, points, encoder_layers, decoder_layers, ffn_dim, queries: of the transformer.
         num_classes: K.
-        softmax: the RoI head has a background column (Co-DETR), else sigmoids (BRS-DETR).
-        centerness: the ATSS head has that branch.
-        fc_dim: width of the RoI head; stacked_convs: depth of the ATSS towers.
+        softmax: True if the RoI head has a background column (Co-DETR), False for sigmoids (BRS-DETR).
+        centerness: True if the ATSS head has a centerness branch.
+        fc_dim: width of the RoI head.
+        stacked_convs: depth of the ATSS towers.
     """
 
     backbone: str
@@ -102,21 +103,21 @@ class Architecture:
 
 
 def recognize(tensors: Mapping[str, Tensor], source: str) -> Architecture:
-    """The architecture of an official state dict.
+    """Infer the architecture of an official state dict.
 
     Args:
-        tensors: official names without a `module.` prefix.
-        source: the file, for messages.
+        tensors: tensors by official name without a `module.` prefix.
+        source: path of the file, for messages.
 
     Raises:
-        CheckpointError: another architecture, or a Co-Deformable-DETR of which tensors are missing.
+        CheckpointError: the architecture is another one, or tensors of a Co-Deformable-DETR are missing.
     """
     refuse_others(tensors, source)
 
     def size(name: str, axis: int = 0) -> int:
         if name not in tensors:
             raise CheckpointError(
-                f"{source}: the tensor {name} is missing; convert a file that holds the whole detector"
+                f"{source}: the tensor {name} is missing. Convert a file that contains the complete detector."
             )
         return tensors[name].shape[axis]
 
@@ -124,6 +125,7 @@ def recognize(tensors: Mapping[str, Tensor], source: str) -> Architecture:
     backbone, drop_path = backbone_of(tensors, source)
     levels, layers = size(transformer + "level_embeds"), decoder_layers(tensors)
     classes, columns = size("query_head.cls_branches.0.weight"), size(roi + "fc_cls.weight")
+    # softmax has a background column; of the two models only Co-DETR's, with softmax, has a centerness branch
     softmax, centerness = columns == classes + 1, "bbox_head.0.atss_centerness.weight" in tensors
     if columns not in (classes, classes + 1) or (centerness and not softmax):
         raise CheckpointError(
@@ -132,7 +134,7 @@ def recognize(tensors: Mapping[str, Tensor], source: str) -> Architecture:
         )
     points, rest = divmod(size(transformer + "encoder.layers.0.attentions.0.attention_weights.bias"), HEADS * levels)
     if rest or size("rpn_head.rpn_cls.bias") != RPN_ANCHORS:
-        raise CheckpointError(f"{source}: its attention or its anchors are not those of the released models")
+        raise CheckpointError(f"{source}: its attention or its anchors differ from those of the released models")
     return Architecture(
         backbone=backbone,
         drop_path=drop_path,
@@ -152,7 +154,11 @@ def recognize(tensors: Mapping[str, Tensor], source: str) -> Architecture:
 
 
 def refuse_others(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raise a `CheckpointError` that names the architecture, unless this is a Co-Deformable-DETR."""
+    """Refuse other architectures than Co-Deformable-DETR.
+
+    Raises:
+        CheckpointError: the message names the architecture.
+    """
     ours = any(name.startswith("query_head.transformer.") for name in tensors)
     for pattern, meaning in OTHER_VARIANTS if ours else OTHER_VARIANTS + OTHER_DETECTORS:
         if any(re.match(pattern, name) for name in tensors):
@@ -160,19 +166,19 @@ def refuse_others(tensors: Mapping[str, Tensor], source: str) -> None:
     if not ours:
         some = ", ".join(list(tensors)[:3])
         raise CheckpointError(
-            f"{source}: no Co-Deformable-DETR or BRS-DETR (its {len(tensors)} tensors are called {some}, ...)"
+            f"{source}: not a Co-Deformable-DETR or BRS-DETR (its {len(tensors)} tensors are named {some}, ...)"
         )
 
 
 def backbone_of(tensors: Mapping[str, Tensor], source: str) -> tuple[str, float]:
-    """timm's name of the backbone and its drop path.
+    """Return timm's name of the backbone and its drop path rate.
 
     Raises:
-        CheckpointError: neither a ResNet nor a Swin of the released models.
+        CheckpointError: the backbone is neither a ResNet nor a Swin of the released models.
     """
     if "backbone.patch_embed.proj.weight" in tensors:
         table = tensors.get("backbone.layers.0.blocks.0.attn.relative_position_bias_table")
-        window = 0 if table is None else (round(table.shape[0] ** 0.5) + 1) // 2
+        window = 0 if table is None else (round(table.shape[0] ** 0.5) + 1) // 2  # the table has (2 w - 1)^2 rows
         blocks = _count(r"backbone\.layers\.2\.blocks\.(\d+)\.", tensors)
         kind = (tensors["backbone.patch_embed.proj.weight"].shape[0], blocks, window)
         if kind in SWINS:
@@ -183,36 +189,35 @@ def backbone_of(tensors: Mapping[str, Tensor], source: str) -> tuple[str, float]
         if blocks in RESNETS:
             return RESNETS[blocks], 0.0
         names = [name for name in tensors if name.startswith("backbone.")]
-        what = f"one of {len(names)} tensors ({', '.join(names[:2]) or 'none'}, ...)"
+        what = f"one of {len(names)} tensors ({', '.join(names[:2])}, ...)" if names else "missing"
     raise CheckpointError(
-        f"{source}: the backbone is {what}; known are ResNet-50 and 101 and Swin-T, S, B and L as released"
+        f"{source}: the backbone is {what}. Supported are the released ResNet-50 and 101 and Swin-T, S, B and L."
     )
 
 
-def settings_of(found: Architecture) -> dict[str, Any]:
-    """The recipe of an architecture, as `config.from_dict` reads it: what differs from the R50 BRS-DETR defaults."""
-    swin = found.backbone.startswith("swin")
-    model = {name: getattr(found, name) for name in ("dim", "levels", "points", "encoder_layers", "decoder_layers")}
+def settings_of(architecture: Architecture) -> dict[str, Any]:
+    """Build the config of an architecture, for `config.from_dict`, as differences from the R50 BRS-DETR defaults."""
+    swin = architecture.backbone.startswith("swin")
+    names = ("dim", "levels", "points", "encoder_layers", "decoder_layers", "ffn_dim", "queries")
+    model: dict[str, Any] = {name: getattr(architecture, name) for name in names}
     model |= {
-        "ffn_dim": found.ffn_dim,
-        "queries": found.queries,
         "heads": HEADS,
-        "detections_per_image": 300 if found.queries >= LARGE_QUERIES else 100,
+        "detections_per_image": 300 if architecture.queries >= LARGE_QUERIES else 100,
         "backbone": {
-            "name": found.backbone,
-            "drop_path": found.drop_path,
+            "name": architecture.backbone,
+            "drop_path": architecture.drop_path,
             "frozen_stages": 0 if swin else 1,
         },
-        "roi": {"fc_dim": found.fc_dim},
-        "atss": {"centerness": found.centerness, "stacked_convs": found.stacked_convs},
+        "roi": {"fc_dim": architecture.fc_dim},
+        "atss": {"centerness": architecture.centerness, "stacked_convs": architecture.stacked_convs},
     }
-    train = {}
-    if found.softmax:
+    train: dict[str, Any] = {}
+    if architecture.softmax:
         model |= {"name": "co_detr", "loss": "focal", "matcher": {"cls": 2.0}}
         model["rpn"] = {"sample": 256, "proposals": 1000}
         model["roi"] |= {"sample": 512, "add_ground_truth": True}
         train = {"lr_steps": [11], "lr_gamma": 0.1}
-    # the released weights saw images that were shrunk without a low-pass filter
+    # antialias: the released weights were trained on images downscaled without a low-pass filter
     return {
         "data": {"antialias": False},
         "model": model,
@@ -222,8 +227,8 @@ def settings_of(found: Architecture) -> dict[str, Any]:
 
 
 def _count(pattern: str, names: Iterable[str]) -> int:
-    """How many different numbers the group of `pattern` takes."""
-    return len({found.group(1) for name in names if (found := re.match(pattern, name))})
+    """Count the distinct numbers matched by the group of `pattern`."""
+    return len({match.group(1) for name in names if (match := re.match(pattern, name))})
 
 
 COCO_NAMES = tuple(
@@ -235,8 +240,8 @@ COCO_NAMES = tuple(
     mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors,
     teddy bear, hair drier, toothbrush""".replace("\n    ", " ").split(", ")
 )
-_NEVER_USED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
-COCO_IDS = tuple(number for number in range(1, 91) if number not in _NEVER_USED)
+_UNUSED_COCO_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # categories of COCO's paper without annotations
+COCO_IDS = tuple(number for number in range(1, 91) if number not in _UNUSED_COCO_IDS)
 
 
 @dataclass(frozen=True)
@@ -246,7 +251,7 @@ class Classes:
     Attributes:
         names: of label 0, 1, ...
         ids: category id of label 0, 1, ...
-        remark: where the names and ids come from.
+        remark: source of the names and ids.
     """
 
     names: list[str]
@@ -255,24 +260,24 @@ class Classes:
 
 
 def name_classes(count: int, meta: Mapping[str, Any], json_path: Path | None, source: str) -> Classes:
-    """Names and ids for `count` classes: from a json, else the checkpoint's notes, else COCO's for 80.
+    """Return names and ids of `count` classes: from a json, else from the checkpoint's metadata, else COCO's for 80.
 
     Args:
-        count: K of the checkpoint.
-        meta: MMCV's notes.
-        json_path: annotations in COCO's format whose `categories` the checkpoint was trained on.
-        source: the checkpoint, for messages.
+        count: number of classes of the checkpoint.
+        meta: metadata of MMCV.
+        json_path: annotations in COCO's format with the `categories` that the checkpoint was trained on.
+        source: path of the checkpoint, for messages.
 
     Raises:
-        CheckpointError: the classes cannot be named, or the json names another number of them.
+        CheckpointError: the names are unknown, or the json has another number of classes.
     """
     stored = stored_names(meta)
     if json_path is not None:
         return _from_json(count, stored, json_path, source)
     if stored and len(stored) != count:
         raise CheckpointError(
-            f"{source}: has {count} classes but names {len(stored)}; give the json that it was trained on with "
-            "--num-classes-from FILE"
+            f"{source}: has {count} classes but names {len(stored)}. Give the json that it was trained on with "
+            "--num-classes-from FILE."
         )
     if tuple(stored) == COCO_NAMES or (not stored and count == len(COCO_NAMES)):
         remark = "COCO's names and category ids" + ("" if stored else ", assumed since there are 80 classes")
@@ -282,19 +287,21 @@ def name_classes(count: int, meta: Mapping[str, Any], json_path: Path | None, so
         remark = "names from the checkpoint, category ids 1, 2, ... assumed (--num-classes-from FILE states them)"
         return Classes(list(stored), ids, remark)
     raise CheckpointError(
-        f"{source}: has {count} classes without names; give the json in COCO's format that it was trained on with "
-        "--num-classes-from FILE"
+        f"{source}: has {count} classes without names. Give the json in COCO's format that it was trained on with "
+        "--num-classes-from FILE."
     )
 
 
 def stored_names(meta: Mapping[str, Any]) -> list[str]:
-    """Class names in MMCV's or MMEngine's notes; empty where there are none."""
-    notes = meta.get("dataset_meta") if isinstance(meta.get("dataset_meta"), Mapping) else meta
-    names = next((notes[key] for key in ("CLASSES", "classes") if notes.get(key)), ())
+    """Return the class names in MMCV's or MMEngine's metadata; [] if it has no names."""
+    dataset_meta = meta.get("dataset_meta")
+    meta = dataset_meta if isinstance(dataset_meta, Mapping) else meta
+    names = next((meta[key] for key in ("CLASSES", "classes") if meta.get(key)), ())
     return [names] if isinstance(names, str) else [str(name) for name in names]
 
 
 def _from_json(count: int, stored: Sequence[str], path: Path, source: str) -> Classes:
+    """Read names and ids from a json, in its order; categories that the checkpoint does not name are ignored."""
     try:
         content = read_file(path).decode("utf-8-sig")
         categories = json.loads(content, object_pairs_hook=dict_of_pairs)["categories"]
@@ -304,10 +311,12 @@ def _from_json(count: int, stored: Sequence[str], path: Path, source: str) -> Cl
     except (UserFileError, TwoValuesError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise CheckpointError(f"{path}: no json in COCO's format with `categories` of id and name") from None
+        raise CheckpointError(f"{path}: not a json in COCO's format with `categories` of id and name.") from None
     if stored and {name for _, name in pairs} > set(stored):
         pairs = [pair for pair in pairs if pair[1] in stored]
     if len(pairs) != count:
-        raise CheckpointError(f"{source}: has {count} classes, but {path} names {len(pairs)}; give the json it knows")
-    ids, names = (list(column) for column in zip(*pairs))
+        raise CheckpointError(
+            f"{source}: has {count} classes, but {path} names {len(pairs)}. Give the json that it was trained on."
+        )
+    ids, names = [key for key, _ in pairs], [name for _, name in pairs]
     return Classes(names, ids, f"names and category ids from {path}")

@@ -1,8 +1,8 @@
-"""One table from the official Co-DETR / BRS-DETR parameter names to ours, read in both directions.
+"""Map the official Co-DETR / BRS-DETR parameter names to ours, and back, by one table.
 
-Each rule is a pattern of the official name and our name; `{k}` stands for a number, `{next}` for the number after it,
-and `{aux}` for the dense head that an auxiliary index means. Names of ResNets and all other names of a Swin are the
-same on both sides.
+Each rule is a pattern of the official name and our name; `{k}` stands for a number, `{next}` for that number plus 1,
+and `{aux}` for the dense head of an auxiliary index. Names of ResNets and all other names of a Swin are equal on both
+sides.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 AUX = ("roi", "atss")
 
+# the first matching rule applies in both directions, so special cases come before general ones
 RULES: tuple[tuple[str, str], ...] = (
     # the original Swin merges patches at the end of a stage, timm's at the start of the next
     ("backbone.layers.{k}.downsample.", "backbone.layers.{next}.downsample."),
@@ -46,7 +47,7 @@ RULES: tuple[tuple[str, str], ...] = (
     ("query_head.transformer.pos_feats_trans.{k}.", "aux_embeddings.{aux}.feature_projection."),
     ("query_head.transformer.pos_feats_norm.{k}.", "aux_embeddings.{aux}.feature_norm."),
     ("query_head.downsample.{k}.", "coarsest.{k}."),
-    # of the branches, the one after the decoder's last belongs to the encoder proposals: see ENCODER_BRANCHES
+    # the branch after the last one of the decoder belongs to the encoder proposals: see ENCODER_BRANCHES
     ("query_head.cls_branches.{k}.", "decoder.classifiers.{k}."),
     ("query_head.reg_branches.{k}.", "decoder.regressors.{k}."),
     ("query_head.query_embedding.", "query_content."),
@@ -75,12 +76,13 @@ HEAD_OFFSETS = "query_head.transformer.head_pos_embed.weight"
 DROPPED: tuple[tuple[str, str], ...] = (
     (r"\.num_batches_tracked$", "a count of batches that frozen normalization does not use"),
     (r"^backbone\.layers\..*\.relative_position_index$", "follows from the window size"),
-    (r"^ema_", "a running average beside the weights; the weights themselves are converted"),
+    (r"^ema_", "a moving average of the weights; the weights themselves are converted"),
 )
-"""Official tensors that have no counterpart here, and why."""
+"""Patterns of official tensors without a counterpart here, and why they are dropped."""
 
 
 def _pattern(rule: str) -> re.Pattern[str]:
+    """Compile a rule to a regular expression with one group at most."""
     escaped = re.escape(rule)
     for name in ("{k}", "{next}"):
         escaped = escaped.replace(re.escape(name), r"(\d+)")
@@ -92,55 +94,55 @@ _FROM_OURS = tuple((_pattern(ours), ours, official) for official, ours in RULES)
 
 
 def our_key(official: str, decoder_layers: int) -> str | None:
-    """Our name of an official parameter, or None where no rule knows it.
+    """Return our name of an official parameter, None if no rule matches.
 
     Args:
         official: name without a `module.` prefix.
         decoder_layers: D; branch D of the official list belongs to the encoder proposals.
     """
     for pattern, ours in _FROM_OFFICIAL:
-        found = pattern.match(official)
-        if found is None:
+        match = pattern.match(official)
+        if match is None:
             continue
-        number = int(found.group(1)) if found.groups() else 0
+        number = int(match.group(1)) if match.groups() else 0
         if "{aux}" in ours and number >= len(AUX):
             return None
         if number == decoder_layers:
             for branch, encoder_branch in ENCODER_BRANCHES.items():
                 ours = ours.replace(branch + ".{k}", encoder_branch)
         name = ours.format(k=number, next=number + 1, aux=AUX[number] if "{aux}" in ours else "")
-        return name + official[found.end() :]
+        return name + official[match.end() :]
     return None
 
 
 def official_key(ours: str, decoder_layers: int) -> str | None:
-    """The official name of one of our parameters; the reverse of `our_key`."""
+    """Return the official name of one of our parameters; the inverse of `our_key`."""
     for branch, encoder_branch in ENCODER_BRANCHES.items():
         if ours.startswith(encoder_branch + "."):
             ours = f"{branch}.{decoder_layers}." + ours.removeprefix(encoder_branch + ".")
     for pattern, template, official in _FROM_OURS:
-        found = pattern.match(ours)
-        if found is None:
+        match = pattern.match(ours)
+        if match is None:
             continue
         number = 0
-        if found.groups():
-            number = AUX.index(found.group(1)) if "{aux}" in template else int(found.group(1))
+        if match.groups():
+            number = AUX.index(match.group(1)) if "{aux}" in template else int(match.group(1))
         number -= "{next}" in template
-        return official.format(k=number) + ours[found.end() :]
+        return official.format(k=number) + ours[match.end() :]
     return None
 
 
 def decoder_layers(keys: Iterable[str]) -> int:
-    """Number of decoder layers in an official state dict's keys."""
+    """Count the decoder layers in an official state dict's keys."""
     return 1 + max(_numbers(r"query_head\.transformer\.decoder\.layers\.(\d+)\.", keys), default=-1)
 
 
 def _numbers(pattern: str, keys: Iterable[str]) -> list[int]:
-    return [int(found.group(1)) for key in keys if (found := re.match(pattern, key))]
+    return [int(match.group(1)) for key in keys if (match := re.match(pattern, key))]
 
 
 def why_dropped(official: str) -> str | None:
-    """Why an official tensor is left out, or None where it is not."""
+    """Return why an official tensor is dropped, None if it is converted."""
     return next((why for pattern, why in DROPPED if re.search(pattern, official)), None)
 
 
@@ -148,12 +150,14 @@ def to_ours(official: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str
     """Rename an official state dict.
 
     Args:
-        official: names without a `module.` prefix.
+        official: tensors by official name without a `module.` prefix.
 
     Returns:
-        The renamed tensors, and the official names that no rule knows.
+        the renamed tensors, and the official names without a matching rule.
     """
-    layers, renamed, unknown = decoder_layers(official), {}, []
+    layers = decoder_layers(official)
+    renamed: dict[str, Tensor] = {}
+    unknown: list[str] = []
     for key, value in official.items():
         if key == HEAD_OFFSETS:
             renamed |= {f"aux_embeddings.{head}.offset": row for head, row in zip(AUX, value, strict=True)}
@@ -171,11 +175,12 @@ def to_official(ours: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str
         ours: state dict of a detector.
 
     Returns:
-        The renamed tensors (batch counts are zero), and our names that have no official one.
+        the renamed tensors (batch counts are zero), and our names without an official one.
     """
     layers = 1 + max(_numbers(r"decoder\.layers\.(\d+)\.", ours), default=-1)
     offsets = [f"aux_embeddings.{head}.offset" for head in AUX]
-    renamed, unknown = {}, []
+    renamed: dict[str, Tensor] = {}
+    unknown: list[str] = []
     for key, value in ours.items():
         if key in offsets:
             continue
@@ -187,7 +192,7 @@ def to_official(ours: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str
             counter = official.replace("running_var", "num_batches_tracked")
             renamed[counter] = ours.get(key.replace("running_var", "num_batches_tracked"), torch.tensor(0))
         elif official.endswith(".relative_position_bias_table"):
-            window = (round(value.shape[0] ** 0.5) + 1) // 2
+            window = (round(value.shape[0] ** 0.5) + 1) // 2  # the table has (2 w - 1)^2 rows
             index = get_relative_position_index(window, window)
             renamed[official.replace("bias_table", "index")] = index
     if all(name in ours for name in offsets):

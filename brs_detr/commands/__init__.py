@@ -1,1 +1,1 @@
-"""The commands of `python -m brs_detr` that put several parts together; each has `add_arguments` and `run`."""
+"""Commands of `python -m brs_detr` that combine several packages; each module has `add_arguments` and `run`."""

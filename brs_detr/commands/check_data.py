@@ -1,4 +1,4 @@
-"""`check-data`: the dataset check, which may also be told a recipe instead of a json."""
+"""The `check-data` command: check the dataset of a COCO json, or the training and validation sets of a config."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from brs_detr.run.setup import limits_of, train_transforms, val_transforms
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `check-data`."""
+    """Add the arguments of `check-data`."""
     check.add_arguments(parser)
     parser.add_argument("overrides", nargs="*", help="settings to change, e.g. data.root=/data/coco")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check a json, or the training and validation sets of a recipe; returns the exit code."""
+    """Check a json, or the training and validation sets of a config, and return the exit code."""
     limits = None
     if Path(options.target).suffix not in (".yaml", ".yml"):
         limits = limits_of(apply_overrides(Config(), options.overrides))
@@ -27,14 +27,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def sources_of(recipe: str, overrides: list[str]) -> list[Source]:
-    """The datasets of a recipe, each with the transforms that training and validation use."""
+    """Return the datasets of a config, with the transforms that training and validation use."""
     config: Config = load_config(recipe, overrides)
     root, data = Path(config.data.root), config.data
     train = (str(root / data.train_json), str(root / data.train_images))
     val = (str(root / data.val_json), str(root / data.val_images))
     limits = {"limits": limits_of(config)}
-    learnt = {"keep_empty": data.keep_empty, "min_side": data.min_side, **limits}
+    train_options = {"keep_empty": data.keep_empty, "min_side": data.min_side, **limits}
     return [
-        Source(*train, train_transforms(config), options=learnt),
+        Source(*train, train_transforms(config), options=train_options),
         Source(*val, val_transforms(config), train=False, options=limits),
     ]

@@ -1,4 +1,4 @@
-"""`convert`: an official Co-DETR or BRS-DETR checkpoint as a weights file for eval.py and train.py, or back again."""
+"""The `convert` command: convert an official Co-DETR or BRS-DETR checkpoint to a weights file, or back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from brs_detr.models.backbones.weights_io import read_official
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `convert`."""
+    """Add the arguments of `convert`."""
     parser.add_argument("source", type=Path, help="official .pth file (with --to-official: a .safetensors file)")
     parser.add_argument("target", type=Path, help=".safetensors file to write (with --to-official: a .pth file)")
     parser.add_argument(
@@ -25,10 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Convert, print what became of the tensors, write; returns the exit code."""
-    wanted = ".pth" if options.to_official else ".safetensors"
-    if options.target.suffix != wanted or options.target.resolve() == options.source.resolve():
-        raise ConfigError(f"{options.target}: the file to write must be another one and end in {wanted}")
+    """Convert a checkpoint, print which tensors were matched or dropped, and return the exit code."""
+    suffix = ".pth" if options.to_official else ".safetensors"
+    if options.target.suffix != suffix or options.target.resolve() == options.source.resolve():
+        raise ConfigError(f"{options.target}: the output file must differ from the source and end in {suffix}")
     if options.to_official:
         count = export(options.source, options.target)
         print(f"{options.target}: {count} tensors with official names written")

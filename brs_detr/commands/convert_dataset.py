@@ -1,4 +1,4 @@
-"""`convert-dataset`: Pascal VOC and YOLO folders to COCO annotations; the images stay where they are."""
+"""The `convert-dataset` command: convert Pascal VOC and YOLO datasets to COCO annotations; images are not moved."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from brs_detr.user_files import UserFileError, printable, read_start
 
 NOTES_FILE = "convert-notes.txt"
 RECIPE = "configs/brs_detr_r50_small_dataset.yaml"
-_BEGINNING = '{"info": {"description": "converted by brs_detr'  # of every json that is written here
+_BEGINNING = '{"info": {"description": "converted by brs_detr'  # first characters of every json that is written here
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `convert-dataset`."""
-    parser.add_argument("format", choices=("voc", "yolo"), help="what the dataset is")
-    parser.add_argument("source", help="folder of the dataset; of YOLO also its data.yaml or obj.data")
+    """Add the arguments of `convert-dataset`."""
+    parser.add_argument("format", choices=("voc", "yolo"), help="format of the dataset")
+    parser.add_argument("source", help="folder of the dataset; for YOLO also its data.yaml or obj.data")
     parser.add_argument("out", help="folder to write SPLIT.json to")
-    names = "class names in the order wanted: a text file with one a line, or separated by commas"
-    parser.add_argument("--classes", metavar="NAMES", help=f"{names} (default: VOC by alphabet, YOLO as numbered)")
-    held = "make a val split of this part of train (always the same images), where there is none"
-    parser.add_argument("--val-fraction", type=float, metavar="F", help=held)
-    most = "largest image file that is looked into (default: that of data.max_image_bytes); none is decoded"
-    parser.add_argument("--max-image-bytes", type=int, metavar="N", default=Limits.max_image_bytes, help=most)
+    names = "class names in the desired order: a text file with one name per line, or names separated by commas"
+    parser.add_argument("--classes", metavar="NAMES", help=f"{names} (default: VOC alphabetically, YOLO as numbered)")
+    fraction = "split this fraction of train off as val, always the same images; only if there is no val split"
+    parser.add_argument("--val-fraction", type=float, metavar="F", help=fraction)
+    max_bytes = "maximum size of an image file (default: that of data.max_image_bytes); only headers are read"
+    parser.add_argument("--max-image-bytes", type=int, metavar="N", default=Limits.max_image_bytes, help=max_bytes)
     parser.add_argument("--one-based", action="store_true", help="VOC: corners count from 1 and are both included")
     parser.add_argument("--keep-difficult", action="store_true", help="VOC: difficult objects are ordinary objects")
 
 
 def run(args: argparse.Namespace) -> int:
-    """`convert-dataset`: write the annotations, say what was left out and which commands come next.
+    """Run `convert-dataset`: write the annotations, print what was left out and the next commands.
 
     Raises:
-        DataError: the dataset cannot be converted, or a file that was not made by this command is in the way.
+        DataError: the dataset cannot be converted, or an output file exists that was not made by this command.
     """
     try:
         return _convert(args)
@@ -54,12 +54,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     classes = _class_names(args.classes)
+    # only headers are read here, so the number of pixels does not matter
     limits = Limits(max_image_pixels=sys.maxsize, max_image_bytes=args.max_image_bytes)
     if args.format == "voc":
         options = {"one_based": args.one_based, "keep_difficult": args.keep_difficult}
         imported = read_voc(args.source, classes=classes, limits=limits, **options)
     elif args.one_based or args.keep_difficult:
-        raise DataError("--one-based and --keep-difficult are about VOC; YOLO labels have neither.")
+        raise DataError("--one-based, --keep-difficult: these options are for VOC only. Leave them out.")
     else:
         imported = read_yolo(args.source, classes=classes, limits=limits)
     if args.val_fraction is not None:
@@ -68,7 +69,7 @@ def _convert(args: argparse.Namespace) -> int:
     datasets, images = to_coco(imported)
     out = Path(args.out).absolute()
     paths = {split: out / f"{split}.json" for split in datasets}
-    require_free(paths.values())
+    require_free(paths.values())  # before the first one is written: all splits are replaced, or none
     for split, path in paths.items():
         data = write_dataset(datasets[split], path)
         counts = (len(data["images"]), len(data["annotations"]), len(data["categories"]))
@@ -79,7 +80,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def print_notes(notes: Notes, path: Path) -> None:
-    """Print the first cases of each kind of note; write all of them to a file."""
+    """Print the first examples of each kind of note, and write all of them to a file."""
     lines = [f"{kind}: {place}\n" for kind, places in notes.places.items() for place in places]
     path.unlink(missing_ok=True)
     if lines:
@@ -89,6 +90,7 @@ def print_notes(notes: Notes, path: Path) -> None:
 
 
 def _class_names(text: str | None) -> list[str]:
+    """Read class names from a file, or from text separated by commas; [] if the option is not given."""
     if text is None:
         return []
     names = read_lines(Path(text)) if os.path.isfile(text) else [name.strip() for name in text.split(",")]
@@ -96,28 +98,29 @@ def _class_names(text: str | None) -> list[str]:
         names.pop()
     if not names or "" in names or len(set(names)) < len(names):
         raise DataError(
-            f"--classes {text}: this is neither a file with one name a line nor names apart by commas, each once."
+            f"--classes {text}: expected a file with one name per line, or names separated by commas, without "
+            "duplicates."
         )
     return names
 
 
 def require_free(paths: Iterable[Path]) -> None:
-    """Refuse to replace a json of someone else; those of an earlier conversion are replaced.
+    """Refuse to overwrite a json that was not written by this command; earlier conversions are replaced.
 
     Raises:
-        DataError: with the file's name.
+        DataError: the message names the file.
     """
     for path in filter(Path.exists, paths):
         try:
-            ours = read_start(path, len(_BEGINNING)) == _BEGINNING.encode()
+            is_conversion = read_start(path, len(_BEGINNING)) == _BEGINNING.encode()
         except UserFileError:
-            ours = False
-        if not ours:
-            raise DataError(f"{path} is there already and was not made by this command; choose another folder for it.")
+            is_conversion = False
+        if not is_conversion:
+            raise DataError(f"{path}: this file exists and was not made by this command. Choose another folder.")
 
 
 def write_dataset(data: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Write a COCO json, whole or not at all; returns the data."""
+    """Write a COCO json atomically, and return the data."""
     path.parent.mkdir(parents=True, exist_ok=True)
     info = {"description": _BEGINNING.rpartition('"')[2]}
     temporary = path.with_suffix(".json.partial")
@@ -127,13 +130,13 @@ def write_dataset(data: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def next_steps(out: Path, images: str, train: str, val: str | None) -> str:
-    """The command lines that check the dataset and train on it."""
+    """Format the command lines that check the dataset and train on it."""
     lines = ["next:"]
     for split in filter(None, (train, val)):
         words = ["python", "-m", "brs_detr", "check-data", str(out / f"{split}.json"), "--images", images]
         lines.append(printable(shlex.join(words)))
     if val is None:
-        hint = "training needs a train and a val split; --val-fraction 0.1 takes the second out of the first"
+        hint = "training needs a train and a val split; --val-fraction 0.1 splits val off train"
         return "\n".join([*lines, hint])
     settings = {"data.root": images, "data.train_json": str(out / f"{train}.json"), "data.train_images": "."}
     settings |= {"data.val_json": str(out / f"{val}.json"), "data.val_images": ".", "output_dir": "runs/mine"}
@@ -142,7 +145,7 @@ def next_steps(out: Path, images: str, train: str, val: str | None) -> str:
 
 
 def _as_yaml(text: str) -> str:
-    """A text as a value on the command line of train.py, which reads it as YAML."""
+    """Quote a string, if necessary, for the command line of train.py, which parses values as YAML."""
     try:
         plain = yaml.safe_load(text) == text
     except yaml.YAMLError:

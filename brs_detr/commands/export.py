@@ -1,4 +1,4 @@
-"""`export`: a trained detector as an ONNX file, checked against torch in onnxruntime."""
+"""The `export` command: write a trained detector as an ONNX file, and compare it with torch in onnxruntime."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from brs_detr.config import Config, ConfigError
 from brs_detr.data.image_io import read_image
 from brs_detr.data.transforms import resized_size
 from brs_detr.engine.checkpoint import Weights, publish
-from brs_detr.export.onnx import OLDEST_OPSET, ExportError, write_onnx
+from brs_detr.export.onnx import MIN_OPSET, ExportError, write_onnx
 from brs_detr.export.parity import MAX_BOX_DIFFERENCE, MAX_SCORE_DIFFERENCE, ExportedDetector, compare
 from brs_detr.models.brs_detr import BRSDETR
 from brs_detr.ops.images import ImageBatch, Size
@@ -31,33 +31,34 @@ PIXELS = {"uint8": torch.uint8, "float32": torch.float32}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `export`."""
+    """Add the arguments of `export`."""
     parser.add_argument("weights", type=Path, help="run folder (its best weights) or .safetensors file")
     parser.add_argument("overrides", nargs="*", help="settings to change, e.g. model.detections_per_image=50")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.onnx", help="file to write")
-    parser.add_argument("--height", type=int, help="of the input, in pixels (default: data.test_long_side)")
-    parser.add_argument("--width", type=int, help="of the input, in pixels (default: data.test_long_side)")
-    parser.add_argument("--any-size", action="store_true", help="leave height and width of the input free")
-    parser.add_argument("--pixels", choices=PIXELS, default="uint8", help="type of the input, 0..255 in either case")
-    parser.add_argument("--opset", type=int, default=OLDEST_OPSET, help="version of ONNX's operators (default: 18)")
+    parser.add_argument("--height", type=int, help="input height in pixels (default: data.test_long_side)")
+    parser.add_argument("--width", type=int, help="input width in pixels (default: data.test_long_side)")
+    parser.add_argument("--any-size", action="store_true", help="export with dynamic height and width")
+    parser.add_argument("--pixels", choices=PIXELS, default="uint8", help="input type; values are 0..255 in both cases")
+    parser.add_argument("--opset", type=int, default=MIN_OPSET, help="ONNX opset version (default: 18)")
     parser.add_argument(
         "--image", type=Path, action="append", default=[], help="check with this image too; may be repeated"
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Export, check, and only then give the file its name; returns the exit code."""
+    """Export a detector, check the file, rename it to --out only then, and return the exit code."""
     require_packages("onnx", "onnxscript")
     if options.out.suffix != ".onnx":
-        raise ConfigError(f"--out={options.out}: the name of the file must end in .onnx")
+        raise ConfigError(f"--out={options.out}: the file name must end in .onnx")
     if options.any_size and (options.height or options.width):
-        raise ConfigError("--any-size leaves height and width free; leave out --height and --width, or it")
+        raise ConfigError("--any-size: height and width are dynamic. Leave out --height and --width, or --any-size.")
     require_writable(options.out.parent, "--out")
     model, weights, config, file = restore(options.weights, options.overrides)
+    assert isinstance(model, BRSDETR)  # both detectors of `build_model` are; `restore` declares an nn.Module
     if config.eval.predict_with != "decoder":
         raise ConfigError(
-            f"eval.predict_with={config.eval.predict_with}: only the decoder's detections can be exported; "
-            "add eval.predict_with=decoder"
+            f"eval.predict_with={config.eval.predict_with}: only the decoder's detections can be exported. "
+            "Add eval.predict_with=decoder."
         )
     size = input_size(config, options)
     images = {str(path): read_image(path, limits=limits_of(config)) for path in options.image}
@@ -83,38 +84,41 @@ def run(options: argparse.Namespace) -> int:
 
 
 def require_packages(*names: str) -> None:
-    """Refuse to begin without the packages that torch's exporter needs.
+    """Refuse to start without the packages that torch's exporter needs.
 
     Raises:
-        ExportError: with the line that installs them.
+        ExportError: a package is missing; the message has the command that installs it.
     """
     if missing := [name for name in names if not installed(name)]:
-        raise ExportError(f"export needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        raise ExportError(f"export needs {' and '.join(missing)}. Install with: pip install {' '.join(missing)}")
 
 
 def installed(name: str) -> bool:
-    """Whether a package can be imported."""
+    """Return True if a package can be imported."""
     return importlib.util.find_spec(name) is not None
 
 
 def input_size(config: Config, options: argparse.Namespace) -> Size:
-    """(H, W) of the graph: as asked, else a square in which every image fits at its test size.
+    """Return (H, W) of the input: as given by the options, else a square in which every image fits at its test size.
 
-    Under `--any-size` that of the image with which the graph is traced, wide and as large as a test image can be.
+    With `--any-size`, the size of the example that is traced: landscape, and as large as a test image can be.
 
     Raises:
-        ConfigError: a side is too small for the maps to have two cells.
+        ConfigError: a side is too small for the coarsest feature map to have two cells.
     """
+    # each level beyond the backbone's halves the resolution once more
     min_side = 2 * max(config.model.backbone.levels) * 2 ** (config.model.levels - len(config.model.backbone.levels))
     for name, side in (("--height", options.height), ("--width", options.width)):
         if side is not None and side < min_side:
-            raise ConfigError(f"{name}={side}: the coarsest of this detector's maps needs at least {min_side} pixels")
+            raise ConfigError(
+                f"{name}={side}: the coarsest feature map of this detector needs at least {min_side} pixels"
+            )
     short, long = max(config.data.test_short_side, min_side), max(config.data.test_long_side, min_side)
     return (short, long) if options.any_size else (options.height or long, options.width or long)
 
 
 def metadata(weights: Weights, config: Config, size: Size | None) -> dict[str, Any]:
-    """What the file's user has to know: what the labels mean, and how an image is to be resized."""
+    """Return what the file's user needs to know: the meaning of the labels, and how to resize an image."""
     return {
         "classes": weights.classes,
         "category_ids": weights.category_ids,
@@ -132,36 +136,38 @@ def check(
     """Compare the file in onnxruntime with the detector in torch, on noise and on (3, h, w) images by name.
 
     Raises:
-        ExportError: they differ by more than rounding.
+        ExportError: the outputs differ by more than rounding.
     """
     if not installed("onnxruntime"):
         print("not checked: onnxruntime is not installed (pip install onnxruntime)")
         return
     exported = ExportedDetector(path)
+    # images smaller than the input, in both orientations, so that padding is checked at the bottom and at the right
     (height, width), part = size, 0.75
-    upright = (width, math.ceil(height * part)) if options.any_size else (height, math.ceil(width * part))
-    shapes = {"noise": (math.ceil(height * part), width), "noise, upright": upright}
+    portrait = (width, math.ceil(height * part)) if options.any_size else (height, math.ceil(width * part))
+    shapes = {"noise": (math.ceil(height * part), width), "noise, upright": portrait}
     cases = {name: torch.randint(0, 256, (3, *shape), dtype=torch.uint8) for name, shape in shapes.items()}
     for name, sample in samples.items():
-        fitted = list(fitted_size(sample.shape[-2:], config, None if options.any_size else size))
+        fitted = list(fitted_size((sample.shape[1], sample.shape[2]), config, None if options.any_size else size))
         cases[name] = resize(sample, fitted, InterpolationMode.BILINEAR, antialias=config.data.antialias)
     version = importlib.metadata.version("onnxruntime")
     print(f"onnxruntime {version} against torch {torch.__version__}, largest differences:")
     for name, image in cases.items():
-        canvas = tuple(image.shape[-2:]) if options.any_size else size
+        canvas = (image.shape[1], image.shape[2]) if options.any_size else size
         images = padded(image.to(PIXELS[options.pixels]), canvas)
-        found = compare(model, exported, images)
+        differences = compare(model, exported, images)
         shape = f"{image.shape[-2]}x{image.shape[-1]}"
-        print(f"  {printable(name)} ({shape}): boxes {found.boxes:.1g} pixels, scores {found.scores:.1g}")
-        if not found.small:
+        print(f"  {printable(name)} ({shape}): boxes {differences.boxes:.1g} pixels, scores {differences.scores:.1g}")
+        if not differences.small:
             raise ExportError(
-                f"{options.out} was not written: onnxruntime differs from torch by {found.boxes:.2g} pixels and "
-                f"{found.scores:.2g} in scores, where {MAX_BOX_DIFFERENCE} and {MAX_SCORE_DIFFERENCE} would be rounding"
+                f"{options.out} was not written: onnxruntime differs from torch by {differences.boxes:.2g} pixels and "
+                f"{differences.scores:.2g} in scores; at most {MAX_BOX_DIFFERENCE} and {MAX_SCORE_DIFFERENCE} are "
+                "rounding"
             )
 
 
 def fitted_size(size: Size, config: Config, max_size: Size | None) -> Size:
-    """(h, w) of an image as `data.test_short_side` and `data.test_long_side` say, smaller where the graph's is."""
+    """Return (h, w) of an image at its test size, or smaller if it does not fit into the input."""
     short_side: float = config.data.test_short_side
     if max_size is not None:
         short_side = min(short_side, min(size) * min(max_size[0] / size[0], max_size[1] / size[1]))
@@ -169,7 +175,7 @@ def fitted_size(size: Size, config: Config, max_size: Size | None) -> Size:
 
 
 def padded(image: Tensor, canvas: Size) -> ImageBatch:
-    """A batch of one (3, h, w) image in the top left corner of a (H, W) canvas."""
+    """Make a batch of one (3, h, w) image in the top left corner of a (H, W) canvas."""
     height, width = image.shape[-2:]
     pixels = image.new_zeros(1, 3, *canvas)
     pixels[0, :, :height, :width] = image

@@ -1,4 +1,7 @@
-"""`info`: what a recipe builds, how large it is, and what would run where. Reads no weights and needs no network."""
+"""The `info` command: print the model of a config, its size, and the implementations this machine would use.
+
+It reads no weights and needs no network.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import importlib.metadata
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,15 +27,15 @@ COCO_CLASSES = 80
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `info`."""
-    parser.add_argument("config", help="recipe, e.g. configs/brs_detr_r50_12e_coco.yaml")
+    """Add the arguments of `info`."""
+    parser.add_argument("config", help="config file, e.g. configs/brs_detr_r50_12e_coco.yaml")
     parser.add_argument("overrides", nargs="*", help="settings to change, e.g. model.queries=900")
-    parser.add_argument("--settings", action="store_true", help="print every setting, as the run would have it")
-    parser.add_argument("--classes", type=int, help="number of classes (default: of the training json, else 80)")
+    parser.add_argument("--settings", action="store_true", help="print the value of every setting")
+    parser.add_argument("--classes", type=int, help="number of classes (default: from the training json, else 80)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the report of a recipe; returns the exit code."""
+    """Print the report of a config and return the exit code."""
     config = load_config(options.config, options.overrides)
     if options.settings:
         print(dump(config), end="")
@@ -42,18 +46,18 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def count_classes(config: Config, asked: int | None) -> tuple[int, str]:
-    """The number of classes and where it comes from."""
+def count_classes(config: Config, num_classes: int | None) -> tuple[int, str]:
+    """Return the number of classes and where it comes from."""
     path = Path(config.data.root, config.data.train_json)
-    if asked is not None:
-        return asked, "as asked"
+    if num_classes is not None:
+        return num_classes, "from --classes"
     if path.is_file():
         return len(load_json(path, config.data.max_json_bytes)["categories"]), f"from {path}"
-    return COCO_CLASSES, f"as COCO has; {path} is not there"
+    return COCO_CLASSES, f"as in COCO; {path} does not exist"
 
 
 def heading(config: Config, classes: int, source: str) -> str:
-    """Name, loss, backbone, classes and schedule."""
+    """Format name, loss, backbone, classes and schedule."""
     train, backbone = config.train, config.model.backbone
     weights = backbone.checkpoint or ("downloaded once" if backbone.pretrained else "random")
     return (
@@ -65,7 +69,7 @@ def heading(config: Config, classes: int, source: str) -> str:
 
 
 def parts(model: nn.Module) -> str:
-    """Table of parameters by part; the last line is the whole."""
+    """Format a table of parameters by part, with the total in the last line."""
     rows = [(name, *count_parameters(part)) for name, part in model.named_children()]
     own = sum(p.numel() for p in model.parameters(recurse=False))
     rows += [("itself", own, own)] if own else []
@@ -75,10 +79,12 @@ def parts(model: nn.Module) -> str:
 
 
 def inputs(config: Config, model: nn.Module) -> str:
-    """Sizes of images and of the maps that the detector sees."""
+    """Format the sizes of images and feature maps."""
     data, augment = config.data, config.data.augment
-    strides = [2 ** (i - 1) * model.backbone.strides[-1] for i in range(2, 2 + config.model.levels)]
-    strides = [*model.backbone.strides, *strides][: config.model.levels]
+    backbone: Any = model.backbone  # nn.Module does not declare `strides`
+    # each level beyond the backbone's has twice the stride of the one before
+    extra = [2 ** (i - 1) * backbone.strides[-1] for i in range(2, 2 + config.model.levels)]
+    strides = [*backbone.strides, *extra][: config.model.levels]
     short, long = data.test_short_side, data.test_long_side
     maps = " ".join(f"{-(-short // s)}x{-(-long // s)}" for s in strides)
     tokens = sum(-(-short // s) * -(-long // s) for s in strides)
@@ -91,7 +97,7 @@ def inputs(config: Config, model: nn.Module) -> str:
 
 
 def machine(config: Config) -> str:
-    """Versions, device, and which implementation of each costly operation would run."""
+    """Format versions, device, and the implementation of each expensive operation."""
     packages = ("torch", "torchvision", "timm", "accelerate", "pycocotools")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""`predict`: objects in a folder of images, as a json and as images with boxes."""
+"""The `predict` command: detect objects in a folder of images; write a json and images with boxes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from brs_detr.run.setup import limits_of, restore, val_transforms
 from brs_detr.user_files import printable
 from brs_detr.viz.boxes import draw_detections
 
-LONGEST_NAME = 255  # bytes of a file name that file systems take
+MAX_NAME_BYTES = 255  # of a file name on common file systems
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `predict`."""
+    """Add the arguments of `predict`."""
     parser.add_argument("weights", type=Path, help="run folder (its best weights) or .safetensors file")
     parser.add_argument("images", type=Path, help="image, or folder of images")
     parser.add_argument("overrides", nargs="*", help="settings to change, e.g. data.test_short_side=640")
@@ -34,14 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threshold",
         type=float,
-        help="lowest score that is reported (default: of each class's best F1)",
+        help="minimum score (default: the one of each class's best F1 in validation)",
     )
     parser.add_argument("--device", help="default: a GPU if there is one")
 
 
 @torch.inference_mode()
 def run(options: argparse.Namespace) -> int:
-    """Predict every image; returns the exit code: 1 where no image could be read."""
+    """Predict every image and return the exit code: 1 if no image could be read."""
     model, weights, config, _ = restore(options.weights, options.overrides)
     device = choose_device(options.device)
     model.to(device)
@@ -49,48 +49,49 @@ def run(options: argparse.Namespace) -> int:
     transforms = val_transforms(config)
     files = image_files(options.images)
     root = options.images if options.images.is_dir() else options.images.parent
-    found, drawn = [], drawing_names([path.relative_to(root) for path in files])
+    predictions: list[dict] = []
+    drawings = drawing_names([path.relative_to(root) for path in files])
     require_writable(options.out, "--out")
-    partial = options.out / "predictions.partial.jsonl"  # what there is if this process is killed
+    partial = options.out / "predictions.partial.jsonl"  # remains if this process is killed
     with open(partial, "w", encoding="utf-8") as lines:
         try:
-            for path, drawing in zip(files, drawn, strict=True):
+            for path, drawing in zip(files, drawings, strict=True):
                 try:
                     image = read_image(path, limits=limits_of(config))
                 except ImageError as error:
-                    print(f"passed over: {error}")
+                    print(f"skipped: {error}")
                     continue
                 empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
                 resized, _ = transforms(image, empty)
-                output = model(ImageBatch.from_list([resized], [tuple(image.shape[-2:])]).to(device), None)[0]
+                output = model(ImageBatch.from_list([resized], [(image.shape[1], image.shape[2])]).to(device), None)[0]
                 keep = (output["scores"] >= thresholds[output["labels"]]).cpu()
                 kept = {key: value.cpu()[keep] for key, value in output.items()}
                 name = path.relative_to(root).as_posix()
                 entry = {"file_name": name, "objects": describe(kept, weights.classes, weights.category_ids)}
                 lines.write(json.dumps(entry) + "\n")
                 lines.flush()
-                found.append(entry)
+                predictions.append(entry)
                 print(f"{printable(path)}: {len(kept['scores'])} objects")
                 drawing_image = Image.fromarray(image.permute(1, 2, 0).numpy())
                 target = options.out / "detections" / drawing
                 target.parent.mkdir(parents=True, exist_ok=True)
                 draw_detections(drawing_image, kept, None, weights.classes, threshold=0.0).save(target)
-        finally:  # whatever ends this, Ctrl-C too, what was found until then is kept
-            save(found, options.out, partial)
-    return 0 if found else 1
+        finally:  # also on an error or Ctrl-C: keep the predictions made so far
+            save(predictions, options.out, partial)
+    return 0 if predictions else 1
 
 
-def save(found: list[dict], out: Path, partial: Path) -> None:
-    """Write predictions.json and remove the lines that it was kept as until then; say where it is."""
-    write_text(out / "predictions.json", json.dumps(found, indent=1))
+def save(predictions: list[dict], out: Path, partial: Path) -> None:
+    """Write predictions.json, remove the partial file, and print the folder."""
+    write_text(out / "predictions.json", json.dumps(predictions, indent=1))
     partial.unlink(missing_ok=True)
     print(f"saved in {printable(out)}")
 
 
 def score_thresholds(weights: Weights, threshold: float | None) -> list[float]:
-    """The lowest score to report for each class: the one asked for, or the one of its best F1 in the last validation.
+    """Return the minimum score of each class: `threshold`, or the one of its best F1 in the last validation.
 
-    A file that was never validated here (a converted one) gets 0.3; a class that validation never found right, 1.
+    Weights without a validation (converted ones) get 0.3; a class without a true positive in validation gets 1.
     """
     stored = weights.extra.get("thresholds")
     if threshold is not None or not stored:
@@ -99,7 +100,7 @@ def score_thresholds(weights: Weights, threshold: float | None) -> list[float]:
 
 
 def image_files(path: Path) -> list[Path]:
-    """The image itself, or every file of a folder that is named like one, by name.
+    """Return the image itself, or every file under a folder with an image's ending, sorted by name.
 
     Raises:
         FileNotFoundError: there is no such file or folder, or no image in it.
@@ -116,16 +117,18 @@ def image_files(path: Path) -> list[Path]:
 
 
 def drawing_names(files: list[Path]) -> list[Path]:
-    """A name of its own for the drawing of each file, the same whenever the files are the same.
+    """Choose a unique name for the drawing of each file; the same files always get the same names.
 
-    a/b.jpg -> a/b.png, or a/b.jpg.png where a/b.gif is there too; where that is too long for a file system or another
-    drawing's, it is cut and ends in a hash of the file's name.
+    a/b.jpg -> a/b.png, or a/b.jpg.png if there is also a/b.gif. A name that is too long for the file system or already
+    taken is truncated and ends in a hash of the file name.
     """
     stems = Counter(file.with_suffix("") for file in files)
     plain = [file.with_suffix(".png") if stems[file.with_suffix("")] == 1 else Path(f"{file}.png") for file in files]
-    uses, taken, names = Counter(plain), set(), []
+    uses = Counter(plain)
+    taken: set[Path] = set()
+    names: list[Path] = []
     for file, name in zip(files, plain, strict=True):
-        if uses[name] > 1 or len(os.fsencode(name.name)) > LONGEST_NAME:
+        if uses[name] > 1 or len(os.fsencode(name.name)) > MAX_NAME_BYTES:
             name = next(name for name in _hashed_names(file) if name not in uses and name not in taken)
         taken.add(name)
         names.append(name)
@@ -133,14 +136,15 @@ def drawing_names(files: list[Path]) -> list[Path]:
 
 
 def _hashed_names(file: Path) -> Iterable[Path]:
+    """Iterate over truncated names that end in a hash, another one in each attempt."""
     for attempt in range(1000):
         digest = hashlib.sha256(os.fsencode(file) + b"\0" * attempt).hexdigest()[:16]
-        start = os.fsencode(file.name)[: LONGEST_NAME - len(digest) - len("-.png")].decode("utf-8", "ignore")
+        start = os.fsencode(file.name)[: MAX_NAME_BYTES - len(digest) - len("-.png")].decode("utf-8", "ignore")
         yield file.with_name(f"{start}-{digest}.png")
 
 
 def describe(output: dict[str, torch.Tensor], classes: list[str], category_ids: list[int]) -> list[dict]:
-    """Detections with class names and the dataset's category ids; boxes (x, y, w, h) in pixels of the image."""
+    """Convert detections to dictionaries with class names and category ids; boxes are (x, y, w, h) in image pixels."""
     objects = []
     for (x1, y1, x2, y2), score, label in zip(
         *(output[key].tolist() for key in ("boxes", "scores", "labels")), strict=True

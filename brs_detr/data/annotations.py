@@ -1,12 +1,8 @@
-"""A COCO json as columns of numbers; entries that are not well formed go by the policy of `issues.py`.
+"""Parse a COCO json into numpy columns, and pack them into the arrays that a dataset keeps.
 
-Nothing here opens an image, and nothing keeps the json's Python objects. What needs images is in `image_sizes.py`.
-
-The classes of a COCO json, and what tells those of two jsons apart.
-
-All annotations of a dataset as a few arrays, which worker processes share.
-
-Python objects per annotation would be copied into every worker as their reference counts change; arrays are not.
+Malformed entries are handled by the policy of `issues.py`. No image is opened here (see `image_sizes.py`), and none
+of the json's Python objects is kept: their reference counts change on every access, so copy-on-write would copy them
+into every loader worker. Arrays are not copied.
 """
 
 from __future__ import annotations
@@ -25,12 +21,13 @@ from brs_detr.user_files import printable
 
 @dataclass
 class Images:
-    """Columns over images.
+    """Columns over the images of a json.
 
     Attributes:
-        ids: (I,) int64; names: I file names.
+        ids: (I,) int64.
+        names: I file names, relative to the image folder.
         frames: (I, 2) int32 (h, w) that the boxes are drawn in.
-        sizes: (I, 2) int32 (h, w) of the file as it will be read; the frame where the file was not opened.
+        sizes: (I, 2) int32 (h, w) of the file as it will be read; equal to the frame if the file was not opened.
     """
 
     ids: np.ndarray
@@ -41,22 +38,27 @@ class Images:
     def __len__(self) -> int:
         return len(self.names)
 
-    def where(self, row: int) -> str:
+    def where(self, row: int | np.integer) -> str:
+        """Describe an image for a message: its id and file name."""
         return f"image {self.ids[row]} ({self.names[row]})"
 
     def keep(self, rows: np.ndarray) -> Images:
-        """The images of a boolean mask (I,)."""
+        """Select the images of a boolean mask (I,)."""
         names = [name for name, kept in zip(self.names, rows, strict=True) if kept]
         return Images(self.ids[rows], names, self.frames[rows], self.sizes[rows])
 
 
 @dataclass
 class Objects:
-    """Columns over annotations.
+    """Columns over the annotations of a json.
 
     Attributes:
-        ids: (N,) int64, 0 where the json has none; rows: (N,) int64 into the images; labels: (N,) int32, 0..C-1.
-        xywh: (N, 4) float64 pixels; areas: (N,) float64; crowd: (N,) bool.
+        ids: (N,) int64, 0 if the json gives no id.
+        rows: (N,) int64 indices into the images.
+        labels: (N,) int32, 0..C-1.
+        xywh: (N, 4) float64 pixels.
+        areas: (N,) float64 square pixels.
+        crowd: (N,) bool.
     """
 
     ids: np.ndarray
@@ -70,15 +72,15 @@ class Objects:
         return len(self.rows)
 
     def keep(self, which: np.ndarray) -> Objects:
-        """The annotations of a boolean mask or index array."""
+        """Select the annotations of a boolean mask or an index array."""
         return Objects(*(getattr(self, field.name)[which] for field in fields(self)))
 
 
 def read_images(data: dict[str, Any], path: str | Path, log: IssueLog) -> Images:
-    """The images with usable entries; the size is 0 where the json gives none.
+    """Read the image entries that have an id and a file name; a size that is not given is 0.
 
     Raises:
-        DataError: there is none.
+        DataError: no entry is usable.
     """
     ids: list[int] = []
     names: list[str] = []
@@ -101,14 +103,15 @@ def read_images(data: dict[str, Any], path: str | Path, log: IssueLog) -> Images
         seen.add(key)
         named.add(name)
         height, width = as_int(entry.get("height")), as_int(entry.get("width"))
-        known = height is not None and width is not None and 0 < height < 2**31 and 0 < width < 2**31
         ids.append(key)
         names.append(name)
-        sizes.append((height, width) if known else (0, 0))
+        # sizes are stored as int32
+        known = height is not None and width is not None and 0 < height < 2**31 and 0 < width < 2**31
+        sizes.append((height or 0, width or 0) if known else (0, 0))
     if not ids:
         raise DataError(
-            f"{path}: none of its {len(data['images']):,} image entries has an integer id and a file_name; "
-            f"the first is {printable(repr(data['images'][0]))[:120]}."
+            f"{path}: none of its {len(data['images']):,} image entries has an integer id and a file_name. "
+            f"The first is {printable(repr(data['images'][0]))[:120]}."
         )
     frames = np.array(sizes, np.int32).reshape(-1, 2)
     return Images(np.array(ids, np.int64), names, frames, frames.copy())
@@ -118,7 +121,7 @@ _NUMBERS_OF_ANNOTATIONS = ("id", "image_id", "category_id", "bbox", "area", "isc
 
 
 def read_objects(data: dict[str, Any], images: Images, category_ids: list[int], log: IssueLog) -> Objects:
-    """The annotations that are well formed: known image and category, a box of four finite numbers with w, h > 0."""
+    """Read the well-formed annotations: known image and category, a box of four finite numbers with w, h > 0."""
     row_of = {int(key): row for row, key in enumerate(images.ids)}
     label_of = {key: label for label, key in enumerate(category_ids)}
     ids, rows, labels, boxes, areas, crowd = ([] for _ in range(6))
@@ -142,18 +145,18 @@ def read_objects(data: dict[str, Any], images: Images, category_ids: list[int], 
             if row is not None:
                 unlisted.add(as_int(entry["category_id"]))
             continue
-        wrong, key = _wrong_box(box), as_int(key)
-        if wrong:
-            log.add(wrong, _where(entry, position, images.names[row]), f"bbox {box!r}" if "bbox" in entry else "")
+        box_issue, key = _check_box(box), as_int(key)
+        if box_issue:
+            log.add(box_issue, _where(entry, position, images.names[row]), f"bbox {box!r}" if "bbox" in entry else "")
             continue
-        is_crowd, area, faults = _crowd_and_area(entry, box)
+        is_crowd, area, issues = _crowd_and_area(entry, box)
         if BOX_FROM_MASK in entry:
-            faults.append(("box_from_mask", ""))
+            issues.append(("box_from_mask", ""))
         if key in seen:
-            faults.append(("annotation_id_duplicate", ""))
+            issues.append(("annotation_id_duplicate", ""))
         elif key is not None:
             seen.add(key)
-        for kind, detail in faults:
+        for kind, detail in issues:
             log.add(kind, _where(entry, position, images.names[row]), detail)
         ids.append(key or 0)
         rows.append(row)
@@ -161,52 +164,67 @@ def read_objects(data: dict[str, Any], images: Images, category_ids: list[int], 
         boxes.append(box)
         areas.append(area)
         crowd.append(is_crowd)
-    labels = np.array(labels, np.int32)
     if unlisted:
-        _note_shift(category_ids, unlisted | {category_ids[label] for label in np.unique(labels)}, log)
-    xywh = np.array(boxes, np.float64).reshape(-1, 4)
-    ids, rows = np.array(ids, np.int64), np.array(rows, np.int64)
-    return Objects(ids, rows, labels, xywh, np.array(areas, np.float64), np.array(crowd, bool))
+        _log_shifted_ids(category_ids, unlisted | {category_ids[label] for label in set(labels)}, log)
+    return Objects(
+        ids=np.array(ids, np.int64),
+        rows=np.array(rows, np.int64),
+        labels=np.array(labels, np.int32),
+        xywh=np.array(boxes, np.float64).reshape(-1, 4),
+        areas=np.array(areas, np.float64),
+        crowd=np.array(crowd, bool),
+    )
 
 
-def _note_shift(listed: list[int], used: set[int | None], log: IssueLog) -> None:
-    """Annotations counted from 0 and categories from 1, or the reverse: most ids exist and mean another class."""
+def _log_shifted_ids(listed: list[int], used: set[int | None], log: IssueLog) -> None:
+    """Log category ids that are off by one: annotations counted from 0 and categories from 1, or the reverse.
+
+    Most of the ids then exist, but name another class.
+    """
+    known = {key for key in used if key is not None}
     for shift in (1, -1):
-        if None not in used and {key + shift for key in used} <= set(listed):
-            known = f"the categories have ids {listed[0]}..{listed[-1]}, the annotations use {min(used)}..{max(used)}"
-            log.add("category_ids_shifted", known)
+        if None not in used and {key + shift for key in known} <= set(listed):
+            used_range = f"{min(known)}..{max(known)}"
+            listed_range = f"{listed[0]}..{listed[-1]}"
+            detail = f"the categories have ids {listed_range}, the annotations use {used_range}"
+            log.add("category_ids_shifted", detail)
 
 
 def _where(entry: dict[str, Any], position: int, name: str = "") -> str:
-    """How a message names an annotation: by its id or, without one, by its place in the list."""
+    """Describe an annotation for a message: by its id or, if it has no id, by its position in the list."""
     key = entry.get("id")
     return f"annotation {f'entry {position}' if key is None else key}" + (f" ({name})" if name else "")
 
 
-def _crowd_and_area(entry: dict[str, Any], box: list) -> tuple[bool, float, list[tuple[str, str]]]:
-    """(is it to be ignored, its area, (kind, detail) of what is wrong with either)."""
-    crowd, area, faults = entry.get("iscrowd"), entry.get("area"), []
+def _crowd_and_area(entry: dict[str, Any], box: Any) -> tuple[bool, float, list[tuple[str, str]]]:
+    """Return (ignore flag, area, issues); an issue is a pair of its kind and a detail."""
+    crowd: Any = entry.get("iscrowd")
+    area: Any = entry.get("area")
+    issues: list[tuple[str, str]] = []
     if crowd is None or type(crowd) is str:
-        faults.append(("iscrowd_missing", "" if crowd is None else f"iscrowd {crowd!r}"))
+        issues.append(("iscrowd_missing", "" if crowd is None else f"iscrowd {crowd!r}"))
         crowd = False
     elif crowd:
-        faults.append(("crowd", ""))
+        issues.append(("crowd", ""))
     if not crowd and entry.get("ignore") and type(entry["ignore"]) is not str:
-        faults.append(("ignored", ""))
+        issues.append(("ignored", ""))
         crowd = True
+    # the area decides small/medium/large in COCO's evaluation; beyond 1e18 it is not an area in pixels
     if not is_number(area) or not 0 < area < 1e18:
-        faults.append(("area_missing", "") if area is None else ("area_not_positive", f"area {area}"))
+        issues.append(("area_missing", "") if area is None else ("area_not_positive", f"area {area}"))
         area = box[2] * box[3]
-    return bool(crowd), float(area), faults
+    return bool(crowd), float(area), issues
 
 
-def _wrong_box(box: Any) -> str | None:
+def _check_box(box: Any) -> str | None:
+    """Return the kind of issue with an xywh box, None if it is usable."""
     if box is None:
         return "box_missing"
     if type(box) is not list or len(box) != 4 or not all(map(is_number, box)):
         return "box_not_four_numbers"
     x, y, w, h = box
-    if not (-1e9 < x < 1e9 and -1e9 < y < 1e9 and -1e9 < w < 1e9 and -1e9 < h < 1e9):  # NaN compares false
+    # chained comparisons rather than isfinite: NaN compares false, and integers too large for a float do not raise
+    if not (-1e9 < x < 1e9 and -1e9 < y < 1e9 and -1e9 < w < 1e9 and -1e9 < h < 1e9):
         return "box_not_finite"
     if w < 0 or h < 0:
         return "box_negative"
@@ -214,11 +232,13 @@ def _wrong_box(box: Any) -> str | None:
 
 
 def _get(table: dict[int, int], key: Any) -> int | None:
-    return table.get(key) if type(key) is int else table.get(as_int(key))
+    """Look up an id that may be written as a float (3.0)."""
+    number = key if type(key) is int else as_int(key)
+    return None if number is None else table.get(number)
 
 
 def read_categories(data: dict[str, Any], path: str | Path, log: IssueLog) -> tuple[list[int], list[str]]:
-    """Category ids in ascending order and their names; label `k` is the k-th of them.
+    """Read category ids in ascending order and their names; label `k` is the k-th of them.
 
     Raises:
         DataError: there is no category, an id is not an integer, or an id occurs twice.
@@ -231,10 +251,10 @@ def read_categories(data: dict[str, Any], path: str | Path, log: IssueLog) -> tu
         if key is None:
             shown = printable(repr(entry))[:80]
             raise DataError(
-                f'{path}: the category {shown} has no integer id; it should look like {{"id": 1, "name": "..."}}.'
+                f'{path}: the category {shown} has no integer id. It should look like {{"id": 1, "name": "..."}}.'
             )
         if key in names:
-            raise DataError(f"{path}: two categories have the id {key}; give each its own.")
+            raise DataError(f"{path}: two categories have the id {key}. Give each category its own id.")
         name = entry.get("name")
         name = "" if name is None else _one_line(str(name))
         if not name:
@@ -252,7 +272,7 @@ def read_categories(data: dict[str, Any], path: str | Path, log: IssueLog) -> tu
 def categories_differ(
     first: tuple[Sequence[int], Sequence[str]], second: tuple[Sequence[int], Sequence[str]], show: int = 5
 ) -> str | None:
-    """How the categories (ids, names) of two sets differ, id by id, in a few words; None where they do not."""
+    """Describe how the categories (ids, names) of two datasets differ, id by id; None if they are equal."""
     ours, theirs = dict(zip(*first, strict=True)), dict(zip(*second, strict=True))
     differing = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
     if not differing:
@@ -267,21 +287,25 @@ def _shown(names: dict[int, str], key: int) -> str:
 
 
 def _one_line(name: str) -> str:
-    # question marks, not codes: weights files hold names that were made so
+    # question marks rather than escapes (as `printable` writes): saved weights already hold names made this way
     return "".join(c if c.isprintable() else "?" for c in " ".join(name.split()))
 
 
 @dataclass(frozen=True)
 class PackedAnnotations:
-    """Annotations sorted by image.
+    """All annotations of a dataset, sorted by image.
 
     Attributes:
         image_ids: (I,) int64, as in the json.
-        names: (bytes,) uint8, all file names in UTF-8 one after the other; name_offsets: (I + 1,) int64.
+        names: (bytes,) uint8, all file names in UTF-8, concatenated.
+        name_offsets: (I + 1,) int64; image i is named by the bytes name_offsets[i]:name_offsets[i + 1].
         frames: (I, 2) int32 (h, w) that the boxes are drawn in.
         image_sizes: (I, 2) int32 (h, w) of the file, as far as known.
-        offsets: (I + 1,) int64, image i owns rows offsets[i]:offsets[i + 1] of the following.
-        boxes: (N, 4) float32 xyxy pixels; labels: (N,) int32 0..C-1; areas: (N,) float32; iscrowd: (N,) bool.
+        offsets: (I + 1,) int64; image i owns the rows offsets[i]:offsets[i + 1] of the following arrays.
+        boxes: (N, 4) float32 xyxy pixels.
+        labels: (N,) int32, 0..C-1.
+        areas: (N,) float32 square pixels.
+        iscrowd: (N,) bool.
     """
 
     image_ids: np.ndarray
@@ -299,14 +323,17 @@ class PackedAnnotations:
         return len(self.image_ids)
 
     def file_name(self, index: int) -> str:
+        """Return the json's file name of an image."""
         encoded = self.names[self.name_offsets[index] : self.name_offsets[index + 1]].tobytes()
         return encoded.decode("utf-8", "surrogatepass")
 
 
 def pack(images: Images, objects: Objects) -> PackedAnnotations:
-    """Sort the annotations by image and drop what is not a number."""
+    """Sort the annotations by image, and drop everything that is not a number."""
+    # stable: annotations of one image keep the order of the json, so targets do not depend on numpy's sort
     objects = objects.keep(np.argsort(objects.rows, kind="stable"))
-    encoded = [name.encode("utf-8", "surrogatepass") for name in images.names]  # names on a disk may be any bytes
+    # surrogatepass: a file name on Linux may be any bytes, not only valid UTF-8
+    encoded = [name.encode("utf-8", "surrogatepass") for name in images.names]
     xyxy = objects.xywh.copy()
     xyxy[:, 2:] += xyxy[:, :2]
     return PackedAnnotations(

@@ -1,6 +1,6 @@
-"""`check-data`: every fault of a dataset, what training does about it, and what the model will see.
+"""The `check-data` command: list every issue of a dataset, what training does about it, and draw a contact sheet.
 
-Looking at each image of a dataset: what was converted, and what a person should look at as well.
+It opens the dataset as training does, then decodes every image and reports conversions and suspicious content.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ EXIT_TRAINABLE, EXIT_UNTRAINABLE = 0, 1
 
 @dataclass(frozen=True)
 class Source:
-    """One dataset to check.
+    """A dataset to check.
 
     Attributes:
         json_path, image_dir: annotation file and folder of its images.
-        transforms: what the contact sheet shows them through.
-        train: is it trained on, or evaluated on.
+        transforms: applied to the images of the contact sheet.
+        train: True if it is trained on, False if it is evaluated on.
         options: further arguments of `CocoDetection`.
     """
 
@@ -49,12 +49,12 @@ class Source:
 
 
 def check_dataset(source: Source, log: IssueLog, listed: Collection[str] | None = None) -> CocoDetection:
-    """Open a dataset as training or evaluation does and look at every image.
+    """Open a dataset as training or evaluation does, and inspect every image.
 
     Args:
-        source: what to check.
-        log: filled with every fault.
-        listed: absolute paths of images that some json names; default those of this one.
+        source: the dataset.
+        log: every issue is added to it.
+        listed: absolute paths of images that any of the jsons lists; by default those of this json.
 
     Returns:
         the dataset as it will be used.
@@ -68,31 +68,31 @@ def check_dataset(source: Source, log: IssueLog, listed: Collection[str] | None 
     if not any(readable):
         raise DataError(f"{source.json_path}: none of its images can be read: {'; '.join(log.lines((DROPPED,)))}.")
     if not dataset.report["objects"]:
-        reasons = "; ".join(log.lines((WARNED, DROPPED))) or "there is none"
+        reasons = "; ".join(log.lines((WARNED, DROPPED))) or "the list is empty"
         raise DataError(f"{source.json_path}: none of its annotations can be evaluated: {reasons}.")
     _find_unlisted(dataset, listed_files(source) if listed is None else listed, log)
     return dataset
 
 
 def listed_files(source: Source) -> set[str]:
-    """Absolute paths of the images that a json names.
+    """Return the absolute paths of the images that a json lists.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the json cannot be read.
     """
     names = file_names(source.json_path, source.options.get("limits"))
     return {os.path.abspath(os.path.join(source.image_dir, name)) for name in names}
 
 
 def file_names(json_path: str | Path, limits: Limits | None = None) -> list[str]:
-    """The file names of a json's image entries."""
+    """Return the file names of a json's image entries."""
     entries = load_json(json_path, (limits or Limits()).max_json_bytes)["images"]
     names = [entry.get("file_name") or entry.get("coco_url") for entry in entries if isinstance(entry, dict)]
     return [name for name in names if isinstance(name, str) and name]
 
 
 def _find_unlisted(dataset: CocoDetection, listed: Collection[str], log: IssueLog) -> None:
-    """Note the image files beside the listed ones that no image entry names."""
+    """Log the image files in the folders of the listed images that no image entry names."""
     used = {os.path.abspath(dataset.path(index)) for index in range(len(dataset))}
     for folder in sorted({os.path.dirname(path) for path in used}):
         for name in sorted(os.listdir(folder)):
@@ -102,7 +102,8 @@ def _find_unlisted(dataset: CocoDetection, listed: Collection[str], log: IssueLo
 
 
 def note_shared_images(datasets: Iterable[CocoDetection], dataset: CocoDetection, log: IssueLog) -> None:
-    """Note the images of a dataset that one of others has as well."""
+    """Log the images of a dataset that one of the other datasets contains as well."""
+    # realpath: two splits may reach one file through different links
     paths = {os.path.realpath(other.path(index)) for other in datasets for index in range(len(other))}
     for index in range(len(dataset)):
         if os.path.realpath(dataset.path(index)) in paths:
@@ -111,7 +112,7 @@ def note_shared_images(datasets: Iterable[CocoDetection], dataset: CocoDetection
 
 
 def report(dataset: CocoDetection, log: IssueLog, show: int) -> str:
-    """The findings as text: totals, classes, then each kind of fault with its policy and its first cases."""
+    """Format the results as text: totals, classes, then each kind of issue with its policy and first examples."""
     counts = dataset.report
     purpose = "trained" if dataset.train else "evaluated"
     lines = [
@@ -125,32 +126,32 @@ def report(dataset: CocoDetection, log: IssueLog, show: int) -> str:
     for action, heading in headings.items():
         for kind in (kind for kind in POLICY if POLICY[kind][0] == action and log.counts[kind]):
             lines.append(f"\n{heading}: {log.counts[kind]:,} x {kind.replace('_', ' ')}: {POLICY[kind][1]}")
-            cases = [fault for fault in log.faults if fault.kind == kind]
+            cases = [issue for issue in log.issues if issue.kind == kind]
             lines += [f"    {c.where}" + (f": {c.detail}" if c.detail else "") for c in cases[:show]]
             if len(cases) > show:
                 lines.append(f"    ... and {len(cases) - show:,} more")
     if not log.counts:
-        lines.append("no fault was found")
+        lines.append("no issues found")
     return "\n".join(lines)
 
 
 def write_csv(log: IssueLog, path: str | Path) -> None:
-    """One row per fault: kind, what happens, where, detail."""
+    """Write one row per issue: kind, action, where, detail."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["kind", "action", "where", "detail"])
-        writer.writerows([fault.kind, fault.action, fault.where, fault.detail] for fault in log.faults)
+        writer.writerows([issue.kind, issue.action, issue.where, issue.detail] for issue in log.issues)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `check-data`."""
+    """Add the arguments of `check-data`."""
     parser.add_argument("target", metavar="CONFIG_OR_JSON", help="recipe (.yaml) or COCO annotation file (.json)")
-    parser.add_argument("--images", help="folder of the images, for a json; found in the usual places if left out")
+    parser.add_argument("--images", help="image folder of a json (default: searched in the usual places)")
     parser.add_argument("--sheet", default="check-data.png", help="contact sheet to write (default check-data.png)")
-    parser.add_argument("--samples", type=int, default=16, help="images on the contact sheet (default 16; 0: none)")
-    parser.add_argument("--show", type=int, default=5, help="cases printed of each fault (default 5)")
-    parser.add_argument("--csv", help="file to write every single fault to")
-    parser.add_argument("--strict", action="store_true", help="also fail when anything is left out or warned about")
+    parser.add_argument("--samples", type=int, default=16, help="images on the contact sheet (default 16; 0: no sheet)")
+    parser.add_argument("--show", type=int, default=5, help="examples printed of each issue (default 5)")
+    parser.add_argument("--csv", help="file to write every issue to")
+    parser.add_argument("--strict", action="store_true", help="also fail if anything is dropped or warned about")
 
 
 def run(
@@ -158,16 +159,17 @@ def run(
     resolve: Callable[[str], Sequence[Source]] | None = None,
     limits: Limits | None = None,
 ) -> int:
-    """`check-data`: print the findings, write the sheet.
+    """Run `check-data`: print the results and write the contact sheet.
 
     Args:
         args: as made by `add_arguments`.
-        resolve: gives the datasets of a recipe; the command line knows about recipes, this package does not.
-        limits: for a json that is checked without a recipe.
+        resolve: returns the datasets of a config; the command line reads configs, this package does not.
+        limits: for a json that is checked without a config.
 
     Returns:
-        exit code: 0 if it can be trained on (and, under `--strict`, nothing is left out), else 1.
+        exit code: 0 if the dataset is trainable (and, with `--strict`, nothing is dropped), else 1.
     """
+    sources: Sequence[Source]
     try:
         if Path(args.target).suffix in (".yaml", ".yml") and resolve is not None:
             sources = resolve(args.target)
@@ -176,12 +178,15 @@ def run(
             sources = [Source(args.target, str(images), TrainTransforms(), options={"limits": limits or Limits()})]
     except DataError as error:
         return _refuse(error)
-    code, datasets, listed = EXIT_TRAINABLE, [], set()
+    code = EXIT_TRAINABLE
+    datasets: list[CocoDetection] = []
+    # the jsons of all splits first: an image of val is not "unlisted" because train.json does not name it
+    listed: set[str] = set()
     for source in sources:
-        with contextlib.suppress(DataError):  # named below
+        with contextlib.suppress(DataError):  # reported below, when the dataset is checked
             listed |= listed_files(source)
     for number, source in enumerate(sources):
-        log = IssueLog(examples=None)
+        log = IssueLog(max_examples=None)
         try:
             dataset = check_dataset(source, log, listed)
         except DataError as error:
@@ -205,41 +210,41 @@ def _compare_classes(datasets: Sequence[CocoDetection]) -> int:
         first = datasets[0]
         differ = categories_differ((first.category_ids, first.classes), (other.category_ids, other.classes))
         if differ:
-            paths = f"{other.json_path}: its categories are not those of {first.json_path}"
-            code = _refuse(DataError(f"{paths}: {differ}; give both the same list `categories`."))
+            subject = f"{other.json_path}: its categories differ from those of {first.json_path}"
+            code = _refuse(DataError(f"{subject}: {differ}. Give both the same list `categories`."))
     return code
 
 
 def _write_files(args: argparse.Namespace, dataset: CocoDetection, log: IssueLog, number: int) -> int:
     if args.samples > 0:
         path = _numbered(args.sheet, number)
-        write_samples(dataset, path, args.samples)
-        print(f"\nwhat the model will see: {printable(path)}")
+        write_samples(dataset, path, args.samples)  # type: ignore[arg-type]  # it needs only len() and indexing
+        print(f"\ncontact sheet of augmented images: {printable(path)}")
     if args.csv:
         write_csv(log, _numbered(args.csv, number))
-    grave = any(log.counts[kind] for kind in POLICY if POLICY[kind][0] in (WARNED, DROPPED))
-    return EXIT_UNTRAINABLE if args.strict and grave else EXIT_TRAINABLE
+    serious = any(log.counts[kind] for kind in POLICY if POLICY[kind][0] in (WARNED, DROPPED))
+    return EXIT_UNTRAINABLE if args.strict and serious else EXIT_TRAINABLE
 
 
 def _numbered(path: str, number: int) -> str:
-    """The path itself for the first dataset, path-2 and so on for the next ones."""
+    """Return the path itself for the first dataset, and path-2, path-3, ... for the others."""
     return path if number == 0 else str(Path(path).with_stem(f"{Path(path).stem}-{number + 1}"))
 
 
 _FORMAT_OF_ENDING = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
-_JPEG_OF_CAMERAS = "MPO"  # with a second image inside that is a preview or another eye's view
+_MULTI_PICTURE_JPEG = "MPO"  # as cameras write it: a JPEG with a preview or a stereo image after the main one
 
 
 def inspect_image(dataset: CocoDetection, index: int, log: IssueLog) -> bool:
-    """Read one image and log what is unusual about it.
+    """Decode an image and log what is unusual about it.
 
     Args:
-        dataset: it belongs to; marks it where it cannot be read.
-        index: of the image.
-        log: filled.
+        dataset: the dataset of the image; it remembers that an image is unreadable.
+        index: index of the image.
+        log: issues are added to it.
 
     Returns:
-        whether it can be read.
+        True if the image can be read.
     """
     name, path = dataset.file_name(index), dataset.path(index)
     where = f"image {dataset.packed.image_ids[index]} ({name})"
@@ -251,16 +256,19 @@ def inspect_image(dataset: CocoDetection, index: int, log: IssueLog) -> bool:
         return False
     if info.mode != "RGB":
         log.add("image_converted", where, f"mode {info.mode}")
-    kind = "JPEG" if info.format == _JPEG_OF_CAMERAS else info.format
+    kind = "JPEG" if info.format == _MULTI_PICTURE_JPEG else info.format
     if _FORMAT_OF_ENDING.get(Path(name).suffix.lower(), kind) != kind:
         log.add("image_name_misleads", where, f"it is a {info.format} file")
     if not name.isascii() or " " in name:
         log.add("image_name_unusual", where)
-    if info.frames > 1 and info.format != _JPEG_OF_CAMERAS:
+    if info.frames > 1 and info.format != _MULTI_PICTURE_JPEG:
         log.add("image_has_pages", where, f"{info.frames} in the file")
+    # a standard deviation of 2 of 255 is about the noise of JPEG; every 4th pixel is enough to estimate it
     if pixels[:, ::4, ::4].float().std() < 2:
         log.add("image_uniform", where)
-    elif pixels.max() < (64 if info.mode.startswith("I") else 17):  # 14 bits of 16; 12 bits, where colors hide the 16
+    # 14-bit values in 16 bits stay below 64 of 255, 12-bit values below 17; in a color file Pillow has already cut the
+    # 16 bits to 8, so that only the darker case differs from an ordinary dark photo
+    elif pixels.max() < (64 if info.mode.startswith("I") else 17):
         log.add("image_dark", where, f"the brightest value is {pixels.max()} of 255")
     elif blank_bottom_fraction(pixels) >= 0.25:
         log.add("image_part_blank", where, f"the lower {blank_bottom_fraction(pixels):.0%}")
@@ -270,14 +278,14 @@ def inspect_image(dataset: CocoDetection, index: int, log: IssueLog) -> bool:
 
 
 def blank_bottom_fraction(pixels: Tensor, period: int = 16) -> float:
-    """The share of an image's height, from below, whose rows repeat themselves, as in a cut file that was saved again.
+    """Return the fraction of rows at the bottom that repeat themselves, as in a truncated JPEG that was saved again.
 
     Args:
         pixels: (3, h, w) uint8.
-        period: width in pixels of the blocks that a JPEG is made of.
+        period: width in pixels of JPEG's blocks: a truncated file is filled with copies of the last one.
 
     Returns:
-        0 also where the uppermost row is such a one: then the image has a frame.
+        the fraction in [0, 1]; 0 if the first row repeats itself as well: then the image has a frame.
     """
     if pixels.shape[2] <= 2 * period:
         return 0.0

@@ -1,6 +1,6 @@
-"""A COCO-format dataset held as a few numpy arrays, whatever its size.
+"""A COCO-format detection dataset, held as a few numpy arrays whatever its size.
 
-Classes, ids and their number come from the json alone.
+The classes, their ids and their number come from the json alone.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from brs_detr.user_files import printable
 Target = dict[str, Any]
 Transform = Callable[[Tensor, Target, torch.Generator], tuple[Tensor, Target]]
 
-_UNREADABLE, _MISMATCH = 1, 2
-_MOST_WORKERS = 1024
-_console = logging.getLogger(__name__)  # what workers meet; without further settings it prints to stderr
+_UNREADABLE, _MISMATCH = 1, 2  # states of an image that only decoding can tell; 0: nothing unusual so far
+_MAX_WORKERS = 1024  # slots for the files being read; more workers than that share slots
+_console = logging.getLogger(__name__)  # used in loader workers, where an unconfigured logger prints to stderr
 
 
 class CocoDetection(Dataset):
@@ -42,23 +42,23 @@ class CocoDetection(Dataset):
     Args:
         json_path: annotation file.
         image_dir: folder that the json's file names are relative to.
-        transforms: `(image, target, generator) -> (image, target)`, see `transforms.py`; None changes nothing.
-        train: clip boxes, leave out what cannot be learned from, and replace damaged images by others. Otherwise
-            the json's boxes stay as they are, images whose header is unreadable are left out, and one that proves
-            damaged when it is read comes black and marked, for the evaluation to leave out.
+        transforms: `(image, target, generator) -> (image, target)`, see `transforms.py`; None for no augmentation.
+        train: clip boxes, drop what cannot be trained on, and replace damaged images by others. If False the json's
+            boxes are unchanged, images with an unreadable header are dropped, and an image that cannot be decoded is
+            returned black and marked, so that the evaluation can exclude it.
         keep_empty: keep images without objects in training, as background.
         min_side: smallest side in pixels of a training image.
-        seed: of the augmentation.
-        inspect: read the header of every image at the start; by default in evaluation only.
-        limits: of the sizes of files, and whether file names may lead out of the image folder; by default those of the
-            settings.
-        log: where faults are counted; give one to see them all.
-        retry_seconds: for how long to try a file again where the storage fails; None: not at all, and what the storage
-            does not give counts as damaged.
+        seed: seed of the augmentation.
+        inspect: read the header of every image when opening the dataset; by default for evaluation only.
+        limits: maximum sizes of files, and whether file names may lead out of the image folder; by default those of
+            `Limits`.
+        log: counter of the issues; pass one to see all of them.
+        retry_seconds: how long to retry a file when the storage fails; None does not retry, and a file that the storage
+            does not return counts as damaged.
 
     Attributes:
         classes, category_ids: names and ids of the json's categories, ascending by id; label k is the k-th.
-        packed: the arrays.
+        packed: images and annotations as arrays.
 
     Raises:
         DataError: there is nothing to train on; the message says why.
@@ -85,33 +85,35 @@ class CocoDetection(Dataset):
         self._log = IssueLog() if log is None else log
         images, objects, self._listed = self._read(inspect=not train if inspect is None else inspect)
         if train:
-            images, objects = self._leave_out(images, objects, keep_empty, min_side)
+            images, objects = self._filter_for_training(images, objects, keep_empty, min_side)
         self.packed = pack(images, objects)
+        # the boxes as float64 and unclipped, for COCO's evaluation; the packed ones are float32
         self._exact = None if train else objects
-        # shared with the workers, which find out what no header tells
-        self._found = shared_zeros(max(1, len(images)), torch.uint8)
-        # by worker (0: none) the image whose file it is reading, counted from 1
-        self._reading = shared_zeros(_MOST_WORKERS + 1, torch.int64)
+        # in shared memory: the loader workers discover what no header tells, and this process reports it
+        self._states = shared_zeros(max(1, len(images)), torch.uint8)
+        # per worker the image whose file it is reading, counted from 1, 0 if it reads none; slot 0: this process
+        self._reading = shared_zeros(_MAX_WORKERS + 1, torch.int64)
 
     @property
     def num_classes(self) -> int:
+        """Return the number of categories in the json, used or not."""
         return len(self.classes)
 
     @property
     def image_ids(self) -> list[int]:
-        """Ids of the images in the order of the dataset."""
+        """Return the image ids in the order of the dataset."""
         return self.packed.image_ids.tolist()
 
     @property
     def report(self) -> dict[str, int]:
-        """How many images and objects are used, and how many faults of each kind were met so far."""
-        packed, found = self.packed, self._found[: len(self)].numpy()
+        """Count the images and objects in use, and the issues of each kind discovered so far."""
+        packed, states = self.packed, self._states[: len(self)].numpy()
         counts = Counter(self._log.counts)
-        counts["image_unreadable"] += int((found == _UNREADABLE).sum())
-        counts["size_mismatch"] += int((found == _MISMATCH).sum())
-        readable = np.repeat(found != _UNREADABLE, np.diff(packed.offsets))
+        counts["image_unreadable"] += int((states == _UNREADABLE).sum())
+        counts["size_mismatch"] += int((states == _MISMATCH).sum())
+        readable = np.repeat(states != _UNREADABLE, np.diff(packed.offsets))
         totals = {
-            "images": int((found != _UNREADABLE).sum()),
+            "images": int((states != _UNREADABLE).sum()),
             "images_listed": self._listed[0],
             "objects": int((readable & ~packed.iscrowd).sum()),
             "annotations_listed": self._listed[1],
@@ -119,7 +121,7 @@ class CocoDetection(Dataset):
         return totals | {kind: counts[kind] for kind in POLICY if counts[kind]}
 
     def summary(self) -> str:
-        """The report as lines for people."""
+        """Format the report as text."""
         report, warnings = self.report, self._log.lines((WARNED,))
         head = (
             f"{printable(self.json_path)}: {report['images']:,} of {report['images_listed']:,} images, "
@@ -132,48 +134,48 @@ class CocoDetection(Dataset):
         return "\n".join([head, *lines, *(f"  {line}" for line in self._log.lines((DROPPED, REPAIRED, KEPT)))])
 
     def met_while_reading(self) -> list[str]:
-        """Lines on what no header told and the loader's workers found out."""
-        found = self._found[: len(self)].numpy()
+        """Format one line per issue that the loader workers discovered while decoding."""
+        states = self._states[: len(self)].numpy()
         lines = []
         for state, kind in ((_UNREADABLE, "image_unreadable"), (_MISMATCH, "size_mismatch")):
-            rows = np.flatnonzero(found == state)
+            rows = np.flatnonzero(states == state)
             if len(rows):
                 first = f"image {self.packed.image_ids[rows[0]]} ({printable(self.file_name(int(rows[0])))})"
                 lines.append(f"{len(rows):,} x {kind.replace('_', ' ')}, first: {first}; {POLICY[kind][1]}")
         return lines
 
     def fingerprint(self) -> str:
-        """A digest of classes, file names, sizes and boxes as they are used; not of the images' content."""
+        """Hash the classes, file names, sizes and boxes in use; the content of the images is not hashed."""
         content = hashlib.sha256(repr((self.classes, self.category_ids)).encode())
         for array in vars(self.packed).values():
-            content.update(np.ascontiguousarray(array))
+            content.update(np.ascontiguousarray(array).data)
         return content.hexdigest()
 
     def __len__(self) -> int:
         return len(self.packed)
 
     def file_name(self, index: int) -> str:
-        """The json's file name of an image."""
+        """Return the json's file name of an image."""
         return self.packed.file_name(index)
 
     def path(self, index: int) -> str:
-        """Where the image lies."""
+        """Return the path of an image."""
         return os.path.join(self.image_dir, self.file_name(index))
 
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Target]:
-        """One augmented image and its objects.
+        """Load an image and its objects, and augment them.
 
         Args:
-            index: image number, or (image number, epoch): the augmentation depends on (seed, epoch, image) alone.
+            index: image index, or (image index, epoch): the augmentation depends on (seed, epoch, image) alone.
 
         Returns:
             (3, h, w) uint8 RGB and {"boxes": (n, 4) float32 xyxy pixels, "labels": (n,) int64, "image_id": int,
-            "original_size": (h, w) of the frame that detections are reported in}; in evaluation also
-            "unreadable": True where a black image stands for a damaged one.
+            "original_size": (h, w) of the frame that detections are reported in}; for evaluation also
+            "unreadable": True if the image is damaged and a black one is returned instead.
 
         Raises:
-            ImageError: in training, where neither the image nor the next ones can be decoded.
-            StorageError: the file, which was there, cannot be read; no other image takes its place.
+            ImageError: in training, if neither the image nor the next ones can be decoded.
+            StorageError: the file exists but cannot be read; it is not replaced by another image.
         """
         index, epoch = index if isinstance(index, tuple) else (index, 0)
         index = int(index)
@@ -183,11 +185,11 @@ class CocoDetection(Dataset):
         return image, target
 
     def being_read(self) -> list[str]:
-        """The files that are being read at this moment, here and in the loader's workers."""
+        """Return the files that are being read at this moment, in this process and in the loader workers."""
         return [self.path(number - 1) for number in self._reading[self._reading > 0].tolist()]
 
     def load(self, index: int) -> tuple[Tensor, Target]:
-        """The image as stored and its objects, before augmentation; crowds are left out.
+        """Load an image and its objects without augmentation; crowds are excluded.
 
         Raises:
             ImageError: the file cannot be decoded.
@@ -196,21 +198,21 @@ class CocoDetection(Dataset):
         packed = self.packed
         frame = (int(packed.frames[index, 0]), int(packed.frames[index, 1]))
         worker = get_worker_info()
-        place = 0 if worker is None else 1 + worker.id % _MOST_WORKERS
-        self._reading[place] = index + 1
+        slot = 0 if worker is None else 1 + worker.id % _MAX_WORKERS
+        self._reading[slot] = index + 1
         try:
             image = read_image(self.path(index), frame, self.limits, self.retry_seconds)
         except ImageError:
-            self._found[index] = _UNREADABLE
+            self._states[index] = _UNREADABLE
             raise
         finally:
-            self._reading[place] = 0
+            self._reading[slot] = 0
         rows = slice(packed.offsets[index], packed.offsets[index + 1])
         use = ~packed.iscrowd[rows]
         boxes, labels = packed.boxes[rows][use], packed.labels[rows][use].astype(np.int64)
         size = (image.shape[1], image.shape[2])
         if size != frame:
-            self._found[index] = _MISMATCH
+            self._states[index] = _MISMATCH
             boxes, labels, frame = _into_image(boxes, labels, frame, size)
         target = {
             "boxes": torch.from_numpy(boxes),
@@ -221,15 +223,16 @@ class CocoDetection(Dataset):
         return image, target
 
     def ground_truth(self) -> dict[str, Any]:
-        """The usable annotations as a COCO dictionary for pycocotools, with the json's ids; crowds are kept.
+        """Return the usable annotations as a COCO dictionary for pycocotools, crowds included.
 
-        Annotation ids are numbered anew from 1: pycocotools takes a match with id 0 for no match.
+        Images and categories have the json's ids. Annotations are numbered from 1: pycocotools treats a match with
+        the annotation id 0 as unmatched.
 
         Raises:
-            ValueError: the dataset was opened for training, so its boxes are no longer those of the json.
+            ValueError: the dataset was opened for training, so its boxes are clipped.
         """
         if self._exact is None:
-            raise ValueError("ground truth comes from a dataset opened with train=False")
+            raise ValueError("ground_truth: the dataset was opened for training. Open it with train=False.")
         packed, exact = self.packed, self._exact
         images = [
             {"id": int(key), "file_name": packed.file_name(i), "height": int(h), "width": int(w)}
@@ -255,20 +258,24 @@ class CocoDetection(Dataset):
         images = reading.read_images(data, self.json_path, log)
         objects = reading.read_objects(data, images, self.category_ids, log)
         listed = (len(data["images"]), len(data["annotations"]))
-        del data
-        found = resolve_image_paths(images, self.image_dir, log, self.limits.allow_outside_images)
-        if not found.any():
-            raise DataError(f"{self.json_path}: {_where_else(images.names, self.image_dir, log)}")
-        images, objects = _select(images, objects, found)
+        del data  # gigabytes for a large json, before the images are searched
+        exists = resolve_image_paths(images, self.image_dir, log, self.limits.allow_outside_images)
+        if not exists.any():
+            raise DataError(f"{self.json_path}: {_describe_missing_images(images.names, self.image_dir, log)}")
+        images, objects = _select(images, objects, exists)
         readable = resolve_image_sizes(images, objects, self.image_dir, log, inspect, self.limits, self.retry_seconds)
         images, objects = _select(images, objects, readable)
+        # on the boxes as written: clipping would hide those that stick out of their images
         check_box_format(images, objects, log)
         objects = clip_and_filter_boxes(images, objects, log, self.train)
         for label in set(range(len(self.classes))) - set(objects.labels.tolist()):
             log.add("category_unused", f"category {self.category_ids[label]}", self.classes[label])
         return images, objects, listed
 
-    def _leave_out(self, images: reading.Images, objects: reading.Objects, keep_empty: bool, min_side: int) -> tuple:
+    def _filter_for_training(
+        self, images: reading.Images, objects: reading.Objects, keep_empty: bool, min_side: int
+    ) -> tuple[reading.Images, reading.Objects]:
+        """Drop images that are too small and, unless `keep_empty`, those without objects."""
         big = images.frames.min(1) >= min_side
         for row in np.flatnonzero(~big):
             self._log.add("image_too_small", images.where(row), f"{images.frames[row, 1]}x{images.frames[row, 0]}")
@@ -277,17 +284,18 @@ class CocoDetection(Dataset):
             self._log.add("image_without_objects", images.where(row))
         images, objects = _select(images, objects, big & (occupied | keep_empty))
         if objects.crowd.all():
-            reasons = "; ".join(self._log.lines((WARNED, DROPPED))) or "there is none"
+            reasons = "; ".join(self._log.lines((WARNED, DROPPED))) or "the list is empty"
             raise DataError(
                 f"{self.json_path}: 0 of its {self._listed[1]:,} annotations can be used for training: {reasons}."
             )
         return images, objects
 
     def _load_or_replace(self, index: int) -> tuple[Tensor, Target, int]:
-        """The image, or the next one that can be read: a fixed rule, so that a resumed run replaces alike."""
+        """Load the image, or the next readable one: a fixed rule, so that a resumed run uses the same replacement."""
+        # 100 in a row: then it is not one damaged image, and searching a large dataset would take hours
         for step in range(min(len(self), 100)):
             candidate = (index + step) % len(self)
-            if self._found[candidate] == _UNREADABLE:
+            if self._states[candidate] == _UNREADABLE:
                 continue
             try:
                 return *self.load(candidate), candidate
@@ -296,13 +304,13 @@ class CocoDetection(Dataset):
         raise ImageError(f"{self.path(index)}: neither this image nor the next ones can be read.")
 
     def _load_or_mark(self, index: int) -> tuple[Tensor, Target]:
-        """The image, or a black one of its size whose target says that it stands for an unreadable one."""
-        known = self._found[index] == _UNREADABLE
+        """Load the image, or a black one of its size if it is unreadable; its target then has "unreadable": True."""
+        known = self._states[index] == _UNREADABLE
         try:
             return self.load(index)
         except ImageError as error:
-            if not known:
-                _console.warning("%s It is left out of the evaluation.", error)
+            if not known:  # warn once per image, not in every validation
+                _console.warning("%s It is excluded from the evaluation.", error)
         height, width = self.packed.image_sizes[index].tolist()
         target = {
             "boxes": torch.zeros(0, 4),
@@ -314,40 +322,56 @@ class CocoDetection(Dataset):
         return torch.zeros(3, height, width, dtype=torch.uint8), target
 
     def _generator(self, epoch: int, index: int) -> torch.Generator:
+        # SeedSequence mixes the three numbers: their sum would give neighboring images and epochs the same seed
         words = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
 
 
-def _where_else(names: list[str], image_dir: str, log: IssueLog) -> str:
-    """Says that no image is in its folder, and which folder beside that one holds them."""
+def _describe_missing_images(names: list[str], image_dir: str, log: IssueLog) -> str:
+    """Describe why no image exists in the image folder, and name a nearby folder that has them."""
     outside = log.counts["image_outside"]
     if outside:
-        first = next(fault.where for fault in log.faults if fault.kind == "image_outside")
+        first = next(issue.where for issue in log.issues if issue.kind == "image_outside")
         return (
             f"the file names of {outside:,} of its {len(names):,} images lead out of {image_dir}, and no other image "
-            f"was found, first: {first}; data.allow_outside_images=true follows them."
+            f"was found (first: {first}). Set data.allow_outside_images=true to follow them."
         )
     first = os.path.join(image_dir, names[0])
-    link = ", a link that leads nowhere" if os.path.islink(first) else ""
+    link = ", a broken link" if os.path.islink(first) else ""
     missing = f"none of its {len(names):,} images is in {image_dir} (looked for {printable(first)[:200]}{link})"
     beside = Path(os.path.abspath(image_dir)).parent
     while not beside.is_dir():
         beside = beside.parent
-    folder, count = (beside != beside.parent and guess_folder(names, beside)) or (None, 0)
-    if folder is None or folder == Path(os.path.abspath(image_dir)):
-        return f"{missing}; is this the right image folder?"
+    # never the root of the file system: walking it takes minutes and finds other people's images
+    guess = guess_folder(names, beside) if beside != beside.parent else None
+    if guess is None or guess[0] == Path(os.path.abspath(image_dir)):
+        return f"{missing}. Check the image folder."
+    folder, count = guess
     return f"{missing}; {count:,} images of these names are in {folder}."
 
 
-def _select(images: reading.Images, objects: reading.Objects, keep: np.ndarray) -> tuple:
-    """The images of a mask, their annotations, and rows numbered anew."""
+def _select(
+    images: reading.Images, objects: reading.Objects, keep: np.ndarray
+) -> tuple[reading.Images, reading.Objects]:
+    """Select the images of a boolean mask (I,) and their annotations; `objects.rows` is renumbered."""
     objects = objects.keep(keep[objects.rows])
     objects.rows = (np.cumsum(keep) - 1)[objects.rows]
     return images.keep(keep), objects
 
 
-def _into_image(boxes: np.ndarray, labels: np.ndarray, frame: tuple[int, int], size: tuple[int, int]) -> tuple:
-    """Boxes of a json whose size is not the image's: scaled if the aspect ratio agrees, else clipped."""
+def _into_image(
+    boxes: np.ndarray, labels: np.ndarray, frame: tuple[int, int], size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """Convert boxes of a json with another size than the image: scale if the aspect ratio agrees, else clip.
+
+    Args:
+        boxes: (n, 4) xyxy pixels of the frame.
+        labels: (n,).
+        frame, size: (h, w) of the json and of the image.
+
+    Returns:
+        boxes, labels and the (h, w) that detections are reported in.
+    """
     if same_aspect(frame, size):
         scale = np.array([size[1] / frame[1], size[0] / frame[0]] * 2, np.float32)
         return boxes * scale, labels, frame

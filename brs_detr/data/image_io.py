@@ -1,9 +1,8 @@
-"""Read an image file of any kind as 8-bit RGB.
+"""Read image files of any common format as 8-bit RGB tensors.
 
-Gray, 16-bit, CMYK, palette and alpha images are converted; an EXIF rotation is applied when, and only when, the size
-the annotations expect says so. A damaged file is an error that names it, never a half-gray image.
-
-How large the files of a dataset may be before they are refused rather than fill the memory.
+Gray, 16-bit, CMYK, palette and alpha images are converted. An EXIF rotation is applied if, and only if, the size given
+by the annotations requires it. A damaged file raises an error that names it, and is never returned half gray. Files
+above the limits of `Limits` are refused before they fill the memory.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ from brs_detr.user_files import open_regular, printable, read_file, read_start, 
 Size = tuple[int, int]
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif", ".jp2")
-# no format of Pillow's that starts another program (EPS: Ghostscript) or that is more than pixels
+# excludes Pillow's formats that start another program (EPS: Ghostscript) or that hold more than pixels
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM")
 ORIENTATION_TAG = 0x0112
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
 class ImageError(ValueError):
-    """An image file that cannot be used; the message names the file.
+    """An unusable image file; the message names it.
 
-    A data loader hands on a worker's error as its traceback with the message at the end: only that is kept.
+    The DataLoader re-raises a worker's error with the traceback as its message; only the last part is kept.
     """
 
     def __init__(self, message: str) -> None:
@@ -44,12 +43,12 @@ class ImageError(ValueError):
 
     @property
     def reason(self) -> str:
-        """The message without the file's name."""
+        """Return the message without the file name."""
         return str(self).rpartition(": this image ")[2].removeprefix("cannot be read: ").removesuffix(".")
 
 
 class ImageInfo(NamedTuple):
-    """What a file's header says, without decoding it; `frames` counts pages or moments."""
+    """Contents of an image file's header; `frames` is the number of pages or animation frames."""
 
     stored_size: Size
     upright_size: Size
@@ -68,18 +67,18 @@ def read_image(
     """Read an image as RGB.
 
     Args:
-        path: file of one of `FORMATS`; its content decides, not its name.
+        path: file in one of `FORMATS`; the format is detected from the content, not from the name.
         expected_size: (height, width) that the annotations are drawn in. An image with an EXIF rotation is turned
-            upright if that gives this size and the stored pixels do not; otherwise the pixels are taken as stored.
-        limits: of the file's size and of the number of pixels; by default those of the settings.
-        retry_seconds: for how long to try again where the storage fails; None takes its failure for the file's.
+            upright if that gives this size and the stored pixels do not; otherwise the pixels are used as stored.
+        limits: maximum file size and number of pixels; by default those of `Limits`.
+        retry_seconds: how long to retry when the storage fails; None treats the failure as one of the file.
 
     Returns:
         (3, h, w) uint8.
 
     Raises:
-        ImageError: the file is too large, damaged, cut short, or holds values that have no 8-bit meaning; where
-            `retry_seconds` is None, also where it is missing or no regular file.
+        ImageError: the file is too large, damaged, truncated, or has values without an 8-bit equivalent; if
+            `retry_seconds` is None, also if it is missing or not a regular file.
         StorageError: the file cannot be read, and `retry_seconds` is not None.
     """
     limits = limits or Limits()
@@ -89,27 +88,27 @@ def read_image(
         del content
     except (ImageError, StorageError):
         raise
-    except Exception as error:  # Pillow's decoders raise many kinds, some from C
+    except Exception as error:  # Pillow's decoders raise many types, some of them from C code
         raise ImageError(f"{path}: this image cannot be read: {_reason(error, path)}.") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def _decode(content: bytes, expected_size: Size | None, path: str | Path, limits: Limits) -> np.ndarray:
-    """(h, w, 3) uint8; a function of its own so that Pillow's copy is gone when this one is copied."""
+    """Decode to (h, w, 3) uint8; a separate function, so that Pillow's copy is freed before the result is copied."""
     with _strict_pillow(), open_image(io.BytesIO(content), limits) as image:
-        _require_whole(image.format, content, limits)
+        _require_complete(image.format, content, limits)
         image.load()
         if expected_size is not None and _needs_turning(image, expected_size):
-            image = ImageOps.exif_transpose(image)
+            return np.array(_to_rgb(ImageOps.exif_transpose(image), path))
         return np.array(_to_rgb(image, path))
 
 
 def open_image(file: BinaryIO, limits: Limits) -> Image.Image:
-    """Read an image's header, as one of `FORMATS` only, before anything is decoded.
+    """Read an image's header without decoding the pixels; only `FORMATS` are accepted.
 
     Raises:
-        UserFileError: it has too many pixels.
-        PIL.UnidentifiedImageError: it is of none of the formats.
+        UserFileError: the image has too many pixels.
+        PIL.UnidentifiedImageError: the format is not one of `FORMATS`.
     """
     Image.init()  # an older Pillow, or one built without a library, lacks some of the formats
     image = Image.open(file, formats=[kind for kind in FORMATS if kind in Image.OPEN])
@@ -119,7 +118,7 @@ def open_image(file: BinaryIO, limits: Limits) -> Image.Image:
 
 @contextmanager
 def _strict_pillow() -> Iterator[None]:
-    """Other libraries may have told Pillow to turn a cut file gray in silence; and the limit of pixels is ours."""
+    """Make Pillow raise for truncated files, which other libraries may have switched off, and drop its pixel limit."""
     keep = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
     ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, None
     try:
@@ -129,13 +128,13 @@ def _strict_pillow() -> Iterator[None]:
 
 
 def read_image_info(path: str | Path, limits: Limits | None = None, retry_seconds: float | None = None) -> ImageInfo:
-    """Read size, EXIF orientation and mode from the header, and look whether the end of the file is there.
+    """Read size, EXIF orientation and mode from the header, and check that the end of the file is present.
 
     Args:
         path, limits, retry_seconds: as for `read_image`.
 
     Raises:
-        ImageError: the file is missing, no regular file, too large, is no image, or ends before its image does.
+        ImageError: the file is missing, not a regular file, too large, not an image, or truncated.
         StorageError: the storage failed, and `retry_seconds` is not None.
     """
     limits = limits or Limits()
@@ -157,13 +156,13 @@ def _inspect(path: str | Path, limits: Limits) -> ImageInfo:
             upright = _turned((height, width), orientation)
             kind = image.format or ""
             info = ImageInfo((height, width), upright, orientation, image.mode, kind, _frames(image))
-        if not _seems_whole(kind, file):
-            raise ValueError("the file is cut short")
+        if not _seems_complete(kind, file):
+            raise ValueError("the file is truncated")
     return info
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file is named like an image of one of `FORMATS`."""
+    """Return True if a file name has the ending of one of `FORMATS`."""
     ending = Path(name).suffix.lower()
     return ending in IMAGE_ENDINGS or Image.registered_extensions().get(ending) in FORMATS
 
@@ -171,7 +170,7 @@ def is_image_name(name: str) -> bool:
 def _reason(error: Exception, path: str | Path) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         start = read_start(path, 24)
-        return f"it begins with {str(start)[1:]}, which is no image" if start else "the file is empty"
+        return f"it begins with {str(start)[1:]}, which is not an image" if start else "the file is empty"
     if isinstance(error, FileNotFoundError):
         return "the file does not exist"
     return (getattr(error, "strerror", None) or str(error)).rstrip(".") or type(error).__name__
@@ -180,7 +179,7 @@ def _reason(error: Exception, path: str | Path) -> str:
 def _frames(image: Image.Image) -> int:
     try:
         return getattr(image, "n_frames", 1)
-    except Exception:  # only the first one is read, so a fault in a later one does no harm
+    except Exception:  # only the first frame is read, so damage in a later one does no harm
         return 1
 
 
@@ -203,7 +202,7 @@ def _needs_turning(image: Image.Image, expected_size: Size) -> bool:
 
 def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
     if image.mode in _SIXTEEN_BIT_MODES:
-        return _from_integers(image, path).convert("RGB")
+        return _from_integers(image, path).convert("RGB")  # Pillow would clip at 255 instead of scaling
     if image.mode == "F":
         return _from_floats(image, path).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
@@ -212,15 +211,16 @@ def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
 
 
 def _from_integers(image: Image.Image, path: str | Path) -> Image.Image:
-    """0..65535 to 0..255 by one fixed factor, so that brightness compares between images."""
+    """Convert 0..65535 to 0..255 by a fixed factor, so that the brightness of images stays comparable."""
     values = np.asarray(image)
     if values.size and (values.min() < 0 or values.max() > 65535):
         raise ImageError(f"{path}: this image has values outside 0..65535; convert it to 8 or 16 bits.")
+    # 257 = 65535 / 255, and adding half of it rounds; int32, since 65535 + 128 overflows 16 bits
     return Image.fromarray(_to_bytes(values, lambda part: (part.astype(np.int32) + 128) // 257))
 
 
 def _from_floats(image: Image.Image, path: str | Path) -> Image.Image:
-    """Floats in 0..1 are stretched to 0..255; floats in 0..255 are rounded."""
+    """Scale floats in 0..1 to 0..255; round floats in 0..255."""
     values = np.asarray(image)
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     if not (low >= 0 and high <= 255):  # a NaN anywhere makes both NaN, which compares false
@@ -230,7 +230,7 @@ def _from_floats(image: Image.Image, path: str | Path) -> Image.Image:
 
 
 def _to_bytes(values: np.ndarray, convert: Callable[[np.ndarray], np.ndarray], part: int = 2**20) -> np.ndarray:
-    """An array as uint8, a part at a time: intermediate results of a large image would be its largest copies."""
+    """Convert an array to uint8 in parts: the intermediate results of a large image would be its largest copies."""
     flat, result = values.reshape(-1), np.empty(values.size, np.uint8)
     for start in range(0, values.size, part):
         result[start : start + part] = convert(flat[start : start + part])
@@ -241,39 +241,41 @@ _END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 
 
 def has_zeroed_part(path: str | Path) -> bool:
-    """Whether a JPEG holds a kilobyte of zeros in place of pixels: they decode, without an error, to one color.
+    """Return True if a JPEG has a kilobyte of zeros among its pixels: they decode to one color without an error.
 
-    A large blank area can, in rare cases, look the same.
+    A large blank area can, in rare cases, be stored the same way.
     """
     content = read_file(path)
-    start = _pixels_begin(content) if content.startswith(b"\xff\xd8") else len(content)
+    # a kilobyte: interrupted downloads and disk faults leave runs of whole disk blocks, compressed pixels hardly any
+    start = _start_of_pixels(content) if content.startswith(b"\xff\xd8") else len(content)
     return content.find(bytes(1024), start, max(start, content.find(b"\xff\xd9", start))) >= 0
 
 
-def _require_whole(kind: str | None, content: bytes, limits: Limits) -> None:
-    """Find what decoding does not: bytes that never came (as zeros they decode to gray), a wrong checksum in a PNG."""
+def _require_complete(kind: str | None, content: bytes, limits: Limits) -> None:
+    """Detect what decoding does not: missing bytes (they decode to gray as zeros) and a wrong checksum in a PNG."""
     if not _has_ending(kind, content):
-        raise ValueError("the file is cut short")
+        raise ValueError("the file is truncated")
     if kind == "PNG":
         with open_image(io.BytesIO(content), limits) as image:
             image.verify()
 
 
 def _has_ending(kind: str | None, content: bytes) -> bool:
-    start = _pixels_begin(content) if kind in ("JPEG", "MPO") else 0
-    return content.find(_END_MARKERS.get(kind, b""), start) >= 0
+    start = _start_of_pixels(content) if kind in ("JPEG", "MPO") else 0
+    return content.find(_END_MARKERS.get(kind or "", b""), start) >= 0
 
 
-def _pixels_begin(content: bytes) -> int:
-    """Where the header of a JPEG ends; in it may lie a preview with an end marker of its own."""
-    place = 2
-    while content[place : place + 1] == b"\xff" and content[place + 1 : place + 2] != b"\xda":
-        place += 2 + int.from_bytes(content[place + 2 : place + 4])
-    return min(place, len(content))
+def _start_of_pixels(content: bytes) -> int:
+    """Return the offset where the header of a JPEG ends; a preview in the header has an end marker of its own."""
+    offset = 2
+    # segments of the header: FF, type, two bytes of length; FF DA begins the compressed pixels
+    while content[offset : offset + 1] == b"\xff" and content[offset + 1 : offset + 2] != b"\xda":
+        offset += 2 + int.from_bytes(content[offset + 2 : offset + 4])
+    return min(offset, len(content))
 
 
-def _seems_whole(kind: str, file: BinaryIO) -> bool:
-    """Whether the end marker is among the last bytes or, since phones append films to images, further ahead."""
+def _seems_complete(kind: str, file: BinaryIO) -> bool:
+    """Search the end marker in the last 64 KiB, then in the rest of the file: phones append videos to images."""
     file.seek(max(0, file.seek(0, 2) - 65536))
     if _END_MARKERS.get(kind, b"") in file.read():
         return True
@@ -283,12 +285,12 @@ def _seems_whole(kind: str, file: BinaryIO) -> bool:
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of one dataset; each is the setting `data.` of its name.
+    """Limits on the files of a dataset; each is the setting of the same name in section `data`.
 
     Attributes:
-        max_image_pixels: width times height of an image, known before it is decoded.
+        max_image_pixels: width times height of an image, checked before it is decoded.
         max_image_bytes: size of an image file.
-        max_json_bytes: size of an annotation file, unpacked.
+        max_json_bytes: size of an annotation file after unpacking.
         allow_outside_images: follow file names of the json that lead out of the image folder.
     """
 

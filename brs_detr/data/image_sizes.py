@@ -1,8 +1,7 @@
 """Resolve the coordinate frame of each image's boxes (EXIF, resizes) and clip boxes to it.
 
-A json may state no size, a wrong one, or that of the image before it was turned or shrunk; its boxes tell which.
-
-Detect boxes that are not in COCO's xywh pixel format.
+A json may give no size, a wrong one, or that of the image before it was rotated or resized; its boxes tell which.
+Boxes that are not in COCO's xywh pixel format are detected as well.
 """
 
 from __future__ import annotations
@@ -27,25 +26,27 @@ def resolve_image_sizes(
     limits: Limits | None = None,
     retry_seconds: float | None = None,
 ) -> np.ndarray:
-    """Decide in which frame each image's boxes are drawn; changes `images.frames` and `images.sizes`.
+    """Resolve the frame that each image's boxes are drawn in; updates `images.frames` and `images.sizes`.
 
-    A header is read where the json gives no size or a box sticks out of it, and of a hundred images from all over the
-    dataset; or of every image, if told so.
+    Headers are read of the images whose size is missing or exceeded by a box, and of about a hundred images spread
+    over the dataset; with `every`, of all images.
 
     Returns:
-        (I,) bool: False where the file turned out not to be a readable image.
+        (I,) bool: False if the header was read and is not that of a readable image.
 
     Raises:
-        DataError: no image that was looked at can be read.
-        StorageError: the storage failed for `retry_seconds`; with None such a file is not readable, like others.
+        DataError: none of the inspected images can be read.
+        StorageError: the storage failed for `retry_seconds`; with None such a file counts as unreadable.
     """
     extent = np.zeros((len(images), 2))
     np.maximum.at(extent, objects.rows, (objects.xywh[:, :2] + objects.xywh[:, 2:])[:, ::-1])
-    fits = (extent <= images.frames + 1).all(1)
+    fits = np.asarray((extent <= images.frames + 1).all(1))  # a pixel of tolerance for boxes that were rounded
+    # the sample catches an image folder that belongs to another json, without opening every file
     sampled = np.arange(len(images)) % max(1, len(images) // 100) == 0
     readable = np.ones(len(images), bool)
-    looked_at = np.flatnonzero(~fits | (images.frames[:, 0] == 0) | sampled | every)
-    for row in looked_at:
+    inspected = np.flatnonzero(~fits | (images.frames[:, 0] == 0) | sampled | every)
+    last: ImageError | None = None
+    for row in inspected:
         path = os.path.join(image_dir, images.names[row])
         try:
             info = read_image_info(path, limits, retry_seconds)
@@ -54,15 +55,25 @@ def resolve_image_sizes(
             readable[row], last = False, error
             continue
         stated = (int(images.frames[row, 0]), int(images.frames[row, 1]))
-        frame, image = _judge_size(stated, info, bool(fits[row]), images.where(row), log)
+        frame, image = _resolve_size(stated, info, bool(fits[row]), images.where(row), log)
         images.frames[row], images.sizes[row] = frame, image
-    if not readable[looked_at].any():
-        raise DataError(f"{image_dir}: none of {len(looked_at):,} images looked at can be read; the last is {last}")
+    if not readable[inspected].any():
+        raise DataError(f"{image_dir}: none of {len(inspected):,} inspected images can be read. The last is {last}")
     return readable
 
 
-def _judge_size(stated: tuple[int, int], info: ImageInfo, fits: bool, where: str, log: IssueLog) -> tuple:
-    """(frame, image), both (h, w), from the json's size and the file's."""
+def _resolve_size(
+    stated: tuple[int, int], info: ImageInfo, fits: bool, where: str, log: IssueLog
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return (frame, image), both (h, w), from the json's size and the file's.
+
+    Args:
+        stated: (h, w) of the json; (0, 0) if it gives none.
+        info: header of the file.
+        fits: True if all boxes lie within the stated size.
+        where: the image, for the log.
+        log: issues are added to it.
+    """
     stored, upright = info.stored_size, info.upright_size
     if stated in (stored, upright):
         if stated != stored:
@@ -77,20 +88,27 @@ def _judge_size(stated: tuple[int, int], info: ImageInfo, fits: bool, where: str
             log.add("image_mirrored", where, f"EXIF orientation {info.orientation}")
         return stored, stored
     scaled = fits and same_aspect(stated, stored)
-    doubtful = fits and not scaled and stated != stored[::-1]  # not just width and height interchanged
+    ambiguous = fits and not scaled and stated != stored[::-1]  # not merely width and height swapped
     sizes = f"the json says {stated[1]}x{stated[0]}, the image is {stored[1]}x{stored[0]}"
     taken = "boxes are scaled" if scaled else "boxes are taken in the image's frame"
-    log.add("size_of_other_shape" if doubtful else "size_mismatch", where, f"{sizes}; {taken}")
+    log.add("size_of_other_shape" if ambiguous else "size_mismatch", where, f"{sizes}; {taken}")
     return (stated if scaled else stored), stored
 
 
 def same_aspect(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    """Whether two (h, w) have the same aspect ratio within 2 %."""
+    """Return True if two (h, w) have the same aspect ratio within 2 %: resizing rounds the sides to whole pixels."""
     return abs(a[0] * b[1] - a[1] * b[0]) <= 0.02 * a[0] * b[1]
 
 
 def clip_and_filter_boxes(images: Images, objects: Objects, log: IssueLog, train: bool) -> Objects:
-    """Drop boxes outside their image; for training also clip, and drop boxes under one pixel and exact repeats."""
+    """Drop boxes outside their image; for training also clip, and drop boxes under one pixel and duplicates.
+
+    Args:
+        images: with the frames that the boxes are drawn in.
+        objects: annotations as in the json.
+        log: dropped and clipped boxes are added to it.
+        train: False leaves the remaining boxes unchanged, as COCO's evaluation does.
+    """
     bounds = images.frames[objects.rows][:, ::-1].astype(np.float64)
     low, high = objects.xywh[:, :2], objects.xywh[:, :2] + objects.xywh[:, 2:]
     inner_low, inner_high = np.clip(low, 0, bounds), np.clip(high, 0, bounds)
@@ -98,64 +116,67 @@ def clip_and_filter_boxes(images: Images, objects: Objects, log: IssueLog, train
     outside = (inside <= 0).any(1)
     small = ~outside & (inside < 1).any(1) & train
     clipped = train & ~outside & ~small & ((low < 0) | (high > bounds + 1e-3)).any(1)
-    again = _repeats(objects) & ~outside & ~small & train
+    duplicate = _duplicates(objects) & ~outside & ~small & train
     for kind, mask in (("box_outside", outside), ("box_too_small", small), ("box_clipped", clipped)):
         for i in np.flatnonzero(mask & ~objects.crowd):
             _log_box(kind, i, images, objects, log)
-    for i in np.flatnonzero(again):
+    for i in np.flatnonzero(duplicate):
         _log_box("box_duplicate", i, images, objects, log)
     if train:
         xywh = np.concatenate([inner_low, inside], 1)
         objects = replace(objects, xywh=np.where(outside[:, None], objects.xywh, xywh))
-    return objects.keep(~(outside | small | again))
+    return objects.keep(~(outside | small | duplicate))
 
 
-def _log_box(kind: str, i: int, images: Images, objects: Objects, log: IssueLog) -> None:
+def _log_box(kind: str, i: np.integer, images: Images, objects: Objects, log: IssueLog) -> None:
     name = images.names[objects.rows[i]]
     log.add(kind, f"annotation {objects.ids[i]} ({name})", f"bbox {[round(v, 2) for v in objects.xywh[i].tolist()]}")
 
 
-def _repeats(objects: Objects) -> np.ndarray:
-    """(N,) bool: the same image, class and box as an earlier annotation."""
+def _duplicates(objects: Objects) -> np.ndarray:
+    """Return (N,) bool: True for an annotation with the image, class and box of an earlier one."""
     key = np.column_stack([objects.rows, objects.labels, objects.crowd, objects.xywh])
     _, first = np.unique(key, axis=0, return_index=True)
-    again = np.ones(len(objects), bool)
-    again[first] = False
-    return again
+    duplicate = np.ones(len(objects), bool)
+    duplicate[first] = False
+    return duplicate
 
 
-_FEWEST = 10  # boxes from which anything can be concluded
-_SLACK = 2.0  # pixels that a box may stick out of its image
+_MIN_BOXES = 10  # fewer boxes do not tell their format
+_TOLERANCE = 2.0  # pixels that a box may stick out of its image
 
 
 def check_box_format(images: Images, objects: Objects, log: IssueLog) -> None:
-    """Warn where boxes stick out of their images, but would not if they were corners, centers or swapped axes, or
-    where all are fractions of the image's size.
+    """Detect boxes that are not in COCO's xywh pixel format.
+
+    Boxes are suspicious if they stick out of their images as xywh, but would not as corners, centers or with swapped
+    axes, or if all of them are fractions of the image size.
 
     Args:
         images: with the frames that the boxes are drawn in.
-        objects: as in the json, neither clipped nor dropped.
-        log: gets at most one `box_layout_doubtful`.
+        objects: annotations as in the json, neither clipped nor filtered.
+        log: at most one `box_layout_doubtful` is added to it.
     """
-    if len(objects) < _FEWEST:
+    if len(objects) < _MIN_BOXES:
         return
     a, b, c, d = objects.xywh.T
     height, width = images.frames[objects.rows].T
-    if objects.xywh.max() <= 1.01:
+    if objects.xywh.max() <= 1.01:  # normalized boxes may exceed 1 by rounding
         log.add("box_layout_doubtful", "all boxes", "they lie between 0 and 1, as fractions of the image's size do")
         return
 
-    def share_inside(x1: np.ndarray, y1: np.ndarray, x2: np.ndarray, y2: np.ndarray) -> float:
-        inside = (x1 >= -_SLACK) & (y1 >= -_SLACK) & (x2 <= width + _SLACK) & (y2 <= height + _SLACK)
+    def fraction_inside(x1: np.ndarray, y1: np.ndarray, x2: np.ndarray, y2: np.ndarray) -> float:
+        inside = (x1 >= -_TOLERANCE) & (y1 >= -_TOLERANCE) & (x2 <= width + _TOLERANCE) & (y2 <= height + _TOLERANCE)
         return float((inside & (x1 < x2) & (y1 < y2)).mean())
 
-    stated = share_inside(a, b, a + c, b + d)
-    readings = {
-        "corners x1, y1, x2, y2": share_inside(a, b, c, d),
-        "center x, center y, width, height": share_inside(a - c / 2, b - d / 2, a + c / 2, b + d / 2),
-        "y, x, height, width": share_inside(b, a, b + d, a + c),
+    as_xywh = fraction_inside(a, b, a + c, b + d)
+    fractions = {
+        "corners x1, y1, x2, y2": fraction_inside(a, b, c, d),
+        "center x, center y, width, height": fraction_inside(a - c / 2, b - d / 2, a + c / 2, b + d / 2),
+        "y, x, height, width": fraction_inside(b, a, b + d, a + c),
     }
-    best = max(readings, key=readings.get)
-    if readings[best] > 0.99 and readings[best] - stated > 0.05:
-        detail = f"{stated:.0%} lie in their images, but {readings[best]:.0%} would if they were {best}"
+    best = max(fractions, key=fractions.__getitem__)
+    # the other format must explain nearly all boxes, and clearly more than xywh: a few sloppy boxes are no reason
+    if fractions[best] > 0.99 and fractions[best] - as_xywh > 0.05:
+        detail = f"{as_xywh:.0%} lie in their images, but {fractions[best]:.0%} would if they were {best}"
         log.add("box_layout_doubtful", "all boxes", detail)

@@ -1,6 +1,6 @@
-"""What can be wrong with a dataset, and what training does about it: one table.
+"""The kinds of issues of a dataset and what training does about each, in one table, and the log that counts them.
 
-`check-data` prints it, the reader of the annotations counts by it, and the documentation quotes it.
+`check-data` prints the table, the annotation reader counts by it, and the documentation quotes it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ REPAIRED = "repaired"
 DROPPED = "dropped"
 WARNED = "warned"  # kept, but reported first: it may hurt training
 
-# kind: (what happens to it, one sentence for people)
+# kind: (action, explanation for the user)
 POLICY: dict[str, tuple[str, str]] = {
     # images
     "image_malformed": (DROPPED, "an image entry without a usable id or file name is dropped, with its annotations"),
@@ -93,16 +93,16 @@ POLICY: dict[str, tuple[str, str]] = {
 }
 
 
-_LONGEST = 160  # letters of a place or a detail: a json may hold anything
+_MAX_TEXT = 160  # characters of a location or a detail: values in a json may be arbitrarily long
 
 
 class DataError(ValueError):
-    """A dataset that cannot be trained on; the message says what to mend in one sentence."""
+    """An unusable dataset; the message says what to fix."""
 
 
 @dataclass(frozen=True)
 class DataIssue:
-    """One thing wrong: its kind (a key of `POLICY`), where, and the details in a few words."""
+    """One issue: its kind (a key of `POLICY`), its location, and a short detail."""
 
     kind: str
     where: str
@@ -110,6 +110,7 @@ class DataIssue:
 
     @property
     def action(self) -> str:
+        """Return what training does about it."""
         return POLICY[self.kind][0]
 
     def __str__(self) -> str:
@@ -118,29 +119,30 @@ class DataIssue:
 
 
 class IssueLog:
-    """Counts faults by kind and keeps the first few of each (or all).
+    """Counter of issues by kind, with the first examples of each.
 
     Args:
-        examples: how many faults of one kind to keep word for word; None keeps every one.
+        max_examples: number of issues of each kind to keep; None keeps all of them.
     """
 
-    def __init__(self, examples: int | None = 3) -> None:
+    def __init__(self, max_examples: int | None = 3) -> None:
         self.counts: Counter[str] = Counter()
-        self.faults: list[DataIssue] = []
-        self._examples = examples
+        self.issues: list[DataIssue] = []
+        self._max_examples = max_examples
 
     def add(self, kind: str, where: str = "", detail: str = "") -> None:
-        """Count one fault; `kind` is a key of `POLICY`."""
+        """Count an issue; `kind` is a key of `POLICY`."""
         if kind not in POLICY:
-            raise KeyError(f"{kind} is not a kind of fault")
+            raise KeyError(f"{kind} is not a kind of issue")
         self.counts[kind] += 1
-        if self._examples is None or self.counts[kind] <= self._examples:
-            where, detail = (printable(text[:_LONGEST])[:_LONGEST] for text in (where, detail))
-            self.faults.append(DataIssue(kind, where, detail))
+        if self._max_examples is None or self.counts[kind] <= self._max_examples:
+            # cut before and after: escaping a character can make it six characters long
+            where, detail = (printable(text[:_MAX_TEXT])[:_MAX_TEXT] for text in (where, detail))
+            self.issues.append(DataIssue(kind, where, detail))
 
     def lines(self, actions: Collection[str] = (WARNED, DROPPED, REPAIRED, KEPT)) -> list[str]:
-        """One line per kind, the gravest first: how many, an example, and what happens to them."""
-        first = {fault.kind: fault for fault in reversed(self.faults)}
+        """Format one line per kind, the most serious first: count, first example, and the policy."""
+        first = {issue.kind: issue for issue in reversed(self.issues)}
         lines = []
         for action in actions:
             for kind in (kind for kind in self.counts if POLICY[kind][0] == action):

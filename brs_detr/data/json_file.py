@@ -1,8 +1,7 @@
-"""Opening a COCO json: in any Unicode encoding, packed with gzip or not, and without keeping its masks in memory.
+"""Load a COCO json: in any Unicode encoding, with or without gzip, and without keeping its masks in memory.
 
-Numbers of a json as labeling tools write them: 3.0 for an id, "17" in quotes, true for 1.
-
-The box around a COCO segmentation, for annotations that have no box of their own.
+Numbers may be written as labeling tools do: 3.0 for an id, "17" in quotes, true for 1. An annotation without a box gets
+the box around its segmentation.
 """
 
 from __future__ import annotations
@@ -25,26 +24,26 @@ from brs_detr.user_files import UserFileError, printable, read_file, read_start,
 BOX_FROM_MASK = "box_from_mask"  # key of an annotation whose box was not in the file
 
 
-def load_json(path: str | Path, most_bytes: int = Limits.max_json_bytes) -> dict[str, Any]:
+def load_json(path: str | Path, max_bytes: int = Limits.max_json_bytes) -> dict[str, Any]:
     """Read a COCO json.
 
-    Polygons and run lengths are dropped while it is parsed, for they are most of its memory; an annotation without a
-    box gets the one around them, and a true entry `box_from_mask`.
+    Polygons and run lengths are dropped during parsing, since they take most of the memory; an annotation without a
+    box gets the box around them, and an entry `box_from_mask` that is True.
 
     Args:
-        path: of the file.
-        most_bytes: its largest size, unpacked (`data.max_json_bytes`).
+        path: annotation file.
+        max_bytes: maximum size after unpacking (`data.max_json_bytes`).
 
     Raises:
-        DataError: the file cannot be opened, is too large, is no JSON, gives a key two values, or is not a detection
+        DataError: the file cannot be opened, is too large, is not JSON, gives a key two values, or is not a detection
             dataset.
     """
-    content = _read(path, most_bytes)
+    content = _read(path, max_bytes)
     start = f"it begins with '{printable(content[:40].decode('utf-8', 'replace'))}'" if content else "it is empty"
     try:
         text = content.decode(json.detect_encoding(content))
-        del content
-        with _no_collection():
+        del content  # as the text below: the file is freed before its objects are made
+        with _paused_gc():
             data = json.loads(text, object_pairs_hook=_without_mask)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: this is not a JSON file in UTF-8 ({error.reason} at byte {error.start}).") from None
@@ -57,13 +56,14 @@ def load_json(path: str | Path, most_bytes: int = Limits.max_json_bytes) -> dict
     return data
 
 
-def _read(path: str | Path, most_bytes: int) -> bytes:
+def _read(path: str | Path, max_bytes: int) -> bytes:
+    """Read a file, and unpack it if its first bytes are those of gzip."""
     try:
         start = read_start(path, 64)
-        if start and not any(start):  # a file of holes would fill the memory with zeros before anyone looked at them
+        if start and not any(start):  # a sparse file takes no space on disk, but would fill the memory with zeros
             raise UserFileError("it begins with zeros")
-        content = read_file(path, most_bytes, "data.max_json_bytes")
-        return unpack_gzip(content, most_bytes, "data.max_json_bytes") if content[:2] == b"\x1f\x8b" else content
+        content = read_file(path, max_bytes, "data.max_json_bytes")
+        return unpack_gzip(content, max_bytes, "data.max_json_bytes") if content[:2] == b"\x1f\x8b" else content
     except FileNotFoundError:
         raise DataError(f"{path}: this annotation file does not exist.") from None
     except (OSError, EOFError, zlib.error, UserFileError) as error:
@@ -77,22 +77,23 @@ def _require_lists(data: Any, path: str | Path) -> None:
     for key in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
             known = ", ".join(map(str, list(data)[:6])) if isinstance(data, dict) else ""
-            found = f"it has {printable(known)}" if known else f"it is {printable(str(data))[:40]}"
+            content = f"it has {printable(known)}" if known else f"it is {printable(str(data))[:40]}"
             if isinstance(data, dict) and key in data:
-                found = f"its `{key}` is {_kind(data[key])}"
-            raise DataError(f"{path}: this is not a COCO detection dataset: it has no list `{key}` ({found}).")
+                content = f"its `{key}` is {_type_name(data[key])}"
+            raise DataError(f"{path}: this is not a COCO detection dataset: it has no list `{key}` ({content}).")
     if not data["images"]:
         raise DataError(f"{path}: its list `images` is empty.")
 
 
-def _kind(value: Any) -> str:
+def _type_name(value: Any) -> str:
     return {dict: "an object, not a list", type(None): "null"}.get(type(value), f"a {type(value).__name__}")
 
 
 def _without_mask(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object of the json without its segmentation, which may replace a missing box."""
     entry = dict_of_pairs(pairs)
     mask, stated = entry.pop("segmentation", None), entry.get("bbox")
-    if mask and (not stated or (type(stated) is list and not any(stated))):  # four zeros, too, stand for no box
+    if mask and (not stated or (type(stated) is list and not any(stated))):  # some tools write four zeros for no box
         box = mask_box(mask)
         if box is not None:
             entry["bbox"], entry[BOX_FROM_MASK] = box, True
@@ -100,8 +101,8 @@ def _without_mask(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """Parsing makes millions of objects and no garbage: the collector would only walk them again and again."""
+def _paused_gc() -> Iterator[None]:
+    """Pause the garbage collector, which would scan the millions of objects of a json repeatedly, and free none."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -112,66 +113,69 @@ def _no_collection() -> Iterator[None]:
 
 
 _WORDS = {"true": 1, "false": 0}
-_NUMBERS = frozenset((int, float))
+_NUMBER_TYPES = frozenset((int, float))
 
 
 def is_number(value: Any) -> bool:
-    """True for int and float, but not bool."""
-    return type(value) in _NUMBERS
+    """Return True for int and float, but not bool (a subclass of int)."""
+    return type(value) in _NUMBER_TYPES
 
 
 def as_int(value: Any) -> int | None:
-    """The value as an id or a size: an int, or a float without a fraction, that fits 64 bits; else None."""
+    """Return an id or a size as int if it is an int or a float without a fraction that fits 64 bits, else None."""
+    # 2**62: twice the number still fits int64; 2**53: the largest range in which every integer is a float
     if type(value) is int:
         return value if -(2**62) < value < 2**62 else None
     return int(value) if type(value) is float and abs(value) < 2**53 and value.is_integer() else None
 
 
 def coerce_numbers(entry: dict[str, Any], keys: Sequence[str]) -> bool:
-    """Replace texts that are numbers by these numbers, in place; also within a list.
+    """Convert numbers written as strings, in place, also within a list.
 
     Args:
-        entry: of a json.
-        keys: where to look.
+        entry: an object of a json.
+        keys: keys whose values are converted.
 
     Returns:
-        whether there was one.
+        True if a value was converted.
     """
-    found = False
+    converted = False
     for key in keys:
         value = entry.get(key)
+        number: Any
         if type(value) is str:
-            plain = _plain(value)
+            number = _parse_number(value)
         elif type(value) is list and str in map(type, value):
-            plain = [_plain(item) if type(item) is str else item for item in value]
+            number = [_parse_number(item) if type(item) is str else item for item in value]
         else:
             continue
-        found |= plain != value
-        entry[key] = plain
-    return found
+        converted |= number != value
+        entry[key] = number
+    return converted
 
 
-def _plain(text: str) -> int | float | str:
+def _parse_number(text: str) -> int | float | str:
+    """Return the number that a string stands for, or the string itself."""
     word = text.strip().lower()
     if word in _WORDS:
         return _WORDS[word]
-    for kind in (int, float):
+    for number_type in (int, float):
         try:
-            return kind(word)
-        except ValueError:  # also an int of thousands of digits
+            return number_type(word)
+        except ValueError:  # also raised for an int of thousands of digits
             continue
     return text
 
 
 def mask_box(mask: Any) -> list[float] | None:
-    """The box (x, y, w, h) in pixels around a COCO segmentation, without drawing it.
+    """Compute the box (x, y, w, h) in pixels around a COCO segmentation, without rasterizing it.
 
     Args:
-        mask: polygons [x0, y0, x1, y1, ...] of three or more points in all, however the list is nested, or {"size":
-            [h, w], "counts": run lengths down the columns, as a list or in COCO's compressed text}.
+        mask: polygons [x0, y0, x1, y1, ...] of three or more points in total, in a list of any nesting, or {"size":
+            [h, w], "counts": run lengths down the columns, as a list or as COCO's compressed string}.
 
     Returns:
-        the box; None where the mask is empty or malformed.
+        the box; None if the mask is empty or malformed.
     """
     try:
         if isinstance(mask, dict):

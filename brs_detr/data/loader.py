@@ -1,8 +1,7 @@
-"""Batches of padded images from a dataset, with workers.
+"""Data loaders that return padded batches, and the batch samplers behind them.
 
-Which images make which batch, in which process: decided from (seed, epoch) alone, alike in every process.
-
-Training batches by (epoch, position), from a DataLoader whose batch sampler can be placed there.
+Which images form which batch of which rank depends on (seed, epoch) alone, so that every rank computes the same
+assignment without communication, and a run resumes in the middle of an epoch.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from brs_detr.ops.images import Batch, ImageBatch
 
 
 def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[ImageBatch, list[Target]]:
-    """Pad images to one batch and keep the targets as a list.
+    """Pad images to a batch and keep the targets as a list.
 
     Args:
         samples: pairs of a (3, h, w) uint8 image and its target.
@@ -31,9 +30,9 @@ def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[ImageBatch, list[
     Returns:
         the padded batch, and one target per image.
     """
-    images, targets = zip(*samples, strict=True)
+    images, targets = [image for image, _ in samples], [target for _, target in samples]
     counts = [len(target["labels"]) for target in targets]
-    # views of two tensors: workers hand over one open file per storage, and many small ones exhaust the limit
+    # views of two tensors: workers pass one file descriptor per storage, and many small storages exhaust the limit
     boxes = torch.cat([target["boxes"] for target in targets]).split(counts)
     labels = torch.cat([target["labels"] for target in targets]).split(counts)
     targets = [{**t, "boxes": b, "labels": l} for t, b, l in zip(targets, boxes, labels, strict=True)]
@@ -41,7 +40,7 @@ def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[ImageBatch, list[
 
 
 def _collate_for_transfer(samples: Sequence[tuple[Tensor, Target]]) -> Any:
-    """`collate`, and in a worker what may be sent to the training process."""
+    """Collate, and in a worker convert the batch to what can be sent to the training process."""
     batch = collate(samples)
     return batch if get_worker_info() is None else move_to_shared_memory(batch)
 
@@ -56,16 +55,18 @@ def build_train_loader(
     pin_memory: bool | None = None,
     timeout: float | None = None,
 ) -> WatchedLoader:
-    """Loader of `(ImageBatch, targets)` for training; `loader.batch_sampler.set_epoch(epoch, start_batch)` before use.
+    """Build the training loader of `(ImageBatch, targets)`.
+
+    Call `loader.batch_sampler.set_epoch(epoch, start_batch)` before iterating.
 
     Args:
         dataset: images and boxes.
-        batch_size: images of one process in one step.
-        workers: processes that read and augment; results do not depend on their number.
-        seed: of the shuffling (the dataset has its own for the augmentation).
-        rank, world_size: this process and their number.
-        pin_memory: page-locked batches; by default when there is a GPU.
-        timeout: seconds to wait for a batch; None waits for ever.
+        batch_size: images per process and step.
+        workers: number of processes that read and augment; results do not depend on it.
+        seed: seed of the shuffling (the augmentation has its own in the dataset).
+        rank, world_size: rank of this process and number of processes.
+        pin_memory: use page-locked batches; by default if there is a GPU.
+        timeout: seconds to wait for a batch; None waits indefinitely.
     """
     batches = TrainBatches(dataset.packed.image_sizes, batch_size, seed, rank, world_size)
     return _loader(dataset, batches, workers, pin_memory, timeout)
@@ -81,13 +82,13 @@ def build_eval_loader(
     pin_memory: bool | None = None,
     timeout: float | None = None,
 ) -> WatchedLoader:
-    """Loader of `(ImageBatch, targets)` for evaluation: every image exactly once over all processes.
+    """Build the evaluation loader of `(ImageBatch, targets)`, with every image exactly once over all processes.
 
     Args:
         dataset: images and boxes, opened with `train=False`.
-        batch_size: largest number of images in a batch.
+        batch_size: maximum number of images in a batch.
         workers, rank, world_size, pin_memory, timeout: as for `build_train_loader`.
-        group_equal_shapes: put only images of the same resized shape in a batch, so that there is no padding.
+        group_equal_shapes: batch only images of the same resized shape, so that there is no padding.
     """
     shapes = None
     if group_equal_shapes:
@@ -111,38 +112,39 @@ def _loader(
         batch_sampler=batches,
         collate_fn=_collate_for_transfer,
         pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
-        generator=torch.Generator(),  # else each epoch draws from the global state, and a resumed run differs
+        # its own generator: otherwise each epoch draws from the global random state, and a resumed run differs
+        generator=torch.Generator(),
     )
 
 
 class TrainBatches:
-    """Shuffled batches of images that are all wide (w > h) or all not, shared out among processes.
+    """Batch sampler that shuffles, groups images by orientation (landscape or not), and splits batches among ranks.
 
-    Every image comes once per epoch. All batches are full and all processes get equally many: what is missing at the
-    end is filled with images from the beginning of the epoch's order. At most one batch mixes both orientations.
+    Every image occurs once per epoch. All batches are full and all ranks get the same number: missing images at the
+    end are taken from the beginning of the epoch's order. At most one batch mixes both orientations.
 
     Args:
         sizes: (I, 2) (h, w) of the images.
-        batch_size: images in a batch of one process.
-        seed: of the shuffling.
-        rank, world_size: this process and their number.
+        batch_size: images per process and batch.
+        seed: seed of the shuffling.
+        rank, world_size: rank of this process and number of processes.
 
-    Yields lists of (image number, epoch). The state is the pair (epoch, start_batch), see `set_epoch`.
+    Yields lists of (image index, epoch). The state is the pair (epoch, start_batch), see `set_epoch`.
     """
 
     def __init__(self, sizes: np.ndarray, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
         if len(sizes) == 0 or batch_size < 1:
-            raise ValueError("a training loader needs at least one image and a batch size of at least 1.")
+            raise ValueError("training loader: needs at least one image and a batch size of at least 1.")
         self._wide = np.asarray(sizes)[:, 1] > np.asarray(sizes)[:, 0]
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.epoch = self.start_batch = 0
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Choose the epoch to iterate, and how many of this process's batches to leave out at its beginning."""
+        """Set the epoch to iterate, and how many of this rank's batches to skip at its beginning."""
         self.epoch, self.start_batch = epoch, start_batch
 
     def __len__(self) -> int:
-        """Batches of one process in a whole epoch."""
+        """Return the number of batches of one rank in an epoch, skipped ones included."""
         return -(-len(self._wide) // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -151,7 +153,7 @@ class TrainBatches:
             yield [(int(index), self.epoch) for index in batch]
 
     def _all_batches(self) -> np.ndarray:
-        """(batches of all processes, batch_size) image numbers."""
+        """Return (number of batches of all ranks, batch_size) image indices, the same in every rank."""
         random = np.random.default_rng([self.seed, self.epoch])
         order = random.permutation(len(self._wide))
         full, rest = [], []
@@ -159,23 +161,25 @@ class TrainBatches:
             cut = len(group) // self.batch_size * self.batch_size
             full.append(group[:cut].reshape(-1, self.batch_size))
             rest.append(group[cut:])
-        wanted = len(self) * self.world_size - sum(map(len, full))
+        num_missing_batches = len(self) * self.world_size - sum(map(len, full))
         last = np.concatenate(rest)
-        missing = wanted * self.batch_size - len(last)
-        last = np.concatenate([last, np.resize(order, missing)]).reshape(-1, self.batch_size)
+        num_missing = num_missing_batches * self.batch_size - len(last)
+        # resize repeats the order if a tiny dataset has fewer images than are missing
+        last = np.concatenate([last, np.resize(order, num_missing)]).reshape(-1, self.batch_size)
         batches = np.concatenate([*full, last])
+        # shuffled again: otherwise all landscape batches would come before all portrait ones
         return batches[random.permutation(len(batches))]
 
 
 class EvalBatches:
-    """Batches that show each image exactly once over all processes, in a fixed order.
+    """Batch sampler with each image exactly once over all ranks, in a fixed order.
 
     Args:
         count: number of images.
-        batch_size: largest number of images in a batch.
-        rank, world_size: this process and their number; they may get one batch more or fewer.
-        shapes: (h, w) of each image as the model sees it; if given, a batch holds images of one shape only, so that
-            no image is padded and what else is in its batch cannot change what is found in it.
+        batch_size: maximum number of images in a batch.
+        rank, world_size: rank of this process and number of processes; ranks may differ by one batch.
+        shapes: (h, w) of each image as the model sees it; if given, a batch has images of one shape only, so that no
+            image is padded and its detections do not depend on the rest of the batch.
     """
 
     def __init__(
@@ -202,20 +206,22 @@ class EvalBatches:
 
 
 class EpochBatches:
-    """The trainer's view of a training loader.
+    """Training batches by epoch and position, for the trainer.
 
     Args:
-        loader: its `batch_sampler` has `set_epoch(epoch, start_batch)`.
+        loader: a loader whose `batch_sampler` has `set_epoch(epoch, start_batch)`.
     """
 
-    def __init__(self, loader: DataLoader):
+    def __init__(self, loader: DataLoader) -> None:
         self.loader = loader
+        # DataLoader's type allows any batch sampler, or None
+        self._batch_sampler: Any = loader.batch_sampler
 
     def __len__(self) -> int:
-        return len(self.loader.batch_sampler)
+        return len(self._batch_sampler)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Batches of an epoch from position `start`, which may lie past its end; earlier ones are not even read."""
-        self.loader.batch_sampler.set_epoch(epoch, start)
-        # accumulation that does not divide the epoch counts its last step as a full one, so `start` may be too large
+        """Iterate over an epoch from batch `start`, which may be past its end; skipped batches are not read."""
+        self._batch_sampler.set_epoch(epoch, start)
+        # if accumulation does not divide the epoch, its last step counts as a full one, so `start` may be too large
         return islice(iter(self.loader), max(0, len(self) - start))

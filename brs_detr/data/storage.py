@@ -1,7 +1,7 @@
-"""Reading files from a storage that may fail for a while: it is asked again, and then the run is interrupted.
+"""Read files with retries, since a network storage may fail for a while; then the run is interrupted.
 
-What the operating system reports is no word on the file itself: a file server that restarts reports files as missing
-that are there a second later. Only a file that was read and cannot be decoded is damaged.
+An error of the operating system says nothing about the file itself: a file server that restarts reports existing files
+as missing. Only a file that was read and cannot be decoded is damaged.
 """
 
 from __future__ import annotations
@@ -17,52 +17,53 @@ from brs_detr.exit_codes import ExitCode, Interruption
 from brs_detr.user_files import NotRegularFileError, printable, read_file
 
 Result = TypeVar("Result")
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between two attempts; each pause is twice the one before
-_OF_THE_NAME = (errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)  # no storage mends these
+FIRST_PAUSE, MAX_PAUSE = 0.1, 5.0  # seconds between two attempts; each pause is twice the one before
+_BAD_PATH = (errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)  # permanent: no retry helps
 _ABSENT = (errno.ENOENT, errno.EACCES, errno.EPERM)
 _console = logging.getLogger(__name__)
 
 
 class StorageError(Interruption):
-    """A file that was there could not be read for so long that the run ends; the message names it."""
+    """A file that existed could not be read for so long that the run ends; the message names it."""
 
     code = ExitCode.STORAGE
 
 
-def read_bytes(path: str | Path, most: int | None, setting: str, retry_seconds: float | None) -> bytes:
-    """The content of a regular file.
+def read_bytes(path: str | Path, max_bytes: int | None, setting: str, retry_seconds: float | None) -> bytes:
+    """Read a regular file, with retries.
 
     Args:
         path: the file.
-        most, setting: its largest size, and the setting that allows more, see `user_files.open_regular`.
-        retry_seconds: for how long to try again where the storage fails; None raises what the system says at once.
+        max_bytes, setting: maximum size, and the setting that allows more, see `user_files.open_regular`.
+        retry_seconds: how long to retry when the storage fails; None raises the first error.
 
     Raises:
-        StorageError: it failed until then.
-        UserFileError: the file is too large; without retrying, also one that is no regular file.
-        OSError: the path cannot be that of a file: it is a folder, for instance.
+        StorageError: the storage still failed after that time.
+        UserFileError: the file is too large; without retries, also if it is not a regular file.
+        OSError: the path cannot be that of a file, for instance because it is a folder.
     """
     if retry_seconds is None:
-        return read_file(path, most, setting)
-    return persist(lambda: read_file(path, most, setting), path, retry_seconds)
+        return read_file(path, max_bytes, setting)
+    return persist(lambda: read_file(path, max_bytes, setting), path, retry_seconds)
 
 
 def persist(
     attempt: Callable[[], Result], path: str | Path, retry_seconds: float, *, from_the_start: bool = False
 ) -> Result:
-    """What `attempt` returns, tried again while the storage fails.
+    """Call `attempt` and return its result, with retries while the storage fails.
 
     Args:
-        attempt: reads the file; any other error than the storage's is raised at once.
+        attempt: reads the file; errors other than those of the storage are raised at once.
         path: named in messages.
-        retry_seconds: for how long to try.
-        from_the_start: the file has never been read, so one that is absent or no regular file is not the storage's
-            fault; otherwise such a file was another before.
+        retry_seconds: how long to retry.
+        from_the_start: True if the file has never been read: a file that is absent or not regular is then an error
+            of the dataset, and raised at once; otherwise the file has changed, which counts as a storage failure.
 
     Raises:
-        StorageError: the storage failed until then.
+        StorageError: the storage still failed after that time.
     """
     deadline, pause = time.monotonic() + retry_seconds, FIRST_PAUSE
+    problem: Exception
     while True:
         try:
             return attempt()
@@ -71,17 +72,17 @@ def persist(
                 raise
             problem, reason = error, str(error)
         except OSError as error:
-            # Pillow's own errors have no number: they are about the content
-            if error.errno is None or error.errno in (*_OF_THE_NAME, *(_ABSENT if from_the_start else ())):
+            # Pillow raises OSError without errno for damaged content
+            if error.errno is None or error.errno in (*_BAD_PATH, *(_ABSENT if from_the_start else ())):
                 raise
             problem, reason = error, error.strerror or str(error)
         if time.monotonic() + pause > deadline:
-            tried = f", tried for {retry_seconds:g} s (data.retry_seconds)" if retry_seconds else ""
+            tried = f", retried for {retry_seconds:g} s (data.retry_seconds)" if retry_seconds else ""
             raise StorageError(
-                f"{path}: the storage does not give this file: {reason}{tried}. Mend the storage or restore the "
-                "file, then start again; a training goes on with --resume."
+                f"{path}: the storage cannot read this file: {reason}{tried}. Repair the storage or restore the "
+                "file, then start again; continue a training with --resume."
             ) from problem
-        if pause == FIRST_PAUSE:
-            _console.warning("%s: %s; tried again for %g s.", printable(path), reason, retry_seconds)
+        if pause == FIRST_PAUSE:  # one warning per file, not one per attempt
+            _console.warning("%s: %s. Retrying for %g s.", printable(path), reason, retry_seconds)
         time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
+        pause = min(2 * pause, MAX_PAUSE)

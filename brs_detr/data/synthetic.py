@@ -1,10 +1,8 @@
-"""A generated detection dataset: geometric shapes before cluttered, textured backgrounds, in COCO's format.
+"""Generate a detection dataset of geometric shapes on cluttered, textured backgrounds, in COCO's format.
 
-Color, texture, size and place are drawn independently of the class; strokes, blobs and corners that belong to no class
-lie between the objects; objects cover one another and stick out of the image. Boxes and polygons are those of the
-visible part. Each image depends on (seed, split, number) alone.
-
-Outlines of masks as COCO polygons, and the outlines of the shapes that the synthetic scenes show.
+Color, texture, size and position are drawn independently of the class; strokes, blobs and corners that belong to no
+class are drawn between the objects; objects occlude one another and are truncated by the image border. Boxes and
+polygons are those of the visible part. Each image depends on (seed, split, number) alone.
 """
 
 from __future__ import annotations
@@ -17,12 +15,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-# ids with gaps and out of order, as other people's datasets have them
+# ids with gaps and out of order, as in real datasets: code that takes an id for a label fails on it
 CATEGORY_IDS = {"disc": 7, "ring": 3, "rectangle": 20, "triangle": 11, "star": 42}
-SUPERSAMPLING = 3
-MIN_VISIBLE = 0.55
-MIN_INSIDE = 0.75
-MIN_CONTRAST = 80.0
+SUPERSAMPLING = 3  # masks are drawn this much larger, for soft edges and boxes of fractions of a pixel
+MIN_VISIBLE = 0.55  # fraction of an object's area that others must leave visible, so that its class can be seen
+MIN_INSIDE = 0.75  # fraction of an object's area that must lie within the image
+MIN_CONTRAST = 80.0  # distance in RGB between an object and the mean color behind it
 
 
 def make_dataset(
@@ -40,7 +38,7 @@ def make_dataset(
         out_dir: folder to write to; made if absent.
         train, val: number of images.
         image_size: long side in pixels; the short side is 3/4 of it or more.
-        max_objects: most objects in an image; about one image in 40 has none.
+        max_objects: maximum number of objects in an image; about one image in 40 has no object.
         seed: the same seed gives the same bytes on one machine.
 
     Returns:
@@ -69,12 +67,12 @@ def make_dataset(
 
 
 def draw_scene(random: np.random.Generator, image_size: int, max_objects: int) -> tuple[np.ndarray, list[dict]]:
-    """One image and its objects.
+    """Draw one image and its objects.
 
     Args:
-        random: source of everything in it.
+        random: source of all random numbers.
         image_size: long side in pixels.
-        max_objects: most objects.
+        max_objects: maximum number of objects.
 
     Returns:
         (h, w, 3) uint8 and the COCO annotations without ids.
@@ -85,7 +83,9 @@ def draw_scene(random: np.random.Generator, image_size: int, max_objects: int) -
     for _ in range(random.integers(1, 5)):
         _draw_clutter(random, canvas)
     count = 0 if random.random() < 0.025 else random.integers(1, max_objects + 1)
-    shapes, visible, full = [], [], []
+    shapes: list[str] = []
+    visible: list[np.ndarray] = []  # masks of the parts that later objects leave visible
+    full: list[float] = []
     for _ in range(count):
         placed = _place(random, canvas, visible, full)
         if placed is not None:
@@ -98,7 +98,7 @@ def draw_scene(random: np.random.Generator, image_size: int, max_objects: int) -
 
 
 def _background(random: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """(h, w, 3) float32: a color gradient, smooth noise of three grain sizes, and sometimes stripes or squares."""
+    """Draw (h, w, 3) float32: a color gradient, smooth noise of three grain sizes, and sometimes stripes or squares."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     first, second = random.uniform(30, 225, (2, 3))
     angle = random.uniform(0, 2 * np.pi)
@@ -121,7 +121,7 @@ def _background(random: np.random.Generator, height: int, width: int) -> np.ndar
 
 
 def _draw_clutter(random: np.random.Generator, canvas: np.ndarray) -> None:
-    """Paint one thing that is no object: a stroke, an arc, a wobbly blob or an angle."""
+    """Paint a distractor, which belongs to no class: a stroke, an arc, a wobbly blob or an angle."""
     height, width = canvas.shape[:2]
     size = min(height, width)
     mask = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
@@ -154,10 +154,14 @@ def _draw_clutter(random: np.random.Generator, canvas: np.ndarray) -> None:
 def _place(
     random: np.random.Generator, canvas: np.ndarray, visible: list[np.ndarray], full: list[float]
 ) -> tuple[str, np.ndarray, float] | None:
-    """Paint an object where it hides nothing too much; None if there is no room. Returns its shape, its visible mask
-    on the supersampled grid, and the area of the whole shape on that grid."""
+    """Paint an object where it does not occlude others too much.
+
+    Returns:
+        its shape, its visible mask on the supersampled grid, and the area of the full shape on that grid; None if
+        there is no room.
+    """
     height, width = canvas.shape[:2]
-    for _ in range(8):
+    for _ in range(8):  # attempts: a crowded image may have no room at all
         shape = SHAPES[random.integers(len(SHAPES))]
         radius = min(height, width) * np.exp(random.uniform(np.log(0.09), np.log(0.32)))
         center = random.uniform(0, 1, 2) * (width, height)
@@ -179,7 +183,7 @@ def _place(
 
 
 def _contrasting(random: np.random.Generator, behind: np.ndarray) -> np.ndarray:
-    """A random color (3,) that can be told from the one behind it."""
+    """Draw a random color (3,) that differs clearly from the one behind it."""
     while True:
         color = random.uniform(15, 240, 3)
         if np.linalg.norm(color - behind) > MIN_CONTRAST:
@@ -191,9 +195,10 @@ def _paint(random: np.random.Generator, canvas: np.ndarray, mask: Image.Image, c
     angle, slope, striped = random.uniform(0, 2 * np.pi), random.uniform(0, 0.5), random.random() < 0.3
     strength, period = random.uniform(0.08, 0.2), random.uniform(3, 10)
     small = mask.reduce(SUPERSAMPLING)
-    if small.getbbox() is None:
+    extent = small.getbbox()
+    if extent is None:
         return
-    left, top, right, bottom = small.getbbox()
+    left, top, right, bottom = extent
     alpha = np.asarray(small.crop((left, top, right, bottom)), np.float32)[..., None] / 255
     y, x = np.mgrid[top:bottom, left:right].astype(np.float32)
     along = x * np.cos(angle) + y * np.sin(angle)
@@ -219,17 +224,17 @@ def _annotation(shape: str, visible: np.ndarray) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `make-dataset`."""
+    """Add the arguments of `make-dataset`."""
     parser.add_argument("out", help="folder to write to")
     parser.add_argument("--train", type=int, default=1000, help="training images (default 1000)")
     parser.add_argument("--val", type=int, default=200, help="validation images (default 200)")
     parser.add_argument("--image-size", type=int, default=80, help="long side in pixels (default 80)")
-    parser.add_argument("--max-objects", type=int, default=4, help="most objects in an image (default 4)")
+    parser.add_argument("--max-objects", type=int, default=4, help="maximum number of objects in an image (default 4)")
     parser.add_argument("--seed", type=int, default=0)
 
 
 def run(args: argparse.Namespace) -> int:
-    """`make-dataset`: write the dataset and say what was written."""
+    """Run `make-dataset`: write the dataset and print a summary."""
     out = make_dataset(
         args.out,
         train=args.train,
@@ -248,11 +253,11 @@ SHAPES = ("disc", "ring", "rectangle", "triangle", "star")
 
 
 def shape_outline(shape: str, random: np.random.Generator) -> list[np.ndarray]:
-    """A random member of a family of shapes: turned, squeezed, inside the unit circle.
+    """Draw the outlines of a shape within the unit circle, randomly rotated and squeezed.
 
     Args:
         shape: one of `SHAPES`.
-        random: source of the variation.
+        random: source of all random numbers.
 
     Returns:
         closed outlines (k, 2), the outer one first, then holes.
@@ -269,7 +274,7 @@ def shape_outline(shape: str, random: np.random.Generator) -> list[np.ndarray]:
         angles = 2 * np.pi / 3 * np.arange(3) + random.uniform(-0.3, 0.3, 3)
         outlines = [np.stack([np.cos(angles), np.sin(angles)], 1)]
     elif shape == "star":
-        angles = np.pi / 5 * np.arange(10)
+        angles = np.pi / 5 * np.arange(10.0)
         radius = np.where(np.arange(10) % 2, random.uniform(0.38, 0.5), 1.0)
         outlines = [np.stack([radius * np.cos(angles), radius * np.sin(angles)], 1)]
     elif shape != "disc":

@@ -1,6 +1,6 @@
-"""The multi-scale augmentation of DETR-like detectors: flip, then resize, or resize, crop and resize again.
+"""Multi-scale augmentation of DETR-like detectors: flip, then resize, or resize, crop and resize again.
 
-Every random number comes from a generator given by the caller, so an image's augmentation depends on the seed, the
+Every random number is drawn from a generator given by the caller, so an image's augmentation depends on the seed, the
 epoch and the image alone: not on the number of workers, and not on whether the run was resumed.
 """
 
@@ -20,28 +20,28 @@ Size = tuple[int, int]
 
 
 def resized_size(height: float, width: float, short_side: float, long_side: float) -> Size:
-    """(h, w) with the aspect ratio kept, the short side at `short_side` unless the long side would pass `long_side`."""
+    """Return (h, w) with the same aspect ratio: short side `short_side`, unless the long side exceeds `long_side`."""
     scale = min(long_side / max(height, width), short_side / min(height, width))
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 class TrainTransforms:
-    """Flip, then one of two policies, as DETR's recipe has them.
+    """Random flip, then one of DETR's two resizing policies.
 
     Policy A resizes to a short side chosen from `short_sides`. Policy B resizes to a short side of
     `crop_short_sides`, cuts out a random rectangle whose sides are integers from `crop_size`, and then does A.
-    Boxes follow, are clipped, and are kept when anything of them is left; a crop may be empty.
+    Boxes are transformed and clipped, and dropped if nothing of them is left; a crop may have no boxes.
 
     Args:
         short_sides: short sides in pixels to choose from.
-        long_side: the long side never passes this.
+        long_side: maximum long side in pixels.
         crop_short_sides: short sides in pixels before the crop.
         crop_long_side: as `long_side`, before the crop.
-        crop_size: smallest and largest side of the crop in pixels; a smaller image is not enlarged for it.
+        crop_size: minimum and maximum side of the crop in pixels; a smaller image is not enlarged for it.
         crop: probability of policy B.
         flip: probability of a horizontal flip.
         color_jitter: brightness, contrast and saturation each change by a factor within 1 +- this; 0 is off.
-        antialias: low-pass filter when shrinking. It changes nothing when enlarging; the official code has none.
+        antialias: low-pass filter when downscaling. No effect when upscaling; the official code does not use it.
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class TrainTransforms:
 
         Args:
             image: (3, h, w) uint8.
-            target: has "boxes" (n, 4) float32 xyxy pixels and "labels" (n,); other entries pass through.
+            target: has "boxes" (n, 4) float32 xyxy pixels and "labels" (n,); other entries are returned unchanged.
             generator: source of every random choice.
 
         Returns:
-            the same two, of another size; boxes and labels may be fewer.
+            the augmented image and target; it may have fewer boxes and labels.
         """
         boxes, labels = _as_boxes(target["boxes"], image), target["labels"]
         if _uniform(generator) < self.flip:
@@ -89,9 +89,9 @@ class TrainTransforms:
         return image.contiguous(), {**target, "boxes": boxes.as_subclass(Tensor), "labels": labels}
 
     def largest_sizes(self, height: int, width: int) -> list[Size]:
-        """(h, w) of the tallest, the widest and the largest images that one of this size can become.
+        """Return (h, w) of the tallest, the widest and the largest images that one of this size can become.
 
-        A crop can turn a wide image tall, so the sizes of both policies count.
+        A crop of a landscape image can be portrait, so the sizes of both policies count.
         """
         ratios = [width / height] if self.crop < 1 else []
         for short_side in self.crop_short_sides if self.crop > 0 else ():
@@ -99,7 +99,7 @@ class TrainTransforms:
             low, high = self.crop_size
             narrowest, widest = min(w, low) / min(h, high), min(w, high) / min(h, low)
             ratios += [narrowest, widest]
-            # with both sides at their limit the area is largest, wherever a crop can have that ratio
+            # the area is largest with both sides at their maximum, if a crop can have that ratio
             full = self.long_side / max(self.short_sides)
             ratios += [min(max(ratio, narrowest), widest) for ratio in (full, 1 / full)]
         return [resized_size(1.0, ratio, max(self.short_sides), self.long_side) for ratio in ratios]
@@ -131,17 +131,19 @@ class TrainTransforms:
 
 
 class EvalTransforms:
-    """One resize that keeps the aspect ratio; boxes follow. Arguments as for `TrainTransforms`."""
+    """Resize with the aspect ratio kept, of image and boxes. Arguments as for `TrainTransforms`."""
 
     def __init__(self, short_side: int = 800, long_side: int = 1333, antialias: bool = True) -> None:
         self.short_side, self.long_side, self.antialias = short_side, long_side, antialias
 
     def output_size(self, height: int, width: int) -> Size:
-        """(h, w) that an image of this size will have."""
+        """Return (h, w) of an image of this size after resizing."""
         return resized_size(height, width, self.short_side, self.long_side)
 
-    def __call__(self, image: Tensor, target: Target, generator: torch.Generator | None = None) -> tuple:
-        """(3, h, w) uint8 and its target, resized."""
+    def __call__(
+        self, image: Tensor, target: Target, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Target]:
+        """Resize a (3, h, w) uint8 image and its target; `generator` is unused."""
         size = self.output_size(image.shape[-2], image.shape[-1])
         boxes = F.resize(_as_boxes(target["boxes"], image), list(size)).as_subclass(Tensor)
         return _resize_image(image, size, self.antialias), {**target, "boxes": boxes}
@@ -163,5 +165,5 @@ def _uniform(generator: torch.Generator) -> float:
 
 
 def _integer(low: int, high: int, generator: torch.Generator) -> int:
-    """An integer from low to high, both included."""
+    """Draw an integer from low to high, both included."""
     return int(torch.randint(low, high + 1, (), generator=generator))

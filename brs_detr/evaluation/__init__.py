@@ -1,1 +1,1 @@
-"""COCO average precision and images of predictions. Knows nothing of models."""
+"""COCO's average precision, LRP and the confusion matrix, independent of models."""

@@ -1,9 +1,9 @@
-"""COCO's average precision and recall of boxes, by COCO's own code.
+"""Compute COCO's average precision and recall of boxes with COCO's own code.
 
 pycocotools is the reference; `faster-coco-eval`'s compiled version of the same algorithm runs instead (the numbers
 agree to rounding, see the tests), or pycocotools itself where that package cannot be installed.
 
-Detections in COCO's result format: `{"image_id", "category_id", "bbox" (x, y, w, h), "score"}`.
+Detections are in COCO's result format: `{"image_id", "category_id", "bbox" (x, y, w, h), "score"}`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brs_detr.evaluation.ground_truth import GroundTruth, whole_id
+from brs_detr.evaluation.ground_truth import GroundTruth, parse_id
 from brs_detr.evaluation.matching import ClassMatches, confusion_matrix, match_classes, optimal_lrp
 from brs_detr.evaluation.summary import Summary
 
@@ -40,31 +40,31 @@ def evaluate_coco(
     extended: bool = True,
     backend: str = "auto",
 ) -> Summary:
-    """Compare detections with annotations, as COCO does.
+    """Evaluate detections against annotations as COCO does.
 
     Args:
         annotations: a COCO json, its content, or a checked `GroundTruth` (saves reading it for every evaluation).
         results: COCO results with original category ids: a list of dicts, or columns `image_id`, `category_id`,
             `bbox` (n, 4) xywh and `score`.
-        image_ids: evaluate these images only; default all of the annotation file.
-        max_detections: detections counted for each image and class; AP uses the largest, AR is given for each.
+        image_ids: images to evaluate; by default all of the annotation file.
+        max_detections: maximum numbers of detections per image and class; AP uses the largest, AR is computed for each.
         extended: also match at IoU 0.5 for precision, recall and F1 at the best score, oLRP and the confusion matrix.
         backend: `auto`, `pycocotools` or `faster`.
 
     Raises:
         FileNotFoundError: there is no such annotation file.
-        ValueError: the annotations are not COCO's format, or the results name unknown images or categories.
+        ValueError: the annotations are not in COCO's format, or the results name unknown images or categories.
     """
     truth = GroundTruth.read(annotations)
-    detections, broken = check_results(results, truth.image_ids, truth.names)
+    detections, num_invalid = check_results(results, truth.image_ids, truth.names)
     chosen = sorted(set(truth.image_ids if image_ids is None else image_ids))
     if unknown := set(chosen) - set(truth.image_ids):
-        raise ValueError(f"{len(unknown)} images to evaluate are not in the annotations, such as {min(unknown)}")
+        raise ValueError(f"image_ids: {len(unknown)} images are not in the annotations, such as {min(unknown)}")
     max_dets = sorted(int(number) for number in max_detections)
     precision, recall = _accumulate(truth, detections, chosen, max_dets, backend)
-    wanted = set(chosen)
-    boxes = [a for a in truth.dataset["annotations"] if a["image_id"] in wanted]
-    detections = [d for d in detections if d["image_id"] in wanted]
+    selected = set(chosen)
+    boxes = [a for a in truth.dataset["annotations"] if a["image_id"] in selected]
+    detections = [d for d in detections if d["image_id"] in selected]
     matches = match_classes(boxes, detections, list(truth.names), max_detections=max_dets[-1]) if extended else {}
     stats = _stats(precision, recall, max_dets)
     per_class = _per_class(truth, boxes, precision, recall, matches)
@@ -73,25 +73,29 @@ def evaluate_coco(
         stats |= {name: _mean(np.array([row[name] for row in per_class])) for name in LRP_NAMES}
         score_thresholds = {row["category_id"]: row["score"] for row in per_class if row["f1"] > 0}
         confusion = confusion_matrix(boxes, detections, truth.names, score_thresholds, max_detections=max_dets[-1])
-    notes = _notes(truth, chosen, max_dets[-1], broken, len(detections))
+    notes = _notes(truth, chosen, max_dets[-1], num_invalid, len(detections))
     curves = _curves(truth.names, precision)
     return Summary(stats, per_class, notes, curves, len(chosen), 0, len(detections), confusion)
 
 
 def fast_backend_installed() -> bool:
-    """Whether `faster-coco-eval` can be imported."""
+    """Return True if `faster-coco-eval` can be imported."""
     return importlib.util.find_spec("faster_coco_eval") is not None
 
 
 def _accumulate(
     truth: GroundTruth, detections: list[dict], image_ids: list[int], max_dets: list[int], backend: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """COCO's precision (IoU, recall, class, area, limit) and recall (IoU, class, area, limit); -1 where undefined."""
+    """Run COCO's evaluation.
+
+    Returns:
+        precision (IoU, recall, class, area, max_dets) and recall (IoU, class, area, max_dets); -1 where undefined.
+    """
     # Re-index ids: faster-coco-eval stores them as float64 and merges ids above 2^53.
     images = {image: number for number, image in enumerate(image_ids, 1)}
     classes = {category: number for number, category in enumerate(truth.names, 1)}
     if backend not in ("auto", "pycocotools", "faster"):
-        raise ValueError(f"backend {backend} is not known; write auto, pycocotools or faster")
+        raise ValueError(f"backend {backend}: unknown. Use auto, pycocotools or faster.")
     with contextlib.redirect_stdout(io.StringIO()):  # COCO's code prints its progress
         if backend == "faster" or (backend == "auto" and fast_backend_installed()):
             from faster_coco_eval import COCO
@@ -102,7 +106,7 @@ def _accumulate(
         sides = []
         for annotations in (truth.dataset["annotations"], detections):
             side = COCO()
-            # copies, since the evaluation writes its own marks into the annotations
+            # copies, since the evaluation adds entries of its own to the annotations
             copies = [
                 {**row, "image_id": images[row["image_id"]], "category_id": classes[row["category_id"]]}
                 for row in annotations
@@ -119,17 +123,20 @@ def _accumulate(
         evaluation.params.maxDets = max_dets
         evaluation.evaluate()
         evaluation.accumulate()
+    # COCO's 10 IoU thresholds 0.5:0.05:0.95, 101 recalls 0:0.01:1, and 4 area ranges
     shape = (10, 101, len(truth.names), 4, len(max_dets))
     precision = np.asarray(evaluation.eval["precision"], np.float64).reshape(shape)
     return precision, np.asarray(evaluation.eval["recall"], np.float64).reshape(shape[0], *shape[2:])
 
 
 def _mean(values: np.ndarray) -> float:
+    """Average the entries that are defined; COCO marks others (classes without objects) with -1."""
     values = values[values > -1]
     return float(values.mean()) if values.size else -1.0
 
 
 def _stats(precision: np.ndarray, recall: np.ndarray, max_dets: list[int]) -> dict[str, float]:
+    """Compute COCO's overall figures; IoU index 0 is 0.50, index 5 is 0.75."""
     stats = {"AP": _mean(precision[..., 0, -1])}
     stats |= {"AP50": _mean(precision[0, ..., 0, -1]), "AP75": _mean(precision[5, ..., 0, -1])}
     stats |= {f"AP{size}": _mean(precision[..., area, -1]) for area, size in enumerate(SIZES) if size}
@@ -144,20 +151,26 @@ def _per_class(
     recall: np.ndarray,
     matches: dict[int, ClassMatches],
 ) -> list[dict[str, Any]]:
+    """Compute one row of measures per class, in the order of the category ids."""
     objects = Counter(a["category_id"] for a in boxes if not a["iscrowd"])
     images = Counter(category for _, category in {(a["image_id"], a["category_id"]) for a in boxes})
     rows = []
     for k, (category, name) in enumerate(truth.names.items()):
-        row = {"name": name, "category_id": category, "images": images[category], "objects": objects[category]}
+        row: dict[str, Any] = {
+            "name": name,
+            "category_id": category,
+            "images": images[category],
+            "objects": objects[category],
+        }
         row |= {"AP": _mean(precision[:, :, k, 0, -1]), "AP50": _mean(precision[0, :, k, 0, -1])}
         row["AP75"] = _mean(precision[5, :, k, 0, -1])
         row |= {f"AP{size}": _mean(precision[:, :, k, area, -1]) for area, size in enumerate(SIZES) if size}
         row["AR"] = _mean(recall[:, k, 0, -1])
         if category in matches:
             match = matches[category]
-            none = {"score": -1.0, "precision": -1.0, "recall": -1.0, "f1": -1.0}
+            undefined = {"score": -1.0, "precision": -1.0, "recall": -1.0, "f1": -1.0}
             error = optimal_lrp(match)
-            row |= match.best_f1() if match.objects else none
+            row |= match.best_f1() if match.objects else undefined
             parts = (error.error, error.localization, error.false_positives, error.false_negatives)
             row |= dict(zip(LRP_NAMES, parts, strict=True))
         rows.append(row)
@@ -165,27 +178,28 @@ def _per_class(
 
 
 def _curves(names: Mapping[int, str], precision: np.ndarray) -> dict[str, list[float]]:
-    """Precision at IoU 0.5 over COCO's 101 recalls of every class with objects; a name that comes twice gets its id."""
-    times, curves = Counter(names.values()), {}
+    """Return precision at IoU 0.5 over COCO's 101 recalls of each class with objects; equal names get their id."""
+    times = Counter(names.values())
+    curves: dict[str, list[float]] = {}
     for k, (category, name) in enumerate(names.items()):
         if precision[0, 0, k, 0, -1] > -1:
             curves[name if times[name] == 1 else f"{name} ({category})"] = precision[0, :, k, 0, -1].tolist()
     return curves
 
 
-def _notes(truth: GroundTruth, image_ids: list[int], max_dets: int, broken: int, detections: int) -> list[str]:
-    notes = [f"{count:,} x {fault}" for fault, count in sorted(truth.faults.items())]
+def _notes(truth: GroundTruth, image_ids: list[int], max_dets: int, num_invalid: int, detections: int) -> list[str]:
+    """List what a reader of the figures should know."""
+    notes = [f"{count:,} x {issue}" for issue, count in sorted(truth.issues.items())]
     max_objects, image = truth.max_objects(image_ids)
     if max_objects > max_dets:
         notes.append(
-            f"image {image} holds {max_objects} objects of one class but only {max_dets} detection(s) of a class "
-            "count: "
-            "its recall cannot reach 1; raise max_detections (the last number)"
+            f"image {image} has {max_objects} objects of one class but only {max_dets} detection(s) of a class count: "
+            "its recall cannot reach 1. Raise max_detections (the last number)."
         )
     if not max_objects:
-        notes.append("none of the images holds an object that counts: there is nothing to measure")
-    if broken:
-        notes.append(f"{broken:,} detections with NaN or infinity were left out")
+        notes.append("none of the images has an object that counts: there is nothing to measure")
+    if num_invalid:
+        notes.append(f"{num_invalid:,} detections with NaN or infinity were left out")
     if not detections:
         notes.append("there are no detections")
     return notes
@@ -197,10 +211,10 @@ Result = dict[str, Any]
 def detections_to_results(
     image_id: int, detections: Mapping[str, Tensor | np.ndarray], category_ids: Sequence[int]
 ) -> list[Result]:
-    """The detections of one image as COCO results.
+    """Convert the detections of one image to COCO results.
 
     Args:
-        image_id: as in the annotation file.
+        image_id: id of the image in the annotation file.
         detections: `boxes` (n, 4) xyxy pixels of the original image, `scores` (n,), `labels` (n,) int 0..C-1.
         category_ids: original category id of each label.
 
@@ -208,24 +222,24 @@ def detections_to_results(
         ValueError: a label has no category id.
     """
     boxes = torch.as_tensor(detections["boxes"]).detach().double().cpu().reshape(-1, 4)
-    boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
+    xywh = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
     labels = torch.as_tensor(detections["labels"]).tolist()
     scores = torch.as_tensor(detections["scores"]).float().tolist()
     if labels and not 0 <= min(labels) <= max(labels) < len(category_ids):
         raise ValueError(
-            f"image {image_id}: labels {min(labels)}..{max(labels)} for {len(category_ids)} category ids; "
-            "was the model trained on other classes?"
+            f"image {image_id}: labels {min(labels)}..{max(labels)} for {len(category_ids)} category ids. "
+            "Check that the model was trained on these classes."
         )
     return [
         {"image_id": int(image_id), "category_id": int(category_ids[label]), "bbox": box, "score": score}
-        for label, box, score in zip(labels, boxes, scores, strict=True)
+        for label, box, score in zip(labels, xywh, scores, strict=True)
     ]
 
 
 def check_results(
     results: Sequence[Result] | Mapping[str, np.ndarray], known_images: Iterable[int], known_categories: Iterable[int]
 ) -> tuple[list[Result], int]:
-    """COCO results as numbered annotations with areas, for COCO's evaluation code.
+    """Convert COCO results to numbered annotations with areas, for COCO's evaluation code.
 
     Args:
         results: a list of results, or columns `image_id` (n,), `category_id` (n,), `bbox` (n, 4) and `score` (n,).
@@ -233,7 +247,7 @@ def check_results(
         known_categories: ids of the annotation file.
 
     Returns:
-        The annotations, and how many results were dropped because a number in them was not finite.
+        the annotations, and the number of results that were dropped because a value was not finite.
 
     Raises:
         ValueError: an image or category id is not in the annotation file.
@@ -246,12 +260,12 @@ def check_results(
         unknown = set(ids.tolist()) - set(known)
         if unknown:
             raise ValueError(
-                f"the results name {len(unknown)} {what} ids that the annotations lack "
-                f"(such as {sorted(unknown, key=str)[:3]}); "
-                "do they belong to another annotation file?"
+                f"results: {len(unknown)} {what} ids are not in the annotations (such as "
+                f"{sorted(unknown, key=str)[:3]}). Check that they belong to this annotation file."
             )
     finite = np.isfinite(boxes).all(1) & np.isfinite(scores)
     rows = zip(images[finite].tolist(), categories[finite].tolist(), boxes[finite].tolist(), scores[finite].tolist())
+    # ids from 1: COCO's code treats a match with id 0 as unmatched
     annotations = [
         {"id": n, "image_id": i, "category_id": c, "bbox": b, "score": s, "area": b[2] * b[3], "iscrowd": 0}
         for n, (i, c, b, s) in enumerate(rows, 1)
@@ -260,14 +274,14 @@ def check_results(
 
 
 def finite_results(results: Iterable[Result]) -> list[Result]:
-    """The results that the evaluation counts: those without NaN or infinity, which no json can hold either."""
+    """Select the results without NaN or infinity, which are neither evaluated nor valid in a json."""
     return [result for result in results if all(map(math.isfinite, (*result["bbox"], result["score"])))]
 
 
 def _ids(values: Sequence[Any] | np.ndarray) -> np.ndarray:
-    """(n,) integers; of any size, and quoted ones too, where they are not an integer array already."""
+    """Convert ids to (n,) integers: unless it is an integer array already, of any size, and quoted ones too."""
     array = np.asarray(values)
-    return array if array.dtype.kind in "iu" else np.array([whole_id(value) for value in values], object)
+    return array if array.dtype.kind in "iu" else np.array([parse_id(value) for value in values], object)
 
 
 def _columns(results: Sequence[Result]) -> dict[str, list[Any]]:

@@ -1,7 +1,7 @@
-"""True boxes as COCO's evaluation code wants them, mended in memory by the rules that training follows.
+"""Check ground truth and repair it in memory for COCO's evaluation code, by the rules that training follows.
 
-COCO's code trusts its input: a missing area raises, a NaN box spoils the matching, an annotation whose id is 0 or taken
-twice counts as never found. So every annotation is checked and numbered anew; the file is not touched.
+COCO's code trusts its input: a missing area raises, a NaN box corrupts the matching, and an annotation with id 0 or a
+duplicate id counts as missed. So every annotation is checked and renumbered; the file is not changed.
 """
 
 from __future__ import annotations
@@ -23,53 +23,53 @@ class GroundTruth:
     """A checked dataset.
 
     Attributes:
-        dataset: `images`, `annotations`, `categories` in COCO's form, without masks.
+        dataset: `images`, `annotations`, `categories` in COCO's format, without masks.
         names: class name by category id, in ascending order of ids.
-        faults: how many entries were dropped or mended, by what was wrong.
+        issues: number of entries that were dropped or repaired, by issue.
     """
 
     dataset: dict[str, list[dict[str, Any]]]
     names: dict[int, str]
-    faults: Counter[str] = field(default_factory=Counter)
+    issues: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def read(cls, annotations: str | Path | dict[str, Any] | GroundTruth) -> GroundTruth:
-        """Check a COCO json or its content; what is checked already passes as it is.
+        """Check a COCO json or its content; a `GroundTruth` is returned unchanged.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is no regular file or gives a key two values, a list that COCO's format needs is missing, or
-                a category has no id.
+            ValueError: the file is not regular or gives a key two values, a list that COCO's format requires is
+                missing, or a category has no id.
         """
         if isinstance(annotations, cls):
             return annotations
         source = "the annotations"
-        if not isinstance(annotations, dict):
-            source = str(annotations)
-            annotations = _load(annotations)
+        content: Any = annotations
+        if isinstance(annotations, (str, Path)):
+            source, content = str(annotations), _load(annotations)
         for key in ("images", "annotations", "categories"):
-            if not isinstance(annotations, dict) or not isinstance(annotations.get(key), list):
+            if not isinstance(content, dict) or not isinstance(content.get(key), list):
                 raise ValueError(f"{source}: no list `{key}`, so this is not a COCO detection dataset")
-        faults: Counter[str] = Counter()
-        images = _images(annotations["images"], faults)
-        names = _names(annotations["categories"], source)
-        boxes = _annotations(annotations["annotations"], images, names, faults)
+        issues: Counter[str] = Counter()
+        images = _images(content["images"], issues)
+        names = _names(content["categories"], source)
+        boxes = _annotations(content["annotations"], images, names, issues)
         categories = [{"id": key, "name": names[key]} for key in sorted(names)]
         dataset = {"images": list(images.values()), "annotations": boxes, "categories": categories}
-        return cls(dataset, {c["id"]: c["name"] for c in categories}, faults)
+        return cls(dataset, {key: names[key] for key in sorted(names)}, issues)
 
     @property
     def image_ids(self) -> list[int]:
-        """Ids of all images."""
+        """Return the ids of all images."""
         return [image["id"] for image in self.dataset["images"]]
 
     def max_objects(self, image_ids: Iterable[int], *, by_class: bool = True) -> tuple[int, int | None]:
-        """(largest number of objects in one image, that image's id); of one class or of all. Crowds do not count."""
-        wanted = set(image_ids)
+        """Return (maximum number of objects in an image, that image's id), of one class or of all; without crowds."""
+        selected = set(image_ids)
         counts = Counter(
             (a["image_id"], a["category_id"] if by_class else None)
             for a in self.dataset["annotations"]
-            if a["image_id"] in wanted and not a["iscrowd"]
+            if a["image_id"] in selected and not a["iscrowd"]
         )
         if not counts:
             return 0, None
@@ -84,55 +84,58 @@ def _load(path: str | Path) -> Any:
         raise ValueError(f"{path}: {error}") from None
 
 
-def whole_id(value: Any) -> int | None:
-    """An id as an integer, which some tools quote or write as 3.0; None for anything else."""
+def parse_id(value: Any) -> int | None:
+    """Return an id as int, which some tools quote or write as 3.0; None for anything else."""
     if isinstance(value, str) and value.isascii() and value.isdigit():
         return int(value)
-    return int(value) if _number(value) and value == value // 1 else None
+    return int(value) if _is_number(value) and value == value // 1 else None
 
 
 def _names(entries: list[Any], source: str) -> dict[int, str]:
+    """Read the class names by category id."""
     names = {}
     for entry in entries:
-        key = whole_id(entry.get("id")) if isinstance(entry, dict) else None
+        key = parse_id(entry.get("id")) if isinstance(entry, dict) else None
         if key is None:
             raise ValueError(f"{source}: the category {entry!r} has no integer id")
         names[key] = str(entry.get("name", key))
     return names
 
 
-def _images(entries: list[Any], faults: Counter[str]) -> dict[int, dict[str, Any]]:
+def _images(entries: list[Any], issues: Counter[str]) -> dict[int, dict[str, Any]]:
+    """Read the images by id; the first one with an id is kept, as in training."""
     images: dict[int, dict[str, Any]] = {}
     for entry in entries:
-        key = whole_id(entry.get("id")) if isinstance(entry, dict) else None
+        key = parse_id(entry.get("id")) if isinstance(entry, dict) else None
         if key is None:
-            faults["image without id dropped"] += 1
+            issues["image without id dropped"] += 1
         elif key in images:
-            faults["second image of the same id dropped"] += 1
+            issues["second image of the same id dropped"] += 1
         else:
             images[key] = {"id": key, **{name: entry.get(name) for name in ("file_name", "height", "width")}}
     return images
 
 
 def _annotations(
-    entries: list[Any], images: dict[int, Any], names: dict[int, str], faults: Counter[str]
+    entries: list[Any], images: dict[int, Any], names: dict[int, str], issues: Counter[str]
 ) -> list[dict[str, Any]]:
-    kept = []
+    """Check and renumber the annotations; `ignore` becomes `iscrowd`, which COCO's code treats the same way."""
+    kept: list[dict[str, Any]] = []
     for entry in entries:
-        fault = _fault(entry, images, names)
-        if fault:
-            faults[f"{fault}, dropped"] += 1
+        issue = _find_issue(entry, images, names)
+        if issue:
+            issues[f"{issue}, dropped"] += 1
             continue
         box = [float(value) for value in entry["bbox"]]
         area = entry.get("area")
-        if not _number(area) or not 0 < area < math.inf:
-            faults["area missing or not positive, width times height taken"] += 1
+        if not _is_number(area) or not 0 < area < math.inf:
+            issues["area missing or not positive, width times height used"] += 1
             area = box[2] * box[3]
         kept.append(
             {
-                "id": len(kept) + 1,  # COCO's code takes an id of 0 for "not matched"
-                "image_id": whole_id(entry["image_id"]),
-                "category_id": whole_id(entry["category_id"]),
+                "id": len(kept) + 1,  # from 1: COCO's code reads id 0 as "not matched"
+                "image_id": parse_id(entry["image_id"]),
+                "category_id": parse_id(entry["category_id"]),
                 "bbox": box,
                 "area": float(area),
                 "iscrowd": int(bool(entry.get("iscrowd") or entry.get("ignore"))),
@@ -141,16 +144,16 @@ def _annotations(
     return kept
 
 
-def _fault(entry: Any, images: dict[int, Any], names: dict[int, str]) -> str | None:
-    """What makes an annotation unusable, or None."""
+def _find_issue(entry: Any, images: dict[int, Any], names: dict[int, str]) -> str | None:
+    """Return what makes an annotation unusable, None if it is usable."""
     if not isinstance(entry, dict):
-        return "annotation is no object"
-    image, box = whole_id(entry.get("image_id")), entry.get("bbox")
-    if image not in images:
+        return "annotation is not an object"
+    image, box = parse_id(entry.get("image_id")), entry.get("bbox")
+    if image is None or image not in images:
         return "annotation of an unknown image"
-    if whole_id(entry.get("category_id")) not in names:
+    if parse_id(entry.get("category_id")) not in names:
         return "annotation of an unknown category"
-    if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(_number(v) for v in box):
+    if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(_is_number(v) for v in box):
         return "box is not four numbers"
     if not all(abs(v) < 1e9 for v in box):  # also catches NaN, which compares false
         return "box is not finite"
@@ -159,10 +162,10 @@ def _fault(entry: Any, images: dict[int, Any], names: dict[int, str]) -> str | N
     height, width = images[image]["height"], images[image]["width"]
     if box[0] + box[2] <= 0 or box[1] + box[3] <= 0:
         return "box is outside its image"
-    if _number(height) and _number(width) and min(height, width) > 0 and (box[0] >= width or box[1] >= height):
+    if _is_number(height) and _is_number(width) and min(height, width) > 0 and (box[0] >= width or box[1] >= height):
         return "box is outside its image"
     return None
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

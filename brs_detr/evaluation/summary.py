@@ -1,4 +1,4 @@
-"""What an evaluation found, as numbers, as text tables and as files."""
+"""The results of an evaluation, as numbers, text tables and files."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ CONFUSIONS = 5  # shown below the table of classes
 
 @dataclass
 class Summary:
-    """An evaluation's outcome; every measure in [0, 1], or -1 where the dataset holds no such object.
+    """Results of an evaluation; every measure is in [0, 1], or -1 if the dataset has no such object.
 
     Attributes:
-        stats: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100 (by the limits asked for), ARs, ARm, ARl; and, in an
+        stats: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100 (by `max_detections`), ARs, ARm, ARl; and, in an
             extended evaluation, oLRP with its parts oLRPloc, oLRPfp, oLRPfn (errors: less is better).
-        per_class: one row a class: name, category_id, images, objects, the measures above, and precision, recall and
+        per_class: one row per class: name, category_id, images, objects, the measures above, and precision, recall and
             f1 at IoU 0.5 and the score where f1 is largest.
         notes: what a reader of the numbers should know, one sentence each.
-        curves: by the name of each class with objects, its precision at IoU 0.5 over recalls 0, 0.01, ..., 1 as COCO
+        curves: by class name, for classes with objects, precision at IoU 0.5 over recalls 0, 0.01, ..., 1 as COCO
             interpolates it: the best at this recall or a higher one. Their mean is AP50.
         images: number of evaluated images.
-        images_listed: number of images of the dataset, at least `images`; 0 where it is not known.
+        images_listed: number of images of the dataset, at least `images`; 0 if unknown.
         detections: number of detections.
-        confusion: as which class objects are found; None unless the evaluation was an extended one.
+        confusion: the confusion matrix; None unless the evaluation is extended.
     """
 
     stats: dict[str, float]
@@ -59,11 +59,11 @@ class Summary:
 
     @property
     def images_left_out(self) -> int:
-        """Images of the dataset that could not be evaluated."""
+        """Return the number of images of the dataset that could not be evaluated."""
         return max(0, self.images_listed - self.images)
 
     def table(self, classes: bool = True) -> str:
-        """The figures in percent: the overall line, the classes (unless there is one) and the notes."""
+        """Format the results in percent: the overall measures, the classes (if more than one) and the notes."""
         recalls = [name for name in self.stats if name.startswith("AR")]
         errors = [name for name in self.stats if name.startswith("oLRP")]
         counted = f"{self.images:,} of {self.images_listed:,}" if self.images_left_out else f"{self.images:,}"
@@ -86,10 +86,10 @@ class Summary:
         return "\n\n".join(blocks)
 
     def thresholds(self) -> dict[str, float]:
-        """By class name, the score at which detections have their best F1 at IoU 0.5; none for a class never found.
+        """Return by class name the score of the best F1 at IoU 0.5, without classes that have no true positive.
 
-        Ranking losses order detections and do not calibrate them: a good score may be 0.03, so the cut is measured.
-        Two classes of one name share the lower score.
+        Ranking losses order detections but do not calibrate them: a good score may be 0.03, so the threshold is
+        measured. Two classes of the same name share the lower score.
         """
         score_thresholds: dict[str, float] = {}
         for row in self.per_class:
@@ -98,30 +98,32 @@ class Summary:
         return score_thresholds
 
     def save(self, folder: str | Path, about: Mapping[str, Any] | None = None) -> list[Path]:
-        """Write the figures into `folder`; returns the paths.
+        """Write the results to `folder` and return the paths of the files.
 
         Args:
-            folder: gets `evaluation.json`, `per_class.csv` (a measure that does not exist is an empty cell there) and,
-                as far as there are any, `precision_recall.csv` and `confusion.csv`.
-            about: further entries of the json, such as which weights were evaluated.
+            folder: for `evaluation.json`, `per_class.csv` (with empty cells for undefined measures) and, if there are
+                any, `precision_recall.csv` and `confusion.csv`.
+            about: further entries of the json, such as the evaluated weights.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"about": dict(about or {}), "images": self.images, "images_left_out": self.images_left_out}
+        content: dict[str, Any] = {"about": dict(about or {})}
+        content |= {"images": self.images, "images_left_out": self.images_left_out}
         content["detections"] = self.detections
         content |= {"stats": self.stats, "per_class": self.per_class, "notes": self.notes}
         columns = list(self.per_class[0]) if self.per_class else ["name"]
-        tables = {"per_class.csv": [columns, *([_cell(row[c]) for c in columns] for row in self.per_class)]}
+        rows = [[_cell(row[column]) for column in columns] for row in self.per_class]
+        tables: dict[str, list[Sequence[Any]]] = {"per_class.csv": [columns, *rows]}
         if self.curves:
             recalls = [n / 100 for n in range(101)]
             tables["precision_recall.csv"] = [["recall", *self.curves], *zip(recalls, *self.curves.values())]
         if self.confusion is not None:
-            tables["confusion.csv"] = self.confusion.table()
+            tables["confusion.csv"] = [*self.confusion.table()]
             content["confusion"] = self.confusion.as_dict()
         (folder / "evaluation.json").write_text(_json(content) + "\n", "utf-8", "backslashreplace")
-        for name, rows in tables.items():
+        for name, table in tables.items():
             with (folder / name).open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows(rows)
+                csv.writer(file).writerows(table)
         return [folder / name for name in ("evaluation.json", *tables)]
 
 
@@ -130,14 +132,14 @@ def _cell(value: Any) -> Any:
 
 
 def _json(content: Any) -> str:
-    """Indented, but a list of plain values on one line: a matrix of 80 classes would fill 7,000 lines."""
+    """Format as indented json, but with lists of plain values on one line: a matrix of 80 classes has 6,561 values."""
     text = json.dumps(content, indent=2, ensure_ascii=False)
     text = re.sub(r"\[\n *([^][{}]*?)\n *\]", r"[\1]", text)
-    return re.sub(r"\[[^][{}]*\]", lambda found: re.sub(r"\n *", " ", found[0]), text)
+    return re.sub(r"\[[^][{}]*\]", lambda match: re.sub(r"\n *", " ", match[0]), text)
 
 
 def percent(value: float) -> str:
-    """0.4137 -> `41.4`; `-` for the -1 of a measure that does not exist."""
+    """Format 0.4137 as `41.4`, and the -1 of an undefined measure as `-`."""
     return _figure(value, 100)
 
 
@@ -146,7 +148,7 @@ def _figure(value: float, scale: int) -> str:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width, the first one to the left where it holds words."""
+    """Format a table with aligned columns; the first one is left-aligned if its header is "class"."""
     widths = [max(len(str(row[i])) for row in (header, *rows)) for i in range(len(header))]
     words = bool(rows) and header[0] == "class"
 

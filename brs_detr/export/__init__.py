@@ -1,1 +1,1 @@
-"""The detector as an ONNX file for runtimes without torch, and the check that it computes the same."""
+"""ONNX export for runtimes without torch, and the comparison of the file with the detector."""

@@ -1,8 +1,7 @@
-"""The detector as one graph of tensors, from pixels to detections, written as an ONNX file.
+"""Write the detector as an ONNX file: one graph from pixels to detections.
 
-Only the path of the decoder's detections goes into the file: backbone, neck, encoder, proposals, decoder. Deformable
-attention reads its samples by plain Gathers (`ops/deform_attn_gather.py`), since GridSample is missing or wrong in some
-runtimes.
+Only the path of the decoder's detections is exported: backbone, neck, encoder, proposals, decoder. Deformable attention
+samples with plain Gathers (`ops/deform_attn_gather.py`), since GridSample is missing or wrong in some runtimes.
 """
 
 from __future__ import annotations
@@ -29,26 +28,26 @@ from brs_detr.ops.images import Size
 
 DESCRIPTION = """\
 Object detector.
-pixels (batch, 3, height, width): RGB, 0..255, each image resized with its aspect ratio kept (short_side and long_side
-in the metadata say how large) and padded at the right and at the bottom, with anything.
+pixels (batch, 3, height, width): RGB, 0..255, each image resized with its aspect ratio kept (to short_side and
+long_side in the metadata) and padded at the right and at the bottom, with any values.
 sizes (batch, 2): height and width of each image without its padding.
-boxes (batch, n, 4): x1, y1, x2, y2 in pixels of the input; divide by the factor of the resizing.
-scores (batch, n), descending; labels (batch, n), rows of classes and category_ids in the metadata.
-No suppression of overlapping boxes is needed. A label's detections below its entry of thresholds are rarely right."""
+boxes (batch, n, 4): x1, y1, x2, y2 in pixels of the input; divide by the resizing factor.
+scores (batch, n), descending; labels (batch, n), indices into classes and category_ids in the metadata.
+Non-maximum suppression is not needed. Detections below their label's entry of thresholds are rarely correct."""
 
 
-OLDEST_OPSET = 18
+MIN_OPSET = 18  # the oldest that torch's dynamo-based exporter writes
 
 
 class ExportError(ValueError):
-    """A detector that cannot be exported as asked; the message says what to change."""
+    """A detector that cannot be exported with the given options; the message says what to change."""
 
 
 class DetectorGraph(nn.Module):
-    """A detector's decoder path with the images' sizes as a tensor instead of host integers.
+    """The decoder path of a detector, with the image sizes as a tensor instead of Python integers.
 
     Args:
-        model: copied; the copy is put in eval mode and reads its samples by Gathers.
+        model: the detector; a copy of it is used, in eval mode and with sampling by Gathers.
     """
 
     def __init__(self, model: BRSDETR) -> None:
@@ -58,17 +57,18 @@ class DetectorGraph(nn.Module):
         self.eval()
 
     def forward(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Detect.
+        """Detect objects.
 
         Args:
             pixels: (B, 3, H, W) RGB in 0..255, uint8 or float.
-            sizes: (B, 2) int64 (height, width) of each image inside its padding.
+            sizes: (B, 2) int64 (height, width) of each image without its padding.
 
         Returns:
             boxes (B, n, 4) xyxy in pixels of the input, scores (B, n), labels (B, n), best first.
         """
         model = self.model
         height, width = pixels.shape[-2:]
+        # the mask by comparison rather than by slices, whose bounds would be constants of the graph
         below = torch.arange(height, device=sizes.device) >= sizes[:, :1]
         beside = torch.arange(width, device=sizes.device) >= sizes[:, 1:]
         padding = below[:, :, None] | beside[:, None, :]
@@ -86,40 +86,41 @@ def write_onnx(
     size: Size,
     *,
     any_size: bool = False,
-    opset: int = OLDEST_OPSET,
+    opset: int = MIN_OPSET,
     pixels: torch.dtype = torch.uint8,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a detector as one ONNX file with inputs `pixels`, `sizes` and outputs `boxes`, `scores`, `labels`.
+    """Write a detector as an ONNX file with inputs `pixels`, `sizes` and outputs `boxes`, `scores`, `labels`.
 
     Args:
-        model: on the CPU.
+        model: the detector, on the CPU.
         path: file to write.
-        size: (H, W) of the input; under `any_size` of the example that is traced.
-        any_size: height and width are free; the number of images always is.
-        opset: version of ONNX's operators.
-        pixels: torch.uint8 or torch.float32, the type of the input.
-        metadata: facts to store in the file, each as JSON.
+        size: (H, W) of the input; with `any_size` of the example that is traced.
+        any_size: make height and width dynamic; the batch size always is.
+        opset: ONNX opset version.
+        pixels: dtype of the input, torch.uint8 or torch.float32.
+        metadata: entries to store in the file, each as JSON.
 
     Raises:
-        ExportError: torch cannot follow the model, or cannot write it in that opset.
+        ExportError: torch cannot trace the model, or cannot write it in that opset.
     """
-    if opset < OLDEST_OPSET:
-        raise ExportError(f"--opset={opset}: torch's exporter writes opset {OLDEST_OPSET} and newer ones")
+    if opset < MIN_OPSET:
+        raise ExportError(f"--opset={opset}: torch's exporter writes opset {MIN_OPSET} and newer.")
     if any_size and isinstance(model.backbone, SwinBackbone):
         raise ExportError(
-            "--any-size: a Swin backbone cuts its maps into windows, which ties the graph to one size; "
-            "give --height and --width instead"
+            "--any-size: a Swin backbone divides its maps into windows, which fixes the size of the graph. "
+            "Give --height and --width instead."
         )
+    # two images: torch.export specializes on dimensions of size 1
     example = torch.zeros(2, 3, *size, dtype=pixels), torch.tensor([size, size])
-    batch, free = Dim("batch"), {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if any_size else {}
+    batch, dynamic = Dim("batch"), {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if any_size else {}
     names = {"pixels": {0: "batch", 2: "height", 3: "width"}, "sizes": {0: "batch"}}
     try:
         with torch.no_grad(), quiet():
             program = torch.export.export(
                 DetectorGraph(model),
                 example,
-                dynamic_shapes={"pixels": {0: batch, **free}, "sizes": {0: batch}},
+                dynamic_shapes={"pixels": {0: batch, **dynamic}, "sizes": {0: batch}},
                 strict=False,
             )
             written = torch.onnx.export(
@@ -131,16 +132,22 @@ def write_onnx(
                 dynamic_shapes=names,
                 verbose=False,
             )
-    except Exception as error:  # the exporters raise a dozen kinds
+    except Exception as error:  # the exporters raise a dozen types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        mend = "give --height and --width instead of --any-size" if any_size else "try another --height and --width"
+        advice = "Give --height and --width instead of --any-size" if any_size else "Try another --height and --width"
         raise ExportError(
-            f"torch {torch.__version__} cannot export this detector ({reason}); {mend}, or newer onnx and onnxscript"
+            f"torch {torch.__version__}: cannot export this detector ({reason}). "
+            f"{advice}, or newer onnx and onnxscript."
         ) from error
-    if (got := written.model.opset_imports[""]) != opset:
-        raise ExportError(f"--opset={opset}: torch {torch.__version__} could only write opset {got}; leave out --opset")
+    if written is None:
+        raise ExportError(f"torch {torch.__version__}: its exporter returned no program. Try another version of torch.")
+    # the exporter falls back to another opset with no more than a log line
+    if (actual := written.model.opset_imports[""]) != opset:
+        raise ExportError(
+            f"--opset={opset}: torch {torch.__version__} could only write opset {actual}. Leave out --opset."
+        )
     for node in written.model.graph:
-        node.metadata_props.clear()  # stack traces with this machine's paths
+        node.metadata_props.clear()  # stack traces with paths of this machine
     written.model.doc_string = DESCRIPTION
     written.model.metadata_props.update({key: json.dumps(value) for key, value in (metadata or {}).items()})
     written.save(path, external_data=False)
@@ -148,7 +155,7 @@ def write_onnx(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the exporters' remarks about their own optimizations from the terminal; errors still pass."""
+    """Suppress the exporters' warnings about their own optimizations; errors are still shown."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

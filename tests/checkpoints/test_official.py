@@ -80,7 +80,7 @@ def test_coco_has_80_classes_with_ids_up_to_90():
 def test_other_classes_are_named_by_the_json(save, tmp_path, capsys):
     source = save(3)
     assert convert(source)[0] == 2
-    assert "has 3 classes without names; give the json" in capsys.readouterr().err
+    assert "has 3 classes without names. Give the json" in capsys.readouterr().err
     categories = [{"id": 9 - i, "name": f"c{i}"} for i in range(3)]
     path = tmp_path / "train.json"
     path.write_text(json.dumps({"categories": categories}))
@@ -92,7 +92,7 @@ def test_other_classes_are_named_by_the_json(save, tmp_path, capsys):
     assert f"has 3 classes, but {path} names 2" in capsys.readouterr().err
     path.write_text("[]")
     assert convert(source, "--num-classes-from", path)[0] == 2
-    assert "no json in COCO's format" in capsys.readouterr().err
+    assert "not a json in COCO's format" in capsys.readouterr().err
 
 
 def test_class_names_of_the_file_are_kept():
@@ -140,7 +140,7 @@ def test_other_architectures_and_incomplete_ones_are_refused(save, capsys, chang
         (["bbox_head.transformer.level_embeds"], "a DETR of MMDetection"),
         (["transformer.encoder.layers.0.linear1.weight", "class_embed.weight"], "a DETR from another code base"),
         (["backbone.conv1.weight", "roi_head.bbox_head.fc_cls.weight"], "a two-stage detector"),
-        (["conv1.weight", "fc.weight"], "its 2 tensors are called conv1.weight, fc.weight"),
+        (["conv1.weight", "fc.weight"], "its 2 tensors are named conv1.weight, fc.weight"),
         (["decoder.classifiers.0.weight"], "a detector of this project already"),
     ],
 )
@@ -192,5 +192,5 @@ def test_nothing_in_a_file_is_executed(tmp_path):
 
 def test_the_written_file_is_another_one(tmp_path, capsys):
     assert cli.main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.pth")]) == 2
-    assert "must be another one and end in .safetensors" in capsys.readouterr().err
+    assert "must differ from the source and end in .safetensors" in capsys.readouterr().err
     assert cli.main(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "a.safetensors")]) == 2

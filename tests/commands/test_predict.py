@@ -58,7 +58,9 @@ def test_what_is_no_image_is_passed_over_and_said(weights, tmp_path, capsys):
     (folder / "h.jpg").mkdir()
     assert cli.main(["predict", str(weights), str(folder), "--out", str(tmp_path / "out")]) == 0
     assert names_found(tmp_path / "out") == ["a.png"]
-    said = [line.rpartition("cannot be read: ")[2] for line in capsys.readouterr().out.splitlines() if "passed" in line]
+    said = [
+        line.rpartition("cannot be read: ")[2] for line in capsys.readouterr().out.splitlines() if "skipped" in line
+    ]
     assert said[:2] == ["it is a named pipe, not a regular file.", "it is a device, not a regular file."]
     assert said[2].startswith("it has 8,589,934,592 bytes, more than data.max_image_bytes=536870912; raise")
     assert said[3].startswith("it has 169,000,000 pixels, more than data.max_image_pixels=120000000; raise")

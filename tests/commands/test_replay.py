@@ -85,10 +85,10 @@ class Toy(nn.Module):
 def test_the_first_module_the_terms_and_the_gradients_are_named():
     assert replay.replay_batch(Toy(1.0), *batch(1), "no") == []
     assert replay.replay_batch(Toy(0.0), *batch(1), "no") == [
-        "gradients that are not finite: 1 parameters, first.weight first"
+        "gradients that are not finite: 1 parameters, the first is first.weight"
     ]
     faults = replay.replay_batch(Toy(float("inf")), *batch(1), "no")
-    assert faults[0] == "the first module whose output is not finite: first (1 altogether)"
+    assert faults[0] == "the first module whose output is not finite: first (1 in total)"
     assert faults[1] == "loss terms that are not finite: loss"
 
 

@@ -68,17 +68,17 @@ def arguments(*words):
 def test_each_dirty_file_has_its_fault_named(shared_data, number):
     folder = shared_data / "dirty"
     (path,) = (folder / "annotations" / "one_fault").glob(f"{number}_*.json")
-    log = IssueLog(examples=None)
+    log = IssueLog(max_examples=None)
     check.check_dataset(check.Source(str(path), str(folder / "images"), EvalTransforms()), log)
     beside = {"image_not_listed", "category_unused"}  # true of these files as well, and not their fault
     kinds = set(log.counts) - beside
     assert EXPECTED[number] in kinds and kinds <= {EXPECTED[number], "image_converted"}
-    assert [fault.where for fault in log.faults if fault.kind == EXPECTED[number]] != []
+    assert [issue.where for issue in log.issues if issue.kind == EXPECTED[number]] != []
 
 
 def test_the_clean_control_has_none(shared_data):
     folder = shared_data / "dirty"
-    log = IssueLog(examples=None)
+    log = IssueLog(max_examples=None)
     source = check.Source(str(folder / "annotations" / "control.json"), str(folder / "images"), EvalTransforms())
     check.check_dataset(source, log)
     assert set(log.counts) <= {"image_not_listed"}

@@ -159,7 +159,7 @@ def test_a_image_that_proves_damaged_when_read_is_marked_in_evaluation(two, capl
     dataset = open_set(two, train=False)
     size = tuple(dataset.packed.image_sizes[0].tolist())
     image, target = dataset[0]
-    assert "000.png" in caplog.text and "left out of the evaluation" in caplog.text
+    assert "000.png" in caplog.text and "excluded from the evaluation" in caplog.text
     assert target["unreadable"] and target["original_size"] == size and tuple(image.shape) == (3, *size)
     assert len(target["boxes"]) == 0 and "unreadable" not in dataset[1][1]
     assert dataset.report["image_unreadable"] == 1
@@ -192,7 +192,7 @@ UNTRAINABLE = {
         path, lambda data: data["categories"].append({"id": 1})
     ),
     "no integer id": lambda path, change: change(path, lambda data: data["categories"].append({"id": "x"})),
-    "right image folder": lambda path, _: shutil.rmtree(path.parent / "images"),
+    "Check the image folder": lambda path, _: shutil.rmtree(path.parent / "images"),
     "none of its 3 image entries": lambda path, change: change(path, lambda d: [i.update(id="x") for i in d["images"]]),
     "is empty": lambda path, change: change(path, lambda data: data.update(images=[])),
     "0 of its 3 annotations": lambda path, change: change(
@@ -234,7 +234,7 @@ def test_every_dirty_file_can_be_read_through(shared_data):
     folder = shared_data / "dirty"
     for path in sorted((folder / "annotations" / "one_fault").glob("*.json")):
         dataset = CocoDetection(path, folder / "images", train=True)
-        dataset._found.fill_(0)
+        dataset._states.fill_(0)
         for i in range(len(dataset)):
             if dataset.file_name(i) not in ("truncated.jpg", "not_an_image.jpg", "empty_file.jpg"):
                 image, target = dataset[i]
@@ -316,7 +316,7 @@ def test_fewer_than_half_of_the_annotations_is_a_warning(two, change):
 def test_images_that_all_cannot_be_read_are_refused_at_the_start(two, train):
     for file in (two.parent / "images").iterdir():
         file.write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(DataError, match=r"none of 3 images looked at can be read; .* begins with 'version https"):
+    with pytest.raises(DataError, match=r"none of 3 inspected images can be read\. .* begins with 'version https"):
         open_set(two, train)
 
 
@@ -353,7 +353,7 @@ def test_a_name_that_leads_out_is_refused_unless_told(two, change):
 
     change(two, rename)
     (two.parent / "other").mkdir()
-    with pytest.raises(DataError, match=r"file names of 3 of its 3 .*allow_outside_images=true follows them"):
+    with pytest.raises(DataError, match=r"file names of 3 of its 3 .*Set data.allow_outside_images=true"):
         CocoDetection(two, two.parent / "other", train=True)
     dataset = CocoDetection(two, two.parent / "other", train=True, limits=Limits(allow_outside_images=True))
     assert len(dataset) == 3 and dataset[0][0].shape == (3, 40, 60)

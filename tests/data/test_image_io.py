@@ -120,7 +120,7 @@ def test_the_end_of_a_preview_is_not_that_of_the_image(tmp_path):
     path.write_bytes(header + whole[2:])
     read_image(path)
     path.write_bytes(header + whole[2 : len(whole) // 2] + bytes(len(whole) // 2))
-    with pytest.raises(ImageError, match="cut short"):
+    with pytest.raises(ImageError, match="truncated"):
         read_image(path)
 
 
@@ -136,7 +136,7 @@ def test_a_wrong_checksum_in_a_png_is_an_error(tmp_path):
 def test_the_reason_comes_with_what_the_file_begins_with(tmp_path):
     path = tmp_path / "x.jpg"
     for content, reason in (
-        (b"<html>404", "it begins with '<html>404', which is no image"),
+        (b"<html>404", "it begins with '<html>404', which is not an image"),
         (b"", "the file is empty"),
     ):
         path.write_bytes(content)

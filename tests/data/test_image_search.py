@@ -128,7 +128,7 @@ def test_usual_places(tmp_path):
 
 def test_images_of_the_dataset_next_door_are_not_taken(tmp_path):
     make(tmp_path, "ours/set.json", "theirs/images/0001.jpg")
-    with pytest.raises(DataError, match="name their folder with --images"):
+    with pytest.raises(DataError, match="Give the image folder with --images"):
         usual_folder(tmp_path / "ours" / "set.json", ["0001.jpg"])
 
 
@@ -160,5 +160,5 @@ def test_a_way_out_and_back_and_links_within_are_no_way_out(tmp_path):
 def test_the_usual_folder_is_not_found_by_a_name_that_leads_out(tmp_path):
     make(tmp_path, "a.jpg")
     (tmp_path / "annotations").mkdir()
-    with pytest.raises(DataError, match="not in a usual place"):
+    with pytest.raises(DataError, match="no image was found in the usual folders"):
         usual_folder(tmp_path / "annotations" / "x.json", ["/etc/hostname"])

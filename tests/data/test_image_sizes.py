@@ -25,7 +25,7 @@ def doubts(xywh):
     log = IssueLog()
     objects = Objects(zeros, zeros, zeros, np.asarray(xywh, float), np.ones(n), np.zeros(n, bool))
     check_box_format(Images(np.array([1]), ["a"], frames, frames), objects, log)
-    return [fault.detail for fault in log.faults]
+    return [issue.detail for issue in log.issues]
 
 
 LAYOUTS = {

@@ -16,14 +16,14 @@ def test_every_fault_is_in_the_documentation_word_for_word(kind):
 
 
 def test_a_log_counts_all_and_keeps_the_first_few():
-    log = IssueLog(examples=2)
+    log = IssueLog(max_examples=2)
     for i in range(5):
         log.add("box_empty", f"annotation {i}", "w 0")
-    assert log.counts["box_empty"] == 5 and [fault.where for fault in log.faults] == ["annotation 0", "annotation 1"]
+    assert log.counts["box_empty"] == 5 and [issue.where for issue in log.issues] == ["annotation 0", "annotation 1"]
     assert log.lines() == [
         "5 x box empty, first: annotation 0 (w 0); a box of width or height 0 is dropped",
     ]
-    assert str(log.faults[0]) == "annotation 0: box empty (w 0): dropped"
+    assert str(log.issues[0]) == "annotation 0: box empty (w 0): dropped"
 
 
 def test_what_may_spoil_the_training_is_said_first():
@@ -38,8 +38,8 @@ def test_what_may_spoil_the_training_is_said_first():
 def test_texts_of_a_json_are_made_short_and_printable():
     log = IssueLog()
     log.add("image_missing", "line\nbreak \0 \ud83d 日本", "x" * 10_000)
-    (fault,) = log.faults
-    assert fault.where == r"line\x0abreak \x00 \ud83d 日本" and len(fault.detail) < 300
+    (issue,) = log.issues
+    assert issue.where == r"line\x0abreak \x00 \ud83d 日本" and len(issue.detail) < 300
 
 
 def test_an_unknown_kind_is_refused():

@@ -50,7 +50,9 @@ def test_a_file_that_went_away_for_good_is_neither_replaced_nor_left_out(path, t
     dataset = CocoDetection(path, path.parent / "images", train=train, retry_seconds=0.2)
     file = Path(dataset.path(1))
     file.rename(file.with_suffix(".away"))
-    with pytest.raises(StorageError, match=rf"{file.name}: the storage .*No such file or directory, tried for 0\.2 s"):
+    with pytest.raises(
+        StorageError, match=rf"{file.name}: the storage .*No such file or directory, retried for 0\.2 s"
+    ):
         dataset[1]
     file.with_suffix(".away").rename(file)
     dataset[1]  # it is remembered as nothing
@@ -62,7 +64,7 @@ def test_an_image_that_has_become_a_pipe_is_the_storages_fault_but_not_one_from_
     file = Path(dataset.path(1))
     file.unlink()
     os.mkfifo(file)
-    with pytest.raises(StorageError, match="named pipe, not a regular file, tried for"):
+    with pytest.raises(StorageError, match="named pipe, not a regular file, retried for"):
         dataset[1]
     with pytest.raises(ImageError, match="named pipe"):
         read_image_info(file, retry_seconds=60)

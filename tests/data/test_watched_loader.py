@@ -64,7 +64,7 @@ def test_every_batch_comes_in_order_in_every_epoch(workers):
 
 def test_a_wait_ends_after_the_timeout_and_names_what_is_being_read(workers):
     watched, got = loader(Numbers(hang, at=5), workers, timeout=1.0), []
-    with pytest.raises(LoaderTimeout, match=r"no batch came for 1 s \(being read: a\.jpg\)") as error:
+    with pytest.raises(LoaderTimeout, match=r"no batch arrived for 1 s \(being read: a\.jpg\)") as error:
         got += [batch.tolist() for batch in watched]
     began = time.monotonic()
     watched.close()
@@ -78,7 +78,7 @@ def test_a_wait_ends_when_told_to_stop(workers):
     iterator = iter(watched)
     assert [next(iterator).tolist() for _ in range(2)] == [[0, 1], [2, 3]]
     threading.Timer(0.5, told.set).start()
-    with pytest.raises(Interruption, match="told to stop while waiting") as error:
+    with pytest.raises(Interruption, match="stop requested while waiting") as error:
         next(iterator)
     watched.close()
     assert error.value.code == ExitCode.INTERRUPTED

@@ -109,7 +109,7 @@ CASES = {
     "told while waiting": (group_is_told_while_waiting, [], 75, "Received a stop signal: checkpoint saved at step "),
     "told while waiting without workers": (group_is_told_while_waiting, ["data.workers=0"], 75, "saved at step 3"),
     "a hung storage": (files_become_pipes, ["data.timeout=2", "data.retry_seconds=1"], 74, "s (being read: "),
-    "a storage that comes back": (files_come_back, [], 0, "tried again for 20 s"),
+    "a storage that comes back": (files_come_back, [], 0, "Retrying for 20 s"),
     "a storage that does not": (
         files_go_away,
         ["data.retry_seconds=1"],

@@ -181,7 +181,7 @@ def test_a_dataset_without_objects_has_no_measure():
     summary = evaluate_coco(dataset([]), [result(1, 7, (0, 0, 5, 5), 0.5)])
     assert set(summary.stats.values()) == {-1.0}
     assert " -" in summary.table()
-    assert "none of the images holds an object" in summary.table()
+    assert "none of the images has an object" in summary.table()
 
 
 def test_average_precision_of_a_hand_made_ranking():
@@ -279,7 +279,7 @@ def test_more_objects_than_counted_detections_is_said():
     truth = dataset([(1, 7, (i % 10 * 10, i // 10 * 10, 8, 8)) for i in range(30)])
     assert not evaluate_coco(truth, [result(1, 7, (0, 0, 8, 8), 0.5)]).notes
     (note,) = evaluate_coco(truth, [result(1, 7, (0, 0, 8, 8), 0.5)], max_detections=(1, 5, 20)).notes
-    assert "holds 30 objects" in note and "only 20" in note
+    assert "has 30 objects" in note and "only 20" in note
 
 
 def test_results_that_do_not_belong_are_refused():
@@ -318,7 +318,7 @@ def test_detections_become_results_with_original_categories():
     json.dumps([first, second])
     empty = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
     assert detections_to_results(1, empty, [3]) == []
-    with pytest.raises(ValueError, match="trained on other classes"):
+    with pytest.raises(ValueError, match="was trained on these classes"):
         detections_to_results(42, detections, [3])
 
 

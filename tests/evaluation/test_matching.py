@@ -50,9 +50,9 @@ def test_matches_are_cocos(truths, found, limit):
         for score, match, ignored in zip(image["dtScores"], image["dtMatches"][0], image["dtIgnore"][0], strict=True)
         if not ignored
     ]
-    assert list(zip(ours.scores.tolist(), ours.found.tolist(), strict=True)) == sorted(rows, reverse=True)
+    assert list(zip(ours.scores.tolist(), ours.matched.tolist(), strict=True)) == sorted(rows, reverse=True)
     assert ours.objects == sum(not t["iscrowd"] for t in truth)
-    assert ((ours.ious >= 0.5) == ours.found).all()
+    assert ((ours.ious >= 0.5) == ours.matched).all()
 
 
 def row_of(*box, **more):
@@ -64,19 +64,19 @@ def test_of_equal_overlaps_the_last_object_is_taken():
     truths = [row_of(5, 0, 20, 20), row_of(15, 0, 20, 20)]
     detections = [row_of(10, 0, 20, 20, score=0.9), row_of(5, 0, 20, 20, score=0.8)]
     matches = match_classes(truths, detections, [7])[7]
-    assert matches.found.tolist() == [True, True]
+    assert matches.matched.tolist() == [True, True]
     assert matches.ious.tolist() == pytest.approx([0.6, 1.0])
 
 
 def test_an_overlap_of_exactly_the_threshold_is_a_match():
     matches = match_classes([row_of(0, 0, 20, 20)], [row_of(0, 0, 20, 10, score=0.9)], [7])[7]
-    assert matches.found.tolist() == [True] and matches.ious.tolist() == [0.5]
+    assert matches.matched.tolist() == [True] and matches.ious.tolist() == [0.5]
 
 
 def test_an_object_is_found_once_and_by_the_best_score():
     detections = [row_of(0, 0, 20, 20, score=0.3), row_of(0, 0, 20, 18, score=0.9), row_of(0, 0, 20, 20, score=0.5)]
     matches = match_classes([row_of(0, 0, 20, 20)], detections, [7])[7]
-    assert matches.scores.tolist() == [0.9, 0.5, 0.3] and matches.found.tolist() == [True, False, False]
+    assert matches.scores.tolist() == [0.9, 0.5, 0.3] and matches.matched.tolist() == [True, False, False]
     assert match_classes([row_of(0, 0, 20, 20)], detections, [7], max_detections=2)[7].scores.tolist() == [0.9, 0.5]
 
 

@@ -119,8 +119,8 @@ def test_without_the_exporters_packages_nothing_begins(weights, tmp_path, capsys
     [
         (["eval.predict_with=roi", "--out", "model.onnx"], "eval.predict_with=decoder"),
         (["--out", "model.pt"], "must end in .onnx"),
-        (["--out", "model.onnx", "--any-size", "--width", "64"], "leave out --height and --width"),
-        (["--out", "model.onnx", "--height", "12"], "--height=12: the coarsest of this detector's maps needs"),
+        (["--out", "model.onnx", "--any-size", "--width", "64"], "Leave out --height and --width"),
+        (["--out", "model.onnx", "--height", "12"], "--height=12: the coarsest feature map of this detector needs"),
         (["--out", "model.onnx", "--opset", "9"], "--opset=9"),
         (["--out", "/dev/null/model.onnx"], "--out=/dev/null: cannot be written to"),
         (["--out", "model.onnx", "--image", "absent.jpg"], "absent.jpg: this image cannot be read"),

@@ -1,4 +1,4 @@
-"""Labeled images of any source format, on their way to COCO dictionaries: what the converters share."""
+"""Common part of the dataset converters: from labeled images of any source format to COCO dictionaries."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ _SPLIT = re.compile(
 
 
 class Notes:
-    """What a conversion left out, changed or guessed: by kind (a sentence in the plural), every place."""
+    """Log of what a conversion dropped, changed or guessed: locations by kind (a phrase in the plural)."""
 
     def __init__(self) -> None:
         self.places: dict[str, list[str]] = {}
 
     def add(self, kind: str, place: object) -> None:
+        """Add a location under a kind."""
         self.places.setdefault(kind, []).append(printable(place))
 
     def lines(self, show: int = 3) -> list[str]:
-        """Per kind the count and the first few places."""
+        """Format one line per kind: the count and the first `show` locations."""
         lines = []
         for kind, places in self.places.items():
             more = f" ... and {len(places) - show:,} more" if len(places) > show else ""
@@ -42,10 +43,10 @@ class Notes:
 
 
 class Sample(NamedTuple):
-    """One image and its objects.
+    """An image and its objects.
 
     Attributes:
-        path: the file, absolute.
+        path: absolute path of the file.
         size: (h, w) of the frame that the boxes are drawn in.
         objects: COCO annotations without their ids: category_id, bbox (x, y, w, h in pixels), area, iscrowd.
     """
@@ -57,7 +58,7 @@ class Sample(NamedTuple):
 
 @dataclass
 class ImportedDataset:
-    """A dataset: class names by category id, its images by split, and what there is to say about the conversion."""
+    """A converted dataset: class names by category id, images by split, and notes on the conversion."""
 
     classes: dict[int, str]
     splits: dict[str, list[Sample]]
@@ -65,13 +66,19 @@ class ImportedDataset:
 
 
 def find_files(root: Path, endings: Sequence[str], notes: Notes) -> list[Path]:
-    """All files below a folder with one of the (lower-case) endings, sorted; links are followed, hidden files are not
-    looked at."""
-    found, seen = [], set()
+    """Find all files under a folder with one of the (lower-case) endings, sorted; hidden files are skipped.
+
+    Args:
+        root: the folder; links in it are followed.
+        endings: file endings, with the dot.
+        notes: files whose name is not UTF-8 are added here: a json cannot name them.
+    """
+    paths: list[Path] = []
+    seen: set[str] = set()
     for folder, folders, names in os.walk(os.path.abspath(root), followlinks=True):
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         real = os.path.realpath(folder)
-        if real in seen:  # a link to a folder above would never end
+        if real in seen:  # a link to a parent folder would never end
             folders[:] = []
             continue
         seen.add(real)
@@ -83,79 +90,82 @@ def find_files(root: Path, endings: Sequence[str], notes: Notes) -> list[Path]:
             except UnicodeEncodeError:
                 notes.add("files left out whose name is not UTF-8", ascii(os.path.join(folder, name)))
                 continue
-            found.append(Path(folder, name))
-    return sorted(found)
+            paths.append(Path(folder, name))
+    return sorted(paths)
 
 
 def count_endings(root: Path, endings: Sequence[str]) -> str:
-    """How many files of other formats lie below a folder, as the end of an error's sentence."""
+    """Describe how many files of other formats are under a folder, for the end of an error message."""
     counts = Counter(path.suffix.lower() for path in find_files(root, endings, Notes()))
     return f" (but there are {', '.join(f'{n:,} {ending}' for ending, n in counts.items())} files)" if counts else ""
 
 
 def decode(data: bytes, declared: str | None = None) -> str:
-    """Text of unknown encoding: by its byte order mark, as declared, as UTF-8, or else as Latin-1."""
+    """Decode text of unknown encoding: by its byte order mark, as declared, as UTF-8, or else as Latin-1."""
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return data.decode("utf-16", errors="replace")
     if declared and declared.lower().startswith("utf-"):
-        declared = None  # without a mark it is UTF-8 or wrong
+        declared = None  # UTF-16 has a byte order mark, so without one the text is UTF-8 or the declaration is wrong
     for encoding in (declared, "utf-8-sig"):
         try:
             if encoding:
                 return data.decode(encoding)
         except (UnicodeError, LookupError):
             continue
-    return data.decode("latin-1")
+    return data.decode("latin-1")  # never fails: every byte is a character
 
 
-def read_modest(path: Path, most: int = MODEST_BYTES) -> bytes:
-    """The content of a file that describes a dataset or an image.
+def read_modest(path: Path, max_bytes: int = MODEST_BYTES) -> bytes:
+    """Read a file that describes a dataset or an image.
 
     Raises:
-        DataError: it is no regular file, or larger than any such file is.
+        DataError: the file is not regular, or larger than any such file should be.
         OSError: as `open` does.
     """
     try:
-        return read_file(path, most)
+        return read_file(path, max_bytes)
     except UserFileError as error:
         raise DataError(f"{path}: this file is not read: {error}.") from None
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file of unknown encoding and line ends, stripped; blank ones stay in their place.
+    """Read the lines of a text file of unknown encoding and line ends, stripped; blank lines are kept.
 
     Raises:
         DataError, OSError: as `read_modest` does.
     """
+    # not splitlines, which also splits at characters that a class name may contain
     text = decode(read_modest(path, TEXT_BYTES)).replace("\r\n", "\n").replace("\r", "\n")
     return [line.strip() for line in text.split("\n")]
 
 
 def same_name(name: str) -> str:
-    """What two file names have in common that differ in case or in how an accent is composed."""
+    """Normalize a file name, so that names which differ only in case or in composed accents become equal."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
 def split_named(folder: str) -> str | None:
-    """train, val or test if a folder's name says so (valid, test_images, train2017, ...)."""
+    """Return train, val or test if a folder's name means that split (valid, test_images, train2017, ...)."""
     match = _SPLIT.fullmatch(folder)
-    return match[match.lastindex].lower() if match else None
+    return next(group for group in match.groups() if group).lower() if match else None
 
 
 def split_of(path: Path, root: Path) -> str | None:
-    """The split that the folders between `root` and a file tell, the outermost first."""
+    """Return the split named by a folder between `root` and a file, the outermost first; None if there is no such."""
     return next(filter(None, map(split_named, path.relative_to(root).parts[:-1])), None)
 
 
 def clean_boxes(
     objects: Iterable[tuple[str, dict[str, Any]]], size: tuple[int, int], notes: Notes
 ) -> list[dict[str, Any]]:
-    """Leave out what is no object and repeats; take back what a box oversteps its image by less than half a pixel.
+    """Drop invalid and duplicate boxes, and clip those that exceed their image by less than half a pixel.
+
+    Larger overhangs are kept: training clips them and counts them (`box_clipped`).
 
     Args:
-        objects: (place for the notes, annotation with a `bbox` x, y, w, h in pixels).
+        objects: (location for the notes, annotation with a `bbox` x, y, w, h in pixels).
         size: (h, w) of the image.
-        notes: what is left out is added here.
+        notes: dropped boxes are added here.
     """
     kept: list[dict[str, Any]] = []
     seen: set[str] = set()
@@ -173,6 +183,7 @@ def clean_boxes(
             left, top = (0.0 if -0.5 < low < 0 else low for low in (left, top))
             right = width if width < right < width + 0.5 else right
             bottom = height if height < bottom < height + 0.5 else bottom
+            # 4 digits: products of fractions and sizes are not exact, and duplicates must become equal
             box = [round(value, 4) for value in (left, top, right - left, bottom - top)]
             key = repr((annotation["category_id"], box, annotation.get("segmentation")))
             if key in seen:
@@ -184,16 +195,17 @@ def clean_boxes(
 
 
 def hold_out(imported: ImportedDataset, fraction: float) -> None:
-    """Make a val split of a fraction of train: always the same images, chosen by a hash of their names.
+    """Split a fraction of train off as val: always the same images, chosen by a hash of their names.
 
     Raises:
-        DataError: there is a val split, there is no train split, or it is too small.
+        DataError: there is a val split already, there is no train split, or it is too small.
     """
     samples = imported.splits.get("train", [])
     if "val" in imported.splits or len(samples) < 2 or not 0 < fraction < 1:
-        wrong = "a number between 0 and 1 and a train split of two images or more"
-        have = ", ".join(f"{name} ({len(group):,})" for name, group in imported.splits.items())
-        raise DataError(f"--val-fraction {fraction:g}: it takes {wrong}, and no val split; the splits are {have}.")
+        needed = "a number between 0 and 1, a train split of at least two images, and no val split"
+        splits = ", ".join(f"{name} ({len(group):,})" for name, group in imported.splits.items())
+        raise DataError(f"--val-fraction {fraction:g}: it needs {needed}. The splits are {splits}.")
+    # a hash rather than a random number: images added later do not move others between the splits
     by_hash = sorted(samples, key=lambda sample: hashlib.sha256(sample.path.stem.encode()).digest())
     held = {sample.path for sample in by_hash[: min(max(1, round(len(samples) * fraction)), len(samples) - 1)]}
     imported.splits["train"] = [sample for sample in samples if sample.path not in held]
@@ -201,21 +213,22 @@ def hold_out(imported: ImportedDataset, fraction: float) -> None:
 
 
 def pick_train_val(imported: ImportedDataset) -> tuple[str, str | None]:
-    """The splits to train and to validate on; None where there is nothing to validate on."""
+    """Choose the splits to train and to validate on; None if there is no split to validate on."""
     names = list(imported.splits)
     train = next((name for name in ("train", "trainval") if name in names), names[0])
     return train, next((name for name in ("val", "test") if name in names and name != train), None)
 
 
 def validate(imported: ImportedDataset, source: object) -> None:
-    """Drop splits without images; note class names that may be one, and images both trained and validated on.
+    """Drop empty splits; note class names that differ in case only, and images both trained and validated on.
 
     Raises:
-        DataError: there is no object; `source` is named.
+        DataError: there is no object; the message names `source`.
     """
     notes = imported.notes
     if not any(sample.objects for samples in imported.splits.values() for sample in samples):
-        raise DataError(f"{source}: there is no object to train on ({'; '.join(notes.lines(1)) or 'none is listed'}).")
+        reasons = "; ".join(notes.lines(1)) or "the labels are empty"
+        raise DataError(f"{source}: there is no object to train on ({reasons}).")
     for split in [split for split, samples in imported.splits.items() if not samples]:
         del imported.splits[split]
         notes.add("splits left out without an image", split)
@@ -231,9 +244,9 @@ def validate(imported: ImportedDataset, source: object) -> None:
 
 
 def to_coco(imported: ImportedDataset) -> tuple[dict[str, dict[str, Any]], str]:
-    """COCO dictionaries by split, and the folder that their file names are relative to.
+    """Convert to COCO dictionaries by split, and return the folder that their file names are relative to.
 
-    An image has the same id in every split that holds it. Image and annotation ids count from 1.
+    An image has the same id in every split that contains it. Image and annotation ids count from 1.
     """
     paths = sorted({sample.path for samples in imported.splits.values() for sample in samples})
     image_ids = {path: number for number, path in enumerate(paths, 1)}
@@ -241,7 +254,8 @@ def to_coco(imported: ImportedDataset) -> tuple[dict[str, dict[str, Any]], str]:
     categories = [{"id": key, "name": name} for key, name in sorted(imported.classes.items())]
     datasets = {}
     for split, samples in imported.splits.items():
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for path, (height, width), objects in samples:
             name = Path(os.path.relpath(path, base)).as_posix()
             images.append({"id": image_ids[path], "file_name": name, "height": height, "width": width})

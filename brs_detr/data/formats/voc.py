@@ -1,7 +1,4 @@
-"""Pascal VOC: an xml file per image, wherever the two lie, and lists of names for the splits.
-
-The files of a Pascal VOC dataset: which xml is an annotation, which image is whose, and what the lists say.
-"""
+"""Read Pascal VOC datasets: one xml file per image, in any folder layout, and lists of names for the splits."""
 
 from __future__ import annotations
 
@@ -44,15 +41,16 @@ def read_voc(
     keep_difficult: bool = False,
     limits: Limits | None = None,
 ) -> ImportedDataset:
-    """Read every `<annotation>` xml below a folder; see `voc` for images and splits.
+    """Read every `<annotation>` xml under a folder; see `image_of` for the images and `find_splits` for the splits.
 
     Args:
-        root: one VOC folder, several below one, or any folder with xml files and images.
-        classes: names in the order wanted; by default all that occur, by alphabet. Ids count from 1.
-        one_based: corners are pixel numbers from 1, both included, as in the original VOC. By default x, y are taken
-            as they are and width = xmax - xmin, as most labeling tools write them.
-        keep_difficult: objects marked difficult are ordinary objects; otherwise they become crowd (ignored) regions.
-        limits: of the sizes of images; by default those of the settings.
+        root: a VOC folder, a folder of several, or any folder with xml files and images.
+        classes: class names in the desired order; by default all that occur, alphabetically. Ids count from 1.
+        one_based: corners are pixel numbers from 1, both included, as in the original VOC. By default x, y are used
+            unchanged and width = xmax - xmin, as most labeling tools write them.
+        keep_difficult: treat objects marked difficult as ordinary objects; otherwise they become crowd (ignored)
+            regions.
+        limits: maximum sizes of images; by default those of `Limits`.
 
     Raises:
         DataError: there is no annotation, or an object's name is not among `classes`.
@@ -64,9 +62,9 @@ def read_voc(
     xmls, texts = ([path for path in files if path.suffix.lower() == ending] for ending in (".xml", ".txt"))
     trees = read_trees(xmls, notes)
     if not trees:
-        found = "; ".join(notes.lines(1)) or "there is no xml file"
+        reason = "; ".join(notes.lines(1)) or "there is no xml file"
         others = count_endings(root, (".txt", ".json"))
-        raise DataError(f"{root}: no VOC annotation was found here: {found}{others}.")
+        raise DataError(f"{root}: no VOC annotation was found here: {reason}{others}.")
     labels = _labels(root, trees, classes)
     images = by_stem(path for path in files if path.suffix.lower() in IMAGE_ENDINGS)
     splits = find_splits(root, texts, trees, labels, notes)
@@ -74,16 +72,17 @@ def read_voc(
     samples: dict[Path, Sample | None] = {}
     for xml in tqdm(dict.fromkeys(xml for chosen in splits.values() for xml in chosen), disable=None, leave=False):
         path = image_of(xml, _text(trees[xml], "filename"), images, notes)
-        found = list(_objects(xml, trees[xml], notes, labels, one_based, keep_difficult)) if path else []
-        samples[xml] = _sample(xml, trees[xml], path, found, notes, limits) if path else None
+        objects = list(_objects(xml, trees[xml], notes, labels, one_based, keep_difficult)) if path else []
+        samples[xml] = _sample(xml, trees[xml], path, objects, notes, limits) if path else None
     imported = ImportedDataset({label: name for name, label in labels.items()}, {}, notes)
     for split, chosen in splits.items():
-        imported.splits[split] = _one_per_image([samples[xml] for xml in chosen if samples[xml]], notes)
+        imported.splits[split] = _one_per_image([sample for xml in chosen if (sample := samples[xml])], notes)
     _note_unlabeled(images, xmls, samples, notes)
     return imported
 
 
 def _labels(root: Path, trees: dict[Path, Element], classes: Sequence[str]) -> dict[str, int]:
+    """Number the class names from 1."""
     occurring = {_text(item, "name") for tree in trees.values() for item in tree.iter("object")} - {""}
     unknown = sorted(occurring - set(classes)) if classes else []
     if unknown:
@@ -104,9 +103,9 @@ def _sample(
 
 
 def _frame(xml: Path, tree: Element, info: ImageInfo, boxes: list[list[float]], notes: Notes) -> tuple[int, int]:
-    """(h, w) as the xml says, or where it says nothing possible the frame of the image that holds the boxes.
+    """Return the (h, w) of the xml if it is plausible, else the frame of the image that contains the boxes.
 
-    Possible are the image as stored, the image upright, and a resized one of the same aspect ratio.
+    Plausible are the image as stored, the image turned upright, and a resized one of the same aspect ratio.
     """
 
     def holds(size: tuple[int, int]) -> bool:
@@ -124,16 +123,16 @@ def _frame(xml: Path, tree: Element, info: ImageInfo, boxes: list[list[float]], 
         if same_aspect((height, width), info.stored_size) and holds((height, width)):
             notes.add("annotation files whose image was resized: training scales the boxes", f"{xml} ({sizes})")
             return height, width
-        notes.add("annotation files with a wrong size: the image's own is taken", f"{xml} ({sizes})")
+        notes.add("annotation files with a wrong size: the image's own is used", f"{xml} ({sizes})")
     else:
-        notes.add("annotation files without a size: the image's own is taken", xml)
+        notes.add("annotation files without a size: the image's own is used", xml)
     return next(filter(holds, frames), info.stored_size)
 
 
 def _objects(
     xml: Path, tree: Element, notes: Notes, labels: dict[str, int], one_based: bool, keep_difficult: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, annotation) of each box."""
+    """Iterate over (location for the notes, annotation) of each box."""
     for item in tree.iter("object"):
         name, boxes = _text(item, "name"), item.findall("bndbox")
         place = f"{xml} ({name})"
@@ -154,7 +153,8 @@ def _objects(
                 x0, x1, y0, y1 = min(x0, x1), max(x0, x1), min(y0, y1), max(y0, y1)
             if one_based:
                 if x0 < 1 or y0 < 1:
-                    notes.add("boxes that start before pixel 1: is --one-based right?", place)
+                    notes.add("boxes that start before pixel 1: check --one-based", place)
+                # the first pixel becomes 0; xmax stays, since it is included: width = xmax - xmin + 1
                 x0, y0 = x0 - 1, y0 - 1
             box = [x0, y0, x1 - x0, y1 - y0]
             yield place, {"category_id": labels[name], "bbox": box, "iscrowd": int(difficult)}
@@ -164,7 +164,7 @@ def _one_per_image(samples: list[Sample], notes: Notes) -> list[Sample]:
     chosen: dict[Path, Sample] = {}
     for sample in samples:
         if chosen.setdefault(sample.path, sample) is not sample:
-            notes.add("annotation files left out whose image another one has", sample.path)
+            notes.add("annotation files left out whose image belongs to another one", sample.path)
     return list(chosen.values())
 
 
@@ -187,13 +187,13 @@ _USUAL_LISTS = ("train", "val", "trainval", "test", "valid", "validation")
 
 
 def read_trees(paths: Iterable[Path], notes: Notes) -> dict[Path, ElementTree.Element]:
-    """The `<annotation>` of each file that has one; tags come without their namespace."""
+    """Parse the `<annotation>` of each file that has one; tags are stripped of their namespace."""
     trees = {}
     for path in paths:
         try:
             tree = _parse(read_modest(path))
         except DataError as error:
-            notes.add("xml files left out that are not files of a usual size", error)
+            notes.add("xml files left out that are not regular or too large", error)
             continue
         except (ElementTree.ParseError, LookupError, ValueError) as error:
             notes.add("xml files left out that are not valid", f"{path} ({error})")
@@ -203,28 +203,28 @@ def read_trees(paths: Iterable[Path], notes: Notes) -> dict[Path, ElementTree.El
         if tree.tag == "annotation":
             trees[path] = tree
         else:
-            notes.add("xml files left out that are no VOC annotations", f"{path} (its root is <{tree.tag}>)")
+            notes.add("xml files left out that are not VOC annotations", f"{path} (its root is <{tree.tag}>)")
     return trees
 
 
 def _parse(data: bytes) -> ElementTree.Element:
-    if b"<!ENTITY" in data.replace(b"\0", b""):  # in UTF-16, too
-        # no annotation needs any, a few of them stand for gigabytes, and not every version of expat minds
+    if b"<!ENTITY" in data.replace(b"\0", b""):  # without the zero bytes of UTF-16
+        # annotations need no entities, a few can expand to gigabytes, and not every version of expat limits them
         raise ValueError("it declares entities")
     try:
         return ElementTree.fromstring(data)
-    except (ElementTree.ParseError, LookupError, ValueError) as error:  # often the wrong encoding is declared
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # often a wrong encoding is declared
         declared = re.search(rb"""<\?xml[^>]*encoding=["']([\w-]+)""", data[:200])
         text = decode(data, declared[1].decode() if declared else None).lstrip("\ufeff")
         text = re.sub(r"^\s*<\?xml[^>]*\?>", "", text).strip()
         try:
             return ElementTree.fromstring(re.sub(r"&(?!#?\w+;)", "&amp;", text))
         except ElementTree.ParseError:
-            raise error from None  # whose line numbers are those of the file
+            raise error from None  # the first error: its line numbers are those of the file
 
 
 def by_stem(paths: Iterable[Path]) -> dict[str, list[Path]]:
-    """Files by name without suffix; case and the way accents are composed do not count."""
+    """Group files by name without suffix, ignoring case and the composition of accents."""
     groups = defaultdict(list)
     for path in paths:
         groups[same_name(path.stem)].append(path)
@@ -234,27 +234,28 @@ def by_stem(paths: Iterable[Path]) -> dict[str, list[Path]]:
 def find_splits(
     root: Path, texts: Iterable[Path], xmls: Collection[Path], names: Collection[str], notes: Notes
 ) -> dict[str, list[Path]]:
-    """Annotation files by split: as `ImageSets/Main/*.txt` or other lists say, else the folders; else all are train.
+    """Group annotation files by split: from `ImageSets/Main/*.txt`, else other lists, else folders, else all train.
 
     Args:
-        root: the dataset; its own name may tell a split too.
-        texts: text files below it.
+        root: folder of the dataset; its own name may be that of a split.
+        texts: text files under it.
         xmls: the annotation files.
-        names: class names, to know the lists about one class.
-        notes: names without an annotation file are added here.
+        names: class names, to recognize lists about one class.
+        notes: listed names without an annotation file are added here.
     """
     lists = [path for path in texts if path.parts[-3:-1] == ("ImageSets", "Main")]
     lists = lists or [path for path in texts if path.parent.name == "ImageSets"]
     lists = lists or [path for path in texts if path.stem in _USUAL_LISTS]
-    stems, files, splits = {path.stem for path in lists}, by_stem(xmls), defaultdict(dict)
+    stems, files = {path.stem for path in lists}, by_stem(xmls)
+    splits: defaultdict[str, dict[Path, None]] = defaultdict(dict)  # dicts as ordered sets
     for path in lists:
         lines = [line for line in read_lines(path) if line]
-        if _tells_one_class(path.stem, lines, stems, names):
+        if _is_class_list(path.stem, lines, stems, names):
             continue
-        found = [_listed(line, path, files) for line in lines]
-        for line in (line for line, xml in zip(lines, found) if xml is None):
-            notes.add("names left out that a list has and no annotation file", f"{path.name}: {line}")
-        chosen = dict.fromkeys(xml for xml in found if xml is not None)
+        matches = [_listed(line, path, files) for line in lines]
+        for line in (line for line, xml in zip(lines, matches) if xml is None):
+            notes.add("listed names left out without an annotation file", f"{path.name}: {line}")
+        chosen = dict.fromkeys(xml for xml in matches if xml is not None)
         if chosen:
             splits[{"valid": "val", "validation": "val"}.get(path.stem, path.stem)].update(chosen)
         else:
@@ -268,17 +269,17 @@ def find_splits(
     return {split: list(chosen) for split, chosen in splits.items()}
 
 
-def _tells_one_class(stem: str, lines: list[str], stems: set[str], names: Collection[str]) -> bool:
-    """cat_train.txt says of each image of train whether it shows a cat (1, 0, -1): it is no split."""
+def _is_class_list(stem: str, lines: list[str], stems: set[str], names: Collection[str]) -> bool:
+    """Recognize lists like cat_train.txt, which mark each image of train with a cat (1, 0, -1): they are not splits."""
     head, _, tail = stem.rpartition("_")
     marked = bool(lines) and all(len(line.split()) == 2 and line.split()[1] in ("-1", "0", "1") for line in lines)
     return stem not in _USUAL_LISTS and (marked or (head in names and tail in stems))
 
 
 def _listed(line: str, where: Path, files: dict[str, list[Path]]) -> Path | None:
-    """The annotation file of one line of a list: a stem, a file name or a path, perhaps with columns after it."""
-    for text in (line, line.split()[0]):
-        path = PureWindowsPath(text)  # knows both kinds of slashes
+    """Find the annotation file of a line of a list: a stem, a file name or a path, possibly followed by columns."""
+    for text in (line, line.split()[0]):  # the full line first: names may contain spaces
+        path = PureWindowsPath(text)  # splits at both kinds of slashes
         bare = path.stem if path.suffix.lower() in (*IMAGE_ENDINGS, ".xml") else path.name
         if same_name(bare) in files:
             return max(files[same_name(bare)], key=lambda xml: _shared(xml, where))
@@ -286,15 +287,16 @@ def _listed(line: str, where: Path, files: dict[str, list[Path]]) -> Path | None
 
 
 def image_of(xml: Path, tag: str, images: dict[str, list[Path]], notes: Notes) -> Path | None:
-    """The image of an annotation file: that of its own name, else the one that its `filename` names.
+    """Find the image of an annotation file: with the xml's own name, else the one named by its `filename`.
 
-    Of several, one in an image folder or in the xml's own comes first, then the one that shares most folder names.
+    Of several candidates, one in an image folder or beside the xml is preferred, then the one with the most folder
+    names in common.
 
     Args:
         xml: the annotation file.
-        tag: its `filename`, often stale, with another suffix, or a path of another machine.
-        images: by stem.
-        notes: what was not found or had to be chosen is added here.
+        tag: its `filename`, often outdated, with another suffix, or a path of another machine.
+        images: images by stem.
+        notes: missing and ambiguous images are added here.
     """
     named = PureWindowsPath(tag)
     candidates = images.get(same_name(xml.stem)) or images.get(same_name(named.stem)) or []
@@ -303,15 +305,15 @@ def image_of(xml: Path, tag: str, images: dict[str, list[Path]], notes: Notes) -
         return None
 
     def rank(path: Path) -> tuple[bool, int, bool]:
-        at_home = path.parent == xml.parent or any(part.lower() in IMAGE_FOLDERS for part in path.parts)
-        return at_home, _shared(path, xml), path.name == named.name
+        in_image_folder = path.parent == xml.parent or any(part.lower() in IMAGE_FOLDERS for part in path.parts)
+        return in_image_folder, _shared(path, xml), path.name == named.name
 
     path = max(candidates, key=rank)
     if same_name(path.stem) != same_name(named.stem) and same_name(named.stem) in images:
-        notes.add("annotation files whose filename is another image: the one of their own name is taken", xml)
+        notes.add("annotation files whose filename is another image: the one of their own name is used", xml)
     return path
 
 
 def _shared(path: Path, other: Path) -> int:
-    """How many folder names two files have in common."""
+    """Count the folder names that two files have in common."""
     return len(set(path.parts[:-1]) & set(other.parts[:-1]))

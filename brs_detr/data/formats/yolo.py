@@ -1,6 +1,6 @@
-"""YOLO datasets: a text file of fractions per image.
+"""Read YOLO datasets: one text file of normalized boxes per image.
 
-What a YOLO dataset consists of: images by split and class names, from a yaml, a darknet file or the folders.
+Images by split and class names come from a yaml, from a darknet file, or from the folders.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from brs_detr.data.formats.yolo_labels import (
     LABEL_FOLDERS,
     find_label_files,
     images_of,
+    label_candidates,
     locate,
-    places_of,
     read_labels,
     to_annotation,
 )
@@ -42,30 +42,22 @@ from brs_detr.data.image_io import IMAGE_ENDINGS, ImageError, Limits, read_image
 from brs_detr.data.issues import DataError
 from brs_detr.parsing import load_yaml
 
-_NOT_LABELS = (
-    "classes",
-    "predefined_classes",
-    "train",
-    "val",
-    "test",
-    "notes",
-    "readme",
-    "convert-notes",
-)  # how other files begin
+# beginnings of the names of text files that are not labels
+_NOT_LABELS = ("classes", "predefined_classes", "train", "val", "test", "notes", "readme", "convert-notes")
 
 
 def read_yolo(source: str | Path, *, classes: Sequence[str] = (), limits: Limits | None = None) -> ImportedDataset:
-    """Read lines of `class cx cy w h` (fractions of the image), outlines, oriented boxes or poses.
+    """Read lines of `class cx cy w h` (fractions of the image size), polygons, oriented boxes or poses.
 
-    An outline's box is the rectangle around it. Category ids are the class numbers of the labels.
+    The box of a polygon is the rectangle around it. Category ids are the class numbers of the labels.
 
     Args:
-        source: a data.yaml, darknet's .data, or a folder with or without one of them.
-        classes: names of the classes 0, 1, ... instead of those that the dataset gives.
-        limits: of the sizes of images; by default those of the settings.
+        source: a data.yaml, darknet's .data file, or a folder with or without one of them.
+        classes: names of the classes 0, 1, ..., which replace those of the dataset.
+        limits: maximum sizes of images; by default those of `Limits`.
 
     Raises:
-        DataError: there is no image, no label file, or no line of them can be used.
+        DataError: there is no image, no label file, or no usable line in them.
     """
     notes = Notes()
     layout = find_layout(Path(source), notes)
@@ -75,18 +67,18 @@ def read_yolo(source: str | Path, *, classes: Sequence[str] = (), limits: Limits
     samples: dict[Path, Sample | None] = {}
     for path in tqdm(dict.fromkeys(path for paths in splits.values() for path in paths), disable=None, leave=False):
         samples[path] = _sample(path, files[path], names, layout.keypoints, notes, limits)
-    imported = {split: [samples[path] for path in paths if samples[path]] for split, paths in splits.items()}
+    imported = {split: [sample for path in paths if (sample := samples[path])] for split, paths in splits.items()}
     if not names:
-        found = {item["category_id"] for group in imported.values() for sample in group for item in sample.objects}
-        names = {number: f"class_{number}" for number in sorted(found)}
+        numbers = {item["category_id"] for group in imported.values() for sample in group for item in sample.objects}
+        names = {number: f"class_{number}" for number in sorted(numbers)}
         for name in names.values():
-            notes.add(MADE_UP, name)
+            notes.add(DEFAULT_NAMES, name)
     _note_label_files(files, notes)
     return ImportedDataset(names, imported, notes)
 
 
 def _labeled_splits(layout: Layout, files: dict[Path, Path | None], notes: Notes) -> dict[str, list[Path]]:
-    """The splits but for those that nobody has labeled."""
+    """Return the splits that have at least one label file."""
     splits = {}
     for split, images in layout.splits.items():
         if any(files[image] for image in images):
@@ -95,9 +87,9 @@ def _labeled_splits(layout: Layout, files: dict[Path, Path | None], notes: Notes
             notes.add("splits left out without a single label file", f"{split} ({len(images):,} images)")
     if not splits:
         image = next(iter(files))
-        looked = ", ".join(map(str, places_of(image)))
+        tried = ", ".join(map(str, label_candidates(image)))
         others = count_endings(image.parent, (".xml", ".json"))
-        raise DataError(f"{layout.source}: no image has a label file, {image} none of {looked}{others}.")
+        raise DataError(f"{layout.source}: no image has a label file. For {image} these were tried: {tried}{others}.")
     return splits
 
 
@@ -118,8 +110,8 @@ def _sample(
         notes.add("images without a label file: kept as background", image)
     elif file.stat().st_size == 0:
         notes.add("images with an empty label file: kept as background", image)
-    if info.orientation in (2, 3, 4):
-        notes.add("images that EXIF mirrors or stands on their head: boxes are written for the stored pixels", image)
+    if info.orientation in (2, 3, 4):  # these keep height and width, so the size does not tell if they were applied
+        notes.add("images that EXIF mirrors or turns by 180 degrees: boxes are written for the stored pixels", image)
     objects = []
     for place, (label, shape) in read_labels(file, keypoints, notes) if file else ():
         if names and label not in names:
@@ -130,7 +122,7 @@ def _sample(
 
 
 def _note_label_files(files: dict[Path, Path | None], notes: Notes) -> None:
-    """Note label files of two images (a.jpg and a.png) and those of none."""
+    """Note label files shared by two images (a.jpg and a.png) and label files without an image."""
     used: dict[Path, Path] = {}
     for image, file in files.items():
         if file is not None and used.setdefault(file, image) is not image:
@@ -143,20 +135,20 @@ def _note_label_files(files: dict[Path, Path | None], notes: Notes) -> None:
 
 _SPLIT_KEYS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
-MADE_UP = "class names not found; using class_0, class_1, ... (set --classes)"
-_MOST_CLASSES = 100_000  # that are named by number alone
+DEFAULT_NAMES = "class names not found; using class_0, class_1, ... (set --classes)"
+_MAX_CLASSES = 100_000  # named class_0, class_1, ...: a mistyped `nc` must not fill the memory
 _CLASS_FILES = ("classes.txt", "obj.names", "_darknet.labels")
 
 
 @dataclass
 class Layout:
-    """What a dataset consists of.
+    """Contents of a YOLO dataset.
 
     Attributes:
-        source: file or folder that said so, for messages.
-        names: class names by number; empty where nothing tells them.
+        source: file or folder that describes it, for messages.
+        names: class names by number; empty if they are not given.
         splits: image files by split.
-        keypoints: numbers after each box of a pose dataset, else 0.
+        keypoints: count of numbers after each box in a pose dataset, else 0.
     """
 
     source: Path
@@ -166,10 +158,10 @@ class Layout:
 
 
 def find_layout(source: Path, notes: Notes) -> Layout:
-    """Layout of a .yaml, of darknet's .data, or of a folder with or without one of them.
+    """Find the images and class names of a .yaml, of darknet's .data, or of a folder with or without one of them.
 
     Raises:
-        DataError: it is none of these, cannot be read, or leads to no image.
+        DataError: the source is of another kind, cannot be read, or has no image.
     """
     if not source.exists():
         raise DataError(f"{source}: there is no such file or folder.")
@@ -180,22 +172,27 @@ def find_layout(source: Path, notes: Notes) -> Layout:
         return _of_settings(_read_yaml(file), file, notes)
     if file.suffix.lower() == ".data":
         return _of_settings(_read_pairs(file), file, notes)
-    raise DataError(f"{source}: this is neither a folder nor a data.yaml; an archive must be unpacked first.")
+    raise DataError(f"{source}: this is neither a folder nor a data.yaml. Unpack an archive first.")
 
 
 def _settings_file(folder: Path) -> Path | None:
-    """The folder's yaml that names splits or classes, or its .data file."""
+    """Find the folder's yaml that names splits or classes, or its .data file."""
     files = [file for file in sorted(folder.glob("*.y*ml")) if _is_about_images(_read_yaml(file, False))]
     files = [file for file in files if file.name in _YAML_NAMES][:1] or files
     files = files or [file for file in sorted(folder.glob("*.data")) if _is_about_images(_read_pairs(file))]
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
-        raise DataError(f"{folder}: several files describe a dataset; give one of {names} instead of the folder.")
+        raise DataError(f"{folder}: several files describe a dataset. Give one of {names} instead of the folder.")
     return files[0] if files else None
 
 
 def _read_yaml(file: Path, strict: bool = True) -> dict[str, Any]:
-    """Settings with every scalar as text: a class may be called `no`, `null` or `007`."""
+    """Read settings with every scalar as a string: a class may be called `no`, `null` or `007`.
+
+    Args:
+        file: the yaml.
+        strict: False returns {} for a file that may belong to another program, instead of raising.
+    """
     try:
         settings = load_yaml(decode(read_modest(file)), yaml.BaseLoader)
     except DataError:
@@ -212,14 +209,14 @@ def _read_yaml(file: Path, strict: bool = True) -> dict[str, Any]:
 
 
 def _read_pairs(file: Path) -> dict[str, Any]:
-    """Darknet's `key = value` lines, its number of classes under the name that a yaml has for it."""
+    """Read darknet's `key = value` lines; its `classes` becomes `nc`, as a yaml calls the number of classes."""
     pairs = (line.partition("=") for line in read_lines(file) if not line.startswith("#"))
     settings = {key.strip(): value.strip() for key, _, value in pairs}
     return {**settings, "nc": settings.get("classes")}
 
 
 def _is_about_images(settings: dict[str, Any]) -> bool:
-    """Other programs' settings may lie in the folder too, some with a section `train`."""
+    """Recognize the settings of a dataset: other programs' settings may be in the folder, with a section `train`."""
     return "names" in settings or any(isinstance(settings.get(key), (str, list)) for key in ("train", "val"))
 
 
@@ -228,7 +225,7 @@ def _of_settings(settings: dict[str, Any], file: Path, notes: Notes) -> Layout:
     base = str(settings.get("path") or "")
     root = locate(base, (file.parent, Path.cwd())) if base else None
     if base and root is None:
-        notes.add("paths not found, the file's own folder is taken", f"{file}: path: {base}")
+        notes.add("paths not found, the file's own folder is used", f"{file}: path: {base}")
     roots = tuple(dict.fromkeys((root or file.parent, file.parent, Path.cwd())))
     layout = Layout(file, {}, keypoints=_keypoints(settings, file))
     if not any(settings.get(key) for key in _SPLIT_KEYS):
@@ -240,9 +237,9 @@ def _of_settings(settings: dict[str, Any], file: Path, notes: Notes) -> Layout:
             layout.splits[split] = layout.splits.get(split, []) + images
     if not any(layout.splits.values()) or not layout.splits.get("train", [""]):
         what = "for its `train`" if any(layout.splits.values()) else "for its splits"
-        download = "; fetch the images first, its `download` is not followed" if settings.get("download") else ""
+        download = ". Download the images first; its `download` is not run" if settings.get("download") else ""
         raise DataError(f"{file}: no image was found {what} ({'; '.join(notes.lines(1))}){download}.")
-    layout.names = _names_of_settings(settings, file, roots, notes) or names_of_text(_homes(roots[0], layout))
+    layout.names = _names_of_settings(settings, file, roots, notes) or names_of_text(_name_folders(roots[0], layout))
     return layout
 
 
@@ -257,6 +254,7 @@ def _keypoints(settings: dict[str, Any], file: Path) -> int:
 
 
 def _names_of_settings(settings: dict[str, Any], file: Path, roots: Iterable[Path], notes: Notes) -> dict[int, str]:
+    """Read `names`: a list, a dictionary, or a path; without it, `nc` default names."""
     names, count = settings.get("names"), settings.get("nc")
     if isinstance(names, str) and names:
         place = locate(names, roots)
@@ -267,13 +265,15 @@ def _names_of_settings(settings: dict[str, Any], file: Path, roots: Iterable[Pat
     try:
         names = {int(number): name.strip() for number, name in (names or {}).items()}
         if names and count and int(count) != len(names):
-            notes.add("settings that disagree: `names` is taken", f"{file}: nc is {count}, names has {len(names)}")
+            notes.add("settings that disagree: `names` is used", f"{file}: nc is {count}, names has {len(names)}")
         if names or not count:
             return names
-        if int(count) > _MOST_CLASSES:
-            raise DataError(f"{file}: nc is {int(count):,}, more classes than any dataset has; are names missing?")
+        if int(count) > _MAX_CLASSES:
+            raise DataError(
+                f"{file}: nc is {int(count):,}, more classes than any dataset has. Correct it, or add names."
+            )
         for number in range(int(count)):
-            notes.add(MADE_UP, f"class_{number}")
+            notes.add(DEFAULT_NAMES, f"class_{number}")
         return {number: f"class_{number}" for number in range(int(count))}
     except DataError:
         raise
@@ -282,8 +282,9 @@ def _names_of_settings(settings: dict[str, Any], file: Path, roots: Iterable[Pat
 
 
 def _of_folder(source: Path, notes: Notes) -> Layout:
-    """Splits by lists in the folder (train.txt ...) or by folder names; else all images are train."""
+    """Find splits by lists in the folder (train.txt, ...) or by folder names; else all images are train."""
     root = Path(os.path.abspath(source))
+    # archives often unpack to a single folder around everything
     while len(inside := [place for place in root.iterdir() if not place.name.startswith((".", "__"))]) == 1:
         if not inside[0].is_dir() or split_named(inside[0].name) or inside[0].name.lower() in IMAGE_FOLDERS:
             break
@@ -293,46 +294,49 @@ def _of_folder(source: Path, notes: Notes) -> Layout:
     lists = {key: f"{key}.txt" for key in _SPLIT_KEYS if _is_list(root / f"{key}.txt")}
     if lists:
         return _of_settings(lists, root / next(iter(lists.values())), notes)
-    homes = [place for place in inside if place.is_dir() and place.name.lower() in IMAGE_FOLDERS]
-    layout, groups = Layout(root, {}), {}
-    for image in [path for home in homes or [root] for path in find_files(home, IMAGE_ENDINGS, notes)]:
+    image_folders = [path for path in inside if path.is_dir() and path.name.lower() in IMAGE_FOLDERS]
+    layout = Layout(root, {})
+    groups: dict[str | None, list[Path]] = {}
+    for image in [path for folder in image_folders or [root] for path in find_files(folder, IMAGE_ENDINGS, notes)]:
         groups.setdefault(split_of(image, root), []).append(image)
     rest = groups.pop(None, [])
     if groups:
         for image in rest:
             notes.add("images left out beside the folders of the splits", image)
-    layout.splits = groups or {split_named(root.name) or "train": rest}
+    splits = {name: images for name, images in groups.items() if name is not None}
+    layout.splits = splits or {split_named(root.name) or "train": rest}
     if not any(layout.splits.values()):
-        raise DataError(f"{source}: no image was found here; give the folder or data.yaml of a YOLO dataset.")
-    layout.names = names_of_text(_homes(root, layout))
+        raise DataError(f"{source}: no image was found here. Give the folder or data.yaml of a YOLO dataset.")
+    layout.names = names_of_text(_name_folders(root, layout))
     return layout
 
 
 def _is_list(path: Path) -> bool:
-    """Does a text file list images? (train.txt may also be the labels of train.jpg.)"""
+    """Return True if a text file lists images: train.txt may also be the labels of train.jpg."""
     first = next(filter(None, read_lines(path)), "") if path.is_file() else ""
     return first.lower().endswith(IMAGE_ENDINGS)
 
 
-def _homes(root: Path, layout: Layout) -> list[Path]:
-    """Folders that a file of class names may lie in."""
+def _name_folders(root: Path, layout: Layout) -> list[Path]:
+    """Return the folders that may contain a file of class names."""
     folders = [root, root / "data", *(root / name for name in LABEL_FOLDERS)]
     for images in layout.splits.values():
-        folders += [place.parent for place in (images and places_of(images[0])) or []]
+        folders += [path.parent for path in (label_candidates(images[0]) if images else [])]
     return list(dict.fromkeys(folders))
 
 
 def names_of_text(folders: Iterable[Path]) -> dict[int, str]:
-    """Class names by line number, from the classes.txt or obj.names in one of the folders; {} where there is none.
+    """Read class names by line number from the classes.txt or obj.names in one of the folders; {} without a file.
 
     Raises:
-        DataError: two of the files disagree, so one number would stand for two classes.
+        DataError: two of the files disagree, so one number would mean two classes.
     """
-    first, names = None, {}
+    first: Path | None = None
+    names: dict[int, str] = {}
     for file in (folder / name for folder in folders for name in _CLASS_FILES):
         if file.is_file():
-            found = {number: line for number, line in enumerate(read_lines(file)) if line}
-            if first and found != names:
-                raise DataError(f"{first} and {file} name different classes; bring the labels to one list first.")
-            first, names = first or file, found
+            lines = {number: line for number, line in enumerate(read_lines(file)) if line}
+            if first and lines != names:
+                raise DataError(f"{first} and {file} name different classes. Renumber the labels by one list first.")
+            first, names = first or file, lines
     return names

@@ -1,7 +1,4 @@
-"""YOLO label files: which one belongs to an image, and what a line of it says.
-
-What a path in the settings of a YOLO dataset leads to, on another machine than the one it was written on.
-"""
+"""Find and parse YOLO label files, and resolve the paths in YOLO settings, which often come from another machine."""
 
 from __future__ import annotations
 
@@ -22,56 +19,59 @@ NO_NUMBERS = "label lines left out that are not `class cx cy w h` nor `class x1 
 
 
 class Line(NamedTuple):
-    """One object: its class number, and (4,) cx, cy, w, h or a (k, 2) outline, in fractions of the image."""
+    """An object: its class number, and (4,) cx, cy, w, h or a (k, 2) polygon, in fractions of the image size."""
 
     label: int
     shape: np.ndarray
 
 
-def places_of(image: Path) -> list[Path]:
-    """Where the label file of an image may lie, in the order they are tried.
+def label_candidates(image: Path) -> list[Path]:
+    """Return the possible paths of an image's label file, in the order they are tried.
 
-    .../images/.../x.jpg has .../labels/.../x.txt; others lie beside the image, or in a folder `labels` there.
+    .../images/.../x.jpg has .../labels/.../x.txt; others are beside the image, or in a folder `labels` beside it.
     """
     return [folder / f"{image.stem}.txt" for folder in _label_folders(image.parent)]
 
 
 def find_label_files(images: Iterable[Path]) -> dict[Path, Path | None]:
-    """The label file of each image, None where it has none."""
+    """Find the label file of each image; None if there is no such file."""
     folders: dict[Path, list[Path]] = {}
     files: dict[Path, Path | None] = {}
     for image in images:
         if image.parent not in folders:
-            folders[image.parent] = _label_folders(image.parent)
-        places = (folder / f"{image.stem}.txt" for folder in folders[image.parent])
-        files[image] = next((place for place in places if place.is_file()), None)
+            folders[image.parent] = _label_folders(image.parent)  # once per folder: it lists other folders
+        candidates = (folder / f"{image.stem}.txt" for folder in folders[image.parent])
+        files[image] = next((path for path in candidates if path.is_file()), None)
     return files
 
 
 def _label_folders(folder: Path) -> list[Path]:
     folders: list[Path] = []
+    # the last folder named `images`: earlier ones may be the user's own
     depth = next((i for i in reversed(range(len(folder.parts))) if folder.parts[i].lower() in IMAGE_FOLDERS), None)
     if depth is not None:
         tail = folder.parts[depth + 1 :]
-        folders += [place for home in _labels_in(Path(*folder.parts[:depth])) for place in (home.joinpath(*tail), home)]
-    folders += [folder, *_labels_in(folder), *(home / folder.name for home in _labels_in(folder.parent))]
+        for labels in _labels_in(Path(*folder.parts[:depth])):
+            folders += [labels.joinpath(*tail), labels]
+    folders += [folder, *_labels_in(folder), *(labels / folder.name for labels in _labels_in(folder.parent))]
     return list(dict.fromkeys(folders))
 
 
 def _labels_in(folder: Path) -> list[Path]:
-    inside = sorted(place for place in folder.iterdir() if place.name.lower() in LABEL_FOLDERS and place.is_dir())
-    return sorted(inside, key=lambda place: LABEL_FOLDERS.index(place.name.lower()))
+    """Return the label folders directly in a folder, the most common name first."""
+    inside = sorted(path for path in folder.iterdir() if path.name.lower() in LABEL_FOLDERS and path.is_dir())
+    return sorted(inside, key=lambda path: LABEL_FOLDERS.index(path.name.lower()))
 
 
 def read_labels(path: Path, keypoints: int, notes: Notes) -> list[tuple[str, Line]]:
-    """(place, object) of each line that is one.
+    """Parse a label file to (location for the notes, object) of each valid line.
 
     Args:
         path: the label file.
-        keypoints: numbers after the box of each line of a pose dataset, 0 for other datasets.
-        notes: lines left out are added here.
+        keypoints: count of numbers after the box in a pose dataset, 0 for other datasets.
+        notes: invalid lines are added here.
     """
-    found = []
+    objects: list[tuple[str, Line]] = []
     for number, text in enumerate(read_lines(path), 1):
         if not text:
             continue
@@ -88,22 +88,24 @@ def read_labels(path: Path, keypoints: int, notes: Notes) -> list[tuple[str, Lin
             notes.add("label lines left out whose class is not an integer", f"{place} ({text.split()[0]})")
         elif not np.isfinite(shape).all():
             notes.add("label lines left out with NaN or infinity", place)
-        elif shape.min() < -1 or shape.max() > 2:
-            notes.add("label lines left out whose numbers are no fractions of the image (pixels?)", place)
+        elif shape.min() < -1 or shape.max() > 2:  # generous, since truncated objects may exceed 0..1
+            notes.add("label lines left out whose numbers are not fractions of the image (pixels?)", place)
         else:
-            found.append((place, Line(int(label), shape)))
-    return found
+            objects.append((place, Line(int(label), shape)))
+    return objects
 
 
 def _words(text: str) -> list[str]:
-    """Numbers apart by blanks, tabs, commas or semicolons; some programs write 0,5 for 0.5."""
+    """Split numbers at blanks, tabs, commas or semicolons; some programs write 0,5 for 0.5."""
     words = text.replace(";", " ").split()
+    # a comma is a decimal comma only if blanks already separate five numbers and there is no decimal point
     if len(words) < 5 or "." in text:
         return " ".join(words).replace(",", " ").split()
     return [word.strip(",").replace(",", ".") for word in words]
 
 
 def _shape(values: list[float], keypoints: int, place: str, notes: Notes) -> np.ndarray | None:
+    """Interpret the numbers after the class by their count: box, pose, polygon, or one of them and a confidence."""
     count = len(values)
     is_pose = count > 4 and (count == 4 + keypoints or (count % 2 == 1 and _ends_in_visibilities(values)))
     if count == 4 or is_pose:
@@ -111,7 +113,7 @@ def _shape(values: list[float], keypoints: int, place: str, notes: Notes) -> np.
             notes.add("label lines with keypoints: only their box is taken", place)
         return np.array(values[:4])
     if count >= 5 and count % 2 == 1:
-        notes.add("label lines with one number more, taken as a confidence and ignored", place)
+        notes.add("label lines with one number more, which is ignored as a confidence", place)
         values = values[:-1]
     if len(values) == 4:
         return np.array(values)
@@ -119,20 +121,20 @@ def _shape(values: list[float], keypoints: int, place: str, notes: Notes) -> np.
 
 
 def _ends_in_visibilities(values: list[float]) -> bool:
-    """Are the numbers after the box triples x, y, v with v one of 0, 1, 2?"""
+    """Return True if the numbers after the box are triples x, y, v with v in {0, 1, 2} (COCO's visibility)."""
     return (len(values) - 4) % 3 == 0 and set(values[6::3]) <= {0.0, 1.0, 2.0}
 
 
 def to_annotation(shape: np.ndarray, size: tuple[int, int], orientation: int) -> dict[str, Any]:
-    """Box (and outline) in pixels of the frame that training uses.
+    """Convert a box or polygon to a COCO annotation in pixels of the frame that training uses.
 
-    Fractions are of the image as it is shown. Where EXIF mirrors it or stands it on its head the size does not tell,
-    and the pixels are taken as stored: the shape is turned back instead.
+    Fractions refer to the image as displayed. If EXIF mirrors it or turns it by 180 degrees, the size does not tell
+    whether that was applied, and training uses the pixels as stored; so the shape is turned back instead.
 
     Args:
         shape: (4,) cx, cy, w, h or (k, 2), fractions.
-        size: (h, w) of the image upright.
-        orientation: EXIF's number, 1 to 8.
+        size: (h, w) of the upright image.
+        orientation: EXIF orientation, 1 to 8.
     """
     height, width = size
     points = shape.copy().reshape(-1, 2)
@@ -155,17 +157,17 @@ def to_annotation(shape: np.ndarray, size: tuple[int, int], orientation: int) ->
 
 
 def images_of(entry: Any, roots: tuple[Path, ...], where: str, notes: Notes) -> list[Path]:
-    """Images of one entry of a yaml: a folder, a text file that lists them, or one image.
+    """Find the images of an entry of a yaml: a folder, a text file that lists images, or one image.
 
     Args:
         entry: the path as written.
-        roots: folders that it may be relative to, the likeliest first.
+        roots: folders that it may be relative to, the most likely first.
         where: file, key and entry, for the notes.
-        notes: what was not found, or found elsewhere, is added here.
+        notes: paths that do not exist, or exist elsewhere, are added here.
     """
     place = locate(entry, roots) if isinstance(entry, str) else None
     if place is None:
-        notes.add("entries left out that lead nowhere", f"{where} (looked for in {', '.join(map(str, roots))})")
+        notes.add("entries left out that do not exist", f"{where} (searched in {', '.join(map(str, roots))})")
         return []
     if place != Path(os.path.normpath(roots[0] / entry)):
         notes.add("entries found elsewhere", f"{where} is {place}")
@@ -179,26 +181,26 @@ def images_of(entry: Any, roots: tuple[Path, ...], where: str, notes: Notes) -> 
 
 def _listed(file: Path, roots: tuple[Path, ...], notes: Notes) -> list[Path]:
     roots = tuple(dict.fromkeys((file.parent, *roots)))
-    found: dict[Path, None] = {}
-    folders: dict[str, Path] = {}  # lines name few folders: each is looked for once
+    images: dict[Path, None] = {}  # a dict as an ordered set
+    folders: dict[str, Path] = {}  # a list names few folders: each is located once
     for line in filter(None, read_lines(file)):
         head, _, name = line.replace("\\", "/").rpartition("/")
         place = folders[head] / name if head in folders else None
         if place is None or not place.is_file():
             place = locate(line, roots)
         if place is None or not place.is_file():
-            notes.add("images left out that a list names and that are not there", f"{file.name}: {line}")
+            notes.add("listed images left out that do not exist", f"{file.name}: {line}")
             continue
         folders[head] = place.parent
-        found[place] = None
-    return list(found)
+        images[place] = None
+    return list(images)
 
 
 def locate(text: str, roots: Iterable[Path]) -> Path | None:
-    """A path as written under one of the roots; else without its first parts, which may be another machine's.
+    """Find a path under one of the roots: as written, else without its first parts, which may be another machine's.
 
-    Many exports have one `../` too many, or the folder they were written in. Nothing is guessed from a last part that
-    any dataset has, like `images`.
+    Many exports have one `../` too many, or start with the folder they were written in. A last part that any dataset
+    has, like `images`, is not matched alone.
     """
     parts = PurePosixPath(text.replace("\\", "/")).parts
     for start in range(max(1, len(parts))):

@@ -102,9 +102,9 @@ def test_names_given_by_hand(yolo, tmp_path, as_file):
     ("options", "sentence"),
     [
         (["--classes", "x,,y"], "--classes x,,y"),
-        (["--classes", "x,x"], "each once"),
+        (["--classes", "x,x"], "without duplicates"),
         (["--classes", ""], "--classes"),
-        (["--one-based"], "are about VOC"),
+        (["--one-based"], "are for VOC only"),
         (["--val-fraction", "10"], "between 0 and 1"),
     ],
 )

@@ -68,7 +68,7 @@ def test_corners_as_tools_write_them_and_as_the_original_counts(voc, tmp_path):
 
 def test_corners_from_zero_are_noted_where_they_should_count_from_one(voc, tmp_path):
     voc({"a": annotation(thing(box=(0, 0, 9, 9)))})
-    assert "is --one-based right?" in notes_of(read_voc(tmp_path, one_based=True))
+    assert "check --one-based" in notes_of(read_voc(tmp_path, one_based=True))
     assert not read_voc(tmp_path).notes.places
 
 
@@ -272,7 +272,7 @@ def test_two_xmls_of_one_image_count_once(voc, tmp_path):
     (tmp_path / "Annotations_old").mkdir()
     (tmp_path / "Annotations_old" / "a.xml").write_text(annotation(thing(box=(1, 1, 9, 9))))
     imported = read_voc(tmp_path)
-    assert boxes_of(imported) == {"a.jpg": [XYWH]} and "another one has" in notes_of(imported)
+    assert boxes_of(imported) == {"a.jpg": [XYWH]} and "whose image belongs to another one" in notes_of(imported)
 
 
 def test_images_that_cannot_be_read_are_noted(voc, tmp_path):

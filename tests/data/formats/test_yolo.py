@@ -67,7 +67,9 @@ def test_names_given_by_hand_and_names_made_up(yolo, tmp_path):
     assert read_yolo(tmp_path, classes=["x", "y"]).classes == {0: "x", 1: "y"}
     (tmp_path / "classes.txt").unlink()
     imported = read_yolo(tmp_path)
-    assert imported.classes == {0: "class_0", 3: "class_3"} and "using class_0" in notes_of(imported)
+    assert imported.classes == {0: "class_0", 3: "class_3"} and "class names not found; using class_0" in notes_of(
+        imported
+    )
 
 
 def test_labels_and_images_without_each_other(yolo, tmp_path, write_image):
@@ -174,7 +176,7 @@ def test_exports_with_one_step_up_too_many(tmp_path):
 def test_a_missing_split_is_never_guessed_from_a_folder_that_any_dataset_has(tmp_path):
     files = {"images/a.jpg": "", "data.yaml": "train: images\nval: ../valid/images\n"}
     _, splits, notes = look(make(tmp_path / "mine", files))
-    assert splits == {"train": ["a.jpg"], "val": []} and "lead nowhere: data.yaml: val: ../valid/images" in notes
+    assert splits == {"train": ["a.jpg"], "val": []} and "do not exist: data.yaml: val: ../valid/images" in notes
 
 
 def test_lists_name_images_that_are_not_there(tmp_path):
@@ -294,8 +296,8 @@ def test_shape_of_poses(tmp_path):
         ({"data.yaml": "names: [{id: 0}]\ntrain: images"}, "`names` must be"),
         ({"data.yaml": "train: images/none\nnames: [cat]", "images/none/x": ""}, "no image was found"),
         ({"data.yaml": "train: imgaes\nval: images\nnames: [cat]"}, "no image was found for its `train`.*imgaes"),
-        ({"data.yaml": "train: pics\nnames: [cat]\ndownload: https://x.y/z.zip"}, "fetch the images first"),
-        ({"a.yaml": "train: images", "b.yaml": "train: images"}, "give one of a.yaml, b.yaml"),
+        ({"data.yaml": "train: pics\nnames: [cat]\ndownload: https://x.y/z.zip"}, "Download the images first"),
+        ({"a.yaml": "train: images", "b.yaml": "train: images"}, "Give one of a.yaml, b.yaml"),
     ],
 )
 def test_what_cannot_be_read_is_refused_with_a_sentence(tmp_path, files, sentence):
@@ -306,7 +308,7 @@ def test_what_cannot_be_read_is_refused_with_a_sentence(tmp_path, files, sentenc
 @pytest.mark.parametrize("name", ["gone", "archive.zip"])
 def test_what_is_no_folder_is_refused(tmp_path, name):
     (tmp_path / "archive.zip").touch()
-    with pytest.raises(DataError, match=r"no such file|unpacked first"):
+    with pytest.raises(DataError, match=r"no such file|Unpack an archive first"):
         look(tmp_path / name)
 
 
