@@ -1,4 +1,4 @@
-"""`convert`: an official Co-DETR or BRS-DETR checkpoint as a weights file for eval.py and train.py, or back again."""
+"""`convert`: an official Co-DETR or BRS-DETR checkpoint as a weights file for eval and train, or back again."""
 
 from __future__ import annotations
 
@@ -35,5 +35,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     weights, report = from_official(read_official(options.source), str(options.source), options.num_classes_from)
     save_weights(options.target, weights)
-    print(f"{options.source}: {report}\n{options.target} written; evaluate: eval.py {options.target} data.root=...")
+    print(
+        f"{options.source}: {report}\n{options.target} written; evaluate: brs-detr eval {options.target} data.root=..."
+    )
     return 0

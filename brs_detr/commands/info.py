@@ -25,7 +25,7 @@ COCO_CLASSES = 80
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `info`."""
     parser.add_argument("config", help="recipe, e.g. configs/brs_detr_r50_12e_coco.yaml")
-    parser.add_argument("overrides", nargs="*", help="settings to change, e.g. model.queries=900")
+    parser.add_argument("overrides", nargs="*", default=[], help="settings to change, e.g. model.queries=900")
     parser.add_argument("--settings", action="store_true", help="print every setting, as the run would have it")
     parser.add_argument("--classes", type=int, help="number of classes (default: of the training json, else 80)")
 
