@@ -127,11 +127,31 @@ def train(config: configuration.Config, trial: str | None = None) -> int:
         if trial == "profile":
             log.say(profile_steps(trainer, Path(config.output_dir)))
             return ExitCode.OK
-        finished = trainer.fit()
+        finished = fit(trainer)
     for line in train_set.met_while_reading():
         log.say(f"training images: {line}")
     log.end()
     return ExitCode.OK if finished else ExitCode.INTERRUPTED
+
+
+def fit(trainer: Trainer) -> bool:
+    """Train from the trainer's position to the end: an epoch, its evaluation, the saved state, the next epoch.
+
+    Returns:
+        True when the training is complete, False when a stop signal ended it early (the state is saved).
+
+    Raises:
+        Interruption: the batches of some process do not come (the state of the last completed step is saved).
+        NonFiniteError: a loss or gradient was not finite and `train.on_nonfinite` is "stop", or too many were.
+        StorageError: the state or the weights could not be written.
+    """
+    with trainer.interruptible():
+        for epoch in trainer.epochs():
+            trainer.train_epoch()
+            if trainer.is_evaluated(epoch):
+                trainer.evaluate()
+                trainer.save_state()
+    return not trainer.stopped
 
 
 @contextlib.contextmanager

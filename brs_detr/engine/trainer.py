@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +45,7 @@ from brs_detr.engine.nonfinite import (
     save_batch,
 )
 from brs_detr.engine.optim import Schedule, set_learning_rate
+from brs_detr.engine.signals import stop_signals
 from brs_detr.engine.snapshot import TrainerState, Training
 from brs_detr.engine.state import load_state, save_state
 from brs_detr.engine.storage import StorageError, together
@@ -84,7 +83,9 @@ class Settings:
 
 
 class Trainer:
-    """Trains a prepared detector to the end, or until it is told to stop.
+    """Trains a prepared detector: steps, epochs, evaluations and saved states, which `brs_detr/train.py` puts in order.
+
+    `asked_to_stop`: a signal has come; `stopped`: it has ended the training.
 
     Args:
         accelerator: of the launch.
@@ -126,7 +127,7 @@ class Trainer:
         self.epoch_sums: Counter[str] = Counter()
         self.position = TrainerState()
         self.statistics = RunningStatistics(model)
-        self.asked_to_stop = False
+        self.asked_to_stop = self.stopped = False
         self.lr = 0.0
 
     @property
@@ -135,77 +136,70 @@ class Trainer:
         return math.ceil(len(self.batches) / self.settings.accumulate)
 
     def resume(self, state: Path) -> None:
-        """Take up the training where a saved state left it; every process calls it, before `fit`.
+        """Take up the training where a saved state left it; every process calls it, before the first epoch.
 
         Raises:
             CheckpointError: the state is damaged, or of another detector.
         """
         load_state(state, self._training())
 
-    def fit(self) -> bool:
-        """Train from the current position to the end.
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Run the epoch loop inside: whatever interrupts it, the state of the last completed step is saved.
 
-        Returns:
-            True when the training is complete, False when a SIGTERM ended it early (the state is saved).
+        A stop signal ends the block early and sets `stopped`.
 
         Raises:
-            Interruption: the batches of some process do not come (the state of the last completed step is saved).
-            NonFiniteError: a loss or gradient was not finite and `on_nonfinite` is "stop", or too many were.
-            StorageError: the state or the weights could not be written.
+            Interruption: the batches of some process do not come (the state is saved).
+            StorageError: the state could not be written.
         """
-        if self.position.epoch >= self.settings.epochs:
-            self.log.say(
-                f"this run is complete: {self.position.epoch} of {self.settings.epochs} epochs; to go on, "
-                "raise its length and set train.allow_changes=true"
-            )
-        else:
-            self._forget_lost_best()
-        with self._listening():
+        with stop_signals(self._ask_to_stop):
             try:
-                finished = self._train()
+                yield
             except Interruption as error:
-                self._save_state()
+                self.save_state()
                 if error.code != ExitCode.INTERRUPTED:
                     raise Interruption(
                         f"{error} The state is saved at step {self.position.step}.", error.code
                     ) from error
-                finished = False
-            if not finished:
+                self.stopped = True
+            if self.stopped:
                 self.log.say(
                     f"Received a stop signal: checkpoint saved at step {self.position.step}. Resume with --resume."
                 )
-            return finished
 
-    def _train(self) -> bool:
-        """The rest of the training; False when told to stop, after saving.
-
-        Raises:
-            Interruption: nothing is saved yet; the position is that of the last completed step.
-        """
+    def epochs(self) -> Iterator[int]:
+        """Count the epochs that are left, from 1 on: to the last, to a stop signal, or until AP no longer improves."""
         position, settings = self.position, self.settings
+        if position.epoch >= settings.epochs:
+            self.log.say(
+                f"this run is complete: {position.epoch} of {settings.epochs} epochs; to go on, "
+                "raise its length and set train.allow_changes=true"
+            )
+            return
+        self._forget_lost_best()
         while position.epoch < settings.epochs:
             if settings.patience is not None and position.worse >= settings.patience:  # first: also of a resumed run
                 self.log.say(f"no better validation for {position.worse} times: training ends early")
-                return True
-            if not self._train_epoch():
-                self._save_state()
-                return False
-            self._warn_of_silent_heads()
-            position.epoch, position.step_in_epoch = position.epoch + 1, 0
-            last = position.epoch == settings.epochs
-            if position.epoch % settings.eval_every == 0 or last:
-                try:
-                    self._validate()
-                except Interruption:  # a resumed run begins with this validation
-                    position.epoch, position.step_in_epoch = position.epoch - 1, self.steps_per_epoch
-                    raise
-                self._save_state()
-                if not last and self._told_to_stop():
-                    return False
-        return True
+                return
+            yield position.epoch + 1
+            if self.is_evaluated(position.epoch) and position.epoch < settings.epochs and self._told_to_stop():
+                self.stopped = True  # with what was saved after the evaluation
+                return
 
-    def _train_epoch(self) -> bool:
-        """The rest of the epoch under way; False when told to stop before its end."""
+    def is_evaluated(self, epoch: int) -> bool:
+        """Whether epoch 1, 2, ... ends with an evaluation."""
+        return epoch % self.settings.eval_every == 0 or epoch == self.settings.epochs
+
+    def train_epoch(self) -> None:
+        """Train the rest of the epoch under way.
+
+        Raises:
+            Interruption: by a stop signal, or since the batches of some process do not come; the position is that of
+                the last completed step, and nothing is saved yet.
+            NonFiniteError: a loss or gradient was not finite and `on_nonfinite` is "stop", or too many were.
+            StorageError: the state could not be written.
+        """
         position, settings = self.position, self.settings
         self.model.train()
         title = f"epoch {position.epoch + 1}/{settings.epochs}"
@@ -224,12 +218,13 @@ class Trainer:
                 if position.step % settings.log_every == 0 or position.step_in_epoch == self.steps_per_epoch:
                     progress.report(self._report())
                 if stop:
-                    return False
+                    raise Interruption("Received a stop signal.", ExitCode.INTERRUPTED)
                 if settings.save_every and position.step % settings.save_every == 0:
-                    self._save_state()
+                    self.save_state()
         finally:
             progress.close()
-        return True
+        self._warn_of_silent_heads()
+        position.epoch, position.step_in_epoch = position.epoch + 1, 0
 
     def _next_group(self, batches: Iterator[Batch]) -> list[Batch]:
         """The batches of a step, when every process has its own: none may wait within a step for one without.
@@ -367,8 +362,22 @@ class Trainer:
         told = torch.tensor(float(self.asked_to_stop), device=self.accelerator.device)
         return self.accelerator.reduce(told, reduction="sum").item() > 0
 
-    def _validate(self) -> None:
-        """Evaluate, keep the weights just evaluated as the last ones, and as the best ones where they are."""
+    def evaluate(self) -> None:
+        """Evaluate, keep the weights just evaluated as the last ones, and as the best ones where they are.
+
+        Raises:
+            Interruption: before the end; the position is again that of the epoch's last step, so that a resumed run
+                begins with this evaluation.
+            StorageError: the weights could not be written.
+        """
+        position = self.position
+        try:
+            self._evaluate()
+        except Interruption:
+            position.epoch, position.step_in_epoch = position.epoch - 1, self.steps_per_epoch
+            raise
+
+    def _evaluate(self) -> None:
         accelerator, position = self.accelerator, self.position
         self._forget_lost_best()
         module = self.ema.module if self.ema is not None else accelerator.unwrap_model(self.model)
@@ -414,32 +423,19 @@ class Trainer:
         average = self.ema.module if self.ema is not None else None
         return Training(self.accelerator, self.model, self.optimizer, average, self.position, self.meter)
 
-    def _save_state(self) -> None:
+    def save_state(self) -> None:
+        """Save all that a resumed run needs; every process calls it.
+
+        Raises:
+            StorageError: it could not be written; the state before stays.
+        """
         self.meter.share(self.accelerator)
         if is_sharded(self.accelerator):  # the main process's batch statistics are saved, and count for all from here
             share_buffers(self.model)
         for note in save_state(self.folder / "state", self._training(), self.settings.facts):
             self.log.say(note)
 
-    @contextlib.contextmanager
-    def _listening(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C ask for a stop after the step under way; a second Ctrl-C ends the process at once."""
-        own, asked_at = os.getpid(), math.inf
-
-        def ask(number: int, _: Any) -> None:
-            nonlocal asked_at
-            if os.getpid() != own:  # a loader's worker: it ends with this process, and must not end before
-                return
-            # torchrun passes on a Ctrl-C that the terminal has sent already: not a second one
-            if number == signal.SIGINT and time.monotonic() > asked_at + 2:
-                raise KeyboardInterrupt
-            if not self.asked_to_stop and number == signal.SIGINT:
-                self.log.say("stopping after this step; press Ctrl-C again to end without saving")
-            self.asked_to_stop, asked_at = True, min(asked_at, time.monotonic())
-
-        former = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
+    def _ask_to_stop(self, by_keyboard: bool) -> None:
+        if by_keyboard and not self.asked_to_stop:
+            self.log.say("stopping after this step; press Ctrl-C again to end without saving")
+        self.asked_to_stop = True
