@@ -16,6 +16,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -310,5 +311,7 @@ def write_curves(out: Path, summary: Summary, metrics: Path) -> list[Path]:
     return paths
 
 
+main = partial(run_command, "eval")  # the command line
+
 if __name__ == "__main__":  # accelerate launch -m brs_detr.evaluate
-    sys.exit(run_command("eval"))
+    sys.exit(main())

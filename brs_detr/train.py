@@ -208,5 +208,7 @@ def open_log(config: configuration.Config, plan, accelerator) -> tuple[Path | No
     return state, log
 
 
+main = partial(run_command, "train")  # the command line
+
 if __name__ == "__main__":  # accelerate launch -m brs_detr.train
-    sys.exit(run_command("train"))
+    sys.exit(main())

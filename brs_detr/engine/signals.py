@@ -12,11 +12,11 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def stop_signals(ask: Callable[[bool], None]) -> Iterator[None]:
+def stop_signals(ask: Callable[[signal.Signals], None]) -> Iterator[None]:
     """Turn SIGTERM and Ctrl-C into calls of `ask`; a second Ctrl-C ends the process at once.
 
     Args:
-        ask: called with True for Ctrl-C and False for SIGTERM, at any time while the block runs.
+        ask: called with the signal, SIGINT or SIGTERM, at any time while the block runs.
 
     Raises:
         KeyboardInterrupt: at a Ctrl-C more than two seconds after the first signal.
@@ -30,7 +30,7 @@ def stop_signals(ask: Callable[[bool], None]) -> Iterator[None]:
         # torchrun passes on a Ctrl-C that the terminal has sent already: not a second one
         if number == signal.SIGINT and time.monotonic() > asked_at + 2:
             raise KeyboardInterrupt
-        ask(number == signal.SIGINT)
+        ask(signal.Signals(number))
         asked_at = min(asked_at, time.monotonic())
 
     former = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}

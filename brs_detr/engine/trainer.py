@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -435,7 +436,7 @@ class Trainer:
         for note in save_state(self.folder / "state", self._training(), self.settings.facts):
             self.log.say(note)
 
-    def _ask_to_stop(self, by_keyboard: bool) -> None:
-        if by_keyboard and not self.asked_to_stop:
+    def _ask_to_stop(self, number: signal.Signals) -> None:
+        if number == signal.SIGINT and not self.asked_to_stop:
             self.log.say("stopping after this step; press Ctrl-C again to end without saving")
         self.asked_to_stop = True

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import train  # noqa: E402
+from brs_detr import train  # noqa: E402
 from brs_detr.data import storage  # noqa: E402
 from brs_detr.data.synthetic import make_dataset  # noqa: E402
 from brs_detr.engine.logging import read_metrics  # noqa: E402
@@ -238,7 +238,7 @@ def check(name, folder):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     read, storage.read_file = storage.read_file, read_file
-    train.run.build_detector = lambda *_, **__: Detector()  # all but the detector is as in a real run
+    train.setup.build_detector = lambda *_, **__: Detector()  # all but the detector is as in a real run
     if sys.argv[1] == "train":  # under a launcher
         sys.exit(train.main([*sys.argv[2:], *SETTINGS]))
     place = Path(sys.argv[1])

@@ -137,7 +137,7 @@ def test_killed_at_random_moments(program, reference, tmp_path, weights):
 def test_told_to_stop_it_saves_and_says_so_with_a_code_of_its_own(program, reference, tmp_path, weights, number):
     code, output = program.interrupt(tmp_path, *ARGUMENTS, "--pause", 0.2, number=number, after=1.0)
     assert code == 75, output
-    assert "continue with --resume" in output
+    assert "checkpoint saved at step" in output
     assert latest_state(tmp_path / "state")[0] is not None
     assert program.run(tmp_path, "--resume", *ARGUMENTS)[0] == 0
     assert_same_end(tmp_path, reference, weights)
