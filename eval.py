@@ -1,8 +1,11 @@
-"""Evaluate trained weights, `accelerate launch eval.py RUN`: the script around `brs_detr/evaluate.py`."""
+"""Evaluate trained weights, `accelerate launch eval.py RUN`: `brs-detr eval` as a script (`brs_detr/evaluate.py`)."""
 
 import sys
+from functools import partial
 
-from brs_detr.evaluate import main
+from brs_detr.cli import run_command
+
+main = partial(run_command, "eval")
 
 if __name__ == "__main__":
     sys.exit(main())

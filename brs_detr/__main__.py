@@ -1,4 +1,4 @@
-"""`python -m brs_detr COMMAND`; see `brs_detr.cli`."""
+"""`python -m brs_detr COMMAND`, the same as `brs-detr COMMAND`; see `brs_detr.cli`."""
 
 import sys
 

@@ -18,8 +18,9 @@ from typing import Any, Literal
 
 import yaml
 
-from brs_detr.config_io import ConfigError, leaves, parse_yaml, to_dict, update
-from brs_detr.user_files import MODEST_BYTES, UserFileError, read_file
+from brs_detr.config_aliases import ALIASES
+from brs_detr.config_io import ConfigError, leaves, nearest_setting, parse_yaml, setting_names, to_dict, update
+from brs_detr.recipes import read_layers
 
 
 @dataclass(frozen=True)
@@ -250,32 +251,74 @@ class Config:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe and apply `a.b=value` overrides.
 
+    Args:
+        path: of the recipe, or its name (`demo`); see `recipes.find_recipe`.
+        overrides: settings to change.
+
     Raises:
         ConfigError: unknown key, wrong type, impossible pair, unreadable file.
     """
     config = Config()
-    for source, layer in _layers(Path(path)):
-        config = update(config, layer, source)
+    for source, layer in read_layers(path):
+        config = update(config, layer, source, ALIASES)
     return apply_overrides(config, overrides)
 
 
 def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """The config with `a.b=value` strings applied, checked as a whole."""
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"command line: {text!r} is not of the form section.setting=value")
-        layer: Any = parse_yaml(value, f"command line, {key}") if value else None
-        for part in reversed(key.lstrip("-").split(".")):
-            layer = {part: layer}
-        config = update(config, layer, "command line")
+    config = update_from_command_line(config, overrides)
     check(config)
     return config
 
 
+def update_from_command_line(config: Config, overrides: Sequence[str]) -> Config:
+    """The config with `a.b=value` strings applied; names and types are checked, but not whether the values fit.
+
+    Raises:
+        ConfigError: unknown name, wrong type, not of that form.
+    """
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        key = key.strip().lstrip("-")
+        if not equals or not key:
+            raise ConfigError(f"command line: {text!r} is not of the form section.setting=value{_written_out(text)}")
+        layer: Any = parse_yaml(value, f"command line, {key}") if value else None
+        for part in reversed(key.split(".")):
+            layer = {part: layer}
+        config = update(config, layer, "command line", ALIASES)
+    return config
+
+
+def _written_out(word: str) -> str:
+    """How a word that has no value would be written, where it is the name of a setting or near one."""
+    near = word if word in setting_names(Config()) else nearest_setting(word, Config(), ALIASES)
+    return f"; write {near}=VALUE, without blanks" if near is not None and " " not in near else ""
+
+
+def option_as_setting(option: str, value: str) -> str:
+    """`--data.root` with its value as `data.root=value`, where the name is complete.
+
+    Raises:
+        ConfigError: it is not; says which setting was probably meant and how that is written.
+    """
+    name, written = option.lstrip("-").replace("-", "_"), f"{option} {value}".strip()
+    exact = name in setting_names(Config())
+    if exact and value:
+        return f"{name}={value}"
+    near = name if exact else nearest_setting(name, Config(), ALIASES)
+    if near is None:
+        raise ConfigError(
+            f"{option}: neither an option nor near a setting. Settings are written section.setting=value; "
+            "`brs-detr info RECIPE --settings` lists them."
+        )
+    if " " in near:
+        raise ConfigError(f"{written}: {near}")
+    raise ConfigError(f"{written}: settings are written section.setting=value. Write {near}={value or 'VALUE'}.")
+
+
 def from_dict(values: Mapping[str, Any], source: str) -> Config:
     """The config that `to_dict` described, for instance the one stored inside a checkpoint named `source`."""
-    config = update(Config(), values, source)
+    config = update(Config(), values, source, ALIASES)
     check(config)
     return config
 
@@ -300,34 +343,6 @@ def check(config: Config) -> None:
     for broken, message in rules(config):
         if broken:
             raise ConfigError(message)
-
-
-def _layers(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The recipe's base, if it names one, then the recipe, each with the name to use in errors."""
-    recipe = _read(path)
-    base = recipe.pop("base", None)
-    if base is not None:
-        parent_path = path.parent / str(base)
-        parent = _read(parent_path)
-        if "base" in parent:
-            raise ConfigError(f"{parent_path}: a base may not have a base of its own; copy its settings here")
-        yield str(parent_path), parent
-    yield str(path), recipe
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        text = read_file(path, MODEST_BYTES).decode("utf-8")
-    except (UserFileError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: the recipe cannot be read ({error}); recipes lie in configs/") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: the recipe cannot be read ({error.strerror}); recipes lie in configs/") from None
-    recipe = parse_yaml(text, str(path))
-    if recipe is None:
-        return {}
-    if not isinstance(recipe, dict):
-        raise ConfigError(f"{path}: a recipe is a list of `section: settings`, not {type(recipe).__name__}")
-    return recipe
 
 
 _AT_LEAST_ONE = """

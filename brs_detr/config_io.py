@@ -10,25 +10,36 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import yaml
 
 from brs_detr.parsing import load_yaml
 
+NO_ALIASES: Mapping[str, str] = types.MappingProxyType({})
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used; the message says which, where, and what to write instead."""
 
 
-def update(config: Any, layer: Any, source: str, prefix: str = "", root: Any = None) -> Any:
+def update(
+    config: Any,
+    layer: Any,
+    source: str,
+    aliases: Mapping[str, str] = NO_ALIASES,
+    *,
+    prefix: str = "",
+    root: Any = None,
+) -> Any:
     """A copy of a config dataclass with the values of a nested mapping; strict about keys and types.
 
     Args:
         config: any dataclass.
         layer: mapping from its field names to values or, for its sections, to further mappings.
         source: named in errors: the file, or "command line".
+        aliases: what to say of names that other programs use; see `suggest`.
         prefix: dotted name of `config` itself, "" for the root.
         root: the outermost dataclass, searched for the nearest valid name.
 
@@ -37,18 +48,23 @@ def update(config: Any, layer: Any, source: str, prefix: str = "", root: Any = N
     """
     root = config if root is None else root
     if not isinstance(layer, Mapping):
+        example = aliases.get(prefix, "")
+        example = f": {example}" if " " in example else f", e.g. {example}={str(layer)[:80]}" if example else ""
         raise ConfigError(
-            f"{source}: {prefix or 'the recipe'} is a section, not a value; write its settings one by one"
+            f"{source}: {prefix or 'the recipe'} is a section, not a value; write its settings one by one{example}"
         )
     hints = typing.get_type_hints(type(config))
     changes = {}
     for key, value in layer.items():
         name = f"{prefix}.{key}" if prefix else str(key)
         if key not in hints:
-            raise ConfigError(f"{source}: {name} is not a setting{_suggestion(name, prefix, hints, root)}")
+            full = _full_name(name, value)
+            siblings = [f"{prefix}.{known}" if prefix else known for known in hints]
+            hint = suggest(full, root, aliases, siblings) or f"; settings here are {', '.join(siblings)}"
+            raise ConfigError(f"{source}: {full} is not a setting{hint}")
         current = getattr(config, key)
         if dataclasses.is_dataclass(current):
-            changes[key] = update(current, value, source, name, root)
+            changes[key] = update(current, value, source, aliases, prefix=name, root=root)
         else:
             changes[key] = _coerce(value, hints[key], name, source)
     return dataclasses.replace(config, **changes)
@@ -105,14 +121,51 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _suggestion(name: str, prefix: str, hints: Mapping[str, Any], root: Any) -> str:
-    siblings = [f"{prefix}.{key}" if prefix else key for key in hints]
-    everywhere = [leaf for leaf, _ in leaves(root)]
-    last = name.rsplit(".", 1)[-1]
-    near = [leaf for leaf in everywhere if leaf.rsplit(".", 1)[-1] == last][:1]  # right word, wrong section
+def setting_names(root: Any) -> list[str]:
+    """Dotted names of all settings of a config."""
+    return [name for name, _ in leaves(root)]
+
+
+def nearest_setting(name: str, root: Any, aliases: Mapping[str, str], siblings: Sequence[str] = ()) -> str | None:
+    """The setting that a wrong name most likely means, or a sentence (with blanks) where it is not a setting here.
+
+    Args:
+        name: dotted, as it was written.
+        root: the outermost dataclass.
+        aliases: by a name, or the last word of one, the setting or the sentence.
+        siblings: dotted names of the section where it was looked for.
+
+    Returns:
+        None where nothing is near.
+    """
+    name = name.replace("-", "_")
+    last, everywhere = name.rsplit(".", 1)[-1], setting_names(root)
+    if near := difflib.get_close_matches(name, everywhere, n=1, cutoff=0.9):  # a slip of the finger
+        return near[0]
+    for key in (name, last, last.lower()):
+        if key in aliases:
+            return aliases[key]
+    right_word = [leaf for leaf in everywhere if leaf.rsplit(".", 1)[-1] == last]  # in the wrong section
+    near = difflib.get_close_matches(name, right_word, n=1, cutoff=0.0)
     near = near or difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
     near = near or difflib.get_close_matches(name, everywhere, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else f"; settings here are {', '.join(siblings)}"
+    return near[0] if near else None
+
+
+def suggest(name: str, root: Any, aliases: Mapping[str, str], siblings: Sequence[str] = ()) -> str:
+    """`nearest_setting` as the end of an error, "" where nothing is near."""
+    near = nearest_setting(name, root, aliases, siblings)
+    if near is None:
+        return ""
+    return f": {near}" if " " in near else f"; did you mean {near}?"
+
+
+def _full_name(name: str, value: Any) -> str:
+    """The dotted name of the first setting under an unknown section, for which the nearest is to be found."""
+    while isinstance(value, Mapping) and value:
+        key, value = next(iter(value.items()))
+        name = f"{name}.{key}"
+    return name
 
 
 def _coerce(value: Any, hint: Any, name: str, source: str) -> Any:

@@ -1,21 +1,22 @@
-"""Evaluate trained weights: `accelerate launch eval.py RUN_OR_CHECKPOINT [a.b=value ...] [--out FOLDER]`.
+"""The evaluation, from top to bottom: `evaluate`. Started by `brs-detr eval`, `eval.py` or `-m brs_detr.evaluate`.
 
 Prints COCO's figures, a table of classes and what is most often taken for what; writes `results.json` (COCO's result
 format, the dataset's own category ids), `evaluation.json` (all figures), `per_class.csv`, `confusion.csv`,
-`precision_recall.csv`, and images of them and of found and true boxes. Nothing but the weights file is needed:
-classes and config travel inside it. The figures equal those that the training's validation printed for these weights;
-where settings differ from the training's, that is said.
+`precision_recall.csv`, and images of them and of found and true boxes. The figures equal those that the training's
+validation printed for these weights; where settings differ from the training's, that is said.
+
+The arguments and the checks that need no torch are in `commands/evaluate.py`.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from brs_detr import config as configuration
+from brs_detr.cli import run_command
 from brs_detr.config import Config, ConfigError
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.image_io import ImageError
@@ -32,31 +34,24 @@ from brs_detr.data.issues import DROPPED, POLICY, DataError
 from brs_detr.data.loader import build_eval_loader
 from brs_detr.engine.checkpoint import CheckpointError, write_text
 from brs_detr.engine.predict import predict, require_all
-from brs_detr.engine.storage import StorageError, complain, end_output, writing
+from brs_detr.engine.storage import StorageError, writing
 from brs_detr.evaluation.coco_eval import GroundTruth, detections_to_results, evaluate_coco, finite_results
 from brs_detr.evaluation.summary import Summary
 from brs_detr.exit_codes import ExitCode, Interruption
 from brs_detr.run import setup
 from brs_detr.run.launch import start_accelerator
 from brs_detr.run.output_dir import require_writable
-from brs_detr.user_files import forgive_output, printable
+from brs_detr.user_files import complain, printable
 from brs_detr.viz.boxes import contact_sheet, draw_detections
 
 FIGURES = ("model.", "eval.", "data.test_", "data.antialias")  # beginnings of the settings that figures depend on
 OPTIONAL = "confusion.csv confusion.png precision_recall.csv precision_recall.png detections.png curves.png"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", type=Path, help="run folder (its best weights) or .safetensors file")
-    parser.add_argument("overrides", nargs="*", help="settings to change, e.g. data.root=/data/coco")
-    parser.add_argument("--out", type=Path, help="folder to write to (default: evaluation/ beside the weights)")
-    parser.add_argument("--images", type=int, default=12, help="example images to draw (default 12; 0: none)")
-    options = parser.parse_intermixed_args(arguments)
-    forgive_output()
+def run_evaluation(weights: Path, overrides: list[str], out: Path | None = None, images: int = 0) -> int:
+    """`evaluate`, with what ends it early turned into a message and an exit code; arguments as there."""
     try:
-        evaluate(options.weights, options.overrides, options.out, options.images)
+        evaluate(weights, overrides, out, images)
     except (ConfigError, DataError, CheckpointError) as error:
         complain(error)
         return ExitCode.REFUSED
@@ -317,5 +312,7 @@ def write_curves(out: Path, summary: Summary, metrics: Path) -> list[Path]:
     return paths
 
 
-if __name__ == "__main__":
-    sys.exit(end_output(main()))
+main = partial(run_command, "eval")  # the command line
+
+if __name__ == "__main__":  # accelerate launch -m brs_detr.evaluate
+    sys.exit(main())

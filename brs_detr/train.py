@@ -1,14 +1,10 @@
-"""Train a detector: `accelerate launch train.py CONFIG [a.b=value ...] [--resume | --overwrite]`.
+"""The training, from top to bottom: `train`. Started by `brs-detr train`, `train.py` or `-m brs_detr.train`.
 
-`--dry-run` and `--profile` only try it.
-
-Exit codes: 0 trained to the end; 2 a setting, dataset or checkpoint cannot be used; 3 a loss was not finite; and, saved
-and ready for `--resume`: 71 a loader worker was killed; 74 the storage failed; 75 told to stop by SIGTERM or Ctrl-C.
+The arguments and the checks that need no torch are in `commands/train.py`.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import signal
 import sys
@@ -20,6 +16,7 @@ from pathlib import Path
 from timm.utils import ModelEmaV3
 
 from brs_detr import config as configuration
+from brs_detr.cli import run_command
 from brs_detr.data.image_io import ImageError
 from brs_detr.data.issues import DataError
 from brs_detr.data.loader import EpochBatches, build_eval_loader, build_train_loader
@@ -29,14 +26,7 @@ from brs_detr.engine.distributed import is_sharded, keep_known_layers, keep_scal
 from brs_detr.engine.logging import RunLog
 from brs_detr.engine.nonfinite import NonFiniteError
 from brs_detr.engine.state import agreed_state, read_facts
-from brs_detr.engine.storage import (
-    StorageError,
-    complain,
-    end_output,
-    is_storage_fault,
-    remove_partials,
-    storage_error,
-)
+from brs_detr.engine.storage import StorageError, is_storage_fault, remove_partials, storage_error
 from brs_detr.engine.trainer import Trainer
 from brs_detr.evaluate import validator
 from brs_detr.exit_codes import ExitCode, Interruption
@@ -50,30 +40,15 @@ from brs_detr.run.output_dir import (
     require_same_data,
     require_shared_folder,
 )
-from brs_detr.user_files import forgive_output
+from brs_detr.user_files import complain
 from brs_detr.viz.boxes import write_samples
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="recipe, e.g. configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", help="settings to change, e.g. optim.lr=1e-4")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in output_dir, if there is one")
-    parser.add_argument("--overwrite", action="store_true", help="start anew although output_dir holds a run")
-    trial = parser.add_mutually_exclusive_group()
-    trial.add_argument("--dry-run", action="store_true", help="two steps at the largest shape, then report memory")
-    trial.add_argument("--profile", action="store_true", help="eight steps, then report where their time went")
-    options = parser.parse_intermixed_args(arguments)
-    forgive_output()
-    folder = Path()
+def run_training(config: configuration.Config, trial: str | None = None) -> int:
+    """`train`, with what ends it early turned into a message and an exit code; arguments as there."""
     try:
-        config = configuration.load_config(options.config, options.overrides)
-        folder = Path(config.output_dir)
-        flags = {name: True for name in ("resume", "overwrite") if getattr(options, name)}
-        trial = "dry-run" if options.dry_run else "profile" if options.profile else None
         with _ready_to_stop():
-            return train(replace(config, train=replace(config.train, **flags)), trial)
+            return train(config, trial)
     except Interruption as error:
         complain(error)
         return error.code
@@ -83,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if not is_storage_fault(error):
             raise
-        complain(error if isinstance(error, StorageError) else storage_error(folder, error))
+        complain(error if isinstance(error, StorageError) else storage_error(Path(config.output_dir), error))
         return ExitCode.STORAGE
 
 
@@ -152,11 +127,31 @@ def train(config: configuration.Config, trial: str | None = None) -> int:
         if trial == "profile":
             log.say(profile_steps(trainer, Path(config.output_dir)))
             return ExitCode.OK
-        finished = trainer.fit()
+        finished = fit(trainer)
     for line in train_set.met_while_reading():
         log.say(f"training images: {line}")
     log.end()
     return ExitCode.OK if finished else ExitCode.INTERRUPTED
+
+
+def fit(trainer: Trainer) -> bool:
+    """Train from the trainer's position to the end: an epoch, its evaluation, the saved state, the next epoch.
+
+    Returns:
+        True when the training is complete, False when a stop signal ended it early (the state is saved).
+
+    Raises:
+        Interruption: the batches of some process do not come (the state of the last completed step is saved).
+        NonFiniteError: a loss or gradient was not finite and `train.on_nonfinite` is "stop", or too many were.
+        StorageError: the state or the weights could not be written.
+    """
+    with trainer.interruptible():
+        for epoch in trainer.epochs():
+            trainer.train_epoch()
+            if trainer.is_evaluated(epoch):
+                trainer.evaluate()
+                trainer.save_state()
+    return not trainer.stopped
 
 
 @contextlib.contextmanager
@@ -213,5 +208,7 @@ def open_log(config: configuration.Config, plan, accelerator) -> tuple[Path | No
     return state, log
 
 
-if __name__ == "__main__":
-    sys.exit(end_output(main()))
+main = partial(run_command, "train")  # the command line
+
+if __name__ == "__main__":  # accelerate launch -m brs_detr.train
+    sys.exit(main())

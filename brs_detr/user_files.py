@@ -6,6 +6,7 @@ escape codes. Every part of the package may use this module; it imports no other
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import os
@@ -163,3 +164,19 @@ def forgive_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def complain(error: Exception) -> None:
+    """Print an error for the user; stderr may be a file on the very disk that is full."""
+    with contextlib.suppress(OSError):
+        print(f"error: {printable(error)}", file=sys.stderr)
+
+
+def end_output(code: int) -> int:
+    """Flush what was printed, and return the exit code: Python would end with 120 where stdout's disk is full."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code

@@ -5,7 +5,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from brs_detr.config import Config, ConfigError, apply_overrides, differences, dump, from_dict, load_config, to_dict
+from brs_detr.config import (
+    Config,
+    ConfigError,
+    apply_overrides,
+    differences,
+    dump,
+    from_dict,
+    load_config,
+    option_as_setting,
+    to_dict,
+)
+from brs_detr.config_aliases import ALIASES
+from brs_detr.config_io import setting_names
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
@@ -110,6 +122,21 @@ def test_a_base_has_no_base(tmp_path):
         ("model.roi.max_rois=0", "must be at least 1, or null: no limit"),
         ("eval.predict_with=atts", "did you mean atss?"),
         ("epochs", "not of the form"),
+        ("epochs", "write train.epochs=VALUE"),
+        ("train.batch_size=4", "did you mean train.total_batch_size?"),
+        ("batch_size=4", "did you mean train.total_batch_size?"),
+        ("eval.batchsize=4", "did you mean eval.batch_size?"),
+        ("train.lr=1", "did you mean optim.lr?"),
+        ("optimizer.lr=1", "optimizer.lr is not a setting; did you mean optim.lr?"),
+        ("solver.base_lr=1", "did you mean optim.lr?"),
+        ("epochs=3", "did you mean train.epochs?"),
+        ("modle.backbone.name=x", "did you mean model.backbone.name?"),
+        ("model.num_classes=3", "not a setting: the classes are read from `categories` of data.train_json"),
+        ("data.classes=[a]", "not a setting: the classes are read from `categories` of data.train_json"),
+        ("train.gpus=2", "use `accelerate launch --num_processes N`"),
+        ("data.num_workers=2", "did you mean data.workers?"),
+        ("model.backbone=resnet50", "e.g. model.backbone.name=resnet50"),
+        ("optim=sgd", "the optimizer is AdamW"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_with_its_mend(override, message):
@@ -127,6 +154,7 @@ def test_what_cannot_be_meant_is_refused_with_its_mend(override, message):
         ("seed: 1\nseed: 2", "seed is written twice"),
         ("a: {b", "bad.yaml: not valid YAML"),
         ("- 1", "bad.yaml: a recipe is a list of"),
+        ("model: {num_classes: 3}", "bad.yaml: model.num_classes is not a setting: the classes are read"),
     ],
 )
 def test_a_bad_recipe_is_refused_with_its_name(tmp_path, text, message):
@@ -166,3 +194,40 @@ def test_a_config_cannot_be_changed_by_accident():
 
 def test_the_number_of_classes_is_no_setting():
     assert "num_classes" not in yaml.safe_dump(to_dict(Config()))
+
+
+def test_an_alias_leads_to_a_setting_and_is_none_itself():
+    names = set(setting_names(Config()))
+    for alias, target in ALIASES.items():
+        assert alias not in names and (" " in target or target in names), alias
+        if " " in target:
+            assert target.endswith("."), alias
+        else:
+            section = any(name.startswith(f"{alias}.") for name in names)  # "model": a value for a whole section
+            message = "is a section" if section else f"did you mean {target}?"
+            with pytest.raises(ConfigError) as error:
+                apply_overrides(Config(), [f"{alias}=1"])
+            assert message in str(error.value) and target in str(error.value)
+
+
+def test_an_option_with_the_whole_name_of_a_setting_is_that_setting():
+    assert option_as_setting("--data.root", "x y") == "data.root=x y"
+    assert option_as_setting("--seed", "3") == "seed=3"
+    assert option_as_setting("--output-dir", "runs/x") == "output_dir=runs/x"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--epochs", "3", "--epochs 3: settings are written section.setting=value. Write train.epochs=3."),
+        ("--lr", "1e-4", "Write optim.lr=1e-4."),
+        ("--batch-size", "8", "Write train.total_batch_size=8."),
+        ("--train.epochs", "", "Write train.epochs=VALUE."),
+        ("--num-classes", "3", "--num-classes 3: the classes are read from"),
+        ("--frobnicate", "3", "--frobnicate: neither an option nor near a setting."),
+    ],
+)
+def test_another_option_is_refused_with_the_setting_that_was_meant(option, value, message):
+    with pytest.raises(ConfigError) as error:
+        option_as_setting(option, value)
+    assert message in str(error.value)

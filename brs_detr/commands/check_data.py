@@ -4,26 +4,51 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
-from brs_detr.config import Config, apply_overrides, load_config
+from brs_detr.config import Config, ConfigError, apply_overrides, load_config
 from brs_detr.data import check
 from brs_detr.data.check import Source
+from brs_detr.recipes import ENDINGS, find_recipe
 from brs_detr.run.setup import limits_of, train_transforms, val_transforms
+from brs_detr.user_files import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `check-data`."""
     check.add_arguments(parser)
-    parser.add_argument("overrides", nargs="*", help="settings to change, e.g. data.root=/data/coco")
+    parser.add_argument("overrides", nargs="*", default=[], help="settings to change, e.g. data.root=/data/coco")
 
 
 def run(options: argparse.Namespace) -> int:
     """Check a json, or the training and validation sets of a config, and return the exit code."""
-    limits = None
-    if Path(options.target).suffix not in (".yaml", ".yml"):
+    limits, target = None, Path(options.target)
+    if target.is_dir():
+        raise ConfigError(about_folder(target))
+    if not target.suffix and not target.exists():
+        options.target = str(find_recipe(target))
+    if Path(options.target).suffix not in ENDINGS:
         limits = limits_of(apply_overrides(Config(), options.overrides))
     return check.run(options, partial(sources_of, overrides=options.overrides), limits)
+
+
+def about_folder(folder: Path) -> str:
+    """What to write instead of a folder: the json in it, the conversion of another format, or a recipe."""
+    jsons = sorted(
+        path for pattern in ("*.json", "*/*.json", "*/*.json.gz") for path in islice(folder.glob(pattern), 99)
+    )
+    if jsons:
+        shown = ", ".join(printable(path) for path in jsons[:3]) + (", ..." if len(jsons) > 3 else "")
+        return f"{folder}: this is a folder. Name an annotation file (there is {shown}), its images with --images."
+    formats = {"voc": ("Annotations", "*.xml", "*/*.xml"), "yolo": ("labels", "data.yaml", "*/labels", "obj.data")}
+    for name, patterns in formats.items():
+        if any(next(folder.glob(pattern), None) for pattern in patterns):
+            return (
+                f"{folder}: this is a folder, perhaps of a {name.upper()} dataset. Convert it first: "
+                f"`brs-detr convert-dataset {name} {folder} OUT`"
+            )
+    return f"{folder}: this is a folder. Name the annotation file (COCO json) and give this folder with --images."
 
 
 def sources_of(recipe: str, overrides: list[str]) -> list[Source]:

@@ -35,5 +35,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     weights, report = from_official(read_official(options.source), str(options.source), options.num_classes_from)
     save_weights(options.target, weights)
-    print(f"{options.source}: {report}\n{options.target} written; evaluate: eval.py {options.target} data.root=...")
+    print(
+        f"{options.source}: {report}\n{options.target} written; evaluate: brs-detr eval {options.target} data.root=..."
+    )
     return 0

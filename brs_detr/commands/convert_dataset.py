@@ -21,7 +21,7 @@ from brs_detr.data.issues import DataError
 from brs_detr.user_files import UserFileError, printable, read_start
 
 NOTES_FILE = "convert-notes.txt"
-RECIPE = "configs/brs_detr_r50_small_dataset.yaml"
+RECIPE = "brs_detr_r50_small_dataset"
 _BEGINNING = '{"info": {"description": "converted by brs_detr'  # first characters of every json that is written here
 
 
@@ -141,7 +141,7 @@ def next_steps(out: Path, images: str, train: str, val: str | None) -> str:
     settings = {"data.root": images, "data.train_json": str(out / f"{train}.json"), "data.train_images": "."}
     settings |= {"data.val_json": str(out / f"{val}.json"), "data.val_images": ".", "output_dir": "runs/mine"}
     words = [f"{key}={_as_yaml(value)}" for key, value in settings.items()]
-    return "\n".join([*lines, printable(shlex.join(["accelerate", "launch", "train.py", RECIPE, *words]))])
+    return "\n".join([*lines, printable(shlex.join(["python", "-m", "brs_detr", "train", RECIPE, *words]))])
 
 
 def _as_yaml(text: str) -> str:

@@ -33,7 +33,9 @@ PIXELS = {"uint8": torch.uint8, "float32": torch.float32}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `export`."""
     parser.add_argument("weights", type=Path, help="run folder (its best weights) or .safetensors file")
-    parser.add_argument("overrides", nargs="*", help="settings to change, e.g. model.detections_per_image=50")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], help="settings to change, e.g. model.detections_per_image=50"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.onnx", help="file to write")
     parser.add_argument("--height", type=int, help="input height in pixels (default: data.test_long_side)")
     parser.add_argument("--width", type=int, help="input width in pixels (default: data.test_long_side)")

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `predict`."""
     parser.add_argument("weights", type=Path, help="run folder (its best weights) or .safetensors file")
     parser.add_argument("images", type=Path, help="image, or folder of images")
-    parser.add_argument("overrides", nargs="*", help="settings to change, e.g. data.test_short_side=640")
+    parser.add_argument("overrides", nargs="*", default=[], help="settings to change, e.g. data.test_short_side=640")
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder to write to")
     parser.add_argument(
         "--threshold",

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -18,7 +17,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from brs_detr.models.backbones.weights_io import CheckpointError
-from brs_detr.user_files import printable
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _REASONS = {
@@ -181,22 +179,6 @@ def together(accelerator: Accelerator, work: Callable[[], object]) -> None:
         broadcast_object_list(errors)
     if errors[0] is not None:
         raise errors[0]
-
-
-def complain(error: Exception) -> None:
-    """Print an error for the user; stderr may be a file on the very disk that is full."""
-    with contextlib.suppress(OSError):
-        print(f"error: {printable(error)}", file=sys.stderr)
-
-
-def end_output(code: int) -> int:
-    """Flush what was printed, and return the exit code: Python would end with 120 where stdout's disk is full."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    return code
 
 
 def _size(count: int) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import signal
 import time
 from collections import Counter
@@ -47,6 +46,7 @@ from brs_detr.engine.nonfinite import (
     save_batch,
 )
 from brs_detr.engine.optim import Schedule, set_learning_rate
+from brs_detr.engine.signals import stop_signals
 from brs_detr.engine.snapshot import TrainerState, Training
 from brs_detr.engine.state import load_state, save_state
 from brs_detr.engine.storage import StorageError, together
@@ -84,7 +84,9 @@ class Settings:
 
 
 class Trainer:
-    """Trainer of a prepared detector, until the last epoch or a stop request.
+    """Trainer of a prepared detector: steps, epochs, evaluations and saved states; `brs_detr/train.py` orders them.
+
+    `asked_to_stop`: a signal has arrived; `stopped`: it has ended the training.
 
     Args:
         accelerator: of the launch.
@@ -126,7 +128,7 @@ class Trainer:
         self.epoch_sums: Counter[str] = Counter()
         self.position = TrainerState()
         self.statistics = RunningStatistics(model)
-        self.asked_to_stop = False
+        self.asked_to_stop = self.stopped = False
         self.stop_signal = "a stop signal"  # its name, in the process that received it
         self.lr = 0.0
 
@@ -136,77 +138,70 @@ class Trainer:
         return math.ceil(len(self.batches) / self.settings.accumulate)
 
     def resume(self, state: Path) -> None:
-        """Continue from a saved state; every process calls it, before `fit`.
+        """Continue from a saved state; every process calls it, before the first epoch.
 
         Raises:
             CheckpointError: the state is damaged or of another detector.
         """
         load_state(state, self._training())
 
-    def fit(self) -> bool:
-        """Train from the current position to the end.
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Run the epoch loop inside: whatever interrupts it, the state of the last completed step is saved.
 
-        Returns:
-            True if the training is complete, False if a signal ended it early (the state is saved).
+        A stop signal ends the block early and sets `stopped`.
 
         Raises:
-            Interruption: a process gets no more batches (the state of the last completed step is saved).
-            NonFiniteError: a loss or gradient was not finite and `on_nonfinite` is "stop", or too many were.
-            StorageError: the state or the weights cannot be written.
+            Interruption: a process gets no more batches (the state is saved).
+            StorageError: the state cannot be written.
         """
-        if self.position.epoch >= self.settings.epochs:
-            self.log.say(
-                f"this run is complete: {self.position.epoch} of {self.settings.epochs} epochs. To train longer, raise "
-                "train.epochs or train.steps and set train.allow_changes=true."
-            )
-        else:
-            self._forget_lost_best()
-        with self._signal_handlers():
+        with stop_signals(self._ask_to_stop):
             try:
-                finished = self._train()
+                yield
             except Interruption as error:
-                self._save_state()
+                self.save_state()
                 if error.code != ExitCode.INTERRUPTED:
                     raise Interruption(
                         f"{error} The state is saved at step {self.position.step}.", error.code
                     ) from error
-                finished = False
-            if not finished:
+                self.stopped = True
+            if self.stopped:
                 self.log.say(
                     f"Received {self.stop_signal}: checkpoint saved at step {self.position.step}. Resume with --resume."
                 )
-            return finished
 
-    def _train(self) -> bool:
-        """Train the remaining epochs; return False if stopped by a signal, after saving.
-
-        Raises:
-            Interruption: nothing is saved yet; the position is that of the last completed step.
-        """
+    def epochs(self) -> Iterator[int]:
+        """Yield the remaining epochs, from 1: to the last, to a stop signal, or until AP no longer improves."""
         position, settings = self.position, self.settings
+        if position.epoch >= settings.epochs:
+            self.log.say(
+                f"this run is complete: {position.epoch} of {settings.epochs} epochs. To train longer, raise "
+                "train.epochs or train.steps and set train.allow_changes=true."
+            )
+            return
+        self._forget_lost_best()
         while position.epoch < settings.epochs:
             if settings.patience is not None and position.worse >= settings.patience:  # checked first, for resumed runs
                 self.log.say(f"Early stopping: no improvement in {position.worse} validations.")
-                return True
-            if not self._train_epoch():
-                self._save_state()
-                return False
-            self._warn_of_zero_losses()
-            position.epoch, position.step_in_epoch = position.epoch + 1, 0
-            last = position.epoch == settings.epochs
-            if position.epoch % settings.eval_every == 0 or last:
-                try:
-                    self._validate()
-                except Interruption:  # the saved state is that before the validation, which a resumed run repeats
-                    position.epoch, position.step_in_epoch = position.epoch - 1, self.steps_per_epoch
-                    raise
-                self._save_state()
-                if not last and self._stop_requested():
-                    return False
-        return True
+                return
+            yield position.epoch + 1
+            if self.is_evaluated(position.epoch) and position.epoch < settings.epochs and self._stop_requested():
+                self.stopped = True  # with the state saved after the evaluation
+                return
 
-    def _train_epoch(self) -> bool:
-        """Train the rest of the current epoch; return False if stopped by a signal before its end."""
+    def is_evaluated(self, epoch: int) -> bool:
+        """Return True if epoch 1, 2, ... ends with an evaluation."""
+        return epoch % self.settings.eval_every == 0 or epoch == self.settings.epochs
+
+    def train_epoch(self) -> None:
+        """Train the rest of the current epoch.
+
+        Raises:
+            Interruption: on a stop signal, or if a process gets no more batches; the position is that of the last
+                completed step, and nothing is saved yet.
+            NonFiniteError: a loss or gradient was not finite and `on_nonfinite` is "stop", or too many were.
+            StorageError: the state cannot be written.
+        """
         position, settings = self.position, self.settings
         self.model.train()
         title = f"epoch {position.epoch + 1}/{settings.epochs}"
@@ -225,12 +220,13 @@ class Trainer:
                 if position.step % settings.log_every == 0 or position.step_in_epoch == self.steps_per_epoch:
                     progress.report(self._report())
                 if stop:
-                    return False
+                    raise Interruption("Received a stop signal.", ExitCode.INTERRUPTED)
                 if settings.save_every and position.step % settings.save_every == 0:
-                    self._save_state()
+                    self.save_state()
         finally:
             progress.close()
-        return True
+        self._warn_of_zero_losses()
+        position.epoch, position.step_in_epoch = position.epoch + 1, 0
 
     def _next_group(self, batches: Iterator[Batch]) -> list[Batch]:
         """Return the batches of a step once every process has its own, so that no process waits inside a step.
@@ -370,8 +366,22 @@ class Trainer:
         requested = torch.tensor(float(self.asked_to_stop), device=self.accelerator.device)
         return bool(self.accelerator.reduce(requested, reduction="sum").item() > 0)
 
-    def _validate(self) -> None:
-        """Evaluate, and save the evaluated weights as the last ones, and as the best ones if they are."""
+    def evaluate(self) -> None:
+        """Evaluate, and save the evaluated weights as the last ones, and as the best ones if they are.
+
+        Raises:
+            Interruption: before the end; the position is again that of the epoch's last step, so that a resumed run
+                begins with this evaluation.
+            StorageError: the weights cannot be written.
+        """
+        position = self.position
+        try:
+            self._evaluate()
+        except Interruption:
+            position.epoch, position.step_in_epoch = position.epoch - 1, self.steps_per_epoch
+            raise
+
+    def _evaluate(self) -> None:
         accelerator, position = self.accelerator, self.position
         self._forget_lost_best()
         module = self.ema.module if self.ema is not None else accelerator.unwrap_model(self.model)
@@ -417,34 +427,19 @@ class Trainer:
         average = self.ema.module if self.ema is not None else None
         return Training(self.accelerator, self.model, self.optimizer, average, self.position, self.meter)
 
-    def _save_state(self) -> None:
-        """Save a state from which the run can be resumed; every process calls it."""
+    def save_state(self) -> None:
+        """Save a state from which the run can be resumed; every process calls it.
+
+        Raises:
+            StorageError: it cannot be written; the previous state stays.
+        """
         self.meter.share(self.accelerator)
         if is_sharded(self.accelerator):  # all continue with the saved batch statistics, as a resumed run does
             share_buffers(self.model)
         for note in save_state(self.folder / "state", self._training(), self.settings.facts):
             self.log.say(note)
 
-    @contextlib.contextmanager
-    def _signal_handlers(self) -> Iterator[None]:
-        """Handle signals inside: SIGTERM and Ctrl-C stop after the current step; a second Ctrl-C ends at once."""
-        own_pid, asked_at = os.getpid(), math.inf
-
-        def ask(number: int, _: Any) -> None:
-            nonlocal asked_at
-            if os.getpid() != own_pid:  # a loader worker: it must not end before this process, which stops it
-                return
-            # torchrun forwards a Ctrl-C that the terminal has already sent: within two seconds it is the same one.
-            if number == signal.SIGINT and time.monotonic() > asked_at + 2:
-                raise KeyboardInterrupt
-            if not self.asked_to_stop and number == signal.SIGINT:
-                self.log.say("Received SIGINT: stopping after this step. Press Ctrl-C again to end without saving.")
-            self.stop_signal = signal.Signals(number).name
-            self.asked_to_stop, asked_at = True, min(asked_at, time.monotonic())
-
-        previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    def _ask_to_stop(self, number: signal.Signals) -> None:
+        if number == signal.SIGINT and not self.asked_to_stop:
+            self.log.say("Received SIGINT: stopping after this step. Press Ctrl-C again to end without saving.")
+        self.stop_signal, self.asked_to_stop = number.name, True

@@ -191,13 +191,13 @@ def mishap(name):
 
         return mock.patch.object(multiprocessing.process.BaseProcess, "start", start_and_tell)
     if name == "told in validation":
-        validate = Trainer._validate
+        validate = Trainer._evaluate
 
         def tell_and_validate(trainer):
             threading.Timer(0.0, os.killpg, (0, signal.SIGTERM)).start()
             validate(trainer)
 
-        return mock.patch.object(Trainer, "_validate", tell_and_validate)
+        return mock.patch.object(Trainer, "_evaluate", tell_and_validate)
     step, happens = Trainer.step, CASES[name][0]
 
     def step_and_more(trainer, group):

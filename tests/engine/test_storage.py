@@ -49,11 +49,11 @@ def test_a_state_that_cannot_be_written_leaves_the_former_ones(toy, tmp_path):
     before = content(tmp_path / "state")
     trainer.position.step += 1
     with file_limit(1000), pytest.raises(StorageError) as error:
-        trainer._save_state()
+        trainer.save_state()
     assert str(error.value).startswith(f"{tmp_path / 'state'}: cannot be written to: a file would become larger")
     assert "ulimit -f" in str(error.value) and " free" in str(error.value) and error.value.errno == errno.EFBIG
     assert content(tmp_path / "state") == before
-    trainer._save_state()
+    trainer.save_state()
     assert read_facts(latest_state(tmp_path / "state")[0])["step"] == trainer.position.step
 
 
@@ -73,12 +73,12 @@ def test_on_a_full_disk_the_oldest_state_makes_room_where_that_is_enough(toy, tm
     trainer.position.step += 1
     before = content(folder)
     if enough:
-        trainer._save_state()
+        trainer.save_state()
         assert [path.name for path in sorted(folder.iterdir())] == [newest.name, f"step-{trainer.position.step:08d}"]
         assert "not enough room on the disk. Removed step-" in (tmp_path / "log.txt").read_text()
     else:
         with pytest.raises(StorageError, match=r"not enough room on the disk \(.* needed\)"):
-            trainer._save_state()
+            trainer.save_state()
         assert content(folder) == before
 
 
@@ -96,7 +96,7 @@ def test_half_written_and_half_deleted_states_go_and_are_not_counted(toy, tmp_pa
         (folder / name).mkdir()
         (folder / name / "model.safetensors").write_bytes(b"half")
     trainer.position.step += 1
-    trainer._save_state()
+    trainer.save_state()
     assert [path.name for path in sorted(folder.iterdir())] == ["step-00000008", "step-00000009"]
     assert all(find_fault(state) is None for state in folder.iterdir())
 
@@ -114,7 +114,7 @@ def test_a_state_whose_deletion_was_interrupted_is_no_state(toy, tmp_path, monke
 
     monkeypatch.setattr(state_module.shutil, "rmtree", interrupted)
     trainer.position.step += 1
-    trainer._save_state()
+    trainer.save_state()
     monkeypatch.undo()
     assert removed and all(find_fault(state) is None for state in state_module.states(folder))
     assert len(state_module.states(folder)) == 2
@@ -279,7 +279,7 @@ def test_a_state_with_numbers_that_are_not_finite_is_not_written(toy, tmp_path, 
     victim = trainer.optimizer.state[weight]["exp_avg"] if part == "optimizer" else weight.data
     victim[0, 0] = float("inf")
     with pytest.raises(NonFiniteError, match=r"head\.weight held NaN or infinite"):
-        trainer._save_state()
+        trainer.save_state()
     assert content(tmp_path / "state") == before
 
 

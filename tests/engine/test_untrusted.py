@@ -135,7 +135,7 @@ class Registered:
 def test_a_state_of_an_earlier_version_goes_on_bit_for_bit(toy, tmp_path):
     whole, accelerator = toy.build(tmp_path / "whole", ema=0.9, epochs=2)
     whole.settings.facts["who"] = "toy"
-    save = whole._save_state
+    save = whole.save_state
     state = tmp_path / "state" / "step-00000003"
 
     def save_as_before():
@@ -148,7 +148,7 @@ def test_a_state_of_an_earlier_version_goes_on_bit_for_bit(toy, tmp_path):
             accelerator._custom_objects = []
         save()
 
-    whole._save_state = save_as_before
+    whole.save_state = save_as_before
     whole.fit()
     assert {path.name for path in state.iterdir()} >= {"optimizer.bin", "custom_checkpoint_1.pkl", "model.safetensors"}
     sums = {file.name: state_module._checksum(file) for file in state.iterdir()}

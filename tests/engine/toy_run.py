@@ -19,6 +19,7 @@ from brs_detr.engine.optim import Schedule, build_adamw, parameter_groups
 from brs_detr.engine.state import latest_state, read_facts
 from brs_detr.engine.trainer import Settings, Trainer
 from brs_detr.ops.images import ImageBatch
+from brs_detr.train import fit
 
 
 class ToyDetector(nn.Module):
@@ -56,6 +57,13 @@ class Normalized(nn.Module):
             return {"decoder.0.l1": self.head(features).square().mean()}
         features = self.norm(features * (1 + truth.sum() * 0))
         return {"decoder.0.l1": (self.head(features) - truth).square().mean()}
+
+
+class ToyTrainer(Trainer):
+    """A trainer with the loop of `brs_detr/train.py` at hand."""
+
+    def fit(self):
+        return fit(self)
 
 
 class ToyBatches:
@@ -115,7 +123,7 @@ def build(
         return {"AP": sum(p.detach().sum().item() for p in module.parameters())} if accelerator.is_main_process else {}
 
     steps = epochs * -(-count // accumulate)
-    trainer = Trainer(
+    trainer = ToyTrainer(
         accelerator=accelerator,
         model=model,
         optimizer=optimizer,

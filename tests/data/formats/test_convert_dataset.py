@@ -47,8 +47,8 @@ def test_the_printed_commands_work_as_printed(yolo, tmp_path, capsys, monkeypatc
     for line in checks:
         python, m, package, *arguments = shlex.split(line)
         assert (python, m, package) == ("python", "-m", "brs_detr") and cli.main([*arguments, "--samples", "1"]) == 0
-    (training,) = [shlex.split(line) for line in printed.splitlines() if line.startswith("accelerate launch train.py")]
-    config = load_config(ROOT / training[3], training[4:])
+    (training,) = [shlex.split(line) for line in printed.splitlines() if " brs_detr train " in line]
+    config = load_config(training[4], training[5:])
     train, val = open_train_set(config), open_val_set(config)
     assert len(checks) == 2 and (len(train), len(val)) == (9, 3) and train.classes == ["cat", "🐕 dog"]
 
@@ -56,7 +56,7 @@ def test_the_printed_commands_work_as_printed(yolo, tmp_path, capsys, monkeypatc
 def test_without_a_val_split_it_says_how_to_make_one(yolo, tmp_path, capsys):
     assert convert("yolo", yolo, tmp_path / "out") == 0
     printed = capsys.readouterr().out
-    assert "--val-fraction" in printed and "train.py" not in printed
+    assert "--val-fraction" in printed and "brs_detr train" not in printed
     assert [path.name for path in sorted((tmp_path / "out").iterdir())] == [NOTES_FILE, "train.json"]
 
 

@@ -1,0 +1,34 @@
+"""`eval`: the arguments and the quick checks of an evaluation; `brs_detr/evaluate.py` is the evaluation."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from brs_detr.config import Config, update_from_command_line
+from brs_detr.run.inputs import require_weights
+
+DESCRIPTION = """Evaluate trained weights: `brs-detr eval RUN_OR_CHECKPOINT [a.b=value ...] [--out FOLDER]`.
+
+`python eval.py` and, for several devices, `accelerate launch eval.py` or `accelerate launch -m brs_detr.evaluate` take
+the same arguments. Nothing but the weights file is needed: classes and config travel inside it.
+
+Exit codes: 0 evaluated; 2 a setting, dataset or checkpoint cannot be used; 74 the storage failed.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `eval`."""
+    parser.add_argument("weights", type=Path, help="run folder (its best weights) or .safetensors file")
+    parser.add_argument("overrides", nargs="*", default=[], help="settings to change, e.g. data.root=/data/coco")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: evaluation/ beside the weights)")
+    parser.add_argument("--images", type=int, default=12, help="example images to draw (default 12; 0: none)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check names and paths, then evaluate; returns the exit code."""
+    require_weights(options.weights)
+    update_from_command_line(Config(), options.overrides)  # whether the values fit, the stored config has to say
+    from brs_detr.evaluate import run_evaluation  # torch takes seconds to import: only once all this is right
+
+    return run_evaluation(options.weights, options.overrides, options.out, options.images)
