@@ -103,10 +103,10 @@ def this_process_is_killed(trainer):
 
 # name: (what happens, further settings, exit code, what is said)
 CASES = {
-    "told": (group_is_told, [], 75, "Received a stop signal: checkpoint saved at step 3"),
-    "told at the start of the workers": (None, [], 75, "Received a stop signal: checkpoint saved at step 0"),
-    "told in validation": (None, [], 75, "Received a stop signal: checkpoint saved at step 8"),
-    "told while waiting": (group_is_told_while_waiting, [], 75, "Received a stop signal: checkpoint saved at step "),
+    "told": (group_is_told, [], 75, "Received SIGTERM: checkpoint saved at step 3"),
+    "told at the start of the workers": (None, [], 75, "Received SIGTERM: checkpoint saved at step 0"),
+    "told in validation": (None, [], 75, "Received SIGTERM: checkpoint saved at step 8"),
+    "told while waiting": (group_is_told_while_waiting, [], 75, "Received SIGTERM: checkpoint saved at step "),
     "told while waiting without workers": (group_is_told_while_waiting, ["data.workers=0"], 75, "saved at step 3"),
     "a hung storage": (files_become_pipes, ["data.timeout=2", "data.retry_seconds=1"], 74, "s (being read: "),
     "a storage that comes back": (files_come_back, [], 0, "Retrying for 20 s"),
@@ -114,7 +114,7 @@ CASES = {
         files_go_away,
         ["data.retry_seconds=1"],
         74,
-        "No such file or directory, tried for 1 s",
+        "No such file or directory, retried for 1 s",
     ),
     "a killed worker": (a_worker_is_killed, [], 71, "was killed by SIGKILL, most likely for lack of memory"),
     "a killed process": (this_process_is_killed, [], -9, ""),

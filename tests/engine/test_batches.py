@@ -47,7 +47,7 @@ def test_a_state_of_the_last_step_of_an_epoch_with_ragged_accumulation_can_be_re
     whole, _ = build(tmp_path / "whole")
     whole.fit()
     killed, _ = build(tmp_path / "killed")
-    monkeypatch.setattr(killed, "_validate", die)
+    monkeypatch.setattr(killed, "evaluate", die)
     with pytest.raises(KeyboardInterrupt):
         killed.fit()
     state, _ = latest_state(tmp_path / "killed" / "state")
