@@ -286,7 +286,7 @@ def test_evaluating_the_weights_gives_what_the_training_printed(runs):
         assert figures[name] == pytest.approx(validated[name], abs=1e-6), name
 
 
-REFUSED = [("2", "accelerate 1.13 or newer" if OLD else "Accelerate has for GPUs only"), ("1", "set fsdp_version: 2")]
+REFUSED = [("2", "accelerate 1.13 or newer" if OLD else "supports FSDP on GPUs only"), ("1", "Set fsdp_version: 2")]
 
 
 @pytest.mark.parametrize("version, reason", REFUSED)
