@@ -221,7 +221,7 @@ class TrainConfig:
     freeze: tuple[str, ...] = ()  # parts that stay as they are, by the beginning of their parameters' names
     init_from: str | None = None  # weights or run folder to start from; other classes are allowed
     resume: bool = False  # go on with the run in `output_dir`
-    overwrite: bool = False  # start anew although `output_dir` holds a run
+    overwrite: bool = False  # start over although `output_dir` holds a run
     allow_changes: bool = False  # resume although settings have changed
 
 
@@ -338,7 +338,7 @@ def check(config: Config) -> None:
     """Refuse values out of range and pairs that cannot work together.
 
     Raises:
-        ConfigError: naming the settings and the mend.
+        ConfigError: naming the settings and what to change.
     """
     for broken, message in rules(config):
         if broken:

@@ -220,13 +220,13 @@ def validator(
     Args:
         category_ids, loader, config, accelerator: as for `score`.
         dataset: opened with `train=False`; its annotations are checked once, here.
-        say: told each note of an evaluation the first time it comes up.
+        say: called with each note of an evaluation the first time it occurs.
         thresholds: filled by each validation with the score of every class's best F1.
 
     Raises:
         DataError: the dataset holds no object, so that no validation could tell good weights from bad ones.
     """
-    truth, told = GroundTruth.read(dataset.ground_truth()), set()
+    truth, reported = GroundTruth.read(dataset.ground_truth()), set()
     if not truth.max_objects(truth.image_ids)[0]:
         raise DataError(
             f"{dataset.json_path}: none of its {len(dataset):,} images holds an object that counts, so validation "
@@ -239,9 +239,9 @@ def validator(
         thresholds.clear()
         thresholds.update({} if summary is None else summary.thresholds())
         for note in summary.notes if summary is not None else []:
-            if note not in told:
+            if note not in reported:
                 say(f"note: {note}")
-                told.add(note)
+                reported.add(note)
         if summary is None:
             return {}
         return summary.stats | {"images": summary.images, "images_left_out": summary.images_left_out}

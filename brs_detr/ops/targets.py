@@ -44,8 +44,8 @@ def check_targets(targets: Sequence[dict[str, Any]], num_classes: int) -> None:
             )
         if labels.device.type == "cpu" and boxes.device.type == "cpu":
             _check_values(where, boxes, labels, num_classes)
-    labels, boxes = (torch.cat([target[name] for target in targets]) for name in ("labels", "boxes"))
-    if labels.device.type == "cuda":
+    if any(target["labels"].device.type == "cuda" for target in targets):  # one assertion for the batch
+        labels, boxes = (torch.cat([target[name] for target in targets]) for name in ("labels", "boxes"))
         valid = _valid_labels(labels, num_classes).all() & _valid_boxes(boxes).all()
         torch._assert_async(valid, "brs_detr: a label is out of range, or a box is not finite or has swapped corners")
 
