@@ -13,7 +13,11 @@ _ACCUMULATION = (
     "of processes. Set these two."
 )
 _RESUME = "a run is resumed from its output_dir. Add --resume."
-_ADAMW = "the optimizer is AdamW. Set optim.lr, optim.weight_decay, optim.betas."
+_OPTIMIZER = "the optimizer is optim.name, adamw or sgd. Set it, optim.lr and optim.weight_decay."
+_OBJECTIVES = (
+    "each head has an objective of its own. Set model.objective (decoder), model.rpn.objective, model.roi.objective or "
+    "model.atss.objective, e.g. model.rpn.objective.weight=1."
+)
 
 # what other programs call a setting, by the whole name or its last word, and the setting here, or a sentence about it
 ALIASES: dict[str, str] = {
@@ -64,7 +68,11 @@ ALIASES: dict[str, str] = {
         _ACCUMULATION: "accumulate accum_iter accumulation_steps grad_accum gradient_accumulation_steps "
         "accumulate_grad_batches",
         _RESUME: "resume_from resume_from_checkpoint auto_resume",
-        _ADAMW: "optim optimizer optimizer.name optim.name optimizer.type optim.type optimizer_type momentum",
+        _OPTIMIZER: "optim optimizer optimizer.name optimizer.type optim.type optimizer_type",
+        _OBJECTIVES: "ranking_weights score_weights loss_weights",
+        "model.objective.delta": "ranking_delta",
+        "model.objective.scope": "ranking_scope",
+        "model.objective.loss": "loss loss_type criterion",
     }.items()
     for alias in names.split()
 }

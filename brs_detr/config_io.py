@@ -11,10 +11,11 @@ import difflib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
+from brs_detr.config_fields import NotEmpty, Null, Range
 from brs_detr.parsing import load_yaml
 
 NO_ALIASES: Mapping[str, str] = types.MappingProxyType({})
@@ -33,10 +34,11 @@ def update(
     prefix: str = "",
     root: Any = None,
 ) -> Any:
-    """A copy of a config dataclass with the values of a nested mapping; strict about keys and types.
+    """Return a copy of a config dataclass with the values of a nested mapping; strict about keys and types.
 
     Args:
-        config: any dataclass.
+        config: any dataclass. Its class may name in `SHARED_SECTION` a section of its own and of its sections, whose
+            settings can be given here once for all of them.
         layer: mapping from its field names to values or, for its sections, to further mappings.
         source: named in errors: the file, or "command line".
         aliases: what to say of names that other programs use; see `suggest`.
@@ -53,21 +55,135 @@ def update(
         raise ConfigError(
             f"{source}: {prefix or 'the recipe'} is a section, not a value; write its settings one by one{example}"
         )
-    hints = typing.get_type_hints(type(config))
+    for shared in _shared_layers(config, layer):
+        config = update(config, shared, source, aliases, prefix=prefix, root=root)
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    names = [f.name for f in dataclasses.fields(config)]
     changes = {}
     for key, value in layer.items():
         name = f"{prefix}.{key}" if prefix else str(key)
-        if key not in hints:
+        if key not in names:
+            if _shared_by(config, key):
+                continue
             full = _full_name(name, value)
-            siblings = [f"{prefix}.{known}" if prefix else known for known in hints]
+            siblings = [f"{prefix}.{known}" if prefix else known for known in names]
             hint = suggest(full, root, aliases, siblings) or f"; settings here are {', '.join(siblings)}"
             raise ConfigError(f"{source}: {full} is not a setting{hint}")
         current = getattr(config, key)
         if dataclasses.is_dataclass(current):
-            changes[key] = update(current, value, source, aliases, prefix=name, root=root)
+            chosen = _choose(config, key, value, name, source)
+            # names are suggested from the alternative that was chosen
+            new_root = dataclasses.replace(config, **{key: chosen}) if config is root else root
+            changes[key] = update(chosen, value, source, aliases, prefix=name, root=new_root)
         else:
             changes[key] = _coerce(value, hints[key], name, source)
     return dataclasses.replace(config, **changes)
+
+
+def _choose(config: Any, key: str, layer: Any, name: str, source: str) -> Any:
+    """Return the section `key` of a config, or the alternative that the tag in `layer` asks for.
+
+    Settings that differ from the former alternative's are kept where the new one has them too.
+    """
+    current = getattr(config, key)
+    field = next(f for f in dataclasses.fields(config) if f.name == key)
+    alternatives = field.metadata.get("alternatives", ())
+    tag = dataclasses.fields(current)[0].name
+    if not alternatives or not isinstance(layer, Mapping) or tag not in layer:
+        return current
+    former, chosen = (_alternative(alternatives, tag, value) for value in (getattr(current, tag), layer[tag]))
+    if chosen is None:
+        options = list(dict.fromkeys(option for item in alternatives for option in _tag_options(item, tag)))
+        _coerce(layer[tag], Literal[tuple(options)], f"{name}.{tag}", source)  # raises
+    if chosen is former:
+        return current
+    return _carry_over(former, current, dataclasses.replace(chosen, **{tag: layer[tag]}))
+
+
+def _alternative(alternatives: Sequence[Any], tag: str, value: Any) -> Any:
+    """Return the alternative whose tag is the value, else the first one whose tag can be; None if there is none."""
+    exact = [item for item in alternatives if getattr(item, tag) == value]
+    possible = [item for item in alternatives if value in _tag_options(item, tag)]
+    return next(iter(exact + possible), None)
+
+
+def _tag_options(item: Any, tag: str) -> tuple[Any, ...]:
+    return typing.get_args(typing.get_type_hints(type(item))[tag])
+
+
+def _carry_over(former: Any, current: Any, chosen: Any) -> Any:
+    """Return `chosen` with the settings in which `current` differs from `former`, where all three have them."""
+    changes = {}
+    for field in dataclasses.fields(chosen)[1:]:
+        if not all(hasattr(item, field.name) for item in (former, current)):
+            continue
+        before, now, target = (getattr(item, field.name) for item in (former, current, chosen))
+        if before == now or type(now) is not type(target):
+            continue
+        changes[field.name] = _carry_all(before, now, target) if dataclasses.is_dataclass(now) else now
+    return dataclasses.replace(chosen, **changes)
+
+
+def _carry_all(before: Any, now: Any, target: Any) -> Any:
+    """Return `_carry_over` of a section, its first setting included."""
+    if type(before) is not type(now):
+        return now
+    first = dataclasses.fields(now)[0].name
+    kept = _carry_over(before, now, target)
+    if getattr(before, first) == getattr(now, first):
+        return kept
+    return dataclasses.replace(kept, **{first: getattr(now, first)})
+
+
+def _shared_by(config: Any, key: str) -> list[tuple[str, ...]]:
+    """Return the paths of the sections, named `SHARED_SECTION`, to which a setting given for all of them belongs."""
+    wanted = getattr(type(config), "SHARED_SECTION", None)
+    return [path for path in _sections(config, wanted) if _has(config, (*path, key))] if wanted else []
+
+
+def _sections(config: Any, wanted: str) -> Iterator[tuple[str, ...]]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name == wanted:
+            yield (field.name,)
+        elif dataclasses.is_dataclass(value):
+            yield from ((field.name, *path) for path in _sections(value, wanted))
+
+
+def _has(config: Any, path: Sequence[str]) -> bool:
+    for key in path:
+        if not hasattr(config, key):
+            return False
+        config = getattr(config, key)
+    return True
+
+
+def _shared_layers(config: Any, layer: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a layer for every setting given once for all sections named `SHARED_SECTION`."""
+    for key, value in layer.items():
+        if hasattr(config, str(key)):
+            continue
+        shared: dict[str, Any] = {}
+        for path in _shared_by(config, str(key)):
+            merge(shared, nested(path, {key: value}))
+        if shared:
+            yield shared
+
+
+def nested(path: Sequence[str], value: Any) -> Any:
+    """Return the mapping of mappings in which `path` leads to a value."""
+    for key in reversed(path):
+        value = {key: value}
+    return value
+
+
+def merge(layer: dict[str, Any], other: Mapping[str, Any]) -> None:
+    """Add the values of a nested mapping to another one, which it changes; a value replaces a former one."""
+    for key, value in other.items():
+        if isinstance(value, Mapping) and isinstance(layer.get(key), dict):
+            merge(layer[key], value)
+        else:
+            layer[key] = dict(value) if isinstance(value, Mapping) else value
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -91,6 +207,43 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{prefix}{f.name}.")
         else:
             yield f"{prefix}{f.name}", value
+
+
+def problems(config: Any, prefix: str = "") -> Iterator[str]:
+    """Yield what is wrong with the values of a config dataclass: ranges, then what its sections say of their own.
+
+    A section says so in a method `problems(name)`; see `config_fields` for ranges.
+    """
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        name, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from problems(value, f"{name}.")
+        else:
+            yield from _range_problems(name, value, hints[field.name])
+    if hasattr(config, "problems"):
+        yield from config.problems(prefix.rstrip("."))
+
+
+def _range_problems(name: str, value: Any, hint: Any) -> Iterator[str]:
+    marks = list(_marks(hint))
+    shown = list(value) if isinstance(value, tuple) else value
+    if value == () and any(isinstance(mark, NotEmpty) for mark in marks):
+        yield f"{name} needs at least one entry"
+    numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
+    for limits in [mark for mark in marks if isinstance(mark, Range)] + [Range(min=0)]:  # none is meant to be negative
+        if complaint := limits.complaint(numbers):
+            null = next((f", or null: {mark.meaning}" for mark in marks if isinstance(mark, Null)), "")
+            yield f"{name}={shown} {complaint}{null}"
+
+
+def _marks(hint: Any) -> Iterator[Any]:
+    """Yield the annotations of a type and of the types in it."""
+    if typing.get_origin(hint) is Annotated:
+        yield from hint.__metadata__
+    if typing.get_origin(hint) is not Literal:
+        for inner in typing.get_args(hint):
+            yield from _marks(inner)
 
 
 class _Loader(yaml.SafeLoader):
@@ -146,6 +299,11 @@ def nearest_setting(name: str, root: Any, aliases: Mapping[str, str], siblings: 
         if key in aliases:
             return aliases[key]
     right_word = [leaf for leaf in everywhere if leaf.rsplit(".", 1)[-1] == last]  # in the wrong section
+    if not right_word:
+        known = {part for leaf in everywhere for part in leaf.split(".")}
+        for part in set(name.split(".")) - known:  # a section that other programs, or this one formerly, have
+            if " " in aliases.get(part, ""):
+                return aliases[part]
     near = difflib.get_close_matches(name, right_word, n=1, cutoff=0.0)
     near = near or difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
     near = near or difflib.get_close_matches(name, everywhere, n=1, cutoff=0.6)
@@ -171,6 +329,7 @@ def _full_name(name: str, value: Any) -> str:
 def _coerce(value: Any, hint: Any, name: str, source: str) -> Any:
     """`value` as the annotated type, or a ConfigError; strings are parsed as numbers or booleans only where
     the field's type asks for it."""
+    hint = _bare(hint)
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return None if value is None else _coerce(value, options[0], name, source)
@@ -191,6 +350,10 @@ def _coerce(value: Any, hint: Any, name: str, source: str) -> Any:
         kind = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}[hint]
         raise ConfigError(f"{source}: {name} must be {kind}, not {_short(value)}")
     return converted
+
+
+def _bare(hint: Any) -> Any:
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
 
 
 def _short(value: Any) -> str:

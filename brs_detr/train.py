@@ -20,11 +20,13 @@ from brs_detr.cli import run_command
 from brs_detr.data.image_io import ImageError
 from brs_detr.data.issues import DataError
 from brs_detr.data.loader import EpochBatches, build_eval_loader, build_train_loader
+from brs_detr.engine.batch_plan import plan_length
 from brs_detr.engine.checkpoint import CheckpointError, Weights, save_weights, write_text
 from brs_detr.engine.diagnostics import largest_step, profile_steps
 from brs_detr.engine.distributed import is_sharded, keep_known_layers, keep_scalars_whole
 from brs_detr.engine.logging import RunLog
 from brs_detr.engine.nonfinite import NonFiniteError
+from brs_detr.engine.optim import build_optimizer, build_schedule
 from brs_detr.engine.state import agreed_state, read_facts
 from brs_detr.engine.storage import StorageError, is_storage_fault, remove_partials, storage_error
 from brs_detr.engine.trainer import Trainer
@@ -88,7 +90,7 @@ def train(config: configuration.Config, trial: str | None = None) -> int:
     train_loader = build_train_loader(train_set, plan.per_device, seed=config.seed, **process)
     val_loader = build_eval_loader(val_set, config.eval.batch_size, **process)
     batches = EpochBatches(train_loader)
-    length = setup.plan_training(config, plan, len(batches))
+    length = plan_length(len(batches), plan, config.train)
     log.say(setup.describe_length(config, length))
     if warning := setup.shared_memory_warning(config, plan, train_set, val_set):
         log.say(warning)
@@ -109,11 +111,16 @@ def train(config: configuration.Config, trial: str | None = None) -> int:
         accelerator=accelerator,
         model=model,
         optimizer=optimizer,
-        schedule=setup.build_schedule(config, length),
+        schedule=build_schedule(config.train, length),
         batches=batches,
         folder=Path(config.output_dir),
         log=log,
-        settings=setup.loop_settings(config, plan, length, facts),
+        config=config.train,
+        length=length,
+        accumulate=plan.accumulate,
+        seed=config.seed,
+        clip_norm=config.optim.clip_norm,
+        metadata=facts,
         validate=validator(train_set.category_ids, val_set, val_loader, config, accelerator, log.say, thresholds),
         save=save,
         ema=ema,
@@ -187,7 +194,7 @@ def prepare_model(config: configuration.Config, accelerator, train_set, log: Run
         if decay is not None:
             raise configuration.ConfigError("train.ema_decay averages whole weights, FSDP shards them; set it to null")
     ema = None if decay is None else ModelEmaV3(model, decay=decay, use_warmup=True)
-    return *accelerator.prepare(model, setup.build_optimizer(config, model)), ema
+    return *accelerator.prepare(model, build_optimizer(config.optim, model)), ema
 
 
 def open_log(config: configuration.Config, plan, accelerator) -> tuple[Path | None, RunLog]:

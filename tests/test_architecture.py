@@ -13,15 +13,17 @@ ALLOWED = {
     "losses": set(),
     "ops": set(),
     "assign": {"ops"},
-    "models": {"assign", "losses", "ops", "user_files"},
+    "models": {"assign", "config_fields", "losses", "ops", "user_files"},
     "evaluation": {"ops", "parsing", "user_files"},
     "viz": {"evaluation", "user_files"},
-    "data": {"exit_codes", "ops", "parsing", "user_files", "viz"},
-    "engine": {"assign", "exit_codes", "losses", "models", "ops", "user_files"},
-    "config_io": {"parsing", "user_files"},
+    "data": {"config_fields", "exit_codes", "ops", "parsing", "user_files", "viz"},
+    "engine": {"assign", "config_fields", "exit_codes", "losses", "models", "ops", "user_files"},
+    "config_fields": set(),
+    "config_legacy": set(),
+    "config_io": {"config_fields", "parsing", "user_files"},
     "config_aliases": set(),
     "recipes": {"config_io", "user_files"},
-    "config": {"config_aliases", "config_io", "recipes"},
+    "config": {"config_aliases", "config_fields", "config_io", "config_legacy", "data", "engine", "models", "recipes"},
     "checkpoints": {"config", "config_io", "engine", "models", "ops", "parsing", "user_files"},
     "export": {"models", "ops", "user_files"},
     "run": {"config", "config_io", "data", "engine", "exit_codes", "models", "ops", "parsing", "user_files"},
@@ -29,6 +31,7 @@ ALLOWED = {
     "user_files": set(),
     "parsing": {"user_files"},
 }
+SECTIONS = (["data"], ["engine"], ["models"])
 LIBRARIES_OF_LOSSES = {"torch", "torchvision"}
 
 
@@ -55,6 +58,16 @@ def test_a_part_imports_only_what_lies_below_it(part):
         assert ours <= ALLOWED[part] | {part}, (
             f"{path.relative_to(ROOT)} imports {sorted(ours - ALLOWED[part] - {part})}"
         )
+
+
+def test_settings_are_composed_of_modules_that_need_no_torch():
+    """Else a misspelt setting would be answered only after the seconds that importing torch takes."""
+    composed = {name for name in imports_of(PACKAGE / "config.py") if name.split(".")[1:2] in SECTIONS}
+    assert composed and all(name.split(".")[2] == "config" for name in composed)
+    for path in [PACKAGE / f"{name}.py" for name in ("config", "config_fields", "config_io", "config_legacy")] + [
+        PACKAGE / section / "config.py" for (section,) in SECTIONS
+    ]:
+        assert not {name.split(".")[0] for name in imports_of(path)} & {"torch", "torchvision", "numpy", "accelerate"}
 
 
 def test_the_losses_can_be_lifted_out():

@@ -489,7 +489,7 @@ def test_trackers_get_what_metrics_gets(data, tmp_path):
     events = EventAccumulator(str(next(tmp_path.rglob("events.*")).parent)).Reload()
     assert {"train/loss", "train/lr", "train/terms/decoder.0.rank", "val/AP"} <= set(events.Tags()["scalars"])
     settings = yaml.safe_load(next(tmp_path.rglob("hparams.yml")).read_text())
-    assert settings["optim.lr"] == 0.001 and settings["model.loss"] == "brs"
+    assert settings["optim.lr"] == 0.001 and settings["model.objective.loss"] == "brs"
 
 
 def test_a_reader_that_has_read_enough_is_no_error():

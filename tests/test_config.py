@@ -56,7 +56,7 @@ def test_the_twins_differ_only_in_what_the_paper_changed():
     """The backbone twins share everything but loss, costs, sampling, centerness, schedule and names."""
     changed = (
         "model.name",
-        "model.loss",
+        "model.objective.",
         "model.matcher",
         "model.rpn.",
         "model.roi.",
@@ -107,8 +107,10 @@ def test_a_base_has_no_base(tmp_path):
         ("data.augment.flip=2", "must lie between 0 and 1"),
         ("data.augment.short_sides=[]", "needs at least one entry"),
         ("model.heads=7", "model.dim=256 must be a multiple of model.heads=7"),
-        ("model.atss.centerness=true", "needs model.loss=focal"),
-        ("model.name=co_detr", "model.loss=brs makes it brs_detr"),
+        ("model.atss.centerness=true", "needs model.atss.objective.loss=focal"),
+        ("model.name=co_dter", "did you mean co_detr?"),
+        ("model.loss=cross_entropy", "model.rpn.objective.loss=cross_entropy needs a background class"),
+        ("model.ranking_weights.decoder=1", "each head has an objective of its own"),
         ("train.lr_steps=[12]", "must lie before the end"),
         ("train.lr_steps=[3, 2]", "must increase"),
         ("train.ema_decay=1.0", "must be below 1"),
@@ -136,7 +138,7 @@ def test_a_base_has_no_base(tmp_path):
         ("train.gpus=2", "use `accelerate launch --num_processes N`"),
         ("data.num_workers=2", "did you mean data.workers?"),
         ("model.backbone=resnet50", "e.g. model.backbone.name=resnet50"),
-        ("optim=sgd", "the optimizer is AdamW"),
+        ("optim=sgd", "the optimizer is optim.name, adamw or sgd"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_with_its_mend(override, message):
@@ -231,3 +233,60 @@ def test_another_option_is_refused_with_the_setting_that_was_meant(option, value
     with pytest.raises(ConfigError) as error:
         option_as_setting(option, value)
     assert message in str(error.value)
+
+
+def test_a_loss_given_once_is_that_of_every_head():
+    model = apply_overrides(Config(), ["model.loss=ap", "model.scope=global", "model.rpn.objective.loss=rs"]).model
+    objectives = [model.objective, model.rpn.objective, model.roi.objective, model.atss.objective]
+    assert [objective.loss for objective in objectives] == ["ap", "rs", "ap", "ap"]
+    assert {objective.scope for objective in objectives} == {"global"}
+    assert [objective.weight for objective in objectives] == [2, 1, 5, 5]  # each head keeps its own
+
+
+def test_score_based_losses_have_the_published_weights_of_their_head():
+    """Co-DETR's: 2, 5, 2 in the decoder, twelvefold in the dense heads, whose boxes weigh ten and two times as much."""
+    model = apply_overrides(Config(), ["model.loss=focal"]).model
+    weights = [head.objective.weights for head in (model, model.roi, model.atss)]
+    assert [(w.cls, w.l1, w.giou) for w in weights] == [(2, 5, 2), (12, 0, 120), (12, 0, 24)]
+    with pytest.raises(ConfigError, match="scope is not a setting"):
+        apply_overrides(Config(), ["model.loss=focal", "model.scope=global"])
+
+
+def test_another_detector_keeps_what_was_changed_and_both_have():
+    config = apply_overrides(Config(), ["model.dim=64", "model.backbone.name=resnet10t", "model.rpn.proposals=7"])
+    model = apply_overrides(config, ["model.queries=9", "model.name=co_detr"]).model
+    assert (model.name, model.dim, model.queries, model.backbone.name) == ("co_detr", 64, 9, "resnet10t")
+    assert (model.rpn.proposals, model.rpn.sample, model.objective.loss) == (7, 256, "focal")
+    back = apply_overrides(Config(model=model), ["model.name=brs_detr"]).model
+    assert (back.dim, back.queries, back.rpn.sample, back.objective.loss) == (64, 9, None, "brs")
+
+
+def test_the_order_of_overrides_that_choose_and_that_set_does_not_matter():
+    pairs = ["model.name=co_detr", "model.rpn.objective.weights.cls=3", "model.rpn.sample=5"]
+    assert apply_overrides(Config(), pairs) == apply_overrides(Config(), pairs[::-1])
+
+
+@pytest.mark.parametrize(
+    ("stored", "now"),
+    [
+        (
+            {"loss": "rs", "ranking_delta": 0.25, "ranking_scope": "global", "score_weighted": True},
+            ["model.loss=rs", "model.delta=0.25", "model.scope=global", "model.score_weighted=true"],
+        ),
+        (
+            {"name": "co_detr", "loss": "focal", "matcher": {"cls": 2.0}, "atss": {"centerness": True}}
+            | {"rpn": {"sample": 256, "proposals": 1000}, "roi": {"sample": 512, "add_ground_truth": True}},
+            ["model.name=co_detr"],
+        ),
+    ],
+)
+def test_settings_stored_before_heads_had_objectives_mean_what_they_meant(stored, now):
+    weights = {"ranking_weights": {"decoder": 2.0, "rpn": 1.0, "roi": 5.0, "atss": 5.0}}
+    none = {"cls": 0.0, "l1": 0.0, "giou": 0.0, "centerness": 0.0}
+    weights["score_weights"] = {
+        "decoder": none | {"cls": 2.0, "l1": 5.0, "giou": 2.0},
+        "rpn": none | {"cls": 12.0, "l1": 12.0},
+        "roi": none | {"cls": 12.0, "giou": 120.0},
+        "atss": none | {"cls": 12.0, "giou": 24.0, "centerness": 12.0},
+    }
+    assert from_dict({"model": stored | weights}, "old.safetensors") == apply_overrides(Config(), now)

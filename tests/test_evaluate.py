@@ -7,8 +7,9 @@ import pytest
 from accelerate import Accelerator
 
 from brs_detr import evaluate
-from brs_detr.config import Config, EvalConfig
+from brs_detr.config import Config
 from brs_detr.data.issues import DataError
+from brs_detr.engine.config import EvalConfig
 from brs_detr.evaluation.coco_eval import GroundTruth
 
 BOX = [10.0, 10.0, 50.0, 40.0]

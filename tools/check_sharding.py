@@ -40,7 +40,7 @@ from brs_detr.data.synthetic import make_dataset  # noqa: E402
 from brs_detr.engine.logging import read_metrics  # noqa: E402
 
 # Equal for any number of processes: one ranking over all of them, no batch statistics.
-SETTINGS = ["model.ranking_scope=global", "model.backbone.norm=group", "data.root=data", "data.workers=0"]
+SETTINGS = ["model.scope=global", "model.backbone.norm=group", "data.root=data", "data.workers=0"]
 SETTINGS += ["train.epochs=3", "train.total_batch_size=4", "train.ema_decay=null", "train.warmup_steps=0"]
 SETTINGS += ["train.save_every=2", "train.log_every=1"]
 TIMINGS = ("images_per_s", "data_s", "step_s")

@@ -213,9 +213,7 @@ def settings_of(architecture: Architecture) -> dict[str, Any]:
     }
     train: dict[str, Any] = {}
     if architecture.softmax:
-        model |= {"name": "co_detr", "loss": "focal", "matcher": {"cls": 2.0}}
-        model["rpn"] = {"sample": 256, "proposals": 1000}
-        model["roi"] |= {"sample": 512, "add_ground_truth": True}
+        model["name"] = "co_detr"  # whose own defaults are the released ones
         train = {"lr_steps": [11], "lr_gamma": 0.1}
     # antialias: the released weights were trained on images downscaled without a low-pass filter
     return {

@@ -20,8 +20,7 @@ from brs_detr.data.json_file import load_json
 from brs_detr.engine.optim import count_parameters
 from brs_detr.evaluation.coco_eval import fast_backend_installed
 from brs_detr.evaluation.summary import text_table
-from brs_detr.models.build import sampling_here
-from brs_detr.run.setup import build_detector
+from brs_detr.run.setup import build_detector, describe_detector
 
 COCO_CLASSES = 80
 
@@ -61,9 +60,9 @@ def heading(config: Config, classes: int, source: str) -> str:
     train, backbone = config.train, config.model.backbone
     weights = backbone.checkpoint or ("downloaded once" if backbone.pretrained else "random")
     return (
-        f"{config.model.name} with loss {config.model.loss}, {classes} classes ({source})\n"
+        f"{describe_detector(config.model)}, {classes} classes ({source})\n"
         f"backbone {backbone.name}, weights: {weights}, norm {backbone.norm}, {backbone.frozen_stages} frozen stages\n"
-        f"{train.epochs} epochs of batch {train.total_batch_size}, AdamW lr {config.optim.lr:g}, "
+        f"{train.epochs} epochs of batch {train.total_batch_size}, {config.optim.name} lr {config.optim.lr:g}, "
         f"weight decay {config.optim.weight_decay:g}, {train.schedule} schedule {list(train.lr_steps)}"
     )
 
@@ -105,10 +104,9 @@ def machine(config: Config) -> str:
         device = ", ".join(f"cuda:{i} {gpu.name} {gpu.total_memory / 2**30:.0f} GB" for i, gpu in enumerate(gpus))
     else:
         device = f"CPU only ({os.cpu_count()} cores)"
-    attention = sampling_here(config.model.deformable_attention)
     evaluation = "faster-coco-eval" if fast_backend_installed() else "pycocotools"
     return (
         f"Python {platform.python_version()}, {versions}\n"
         f"device: {device}; precision {config.train.precision}\n"
-        f"deformable attention by {attention}; Hungarian matching: SciPy on the CPU; evaluation: {evaluation}"
+        f"Hungarian matching: SciPy on the CPU; evaluation: {evaluation}"
     )

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from brs_detr.engine.config import TrainConfig
+
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -73,20 +75,15 @@ class TrainingLength:
         return f"{epochs} of {self.steps_per_epoch:,} optimizer steps, {self.steps:,} in all; validation {every}"
 
 
-def plan_length(
-    batches: int, plan: BatchPlan, *, epochs: int, steps: int | None, eval_every: int | None
-) -> TrainingLength:
+def plan_length(batches: int, plan: BatchPlan, config: TrainConfig) -> TrainingLength:
     """Determine the number of epochs, steps and validations for a dataset.
 
     Args:
         batches: of one epoch in one process.
         plan: gives the number of batches per optimizer step.
-        epochs: of the recipe; ignored if `steps` is given.
-        steps: minimum number of optimizer steps; None: as many as the epochs have.
-        eval_every: epochs between validations; None: about twenty validations in total.
+        config: `epochs` is ignored where `steps`, the minimum number of optimizer steps, is given.
     """
     # Rounded up: the last step of an epoch may accumulate fewer batches.
     steps_per_epoch = math.ceil(batches / plan.accumulate)
-    if steps is not None:
-        epochs = math.ceil(steps / steps_per_epoch)
-    return TrainingLength(epochs, steps_per_epoch, eval_every or max(1, epochs // VALIDATIONS))
+    epochs = config.epochs if config.steps is None else math.ceil(config.steps / steps_per_epoch)
+    return TrainingLength(epochs, steps_per_epoch, config.eval_every or max(1, epochs // VALIDATIONS))

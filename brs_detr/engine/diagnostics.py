@@ -118,13 +118,13 @@ def profile_steps(trainer: Trainer, folder: Path, rows: int = 15) -> str:
     batches = chain.from_iterable(map(trainer.batches.epoch, count()))
     trainer.model.train()
     for _ in range(WARM_UP):
-        trainer.step(list(islice(batches, trainer.settings.accumulate)))
+        trainer.step(list(islice(batches, trainer.accumulate)))
         trainer.position.step += 1
     start = time.perf_counter()
     with profile(activities=activities) as profiler:
         for _ in range(RECORDED):
             with record_function("step: waiting for data"):
-                group = list(islice(batches, trainer.settings.accumulate))
+                group = list(islice(batches, trainer.accumulate))
             trainer.step(group)
             trainer.position.step += 1
     seconds = (time.perf_counter() - start) / RECORDED

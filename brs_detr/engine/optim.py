@@ -1,4 +1,4 @@
-"""AdamW parameter groups and the learning rate as a function of the step.
+"""The optimizer with its parameter groups, and the learning rate as a function of the step.
 
 Parameters are grouped by learning rate: a few large groups step much faster than one per parameter. The rate is a pure
 function of the optimizer step, so a resumed run needs no scheduler state.
@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
+
+from brs_detr.engine.batch_plan import TrainingLength
+from brs_detr.engine.config import OptimConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Schedule:
         milestones: steps from which the rate is lower, for "step".
         gamma: factor at each milestone.
         warmup_steps: linear rise over the first steps; 0 for no warm-up.
+        warmup_start: factor that the rise begins above.
     """
 
     kind: str
@@ -33,14 +37,24 @@ class Schedule:
     milestones: Sequence[int] = ()
     gamma: float = 0.1
     warmup_steps: int = 0
+    warmup_start: float = 0.0
 
     def factor(self, step: int) -> float:
         """Return the factor on every group's base rate at optimizer step 0, 1, ..."""
         # step + 1, so that the first step does not have a rate of 0.
-        rise = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        share = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        rise = self.warmup_start + (1 - self.warmup_start) * share
         if self.kind == "cosine":
             return rise * 0.5 * (1 + math.cos(math.pi * min(step / self.total_steps, 1.0)))
         return rise * self.gamma ** sum(step >= milestone for milestone in self.milestones)
+
+
+def build_schedule(config: TrainConfig, length: TrainingLength) -> Schedule:
+    """Build the learning-rate schedule of a training, with milestones in optimizer steps."""
+    milestones = [epoch * length.steps_per_epoch for epoch in config.lr_steps]
+    return Schedule(
+        config.schedule, length.steps, milestones, config.lr_gamma, config.warmup_steps, config.warmup_start
+    )
 
 
 def lr_factor_of(name: str, factors: Mapping[str, float]) -> float:
@@ -58,22 +72,10 @@ def backbone_depth(name: str) -> int:
     return int(stage[1]) + (0 if counts_from_one else 1)
 
 
-def parameter_groups(
-    model: nn.Module,
-    *,
-    lr: float,
-    weight_decay: float,
-    lr_factors: Mapping[str, float],
-    backbone_layer_decay: float | None = None,
-) -> list[dict[str, Any]]:
-    """Group the trainable parameters by learning rate.
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Group the trainable parameters by learning rate; those with `requires_grad=False` are left out.
 
-    Args:
-        model: parameters with `requires_grad=False` are left out.
-        lr: base rate.
-        weight_decay: of every parameter, biases and norms included, as in the released recipes.
-        lr_factors: factor on `lr` for parameters whose name contains the key; the longest key wins.
-        backbone_layer_decay: further factor for each stage below the last of `backbone.*`; None for no decay.
+    The weight decay applies to every parameter, biases and norms included, as in the released recipes.
 
     Returns:
         Groups for a torch optimizer with "params", "lr", "initial_lr", "weight_decay" and, for the log, "names".
@@ -81,28 +83,32 @@ def parameter_groups(
     Raises:
         ValueError: no parameter is trainable.
     """
+    factors = {"backbone.": config.backbone_lr_factor, "sampling_offsets": config.sampling_offsets_lr_factor}
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("no parameter is trainable. Check train.freeze and model.backbone.frozen_stages.")
     deepest = max((backbone_depth(name) for name, _ in trainable if "backbone." in name), default=0)
     groups: dict[float, dict[str, Any]] = {}
     for name, parameter in trainable:
-        rate = lr * lr_factor_of(name, lr_factors)
-        if backbone_layer_decay is not None and "backbone." in name:
-            rate *= backbone_layer_decay ** (deepest - backbone_depth(name))
+        rate = config.lr * lr_factor_of(name, factors)
+        if config.backbone_layer_decay is not None and "backbone." in name:
+            rate *= config.backbone_layer_decay ** (deepest - backbone_depth(name))
         group = groups.setdefault(
-            rate, {"params": [], "names": [], "lr": rate, "initial_lr": rate, "weight_decay": weight_decay}
+            rate, {"params": [], "names": [], "lr": rate, "initial_lr": rate, "weight_decay": config.weight_decay}
         )
         group["params"].append(parameter)
         group["names"].append(name)
     return sorted(groups.values(), key=lambda group: -group["lr"])
 
 
-def build_adamw(groups: list[dict[str, Any]], *, betas: tuple[float, float], fused: bool) -> AdamW:
-    """Build AdamW over `parameter_groups`; fused only if every parameter is on a CUDA device."""
-    on_cuda = all(p.device.type == "cuda" for group in groups for p in group["params"])
+def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
+    """Build AdamW or SGD with the config's rates; fused only if every parameter is on a CUDA device already."""
+    groups = parameter_groups(model, config)
+    fused = config.fused and all(p.device.type == "cuda" for group in groups for p in group["params"])
     plain = [{key: value for key, value in group.items() if key != "names"} for group in groups]
-    return AdamW(plain, lr=plain[0]["lr"], betas=betas, fused=fused and on_cuda)
+    if config.name == "sgd":
+        return SGD(plain, lr=plain[0]["lr"], momentum=config.momentum, fused=fused)
+    return AdamW(plain, lr=plain[0]["lr"], betas=config.betas, fused=fused)
 
 
 def set_learning_rate(optimizer: Optimizer, factor: float) -> float:

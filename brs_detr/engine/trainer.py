@@ -12,7 +12,6 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +24,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from brs_detr.engine.batch_plan import TrainingLength
+from brs_detr.engine.config import TrainConfig
 from brs_detr.engine.distributed import (
     average_unsharded_gradients,
     clip_gradients,
@@ -66,23 +67,6 @@ class Batches(Protocol):
         """Iterate over the batches of epoch 0, 1, ... from position `start`; always the same ones."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Settings of the loop; see `TrainConfig` for their meaning. `facts` is stored with every state."""
-
-    epochs: int
-    accumulate: int
-    seed: int
-    clip_norm: float | None
-    log_every: int
-    eval_every: int
-    save_every: int | None
-    patience: int | None
-    on_nonfinite: str
-    max_skipped: int
-    facts: dict[str, Any]
-
-
 class Trainer:
     """Trainer of a prepared detector: steps, epochs, evaluations and saved states; `brs_detr/train.py` orders them.
 
@@ -96,7 +80,12 @@ class Trainer:
         batches: of this process; not prepared.
         folder: the run's folder.
         log: of the run.
-        settings: of the loop.
+        config: section `train` of the settings.
+        length: of the training.
+        accumulate: batches of an optimizer step.
+        seed: of the run.
+        clip_norm: largest norm of the gradients; None does not clip.
+        metadata: stored with every state, see `setup.run_metadata`.
         validate: called in every process with the module to evaluate (the averaged one under EMA); returns the metrics,
             among them "AP", in the main process and {} in the others. None: no validation.
         save: called in the main process with (file name, state dict, metadata) to write a weights file.
@@ -114,14 +103,20 @@ class Trainer:
         batches: Batches,
         folder: Path,
         log: RunLog,
-        settings: Settings,
+        config: TrainConfig,
+        length: TrainingLength,
+        accumulate: int,
+        seed: int,
+        clip_norm: float | None,
+        metadata: dict[str, Any],
         validate: Callable[[nn.Module], dict[str, float]] | None,
         save: Callable[[str, dict[str, Tensor], dict[str, Any]], None],
         ema: ModelEmaV3 | None = None,
         check_targets: Callable[[Sequence[dict[str, Any]]], None] | None = None,
     ) -> None:
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
-        self.schedule, self.batches, self.settings = schedule, batches, settings
+        self.schedule, self.batches, self.config, self.length = schedule, batches, config, length
+        self.accumulate, self.seed, self.clip_norm, self.metadata = accumulate, seed, clip_norm, metadata
         self.folder, self.log, self.validate, self.save, self.ema = folder, log, validate, save, ema
         self.check_targets = check_targets
         self.meter, self.watch = LossMeter(), Stopwatch()
@@ -135,7 +130,7 @@ class Trainer:
     @property
     def steps_per_epoch(self) -> int:
         """Return the optimizer steps per epoch; the last may accumulate fewer batches."""
-        return math.ceil(len(self.batches) / self.settings.accumulate)
+        return math.ceil(len(self.batches) / self.accumulate)
 
     def resume(self, state: Path) -> None:
         """Continue from a saved state; every process calls it, before the first epoch.
@@ -172,26 +167,26 @@ class Trainer:
 
     def epochs(self) -> Iterator[int]:
         """Yield the remaining epochs, from 1: to the last, to a stop signal, or until AP no longer improves."""
-        position, settings = self.position, self.settings
-        if position.epoch >= settings.epochs:
+        position, config = self.position, self.config
+        if position.epoch >= self.length.epochs:
             self.log.say(
-                f"this run is complete: {position.epoch} of {settings.epochs} epochs. To train longer, raise "
+                f"this run is complete: {position.epoch} of {self.length.epochs} epochs. To train longer, raise "
                 "train.epochs or train.steps and set train.allow_changes=true."
             )
             return
         self._forget_lost_best()
-        while position.epoch < settings.epochs:
-            if settings.patience is not None and position.worse >= settings.patience:  # checked first, for resumed runs
+        while position.epoch < self.length.epochs:
+            if config.patience is not None and position.worse >= config.patience:  # checked first, for resumed runs
                 self.log.say(f"Early stopping: no improvement in {position.worse} validations.")
                 return
             yield position.epoch + 1
-            if self.is_evaluated(position.epoch) and position.epoch < settings.epochs and self._stop_requested():
+            if self.is_evaluated(position.epoch) and position.epoch < self.length.epochs and self._stop_requested():
                 self.stopped = True  # with the state saved after the evaluation
                 return
 
     def is_evaluated(self, epoch: int) -> bool:
         """Return True if epoch 1, 2, ... ends with an evaluation."""
-        return epoch % self.settings.eval_every == 0 or epoch == self.settings.epochs
+        return epoch % self.length.eval_every == 0 or epoch == self.length.epochs
 
     def train_epoch(self) -> None:
         """Train the rest of the current epoch.
@@ -202,12 +197,12 @@ class Trainer:
             NonFiniteError: a loss or gradient was not finite and `on_nonfinite` is "stop", or too many were.
             StorageError: the state cannot be written.
         """
-        position, settings = self.position, self.settings
+        position, config = self.position, self.config
         self.model.train()
-        title = f"epoch {position.epoch + 1}/{settings.epochs}"
+        title = f"epoch {position.epoch + 1}/{self.length.epochs}"
         main = self.accelerator.is_main_process
         progress = Progress(title, self.steps_per_epoch, position.step_in_epoch, self.log.say, self.log.note, show=main)
-        batches = self.batches.epoch(position.epoch, position.step_in_epoch * settings.accumulate)
+        batches = self.batches.epoch(position.epoch, position.step_in_epoch * self.accumulate)
         self.watch.reset()
         try:
             for _ in range(position.step_in_epoch, self.steps_per_epoch):
@@ -217,11 +212,11 @@ class Trainer:
                 stop = self.step(group)
                 position.step, position.step_in_epoch = position.step + 1, position.step_in_epoch + 1
                 progress.step()
-                if position.step % settings.log_every == 0 or position.step_in_epoch == self.steps_per_epoch:
+                if position.step % config.log_every == 0 or position.step_in_epoch == self.steps_per_epoch:
                     progress.report(self._report())
                 if stop:
-                    raise Interruption("Received a stop signal.", ExitCode.INTERRUPTED)
-                if settings.save_every and position.step % settings.save_every == 0:
+                    raise Interruption("Stop requested.", ExitCode.INTERRUPTED)
+                if config.save_every and position.step % config.save_every == 0:
                     self.save_state()
         finally:
             progress.close()
@@ -236,7 +231,7 @@ class Trainer:
         """
         group, interruption = [], None
         try:
-            group = list(islice(batches, self.settings.accumulate))
+            group = list(islice(batches, self.accumulate))
         except Interruption as error:
             interruption = error
         raise_together(interruption, self.accelerator)
@@ -245,7 +240,7 @@ class Trainer:
     def step(self, group: list[Batch]) -> bool:
         """Take one optimizer step over accumulated batches; return True if any process was asked to stop."""
         accelerator, position = self.accelerator, self.position
-        seed_step(self.settings.seed, position.step, accelerator.process_index)
+        seed_step(self.seed, position.step, accelerator.process_index)
         self.lr = set_learning_rate(self.optimizer, self.schedule.factor(position.step))
         self.statistics.keep()
         all_terms = []
@@ -268,8 +263,8 @@ class Trainer:
         healthy, stop = self._agree(all_terms, norm)
         if healthy:
             position.skipped_in_a_row = 0
-            if self.settings.clip_norm is not None:
-                clip_gradients(self.model, norm, self.settings.clip_norm)
+            if self.clip_norm is not None:
+                clip_gradients(self.model, norm, self.clip_norm)
             with record_function("step: optimizer"):
                 self.optimizer.step()
             if self.ema is not None:
@@ -299,28 +294,28 @@ class Trainer:
 
     def _not_finite(self, group: list[Batch], all_terms: list[dict[str, Tensor]]) -> None:
         """Diagnose a failed step, and raise or skip it as the settings say."""
-        accelerator, settings, step = self.accelerator, self.settings, self.position.step
+        accelerator, config, step = self.accelerator, self.config, self.position.step
         model = accelerator.unwrap_model(self.model)
         what, process = describe_reports(gather_object([inspect_step(all_terms, group, model)]))
         self.statistics.restore()
         self.position.skipped += 1
         self.position.skipped_in_a_row += 1
-        if settings.on_nonfinite == "stop" or self.position.skipped == 1:
+        if config.on_nonfinite == "stop" or self.position.skipped == 1:
             several = accelerator.num_processes > 1
             own_path, bad_path = (
                 self.folder / f"nonfinite-{step}{f'-process{rank}' if several else ''}.pt"
                 for rank in (accelerator.process_index, process)
             )
-            facts = {"process": accelerator.process_index, "facts": settings.facts, "seed": settings.seed}
+            facts = {"process": accelerator.process_index, "facts": self.metadata, "seed": self.seed}
             try:
                 save_batch(own_path, step=step, batches=group, model=model, **facts)
                 what += f"; the batch is saved, see `python -m brs_detr replay {bad_path}`"
             except StorageError as error:
                 what += f"; the batch is not saved ({error})"
-        if settings.on_nonfinite == "stop":
+        if config.on_nonfinite == "stop":
             accelerator.wait_for_everyone()  # a launcher kills all processes as soon as one has ended
             raise NonFiniteError(f"step {step}: {what}. To skip such steps, set train.on_nonfinite=skip.")
-        max_skipped = min(settings.max_skipped, settings.epochs * self.steps_per_epoch)
+        max_skipped = min(config.max_skipped, self.length.epochs * self.steps_per_epoch)
         if self.position.skipped_in_a_row >= max_skipped:
             accelerator.wait_for_everyone()
             raise NonFiniteError(
@@ -337,7 +332,7 @@ class Trainer:
         speed["images_per_s"] *= self.accelerator.num_processes
         norm = terms.pop("gradient_norm", math.nan)
         loss, position = sum(terms.values()) if terms else math.nan, self.position
-        remaining = self.settings.epochs * self.steps_per_epoch - position.step
+        remaining = self.length.epochs * self.steps_per_epoch - position.step
         epoch = position.epoch + position.step_in_epoch / self.steps_per_epoch
         values: dict[str, Any] = {"epoch": epoch, "lr": self.lr}
         values |= {"loss": json_number(loss), "gradient_norm": json_number(norm), **speed, "terms": terms}
@@ -400,7 +395,7 @@ class Trainer:
             shown = " ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name in ("AP", "AP50", "AP75"))
             if missing := metrics.get("images_left_out"):
                 shown += f" on {metrics['images']:,} of {metrics['images'] + missing:,} images"
-            self.log.say(f"epoch {position.epoch}/{self.settings.epochs} validation: {shown}{mark}")
+            self.log.say(f"epoch {position.epoch}/{self.length.epochs} validation: {shown}{mark}")
         facts = {"epoch": position.epoch, "step": position.step, "metrics": metrics}
         names = (LAST, BEST) if better or self.validate is None else (LAST,)
         together(accelerator, lambda: [self.save(name, weights, facts) for name in names])
@@ -436,7 +431,7 @@ class Trainer:
         self.meter.share(self.accelerator)
         if is_sharded(self.accelerator):  # all continue with the saved batch statistics, as a resumed run does
             share_buffers(self.model)
-        for note in save_state(self.folder / "state", self._training(), self.settings.facts):
+        for note in save_state(self.folder / "state", self._training(), self.metadata):
             self.log.say(note)
 
     def _ask_to_stop(self, number: signal.Signals) -> None:

@@ -20,7 +20,9 @@ from brs_detr.assign.hungarian import HungarianMatcher
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
 from brs_detr.losses.distributed import SharedCount
 from brs_detr.losses.objective import PredictionSet
+from brs_detr.models.config import BRSDETRConfig
 from brs_detr.models.heads.atss import ATSSHead
+from brs_detr.models.heads.dense import Objective
 from brs_detr.models.heads.roi import RoIHead
 from brs_detr.models.heads.rpn import RPNHead
 from brs_detr.models.neck import ChannelMapper
@@ -79,16 +81,12 @@ class BRSDETR(nn.Module):
     """The detector, assembled from its parts (see `build.py`).
 
     Args:
+        config: see `BRSDETRConfig`; `build.py` makes the parts from it.
+        num_classes: K.
         backbone, neck, encoder, proposals, decoder: the path to the detections.
         rpn, roi, atss: the auxiliary dense heads on the encoder's maps.
         objective: of the decoder layers, encoder proposals and auxiliary query sets.
         matcher: assigns predictions of the decoder and of the encoder proposals to objects.
-        dim: width; num_classes: K; queries: decoder queries; norm_groups: of the coarsest map's GroupNorm.
-        max_aux_queries: most auxiliary queries an image and dense head.
-        detections_per_image: detections returned an image.
-        rank_all_encoder_columns: the released code ranks all K columns of the class-agnostic encoder proposals,
-            of which K - 1 only ever serve as negatives; False ranks column 0 alone.
-        predict_with: "decoder", or a dense head's own detections: "roi" or "atss".
     """
 
     objectness = ("proposals.classifier.weight", "proposals.classifier.bias")
@@ -96,6 +94,8 @@ class BRSDETR(nn.Module):
 
     def __init__(
         self,
+        config: BRSDETRConfig,
+        num_classes: int,
         *,
         backbone: nn.Module,
         neck: ChannelMapper,
@@ -105,36 +105,30 @@ class BRSDETR(nn.Module):
         rpn: RPNHead,
         roi: RoIHead,
         atss: ATSSHead,
-        objective,
+        objective: Objective,
         matcher: HungarianMatcher,
-        dim: int,
-        num_classes: int,
-        queries: int = 300,
-        norm_groups: int = 32,
-        max_aux_queries: int = 300,
-        detections_per_image: int = 100,
-        rank_all_encoder_columns: bool = True,
-        predict_with: str = "decoder",
-        pixel_mean: Sequence[float] = PIXEL_MEAN,
-        pixel_std: Sequence[float] = PIXEL_STD,
     ) -> None:
         super().__init__()
+        dim = config.dim
         self.backbone, self.neck, self.encoder = backbone, neck, encoder
         self.proposals, self.decoder = proposals, decoder
-        self.query_content = nn.Embedding(queries, dim)
+        self.query_content = nn.Embedding(config.queries, dim)
         self.box_embedding = BoxEmbedding(dim)
-        self.coarsest = nn.Sequential(nn.Conv2d(dim, dim, 3, 2, 1), nn.GroupNorm(norm_groups, dim))
+        self.coarsest = nn.Sequential(nn.Conv2d(dim, dim, 3, 2, 1), nn.GroupNorm(config.norm_groups, dim))
         self.rpn, self.roi, self.atss = rpn, roi, atss
         self.aux_embeddings = nn.ModuleDict({"roi": AuxQueryEmbedding(dim), "atss": AuxQueryEmbedding(dim)})
         self.objective, self.matcher = objective, matcher
-        self.num_classes, self.max_aux_queries = num_classes, max_aux_queries
-        self.detections_per_image, self.predict_with = detections_per_image, predict_with
-        self.rank_all_encoder_columns = rank_all_encoder_columns
+        self.num_classes, self.max_aux_queries = num_classes, config.max_aux_queries
+        self.detections_per_image = config.detections_per_image
+        self.predict_with = "decoder"  # or a dense head's own detections: "roi", "atss"
+        # The released code ranks all K columns of the class-agnostic encoder proposals, of which K - 1 only ever serve
+        # as negatives; "first" ranks column 0 alone.
+        self.rank_all_encoder_columns = config.encoder_ranking == "all"
         # Two-stage branches start as copies of the decoder's (section "initialization" of the released code).
         self.proposals.classifier.load_state_dict(decoder.classifiers[0].state_dict())
         self.proposals.regressor.load_state_dict(decoder.regressors[0].state_dict())
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
 
     def forward(
         self, images: ImageBatch | Sequence[Tensor], targets: Sequence[dict[str, Any]] | None = None

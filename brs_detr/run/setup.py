@@ -15,17 +15,17 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
-from torch.optim import AdamW
 
 from brs_detr import config as configuration
 from brs_detr.config import Config, ConfigError
+from brs_detr.config_io import leaves
 from brs_detr.data.annotations import categories_differ
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.image_io import Limits
 from brs_detr.data.json_file import load_json
 from brs_detr.data.shared_memory import shortage
 from brs_detr.data.transforms import EvalTransforms, TrainTransforms
-from brs_detr.engine.batch_plan import FEW_STEPS, BatchPlan, TrainingLength, plan_length, split_batch_size
+from brs_detr.engine.batch_plan import FEW_STEPS, BatchPlan, TrainingLength, split_batch_size
 from brs_detr.engine.checkpoint import (
     Transfer,
     Weights,
@@ -35,10 +35,10 @@ from brs_detr.engine.checkpoint import (
     rows_per_class,
     write_text,
 )
-from brs_detr.engine.optim import Schedule, build_adamw, count_parameters, parameter_groups
-from brs_detr.engine.trainer import Settings
+from brs_detr.engine.optim import count_parameters
 from brs_detr.models.backbones.timm_backbone import plain_name
 from brs_detr.models.build import build_model, sampling_here
+from brs_detr.models.config import ModelConfig
 
 
 def train_transforms(config: Config) -> TrainTransforms:
@@ -232,12 +232,6 @@ def for_weights_file(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=backbone))
 
 
-def plan_training(config: Config, plan: BatchPlan, batches_per_epoch: int) -> TrainingLength:
-    """Compute the length of the training on its dataset."""
-    train = config.train
-    return plan_length(batches_per_epoch, plan, epochs=train.epochs, steps=train.steps, eval_every=train.eval_every)
-
-
 def describe_length(config: Config, length: TrainingLength) -> str:
     """Describe the length in a line for the log, with a warning if there are too few steps to learn anything."""
     if length.steps >= FEW_STEPS or config.train.overfit_batches is not None:
@@ -246,27 +240,6 @@ def describe_length(config: Config, length: TrainingLength) -> str:
         f"{length}\nwarning: {length.steps} optimizer steps is very short; detectors usually need thousands. "
         f"Raise train.epochs={length.epochs}, or use train.steps=5000 train.schedule=cosine train.eval_every=null."
     )
-
-
-def build_schedule(config: Config, length: TrainingLength) -> Schedule:
-    """Build the learning-rate schedule, with milestones in optimizer steps."""
-    train = config.train
-    milestones = [epoch * length.steps_per_epoch for epoch in train.lr_steps]
-    return Schedule(train.schedule, length.steps, milestones, train.lr_gamma, train.warmup_steps)
-
-
-def build_optimizer(config: Config, model: nn.Module) -> AdamW:
-    """Build AdamW with the config's rates; `model` has to be on its device already, which decides on `fused`."""
-    optim = config.optim
-    factors = {"backbone.": optim.backbone_lr_factor, "sampling_offsets": optim.sampling_offsets_lr_factor}
-    groups = parameter_groups(
-        model,
-        lr=optim.lr,
-        weight_decay=optim.weight_decay,
-        lr_factors=factors,
-        backbone_layer_decay=optim.backbone_layer_decay,
-    )
-    return build_adamw(groups, betas=optim.betas, fused=optim.fused)
 
 
 def freeze(model: nn.Module, config: Config) -> None:
@@ -296,24 +269,6 @@ def plan_batches(config: Config, accelerator: Accelerator) -> BatchPlan:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
-
-
-def loop_settings(config: Config, plan: BatchPlan, length: TrainingLength, facts: dict[str, Any]) -> Settings:
-    """Collect the settings of the training loop; `facts` is stored with every state."""
-    train = config.train
-    return Settings(
-        epochs=length.epochs,
-        accumulate=plan.accumulate,
-        seed=config.seed,
-        clip_norm=config.optim.clip_norm,
-        log_every=train.log_every,
-        eval_every=length.eval_every,
-        save_every=train.save_every,
-        patience=train.patience,
-        on_nonfinite=train.on_nonfinite,
-        max_skipped=train.max_skipped,
-        facts=facts,
-    )
 
 
 def with_subset(config: Config, accelerator: Accelerator) -> Config:
@@ -375,10 +330,7 @@ def largest_shape(config: Config, plan: BatchPlan, dataset: CocoDetection) -> di
 def describe_model(config: Config, model: nn.Module, transfer: Transfer | None) -> list[str]:
     """Describe the model in lines for the log: size, what was loaded, a warning if a random backbone is frozen."""
     total, trainable = count_parameters(model)
-    lines = [
-        f"{config.model.name} with loss {config.model.loss}: {total:,} parameters, {trainable:,} trained, "
-        f"deformable attention by {sampling_here(config.model.deformable_attention)}"
-    ]
+    lines = [f"{describe_detector(config.model)}: {total:,} parameters, {trainable:,} trained"]
     if transfer is not None:
         lines.append(f"{config.train.init_from}: {transfer}")
     backbone = config.model.backbone
@@ -389,6 +341,14 @@ def describe_model(config: Config, model: nn.Module, transfer: Transfer | None) 
             "Set model.backbone.norm=group and model.backbone.frozen_stages=0, or give it weights."
         )
     return lines
+
+
+def describe_detector(config: ModelConfig) -> str:
+    """Describe a detector's name, losses and, where it has any, implementation of deformable attention."""
+    losses = dict.fromkeys(value for name, value in leaves(config) if name.endswith("objective.loss"))
+    text = f"{config.name} with loss {', '.join(losses)}"
+    attention = getattr(config, "deformable_attention", None)
+    return text if attention is None else f"{text}, deformable attention by {sampling_here(attention)}"
 
 
 def write_subset(data: dict[str, Any], target: Path, count: int) -> int:

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brs_detr.engine.batch_plan import plan_length, split_batch_size
+from brs_detr.engine.config import TrainConfig
 
 
 @given(per=st.integers(1, 8), accumulate=st.integers(1, 8), processes=st.integers(1, 8))
@@ -34,7 +35,9 @@ def test_a_total_that_cannot_be_shared_is_refused_with_what_could():
 
 @given(batches=st.integers(1, 50), accumulate=st.integers(1, 8), steps=st.integers(1, 999))
 def test_a_length_in_steps_is_the_fewest_whole_epochs_that_reach_it(batches, accumulate, steps):
-    length = plan_length(batches, split_batch_size(accumulate, 1, 1), epochs=12, steps=steps, eval_every=None)
+    length = plan_length(
+        batches, split_batch_size(accumulate, 1, 1), TrainConfig(epochs=12, steps=steps, eval_every=None)
+    )
     assert length.steps >= steps > length.steps - length.steps_per_epoch
     assert length.steps_per_epoch * accumulate >= batches > (length.steps_per_epoch - 1) * accumulate
     assert 1 <= length.eval_every <= length.epochs
@@ -42,5 +45,5 @@ def test_a_length_in_steps_is_the_fewest_whole_epochs_that_reach_it(batches, acc
 
 
 def test_without_steps_the_epochs_are_those_of_the_recipe():
-    length = plan_length(10, split_batch_size(2, 1, 1), epochs=12, steps=None, eval_every=1)
+    length = plan_length(10, split_batch_size(2, 1, 1), TrainConfig(epochs=12, eval_every=1))
     assert str(length) == "12 epochs of 5 optimizer steps, 60 in all; validation every epoch"

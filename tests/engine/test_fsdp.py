@@ -38,9 +38,9 @@ BASE = [
 ]
 ACCUMULATED = ["train.per_device_batch_size=1", "train.epochs=2", "train.save_every=1"]
 SWIN = ["model.backbone.name=swin_tiny_patch4_window7_224", "model.backbone.frozen_stages=1", "model.loss=rs"]
-CO_DETR = ["model.name=co_detr", "model.loss=focal", "model.backbone.norm=frozen", "model.backbone.frozen_stages=1"]
+CO_DETR = ["model.name=co_detr", "model.backbone.norm=frozen", "model.backbone.frozen_stages=1"]
 CO_DETR += ["train.freeze=[encoder, decoder.layers.0]"]
-GLOBAL = ["model.ranking_scope=global", "train.freeze=[backbone]"]
+GLOBAL = ["model.scope=global", "train.freeze=[backbone]"]
 BF16 = ["train.precision=bf16"]
 PAIRS = {  # settings of the run without and of the run with sharded weights
     "accumulated": (ACCUMULATED, ACCUMULATED),

@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from brs_detr.engine.config import OptimConfig
 from brs_detr.engine.optim import (
     Schedule,
     backbone_depth,
-    build_adamw,
+    build_optimizer,
     lr_factor_of,
     parameter_groups,
     set_learning_rate,
@@ -33,7 +34,7 @@ FACTORS = {"backbone.": 0.1, "sampling_offsets": 0.5}
 
 def test_groups_are_merged_by_rate_and_hold_every_trainable_parameter_once():
     model = Named()
-    groups = parameter_groups(model, lr=2.0, weight_decay=0.25, lr_factors=FACTORS)
+    groups = parameter_groups(model, OptimConfig(lr=2.0, weight_decay=0.25, sampling_offsets_lr_factor=0.5))
     assert {group["lr"]: sorted(group["names"]) for group in groups} == {
         2.0: ["encoder.value.bias", "encoder.value.weight"],
         1.0: ["encoder.sampling_offsets.bias", "encoder.sampling_offsets.weight"],
@@ -48,7 +49,7 @@ def test_the_longest_key_wins():
 
 
 def test_layer_decay_lowers_the_rate_stage_by_stage():
-    groups = parameter_groups(Named(), lr=1.0, weight_decay=0, lr_factors={"backbone.": 0.5}, backbone_layer_decay=0.5)
+    groups = parameter_groups(Named(), OptimConfig(lr=1.0, backbone_lr_factor=0.5, backbone_layer_decay=0.5))
     rates = {name: group["lr"] for group in groups for name in group["names"]}
     assert rates["backbone.layer4.weight"] == 0.5
     assert rates["backbone.layer1.weight"] == 0.5 * 0.5**3
@@ -70,7 +71,7 @@ def test_depth_of_backbone_parameters(name, depth):
 
 def test_a_model_without_trainable_parameters_is_refused():
     with pytest.raises(ValueError, match="no parameter is trainable"):
-        parameter_groups(Named().requires_grad_(False), lr=1, weight_decay=0, lr_factors={})
+        parameter_groups(Named().requires_grad_(False), OptimConfig())
 
 
 def test_the_paper_schedule_falls_to_a_fifth_after_epochs_10_and_11():
@@ -96,9 +97,30 @@ def test_a_cosine_falls_from_one_to_zero(total, warmup):
 
 
 def test_the_rate_is_set_from_the_base_rate_every_time():
-    groups = parameter_groups(Named(), lr=2.0, weight_decay=0, lr_factors=FACTORS)
-    optimizer = build_adamw(groups, betas=(0.9, 0.999), fused=True)
+    optimizer = build_optimizer(OptimConfig(lr=2.0, sampling_offsets_lr_factor=0.5), Named())
     for factor in (0.5, 0.5, 1.0):
         assert set_learning_rate(optimizer, factor) == 2.0 * factor
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2.0, 1.0, 0.2])
     assert isinstance(optimizer, torch.optim.AdamW)
+
+
+def test_sgd_takes_the_steps_of_its_definition():
+    """Sutskever et al., 2013, as torch writes it: v <- m v + g + wd w; w <- w - lr v."""
+    model = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+    optimizer = build_optimizer(OptimConfig(name="sgd", lr=0.1, momentum=0.5, weight_decay=0.25), model)
+    weight, velocity = 2.0, 0.0
+    for gradient in (1.0, -3.0, 2.0):
+        model.weight.grad = torch.full((1, 1), gradient)
+        optimizer.step()
+        velocity = 0.5 * velocity + gradient + 0.25 * weight
+        weight -= 0.1 * velocity
+        assert model.weight.item() == pytest.approx(weight, rel=1e-6)
+
+
+def test_warm_up_can_begin_above_zero():
+    """The CNN recipes rise linearly from a thousandth."""
+    schedule = Schedule("step", 1000, warmup_steps=500, warmup_start=0.001)
+    assert schedule.factor(0) == pytest.approx(0.001 + 0.999 / 500)
+    assert schedule.factor(499) == 1

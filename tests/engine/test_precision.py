@@ -12,7 +12,7 @@ from brs_detr.models.build import build_model
 from brs_detr.ops.images import ImageBatch
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
-SCORE_BASED = ["model.name=co_detr", "model.loss=focal", "model.atss.centerness=true"]
+SCORE_BASED = ["model.name=co_detr"]
 
 
 def recorded(monkeypatch, owner, method):

@@ -40,7 +40,7 @@ def merged(batches):
 def one_step(toy, folder, group):
     """Parameters after one optimizer step over a group of batches."""
     trainer, accelerator = toy.build(folder)
-    trainer.settings = dataclasses.replace(trainer.settings, clip_norm=None)  # clipped, a wrong factor would not show
+    trainer.clip_norm = None  # clipped, a wrong factor would not show
     torch.manual_seed(1)
     trainer.model = Mean()
     trainer.optimizer = accelerator.prepare(
@@ -101,7 +101,7 @@ def test_a_step_leaves_no_gradient_to_the_next(toy, tmp_path):
 
 def test_the_gradient_is_clipped_and_its_norm_logged(toy, tmp_path):
     trainer, _ = toy.build(tmp_path, epochs=1)
-    trainer.settings = dataclasses.replace(trainer.settings, clip_norm=1e-6)
+    trainer.clip_norm = 1e-6
     before = [p.detach().clone() for p in trainer.model.parameters()]
     optimizer = torch.optim.SGD([{"params": trainer.model.parameters(), "initial_lr": 1.0}])
     trainer.optimizer = trainer.accelerator.prepare(optimizer)
@@ -189,7 +189,7 @@ def test_gradients_are_unscaled_once_and_clipped_to_the_norm(toy, tmp_path, monk
     """The scaler refuses to unscale twice; clipping sees true gradients, not scaled ones."""
     trainer, _ = toy.build(tmp_path)
     scaler = with_scaler(trainer, monkeypatch)
-    trainer.settings = dataclasses.replace(trainer.settings, clip_norm=1e-3)
+    trainer.clip_norm = 1e-3
     norms = []
     step = trainer.optimizer.step
     monkeypatch.setattr(
@@ -230,7 +230,7 @@ def test_the_best_weights_are_those_of_the_best_validation(toy, tmp_path, weight
 
 def test_early_stopping_waits_for_the_given_number_of_validations(toy, tmp_path):
     trainer, _ = toy.build(tmp_path, epochs=9)
-    trainer.settings = dataclasses.replace(trainer.settings, patience=2)
+    trainer.config = dataclasses.replace(trainer.config, patience=2)
     scores = iter([0.1, 0.5, 0.4, 0.5, 0.6, 0.6])
     trainer.validate = lambda module: {"AP": next(scores)}
     trainer.fit()
@@ -239,19 +239,19 @@ def test_early_stopping_waits_for_the_given_number_of_validations(toy, tmp_path)
 
 def test_a_run_that_ended_early_trains_no_further_when_it_is_resumed(toy, tmp_path):
     trainer, _ = toy.build(tmp_path, epochs=9)
-    trainer.settings = dataclasses.replace(trainer.settings, patience=2)
+    trainer.config = dataclasses.replace(trainer.config, patience=2)
     trainer.validate = lambda module: {"AP": 0.5}
     trainer.fit()
     state, _ = latest_state(tmp_path / "state")
     resumed, _ = toy.build(tmp_path, epochs=9, resumed_at=read_facts(state))
-    resumed.settings = trainer.settings
+    resumed.config = trainer.config
     resumed.resume(state)
     assert resumed.fit() and resumed.position.epoch == trainer.position.epoch == 3
 
 
 def test_it_is_validated_every_so_many_epochs_and_at_the_end(toy, tmp_path):
     trainer, _ = toy.build(tmp_path, epochs=5)
-    trainer.settings = dataclasses.replace(trainer.settings, eval_every=2)
+    trainer.length = dataclasses.replace(trainer.length, eval_every=2)
     trainer.fit()
     assert [line["epoch"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "val"] == [2, 4, 5]
 

@@ -134,7 +134,7 @@ class Registered:
 
 def test_a_state_of_an_earlier_version_goes_on_bit_for_bit(toy, tmp_path):
     whole, accelerator = toy.build(tmp_path / "whole", ema=0.9, epochs=2)
-    whole.settings.facts["who"] = "toy"
+    whole.metadata["who"] = "toy"
     save = whole.save_state
     state = tmp_path / "state" / "step-00000003"
 

@@ -13,11 +13,13 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from brs_detr.engine.batch_plan import TrainingLength
 from brs_detr.engine.checkpoint import Weights, save_weights
+from brs_detr.engine.config import OptimConfig, TrainConfig
 from brs_detr.engine.logging import RunLog
-from brs_detr.engine.optim import Schedule, build_adamw, parameter_groups
+from brs_detr.engine.optim import Schedule, build_optimizer
 from brs_detr.engine.state import latest_state, read_facts
-from brs_detr.engine.trainer import Settings, Trainer
+from brs_detr.engine.trainer import Trainer
 from brs_detr.ops.images import ImageBatch
 from brs_detr.train import fit
 
@@ -115,8 +117,8 @@ def build(
     torch.manual_seed(0)
     model = model or ToyDetector()
     average = None if ema is None else ModelEmaV3(model, decay=ema, use_warmup=True)
-    groups = parameter_groups(model, lr=1e-2, weight_decay=1e-2, lr_factors={"backbone.": 0.1})
-    model, optimizer = accelerator.prepare(model, build_adamw(groups, betas=(0.9, 0.999), fused=False))
+    config = OptimConfig(lr=1e-2, weight_decay=1e-2, fused=False)
+    model, optimizer = accelerator.prepare(model, build_optimizer(config, model))
     batches = ToyBatches(count, rank=accelerator.process_index, world=accelerator.num_processes, **more)
 
     def validate(module):
@@ -131,19 +133,12 @@ def build(
         batches=batches,
         folder=folder,
         log=RunLog(folder, accelerator, resumed_at),
-        settings=Settings(
-            epochs=epochs,
-            accumulate=accumulate,
-            seed=5,
-            clip_norm=0.5,
-            log_every=2,
-            eval_every=1,
-            save_every=save_every,
-            patience=None,
-            on_nonfinite=on_nonfinite,
-            max_skipped=max_skipped,
-            facts={"who": "toy"},
-        ),
+        config=TrainConfig(log_every=2, save_every=save_every, on_nonfinite=on_nonfinite, max_skipped=max_skipped),
+        length=TrainingLength(epochs, -(-count // accumulate), 1),
+        accumulate=accumulate,
+        seed=5,
+        clip_norm=0.5,
+        metadata={"who": "toy"},
         validate=validate,
         save=lambda name, tensors, facts: save_weights(folder / name, Weights(tensors, ["thing"], [7], {}, facts)),
         ema=average,

@@ -98,8 +98,8 @@ def check_gathering(accelerator):
     assert all(np.all(f["boxes"] == f["image_id"]) for f in found)
 
 
-SCORE_BASED = ["model.name=co_detr", "model.loss=focal", "model.atss.centerness=true"]
-VARIANTS = ([], ["model.ranking_scope=global"], SCORE_BASED)
+SCORE_BASED = ["model.name=co_detr"]
+VARIANTS = ([], ["model.scope=global"], SCORE_BASED)
 
 
 def check_empty_images(accelerator):

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from brs_detr.config import BackboneConfig, ModelConfig
 from brs_detr.export.onnx import write_onnx
 from brs_detr.models.brs_detr import BRSDETR
 from brs_detr.models.build import build_model
+from brs_detr.models.config import BackboneConfig, BRSDETRConfig
 
-SMALL = ModelConfig(
+SMALL = BRSDETRConfig(
     backbone=BackboneConfig(
         name="test_resnet.r160_in1k", pretrained=False, frozen_stages=0, norm="batch", levels=(16, 32)
     ),

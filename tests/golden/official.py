@@ -13,33 +13,24 @@ from safetensors.torch import load_file
 from torch import nn
 
 from brs_detr.checkpoints.keys import to_ours
-from brs_detr.config import ATSSConfig, MatcherConfig, ModelConfig, RoIConfig, RPNConfig
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
 from brs_detr.models import brs_detr as detector
 from brs_detr.models import build as building
 from brs_detr.models.backbones.norms import FrozenBatchNorm
+from brs_detr.models.config import BRSDETRConfig, CoDETRConfig, RoIConfig, RPNConfig
 from brs_detr.ops.boxes import BoxCoder
 
 CLASSES = 5
-BRS = ModelConfig(
+SIZE = dict(
     dim=64,
     encoder_layers=2,
     decoder_layers=2,
     ffn_dim=128,
     queries=20,
     detections_per_image=30,
-    rpn=RPNConfig(proposals_before_nms=4000, proposals=4000),
-    roi=RoIConfig(fc_dim=64),
 )
-FOCAL = replace(
-    BRS,
-    name="co_detr",
-    loss="focal",
-    matcher=MatcherConfig(cls=2.0),
-    rpn=replace(BRS.rpn, sample=256, proposals=1000),
-    roi=replace(BRS.roi, sample=512, add_ground_truth=True),
-    atss=ATSSConfig(centerness=True),
-)
+BRS = BRSDETRConfig(**SIZE, rpn=RPNConfig(proposals_before_nms=4000, proposals=4000), roi=RoIConfig(fc_dim=64))
+FOCAL = CoDETRConfig(**SIZE, roi=replace(CoDETRConfig.roi, fc_dim=64))
 FAMILIES = {"brs_detr": BRS, "co_detr": FOCAL}
 CASES = {"normal": (1, 1), "empty1": (1, 0), "empty_both": (0, 0)}
 

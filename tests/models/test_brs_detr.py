@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from brs_detr.config import ATSSConfig, BackboneConfig, ModelConfig, RoIConfig, RPNConfig
+from brs_detr.config import Config, apply_overrides
 from brs_detr.models.brs_detr import detections_from
 from brs_detr.models.build import build_model
+from brs_detr.models.config import BackboneConfig, BRSDETRConfig, CoDETRConfig, RoIConfig, RPNConfig
 from brs_detr.models.transformer.decoder import Predictions
 from brs_detr.ops.images import ImageBatch
 
-SMALL = ModelConfig(
+SIZE = dict(
     backbone=BackboneConfig(name="test_resnet.r160_in1k", pretrained=False, frozen_stages=0, norm="batch"),
     dim=64,
     heads=4,
@@ -20,17 +21,20 @@ SMALL = ModelConfig(
     ffn_dim=32,
     queries=12,
     max_aux_queries=12,
-    rpn=RPNConfig(proposals_before_nms=50, proposals=40),
-    roi=RoIConfig(fc_dim=32),
 )
-FOCAL = replace(
-    SMALL,
-    name="co_detr",
-    loss="focal",
-    rpn=replace(SMALL.rpn, sample=32),
-    roi=RoIConfig(fc_dim=32, sample=32, add_ground_truth=True),
-    atss=ATSSConfig(centerness=True),
+SMALL = BRSDETRConfig(**SIZE, rpn=RPNConfig(proposals_before_nms=50, proposals=40), roi=RoIConfig(fc_dim=32))
+FOCAL = CoDETRConfig(
+    **SIZE,
+    rpn=replace(CoDETRConfig.rpn, proposals_before_nms=50, proposals=40, sample=32),
+    roi=replace(CoDETRConfig.roi, fc_dim=32, sample=32),
 )
+
+
+def with_loss(model, loss):
+    return apply_overrides(Config(model=model), [f"model.loss={loss}"]).model
+
+
+EXACT = replace(with_loss(SMALL, "rs"), encoder_ranking="first")
 
 
 def image(height=64, width=80):
@@ -55,7 +59,7 @@ def train_step(settings, images, targets, classes=3):
     return model, losses
 
 
-@pytest.mark.parametrize("settings", [SMALL, FOCAL, replace(SMALL, loss="rs", encoder_ranking="first")])
+@pytest.mark.parametrize("settings", [SMALL, FOCAL, EXACT])
 @pytest.mark.parametrize("counts", [(3, 1), (2, 0), (0, 0), (4,), (0,)])
 def test_every_parameter_gets_a_finite_gradient_whatever_the_batch_holds(settings, counts):
     images = [image(64 - 7 * i) for i in range(len(counts))]
@@ -67,7 +71,7 @@ def test_every_parameter_gets_a_finite_gradient_whatever_the_batch_holds(setting
 
 @pytest.mark.parametrize("loss", ["rs", "bap", "ap", "balrp", "alrp", "bndcg", "ndcg", "quality_focal"])
 def test_every_loss_trains_every_head(loss):
-    settings = replace(FOCAL if loss == "quality_focal" else SMALL, loss=loss)
+    settings = with_loss(FOCAL if loss == "quality_focal" else SMALL, loss)
     _, losses = train_step(settings, [image(), image()], [target(3), target(0)])
     assert sum(losses.values()) > 0
 
@@ -141,7 +145,7 @@ def test_boxes_of_the_decoder_are_clipped_and_scaled_to_the_stored_image():
 @pytest.mark.parametrize("loss", ["brs", "alrp"])
 def test_each_head_has_the_weights_and_thresholds_of_its_own(loss):
     """The recipe of the BRS paper: 2 for the queries, 1 for the RPN, 5 for both other heads; aLRP's tau: 0.7 there."""
-    model = build_model(replace(SMALL, loss=loss), 3)
+    model = build_model(with_loss(SMALL, loss), 3)
     heads = {"decoder": model, "rpn": model.rpn, "roi": model.roi, "atss": model.atss}
     assert {name: head.objective.weight for name, head in heads.items()} == {
         "decoder": 2.0,

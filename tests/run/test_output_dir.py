@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from brs_detr.config import Config, ConfigError, TrainConfig, to_dict
+from brs_detr.config import Config, ConfigError, to_dict
 from brs_detr.engine.batch_plan import split_batch_size
+from brs_detr.engine.config import TrainConfig
 from brs_detr.run.output_dir import check_output_dir, check_resumable, lock_output_dir, remove_run
 
 HOLD = """

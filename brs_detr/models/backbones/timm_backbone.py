@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from brs_detr.models.backbones.norms import freeze_batch_norm, group_norm_for_batch_norm
 from brs_detr.models.backbones.swin import SwinBackbone, rename_official_swin
 from brs_detr.models.backbones.weights_io import flat_name, load_weights
+from brs_detr.models.config import BackboneConfig
 
 FIRST_STAGE_STRIDE = 4  # maps of a smaller stride belong to the stem
 
@@ -93,28 +94,8 @@ class TimmBackbone(nn.Module):
         return x
 
 
-def build_backbone(
-    name: str,
-    *,
-    pretrained: bool = True,
-    checkpoint: str | None = None,
-    frozen_stages: int = 1,
-    norm: str = "frozen",
-    drop_path: float = 0.0,
-    activation_checkpointing: bool = False,
-    strides: Sequence[int] = (8, 16, 32),
-) -> nn.Module:
+def build_backbone(config: BackboneConfig) -> SwinBackbone | TimmBackbone:
     """Build a backbone by its timm name.
-
-    Args:
-        name: for example `resnet50.tv_in1k` or `swin_tiny_patch4_window7_224.ms_in1k`.
-        pretrained: start from timm's weights, downloaded at the first use.
-        checkpoint: local file to read instead; no network is used then.
-        frozen_stages: 0 trains everything, 1 freezes the stem and the first stage, and so on.
-        norm: replacement of batch normalization: `frozen`, `batch` (kept and trained) or `group` (from scratch).
-        drop_path: highest rate of stochastic depth.
-        activation_checkpointing: less memory for about a third more time.
-        strides: of the wanted maps, ascending.
 
     Returns:
         A module with `.channels`, `.strides` and `forward((B, 3, H, W)) -> list of (B, c, h, w)`.
@@ -123,24 +104,26 @@ def build_backbone(
         ValueError: the name, a stride or a setting does not exist.
         RuntimeError: the weights cannot be downloaded.
     """
+    name, norm = config.name, config.norm
     if norm not in ("frozen", "batch", "group"):
         raise ValueError(f"model.backbone.norm={norm} is not known. Choose frozen, batch or group.")
     check_name(name)
-    strides = sorted(strides)
-    download = pretrained and checkpoint is None
+    strides, checkpointing = sorted(config.levels), config.activation_checkpointing
+    download = config.pretrained and config.checkpoint is None
     if timm.models.is_model_in_modules(plain_name(name).partition(".")[0], ["swin_transformer"]):
-        network = cast(SwinTransformer, _create(name, download, drop_path, num_classes=0, **SwinBackbone.TIMM_SETTINGS))
+        settings = {"num_classes": 0, **SwinBackbone.TIMM_SETTINGS}
+        network = cast(SwinTransformer, _create(name, download, config.drop_path, **settings))
         _require_strides(name, [item["reduction"] for item in network.feature_info], strides)
-        backbone: SwinBackbone | TimmBackbone = SwinBackbone(network, strides, activation_checkpointing)
+        backbone: SwinBackbone | TimmBackbone = SwinBackbone(network, strides, checkpointing)
     else:
-        backbone = _timm_backbone(name, download, drop_path, strides, activation_checkpointing)
+        backbone = _timm_backbone(name, download, config.drop_path, strides, checkpointing)
     if norm == "group":
         group_norm_for_batch_norm(backbone)
     elif norm == "frozen":
-        freeze_batch_norm(backbone, random_weights=not pretrained and checkpoint is None)
-    if checkpoint is not None:
-        load_weights(backbone, checkpoint, rename_official_swin if isinstance(backbone, SwinBackbone) else None)
-    freeze_stages(backbone, frozen_stages)
+        freeze_batch_norm(backbone, random_weights=not (config.pretrained or config.checkpoint))
+    if config.checkpoint is not None:
+        load_weights(backbone, config.checkpoint, rename_official_swin if isinstance(backbone, SwinBackbone) else None)
+    freeze_stages(backbone, config.frozen_stages)
     return backbone.train()
 
 

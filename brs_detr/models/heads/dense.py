@@ -16,12 +16,30 @@ from brs_detr.assign.assignment import Assigner, HeadAssignment, join
 from brs_detr.assign.max_iou import IGNORED
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
 from brs_detr.losses.distributed import SharedCount
-from brs_detr.losses.objective import PredictionSet
+from brs_detr.losses.objective import PredictionSet, RankingObjective, ScoreObjective
+from brs_detr.models.config import ObjectiveConfig, RankingConfig
 from brs_detr.ops.anchors import AnchorGrid, batch_rows, take_rows, valid_extents, valid_rows
 from brs_detr.ops.boxes import BoxCoder, suppress
 from brs_detr.ops.images import Size
 
 Objective = Callable[[PredictionSet], dict[str, Tensor]]
+
+
+def build_objective(config: ObjectiveConfig) -> RankingObjective | ScoreObjective:
+    """Build the objective of one head."""
+    if isinstance(config, RankingConfig):
+        return RankingObjective(
+            config.loss,
+            config.weight,
+            delta=config.delta,
+            score_weighted=config.score_weighted,
+            box_weight=config.box_weight,
+            tau=config.tau,
+            period=None,  # aLRP: one objective serves many query sets a step
+            scope=config.scope,
+        )
+    terms = {"cls": config.weights.cls, "l1": config.weights.l1, "giou": config.weights.giou}
+    return ScoreObjective(config.loss, terms, alpha=config.alpha, gamma=config.gamma, normalizer=config.normalizer)
 
 
 class HeadLosses(NamedTuple):

@@ -18,7 +18,8 @@ from brs_detr.assign.assignment import HeadAssignment, join
 from brs_detr.assign.max_iou import IGNORED, RandomSampler, max_iou_assign
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
 from brs_detr.losses.objective import PredictionSet
-from brs_detr.models.heads.dense import HeadLosses, Objective
+from brs_detr.models.config import RoIConfig
+from brs_detr.models.heads.dense import HeadLosses, build_objective
 from brs_detr.ops.boxes import BoxCoder, suppress
 from brs_detr.ops.images import Size
 
@@ -44,47 +45,25 @@ class RoIHead(nn.Module):
         dim: channels of the feature maps.
         num_classes: object classes.
         strides: pixels per cell of the maps that are pooled from.
-        objective: takes a `PredictionSet`.
-        fc_dim: width of the two fully connected layers.
-        pool: side of the pooled window.
-        softmax: classify by softmax with a background column instead of independent sigmoids.
-        sampler: chooses the RoIs of each image while training; None takes all.
-        add_ground_truth: put the objects themselves before the proposals while training.
-        max_rois: use at most this many proposals of an image, the first ones; None uses all.
-        finest_scale: RoIs below twice this side (square root of the area, pixels) are pooled from the finest map.
-        score_threshold: detections at or below this score are dropped.
-        nms_iou: class-wise suppression threshold of detections.
-        max_detections: detections per image.
+        config: see `RoIConfig`.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_classes: int,
-        strides: Sequence[int],
-        *,
-        objective: Objective,
-        fc_dim: int = 1024,
-        pool: int = 7,
-        softmax: bool = False,
-        sampler: RandomSampler | None = None,
-        add_ground_truth: bool = False,
-        max_rois: int | None = None,
-        finest_scale: int = 112,
-        score_threshold: float = 0.0,
-        nms_iou: float = 0.5,
-        max_detections: int = 100,
-    ) -> None:
+    def __init__(self, dim: int, num_classes: int, strides: Sequence[int], config: RoIConfig) -> None:
         super().__init__()
-        self.num_classes, self.softmax = num_classes, softmax
-        self.strides, self.pool, self.finest_scale = tuple(strides), pool, finest_scale
-        self.objective, self.sampler, self.add_ground_truth = objective, sampler, add_ground_truth
-        self.max_rois = max_rois
-        self.score_threshold, self.nms_iou, self.max_detections = score_threshold, nms_iou, max_detections
+        fc_dim, pool = config.fc_dim, 7  # cells a side of the pooled window
+        self.num_classes, self.strides, self.pool = num_classes, tuple(strides), pool
+        # RoIs below twice this side (square root of the area, pixels) are pooled from the finest map: 56 at stride 4.
+        self.finest_scale = 14 * strides[0]
+        self.objective = build_objective(config.objective)
+        self.softmax = config.objective.loss == "cross_entropy"  # and not a sigmoid per class
+        self.sampler = None if config.sample is None else RandomSampler(config.sample, positive_fraction=0.25)
+        self.add_ground_truth, self.max_rois = config.add_ground_truth, config.max_rois
+        self.score_threshold, self.nms_iou = config.score_threshold, config.nms_iou
+        self.max_detections = config.max_detections
         self.coder = BoxCoder((0.1, 0.1, 0.2, 0.2))
         self.fc1 = nn.Linear(dim * pool * pool, fc_dim)
         self.fc2 = nn.Linear(fc_dim, fc_dim)
-        self.score = nn.Linear(fc_dim, num_classes + int(softmax))
+        self.score = nn.Linear(fc_dim, num_classes + int(self.softmax))
         self.delta = nn.Linear(fc_dim, num_classes * 4)
         for layer in (self.fc1, self.fc2):
             nn.init.xavier_uniform_(layer.weight)

@@ -8,7 +8,6 @@ does.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from einops import rearrange
@@ -16,12 +15,11 @@ from torch import Tensor, nn
 
 from brs_detr.assign.assignment import HeadAssignment
 from brs_detr.assign.max_iou import MaxIoUAssigner, RandomSampler
-from brs_detr.models.heads.dense import DenseHead, DenseOutput, HeadLosses, Objective
+from brs_detr.models.config import RPNConfig
+from brs_detr.models.heads.dense import DenseHead, DenseOutput, HeadLosses, build_objective
 from brs_detr.ops.anchors import AnchorGrid
 from brs_detr.ops.boxes import BoxCoder
 from brs_detr.ops.images import Size
-
-OCTAVE_SCALES = (4.0, 4.0 * 2 ** (1 / 3), 4.0 * 2 ** (2 / 3))
 
 
 class RPNHead(DenseHead):
@@ -34,52 +32,28 @@ class RPNHead(DenseHead):
     Args:
         dim: channels of the feature maps.
         strides: pixels per cell of each map.
-        scales: anchor sides in multiples of the stride.
-        ratios: height over width of the anchors.
-        objective: takes a `PredictionSet` with one class.
-        box_loss: "giou" on decoded boxes (BRS-DETR) or "l1" on offsets (Co-DETR).
-        sampler: chooses the anchors that take part in the loss; None takes all that are not ignored.
-        coder_stds: standard deviations of the offsets.
-        before_nms: best anchors of each level that enter suppression while training.
-        keep: proposals per image while training.
-        test_before_nms: as `before_nms`, in evaluation.
-        test_keep: as `keep`, in evaluation.
-        nms_iou: suppression threshold, level by level.
+        config: see `RPNConfig`.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        strides: Sequence[int],
-        *,
-        objective: Objective,
-        scales: Sequence[float] = OCTAVE_SCALES,
-        ratios: Sequence[float] = (0.5, 1.0, 2.0),
-        box_loss: Literal["giou", "l1"] = "giou",
-        sampler: RandomSampler | None = None,
-        coder_stds: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0),
-        before_nms: int = 4000,
-        keep: int = 4000,
-        test_before_nms: int = 1000,
-        test_keep: int = 1000,
-        nms_iou: float = 0.7,
-    ) -> None:
+    def __init__(self, dim: int, strides: Sequence[int], config: RPNConfig) -> None:
+        octave = [config.anchor_scale * 2 ** (i / config.scales_per_octave) for i in range(config.scales_per_octave)]
+        sampler = None if config.sample is None else RandomSampler(config.sample, positive_fraction=0.5)
         super().__init__(
             1,
-            AnchorGrid(strides, scales, ratios),
-            objective=objective,
+            AnchorGrid(strides, octave, config.anchor_ratios),
+            objective=build_objective(config.objective),
             # Faster R-CNN's thresholds
             assigner=MaxIoUAssigner(positive=0.7, negative=0.3, low_quality=0.3, sampler=sampler),
-            coder=BoxCoder(tuple(coder_stds)),
-            box_loss=box_loss,
-            before_nms=before_nms,
+            coder=BoxCoder(config.coder_stds),
+            box_loss=config.box_loss,
+            before_nms=config.proposals_before_nms,
             score_threshold=None,
             drop_empty=True,  # the published rank-based head keeps empty boxes
-            nms_iou=nms_iou,
+            nms_iou=config.nms_iou,
             nms_within="level",
-            max_detections=keep,
+            max_detections=config.proposals,
         )
-        self.test_before_nms, self.test_keep = test_before_nms, test_keep
+        self.test_limits = (config.test_proposals_before_nms, config.test_proposals)
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
         self.score = nn.Conv2d(dim, self.anchors.per_cell, 1)
         self.delta = nn.Conv2d(dim, self.anchors.per_cell * 4, 1)
@@ -110,7 +84,7 @@ class RPNHead(DenseHead):
         """More candidates and proposals while training."""
         if self.training:
             return self.before_nms, self.max_detections
-        return self.test_before_nms, self.test_keep
+        return self.test_limits
 
     def proposals(self, output: DenseOutput, sizes: Sequence[Size]) -> list[Tensor]:
         """Proposed boxes of each image: (n, 4) xyxy pixels, best first, detached."""

@@ -12,6 +12,7 @@ from brs_detr.config import ConfigError, load_config
 from brs_detr.models.backbones.norms import FrozenBatchNorm, GroupNorm, freeze_batch_norm
 from brs_detr.models.backbones.timm_backbone import build_backbone
 from brs_detr.models.backbones.weights_io import load_weights, read_weights
+from brs_detr.models.config import BackboneConfig
 from brs_detr.run.setup import for_weights_file, require_known_backbone
 
 DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
@@ -21,7 +22,7 @@ DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
 def small():
     """A ResNet-18 with random weights; every test takes a copy of what it changes."""
     torch.manual_seed(0)
-    return build_backbone("resnet18", pretrained=False)
+    return build_backbone(BackboneConfig("resnet18", pretrained=False))
 
 
 def randomize(module):
@@ -55,7 +56,7 @@ def test_frozen_batch_norm_keeps_nothing_of_its_input_for_the_backward_pass():
 def test_maps_equal_timm_and_do_not_depend_on_training_mode():
     torch.manual_seed(0)
     reference = randomize(timm.create_model("resnet18", features_only=True, out_indices=(2, 3, 4))).eval()
-    ours = build_backbone("resnet18", pretrained=False)
+    ours = build_backbone(BackboneConfig("resnet18", pretrained=False))
     ours.load_state_dict(reference.state_dict())  # strict: the names are timm's and torchvision's
     x = torch.randn(2, 3, 70, 97)
     for mode in (True, False):
@@ -65,7 +66,7 @@ def test_maps_equal_timm_and_do_not_depend_on_training_mode():
 
 def test_channels_and_strides_describe_the_maps():
     for strides in ((8, 16, 32), (4, 8), (16,)):
-        backbone = build_backbone("resnet18", pretrained=False, strides=strides)
+        backbone = build_backbone(BackboneConfig("resnet18", pretrained=False, levels=strides))
         maps = backbone(torch.randn(1, 3, 64, 96))
         assert [m.shape[1] for m in maps] == backbone.channels
         assert [(64 // m.shape[2], 96 // m.shape[3]) for m in maps] == [(s, s) for s in backbone.strides]
@@ -74,7 +75,7 @@ def test_channels_and_strides_describe_the_maps():
 
 def test_resnet50_has_the_tensors_of_the_published_detector():
     """23,508,032 numbers with the frozen affine maps counted, and 318 tensors less 53 step counters."""
-    backbone = build_backbone("resnet50.tv_in1k", pretrained=False)
+    backbone = build_backbone(BackboneConfig("resnet50.tv_in1k", pretrained=False))
     assert sum(p.numel() for p in backbone.parameters()) == 23_508_032
     assert len(backbone.state_dict()) == 318 - 53
     assert not any(p.requires_grad for n, p in backbone.named_parameters() if "bn" in n or "downsample.1" in n)
@@ -87,7 +88,7 @@ def test_resnet50_has_the_tensors_of_the_published_detector():
 
 @pytest.mark.parametrize("norm", ["frozen", "group", "batch"])
 def test_every_trainable_parameter_gets_a_gradient_and_frozen_ones_none(norm):
-    backbone = build_backbone("resnet18", pretrained=False, norm=norm)
+    backbone = build_backbone(BackboneConfig("resnet18", pretrained=False, norm=norm))
     sum((m * torch.randn_like(m)).sum() for m in backbone(torch.randn(2, 3, 64, 64))).backward()
     for name, parameter in backbone.named_parameters():
         if parameter.requires_grad and norm == "frozen":  # trained scales may start at zero and open the branch later
@@ -97,20 +98,20 @@ def test_every_trainable_parameter_gets_a_gradient_and_frozen_ones_none(norm):
 
 def test_frozen_stages_count_the_stem():
     for count, frozen in ((0, set()), (1, {"conv1", "layer1"}), (3, {"conv1", "layer1", "layer2", "layer3"})):
-        backbone = build_backbone("resnet18", pretrained=False, frozen_stages=count, norm="group")
+        backbone = build_backbone(BackboneConfig("resnet18", pretrained=False, frozen_stages=count, norm="group"))
         found = {n.split(".")[0] for n, p in backbone.named_parameters() if not p.requires_grad}
         assert found - {"bn1"} == frozen
     with pytest.raises(ValueError, match=r"frozen_stages=9.*4 stages"):
-        build_backbone("resnet18", pretrained=False, frozen_stages=9)
+        build_backbone(BackboneConfig("resnet18", pretrained=False, frozen_stages=9))
 
 
 def test_a_backbone_frozen_as_a_whole_stays_in_evaluation():
-    backbone = build_backbone("resnet18", pretrained=False, norm="batch").requires_grad_(False)
+    backbone = build_backbone(BackboneConfig("resnet18", pretrained=False, norm="batch")).requires_grad_(False)
     assert not any(module.training for module in backbone.train().modules())
 
 
 def test_batch_statistics_of_frozen_stages_do_not_move():
-    backbone = build_backbone("resnet18", pretrained=False, norm="batch")
+    backbone = build_backbone(BackboneConfig("resnet18", pretrained=False, norm="batch"))
     before = copy.deepcopy(backbone.state_dict())
     backbone.train()(torch.randn(2, 3, 64, 64) + 3)
     after = backbone.state_dict()
@@ -119,7 +120,7 @@ def test_batch_statistics_of_frozen_stages_do_not_move():
 
 
 def test_group_norm_does_not_depend_on_the_batch():
-    backbone = build_backbone("resnet18", pretrained=False, norm="group", frozen_stages=0)
+    backbone = build_backbone(BackboneConfig("resnet18", pretrained=False, norm="group", frozen_stages=0))
     assert any(isinstance(layer, GroupNorm) for layer in backbone.modules())
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in backbone.modules())
     x = torch.randn(3, 3, 64, 64)
@@ -129,8 +130,8 @@ def test_group_norm_does_not_depend_on_the_batch():
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "efficientnet_b0"])
 def test_recomputed_activations_give_the_same_gradients(name):
     torch.manual_seed(0)
-    plain = build_backbone(name, pretrained=False)
-    lean = build_backbone(name, pretrained=False, activation_checkpointing=True)
+    plain = build_backbone(BackboneConfig(name, pretrained=False))
+    lean = build_backbone(BackboneConfig(name, pretrained=False, activation_checkpointing=True))
     lean.load_state_dict(plain.state_dict())
     x = torch.randn(1, 3, 64, 64)
     for backbone in (plain, lean):
@@ -141,7 +142,7 @@ def test_recomputed_activations_give_the_same_gradients(name):
 
 
 def test_networks_with_maps_of_other_layouts_come_out_channels_first():
-    backbone = build_backbone("swinv2_cr_tiny_ns_224", pretrained=False)
+    backbone = build_backbone(BackboneConfig("swinv2_cr_tiny_ns_224", pretrained=False))
     maps = backbone(torch.randn(1, 3, 224, 224))
     assert [m.shape[1] for m in maps] == backbone.channels
 
@@ -156,7 +157,7 @@ def test_weights_saved_by_others_are_found(tmp_path, small, wrap):
         "distributed": {"model": {f"module.{k}": v for k, v in wanted.items()}},
     }[wrap]
     torch.save(state, tmp_path / "weights.pth")
-    backbone = build_backbone("resnet18", pretrained=True, checkpoint=tmp_path / "weights.pth")
+    backbone = build_backbone(BackboneConfig("resnet18", pretrained=True, checkpoint=tmp_path / "weights.pth"))
     for key, value in backbone.state_dict().items():
         assert torch.equal(value, wanted[key])
 
@@ -193,13 +194,13 @@ def test_files_that_cannot_serve_are_refused_in_one_sentence(tmp_path, small):
 
 def test_unknown_names_lead_to_the_nearest():
     with pytest.raises(ValueError, match="did you mean resnet50"):
-        build_backbone("resnet5", pretrained=False)
+        build_backbone(BackboneConfig("resnet5", pretrained=False))
     with pytest.raises(ValueError, match=r"resnet50\.tv_in1k"):
-        build_backbone("resnet50.tv_in2k", pretrained=False)
+        build_backbone(BackboneConfig("resnet50.tv_in2k", pretrained=False))
     with pytest.raises(ValueError, match="frozen, batch or group"):
-        build_backbone("resnet18", pretrained=False, norm="sync")
+        build_backbone(BackboneConfig("resnet18", pretrained=False, norm="sync"))
     with pytest.raises(ValueError, match=r"stride \[16\].*pyramid"):
-        build_backbone("vit_tiny_patch16_224", pretrained=False)
+        build_backbone(BackboneConfig("vit_tiny_patch16_224", pretrained=False))
 
 
 def test_no_network_is_told_with_the_mend(monkeypatch):
@@ -212,7 +213,7 @@ def test_no_network_is_told_with_the_mend(monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(RuntimeError, match=r"checkpoint=PATH.*pretrained=false"):
-        build_backbone("resnet18")
+        build_backbone(BackboneConfig("resnet18"))
 
 
 def test_a_network_of_a_folder_has_a_name_of_its_own_for_the_weights_file(tmp_path):
@@ -222,8 +223,8 @@ def test_a_network_of_a_folder_has_a_name_of_its_own_for_the_weights_file(tmp_pa
     config = load_config(DEMO, [f"model.backbone.name={name}"])
     stored = for_weights_file(config)
     assert stored.model.backbone.name == "resnet18" and for_weights_file(stored) == stored
-    theirs = build_backbone(name, pretrained=False).state_dict()
-    assert set(build_backbone("resnet18", pretrained=False).state_dict()) == set(theirs)
+    theirs = build_backbone(BackboneConfig(name, pretrained=False)).state_dict()
+    assert set(build_backbone(BackboneConfig("resnet18", pretrained=False)).state_dict()) == set(theirs)
     require_known_backbone(stored, tmp_path)
     with pytest.raises(ConfigError, match="is looked up elsewhere"):
         require_known_backbone(config, tmp_path)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from brs_detr.models.backbones.swin import rename_official_swin, use_published_order
 from brs_detr.models.backbones.timm_backbone import build_backbone
+from brs_detr.models.config import BackboneConfig
 
 NAME = "swin_tiny_patch4_window7_224.ms_in1k"
 TINY = {"embed_dim": 24, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 2, 4), "window_size": 4}
@@ -23,7 +24,7 @@ def tiny_swin(monkeypatch):
 
     def build(**settings):
         torch.manual_seed(1)
-        backbone = build_backbone(NAME, pretrained=False, **settings)
+        backbone = build_backbone(BackboneConfig(NAME, pretrained=False, **settings))
         for parameter in backbone.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
         return backbone
@@ -135,7 +136,7 @@ def test_images_of_a_batch_do_not_touch(tiny_swin):
 
 
 def test_channels_and_strides_describe_the_maps(tiny_swin):
-    backbone = tiny_swin(strides=(4, 8, 16))
+    backbone = tiny_swin(levels=(4, 8, 16))
     maps = backbone(torch.randn(1, 3, 64, 96))
     assert [m.shape[1] for m in maps] == backbone.channels == [24, 48, 96]
     assert [(64 // m.shape[2], 96 // m.shape[3]) for m in maps] == [(4, 4), (8, 8), (16, 16)]
@@ -151,7 +152,7 @@ def test_every_trainable_parameter_gets_a_gradient_and_frozen_stages_none(tiny_s
 
 
 def test_stochastic_depth_spares_frozen_stages_and_evaluation(tiny_swin):
-    backbone = tiny_swin(drop_path=0.9, frozen_stages=2, strides=(8, 16))
+    backbone = tiny_swin(drop_path=0.9, frozen_stages=2, levels=(8, 16))
     x = torch.randn(1, 3, 32, 32)
     backbone.train()
     passes = [backbone(x) for _ in range(6)]

@@ -1,6 +1,7 @@
 """RoI head, against arrays of the official implementations and against what must hold anyway."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file
 from torchvision.ops import MultiScaleRoIAlign
 
 from brs_detr.assign.max_iou import RandomSampler
-from brs_detr.losses.objective import RankingObjective, ScoreObjective
+from brs_detr.models.config import BRSDETRConfig, CoDETRConfig, RPNConfig
 from brs_detr.models.heads.roi import RoIHead, RoIOutput
 from brs_detr.models.heads.rpn import RPNHead
 from brs_detr.models.transformer.collaborative import aux_samples
@@ -24,16 +25,11 @@ def first_by_index(count, device):
 
 
 def build(family, dim=64, classes=5, **changes):
+    config = (CoDETRConfig if family == "co_detr" else BRSDETRConfig).roi
+    head = RoIHead(dim, classes, STRIDES, replace(config, fc_dim=64, **changes))
     if family == "co_detr":
-        settings = {
-            "objective": ScoreObjective("cross_entropy", {"cls": 12.0, "giou": 120.0}, normalizer="rows"),
-            "softmax": True,
-            "sampler": RandomSampler(512, 0.25, first_by_index),
-            "add_ground_truth": True,
-        }
-    else:
-        settings = {"objective": RankingObjective("brs", 5.0)}
-    return RoIHead(dim, classes, STRIDES, fc_dim=64, **(settings | changes))
+        head.sampler = RandomSampler(512, 0.25, first_by_index)
+    return head
 
 
 def load(golden, family, scenario="normal"):
@@ -97,7 +93,7 @@ def test_official_losses_and_gradients(golden, family, scenario):
 @pytest.mark.parametrize("family", ["brs_detr", "co_detr"])
 def test_official_detections(golden, family):
     data, head, features, _, _ = load(golden, family)
-    rpn = RPNHead(64, (*STRIDES, 128), objective=RankingObjective()).eval()
+    rpn = RPNHead(64, (*STRIDES, 128), RPNConfig()).eval()
     names = {"rpn_conv": "conv", "rpn_cls": "score", "rpn_reg": "delta"}
     state = load_file(golden / family / "state_dict.safetensors")
     state = {k.split(".", 1)[1]: v for k, v in state.items() if k.startswith("rpn_head.")}

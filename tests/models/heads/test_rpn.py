@@ -1,6 +1,7 @@
 """Region proposal network, against arrays of the official implementations and against what must hold anyway."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torchvision.ops import box_iou
 
 from brs_detr.assign.max_iou import RandomSampler
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
-from brs_detr.losses.objective import RankingObjective, ScoreObjective
+from brs_detr.models.config import BRSDETRConfig, CoDETRConfig, RPNConfig
 from brs_detr.models.heads.dense import DenseOutput
 from brs_detr.models.heads.rpn import RPNHead
 from brs_detr.ops.boxes import BoxCoder
@@ -34,16 +35,10 @@ def first_by_index(count, device):
 
 
 def build(family, kind=RPNHead, dim=64):
+    head = kind(dim, STRIDES, (CoDETRConfig if family == "co_detr" else BRSDETRConfig).rpn)
     if family == "co_detr":
-        return RPNHead(
-            dim,
-            STRIDES,
-            objective=ScoreObjective("binary_cross_entropy", {"cls": 12.0, "l1": 12.0}, normalizer="rows"),
-            box_loss="l1",
-            sampler=RandomSampler(256, 0.5, first_by_index),
-            keep=1000,
-        )
-    return kind(dim, STRIDES, objective=RankingObjective("brs", 1.0), keep=4000)
+        head.assigner = replace(head.assigner, sampler=RandomSampler(256, 0.5, first_by_index))
+    return head
 
 
 def load(golden, family, scenario="normal", kind=RPNHead):
@@ -154,7 +149,7 @@ def test_proposals_are_sorted_separated_and_inside():
 
 
 def test_one_level_proposals_survive_only_below_the_threshold():
-    head = RPNHead(8, (8,), objective=RankingObjective(), nms_iou=0.5)
+    head = RPNHead(8, (8,), RPNConfig(nms_iou=0.5))
     output = head([torch.randn(1, 8, 6, 6)])
     (boxes,) = head.proposals(output, [(48, 48)])
     assert box_iou(boxes, boxes).fill_diagonal_(0).max() <= 0.5
@@ -162,23 +157,23 @@ def test_one_level_proposals_survive_only_below_the_threshold():
 
 def test_equal_boxes_of_two_levels_are_both_proposed_and_of_one_level_once():
     """One anchor of each level, 32 and 64 pixels wide, becomes the same box; suppression goes level by level."""
-    head = RPNHead(8, (8, 16), objective=RankingObjective(), scales=(4.0,), ratios=(1.0,)).eval()
+    head = RPNHead(8, (8, 16), RPNConfig(scales_per_octave=1, anchor_ratios=(1.0,))).eval()
     logits = [torch.full((1, side, side, 1, 1), -9.0) for side in (8, 4)]
     deltas = [torch.zeros(1, side, side, 1, 4) for side in (8, 4)]
     logits[0][0, 4, 4], logits[1][0, 2, 2] = 1.0, 2.0
     deltas[1][0, 2, 2, 0, 2:] = -math.log(2)
-    head.test_before_nms = 1
+    head.test_limits = (1, 1000)
     (both,) = head.proposals(DenseOutput(logits, deltas), [(64, 64)])
     torch.testing.assert_close(both, torch.tensor([[16.0, 16, 48, 48]] * 2))
     logits[0][0, 4, 5], deltas[0][0, 4, 5, 0, 0] = 3.0, -8 / 32
-    head.test_before_nms = 2
+    head.test_limits = (2, 1000)
     (found,) = head.predict(DenseOutput(logits, deltas), [(64, 64)])
     equal = (found["boxes"] - torch.tensor([16.0, 16, 48, 48])).abs().amax(1) < 1e-3
     torch.testing.assert_close(found["scores"][equal], torch.tensor([3.0, 2.0]).sigmoid())
 
 
 def test_fewer_proposals_in_evaluation():
-    head = RPNHead(8, (8,), objective=RankingObjective(), keep=30, test_keep=7)
+    head = RPNHead(8, (8,), RPNConfig(proposals=30, test_proposals=7))
     output = head([torch.randn(1, 8, 6, 6)])
     assert len(head.train().proposals(output, [(48, 48)])[0]) == 30
     assert len(head.eval().proposals(output, [(48, 48)])[0]) == 7
@@ -193,4 +188,4 @@ def test_bfloat16_autocast_gives_float32_losses():
 
 def test_unknown_box_loss_is_named():
     with pytest.raises(ValueError, match='"giou" or "l1", not \'iou\''):
-        RPNHead(8, (8,), objective=RankingObjective(), box_loss="iou")
+        RPNHead(8, (8,), RPNConfig(box_loss="iou"))

@@ -1,0 +1,58 @@
+"""Settings of section `data`: where the images are and how they are resized and augmented."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from brs_detr.config_fields import Count, Counts, Fraction, Positive
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Training augmentation: one of two policies an image; sides in pixels."""
+
+    short_sides: Counts = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    long_side: Count = 1333
+    crop_policy: bool = True  # half of the images: resize, crop, resize again
+    crop_short_sides: Counts = (400, 500, 600)
+    crop_long_side: Count = 4200
+    crop_min: Count = 384
+    crop_max: Count = 600
+    flip: Fraction = 0.5
+
+    def problems(self, name: str) -> Iterator[str]:
+        """Yield what is wrong between settings; `name` is that of the section."""
+        if self.crop_min > self.crop_max:
+            yield f"{name}.crop_min={self.crop_min} is above {name}.crop_max={self.crop_max}"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images and annotations are; the four paths are relative to `root`."""
+
+    root: str = "datasets/coco"
+    train_json: str = "annotations/instances_train2017.json"
+    train_images: str = "train2017"
+    val_json: str = "annotations/instances_val2017.json"
+    val_images: str = "val2017"
+    workers: int = 4
+    timeout: Positive | None = 300.0  # seconds to wait for a batch before the run ends, saved; null: for ever
+    retry_seconds: float = 60.0  # for how long a file is tried again where the storage fails
+    keep_empty: bool = True  # images without objects are trained on
+    min_side: int = 32  # smaller images are not trained on
+    antialias: bool = True  # low-pass filter when shrinking; the released code had none
+    max_image_pixels: Count = 120_000_000  # an image with more is left out; decoding takes 7 bytes a pixel
+    max_image_bytes: Count = 2**29  # and so is an image file with more
+    max_json_bytes: Count = 2**33  # an annotation file that unpacks to more is refused
+    allow_outside_images: bool = False  # follow file names of the json that lead out of the image folder
+    augment: AugmentConfig = AugmentConfig()
+    test_short_side: Count = 800
+    test_long_side: Count = 1333
+
+    def problems(self, name: str) -> Iterator[str]:
+        """Yield what is wrong between settings; `name` is that of the section."""
+        if (self.timeout or math.inf) <= self.retry_seconds:
+            # Else a storage that recovers in time would still end the run.
+            yield f"{name}.timeout={self.timeout} must be above {name}.retry_seconds={self.retry_seconds}"

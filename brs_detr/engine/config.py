@@ -1,0 +1,83 @@
+"""Settings of sections `optim`, `train` and `eval`: how a detector is optimized, for how long, and how it is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from brs_detr.config_fields import BelowOne, Count, Fraction
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, as BRS-DETR is trained, or SGD, as the CNN detectors are."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 2e-4
+    weight_decay: float = 1e-4
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)  # of AdamW
+    momentum: BelowOne = 0.9  # of SGD
+    clip_norm: float | None = 0.1
+    backbone_lr_factor: float = 0.1
+    sampling_offsets_lr_factor: float = 0.1
+    backbone_layer_decay: float | None = None  # further factor for each backbone stage below the last
+    fused: bool = True  # on CUDA
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, schedule and bookkeeping of the training."""
+
+    epochs: Count = 12
+    steps: Count | None = None  # optimizer steps instead, rounded up to whole epochs; for the cosine schedule
+    schedule: Literal["step", "cosine"] = "step"
+    lr_steps: tuple[int, ...] = (10, 11)  # epochs after which the rate falls
+    lr_gamma: float = 0.2
+    warmup_steps: int = 0  # optimizer steps
+    warmup_start: Fraction = 0.0  # factor of the learning rate from which it rises
+    total_batch_size: Count = 16  # images an optimizer step, over all processes and accumulated batches
+    per_device_batch_size: Count | None = None  # at most, at once; null: the whole share of a process
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    ema_decay: BelowOne | None = None
+    eval_every: Count | None = 1  # epochs; null: about twenty validations altogether
+    log_every: Count = 50  # optimizer steps
+    save_every: Count | None = 1000  # optimizer steps between saved states; null: only after validations
+    patience: Count | None = None  # validations without a better one before the training ends early; null: never
+    trackers: tuple[str, ...] = ()  # of Accelerate: tensorboard, wandb, ...
+    tf32: bool = True  # float32 products on a GPU may round their inputs to 10 bits
+    overfit_batches: Count | None = None  # train and validate on the first images only, that many batches
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_skipped: Count = 20  # steps skipped in a row after which the training stops all the same
+    freeze: tuple[str, ...] = ()  # parts that stay as they are, by the beginning of their parameters' names
+    init_from: str | None = None  # weights or run folder to start from; other classes are allowed
+    resume: bool = False  # go on with the run in `output_dir`
+    overwrite: bool = False  # start over although `output_dir` holds a run
+    allow_changes: bool = False  # resume although settings have changed
+
+    def problems(self, name: str) -> Iterator[str]:
+        """Yield what is wrong between settings; `name` is that of the section."""
+        steps = list(self.lr_steps)
+        if steps != sorted(set(steps)):
+            yield f"{name}.lr_steps={steps} must increase"
+        if self.schedule != "step":
+            return
+        if any(step >= self.epochs for step in steps):
+            yield (
+                f"{name}.lr_steps={steps} must lie before the end, {name}.epochs={self.epochs}; "
+                f"shift them, or write {name}.lr_steps=[]"
+            )
+        if self.steps is not None and steps:
+            yield (
+                f"{name}.lr_steps={steps} are epochs, {name}.steps={self.steps} leaves none; set {name}.schedule=cosine"
+            )
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Validation."""
+
+    batch_size: Count = 1  # images a process
+    score_threshold: float = 0.0
+    max_detections: Count = 100
+    predict_with: Literal["decoder", "roi", "atss"] = "decoder"  # the head whose boxes count; no NMS with the decoder

@@ -1,0 +1,223 @@
+"""Settings of section `model`: one dataclass per detector, chosen by `model.name`, and those of their parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal
+
+from brs_detr.config_fields import Count, Counts, Fraction, NotEmpty, Null, Positive, Range, one_of
+
+Stds = tuple[Positive, Positive, Positive, Positive]
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """A timm model with pyramid features."""
+
+    name: str = "resnet50.tv_in1k"
+    pretrained: bool = True  # downloads unless `checkpoint` names a local file, which is then read instead
+    checkpoint: str | None = None
+    frozen_stages: int = 1  # 0: none; 1: stem and first stage; ...
+    norm: Literal["frozen", "batch", "group"] = "frozen"
+    drop_path: float = 0.0
+    levels: Counts = (8, 16, 32)  # strides handed to the neck
+    activation_checkpointing: bool = False
+
+    def problems(self, name: str) -> Iterator[str]:
+        """Yield what is wrong between settings; `name` is that of the section."""
+        if list(self.levels) != sorted(set(self.levels)):
+            yield f"{name}.levels={list(self.levels)} must be strides that increase"
+
+
+@dataclass(frozen=True)
+class RankingConfig:
+    """A ranking loss over all logits of a head; the box terms follow it through self-balancing."""
+
+    # Rank & Sort, AP, aLRP, NDCG; b...: bucketed
+    loss: Literal["brs", "rs", "bap", "ap", "balrp", "alrp", "bndcg", "ndcg"] = "brs"
+    weight: float = 1.0  # of ranking and sorting
+    delta: float | None = None  # half width of the ranking's step; null: the loss's own (Rank & Sort 0.5, others 1)
+    score_weighted: bool = False  # box losses weighted by the scores of their boxes
+    box_weight: float = 2.0  # of the box terms with ap and bap, which are not balanced
+    tau: Annotated[float, Range(below=1)] = 0.5  # with aLRP: minimum IoU of a positive
+    scope: Literal["process", "global"] = "process"  # rank each process's batch, or that of all processes
+
+
+@dataclass(frozen=True)
+class TermWeights:
+    """Fixed weights of one head's terms."""
+
+    cls: float = 1.0
+    l1: float = 0.0
+    giou: float = 0.0
+    centerness: float = 0.0
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """A score-based classification loss with fixed weights."""
+
+    loss: Literal["focal", "quality_focal", "binary_cross_entropy", "cross_entropy"] = "focal"
+    weights: TermWeights = TermWeights()
+    normalizer: Literal["positives", "rows"] = "positives"  # what the classification loss is divided by the number of
+    alpha: Fraction = 0.25  # of focal loss
+    gamma: float = 2.0  # of focal and quality focal loss
+
+
+ObjectiveConfig = RankingConfig | ScoreConfig
+_FOCAL_ATSS = ScoreConfig(weights=TermWeights(cls=12.0, giou=24.0, centerness=12.0))
+_FOCAL_ROI = ScoreConfig(weights=TermWeights(cls=12.0, giou=120.0))
+_FOCAL_RPN = ScoreConfig(weights=TermWeights(cls=12.0, l1=12.0, giou=24.0))
+# Faster R-CNN's: losses of sampled anchors and regions, divided by their number
+_BINARY_RPN = ScoreConfig("binary_cross_entropy", TermWeights(cls=12.0, l1=12.0), normalizer="rows")
+_SOFTMAX_ROI = replace(_FOCAL_ROI, loss="cross_entropy", normalizer="rows")
+
+
+@dataclass(frozen=True)
+class MatcherConfig:
+    """Weights of the Hungarian costs."""
+
+    cls: float = 4.0
+    l1: float = 5.0
+    giou: float = 2.0
+
+
+@dataclass(frozen=True)
+class RPNConfig:
+    """Region proposal network."""
+
+    # Positives of an RPN have an IoU of at least 0.7, but for the best anchor of an object.
+    objective: ObjectiveConfig = one_of(RankingConfig(tau=0.7), _FOCAL_RPN, _BINARY_RPN)
+    box_loss: Literal["giou", "l1"] = "giou"  # of decoded boxes, or on offsets
+    sample: Annotated[Count | None, Null("all")] = None  # anchors sampled an image; null: all of them
+    proposals_before_nms: Count = 4000  # per level
+    proposals: Count = 4000
+    test_proposals_before_nms: Count = 1000
+    test_proposals: Count = 1000
+    nms_iou: Fraction = 0.7
+    anchor_scale: Positive = 4.0  # of the smallest anchor of an octave, in strides
+    scales_per_octave: Count = 3
+    anchor_ratios: Annotated[tuple[Positive, ...], NotEmpty()] = (0.5, 1.0, 2.0)  # height / width
+    coder_stds: Stds = (1.0, 1.0, 1.0, 1.0)  # standard deviations of the offsets
+
+    def problems(self, name: str) -> Iterator[str]:
+        """Yield what is wrong between settings; `name` is that of the section."""
+        yield from _needs_no_background(self.objective, name)
+        if isinstance(self.objective, ScoreConfig) and getattr(self.objective.weights, self.box_loss) == 0:
+            yield (
+                f"{name}.objective.weights.{self.box_loss}=0 leaves the boxes untrained; set it above 0, or "
+                f"{name}.box_loss to the other one"
+            )
+
+
+@dataclass(frozen=True)
+class RoIConfig:
+    """Faster R-CNN's head on pooled regions."""
+
+    objective: ObjectiveConfig = one_of(RankingConfig(weight=5.0), _FOCAL_ROI, _SOFTMAX_ROI)
+    fc_dim: Count = 1024
+    sample: Annotated[Count | None, Null("all")] = None  # RoIs sampled an image; null: all proposals
+    add_ground_truth: bool = False  # ground-truth boxes join the proposals in training
+    max_rois: Annotated[Count | None, Null("no limit")] = None  # cap an image, to bound memory; null: none
+    score_threshold: float = 0.0  # class scores at or below are no detections
+    nms_iou: Fraction = 0.5
+    max_detections: Count = 100
+
+
+@dataclass(frozen=True)
+class ATSSConfig:
+    """ATSS head."""
+
+    objective: ObjectiveConfig = one_of(RankingConfig(weight=5.0), _FOCAL_ATSS)
+    stacked_convs: int = 1
+    topk: Count = 9
+    anchor_scale: Positive = 8.0  # side of the anchors, in strides
+    centerness: bool = False
+
+    def problems(self, name: str) -> Iterator[str]:
+        """Yield what is wrong between settings; `name` is that of the section."""
+        yield from _needs_no_background(self.objective, name)
+        if self.centerness and isinstance(self.objective, RankingConfig):
+            yield (
+                f"{name}.centerness=true needs {name}.objective.loss=focal; {name}.objective.loss="
+                f"{self.objective.loss} ranks by quality instead"
+            )
+
+
+def _needs_no_background(objective: ObjectiveConfig, name: str) -> Iterator[str]:
+    if objective.loss == "cross_entropy":
+        yield (
+            f"{name}.objective.loss=cross_entropy needs a background class, which only the RoI head has; "
+            "choose binary_cross_entropy or focal"
+        )
+
+
+@dataclass(frozen=True)
+class BRSDETRConfig:
+    """BRS-DETR: a deformable DETR with auxiliary heads, whose every prediction set is ranked."""
+
+    SHARED_SECTION: ClassVar[str] = "objective"  # model.loss=rs stands for objective.loss of this and of every head
+
+    name: Literal["brs_detr"] = "brs_detr"
+    # of the decoder layers, encoder proposals and auxiliary queries
+    objective: ObjectiveConfig = one_of(
+        RankingConfig(weight=2.0), ScoreConfig(weights=TermWeights(cls=2.0, l1=5.0, giou=2.0))
+    )
+    backbone: BackboneConfig = BackboneConfig()
+    dim: Count = 256
+    heads: Count = 8
+    points: Count = 4
+    norm_groups: Count = 32  # of every GroupNorm; must divide dim
+    levels: Count = 4
+    encoder_layers: int = 6
+    decoder_layers: Count = 6
+    ffn_dim: Count = 2048
+    queries: Count = 300
+    max_aux_queries: Count = 300
+    encoder_ranking: Literal["all", "first"] = "all"  # columns of the encoder proposals' logits that are ranked
+    detections_per_image: Count = 100
+    deformable_attention: Literal["torch", "triton"] = "torch"  # triton: fused kernels, where there is a GPU
+    matcher: MatcherConfig = MatcherConfig()
+    rpn: RPNConfig = RPNConfig()
+    roi: RoIConfig = RoIConfig()
+    atss: ATSSConfig = ATSSConfig()
+
+    def problems(self, name: str) -> Iterator[str]:
+        """Yield what is wrong between settings; `name` is that of the section."""
+        dim, groups, strides = self.dim, self.norm_groups, self.backbone.levels
+        if dim % self.heads != 0:
+            yield f"{name}.dim={dim} must be a multiple of {name}.heads={self.heads}"
+        if dim % groups != 0 or dim == groups:
+            yield f"{name}.dim={dim} must be a multiple of {name}.norm_groups={groups}, and larger"
+        if dim % 4 != 0:
+            yield f"{name}.dim={dim} must be a multiple of 4 (sine and cosine of x and y)"
+        if self.levels < len(strides):
+            yield f"{name}.levels={self.levels} is less than the {len(strides)} backbone levels"
+        yield from _needs_no_background(self.objective, name)
+
+
+@dataclass(frozen=True)
+class CoDETRConfig(BRSDETRConfig):
+    """Co-DETR: the same network with score-based losses, samplers and centerness."""
+
+    name: Literal["co_detr"] = "co_detr"  # type: ignore[assignment]  # the tag of this alternative
+    objective: ObjectiveConfig = one_of(
+        ScoreConfig(weights=TermWeights(cls=2.0, l1=5.0, giou=2.0)), RankingConfig(weight=2.0)
+    )
+    matcher: MatcherConfig = MatcherConfig(cls=2.0)
+    rpn: RPNConfig = RPNConfig(objective=_BINARY_RPN, box_loss="l1", sample=256, proposals=1000)
+    roi: RoIConfig = RoIConfig(objective=_SOFTMAX_ROI, sample=512, add_ground_truth=True)
+    atss: ATSSConfig = ATSSConfig(objective=_FOCAL_ATSS, centerness=True)
+
+    def problems(self, name: str) -> Iterator[str]:
+        """Yield what is wrong between settings; `name` is that of the section."""
+        yield from super().problems(name)
+        if isinstance(self.objective, RankingConfig):
+            yield (
+                f"{name}.name=co_detr is the detector with score-based losses; {name}.objective.loss="
+                f"{self.objective.loss} makes it brs_detr"
+            )
+
+
+ModelConfig = BRSDETRConfig | CoDETRConfig
