@@ -33,20 +33,25 @@ def base_anchors(stride: int, scales: Sequence[float], ratios: Sequence[float]) 
 
 
 class AnchorGrid(nn.Module):
-    """Anchors of every cell of every level, centered at (column * stride, row * stride).
+    """Anchors of every cell of every level, centered at ((column + offset) * stride, (row + offset) * stride).
 
-    There is no half-cell offset: released Co-DETR and BRS-DETR weights were trained without one.
+    By default there is no offset: released Co-DETR and BRS-DETR weights, and the published rank-based detectors with
+    anchors, were trained without one.
 
     Args:
         strides: pixels per cell of each level.
         scales: anchor sides in multiples of the stride.
         ratios: height over width of the anchors.
+        offset: of the centers from the cells' corners, in cells; 0.5 for detectors that predict at points.
     """
 
     bases: Tensor
 
-    def __init__(self, strides: Sequence[int], scales: Sequence[float], ratios: Sequence[float]) -> None:
+    def __init__(
+        self, strides: Sequence[int], scales: Sequence[float], ratios: Sequence[float], offset: float = 0.0
+    ) -> None:
         super().__init__()
+        self.offset = offset
         self.strides = tuple(strides)
         self.per_cell = len(scales) * len(ratios)
         bases = torch.stack([base_anchors(stride, scales, ratios) for stride in strides])
@@ -68,11 +73,16 @@ class AnchorGrid(nn.Module):
             )
         levels = []
         for (height, width), stride, base in zip(shapes, self.strides, self.bases, strict=True):
-            x = torch.arange(width, device=base.device, dtype=base.dtype) * stride
-            y = torch.arange(height, device=base.device, dtype=base.dtype) * stride
+            x = (torch.arange(width, device=base.device, dtype=base.dtype) + self.offset) * stride
+            y = (torch.arange(height, device=base.device, dtype=base.dtype) + self.offset) * stride
             y, x = torch.meshgrid(y, x, indexing="ij")
             levels.append(torch.stack([x, y, x, y], dim=-1)[:, :, None] + base)
         return levels
+
+
+def octave_scales(base: float, count: int) -> tuple[float, ...]:
+    """Return `count` anchor sides that divide one octave evenly, the smallest `base` (RetinaNet, section 4)."""
+    return tuple(base * 2 ** (i / count) for i in range(count))
 
 
 def valid_extents(size: Size, shapes: Sequence[Size], strides: Sequence[int]) -> list[Size]:

@@ -9,12 +9,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from brs_detr.ops.images import Size
+
+
+class Coder(Protocol):
+    """Conversion of boxes to four numbers relative to a reference box, and back."""
+
+    def encode(self, references: Tensor, boxes: Tensor) -> Tensor:
+        """Compute the numbers (..., 4) that turn each reference (..., 4) xyxy into the box of the same row."""
+        ...
+
+    def decode(self, references: Tensor, deltas: Tensor) -> Tensor:
+        """Return the boxes (..., 4) xyxy that the numbers (..., 4) make of the references (..., 4)."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -9,22 +9,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from brs_detr.assign.assignment import HeadAssignment
 from brs_detr.assign.atss import ATSSAssigner
-from brs_detr.losses.classification import PRIOR_BIAS
 from brs_detr.losses.distributed import SharedCount
-from brs_detr.models.heads.dense import DenseHead, DenseOutput, Objective
+from brs_detr.models.heads.dense import DenseOutput, Objective
+from brs_detr.models.heads.towers import TowerHead
 from brs_detr.ops.anchors import AnchorGrid, batch_rows
 from brs_detr.ops.boxes import BoxCoder
 from brs_detr.ops.images import Size
 
 
-class ATSSHead(DenseHead):
-    """Classes and boxes at every cell of a feature pyramid, one anchor per cell.
+class ATSSHead(TowerHead):
+    """Classes and boxes at every cell of a feature pyramid, one anchor per cell unless more are asked for.
+
+    BRS-DETR and Co-DETR train it as an auxiliary head with one anchor; the published rank-based ATSS has three scales
+    and four convolutions.
 
     Args:
         dim: channels of the feature maps.
@@ -36,8 +38,10 @@ class ATSSHead(DenseHead):
         centerness: predict centerness, weigh box losses with its target and detections with its value.
         centerness_weight: factor of the centerness loss.
         topk: candidates per level and object.
-        scale: anchor side in multiples of the stride.
-        before_nms: best (anchor, class) pairs of each level that enter suppression.
+        scale: anchor side, or sides of several anchors per cell, in multiples of the stride.
+        ratios: height over width of the anchors.
+        before_nms: best (anchor, class) pairs of each level that enter suppression. The published heads take the best
+            anchors and then all classes of each, which differs on levels with more candidates than this.
         score_threshold: class scores at or below this are dropped.
         nms_iou: class-wise suppression threshold of detections.
         max_detections: detections per image.
@@ -55,15 +59,22 @@ class ATSSHead(DenseHead):
         centerness: bool = False,
         centerness_weight: float = 12.0,
         topk: int = 9,
-        scale: float = 8.0,
+        scale: float | Sequence[float] = 8.0,
+        ratios: Sequence[float] = (1.0,),
         before_nms: int = 1000,
         score_threshold: float = 0.0,
         nms_iou: float = 0.6,
         max_detections: int = 100,
     ) -> None:
+        scales = tuple(scale) if isinstance(scale, Sequence) else (scale,)
         super().__init__(
+            dim,
             num_classes,
-            AnchorGrid(strides, (scale,), (1.0,)),
+            AnchorGrid(strides, scales, ratios),
+            num_convs=stacked_convs,
+            norm_groups=norm_groups,
+            level_scales=True,
+            branch="centerness" if centerness else None,
             objective=objective,
             assigner=ATSSAssigner(topk),
             coder=BoxCoder((0.1, 0.1, 0.2, 0.2)),
@@ -73,31 +84,6 @@ class ATSSHead(DenseHead):
             max_detections=max_detections,
         )
         self.centerness_weight = centerness_weight
-        self.class_tower = _tower(dim, stacked_convs, norm_groups)
-        self.box_tower = _tower(dim, stacked_convs, norm_groups)
-        self.score = nn.Conv2d(dim, num_classes, 3, padding=1)
-        self.delta = nn.Conv2d(dim, 4, 3, padding=1)
-        self.centerness = nn.Conv2d(dim, 1, 3, padding=1) if centerness else None
-        self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0)) for _ in strides)
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, std=0.01)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
-        nn.init.constant_(self.score.bias, PRIOR_BIAS)
-
-    def forward(self, features: Sequence[Tensor]) -> DenseOutput:
-        """Feature maps (B, dim, h, w), one per stride -> predictions at every cell."""
-        logits = [rearrange(self.score(self.class_tower(x)), "b c y x -> b y x 1 c") for x in features]
-        hidden = [self.box_tower(x) for x in features]
-        deltas = [
-            rearrange(self.delta(x).float() * scale, "b box y x -> b y x 1 box")
-            for x, scale in zip(hidden, self.scales)
-        ]
-        centerness = None
-        if self.centerness is not None:
-            centerness = [rearrange(self.centerness(x), "b 1 y x -> b y x 1 1") for x in hidden]
-        return DenseOutput(logits, deltas, centerness)
 
     def normalizer(self, assignment: HeadAssignment) -> SharedCount:
         """Number of positives, at least one an image, as in the published code."""
@@ -116,10 +102,10 @@ class ATSSHead(DenseHead):
         if output.centerness is None:
             return super().terms(output, extents, assignment, normalizer, box_weight)
         rows = assignment.rows
-        goal = centerness_target(torch.cat(assignment.references)[rows], assignment.targets)
-        terms = super().terms(output, extents, assignment, normalizer, box_weight=goal)
+        target = centerness_target(torch.cat(assignment.references)[rows], assignment.targets)
+        terms = super().terms(output, extents, assignment, normalizer, box_weight=target)
         logits = batch_rows(output.centerness, extents)[rows, 0].float()
-        value = binary_cross_entropy_with_logits(logits, goal, reduction="sum") / normalizer.mean(logits.device)
+        value = binary_cross_entropy_with_logits(logits, target, reduction="sum") / normalizer.mean(logits.device)
         return {**terms, "centerness": self.centerness_weight * value}
 
 
@@ -136,13 +122,3 @@ def centerness_target(anchors: Tensor, objects: Tensor) -> Tensor:
     center = (anchors[:, :2] + anchors[:, 2:]) * 0.5
     low, high = center - objects[:, :2], objects[:, 2:] - center
     return (torch.minimum(low, high) / torch.maximum(low, high)).prod(dim=1).sqrt()
-
-
-def _tower(dim: int, depth: int, groups: int) -> nn.Sequential:
-    """3x3 convolutions, each with GroupNorm and ReLU."""
-    return nn.Sequential(
-        *(
-            nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.GroupNorm(groups, dim), nn.ReLU())
-            for _ in range(depth)
-        )
-    )

@@ -7,22 +7,24 @@ objective; detections are best scores per level -> decode -> clip -> suppress.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import smooth_l1_loss
 
-from brs_detr.assign.assignment import Assigner, HeadAssignment, join
+from brs_detr.assign.assignment import Assigner, BatchAssignment, HeadAssignment, join
 from brs_detr.assign.max_iou import IGNORED
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
 from brs_detr.losses.distributed import SharedCount
 from brs_detr.losses.objective import PredictionSet, RankingObjective, ScoreObjective
 from brs_detr.models.config import ObjectiveConfig, RankingConfig
 from brs_detr.ops.anchors import AnchorGrid, batch_rows, take_rows, valid_extents, valid_rows
-from brs_detr.ops.boxes import BoxCoder, suppress
+from brs_detr.ops.boxes import Coder, suppress
 from brs_detr.ops.images import Size
 
 Objective = Callable[[PredictionSet], dict[str, Tensor]]
+BoxLoss = Literal["smooth_l1", "giou", "l1"]
 
 
 def build_objective(config: ObjectiveConfig) -> RankingObjective | ScoreObjective:
@@ -79,7 +81,8 @@ class DenseHead(nn.Module):
         objective: takes a `PredictionSet`.
         assigner: gives the anchors of one image to its objects.
         coder: turns offsets into boxes.
-        box_loss: "giou" on decoded boxes or "l1" on offsets.
+        box_loss: "giou" on decoded boxes; "l1", the sum, or "smooth_l1", the mean over the four offsets.
+        beta: offset error at which "smooth_l1" turns from quadratic to linear.
         before_nms: best (anchor, class) pairs of each level that enter suppression.
         score_threshold: class scores at or below this are dropped; None keeps all.
         drop_empty: drop boxes that have no area inside the image.
@@ -98,8 +101,9 @@ class DenseHead(nn.Module):
         *,
         objective: Objective,
         assigner: Assigner,
-        coder: BoxCoder,
-        box_loss: Literal["giou", "l1"] = "giou",
+        coder: Coder,
+        box_loss: BoxLoss = "giou",
+        beta: float = 1.0,
         before_nms: int = 1000,
         score_threshold: float | None = 0.0,
         drop_empty: bool = False,
@@ -108,10 +112,11 @@ class DenseHead(nn.Module):
         max_detections: int = 100,
     ) -> None:
         super().__init__()
-        if box_loss not in ("giou", "l1"):
-            raise ValueError(f'box_loss of a dense head is "giou" or "l1", not {box_loss!r}')
+        if box_loss not in get_args(BoxLoss):
+            raise ValueError(f'box_loss of a dense head is "smooth_l1", "giou" or "l1", not {box_loss!r}')
         self.num_classes, self.anchors, self.strides = num_classes, anchors, anchors.strides
-        self.objective, self.assigner, self.coder, self.box_loss = objective, assigner, coder, box_loss
+        self.objective, self.assigner, self.coder = objective, assigner, coder
+        self.box_loss, self.beta = box_loss, beta
         self.before_nms, self.score_threshold, self.drop_empty = before_nms, score_threshold, drop_empty
         self.nms_iou, self.nms_within, self.max_detections = nms_iou, nms_within, max_detections
 
@@ -128,26 +133,21 @@ class DenseHead(nn.Module):
             inside each image learned, level after level.
         """
         extents = [valid_extents(size, output.shapes, self.strides) for size in sizes]
-        assignment = self.assign(output.shapes, extents, targets)
+        assignment = self.assign(output, extents, targets)
         return HeadLosses(self.terms(output, extents, assignment, self.normalizer(assignment)), assignment)
 
-    def assign(
-        self, shapes: Sequence[Size], extents: Sequence[Sequence[Size]], targets: Sequence[dict]
-    ) -> HeadAssignment:
+    def assign(self, output: DenseOutput, extents: Sequence[Sequence[Size]], targets: Sequence[dict]) -> HeadAssignment:
         """What every anchor inside its image shall learn.
 
         Args:
-            shapes: (h, w) cells of each level.
+            output: of `forward`.
             extents: per image (rows, columns) of each level that lie inside it.
             targets: as for `losses`.
         """
-        grid, per_cell = self.anchors(shapes), self.anchors.per_cell
+        grid, per_cell = self.anchors(output.shapes), self.anchors.per_cell
         anchors = [valid_rows(grid, extent) for extent in extents]
-        assigned = [
-            self.assigner(own, [h * w * per_cell for h, w in extent], target["boxes"].float())
-            for own, extent, target in zip(anchors, extents, targets, strict=True)
-        ]
-        joined = join(assigned, targets)
+        counts = [[h * w * per_cell for h, w in extent] for extent in extents]
+        joined = self.match(anchors, counts, targets, output, extents)
         rows = joined.positives()
         return HeadAssignment(
             references=anchors,
@@ -156,6 +156,27 @@ class DenseHead(nn.Module):
             targets=joined.boxes[joined.assigned[rows]],
             valid=joined.assigned != IGNORED if self.assigner.may_ignore else None,
         )
+
+    def match(
+        self,
+        anchors: Sequence[Tensor],
+        level_counts: Sequence[Sequence[int]],
+        targets: Sequence[dict],
+        output: DenseOutput,
+        extents: Sequence[Sequence[Size]],
+    ) -> BatchAssignment:
+        """Give the anchors of each image to its objects; a head may look at its own `output` to do so.
+
+        Args:
+            anchors: per image (n, 4) xyxy pixels.
+            level_counts: per image the anchors of each level.
+            targets, output, extents: as for `assign`.
+        """
+        assigned = [
+            self.assigner(own, counts, target["boxes"].float())
+            for own, counts, target in zip(anchors, level_counts, targets, strict=True)
+        ]
+        return join(assigned, targets)
 
     def normalizer(self, assignment: HeadAssignment) -> Tensor | SharedCount | None:
         """What score-based terms are divided by; None: the objective's own number of positives or rows."""
@@ -192,7 +213,10 @@ class DenseHead(nn.Module):
         quality = paired_iou(boxes.detach(), targets)
         if self.box_loss == "giou":
             return quality, {"giou": paired_giou_loss(boxes, targets)}
-        return quality, {"l1": (deltas.float() - self.coder.encode(anchors, targets)).abs().sum(dim=-1)}
+        offsets, deltas = self.coder.encode(anchors, targets), deltas.float()
+        if self.box_loss == "l1":
+            return quality, {"l1": (deltas - offsets).abs().sum(dim=-1)}
+        return quality, {"smooth_l1": smooth_l1_loss(deltas, offsets, reduction="none", beta=self.beta).mean(dim=-1)}
 
     def limits(self) -> tuple[int, int]:
         """(pairs of each level that enter suppression, detections per image)."""

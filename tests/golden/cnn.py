@@ -1,0 +1,89 @@
+"""Recorded heads of the official CNN detectors, as inputs of ours: head outputs, targets, losses, gradients."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from brs_detr.models.heads.dense import DenseOutput
+
+FOLDER = Path(__file__).resolve().parents[3] / "shared" / "golden" / "cnn"
+STRIDES = (8, 16, 32, 64, 128)
+# Theirs -> ours; "bbox" has a name of its own for every box loss.
+TERMS = {"loss_rank": "rank", "loss_sort": "sort", "loss_cls": "rank"}
+
+
+@dataclass
+class Recorded:
+    """One file: `arrays` by name, `info` from its JSON, and the outputs as leaves that collect gradients."""
+
+    arrays: dict
+    info: dict
+    leaves: dict
+
+    @property
+    def classes(self):
+        return self.info["num_classes"]
+
+    def sizes(self, key="pad_shape"):
+        """(h, w) of each image; padded to multiples of 32, as the official code decides which anchors are valid."""
+        return [tuple(meta[key][:2]) for meta in self.info["img_metas"]]
+
+    def targets(self):
+        return [
+            {"boxes": self.arrays[f"gt_bboxes.{i}"].reshape(-1, 4), "labels": self.arrays[f"gt_labels.{i}"].long()}
+            for i in range(len(self.info["img_metas"]))
+        ]
+
+    def output(self):
+        """The recorded outputs as a head's, attached to the leaves."""
+
+        def rows(name, columns):
+            levels = [self.leaves[f"{name}.{level}"].permute(0, 2, 3, 1) for level in range(len(STRIDES))]
+            return [x.unflatten(-1, (-1, columns)) for x in levels]
+
+        return DenseOutput(rows("cls", self.classes), rows("reg", 4))
+
+    def target_labels(self, image):
+        """Official class of every anchor of an image, level after level; ignored and padding anchors are -1."""
+        labels, weights = [], []
+        for level in range(len(STRIDES)):
+            labels.append(self.arrays[f"target.labels.{level}"][image].long())
+            weight = self.arrays.get(f"target.label_weights.{level}")
+            weights.append(torch.ones_like(labels[-1]) if weight is None else weight[image])
+        return torch.where(torch.cat(weights) > 0, torch.cat(labels), -1)
+
+    def assert_losses(self, loss, terms, box_term="giou", tolerance=1e-5):
+        """Every term, and the gradient of their sum with respect to every output, is the recorded one."""
+        official = {name: sum(values) for name, values in self.info["losses"][loss].items()}
+        names = {TERMS.get(name, box_term): value for name, value in official.items()}
+        assert names.keys() == terms.keys()
+        for name, value in names.items():
+            assert float(terms[name].detach()) == pytest.approx(value, rel=tolerance, abs=1e-7), name
+        sum(terms.values()).backward()
+        for name, leaf in self.leaves.items():
+            expected = self.arrays[f"{loss}.grad.{name}"]
+            error = (leaf.grad - expected).abs().sum()
+            assert error <= tolerance * expected.abs().sum() + 1e-12, f"{name}: {error / expected.abs().sum():.1e}"
+
+    def assert_no_positives(self, terms):
+        """Zeros that give every output a gradient of zero."""
+        assert all(float(value.detach()) == 0 for value in terms.values())
+        sum(terms.values()).backward()
+        assert all((leaf.grad == 0).all() for leaf in self.leaves.values())
+
+
+def load(name) -> Recorded:
+    """Read a recorded file; skips the test where the folder is absent."""
+    if not FOLDER.exists():
+        pytest.skip("recorded CNN heads are not beside this checkout")
+    with np.load(FOLDER / f"{name}.npz") as file:
+        arrays = {key: torch.from_numpy(file[key]) for key in file.files}
+    info = json.loads((FOLDER / f"{name}.json").read_text())
+    leaves = {
+        key: value.clone().requires_grad_() for key, value in arrays.items() if key.split(".")[0] in ("cls", "reg")
+    }
+    return Recorded(arrays, info, leaves)
