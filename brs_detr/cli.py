@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}? " if near else ""
         parser.error(f"{word}: no such command; {hint}The commands are {', '.join(COMMANDS)}.")
     parser.parse_args(arguments)
+    assert word is not None  # without a command, parse_args has exited
     parser.error(f"options come after the command: brs-detr {word} {' '.join(arguments[: arguments.index(word)])}")
 
 
@@ -161,10 +162,11 @@ def _is_for_the_user(error: Exception) -> bool:
 
 def _sentence(error: Exception) -> str:
     """The error's own words; those of the operating system without its number."""
-    if isinstance(error, OSError) and error.filename is None and type(error) is OSError:  # while a file was written
+    if not isinstance(error, OSError):
+        return str(error)
+    if error.filename is None and type(error) is OSError:  # while a file was written
         return f"what was asked for cannot be written: {error.strerror}. Make room, then run the same command again."
-    named = isinstance(error, OSError) and error.filename is not None and error.strerror
-    return f"{error.filename}: {error.strerror}" if named else str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename is not None and error.strerror else str(error)
 
 
 if __name__ == "__main__":

@@ -73,9 +73,14 @@ def evaluate(weights_path: Path, overrides: list[str], out: Path | None = None, 
     accelerator = start_accelerator(replace(config, train=replace(config.train, precision="no")))
     dataset = setup.open_val_set(config)
     setup.require_same_categories(weights.classes, weights.category_ids, dataset, str(file))
-    process = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    options = {"workers": setup.worker_count(config), "timeout": config.data.timeout}
-    loader = build_eval_loader(dataset, config.eval.batch_size, **options, **process)
+    loader = build_eval_loader(
+        dataset,
+        config.eval.batch_size,
+        workers=setup.worker_count(config),
+        timeout=config.data.timeout,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
     truth, listed = GroundTruth.read(dataset.ground_truth()), dataset.report["images_listed"]
     with contextlib.closing(loader):
         model.to(accelerator.device)
@@ -136,8 +141,14 @@ def score(
         Interruption: in every process, where the loader of one was interrupted.
     """
     max_detections = config.eval.max_detections
-    settings = {"score_threshold": config.eval.score_threshold, "max_detections": max_detections}
-    detections = predict(model, loader, accelerator, progress=True, **settings)
+    detections = predict(
+        model,
+        loader,
+        accelerator,
+        score_threshold=config.eval.score_threshold,
+        max_detections=max_detections,
+        progress=True,
+    )
     unreadable = [found["image_id"] for found in detections if found["unreadable"]]
     if len(unreadable) == len(detections):  # in every process, so that none waits for the others
         raise DataError("none of the images to evaluate can be read; `python -m brs_detr check-data` names the fault")

@@ -166,7 +166,7 @@ def forgive_output() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def complain(error: Exception) -> None:
+def complain(error: Exception | str) -> None:
     """Print an error for the user; stderr may be a file on the very disk that is full."""
     with contextlib.suppress(OSError):
         print(f"error: {printable(error)}", file=sys.stderr)

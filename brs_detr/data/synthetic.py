@@ -341,7 +341,8 @@ def _pixel_loops(mask: np.ndarray) -> list[np.ndarray]:
     loops = []
     while following:
         start = point = next(iter(following))
-        step, path = following[start][0], []
+        step = following[start][0]
+        path: list[tuple[int, int]] = []
         while True:
             steps = following[point]
             right = (-step[1], step[0])  # where two parts touch at a corner, stay with the one we follow

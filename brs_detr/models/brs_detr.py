@@ -21,6 +21,7 @@ from brs_detr.losses.boxes import paired_giou_loss, paired_iou
 from brs_detr.losses.distributed import SharedCount
 from brs_detr.losses.objective import PredictionSet
 from brs_detr.models.heads.atss import ATSSHead
+from brs_detr.models.heads.dense import Objective
 from brs_detr.models.heads.roi import RoIHead
 from brs_detr.models.heads.rpn import RPNHead
 from brs_detr.models.neck import ChannelMapper
@@ -94,6 +95,9 @@ class BRSDETR(nn.Module):
     objectness = ("proposals.classifier.weight", "proposals.classifier.bias")
     """Tensors whose first row scores any object, whatever the classes: fine-tuning on other classes keeps that row."""
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(
         self,
         *,
@@ -105,7 +109,7 @@ class BRSDETR(nn.Module):
         rpn: RPNHead,
         roi: RoIHead,
         atss: ATSSHead,
-        objective,
+        objective: Objective,
         matcher: HungarianMatcher,
         dim: int,
         num_classes: int,
@@ -152,17 +156,18 @@ class BRSDETR(nn.Module):
         Raises:
             ValueError: in training without targets, or where `check_targets` refuses them.
         """
-        if self.training:
-            if targets is None:
-                raise ValueError("training needs targets: call model(images, targets), or model.eval() to predict")
-            check_targets(targets, self.num_classes)
-        if not isinstance(images, ImageBatch):
-            images = ImageBatch.from_list(images)
-        padding = images.padding_mask()
-        memory = self.encode(self.normalize(images.pixels, padding), padding)
-        if self.training:
-            return self.losses(memory, images.sizes, targets)
-        return self.detect(memory, images)
+        batch = images if isinstance(images, ImageBatch) else ImageBatch.from_list(images)
+        if not self.training:
+            return self.detect(self.encode_batch(batch), batch)
+        if targets is None:
+            raise ValueError("training needs targets: call model(images, targets), or model.eval() to predict")
+        check_targets(targets, self.num_classes)
+        return self.losses(self.encode_batch(batch), batch.sizes, targets)
+
+    def encode_batch(self, batch: ImageBatch) -> Memory:
+        """Normalize a batch and encode it."""
+        padding = batch.padding_mask()
+        return self.encode(self.normalize(batch.pixels, padding), padding)
 
     def normalize(self, pixels: Tensor, padding: Tensor) -> Tensor:
         """(B, 3, H, W) in 0..255 -> zero mean, unit deviation; padding is 0 after, not before."""
@@ -219,7 +224,7 @@ class BRSDETR(nn.Module):
         sets = [(proposals.predictions.logits, proposals.predictions.boxes, class_agnostic)]
         sets += [(logits, boxes, packed.labels) for logits, boxes in zip(layers.logits, layers.boxes)]
         names = ["encoder", *(f"decoder.{i}" for i in range(len(layers.logits)))]
-        matches = self.matcher([tuple(t.detach() for t in s) for s in sets], packed)
+        matches = self.matcher([(logits.detach(), boxes.detach(), labels) for logits, boxes, labels in sets], packed)
         for name, (logits, boxes, labels), (rows, objects) in zip(names, sets, matches, strict=True):
             if name in names[:2]:  # every decoder layer matches as many objects as the first
                 count = SharedCount(len(rows))
@@ -238,7 +243,8 @@ class BRSDETR(nn.Module):
         They attend to the encoder's maps like the main queries, each head's set in a pass of its own. What the RoI head
         saw are its pooled features, what the ATSS head saw are the cells of `maps`.
         """
-        losses = {}
+        losses: dict[str, Tensor] = {}
+        assert roi.features is not None  # `RoIHead.losses` returns them
         samples = [
             aux_samples(roi, roi.features, MAX_ROI_SAMPLES),
             aux_samples(atss, cell_features(maps, sizes, self.atss.strides)),

@@ -11,7 +11,7 @@ import importlib.util
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -164,17 +164,30 @@ def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def write_samples(dataset: Sequence, path: str | Path, count: int) -> None:
+class LabeledImages(Protocol):
+    """A dataset of pairs of an image and its target, as `write_contact_sheet` draws them, with the classes' names."""
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Names by label."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Tensor, dict[str, Any]]: ...
+
+
+def write_samples(dataset: LabeledImages, path: str | Path, count: int) -> None:
     """Draw `count` images from all over a dataset as its transforms give them in the first epoch.
 
     Args:
-        dataset: has `classes`; its items are what `write_contact_sheet` draws.
+        dataset: images with ground truth.
         path: image file to write.
         count: images on the sheet; fewer where the dataset has fewer.
     """
     step = max(1, len(dataset) // count)
     chosen = range(0, len(dataset), step)[:count]
-    write_contact_sheet((dataset[index] for index in chosen), dataset.classes, path)  # type: ignore[attr-defined]
+    write_contact_sheet((dataset[index] for index in chosen), dataset.classes, path)
 
 
 def write_contact_sheet(

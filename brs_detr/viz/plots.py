@@ -13,8 +13,9 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.style
 import numpy as np
@@ -67,7 +68,7 @@ class Panel:
     title: str
     curves: list[Curve]
     top: float | None = None
-    legend: str = "upper right"
+    legend: Literal["upper right", "lower right"] = "upper right"
 
 
 @_styled
@@ -116,8 +117,9 @@ def draw_precision_recall(
     axes = figure.add_subplot(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     axes.set_title("precision over recall at IoU 0.5" + f" (first {max_classes})" * (len(curves) > max_classes))
     axes.grid()
-    shown: list[tuple[str, Any, dict[str, Any]]]
-    shown = [(name, curve, {"color": _rgb(index)}) for index, (name, curve) in enumerate(curves.items())][:max_classes]
+    shown: list[tuple[str, Any, dict[str, Any]]] = []
+    for index, (name, curve) in enumerate(islice(curves.items(), max_classes)):
+        shown.append((name, curve, {"color": _rgb(index)}))
     if len(curves) > 1:
         mean = np.mean(list(curves.values()), axis=0)
         shown.insert(0, (f"all {len(curves)} classes", mean, {"color": "black", "linewidth": 2.5}))
@@ -165,7 +167,7 @@ def draw_confusion(confusion: Confusion, out_png: str | Path | None = None) -> F
         _write_counts(axes, confusion.counts, shares, colors, side)
     figure.suptitle("confusion matrix at IoU 0.5, each class at its score of best F1", fontsize=11)
     kinds = zip(("correct", "another class", "missed, or no object there"), KINDS, strict=True)
-    patches = [Patch(color=tuple(value / 255 for value in tone), label=text) for text, tone in kinds]
+    patches = [Patch(color=(red / 255, green / 255, blue / 255), label=text) for text, (red, green, blue) in kinds]
     figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False)
     return _save(figure, out_png)
 
@@ -274,9 +276,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_FLOAT32
 
 
-def _rgb(index: int) -> tuple[float, ...]:
-    """The color of class or curve `index` in matplotlib's range, 0 to 1."""
-    return tuple(value / 255 for value in color(index))
+def _rgb(index: int) -> tuple[float, float, float]:
+    """Return the color of class or curve `index` in matplotlib's range, 0 to 1."""
+    red, green, blue = color(index)
+    return red / 255, green / 255, blue / 255
 
 
 KINDS = ((31, 119, 180), (208, 64, 40), (96, 104, 114))  # correct, detected as another class, missed or false

@@ -84,6 +84,7 @@ class ATSSHead(DenseHead):
                 nn.init.normal_(layer.weight, std=0.01)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
+        assert self.score.bias is not None
         nn.init.constant_(self.score.bias, PRIOR_BIAS)
 
     def forward(self, features: Sequence[Tensor]) -> DenseOutput:
@@ -109,12 +110,13 @@ class ATSSHead(DenseHead):
         output: DenseOutput,
         extents: Sequence[Sequence[Size]],
         assignment: HeadAssignment,
-        normalizer: SharedCount,
+        normalizer: Tensor | SharedCount | None,
         box_weight: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """As `DenseHead.terms`, and with the branch "centerness", whose target weighs the box losses."""
         if output.centerness is None:
             return super().terms(output, extents, assignment, normalizer, box_weight)
+        assert isinstance(normalizer, SharedCount)  # that of `normalizer`
         rows = assignment.rows
         goal = centerness_target(torch.cat(assignment.references)[rows], assignment.targets)
         terms = super().terms(output, extents, assignment, normalizer, box_weight=goal)

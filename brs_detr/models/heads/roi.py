@@ -195,14 +195,16 @@ class RoIHead(nn.Module):
         boxes = self.coder.decode(torch.cat(list(proposals))[:, None], output.deltas)
         labels = torch.arange(self.num_classes, device=logits.device).expand_as(scores)
         counts = [rois.shape[0] for rois in proposals]
-        columns = (column.split(counts) for column in (boxes, scores, labels))
+        images = zip(boxes.split(counts), scores.split(counts), labels.split(counts), sizes, strict=True)
         return [
             suppress(
-                *(part.flatten(0, 1) for part in parts),
+                own_boxes.flatten(0, 1),
+                own_scores.flatten(),
+                own_labels.flatten(),
                 size,
-                kept=parts[1].flatten() > self.score_threshold,
+                kept=own_scores.flatten() > self.score_threshold,
                 nms_iou=self.nms_iou,
                 max_detections=self.max_detections,
             )
-            for *parts, size in zip(*columns, sizes, strict=True)
+            for own_boxes, own_scores, own_labels, size in images
         ]

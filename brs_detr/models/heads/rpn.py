@@ -47,6 +47,8 @@ class RPNHead(DenseHead):
         nms_iou: suppression threshold, level by level.
     """
 
+    assigner: MaxIoUAssigner
+
     def __init__(
         self,
         dim: int,
@@ -70,7 +72,7 @@ class RPNHead(DenseHead):
             objective=objective,
             # Faster R-CNN's thresholds
             assigner=MaxIoUAssigner(positive=0.7, negative=0.3, low_quality=0.3, sampler=sampler),
-            coder=BoxCoder(tuple(coder_stds)),
+            coder=BoxCoder(coder_stds),
             box_loss=box_loss,
             before_nms=before_nms,
             score_threshold=None,
@@ -85,6 +87,7 @@ class RPNHead(DenseHead):
         self.delta = nn.Conv2d(dim, self.anchors.per_cell * 4, 1)
         for layer in (self.conv, self.score, self.delta):
             nn.init.normal_(layer.weight, std=0.01)
+            assert layer.bias is not None
             nn.init.zeros_(layer.bias)
 
     def forward(self, features: Sequence[Tensor]) -> DenseOutput:
@@ -103,8 +106,10 @@ class RPNHead(DenseHead):
         """Number of sampled anchors, of which each kind counts at least once an image, as in the published code."""
         if self.assigner.sampler is None:
             return None
-        columns = assignment.per_image(assignment.labels), assignment.per_image(assignment.valid)
-        return sum(((labels == kind) & valid).sum().clamp(min=1) for labels, valid in zip(*columns) for kind in (0, 1))
+        assert assignment.valid is not None  # a sampler ignores anchors
+        images = zip(assignment.per_image(assignment.labels), assignment.per_image(assignment.valid), strict=True)
+        counts = [((labels == kind) & valid).sum() for labels, valid in images for kind in (0, 1)]
+        return torch.stack(counts).clamp(min=1).sum()
 
     def limits(self) -> tuple[int, int]:
         """More candidates and proposals while training."""
