@@ -1,8 +1,8 @@
-"""The loss of one set of predictions (a decoder layer, an RPN, a dense head): a classification loss and what it does
-to the box losses.
+"""The loss of one set of predictions: a classification loss and what it does to the box losses.
 
-Both objectives take one `PredictionSet`, so a head does not know which one it was given. Every term comes back
-weighted, finite and attached to the graph, also without positives; the plain sum of all terms is the loss.
+A set is what a decoder layer, an RPN or a dense head predicts for a batch. Both objectives take one `PredictionSet`, so
+a head does not know which one it was given. Every term comes back weighted, finite and attached to the graph, also
+without positives; the plain sum of all terms is the loss.
 """
 
 from collections.abc import Mapping

@@ -39,7 +39,7 @@ MAX_ROI_SAMPLES = 2000  # regions of an image among which auxiliary queries are 
 
 
 def best_pairs(predictions: Predictions, max_detections: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `max_detections` best (query, class) pairs of each image, without NMS.
+    """Select the `max_detections` best (query, class) pairs of each image, without NMS.
 
     Args:
         predictions: logits (B, Q, K), boxes (B, Q, 4) cxcywh in [0, 1].
@@ -58,7 +58,7 @@ def best_pairs(predictions: Predictions, max_detections: int) -> tuple[Tensor, T
 def detections_from(
     predictions: Predictions, original_sizes: Sequence[Size], max_detections: int
 ) -> list[dict[str, Tensor]]:
-    """The `max_detections` best (query, class) pairs of each image, without NMS.
+    """Convert the `max_detections` best (query, class) pairs of each image to pixels, without NMS.
 
     Args:
         predictions: logits (B, Q, K), boxes (B, Q, 4) cxcywh in [0, 1].
@@ -143,7 +143,7 @@ class BRSDETR(nn.Module):
     def forward(
         self, images: ImageBatch | Sequence[Tensor], targets: Sequence[dict[str, Any]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Losses in training mode, detections in eval mode.
+        """Compute the losses in training mode, the detections in eval mode.
 
         Args:
             images: a padded batch, or a list of (3, h, w) RGB tensors in 0..255.
@@ -170,28 +170,28 @@ class BRSDETR(nn.Module):
         return self.encode(self.normalize(batch.pixels, padding), padding)
 
     def normalize(self, pixels: Tensor, padding: Tensor) -> Tensor:
-        """(B, 3, H, W) in 0..255 -> zero mean, unit deviation; padding is 0 after, not before."""
+        """Bring (B, 3, H, W) in 0..255 to zero mean and unit deviation; padding is 0 after, not before."""
         x = (pixels.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
         return x.masked_fill(padding[:, None], 0.0)
 
     def encode(self, x: Tensor, padding: Tensor) -> Memory:
-        """Normalized (B, 3, H, W) and its (B, H, W) padding -> the encoder's memory."""
+        """Encode normalized (B, 3, H, W) images with their (B, H, W) padding."""
         return self.encoder(self.neck(self.backbone(x)), padding)
 
     def pyramid(self, memory: Memory) -> list[Tensor]:
-        """The encoder's maps and one coarser: what the dense heads see."""
+        """Return what the dense heads see: the encoder's maps and a coarser one."""
         maps = memory.maps()
         return [*maps, self.coarsest(maps[-1])]
 
     def decode(self, memory: Memory, references: Tensor) -> Predictions:
-        """Main decoder pass from (B, Q, 4) references -> predictions of every layer."""
+        """Run the decoder from (B, Q, 4) references; returns the predictions of every layer."""
         position, _ = self.box_embedding(references)
         count = references.shape[1]
         content = self.query_content.weight[:count].expand(references.shape[0], -1, -1)
         return self.decoder(content, position, references, memory)
 
     def detect(self, memory: Memory, images: ImageBatch) -> list[dict[str, Tensor]]:
-        """Detections of the decoder's last layer, or of the dense head named by `predict_with`."""
+        """Return the detections of the decoder's last layer, or of the dense head named by `predict_with`."""
         if self.predict_with == "decoder":
             layers = self.decode(memory, self.proposals(memory).references)
             last = Predictions(layers.logits[-1], layers.boxes[-1])
@@ -206,7 +206,7 @@ class BRSDETR(nn.Module):
         return found
 
     def losses(self, memory: Memory, sizes: list[Size], targets: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """All loss terms of a step, weighted; their sum is the training loss (Eq. 17 of the BRS paper)."""
+        """Compute all loss terms of a step, weighted; their sum is the training loss (Eq. 17 of the BRS paper)."""
         packed = PackedTargets.pack(targets, sizes)
         proposals = self.proposals(memory)
         layers = self.decode(memory, proposals.references)
@@ -238,7 +238,7 @@ class BRSDETR(nn.Module):
     def aux_losses(
         self, memory: Memory, maps: list[Tensor], roi: HeadAssignment, atss: HeadAssignment, sizes: list[Size]
     ) -> dict[str, Tensor]:
-        """Terms of the auxiliary query sets at every decoder layer.
+        """Compute the terms of the auxiliary query sets at every decoder layer.
 
         They attend to the encoder's maps like the main queries, each head's set in a pass of its own. What the RoI head
         saw are its pooled features, what the ATSS head saw are the cells of `maps`.
@@ -269,7 +269,7 @@ class BRSDETR(nn.Module):
         scales: Tensor,
         count: SharedCount | None = None,
     ) -> dict[str, Tensor]:
-        """Terms of one prediction set.
+        """Compute the terms of one prediction set.
 
         Args:
             name: prefix of the terms.

@@ -121,7 +121,7 @@ def batch_rows(levels: Sequence[Tensor], extents: Sequence[Sequence[Size]]) -> T
 
 
 def cell_features(maps: Sequence[Tensor], sizes: Sequence[Size], strides: Sequence[int]) -> list[Tensor]:
-    """Feature vectors of the cells inside each image, in the order of `valid_rows` with one anchor a cell.
+    """Select the features of the cells inside each image, in the order of `valid_rows` with one anchor a cell.
 
     Args:
         maps: (B, dim, h, w) per level.

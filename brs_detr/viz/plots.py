@@ -186,7 +186,7 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 
 
 def smoothed(points: Points, span: int) -> Points:
-    """The running median over `span` points, centered, shorter at both ends; one spike leaves no trace in it."""
+    """Compute the running median of `span` points, centered, fewer at both ends: a single spike leaves no trace."""
     values, half = [y for _, y in points], span // 2
     return [(x, statistics.median(values[max(0, i - half) : i + half + 1])) for i, (x, _) in enumerate(points)]
 
@@ -204,7 +204,7 @@ def _loss_panel(train: list, x_name: str) -> Panel:
 
 
 def _terms_panel(train: list, x_name: str) -> Panel:
-    """The loss terms summed by the head they belong to, the part of their name before the first dot."""
+    """Sum the loss terms by the head they belong to, the part of their name before the first dot."""
     heads: dict[str, Points] = defaultdict(list)
     for record in train:
         sums: dict[str, float] = defaultdict(float)
@@ -259,7 +259,7 @@ def _points(records: list, x_name: str, name: str) -> Points:
 
 
 def _robust_top(points: Points) -> float:
-    """Above nearly all values: one early spike must not flatten the rest."""
+    """Return a limit above nearly all values: one early spike must not flatten the rest."""
     values = sorted(y for _, y in points)
     if not values:
         return 1.0
@@ -272,7 +272,7 @@ def _positive(top: float) -> float:
 
 
 def _is_number(value: Any) -> bool:
-    """True for a finite number that float32 can hold, which all are that a run logs; axes of larger ones overflow."""
+    """Check for a finite number that float32 can hold, as all that a run logs are; axes of larger ones overflow."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_FLOAT32
 
 
@@ -286,7 +286,7 @@ KINDS = ((31, 119, 180), (208, 64, 40), (96, 104, 114))  # correct, detected as 
 
 
 def _cell_colors(shares: np.ndarray) -> np.ndarray:
-    """From white to the color of each cell's kind, (n, n, 3) in 0 to 1, by the square root so that few are seen too."""
+    """Blend white with each cell's color, (n, n, 3) in 0 to 1, by the square root so that few are seen too."""
     kinds = np.ones(shares.shape, int)
     np.fill_diagonal(kinds, 0)
     kinds[-1], kinds[:, -1] = 2, 2

@@ -169,6 +169,6 @@ class AuxQueryEmbedding(nn.Module):
         self.feature_norm = nn.LayerNorm(dim)
 
     def forward(self, boxes: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """boxes (B, n, 4) cxcywh, features (B, n, dim) -> position, content, both (B, n, dim)."""
+        """Embed boxes (B, n, 4) cxcywh and features (B, n, dim) as position and content, both (B, n, dim)."""
         position, content = self.box_embedding(boxes)
         return position + self.offset, content + self.feature_norm(self.feature_projection(features))
