@@ -1,6 +1,6 @@
 # make demo: from a fresh clone to a trained detector (SEED=1, ARGS="train.epochs=2" change it);
 # make test: the complete test suite; make test-fast: that of the core, without the slow ones;
-# make lint: static checks; make docs: the documentation as a site, in site/.
+# make lint: style, formatting and types; make docs: the documentation as a site, in site/.
 # Everything is installed into .venv; PYTHON chooses the interpreter (3.11 to 3.13).
 
 PYTHON ?= python3
@@ -44,6 +44,7 @@ test-fast: $(VENV)/installed-dev
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 $(VENV)/installed-docs: requirements-docs.txt $(VENV)/installed-dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-docs.txt

@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}? " if near else ""
         parser.error(f"{word}: no such command; {hint}The commands are {', '.join(COMMANDS)}.")
     parser.parse_args(arguments)
+    assert word is not None  # without a command, parse_args has exited
     parser.error(f"options come after the command: brs-detr {word} {' '.join(arguments[: arguments.index(word)])}")
 
 
@@ -120,14 +121,14 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Nam
 
 
 def is_setting(word: str) -> bool:
-    """Is a word of the command line of the form section.setting=value."""
+    """Check whether a word of the command line has the form section.setting=value."""
     return re.match(r"[a-z_]+(\.[a-z_0-9]+)*=", word) is not None
 
 
 def _rewrite(
     parser: argparse.ArgumentParser, arguments: list[str], unknown: list[str], takes_settings: bool
 ) -> list[str]:
-    """The words with each unknown option that is the name of a setting written as one; refuses the others."""
+    """Rewrite each unknown option that is the name of a setting as a setting; refuse the others."""
     words, result = list(arguments), []
     while words:
         word = words.pop(0)
@@ -150,21 +151,22 @@ def _rewrite(
 
 
 def _options_of(parser: argparse.ArgumentParser) -> list[str]:
-    """The options that the help lists."""
+    """List the options that the help shows."""
     return sorted(set(re.findall(r"--[a-z][a-z-]*", parser.format_usage())))
 
 
 def _is_for_the_user(error: Exception) -> bool:
-    """Is this one of our own errors or a path that cannot be used, rather than a fault of the program?"""
+    """Check whether this is one of our own errors or a path that cannot be used, rather than a bug."""
     return type(error).__module__.startswith("brs_detr.") or isinstance(error, _PATH_ERRORS)
 
 
 def _sentence(error: Exception) -> str:
-    """The error's own words; those of the operating system without its number."""
-    if isinstance(error, OSError) and error.filename is None and type(error) is OSError:  # while a file was written
+    """Return the message of an error; that of the operating system without its number."""
+    if not isinstance(error, OSError):
+        return str(error)
+    if error.filename is None and type(error) is OSError:  # while a file was written
         return f"what was asked for cannot be written: {error.strerror}. Make room, then run the same command again."
-    named = isinstance(error, OSError) and error.filename is not None and error.strerror
-    return f"{error.filename}: {error.strerror}" if named else str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename is not None and error.strerror else str(error)
 
 
 if __name__ == "__main__":

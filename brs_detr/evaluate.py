@@ -49,7 +49,7 @@ OPTIONAL = "confusion.csv confusion.png precision_recall.csv precision_recall.pn
 
 
 def run_evaluation(weights: Path, overrides: list[str], out: Path | None = None, images: int = 0) -> int:
-    """`evaluate`, with what ends it early turned into a message and an exit code; arguments as there."""
+    """Call `evaluate` with its arguments; turn what ends it early into a message and an exit code."""
     try:
         evaluate(weights, overrides, out, images)
     except (ConfigError, DataError, CheckpointError) as error:
@@ -73,9 +73,14 @@ def evaluate(weights_path: Path, overrides: list[str], out: Path | None = None, 
     accelerator = start_accelerator(replace(config, train=replace(config.train, precision="no")))
     dataset = setup.open_val_set(config)
     setup.require_same_categories(weights.classes, weights.category_ids, dataset, str(file))
-    process = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    options = {"workers": setup.worker_count(config), "timeout": config.data.timeout}
-    loader = build_eval_loader(dataset, config.eval.batch_size, **options, **process)
+    loader = build_eval_loader(
+        dataset,
+        config.eval.batch_size,
+        workers=setup.worker_count(config),
+        timeout=config.data.timeout,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
     truth, listed = GroundTruth.read(dataset.ground_truth()), dataset.report["images_listed"]
     with contextlib.closing(loader):
         model.to(accelerator.device)
@@ -97,7 +102,7 @@ def evaluate(weights_path: Path, overrides: list[str], out: Path | None = None, 
 
 
 def changed_settings(stored: configuration.Config, used: configuration.Config) -> list[str]:
-    """A note on the settings that bear on the figures and are not those that the weights were validated with."""
+    """List the settings that bear on the figures and differ from those that the weights were validated with."""
     changes = [change for change in configuration.differences(stored, used) if change.startswith(FIGURES)]
     changes = [change for change in changes if not change.startswith("eval.batch_size")]
     return [f"not as in the training: {'; '.join(changes)}"] if changes else []
@@ -136,8 +141,14 @@ def score(
         Interruption: in every process, where the loader of one was interrupted.
     """
     max_detections = config.eval.max_detections
-    settings = {"score_threshold": config.eval.score_threshold, "max_detections": max_detections}
-    detections = predict(model, loader, accelerator, progress=True, **settings)
+    detections = predict(
+        model,
+        loader,
+        accelerator,
+        score_threshold=config.eval.score_threshold,
+        max_detections=max_detections,
+        progress=True,
+    )
     unreadable = [found["image_id"] for found in detections if found["unreadable"]]
     if len(unreadable) == len(detections):  # in every process, so that none waits for the others
         raise DataError("none of the images to evaluate can be read; `python -m brs_detr check-data` names the fault")
@@ -159,7 +170,7 @@ def score(
 
 
 def setting_notes(config: Config, truth: GroundTruth, image_ids: Sequence[int]) -> list[str]:
-    """What of the settings makes AP another measure than COCO's, or bounds it for these images."""
+    """List the settings that make AP another measure than COCO's, or bound it for these images."""
     notes, threshold, max_detections = [], config.eval.score_threshold, config.eval.max_detections
     if threshold > 0:
         notes.append(
@@ -190,7 +201,7 @@ def setting_notes(config: Config, truth: GroundTruth, image_ids: Sequence[int]) 
 
 
 def dataset_notes(dataset: CocoDetection) -> list[str]:
-    """What of the annotation file is not evaluated, and why; not the crowds, which COCO leaves out too."""
+    """List what of the annotation file is not evaluated, and why; not the crowds, which COCO leaves out too."""
     report, notes = dataset.report, []
     if report["images"] < report["images_listed"]:
         missing = report["images_listed"] - report["images"]
@@ -213,7 +224,7 @@ def validator(
     say: Callable[[str], None],
     thresholds: dict[str, float],
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """What the trainer calls after an epoch: a function from a detector to its figures, {} outside the main process.
+    """Build what the trainer calls after an epoch: detector -> its figures, {} outside the main process.
 
     Besides COCO's figures these are "images" and "images_left_out", the numbers of images measured and not.
 

@@ -19,7 +19,7 @@ class ExitCode(IntEnum):
     INTERRUPTED = 75  # stopped by SIGTERM or Ctrl-C; the state is saved
 
 
-class Interruption(Exception):
+class Interruption(Exception):  # noqa: N818 (not an error: a resumed run continues)
     """An event that ends the run, which the same command with `--resume` may continue later.
 
     A data loader passes on a worker's error as its traceback with the message at the end: only the message is kept.

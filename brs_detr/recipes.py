@@ -23,18 +23,18 @@ _WEIGHTS_OF_RUN = ("best.safetensors", "last.safetensors")
 
 
 def packaged_folder() -> Path:
-    """The folder of the recipes that come with the program: inside an installed package, at the top of a checkout."""
+    """Return the folder of the program's own recipes: inside an installed package, at the top of a checkout."""
     inside = _PACKAGE / "configs"
     return inside if inside.is_dir() else _PACKAGE.parent / "configs"
 
 
 def recipe_names() -> list[str]:
-    """Names, without ending, of the recipes in the working directory's `configs/` and of the package's own."""
+    """List the recipes in the working directory's `configs/` and the package's own, without ending."""
     return sorted({path.stem for folder in _folders() for path in folder.glob("*.yaml")})
 
 
 def find_recipe(name: str | Path) -> Path:
-    """The file of a recipe.
+    """Return the file of a recipe.
 
     Args:
         name: path of a file, or the name of a recipe with or without `configs/` and ending.
@@ -59,7 +59,7 @@ def find_recipe(name: str | Path) -> Path:
 
 
 def read_layers(name: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The recipe's base, if it names one, then the recipe, each with the name to use in errors.
+    """Read the recipe's base, if it names one, then the recipe, each with the name to use in errors.
 
     Raises:
         ConfigError: a file is missing, cannot be read, or is not a recipe.

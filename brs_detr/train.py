@@ -67,8 +67,8 @@ def run_training(config: configuration.Config, trial: str | None = None) -> int:
 def train(config: configuration.Config, trial: str | None = None) -> int:
     """Train as the config says, or only try a "dry-run" or "profile" of it; returns the exit code."""
     if trial is not None:
-        flags = {"overwrite": True, "resume": False}
-        config = replace(config, output_dir=f"{config.output_dir}/{trial}", train=replace(config.train, **flags))
+        fresh = replace(config.train, overwrite=True, resume=False)
+        config = replace(config, output_dir=f"{config.output_dir}/{trial}", train=fresh)
     check_output_dir(config)
     accelerator = start_accelerator(config, trackers=trial is None)
     plan = setup.plan_batches(config, accelerator)

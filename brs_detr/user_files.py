@@ -142,10 +142,10 @@ def require_unpacked(path: str | Path) -> None:
 
 
 def printable(text: object) -> str:
-    """Escape the characters that are not printable, so that the text is one line, safe for terminals and files.
+    r"""Escape the characters that are not printable, so that the text is one line, safe for terminals and files.
 
     These are newlines, escape codes, marks that change the writing direction, and bytes of a file name that are not
-    UTF-8 (`\\xfc`).
+    UTF-8 (`\xfc`).
     """
     text = str(text)
     return text if text.isprintable() else "".join(c if c.isprintable() else _code(c) for c in text)
@@ -166,7 +166,7 @@ def forgive_output() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def complain(error: Exception) -> None:
+def complain(error: Exception | str) -> None:
     """Print an error for the user; stderr may be a file on the very disk that is full."""
     with contextlib.suppress(OSError):
         print(f"error: {printable(error)}", file=sys.stderr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ class Assigner(Protocol):
         may_ignore: whether assignments may hold IGNORED.
     """
 
-    may_ignore: bool
+    may_ignore: ClassVar[bool]
 
     def __call__(self, anchors: Tensor, level_counts: Sequence[int], objects: Tensor) -> Tensor:
         """Assign (N, 4) xyxy anchors, `level_counts` of each level, to (M, 4) objects.

@@ -55,7 +55,7 @@ class ATSSAssigner:
     may_ignore: ClassVar[bool] = False
 
     def __call__(self, anchors: Tensor, level_counts: Sequence[int], objects: Tensor) -> Tensor:
-        """(N, 4) anchors, `level_counts` of each level, and (M, 4) objects -> (N,) assignment."""
+        """Assign (N, 4) anchors, `level_counts` of each level, to (M, 4) objects; returns (N,) int64."""
         return atss_assign(anchors, level_counts, objects, topk=self.topk)
 
 

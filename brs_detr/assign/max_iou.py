@@ -114,7 +114,7 @@ class MaxIoUAssigner:
     may_ignore: ClassVar[bool] = True
 
     def __call__(self, anchors: Tensor, level_counts: Sequence[int], objects: Tensor) -> Tensor:
-        """(N, 4) anchors and (M, 4) objects -> (N,) assignment; the levels do not matter."""
+        """Assign (N, 4) anchors to (M, 4) objects, whatever their levels; returns (N,) int64."""
         assigned = max_iou_assign(
             anchors, objects, positive=self.positive, negative=self.negative, low_quality=self.low_quality
         )

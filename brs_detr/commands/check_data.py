@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def about_folder(folder: Path) -> str:
-    """What to write instead of a folder: the json in it, the conversion of another format, or a recipe."""
+    """Say what to write instead of a folder: the json in it, the conversion of another format, or a recipe."""
     jsons = sorted(
         path for pattern in ("*.json", "*/*.json", "*/*.json.gz") for path in islice(folder.glob(pattern), 99)
     )

@@ -18,7 +18,7 @@ Exit codes: 0 evaluated; 2 a setting, dataset or checkpoint cannot be used; 74 t
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `eval`."""
+    """Add the arguments of `eval`."""
     parser.add_argument("weights", type=Path, help="run folder (its best weights) or .safetensors file")
     parser.add_argument("overrides", nargs="*", default=[], help="settings to change, e.g. data.root=/data/coco")
     parser.add_argument("--out", type=Path, help="folder to write to (default: evaluation/ beside the weights)")

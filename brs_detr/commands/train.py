@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Check settings and paths, then train; returns the exit code."""
     config = load_config(options.config, options.overrides)
-    flags = {name: True for name in ("resume", "overwrite") if getattr(options, name)}
-    config = replace(config, train=replace(config.train, **flags))
+    resume, overwrite = options.resume or config.train.resume, options.overwrite or config.train.overwrite
+    config = replace(config, train=replace(config.train, resume=resume, overwrite=overwrite))
     require_training_inputs(config)
     from brs_detr.train import run_training  # torch takes seconds to import: only once all this is right
 

@@ -218,7 +218,7 @@ def _compare_classes(datasets: Sequence[CocoDetection]) -> int:
 def _write_files(args: argparse.Namespace, dataset: CocoDetection, log: IssueLog, number: int) -> int:
     if args.samples > 0:
         path = _numbered(args.sheet, number)
-        write_samples(dataset, path, args.samples)  # type: ignore[arg-type]  # it needs only len() and indexing
+        write_samples(dataset, path, args.samples)
         print(f"\ncontact sheet of augmented images: {printable(path)}")
     if args.csv:
         write_csv(log, _numbered(args.csv, number))

@@ -198,7 +198,7 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def _runs_box(counts: str | list[int], height: int, width: int) -> list[float] | None:
-    """The box around run lengths.
+    """Compute the box around run lengths.
 
     Not by pycocotools' `toBbox`: on damaged masks it ends the process (a height of 0 or 2^32), reads past the end of
     the text, or returns a box far outside the image.

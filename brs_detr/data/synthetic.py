@@ -210,7 +210,7 @@ def _paint(random: np.random.Generator, canvas: np.ndarray, mask: Image.Image, c
 
 
 def _annotation(shape: str, visible: np.ndarray) -> dict[str, Any]:
-    """The annotation of a visible mask; its box is that of the polygons, which specks of the mask do not enlarge."""
+    """Annotate a visible mask; the box is that of the polygons, which specks of the mask do not enlarge."""
     polygons = mask_polygons(visible, SUPERSAMPLING)
     points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons])
     (x0, y0), (x1, y1) = points.min(0).tolist(), points.max(0).tolist()
@@ -289,13 +289,13 @@ def _rotation(random: np.random.Generator) -> np.ndarray:
 
 
 def polygon_area(outline: np.ndarray) -> float:
-    """Signed area of a closed outline (k, 2), by the shoelace formula."""
+    """Compute the signed area of a closed outline (k, 2) by the shoelace formula."""
     x, y = outline.T
     return float((x * np.roll(y, -1) - y * np.roll(x, -1)).sum() / 2)
 
 
 def mask_polygons(mask: np.ndarray, scale: float = 1.0, tolerance: float = 0.7, smallest: float = 4.0) -> list[list]:
-    """Polygons of a mask in COCO's form; holes are joined to their outline by a cut of no width.
+    """Trace a mask as COCO's polygons; holes are joined to their outline by a cut of no width.
 
     Args:
         mask: (h, w) bool.
@@ -321,7 +321,7 @@ def mask_polygons(mask: np.ndarray, scale: float = 1.0, tolerance: float = 0.7, 
 
 
 def _pixel_loops(mask: np.ndarray) -> list[np.ndarray]:
-    """Closed paths along the pixel edges of a mask, the mask to the right of each: outlines have positive area."""
+    """Trace closed paths along the pixel edges of a mask, which lies to the right: outlines have positive area."""
     if not mask.any():
         return []
     (top, bottom), (left, right_end) = (np.flatnonzero(mask.any(axis))[[0, -1]] for axis in (1, 0))
@@ -341,7 +341,8 @@ def _pixel_loops(mask: np.ndarray) -> list[np.ndarray]:
     loops = []
     while following:
         start = point = next(iter(following))
-        step, path = following[start][0], []
+        step = following[start][0]
+        path: list[tuple[int, int]] = []
         while True:
             steps = following[point]
             right = (-step[1], step[0])  # where two parts touch at a corner, stay with the one we follow
@@ -360,7 +361,7 @@ def _pixel_loops(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def _simplify(loop: np.ndarray, tolerance: float) -> np.ndarray:
-    """Douglas and Peucker's line simplification of a closed outline, cut at its two farthest points."""
+    """Simplify a closed outline, cut at its two farthest points, by the algorithm of Douglas and Peucker."""
     far = int(np.linalg.norm(loop - loop[0], axis=1).argmax())
     closed = np.concatenate([loop, loop[:1]])
     keep = np.zeros(len(closed), bool)

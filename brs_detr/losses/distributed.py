@@ -28,7 +28,7 @@ def process_mean(value: Tensor) -> Tensor:
 
 
 def scalar(value: Tensor | float, device: torch.device) -> Tensor:
-    """A number, or a tensor of one element, as () float32 on a device, without gradient."""
+    """Convert a number, or a tensor of one element, to () float32 on a device, without gradient."""
     if isinstance(value, Tensor):
         return value.detach().to(device, torch.float32).reshape(())
     return torch.full((), float(value), device=device)
@@ -49,7 +49,7 @@ class SharedCount:
         self._mean: Tensor | None = None
 
     def mean(self, device: torch.device) -> Tensor:
-        """Mean over all processes, at least 1: () float32 on the device of the exchange."""
+        """Average over all processes: at least 1, () float32 on the device of the exchange."""
         if self._mean is None:
             self._mean = process_mean(scalar(self.count, device))
         return self._mean

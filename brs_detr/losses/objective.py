@@ -1,8 +1,8 @@
-"""The loss of one set of predictions (a decoder layer, an RPN, a dense head): a classification loss and what it does
-to the box losses.
+"""The loss of one set of predictions: a classification loss and what it does to the box losses.
 
-Both objectives take one `PredictionSet`, so a head does not know which one it was given. Every term comes back
-weighted, finite and attached to the graph, also without positives; the plain sum of all terms is the loss.
+A set is what a decoder layer, an RPN or a dense head predicts for a batch. Both objectives take one `PredictionSet`, so
+a head does not know which one it was given. Every term comes back weighted, finite and attached to the graph, also
+without positives; the plain sum of all terms is the loss.
 """
 
 from collections.abc import Mapping
@@ -21,9 +21,9 @@ from .ndcg import ndcg_loss
 from .rank_sort import rank_sort_loss
 
 
-def _zero(*tensors: Tensor) -> Tensor:
-    """A zero attached to the graph of every tensor that reads no value (a logit may be infinite)."""
-    return sum(tensor[:0].float().sum() for tensor in tensors)
+def _zero(tensor: Tensor) -> Tensor:
+    """Return a zero attached to the tensor's graph that reads no value (a logit may be infinite)."""
+    return tensor[:0].float().sum()
 
 
 class PredictionSet(NamedTuple):
@@ -51,8 +51,11 @@ class PredictionSet(NamedTuple):
     box_weight: Tensor | None = None
     normalizer: Tensor | SharedCount | None = None
 
-    def checked(self, classes: int) -> "PredictionSet":
-        """The same set with its `rows`, all attributes checked against each other.
+    def checked(self, classes: int) -> "CheckedSet":
+        """Check all attributes against each other, and read the `rows` from the labels where they are not given.
+
+        Args:
+            classes: C.
 
         Raises:
             ValueError: when shapes or types do not fit, a label is out of range, or a positive row is background or
@@ -73,7 +76,22 @@ class PredictionSet(NamedTuple):
         if self.box_weight is not None:
             check_per_positive("box_weight", self.box_weight, rows)
         check_labels(labels, classes, valid, rows)
-        return self._replace(rows=rows)
+        return CheckedSet(
+            self.logits, labels, self.quality, self.box_losses, rows, valid, self.box_weight, self.normalizer
+        )
+
+
+class CheckedSet(NamedTuple):
+    """A `PredictionSet` whose attributes fit each other and whose rows are known; the attributes are the same."""
+
+    logits: Tensor
+    labels: Tensor
+    quality: Tensor
+    box_losses: Mapping[str, Tensor]
+    rows: Tensor
+    valid: Tensor | None
+    box_weight: Tensor | None
+    normalizer: Tensor | SharedCount | None
 
 
 class RankingLoss(NamedTuple):
@@ -163,7 +181,7 @@ class RankingObjective(nn.Module):
         self.epoch_balance = EpochBalance(period) if self.family == "alrp" and period is not None else None
 
     def forward(self, predictions: PredictionSet) -> dict[str, Tensor]:
-        """Loss terms of one set.
+        """Compute the loss terms of one set.
 
         Returns:
             {"rank", with Rank & Sort "sort", and every key of the set's `box_losses`} -> scalar.
@@ -178,7 +196,7 @@ class RankingObjective(nn.Module):
             positives = rows * classes + labels[rows]
             mask = None if valid is None else valid[:, None].expand(-1, classes)
             terms = self._ranking_terms(logits, positives, quality, box_losses, mask)
-            target = sum(term for name, term in terms.items() if name in ("rank", "sort"))
+            target = terms["rank"] + terms["sort"] if "sort" in terms else terms["rank"]
             terms = {name: scale_for_ddp(term, self.scope) * self.weight for name, term in terms.items()}
             total = sum_over(torch.full((1,), float(len(rows)), device=logits.device), self.scope).clamp(min=1)
             weights = self._box_weights(logits[rows], box_weight, total)
@@ -189,7 +207,7 @@ class RankingObjective(nn.Module):
         return terms
 
     def _box_weights(self, logits: Tensor, given: Tensor | None, total: Tensor) -> Tensor:
-        """Weight of each positive's box losses (P,), mean 1 over all positives that are ranked together."""
+        """Return the weight of each positive's box losses (P,), mean 1 over all positives that are ranked together."""
         weights = None if given is None else given.detach().float()
         if self.score_weighted:
             scores = box_scores(logits)
@@ -207,27 +225,38 @@ class RankingObjective(nn.Module):
         box_losses: Mapping[str, Tensor],
         valid: Tensor | None,
     ) -> dict[str, Tensor]:
-        """Terms of the ranking loss itself, not yet weighted."""
-        how = {"valid": valid, "delta": self.delta, "method": self.method, "scope": self.scope}
+        """Compute the terms of the ranking loss itself, not yet weighted."""
+        delta, method, scope = self.delta, self.method, self.scope
         if self.family == "rank_sort":
-            terms = rank_sort_loss(logits, positives, quality, **how)
-            return {"rank": terms.ranking, "sort": terms.sorting}
+            ranking, sorting = rank_sort_loss(
+                logits, positives, quality, valid=valid, delta=delta, method=method, scope=scope
+            )
+            return {"rank": ranking, "sort": sorting}
         if self.family == "average_precision":
-            return {"rank": average_precision_loss(logits, positives, interpolate=self.method == "exact", **how)}
+            term = average_precision_loss(
+                logits, positives, valid=valid, delta=delta, method=method, interpolate=method == "exact", scope=scope
+            )
+            return {"rank": term}
         if self.family == "ndcg":
-            return {"rank": ndcg_loss(logits, positives, **how)}
+            return {"rank": ndcg_loss(logits, positives, valid=valid, delta=delta, method=method, scope=scope)}
         if "giou" not in box_losses:
             raise ValueError("aLRP ranks boxes by their GIoU loss: give the objective box losses named 'giou'")
         error = box_losses["giou"].float() / 2 / (1 - self.tau)
-        terms = alrp_loss(logits, positives, error, **how)
+        classification, localization = alrp_loss(
+            logits, positives, error, valid=valid, delta=delta, method=method, scope=scope
+        )
+        return {"rank": classification, "giou": self._balance_alrp(classification, localization, len(positives))}
+
+    def _balance_alrp(self, classification: Tensor, localization: Tensor, positives: int) -> Tensor:
+        """Balance the two parts of aLRP over an epoch, or without a period by their values."""
         if self.epoch_balance is None:
-            boxes = self_balance(terms.localization, terms.classification, cap=self.cap, least=self.least)
-        else:
-            positives = sum_over(torch.full((), float(len(positives)), device=logits.device), self.scope)
-            boxes = self.epoch_balance(*terms, positives)
-        return {"rank": terms.classification, "giou": boxes}
+            return self_balance(localization, classification, cap=self.cap, least=self.least)
+        count = sum_over(torch.full((), float(positives), device=localization.device), self.scope)
+        balanced: Tensor = self.epoch_balance(classification, localization, count)
+        return balanced
 
     def _balance(self, term: Tensor, target: Tensor) -> Tensor:
+        """Weigh the mean of a box loss, by default so that it equals `target`, the value of the ranking terms."""
         if self.family == "average_precision":
             return term * self.box_weight
         return self_balance(term, target, self.weight, cap=self.cap, least=self.least)
@@ -275,7 +304,7 @@ class ScoreObjective(nn.Module):
         self.normalizer = normalizer
 
     def forward(self, predictions: PredictionSet) -> dict[str, Tensor]:
-        """Loss terms of one set.
+        """Compute the loss terms of one set.
 
         A set's `box_weight` normalizes the box terms by its sum where the normalizer is "positives".
 
@@ -289,11 +318,11 @@ class ScoreObjective(nn.Module):
         if missing:
             raise ValueError(f"no weight for the box loss {missing[0]!r}: add it to the objective's weights")
         classes = predictions.logits.shape[-1] - (self.classification == "cross_entropy")
-        predictions = predictions.checked(classes)
-        logits, labels, quality, box_losses, rows, valid, box_weight, _ = predictions
+        checked = predictions.checked(classes)
+        logits, labels, quality, box_losses, rows, valid, box_weight, _ = checked
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
-            normalizer = self._normalizer(predictions)
+            normalizer = self._normalizer(checked)
             if valid is not None:
                 # Before the loss and not after it: an ignored infinite logit has a nan gradient otherwise.
                 logits = logits.masked_fill(~valid[:, None], 0)
@@ -312,13 +341,13 @@ class ScoreObjective(nn.Module):
                 terms[name] = (values.sum() + _zero(logits)) / normalizer * self.weights[name]
         return terms
 
-    def _normalizer(self, predictions: PredictionSet) -> Tensor:
-        """What the terms are divided by: (), at least 1."""
+    def _normalizer(self, predictions: CheckedSet) -> Tensor:
+        """Return what the terms are divided by: (), at least 1."""
         logits, given, valid = predictions.logits, predictions.normalizer, predictions.valid
         if given is None and self.normalizer == "positives":
             given = SharedCount(len(predictions.rows))
         if isinstance(given, SharedCount):
             return given.mean(logits.device)
-        if given is None:
-            given = len(logits) if valid is None else valid.sum()
-        return scalar(given, logits.device).clamp(min=1)
+        if given is not None:
+            return scalar(given, logits.device).clamp(min=1)
+        return scalar(len(logits) if valid is None else valid.sum(), logits.device).clamp(min=1)

@@ -40,7 +40,7 @@ MAX_ROI_SAMPLES = 2000  # regions of an image among which auxiliary queries are 
 
 
 def best_pairs(predictions: Predictions, max_detections: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `max_detections` best (query, class) pairs of each image, without NMS.
+    """Select the `max_detections` best (query, class) pairs of each image, without NMS.
 
     Args:
         predictions: logits (B, Q, K), boxes (B, Q, 4) cxcywh in [0, 1].
@@ -59,7 +59,7 @@ def best_pairs(predictions: Predictions, max_detections: int) -> tuple[Tensor, T
 def detections_from(
     predictions: Predictions, original_sizes: Sequence[Size], max_detections: int
 ) -> list[dict[str, Tensor]]:
-    """The `max_detections` best (query, class) pairs of each image, without NMS.
+    """Convert the `max_detections` best (query, class) pairs of each image to pixels, without NMS.
 
     Args:
         predictions: logits (B, Q, K), boxes (B, Q, 4) cxcywh in [0, 1].
@@ -91,6 +91,9 @@ class BRSDETR(nn.Module):
 
     objectness = ("proposals.classifier.weight", "proposals.classifier.bias")
     """Tensors whose first row scores any object, whatever the classes: fine-tuning on other classes keeps that row."""
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(
         self,
@@ -133,7 +136,7 @@ class BRSDETR(nn.Module):
     def forward(
         self, images: ImageBatch | Sequence[Tensor], targets: Sequence[dict[str, Any]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Losses in training mode, detections in eval mode.
+        """Compute the losses in training mode, the detections in eval mode.
 
         Args:
             images: a padded batch, or a list of (3, h, w) RGB tensors in 0..255.
@@ -146,41 +149,42 @@ class BRSDETR(nn.Module):
         Raises:
             ValueError: in training without targets, or where `check_targets` refuses them.
         """
-        if self.training:
-            if targets is None:
-                raise ValueError("training needs targets: call model(images, targets), or model.eval() to predict")
-            check_targets(targets, self.num_classes)
-        if not isinstance(images, ImageBatch):
-            images = ImageBatch.from_list(images)
-        padding = images.padding_mask()
-        memory = self.encode(self.normalize(images.pixels, padding), padding)
-        if self.training:
-            return self.losses(memory, images.sizes, targets)
-        return self.detect(memory, images)
+        batch = images if isinstance(images, ImageBatch) else ImageBatch.from_list(images)
+        if not self.training:
+            return self.detect(self.encode_batch(batch), batch)
+        if targets is None:
+            raise ValueError("training needs targets: call model(images, targets), or model.eval() to predict")
+        check_targets(targets, self.num_classes)
+        return self.losses(self.encode_batch(batch), batch.sizes, targets)
+
+    def encode_batch(self, batch: ImageBatch) -> Memory:
+        """Normalize a batch and encode it."""
+        padding = batch.padding_mask()
+        return self.encode(self.normalize(batch.pixels, padding), padding)
 
     def normalize(self, pixels: Tensor, padding: Tensor) -> Tensor:
-        """(B, 3, H, W) in 0..255 -> zero mean, unit deviation; padding is 0 after, not before."""
+        """Bring (B, 3, H, W) in 0..255 to zero mean and unit deviation; padding is 0 after, not before."""
         x = (pixels.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
         return x.masked_fill(padding[:, None], 0.0)
 
     def encode(self, x: Tensor, padding: Tensor) -> Memory:
-        """Normalized (B, 3, H, W) and its (B, H, W) padding -> the encoder's memory."""
+        """Encode normalized (B, 3, H, W) images with their (B, H, W) padding."""
         return self.encoder(self.neck(self.backbone(x)), padding)
 
     def pyramid(self, memory: Memory) -> list[Tensor]:
-        """The encoder's maps and one coarser: what the dense heads see."""
+        """Return what the dense heads see: the encoder's maps and a coarser one."""
         maps = memory.maps()
         return [*maps, self.coarsest(maps[-1])]
 
     def decode(self, memory: Memory, references: Tensor) -> Predictions:
-        """Main decoder pass from (B, Q, 4) references -> predictions of every layer."""
+        """Run the decoder from (B, Q, 4) references; returns the predictions of every layer."""
         position, _ = self.box_embedding(references)
         count = references.shape[1]
         content = self.query_content.weight[:count].expand(references.shape[0], -1, -1)
         return self.decoder(content, position, references, memory)
 
     def detect(self, memory: Memory, images: ImageBatch) -> list[dict[str, Tensor]]:
-        """Detections of the decoder's last layer, or of the dense head named by `predict_with`."""
+        """Return the detections of the decoder's last layer, or of the dense head named by `predict_with`."""
         if self.predict_with == "decoder":
             layers = self.decode(memory, self.proposals(memory).references)
             last = Predictions(layers.logits[-1], layers.boxes[-1])
@@ -195,7 +199,7 @@ class BRSDETR(nn.Module):
         return found
 
     def losses(self, memory: Memory, sizes: list[Size], targets: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """All loss terms of a step, weighted; their sum is the training loss (Eq. 17 of the BRS paper)."""
+        """Compute all loss terms of a step, weighted; their sum is the training loss (Eq. 17 of the BRS paper)."""
         packed = PackedTargets.pack(targets, sizes)
         proposals = self.proposals(memory)
         layers = self.decode(memory, proposals.references)
@@ -213,7 +217,7 @@ class BRSDETR(nn.Module):
         sets = [(proposals.predictions.logits, proposals.predictions.boxes, class_agnostic)]
         sets += [(logits, boxes, packed.labels) for logits, boxes in zip(layers.logits, layers.boxes)]
         names = ["encoder", *(f"decoder.{i}" for i in range(len(layers.logits)))]
-        matches = self.matcher([tuple(t.detach() for t in s) for s in sets], packed)
+        matches = self.matcher([(logits.detach(), boxes.detach(), labels) for logits, boxes, labels in sets], packed)
         for name, (logits, boxes, labels), (rows, objects) in zip(names, sets, matches, strict=True):
             if name in names[:2]:  # every decoder layer matches as many objects as the first
                 count = SharedCount(len(rows))
@@ -227,12 +231,13 @@ class BRSDETR(nn.Module):
     def aux_losses(
         self, memory: Memory, maps: list[Tensor], roi: HeadAssignment, atss: HeadAssignment, sizes: list[Size]
     ) -> dict[str, Tensor]:
-        """Terms of the auxiliary query sets at every decoder layer.
+        """Compute the terms of the auxiliary query sets at every decoder layer.
 
         They attend to the encoder's maps like the main queries, each head's set in a pass of its own. What the RoI head
         saw are its pooled features, what the ATSS head saw are the cells of `maps`.
         """
-        losses = {}
+        losses: dict[str, Tensor] = {}
+        assert roi.features is not None  # `RoIHead.losses` returns them
         samples = [
             aux_samples(roi, roi.features, MAX_ROI_SAMPLES),
             aux_samples(atss, cell_features(maps, sizes, self.atss.strides)),
@@ -257,7 +262,7 @@ class BRSDETR(nn.Module):
         scales: Tensor,
         count: SharedCount | None = None,
     ) -> dict[str, Tensor]:
-        """Terms of one prediction set.
+        """Compute the terms of one prediction set.
 
         Args:
             name: prefix of the terms.

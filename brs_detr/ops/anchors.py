@@ -131,7 +131,7 @@ def batch_rows(levels: Sequence[Tensor], extents: Sequence[Sequence[Size]]) -> T
 
 
 def cell_features(maps: Sequence[Tensor], sizes: Sequence[Size], strides: Sequence[int]) -> list[Tensor]:
-    """Feature vectors of the cells inside each image, in the order of `valid_rows` with one anchor a cell.
+    """Select the features of the cells inside each image, in the order of `valid_rows` with one anchor a cell.
 
     Args:
         maps: (B, dim, h, w) per level.
@@ -142,7 +142,7 @@ def cell_features(maps: Sequence[Tensor], sizes: Sequence[Size], strides: Sequen
         Per image (n, dim), with gradient.
     """
     levels = [x.permute(0, 2, 3, 1) for x in maps]
-    extents = [valid_extents(size, [x.shape[1:3] for x in levels], strides) for size in sizes]
+    extents = [valid_extents(size, [(x.shape[1], x.shape[2]) for x in levels], strides) for size in sizes]
     return [valid_rows([x[image] for x in levels], own) for image, own in enumerate(extents)]
 
 

@@ -54,7 +54,7 @@ def require_weights(path: Path, setting: str = "") -> None:
 
 
 def _is_missing(path: Path) -> bool:
-    """True where the path does not exist; what cannot be looked at is left to the reader, who says why."""
+    """Check that a path does not exist; one that cannot be looked at is left to the reader, who says why."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):

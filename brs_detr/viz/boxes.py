@@ -11,7 +11,7 @@ import importlib.util
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ MAX_NAME = 24  # characters of a class name
 
 
 def color(index: int) -> Color:
-    """The color of class or curve `index`; the first ten by hand, later ones by turning the hue by the golden ratio."""
+    """Return the color of class or curve `index`: ten fixed ones, then hues that turn by the golden ratio."""
     if index < len(PALETTE):
         return PALETTE[index]
     red, green, blue = colorsys.hsv_to_rgb(
@@ -54,7 +54,7 @@ def color(index: int) -> Color:
 
 
 def ink_on(tone: Color) -> Color:
-    """Black or white, whichever is read more easily on `tone`."""
+    """Return black or white, whichever is read more easily on `tone`."""
     red, green, blue = tone
     return BLACK if 0.299 * red + 0.587 * green + 0.114 * blue > 150 else WHITE
 
@@ -145,7 +145,7 @@ def draw_boxes(
 def _place_tags(
     boxes: list[list[float]], tags: Sequence[str], size: tuple[int, int], text: int
 ) -> dict[int, tuple[float, float, float, float]]:
-    """Rectangles of the tags by number of the box: above or below it, or inside, where no other tag is."""
+    """Place the tags by number of the box: above or below it, or inside, where no other tag is."""
     places: dict[int, tuple[float, float, float, float]] = {}
     for index in reversed(range(len(tags))):
         x0, y0, x1, y1 = boxes[index]
@@ -164,17 +164,30 @@ def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def write_samples(dataset: Sequence, path: str | Path, count: int) -> None:
+class LabeledImages(Protocol):
+    """A dataset of pairs of an image and its target, as `write_contact_sheet` draws them, with the classes' names."""
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Return the names by label."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Tensor, dict[str, Any]]: ...
+
+
+def write_samples(dataset: LabeledImages, path: str | Path, count: int) -> None:
     """Draw `count` images from all over a dataset as its transforms give them in the first epoch.
 
     Args:
-        dataset: has `classes`; its items are what `write_contact_sheet` draws.
+        dataset: images with ground truth.
         path: image file to write.
         count: images on the sheet; fewer where the dataset has fewer.
     """
     step = max(1, len(dataset) // count)
     chosen = range(0, len(dataset), step)[:count]
-    write_contact_sheet((dataset[index] for index in chosen), dataset.classes, path)  # type: ignore[attr-defined]
+    write_contact_sheet((dataset[index] for index in chosen), dataset.classes, path)
 
 
 def write_contact_sheet(
@@ -230,7 +243,7 @@ def contact_sheet(
 
 
 def to_image(image: Image.Image | np.ndarray | Tensor) -> Image.Image:
-    """An RGB copy of a PIL image, an (h, w, 3) uint8 array or a (3, h, w) uint8 tensor."""
+    """Convert a PIL image, an (h, w, 3) uint8 array or a (3, h, w) uint8 tensor to an RGB copy."""
     if isinstance(image, Tensor):
         image = image.detach().cpu().permute(1, 2, 0).numpy()
     if isinstance(image, np.ndarray):
@@ -239,18 +252,18 @@ def to_image(image: Image.Image | np.ndarray | Tensor) -> Image.Image:
 
 
 def short_name(name: str) -> str:
-    """A class name on one line, cut to `MAX_NAME` characters."""
+    """Shorten a class name to `MAX_NAME` characters on one line."""
     name = printable(name)
     return name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…"
 
 
 def text_size(image: Image.Image) -> int:
-    """Height of letters in pixels: `TEXT`, and more on large images, which are looked at shrunk."""
+    """Return the height of letters in pixels: `TEXT`, and more on large images, which are looked at shrunk."""
     return max(TEXT, round(TEXT * max(image.size) / 640))
 
 
 def text_width(text: str, size: int) -> int:
-    """Width of one line in pixels."""
+    """Measure the width of one line in pixels."""
     return math.ceil(_font(size).getlength(text))
 
 
@@ -268,7 +281,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _select(boxes: Mapping[str, Any] | None, threshold: float) -> tuple[Tensor, list[int], list[float]]:
-    """Finite boxes (n, 4), labels and scores, the lowest score first, so that the best is drawn on top."""
+    """Select finite boxes (n, 4), labels and scores, the lowest score first, so that the best is drawn on top."""
     if boxes is None or not len(boxes["boxes"]):
         return torch.zeros(0, 4), [], []
     corners, labels = (torch.as_tensor(boxes[key]).cpu() for key in ("boxes", "labels"))
@@ -285,7 +298,7 @@ def _name(classes: Sequence[str], label: int) -> str:
 def _with_legend(
     image: Image.Image, counts: Mapping[str, Sequence[int]], classes: Sequence[str], title: str
 ) -> Image.Image:
-    """The image over a strip with one swatch a class and how many boxes of it there are of each kind."""
+    """Add a strip below the image: a swatch per class and how many boxes of it there are of each kind."""
     size = text_size(image)
     kinds = {"detected": "colors: detections", "true": "white: ground truth"}
     heading = "   ".join([*([printable(title)] if title else []), *(kinds[kind] for kind in counts)])

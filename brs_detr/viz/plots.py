@@ -13,8 +13,9 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.style
 import numpy as np
@@ -67,7 +68,7 @@ class Panel:
     title: str
     curves: list[Curve]
     top: float | None = None
-    legend: str = "upper right"
+    legend: Literal["upper right", "lower right"] = "upper right"
 
 
 @_styled
@@ -116,8 +117,9 @@ def draw_precision_recall(
     axes = figure.add_subplot(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     axes.set_title("precision over recall at IoU 0.5" + f" (first {max_classes})" * (len(curves) > max_classes))
     axes.grid()
-    shown: list[tuple[str, Any, dict[str, Any]]]
-    shown = [(name, curve, {"color": _rgb(index)}) for index, (name, curve) in enumerate(curves.items())][:max_classes]
+    shown: list[tuple[str, Any, dict[str, Any]]] = []
+    for index, (name, curve) in enumerate(islice(curves.items(), max_classes)):
+        shown.append((name, curve, {"color": _rgb(index)}))
     if len(curves) > 1:
         mean = np.mean(list(curves.values()), axis=0)
         shown.insert(0, (f"all {len(curves)} classes", mean, {"color": "black", "linewidth": 2.5}))
@@ -165,7 +167,7 @@ def draw_confusion(confusion: Confusion, out_png: str | Path | None = None) -> F
         _write_counts(axes, confusion.counts, shares, colors, side)
     figure.suptitle("confusion matrix at IoU 0.5, each class at its score of best F1", fontsize=11)
     kinds = zip(("correct", "another class", "missed, or no object there"), KINDS, strict=True)
-    patches = [Patch(color=tuple(value / 255 for value in tone), label=text) for text, tone in kinds]
+    patches = [Patch(color=(red / 255, green / 255, blue / 255), label=text) for text, (red, green, blue) in kinds]
     figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False)
     return _save(figure, out_png)
 
@@ -184,7 +186,7 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 
 
 def smoothed(points: Points, span: int) -> Points:
-    """The running median over `span` points, centered, shorter at both ends; one spike leaves no trace in it."""
+    """Compute the running median of `span` points, centered, fewer at both ends: a single spike leaves no trace."""
     values, half = [y for _, y in points], span // 2
     return [(x, statistics.median(values[max(0, i - half) : i + half + 1])) for i, (x, _) in enumerate(points)]
 
@@ -202,7 +204,7 @@ def _loss_panel(train: list, x_name: str) -> Panel:
 
 
 def _terms_panel(train: list, x_name: str) -> Panel:
-    """The loss terms summed by the head they belong to, the part of their name before the first dot."""
+    """Sum the loss terms by the head they belong to, the part of their name before the first dot."""
     heads: dict[str, Points] = defaultdict(list)
     for record in train:
         sums: dict[str, float] = defaultdict(float)
@@ -257,7 +259,7 @@ def _points(records: list, x_name: str, name: str) -> Points:
 
 
 def _robust_top(points: Points) -> float:
-    """Above nearly all values: one early spike must not flatten the rest."""
+    """Return a limit above nearly all values: one early spike must not flatten the rest."""
     values = sorted(y for _, y in points)
     if not values:
         return 1.0
@@ -270,20 +272,21 @@ def _positive(top: float) -> float:
 
 
 def _is_number(value: Any) -> bool:
-    """True for a finite number that float32 can hold, which all are that a run logs; axes of larger ones overflow."""
+    """Check for a finite number that float32 can hold, as all that a run logs are; axes of larger ones overflow."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_FLOAT32
 
 
-def _rgb(index: int) -> tuple[float, ...]:
-    """The color of class or curve `index` in matplotlib's range, 0 to 1."""
-    return tuple(value / 255 for value in color(index))
+def _rgb(index: int) -> tuple[float, float, float]:
+    """Return the color of class or curve `index` in matplotlib's range, 0 to 1."""
+    red, green, blue = color(index)
+    return red / 255, green / 255, blue / 255
 
 
 KINDS = ((31, 119, 180), (208, 64, 40), (96, 104, 114))  # correct, detected as another class, missed or false
 
 
 def _cell_colors(shares: np.ndarray) -> np.ndarray:
-    """From white to the color of each cell's kind, (n, n, 3) in 0 to 1, by the square root so that few are seen too."""
+    """Blend white with each cell's color, (n, n, 3) in 0 to 1, by the square root so that few are seen too."""
     kinds = np.ones(shares.shape, int)
     np.fill_diagonal(kinds, 0)
     kinds[-1], kinds[:, -1] = 2, 2

@@ -82,7 +82,7 @@ def read_voc(
 
 
 def _labels(root: Path, trees: dict[Path, Element], classes: Sequence[str]) -> dict[str, int]:
-    """Number the class names from 1."""
+    """Assign numbers from 1 to the class names."""
     occurring = {_text(item, "name") for tree in trees.values() for item in tree.iter("object")} - {""}
     unknown = sorted(occurring - set(classes)) if classes else []
     if unknown:

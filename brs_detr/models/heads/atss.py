@@ -95,12 +95,13 @@ class ATSSHead(TowerHead):
         output: DenseOutput,
         extents: Sequence[Sequence[Size]],
         assignment: HeadAssignment,
-        normalizer: SharedCount,
+        normalizer: Tensor | SharedCount | None,
         box_weight: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """As `DenseHead.terms`, and with the branch "centerness", whose target weighs the box losses."""
         if output.centerness is None:
             return super().terms(output, extents, assignment, normalizer, box_weight)
+        assert isinstance(normalizer, SharedCount)  # that of `normalizer`
         rows = assignment.rows
         target = centerness_target(torch.cat(assignment.references)[rows], assignment.targets)
         terms = super().terms(output, extents, assignment, normalizer, box_weight=target)

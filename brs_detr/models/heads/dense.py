@@ -237,7 +237,9 @@ class DenseHead(nn.Module):
         boxes, scores, labels, groups, kept = (torch.cat(column, dim=1) for column in zip(*levels, strict=True))
         return [
             suppress(
-                *(column[image] for column in (boxes, scores, labels)),
+                boxes[image],
+                scores[image],
+                labels[image],
                 size,
                 groups=groups[image],
                 kept=kept[image],

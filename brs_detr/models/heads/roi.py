@@ -91,7 +91,7 @@ class RoIHead(nn.Module):
         return RoIOutput(self.score(hidden)[back], deltas[back], reduce(pooled, "n d y x -> n d", "mean")[back])
 
     def _pool(self, features: Sequence[Tensor], rois: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """RoIAlign of every RoI on the map of its size: (N, dim, pool, pool) in level order, and that order (N,)."""
+        """Pool every RoI on the map of its size: (N, dim, pool, pool) in level order, and that order (N,)."""
         boxes = torch.cat(list(rois)).float()
         image = torch.cat([box.new_full((box.shape[0], 1), b, dtype=torch.float32) for b, box in enumerate(rois)])
         side = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1).sqrt()
@@ -109,7 +109,7 @@ class RoIHead(nn.Module):
     def losses(
         self, features: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size], targets: Sequence[dict]
     ) -> HeadLosses:
-        """Loss terms of the whole batch, as one prediction set.
+        """Compute the loss terms of the batch, as one prediction set.
 
         Args:
             features: (B, dim, h, w) per stride.
@@ -143,7 +143,7 @@ class RoIHead(nn.Module):
     def _sample(
         self, proposals: Sequence[Tensor], sizes: Sequence[Size], targets: Sequence[dict]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """RoIs (n, 4) of every image, positives first, and their assignment (n,); n is at least 1."""
+        """Choose the RoIs (n, 4) of every image, positives first, and their assignment (n,); n is at least 1."""
         candidates, assignments = [], []
         for boxes, (height, width), target in zip(proposals, sizes, targets, strict=True):
             boxes, objects = boxes[: self.max_rois].float(), target["boxes"].float()
@@ -167,21 +167,23 @@ class RoIHead(nn.Module):
     def predict(
         self, features: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size]
     ) -> list[dict[str, Tensor]]:
-        """Detections of each image, best first: {"boxes": (n, 4) xyxy pixels of the input, "scores", "labels"}."""
+        """Detect objects, best first, per image: {"boxes": (n, 4) xyxy pixels of the input, "scores", "labels"}."""
         output = self(features, proposals)
         logits = output.logits.float()
         scores = logits.softmax(dim=1)[:, :-1] if self.softmax else logits.sigmoid()
         boxes = self.coder.decode(torch.cat(list(proposals))[:, None], output.deltas)
         labels = torch.arange(self.num_classes, device=logits.device).expand_as(scores)
         counts = [rois.shape[0] for rois in proposals]
-        columns = (column.split(counts) for column in (boxes, scores, labels))
+        images = zip(boxes.split(counts), scores.split(counts), labels.split(counts), sizes, strict=True)
         return [
             suppress(
-                *(part.flatten(0, 1) for part in parts),
+                own_boxes.flatten(0, 1),
+                own_scores.flatten(),
+                own_labels.flatten(),
                 size,
-                kept=parts[1].flatten() > self.score_threshold,
+                kept=own_scores.flatten() > self.score_threshold,
                 nms_iou=self.nms_iou,
                 max_detections=self.max_detections,
             )
-            for *parts, size in zip(*columns, sizes, strict=True)
+            for own_boxes, own_scores, own_labels, size in images
         ]

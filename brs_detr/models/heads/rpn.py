@@ -35,6 +35,8 @@ class RPNHead(DenseHead):
         config: see `RPNConfig`.
     """
 
+    assigner: MaxIoUAssigner
+
     def __init__(self, dim: int, strides: Sequence[int], config: RPNConfig) -> None:
         octave = [config.anchor_scale * 2 ** (i / config.scales_per_octave) for i in range(config.scales_per_octave)]
         sampler = None if config.sample is None else RandomSampler(config.sample, positive_fraction=0.5)
@@ -59,33 +61,36 @@ class RPNHead(DenseHead):
         self.delta = nn.Conv2d(dim, self.anchors.per_cell * 4, 1)
         for layer in (self.conv, self.score, self.delta):
             nn.init.normal_(layer.weight, std=0.01)
+            assert layer.bias is not None
             nn.init.zeros_(layer.bias)
 
     def forward(self, features: Sequence[Tensor]) -> DenseOutput:
-        """Feature maps (B, dim, h, w), one per stride -> objectness and offsets of all anchors."""
+        """Predict objectness and offsets of all anchors from feature maps (B, dim, h, w), one per stride."""
         hidden = [self.conv(x).relu() for x in features]
         logits = [rearrange(self.score(x), "b a y x -> b y x a 1") for x in hidden]
         deltas = [rearrange(self.delta(x), "b (a box) y x -> b y x a box", box=4) for x in hidden]
         return DenseOutput(logits, deltas)
 
     def losses(self, output: DenseOutput, sizes: Sequence[Size], targets: Sequence[dict]) -> HeadLosses:
-        """As `DenseHead.losses`; the classes of the targets are not used."""
+        """Compute the losses as `DenseHead.losses` does; the classes of the targets are not used."""
         objects = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
         return super().losses(output, sizes, objects)
 
     def normalizer(self, assignment: HeadAssignment) -> Tensor | None:
-        """Number of sampled anchors, of which each kind counts at least once an image, as in the published code."""
+        """Count the sampled anchors, of which each kind counts at least once an image, as in the published code."""
         if self.assigner.sampler is None:
             return None
-        columns = assignment.per_image(assignment.labels), assignment.per_image(assignment.valid)
-        return sum(((labels == kind) & valid).sum().clamp(min=1) for labels, valid in zip(*columns) for kind in (0, 1))
+        assert assignment.valid is not None  # a sampler ignores anchors
+        images = zip(assignment.per_image(assignment.labels), assignment.per_image(assignment.valid), strict=True)
+        counts = [((labels == kind) & valid).sum() for labels, valid in images for kind in (0, 1)]
+        return torch.stack(counts).clamp(min=1).sum()
 
     def limits(self) -> tuple[int, int]:
-        """More candidates and proposals while training."""
+        """Return larger limits while training."""
         if self.training:
             return self.before_nms, self.max_detections
         return self.test_limits
 
     def proposals(self, output: DenseOutput, sizes: Sequence[Size]) -> list[Tensor]:
-        """Proposed boxes of each image: (n, 4) xyxy pixels, best first, detached."""
+        """Propose boxes for each image: (n, 4) xyxy pixels, best first, detached."""
         return [found["boxes"] for found in self.predict(output, sizes)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
@@ -104,27 +105,36 @@ def _never_empty(samples: AuxSamples, scales: Tensor, num_classes: int) -> AuxSa
     if all(len(labels) for labels in samples.labels):
         return samples
     whole = torch.cat([torch.zeros_like(scales[:, :2]), scales[:, 2:]], dim=1)[:, None]
-    spare = [
-        AuxSamples(
-            box, labels.new_full((1,), num_classes), torch.zeros_like(box), features.new_zeros(1, features.shape[1])
-        )
-        for box, labels, features in zip(whole, samples.labels, samples.features, strict=True)
-    ]
-    columns = zip(samples, zip(*spare, strict=True), strict=True)
+    spare = AuxSamples(
+        boxes=list(whole),
+        labels=[labels.new_full((1,), num_classes) for labels in samples.labels],
+        targets=[torch.zeros_like(box) for box in whole],
+        features=[features.new_zeros(1, features.shape[1]) for features in samples.features],
+    )
+    columns = zip(samples, spare, strict=True)
     return AuxSamples(*([one if len(one) else s for one, s in zip(column, spares)] for column, spares in columns))
 
 
-def _select(samples, counts, scales, num_classes, max_queries, min_queries, priority) -> AuxQueries:
+def _select(
+    samples: AuxSamples,
+    counts: np.ndarray,
+    scales: Tensor,
+    num_classes: int,
+    max_queries: int,
+    min_queries: int,
+    priority: Callable[[int], Tensor],
+) -> AuxQueries:
+    """Choose the queries of one head; `counts` (B,) are its numbers of positives, `scales` (B, 4) pixels."""
     n = int(min(max(counts.max(), min_queries), max_queries))
-    chosen, rows = [], []
+    chosen, positives = [], []
     for image, labels in enumerate(samples.labels):
         # Background after the positives, random order within both.
         order = priority(len(labels)).to(labels.device, non_blocking=True) + (labels >= num_classes)
         order = order.argsort(stable=True)
         slots = torch.arange(n) % len(labels)
         chosen.append(order[slots.to(labels.device, non_blocking=True)])
-        rows.append(image * n + torch.nonzero(slots < int(counts[image]))[:, 0])  # on the host
-    rows = torch.cat(rows).to(scales.device, non_blocking=True)
+        positives.append(image * n + torch.nonzero(slots < int(counts[image]))[:, 0])  # on the host
+    rows = torch.cat(positives).to(scales.device, non_blocking=True)
 
     def gather(values: Sequence[Tensor]) -> Tensor:
         return torch.stack([v[index] for v, index in zip(values, chosen, strict=True)])
@@ -159,6 +169,6 @@ class AuxQueryEmbedding(nn.Module):
         self.feature_norm = nn.LayerNorm(dim)
 
     def forward(self, boxes: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """boxes (B, n, 4) cxcywh, features (B, n, dim) -> position, content, both (B, n, dim)."""
+        """Embed boxes (B, n, 4) cxcywh and features (B, n, dim) as position and content, both (B, n, dim)."""
         position, content = self.box_embedding(boxes)
         return position + self.offset, content + self.feature_norm(self.feature_projection(features))
