@@ -1,6 +1,6 @@
 """Two towers of convolutions on every level of a pyramid, one for classes and one for boxes.
 
-They are the layers of RetinaNet (Lin et al., "Focal Loss for Dense Object Detection", section 4), ATSS, PAA and FoveaBox.
+They are the layers of RetinaNet (Lin et al., "Focal Loss for Dense Object Detection"), ATSS, PAA and FoveaBox.
 """
 
 from __future__ import annotations
