@@ -56,10 +56,11 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--any-size: height and width are dynamic. Leave out --height and --width, or --any-size.")
     require_writable(options.out.parent, "--out")
     model, weights, config, file = restore(options.weights, options.overrides)
-    assert isinstance(model, BRSDETR)  # both detectors of `build_model` are; `restore` declares an nn.Module
-    if config.eval.predict_with != "decoder":
+    if not isinstance(model, BRSDETR):
+        raise ConfigError(f"{file}: {config.model.name} cannot be exported, only brs_detr and co_detr can.")
+    if model.predict_with != "decoder":
         raise ConfigError(
-            f"eval.predict_with={config.eval.predict_with}: only the decoder's detections can be exported. "
+            f"eval.predict_with={model.predict_with}: only the decoder's detections can be exported. "
             "Add eval.predict_with=decoder."
         )
     size = input_size(config, options)

@@ -10,7 +10,6 @@ import importlib.metadata
 import os
 import platform
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +19,7 @@ from brs_detr.data.json_file import load_json
 from brs_detr.engine.optim import count_parameters
 from brs_detr.evaluation.coco_eval import fast_backend_installed
 from brs_detr.evaluation.summary import text_table
+from brs_detr.models.detector import Detector
 from brs_detr.run.setup import build_detector, describe_detector
 
 COCO_CLASSES = 80
@@ -77,13 +77,10 @@ def parts(model: nn.Module) -> str:
     return text_table(["class", "parameters", "trained"], shown).replace("class     ", "part      ", 1)
 
 
-def inputs(config: Config, model: nn.Module) -> str:
+def inputs(config: Config, model: Detector) -> str:
     """Format the sizes of images and feature maps."""
     data, augment = config.data, config.data.augment
-    backbone: Any = model.backbone  # nn.Module does not declare `strides`
-    # each level beyond the backbone's has twice the stride of the one before
-    extra = [2 ** (i - 1) * backbone.strides[-1] for i in range(2, 2 + config.model.levels)]
-    strides = [*backbone.strides, *extra][: config.model.levels]
+    strides = model.strides
     short, long = data.test_short_side, data.test_long_side
     maps = " ".join(f"{-(-short // s)}x{-(-long // s)}" for s in strides)
     tokens = sum(-(-short // s) * -(-long // s) for s in strides)
@@ -91,7 +88,7 @@ def inputs(config: Config, model: nn.Module) -> str:
         f"training images: short side {min(augment.short_sides)}-{max(augment.short_sides)}, "
         f"long side up to {augment.long_side}\n"
         f"test images: short side {short}, long side up to {long}\n"
-        f"maps of the largest test image (strides {', '.join(map(str, strides))}): {maps}, {tokens:,} tokens"
+        f"maps of the largest test image (strides {', '.join(map(str, strides))}): {maps}, {tokens:,} cells"
     )
 
 

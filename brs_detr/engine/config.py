@@ -80,4 +80,5 @@ class EvalConfig:
     batch_size: Count = 1  # images a process
     score_threshold: float = 0.0
     max_detections: Count = 100
-    predict_with: Literal["decoder", "roi", "atss"] = "decoder"  # the head whose boxes count; no NMS with the decoder
+    # the head whose boxes count; auto: the decoder of BRS-DETR, which needs no NMS
+    predict_with: Literal["auto", "decoder", "roi", "atss"] = "auto"

@@ -21,6 +21,7 @@ from brs_detr.losses.boxes import paired_giou_loss, paired_iou
 from brs_detr.losses.distributed import SharedCount
 from brs_detr.losses.objective import PredictionSet
 from brs_detr.models.config import BRSDETRConfig
+from brs_detr.models.detector import Detector, to_stored_images
 from brs_detr.models.heads.atss import ATSSHead
 from brs_detr.models.heads.dense import Objective
 from brs_detr.models.heads.roi import RoIHead
@@ -32,10 +33,8 @@ from brs_detr.models.transformer.encoder import DeformableEncoder, Memory
 from brs_detr.models.transformer.two_stage import BoxEmbedding, TwoStageHead
 from brs_detr.ops.anchors import cell_features, take_rows
 from brs_detr.ops.images import ImageBatch, Size
-from brs_detr.ops.targets import PackedTargets, check_targets
+from brs_detr.ops.targets import PackedTargets
 
-PIXEL_MEAN = (123.675, 116.28, 103.53)
-PIXEL_STD = (58.395, 57.12, 57.375)
 MAX_ROI_SAMPLES = 2000  # regions of an image among which auxiliary queries are chosen
 
 
@@ -77,7 +76,7 @@ def detections_from(
     return found
 
 
-class BRSDETR(nn.Module):
+class BRSDETR(Detector):
     """The detector, assembled from its parts (see `build.py`).
 
     Args:
@@ -89,11 +88,8 @@ class BRSDETR(nn.Module):
         matcher: assigns predictions of the decoder and of the encoder proposals to objects.
     """
 
+    heads = ("decoder", "roi", "atss")
     objectness = ("proposals.classifier.weight", "proposals.classifier.bias")
-    """Tensors whose first row scores any object, whatever the classes: fine-tuning on other classes keeps that row."""
-
-    pixel_mean: Tensor
-    pixel_std: Tensor
 
     def __init__(
         self,
@@ -111,7 +107,7 @@ class BRSDETR(nn.Module):
         objective: Objective,
         matcher: HungarianMatcher,
     ) -> None:
-        super().__init__()
+        super().__init__(num_classes)
         dim = config.dim
         self.backbone, self.neck, self.encoder = backbone, neck, encoder
         self.proposals, self.decoder = proposals, decoder
@@ -121,51 +117,15 @@ class BRSDETR(nn.Module):
         self.rpn, self.roi, self.atss = rpn, roi, atss
         self.aux_embeddings = nn.ModuleDict({"roi": AuxQueryEmbedding(dim), "atss": AuxQueryEmbedding(dim)})
         self.objective, self.matcher = objective, matcher
-        self.num_classes, self.max_aux_queries = num_classes, config.max_aux_queries
+        self.max_aux_queries = config.max_aux_queries
         self.detections_per_image = config.detections_per_image
-        self.predict_with = "decoder"  # or a dense head's own detections: "roi", "atss"
+        self.strides = rpn.strides[:-1]
         # The released code ranks all K columns of the class-agnostic encoder proposals, of which K - 1 only ever serve
         # as negatives; "first" ranks column 0 alone.
         self.rank_all_encoder_columns = config.encoder_ranking == "all"
         # Two-stage branches start as copies of the decoder's (section "initialization" of the released code).
         self.proposals.classifier.load_state_dict(decoder.classifiers[0].state_dict())
         self.proposals.regressor.load_state_dict(decoder.regressors[0].state_dict())
-        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
-
-    def forward(
-        self, images: ImageBatch | Sequence[Tensor], targets: Sequence[dict[str, Any]] | None = None
-    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Compute the losses in training mode, the detections in eval mode.
-
-        Args:
-            images: a padded batch, or a list of (3, h, w) RGB tensors in 0..255.
-            targets: in training one dict an image: `boxes` (n, 4) xyxy pixels, `labels` (n,) in 0..K-1.
-
-        Returns:
-            Training: named loss terms whose sum is the loss. Eval: one dict an image, `boxes` (n, 4) xyxy pixels of
-            the stored image, `scores` (n,), `labels` (n,).
-
-        Raises:
-            ValueError: in training without targets, or where `check_targets` refuses them.
-        """
-        batch = images if isinstance(images, ImageBatch) else ImageBatch.from_list(images)
-        if not self.training:
-            return self.detect(self.encode_batch(batch), batch)
-        if targets is None:
-            raise ValueError("training needs targets: call model(images, targets), or model.eval() to predict")
-        check_targets(targets, self.num_classes)
-        return self.losses(self.encode_batch(batch), batch.sizes, targets)
-
-    def encode_batch(self, batch: ImageBatch) -> Memory:
-        """Normalize a batch and encode it."""
-        padding = batch.padding_mask()
-        return self.encode(self.normalize(batch.pixels, padding), padding)
-
-    def normalize(self, pixels: Tensor, padding: Tensor) -> Tensor:
-        """Bring (B, 3, H, W) in 0..255 to zero mean and unit deviation; padding is 0 after, not before."""
-        x = (pixels.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
-        return x.masked_fill(padding[:, None], 0.0)
 
     def encode(self, x: Tensor, padding: Tensor) -> Memory:
         """Encode normalized (B, 3, H, W) images with their (B, H, W) padding."""
@@ -194,11 +154,9 @@ class BRSDETR(nn.Module):
             found = self.roi.predict(maps[:4], self.rpn.proposals(self.rpn(maps), images.sizes), images.sizes)
         else:
             found = self.atss.predict(self.atss(maps), images.sizes)
-        for one, (h, w), (full_h, full_w) in zip(found, images.sizes, images.original_sizes, strict=True):
-            one["boxes"] = one["boxes"] * one["boxes"].new_tensor([full_w / w, full_h / h, full_w / w, full_h / h])
-        return found
+        return to_stored_images(found, images)
 
-    def losses(self, memory: Memory, sizes: list[Size], targets: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def losses(self, memory: Memory, sizes: Sequence[Size], targets: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Compute all loss terms of a step, weighted; their sum is the training loss (Eq. 17 of the BRS paper)."""
         packed = PackedTargets.pack(targets, sizes)
         proposals = self.proposals(memory)
@@ -229,7 +187,7 @@ class BRSDETR(nn.Module):
         return losses
 
     def aux_losses(
-        self, memory: Memory, maps: list[Tensor], roi: HeadAssignment, atss: HeadAssignment, sizes: list[Size]
+        self, memory: Memory, maps: list[Tensor], roi: HeadAssignment, atss: HeadAssignment, sizes: Sequence[Size]
     ) -> dict[str, Tensor]:
         """Compute the terms of the auxiliary query sets at every decoder layer.
 

@@ -39,6 +39,7 @@ from brs_detr.engine.optim import count_parameters
 from brs_detr.models.backbones.timm_backbone import plain_name
 from brs_detr.models.build import build_model, sampling_here
 from brs_detr.models.config import ModelConfig
+from brs_detr.models.detector import Detector
 
 
 def train_transforms(config: Config) -> TrainTransforms:
@@ -129,7 +130,7 @@ def require_same_categories(
         )
 
 
-def build_detector(config: Config, num_classes: int, *, initial_weights: bool = True) -> nn.Module:
+def build_detector(config: Config, num_classes: int, *, initial_weights: bool = True) -> Detector:
     """Build the detector, seeded; with `initial_weights=False` without pretrained weights, as others are loaded next.
 
     Raises:
@@ -148,11 +149,14 @@ def build_detector(config: Config, num_classes: int, *, initial_weights: bool = 
         if backbone.checkpoint and backbone.checkpoint not in reason:
             subject = f"model.backbone.checkpoint={backbone.checkpoint}: "
         raise ConfigError(subject + reason) from error
-    model.predict_with = config.eval.predict_with  # type: ignore[assignment]  # nn.Module declares tensors and modules
+    try:
+        model.predict_with = config.eval.predict_with
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     return model
 
 
-def load_initial_weights(model: nn.Module, config: Config, classes: Sequence[str]) -> Transfer | None:
+def load_initial_weights(model: Detector, config: Config, classes: Sequence[str]) -> Transfer | None:
     """Load `train.init_from`, if given, into a fresh detector; the weights may be of a run with other classes.
 
     Returns:
@@ -164,11 +168,10 @@ def load_initial_weights(model: nn.Module, config: Config, classes: Sequence[str
     rows: dict[str, int] = {}
     if weights.classes != list(classes):
         rows = rows_per_class(model, build_detector(config, len(classes) + 1, initial_weights=False))
-    objectness = getattr(model, "objectness", ())  # only detectors with class-agnostic proposals have it
-    return load_matching(model, weights.tensors, weights.classes, classes, rows, objectness)
+    return load_matching(model, weights.tensors, weights.classes, classes, rows, model.objectness)
 
 
-def restore(path: Path, overrides: Sequence[str] = ()) -> tuple[nn.Module, Weights, Config, Path]:
+def restore(path: Path, overrides: Sequence[str] = ()) -> tuple[Detector, Weights, Config, Path]:
     """Load the detector of a run folder or weights file, ready to predict.
 
     Args:

@@ -1,0 +1,123 @@
+"""What every detector is to its users: images in, loss terms or detections out.
+
+A detector adds `encode` (normalized images to feature maps), `losses` and `detect`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from brs_detr.ops.images import ImageBatch, Size
+from brs_detr.ops.targets import check_targets
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+class Detector(nn.Module):
+    """Base of all detectors.
+
+    Args:
+        num_classes: K.
+
+    Attributes:
+        heads: names of the heads whose detections `predict_with` can ask for; the first is the default.
+        objectness: names of tensors whose first row scores any object, whatever the classes: fine-tuning on other
+            classes keeps that row.
+        strides: pixels per cell of the feature maps, finest first.
+    """
+
+    heads: tuple[str, ...] = ("detector",)
+    objectness: tuple[str, ...] = ()
+    strides: tuple[int, ...] = ()
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self._predict_with = self.heads[0]
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def predict_with(self) -> str:
+        """Name of the head whose detections are returned."""
+        return self._predict_with
+
+    @predict_with.setter
+    def predict_with(self, name: str) -> None:
+        """Choose the head; "auto" is the detector's own choice.
+
+        Raises:
+            ValueError: the detector has no such head.
+        """
+        if name not in ("auto", *self.heads):
+            raise ValueError(f"eval.predict_with={name}: this detector has {', '.join(self.heads)}. Use auto.")
+        self._predict_with = self.heads[0] if name == "auto" else name
+
+    def forward(
+        self, images: ImageBatch | Sequence[Tensor], targets: Sequence[dict[str, Any]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Compute the losses in training mode, the detections in eval mode.
+
+        Args:
+            images: a padded batch, or a list of (3, h, w) RGB tensors in 0..255.
+            targets: in training one dict an image: `boxes` (n, 4) xyxy pixels, `labels` (n,) in 0..K-1.
+
+        Returns:
+            Training: named loss terms whose sum is the loss. Eval: one dict an image, `boxes` (n, 4) xyxy pixels of
+            the stored image, `scores` (n,), `labels` (n,).
+
+        Raises:
+            ValueError: in training without targets, or where `check_targets` refuses them.
+        """
+        batch = images if isinstance(images, ImageBatch) else ImageBatch.from_list(images)
+        if not self.training:
+            return self.detect(self.encode_batch(batch), batch)
+        if targets is None:
+            raise ValueError("training needs targets: call model(images, targets), or model.eval() to predict")
+        check_targets(targets, self.num_classes)
+        return self.losses(self.encode_batch(batch), batch.sizes, targets)
+
+    def encode_batch(self, batch: ImageBatch) -> Any:
+        """Normalize a batch and encode it."""
+        padding = batch.padding_mask()
+        return self.encode(self.normalize(batch.pixels, padding), padding)
+
+    def normalize(self, pixels: Tensor, padding: Tensor) -> Tensor:
+        """Map (B, 3, H, W) in 0..255 to zero mean and unit deviation; padding is 0 after, not before."""
+        x = (pixels.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
+        return x.masked_fill(padding[:, None], 0.0)
+
+    @abstractmethod
+    def encode(self, x: Tensor, padding: Tensor) -> Any:
+        """Encode normalized images (B, 3, H, W), with their padding (B, H, W), to what the heads read."""
+
+    @abstractmethod
+    def losses(self, features: Any, sizes: Sequence[Size], targets: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Compute the named loss terms of a step, weighted, from `encode`'s result.
+
+        Args:
+            features: of `encode`.
+            sizes: (h, w) of each image inside the padding.
+            targets: as for `forward`.
+        """
+
+    @abstractmethod
+    def detect(self, features: Any, images: ImageBatch) -> list[dict[str, Tensor]]:
+        """Return the detections of each image in the frame of the stored image, from `encode`'s result."""
+
+
+def to_stored_images(detections: Sequence[dict[str, Tensor]], images: ImageBatch) -> list[dict[str, Tensor]]:
+    """Scale boxes (n, 4) xyxy from the pixels of the resized images to those of the stored ones."""
+    scaled = []
+    for found, (h, w), (full_h, full_w) in zip(detections, images.sizes, images.original_sizes, strict=True):
+        factor = found["boxes"].new_tensor([full_w / w, full_h / h, full_w / w, full_h / h])
+        scaled.append({**found, "boxes": found["boxes"] * factor})
+    return scaled
