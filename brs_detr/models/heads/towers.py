@@ -59,7 +59,7 @@ class TowerHead(DenseHead):
                     nn.init.constant_(layer.bias, PRIOR_BIAS if layer is self.score else 0.0)
 
     def forward(self, features: Sequence[Tensor]) -> DenseOutput:
-        """Feature maps (B, dim, h, w), one per stride -> predictions at every anchor."""
+        """Predict at every anchor from feature maps (B, dim, h, w), one per stride."""
         logits = [
             rearrange(self.score(self.class_tower(x)), "b (a c) y x -> b y x a c", c=self.num_classes) for x in features
         ]
@@ -75,7 +75,7 @@ class TowerHead(DenseHead):
 
 
 def _tower(dim: int, depth: int, groups: int | None) -> nn.Sequential:
-    """3x3 convolutions, each with a norm if it has groups, and ReLU."""
+    """Stack 3x3 convolutions, each with a norm if it has groups, and ReLU."""
     return nn.Sequential(*(_block(dim, groups) for _ in range(depth)))
 
 
