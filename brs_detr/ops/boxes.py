@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, clip_boxes_to_image
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 
 from brs_detr.ops.images import Size
 
@@ -90,6 +90,16 @@ def _center_side(boxes: Tensor) -> tuple[Tensor, Tensor]:
     return (low + high) * 0.5, high - low
 
 
+class Candidates(NamedTuple):
+    """The boxes that enter `suppress`, whose arguments these are; those of several images have one more dimension."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    groups: Tensor
+    kept: Tensor
+
+
 def suppress(
     boxes: Tensor,
     scores: Tensor,
@@ -126,3 +136,24 @@ def suppress(
         boxes, scores, labels, groups = boxes[index], scores[index], labels[index], groups[index]
     best = batched_nms(boxes, scores, groups, nms_iou)[:max_detections]
     return {"boxes": boxes[best], "scores": scores[best], "labels": labels[best]}
+
+
+def vote(
+    boxes: Tensor, labels: Tensor, candidates: Tensor, candidate_scores: Tensor, candidate_labels: Tensor
+) -> Tensor:
+    """Replace each box by the mean of the candidates of its class that overlap it ("score voting" of PAA, section 3.4).
+
+    A candidate weighs exp(-(1 - IoU)^2 / 0.025) times its score, if the IoU is above 0.01.
+
+    Args:
+        boxes: (n, 4) xyxy pixels. labels: (n,).
+        candidates: (m, 4) xyxy pixels. candidate_scores: (m,), 0 for those without a vote. candidate_labels: (m,).
+
+    Returns:
+        (n, 4). A box without votes, such as an empty one, which has no IoU even with itself, stays as it is.
+    """
+    iou = torch.where(labels[:, None] == candidate_labels, box_iou(boxes, candidates), 0.0)
+    weight = torch.where(iou > 0.01, (-(1 - iou).square() / 0.025).exp() * candidate_scores, 0.0)
+    total = weight.sum(dim=1, keepdim=True)
+    mean = weight @ candidates / total.clamp(min=torch.finfo(total.dtype).tiny)
+    return torch.where(total > 0, mean, boxes)
