@@ -79,6 +79,37 @@ class BoxCoder:
         return torch.cat([center - half, center + half], dim=-1)
 
 
+@dataclass(frozen=True)
+class PointCoder:
+    """Conversion of boxes to distances from a point to their four sides, and back (FoveaBox, Eq. 4).
+
+    The point is the center of a reference box; a distance is the logarithm of its ratio to the reference's side.
+
+    Attributes:
+        largest_target: encoded ratios are at most this, and at least its inverse, also for a side that the point lies
+            beyond.
+        largest_factor: decoded ratios are at most this, and at least its inverse: exp() must not overflow.
+    """
+
+    largest_target: float = 16.0
+    largest_factor: float = 1000 / 16
+
+    def encode(self, references: Tensor, boxes: Tensor) -> Tensor:
+        """Compute log distances (..., 4), left, top, right, bottom, from references (..., 4) to boxes (..., 4) xyxy."""
+        center, side = _center_side(_wide(references))
+        boxes = _wide(boxes)
+        distance = torch.cat([center - boxes[..., :2], boxes[..., 2:] - center], dim=-1)
+        ratio = distance / torch.cat([side, side], dim=-1)
+        return ratio.clamp(1 / self.largest_target, self.largest_target).log()
+
+    def decode(self, references: Tensor, deltas: Tensor) -> Tensor:
+        """Compute boxes (..., 4) xyxy from log distances (..., 4); they are not clipped to any image."""
+        center, side = _center_side(_wide(references))
+        limit = math.log(self.largest_factor)
+        ratio = _wide(deltas).clamp(-limit, limit).exp()
+        return torch.cat([center - side * ratio[..., :2], center + side * ratio[..., 2:]], dim=-1)
+
+
 def _wide(x: Tensor) -> Tensor:
     """Cast to float32, unless float64: half precision has too few digits for pixel coordinates."""
     return x if x.dtype == torch.float64 else x.float()

@@ -1,11 +1,12 @@
 """PAA's head, against arrays of the official ranking heads and against what must hold anyway."""
 
+import math
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, generalized_box_iou
 
 from brs_detr.losses.objective import RankingObjective, ScoreObjective
 from brs_detr.models.heads.dense import DenseHead, DenseOutput
@@ -192,3 +193,28 @@ def test_an_empty_box_at_the_border_is_not_nan():
     deltas[0][0, 0, 7, 0, 0] = 100.0  # ten widths to the right: nothing is left inside the image
     (found,) = head.predict(DenseOutput(logits, deltas), SIZES[:1])
     assert found["boxes"].shape == (1, 4) and found["boxes"].isfinite().all()
+
+
+def test_cost_is_focal_loss_plus_giou_loss():
+    """Of all-zero logits, focal loss is (alpha + (1 - alpha) (C - 1)) ln(2) / 4."""
+    output = DenseOutput(
+        [torch.zeros(1, h, w, 3, 2) for h, w in SHAPES], [torch.zeros(1, h, w, 3, 4) for h, w in SHAPES]
+    )
+    head = published(classes=2, box_cost=1.3)
+    anchors = [torch.cat([level.reshape(-1, 4) for level in head.anchors(SHAPES)])]
+    counts = [[h * w * 3 for h, w in SHAPES]]
+    candidates = DenseHead.match(head, anchors, counts, targets([OBJECT]), output, [SHAPES])
+    costs = head.costs(anchors, candidates, output, [SHAPES])
+    rows = (candidates.assigned == 0).nonzero()[:, 0]
+    giou = generalized_box_iou(anchors[0][rows], torch.tensor([OBJECT]))[:, 0]
+    torch.testing.assert_close(costs[rows], (0.25 + 0.75) * math.log(2) / 4 + 1.3 * (1 - giou))
+    assert costs[candidates.assigned < 0].isinf().all()
+
+
+def test_candidates_below_the_threshold_do_not_vote():
+    head = published(classes=1, num_convs=0, score_threshold=0.3)
+    logits = [torch.full((1, h, w, 3, 1), -1.0) for h, w in SHAPES]  # 0.27
+    deltas = [torch.zeros(1, h, w, 3, 4) for h, w in SHAPES]
+    logits[1][0, 1, 2, 0] = 3.0
+    (found,) = head.predict(DenseOutput(logits, deltas), SIZES[:1])
+    torch.testing.assert_close(found["boxes"], torch.tensor([[0.0, 0, 64, 48]]))
