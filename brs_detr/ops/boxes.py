@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, clip_boxes_to_image
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 
 from brs_detr.ops.images import Size
 
@@ -79,6 +79,37 @@ class BoxCoder:
         return torch.cat([center - half, center + half], dim=-1)
 
 
+@dataclass(frozen=True)
+class PointCoder:
+    """Conversion of boxes to distances from a point to their four sides, and back (FoveaBox, Eq. 4).
+
+    The point is the center of a reference box; a distance is the logarithm of its ratio to the reference's side.
+
+    Attributes:
+        largest_target: encoded ratios are at most this, and at least its inverse, also for a side that the point lies
+            beyond.
+        largest_factor: decoded ratios are at most this, and at least its inverse: exp() must not overflow.
+    """
+
+    largest_target: float = 16.0
+    largest_factor: float = 1000 / 16
+
+    def encode(self, references: Tensor, boxes: Tensor) -> Tensor:
+        """Compute log distances (..., 4), left, top, right, bottom, from references (..., 4) to boxes (..., 4) xyxy."""
+        center, side = _center_side(_wide(references))
+        boxes = _wide(boxes)
+        distance = torch.cat([center - boxes[..., :2], boxes[..., 2:] - center], dim=-1)
+        ratio = distance / torch.cat([side, side], dim=-1)
+        return ratio.clamp(1 / self.largest_target, self.largest_target).log()
+
+    def decode(self, references: Tensor, deltas: Tensor) -> Tensor:
+        """Compute boxes (..., 4) xyxy from log distances (..., 4); they are not clipped to any image."""
+        center, side = _center_side(_wide(references))
+        limit = math.log(self.largest_factor)
+        ratio = _wide(deltas).clamp(-limit, limit).exp()
+        return torch.cat([center - side * ratio[..., :2], center + side * ratio[..., 2:]], dim=-1)
+
+
 def _wide(x: Tensor) -> Tensor:
     """Cast to float32, unless float64: half precision has too few digits for pixel coordinates."""
     return x if x.dtype == torch.float64 else x.float()
@@ -88,6 +119,16 @@ def _center_side(boxes: Tensor) -> tuple[Tensor, Tensor]:
     """Return centers and sides, (..., 2) each."""
     low, high = boxes[..., :2], boxes[..., 2:]
     return (low + high) * 0.5, high - low
+
+
+class Candidates(NamedTuple):
+    """The boxes that enter `suppress`, whose arguments these are; those of several images have one more dimension."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    groups: Tensor
+    kept: Tensor
 
 
 def suppress(
@@ -126,3 +167,24 @@ def suppress(
         boxes, scores, labels, groups = boxes[index], scores[index], labels[index], groups[index]
     best = batched_nms(boxes, scores, groups, nms_iou)[:max_detections]
     return {"boxes": boxes[best], "scores": scores[best], "labels": labels[best]}
+
+
+def vote(
+    boxes: Tensor, labels: Tensor, candidates: Tensor, candidate_scores: Tensor, candidate_labels: Tensor
+) -> Tensor:
+    """Replace each box by the mean of the candidates of its class that overlap it ("score voting" of PAA, section 3.4).
+
+    A candidate weighs exp(-(1 - IoU)^2 / 0.025) times its score, if the IoU is above 0.01.
+
+    Args:
+        boxes: (n, 4) xyxy pixels. labels: (n,).
+        candidates: (m, 4) xyxy pixels. candidate_scores: (m,), 0 for those without a vote. candidate_labels: (m,).
+
+    Returns:
+        (n, 4). A box without votes, such as an empty one, which has no IoU even with itself, stays as it is.
+    """
+    iou = torch.where(labels[:, None] == candidate_labels, box_iou(boxes, candidates), 0.0)
+    weight = torch.where(iou > 0.01, (-(1 - iou).square() / 0.025).exp() * candidate_scores, 0.0)
+    total = weight.sum(dim=1, keepdim=True)
+    mean = weight @ candidates / total.clamp(min=torch.finfo(total.dtype).tiny)
+    return torch.where(total > 0, mean, boxes)

@@ -20,7 +20,7 @@ from brs_detr.losses.distributed import SharedCount
 from brs_detr.losses.objective import PredictionSet, RankingObjective, ScoreObjective
 from brs_detr.models.config import ObjectiveConfig, RankingConfig
 from brs_detr.ops.anchors import AnchorGrid, batch_rows, take_rows, valid_extents, valid_rows
-from brs_detr.ops.boxes import Coder, suppress
+from brs_detr.ops.boxes import Candidates, Coder, suppress
 from brs_detr.ops.images import Size
 
 Objective = Callable[[PredictionSet], dict[str, Tensor]]
@@ -58,11 +58,13 @@ class DenseOutput(NamedTuple):
         logits: per level (B, h, w, A, C).
         deltas: per level (B, h, w, A, 4) offsets from the anchors.
         centerness: per level (B, h, w, A, 1) logits of a factor of the detections' scores; None: no such factor.
+        iou: per level (B, h, w, A, 1) logits of the boxes' IoU with their objects; None: not predicted.
     """
 
     logits: list[Tensor]
     deltas: list[Tensor]
     centerness: list[Tensor] | None = None
+    iou: list[Tensor] | None = None
 
     @property
     def shapes(self) -> list[Size]:
@@ -73,7 +75,7 @@ class DenseOutput(NamedTuple):
 class DenseHead(nn.Module):
     """Losses and detections of a head that classifies anchors and regresses one box from each.
 
-    A subclass has the layers and `forward`. It may also replace `normalizer`, `box_losses`, `terms` or `limits`.
+    A subclass has the layers and `forward`. It may also replace any other public method.
 
     Args:
         num_classes: C, object classes; 1 for objectness.
@@ -165,12 +167,9 @@ class DenseHead(nn.Module):
         output: DenseOutput,
         extents: Sequence[Sequence[Size]],
     ) -> BatchAssignment:
-        """Give the anchors of each image to its objects; a head may look at its own `output` to do so.
+        """Give each image's anchors (n, 4), `level_counts` of each level, to its objects.
 
-        Args:
-            anchors: per image (n, 4) xyxy pixels.
-            level_counts: per image the anchors of each level.
-            targets, output, extents: as for `assign`.
+        The other arguments are as for `assign`; a head may look at its own `output`.
         """
         assigned = [
             self.assigner(own, counts, target["boxes"].float())
@@ -234,25 +233,29 @@ class DenseHead(nn.Module):
             self._candidates(output, level, anchors, before_nms)
             for level, anchors in enumerate(self.anchors(output.shapes))
         ]
-        boxes, scores, labels, groups, kept = (torch.cat(column, dim=1) for column in zip(*levels, strict=True))
+        columns = [torch.cat(column, dim=1) for column in zip(*levels, strict=True)]
         return [
-            suppress(
-                boxes[image],
-                scores[image],
-                labels[image],
-                size,
-                groups=groups[image],
-                kept=kept[image],
-                drop_empty=self.drop_empty,
-                nms_iou=self.nms_iou,
-                max_detections=max_detections,
-            )
+            self.detect(Candidates(*(column[image] for column in columns)), size, max_detections)
             for image, size in enumerate(sizes)
         ]
 
-    def _candidates(self, output: DenseOutput, level: int, anchors: Tensor, count: int) -> tuple[Tensor, ...]:
-        """The best (anchor, class) pairs of one level: boxes (B, n, 4), and (B, n) scores, labels, groups, kept."""
-        score = output.logits[level].float().sigmoid().flatten(1)
+    def detect(self, candidates: Candidates, size: Size, max_detections: int) -> dict[str, Tensor]:
+        """Detections of one image of (h, w) pixels."""
+        return suppress(
+            **candidates._asdict(),
+            size=size,
+            nms_iou=self.nms_iou,
+            max_detections=max_detections,
+            drop_empty=self.drop_empty,
+        )
+
+    def class_scores(self, output: DenseOutput, level: int) -> Tensor:
+        """Scores (B, h, w, A, C) by which the candidates of one level are chosen and compared with the threshold."""
+        return output.logits[level].float().sigmoid()
+
+    def _candidates(self, output: DenseOutput, level: int, anchors: Tensor, count: int) -> Candidates:
+        """The best (anchor, class) pairs of one level, of all images."""
+        score = self.class_scores(output, level).flatten(1)
         score, index = score.topk(min(count, score.shape[1]), dim=1)
         anchor, label = index // self.num_classes, index % self.num_classes
         boxes = self.coder.decode(anchors.reshape(-1, 4)[anchor], take_rows(output.deltas[level].flatten(1, 3), anchor))
@@ -262,4 +265,4 @@ class DenseHead(nn.Module):
         if output.centerness is not None:
             score = score * output.centerness[level].float().sigmoid().flatten(1).gather(1, anchor)
         groups = label if self.nms_within == "class" else torch.full_like(label, level)
-        return boxes, score, label, groups, kept
+        return Candidates(boxes, score, label, groups, kept)

@@ -1,0 +1,163 @@
+"""One-stage head with probabilistic anchor assignment and score voting (Kim and Lee, "Probabilistic Anchor Assignment
+with IoU Prediction for Object Detection", ECCV 2020), with or without its IoU branch.
+
+The rank-based PAA (Oksuz et al., "Rank & Sort Loss", ICCV 2021) drops the branch and has three scales per cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torchvision.ops import clip_boxes_to_image
+
+from brs_detr.assign.assignment import BatchAssignment, HeadAssignment
+from brs_detr.assign.paa import PAAAssigner
+from brs_detr.losses.boxes import paired_giou_loss
+from brs_detr.losses.classification import focal
+from brs_detr.losses.distributed import SharedCount
+from brs_detr.models.heads.dense import DenseOutput, Objective
+from brs_detr.models.heads.towers import TowerHead
+from brs_detr.ops.anchors import AnchorGrid, batch_rows, octave_scales
+from brs_detr.ops.boxes import BoxCoder, Candidates, vote
+from brs_detr.ops.images import Size
+
+
+class PAAHead(TowerHead):
+    """Classes and boxes at the anchors of a feature pyramid, which are assigned by what they cost at present.
+
+    A candidate's cost is its focal loss summed over the classes plus `box_cost` times its GIoU loss, whatever the
+    objective is.
+
+    Args:
+        dim: channels of the feature maps.
+        num_classes: object classes.
+        strides: pixels per cell of each map.
+        objective: takes a `PredictionSet`.
+        topk: cheapest candidates of each level that an object's mixture is fitted to.
+        scales: anchor sides in multiples of the stride.
+        ratios: height over width of the anchors.
+        num_convs: 3x3 convolutions of each tower.
+        norm_groups: of the towers' GroupNorm; must divide `dim`.
+        iou_branch: predict each box's IoU, weigh box losses with the IoU and scores with its prediction, as the paper
+            does with focal loss.
+        iou_weight: factor of the branch's loss.
+        box_cost: factor of the GIoU loss in the cost; the paper's code uses its weight in the loss, 1.3.
+        before_nms: best (anchor, class) pairs of each level that enter suppression and vote.
+        score_threshold: scores at or below this are dropped.
+        nms_iou: class-wise suppression threshold of detections.
+        max_detections: detections per image.
+    """
+
+    assigner: PAAAssigner
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        strides: Sequence[int],
+        *,
+        objective: Objective,
+        topk: int = 9,
+        scales: Sequence[float] = octave_scales(4.0, 3),
+        ratios: Sequence[float] = (1.0,),
+        num_convs: int = 4,
+        norm_groups: int = 32,
+        iou_branch: bool = False,
+        iou_weight: float = 0.5,
+        box_cost: float = 1.0,
+        before_nms: int = 1000,
+        score_threshold: float = 0.0,
+        nms_iou: float = 0.6,
+        max_detections: int = 100,
+    ) -> None:
+        super().__init__(
+            dim,
+            num_classes,
+            AnchorGrid(strides, scales, ratios),
+            num_convs=num_convs,
+            norm_groups=norm_groups,
+            level_scales=True,
+            branch="iou" if iou_branch else None,
+            objective=objective,
+            assigner=PAAAssigner(topk=topk),
+            coder=BoxCoder((0.1, 0.1, 0.2, 0.2)),
+            before_nms=before_nms,
+            score_threshold=score_threshold,
+            nms_iou=nms_iou,
+            max_detections=max_detections,
+        )
+        self.iou_weight, self.box_cost = iou_weight, box_cost
+
+    @torch.no_grad()
+    def match(
+        self,
+        anchors: Sequence[Tensor],
+        level_counts: Sequence[Sequence[int]],
+        targets: Sequence[dict],
+        output: DenseOutput,
+        extents: Sequence[Sequence[Size]],
+    ) -> BatchAssignment:
+        """As `DenseHead.match`: candidates by IoU, then positives by cost; no anchor is ignored."""
+        candidates = super().match(anchors, level_counts, targets, output, extents)
+        costs = self.costs(anchors, candidates, output, extents)
+        num_objects = [len(target["boxes"]) for target in targets]
+        positives = self.assigner.select(candidates.assigned, costs, level_counts, num_objects)
+        return candidates._replace(assigned=positives)
+
+    def costs(
+        self,
+        anchors: Sequence[Tensor],
+        candidates: BatchAssignment,
+        output: DenseOutput,
+        extents: Sequence[Sequence[Size]],
+    ) -> Tensor:
+        """What each candidate costs at present: (N,), infinite for anchors that are none."""
+        rows = candidates.positives()
+        logits = batch_rows(output.logits, extents)[rows].float()
+        labels = candidates.classes(self.num_classes)[rows]
+        boxes = self.coder.decode(torch.cat(list(anchors))[rows], batch_rows(output.deltas, extents)[rows])
+        objects = candidates.boxes[candidates.assigned[rows]]
+        # Of the paper's focal loss, also where the objective ranks: alpha 0.25, gamma 2.
+        scores = focal(logits, labels, torch.arange(len(rows), device=rows.device), logits[:, 0], 0.25, 2.0)
+        cost = scores + self.box_cost * paired_giou_loss(boxes, objects)
+        return cost.new_full(candidates.assigned.shape, torch.inf).index_copy(0, rows, cost)
+
+    def normalizer(self, assignment: HeadAssignment) -> SharedCount:
+        """Number of positives, at least one an image on average, as in the published code."""
+        return SharedCount(max(len(assignment.rows), len(assignment.references)))
+
+    def terms(
+        self,
+        output: DenseOutput,
+        extents: Sequence[Sequence[Size]],
+        assignment: HeadAssignment,
+        normalizer: Tensor | SharedCount | None,
+        box_weight: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """As `DenseHead.terms`, and with the branch "iou", whose target weighs the box losses."""
+        if output.iou is None:
+            return super().terms(output, extents, assignment, normalizer, box_weight)
+        assert isinstance(normalizer, SharedCount)  # that of `normalizer`
+        rows = assignment.rows
+        with torch.no_grad():
+            anchors, deltas = torch.cat(assignment.references)[rows], batch_rows(output.deltas, extents)[rows]
+            quality, _ = self.box_losses(anchors, deltas, assignment.targets)
+        terms = super().terms(output, extents, assignment, normalizer, box_weight=quality)
+        logits = batch_rows(output.iou, extents)[rows, 0].float()
+        value = binary_cross_entropy_with_logits(logits, quality, reduction="sum") / normalizer.mean(logits.device)
+        return {**terms, "iou": self.iou_weight * value}
+
+    def class_scores(self, output: DenseOutput, level: int) -> Tensor:
+        """As `DenseHead.class_scores`; with the branch the geometric mean of score and predicted IoU."""
+        scores = super().class_scores(output, level)
+        return scores if output.iou is None else (scores * output.iou[level].float().sigmoid()).sqrt()
+
+    def detect(self, candidates: Candidates, size: Size, max_detections: int) -> dict[str, Tensor]:
+        """As `DenseHead.detect`, each box then replaced by the vote of the candidates that overlap it."""
+        found = super().detect(candidates, size, max_detections)
+        voters = torch.where(candidates.kept, candidates.scores, 0.0)
+        clipped = clip_boxes_to_image(candidates.boxes, size)
+        return {**found, "boxes": vote(found["boxes"], found["labels"], clipped, voters, candidates.labels)}
