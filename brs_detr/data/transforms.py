@@ -82,9 +82,9 @@ class TrainTransforms:
         Returns:
             the augmented image and target; it may have fewer objects.
         """
-        if _uniform(generator) < self.flip:
+        if uniform(generator) < self.flip:
             image, target = flip_sample(image, target)
-        if _uniform(generator) < self.crop:
+        if uniform(generator) < self.crop:
             image, target = self._resize(image, target, self.crop_short_sides, self.crop_long_side, generator)
             image, target = self._crop(image, target, generator)
         image, target = self._resize(image, target, self.short_sides, self.long_side, generator)
@@ -111,21 +111,21 @@ class TrainTransforms:
     def _resize(
         self, image: Tensor, target: Target, short_sides: Sequence[int], long_side: int, generator: torch.Generator
     ) -> tuple[Tensor, Target]:
-        short_side = short_sides[_integer(0, len(short_sides) - 1, generator)]
+        short_side = short_sides[integer(0, len(short_sides) - 1, generator)]
         size = resized_size(image.shape[-2], image.shape[-1], short_side, long_side)
         return resize_sample(image, target, size, self.antialias)
 
     def _crop(self, image: Tensor, target: Target, generator: torch.Generator) -> tuple[Tensor, Target]:
         h, w = image.shape[-2:]
         low, high = self.crop_size
-        crop_h = _integer(min(h, low), min(h, high), generator)
-        crop_w = _integer(min(w, low), min(w, high), generator)
-        top, left = _integer(0, h - crop_h, generator), _integer(0, w - crop_w, generator)
+        crop_h = integer(min(h, low), min(h, high), generator)
+        crop_w = integer(min(w, low), min(w, high), generator)
+        top, left = integer(0, h - crop_h, generator), integer(0, w - crop_w, generator)
         return crop_sample(image, target, (top, left, crop_h, crop_w))
 
     def _jitter(self, image: Tensor, generator: torch.Generator) -> Tensor:
         for adjust in (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation):
-            image = adjust(image, max(0.0, 1 + self.color_jitter * (2 * _uniform(generator) - 1)))
+            image = adjust(image, max(0.0, 1 + self.color_jitter * (2 * uniform(generator) - 1)))
         return image
 
 
@@ -182,14 +182,36 @@ def resize_sample(
     return _resize_image(image, size, antialias), resized
 
 
-def crop_sample(image: Tensor, target: Target, area: tuple[int, int, int, int]) -> tuple[Tensor, Target]:
-    """Cut an area (top, left, height, width) out of an image and its target, and drop the objects outside."""
+def crop_sample(
+    image: Tensor, target: Target, area: tuple[int, int, int, int], fill: Sequence[float] = (0, 0, 0)
+) -> tuple[Tensor, Target]:
+    """Cut an area out of an image and its target, and drop the objects outside.
+
+    Args:
+        image: (3, h, w) uint8.
+        target: its objects.
+        area: (top, left, height, width) pixels, which may reach beyond the image.
+        fill: RGB in 0..255 beyond the image.
+    """
     boxes = F.clamp_bounding_boxes(F.crop(_as_boxes(target["boxes"], image), *area)).as_subclass(Tensor)
     keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    cropped = {**target, "boxes": boxes, "labels": target["labels"]}
+    cropped = {**target, "boxes": boxes}
     if "masks" in target:
-        cropped["masks"] = F.crop(target["masks"], *area)
-    return F.crop(image, *area), keep_objects(cropped, keep)
+        cropped["masks"] = _cut(target["masks"], area, target["masks"].new_zeros(1, 1, 1))
+    colors = torch.tensor(fill).round().to(image.dtype)[:, None, None]
+    return _cut(image, area, colors), keep_objects(cropped, keep)
+
+
+def _cut(planes: Tensor, area: tuple[int, int, int, int], fill: Tensor) -> Tensor:
+    """Cut (top, left, height, width) out of planes (c, h, w); beyond them it is `fill` (c or 1, 1, 1)."""
+    top, left, height, width = area
+    y0, x0 = max(top, 0), max(left, 0)
+    inner = planes[:, y0 : max(top + height, y0), x0 : max(left + width, x0)]
+    if inner.shape[1:] == (height, width):
+        return inner
+    cut = fill.expand(len(planes), height, width).clone()
+    cut[:, y0 - top : y0 - top + inner.shape[1], x0 - left : x0 - left + inner.shape[2]] = inner
+    return cut
 
 
 def keep_objects(target: Target, keep: Tensor) -> Target:
@@ -208,10 +230,11 @@ def _resize_image(image: Tensor, size: Size, antialias: bool) -> Tensor:
     return F.resize(image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=antialias)
 
 
-def _uniform(generator: torch.Generator) -> float:
+def uniform(generator: torch.Generator) -> float:
+    """Draw a number from [0, 1)."""
     return float(torch.rand((), generator=generator))
 
 
-def _integer(low: int, high: int, generator: torch.Generator) -> int:
+def integer(low: int, high: int, generator: torch.Generator) -> int:
     """Draw an integer from low to high, both included."""
     return int(torch.randint(low, high + 1, (), generator=generator))
