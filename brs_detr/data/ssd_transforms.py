@@ -1,7 +1,8 @@
 """The augmentation of SSD: photometric distortion, zooming out and in, and a fixed size whatever the aspect ratio.
 
 Liu et al., "SSD: Single Shot MultiBox Detector", sections 2.2 (data augmentation) and 3.6 (expansion), with the
-ranges of its code. The one-stage detectors of the aLRP Loss paper (512 and 800 pixels) and YOLACT (550) are trained with it.
+ranges of its code. The one-stage detectors of the aLRP Loss paper (512 and 800 pixels) and YOLACT (550) are trained
+with it.
 
 Random numbers come from the caller's generator, as in `transforms.py`.
 """

@@ -20,26 +20,30 @@ RLE = dict[str, Any]  # {"size": [h, w], "counts": COCO's compressed text}
 _MAX_PIXELS = 2**31  # of a mask; pycocotools counts them in uint32, and int in places
 
 
-def decode_counts(text: str) -> list[int]:
-    """Decode run lengths from COCO's compressed text: 5 bits a character, low ones first, later runs as differences.
+def decode_counts(text: str) -> np.ndarray:
+    """Decode run lengths (R,) int64 from COCO's compressed text.
 
-    Source: pycocotools, `rleFrString`.
+    A number has 5 bits a character, low ones first; 32 marks that it goes on. From the fourth on, numbers are
+    differences from the one before the last. Source: pycocotools, `rleFrString`.
 
     Raises:
-        ValueError: a character is not ASCII, or a number does not fit 64 bits.
+        ValueError: a character does not belong to the code, or a number does not fit 32 bits or has no end.
     """
-    runs: list[int] = []
-    value = shift = 0
-    for byte in text.encode("ascii"):
-        bits = byte - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if shift > 60:  # a number has no end: without a limit, the time would grow with the square of the length
-            raise ValueError("a run length does not fit 64 bits")
-        if not bits & 32:
-            value -= (bits & 16) and 1 << shift
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
+    codes = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - 48
+    last = np.flatnonzero(codes < 32)
+    if not len(codes):
+        return np.zeros(0, np.int64)
+    if codes.min() < 0 or codes.max() > 63 or not len(last) or last[-1] != len(codes) - 1:
+        raise ValueError("not COCO's compressed run lengths")
+    first = np.concatenate([[0], last[:-1] + 1])
+    length = last + 1 - first
+    if length.max() > 7:  # 35 bits; a limit before the shift, which would overflow
+        raise ValueError("a run length does not fit 32 bits")
+    place = np.arange(len(codes)) - np.repeat(first, length)
+    runs = np.add.reduceat((codes & 31) << (5 * place), first)
+    runs -= np.where(codes[last] & 16, np.int64(1) << (5 * length), 0)
+    for start in (1, 2):
+        runs[start::2] = np.cumsum(runs[start::2])
     return runs
 
 
@@ -55,7 +59,7 @@ def checked_runs(counts: Any, height: Any, width: Any) -> np.ndarray | None:
             return None
         if isinstance(counts, bytes):
             counts = counts.decode("ascii")
-        runs = np.asarray(decode_counts(counts) if isinstance(counts, str) else counts)
+        runs = decode_counts(counts) if isinstance(counts, str) else np.asarray(counts)
         if runs.ndim != 1 or runs.dtype.kind not in "iu" or height * width >= _MAX_PIXELS:
             return None
         # before the sum, which could otherwise overflow
