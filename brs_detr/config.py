@@ -66,14 +66,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
-    """The config with `a.b=value` strings applied, checked as a whole."""
+    """Apply `a.b=value` strings to a config and check the result."""
     config = update_from_command_line(config, overrides)
     check(config)
     return config
 
 
 def update_from_command_line(config: Config, overrides: Sequence[str]) -> Config:
-    """The config with `a.b=value` strings applied; names and types are checked, but not whether the values fit.
+    """Apply `a.b=value` strings to a config; names and types are checked, but not whether the values fit.
 
     Raises:
         ConfigError: unknown name, wrong type, not of that form.
@@ -94,13 +94,13 @@ def update_from_command_line(config: Config, overrides: Sequence[str]) -> Config
 
 
 def _written_out(word: str) -> str:
-    """How a word that has no value would be written, where it is the name of a setting or near one."""
+    """Say how to write a word that has no value, where it is the name of a setting or near one."""
     near = word if word in setting_names(Config()) else nearest_setting(word, Config(), ALIASES)
     return f"; write {near}=VALUE, without blanks" if near is not None and " " not in near else ""
 
 
 def option_as_setting(option: str, value: str) -> str:
-    """`--data.root` with its value as `data.root=value`, where the name is complete.
+    """Rewrite `--data.root` with its value as `data.root=value`, where the name is complete.
 
     Raises:
         ConfigError: it is not; says which setting was probably meant and how that is written.
@@ -121,19 +121,19 @@ def option_as_setting(option: str, value: str) -> str:
 
 
 def from_dict(values: Mapping[str, Any], source: str) -> Config:
-    """The config that `to_dict` described, for instance the one stored inside a checkpoint named `source`."""
+    """Restore the config that `to_dict` described, for instance the one inside a checkpoint named `source`."""
     config = update(Config(), migrate(values), source, ALIASES)
     check(config)
     return config
 
 
 def dump(config: Config) -> str:
-    """The resolved config as YAML that `load_config` reads back to an equal config."""
+    """Format the resolved config as YAML that `load_config` reads back to an equal config."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=120)
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """`a.b: old -> new` for every setting in which two configs differ."""
+    """List `a.b: old -> new` for every setting in which two configs differ."""
     before, after = dict(leaves(old)), dict(leaves(new))
     return [
         f"{name}: {before.get(name, 'not a setting')} -> {after.get(name, 'not a setting')}"

@@ -187,7 +187,7 @@ def merge(layer: dict[str, Any], other: Mapping[str, Any]) -> None:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain values (tuples as lists), ready for YAML and JSON."""
+    """Convert a config to nested plain values (tuples as lists), ready for YAML and JSON."""
     return {
         f.name: to_dict(value)
         if dataclasses.is_dataclass(value)
@@ -200,7 +200,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every setting of a nested dataclass."""
+    """Iterate over (dotted name, value) of every setting of a nested dataclass."""
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
@@ -267,7 +267,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """The value a YAML text stands for; ConfigError naming `source` where it is not YAML."""
+    """Parse a YAML text; ConfigError naming `source` where it is not YAML."""
     try:
         return load_yaml(text, _Loader)
     except yaml.YAMLError as error:
@@ -275,12 +275,12 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def setting_names(root: Any) -> list[str]:
-    """Dotted names of all settings of a config."""
+    """List the dotted names of all settings of a config."""
     return [name for name, _ in leaves(root)]
 
 
 def nearest_setting(name: str, root: Any, aliases: Mapping[str, str], siblings: Sequence[str] = ()) -> str | None:
-    """The setting that a wrong name most likely means, or a sentence (with blanks) where it is not a setting here.
+    """Guess the setting that a wrong name means, or return a sentence (with blanks) where it is not a setting here.
 
     Args:
         name: dotted, as it was written.
@@ -311,7 +311,7 @@ def nearest_setting(name: str, root: Any, aliases: Mapping[str, str], siblings: 
 
 
 def suggest(name: str, root: Any, aliases: Mapping[str, str], siblings: Sequence[str] = ()) -> str:
-    """`nearest_setting` as the end of an error, "" where nothing is near."""
+    """Format `nearest_setting` as the end of an error, "" where nothing is near."""
     near = nearest_setting(name, root, aliases, siblings)
     if near is None:
         return ""
@@ -319,7 +319,7 @@ def suggest(name: str, root: Any, aliases: Mapping[str, str], siblings: Sequence
 
 
 def _full_name(name: str, value: Any) -> str:
-    """The dotted name of the first setting under an unknown section, for which the nearest is to be found."""
+    """Return the dotted name of the first setting under an unknown section, to look for the nearest one."""
     while isinstance(value, Mapping) and value:
         key, value = next(iter(value.items()))
         name = f"{name}.{key}"
@@ -327,8 +327,10 @@ def _full_name(name: str, value: Any) -> str:
 
 
 def _coerce(value: Any, hint: Any, name: str, source: str) -> Any:
-    """`value` as the annotated type, or a ConfigError; strings are parsed as numbers or booleans only where
-    the field's type asks for it."""
+    """Convert `value` to the annotated type, or raise a ConfigError.
+
+    Strings are parsed as numbers or booleans only where the field's type asks for it.
+    """
     hint = _bare(hint)
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
@@ -362,7 +364,7 @@ def _short(value: Any) -> str:
 
 
 def _scalar(value: Any, kind: type) -> Any:
-    """`value` as bool, int, float or str, or None where it is none of that kind."""
+    """Convert `value` to bool, int, float or str; None where it is not of that kind."""
     if kind is bool:
         return value if isinstance(value, bool) else {"true": True, "false": False}.get(str(value).lower())
     if isinstance(value, bool) or value is None:

@@ -47,7 +47,7 @@ from brs_detr.viz.boxes import write_samples
 
 
 def run_training(config: configuration.Config, trial: str | None = None) -> int:
-    """`train`, with what ends it early turned into a message and an exit code; arguments as there."""
+    """Call `train` with its arguments; turn what ends it early into a message and an exit code."""
     try:
         with _ready_to_stop():
             return train(config, trial)
@@ -163,7 +163,7 @@ def fit(trainer: Trainer) -> bool:
 
 @contextlib.contextmanager
 def _ready_to_stop() -> Iterator[None]:
-    """Told to stop before the training has begun, or after it has ended, there is nothing to save: end at once."""
+    """End at once on a stop signal outside the training: there is nothing to save."""
 
     def stop(*_) -> None:
         print("told to stop outside the training: nothing to save; continue with --resume", file=sys.stderr)
@@ -177,7 +177,7 @@ def _ready_to_stop() -> Iterator[None]:
 
 
 def prepare_model(config: configuration.Config, accelerator, train_set, log: RunLog, *, fresh: bool) -> tuple:
-    """Detector and optimizer as Accelerate prepares them, and the averaged detector (None without EMA).
+    """Build detector and optimizer as Accelerate prepares them, and the averaged detector (None without EMA).
 
     Not `fresh`: a saved state is loaded next, so no initial weights are fetched or read.
     """
@@ -198,7 +198,7 @@ def prepare_model(config: configuration.Config, accelerator, train_set, log: Run
 
 
 def open_log(config: configuration.Config, plan, accelerator) -> tuple[Path | None, RunLog]:
-    """The saved state to resume from (None for a fresh start) and the run's log."""
+    """Open the run's log and find the saved state to resume from (None for a fresh start): (state, log)."""
     folder = Path(config.output_dir)
     require_shared_folder(config, accelerator)
     state, notes = agreed_state(folder / "state", accelerator) if config.train.resume else (None, [])

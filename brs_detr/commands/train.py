@@ -19,7 +19,7 @@ and ready for `--resume`: 71 a loader worker was killed; 74 the storage failed; 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `train`."""
+    """Add the arguments of `train`."""
     parser.add_argument("config", help="recipe: its name or its file, e.g. demo or configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", default=[], help="settings to change, e.g. optim.lr=1e-4")
     parser.add_argument("--resume", action="store_true", help="go on with the run in output_dir, if there is one")

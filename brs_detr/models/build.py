@@ -39,12 +39,12 @@ def build_model(config: ModelConfig, num_classes: int) -> BRSDETR:
 
 
 def sampling_here(name: str) -> str:
-    """Which of "torch" and "triton" runs on this machine where `name` is wanted: without a GPU only the first."""
+    """Return which of "torch" and "triton" runs here where `name` is wanted: without a GPU only the first."""
     return name if torch.cuda.is_available() else "torch"
 
 
 def choose_sampling(name: str) -> Sampling:
-    """How deformable attention reads its samples: "torch", or "triton" where there is a GPU.
+    """Choose how deformable attention reads its samples: "torch", or "triton" where there is a GPU.
 
     Raises:
         ValueError: Triton is wanted but not installed.

@@ -1,5 +1,6 @@
-"""One-stage dense head with ATSS assignment (Zhang et al., "Bridging the Gap Between Anchor-based and Anchor-free
-Detection", CVPR 2020), with or without the centerness branch.
+"""One-stage dense head with ATSS assignment, with or without the centerness branch.
+
+The assignment is that of Zhang et al., "Bridging the Gap Between Anchor-based and Anchor-free Detection", CVPR 2020.
 
 Co-DETR trains it with focal loss and centerness; BRS-DETR drops the branch and ranks all logits by IoU instead.
 """
@@ -86,7 +87,7 @@ class ATSSHead(TowerHead):
         self.centerness_weight = centerness_weight
 
     def normalizer(self, assignment: HeadAssignment) -> SharedCount:
-        """Number of positives, at least one an image, as in the published code."""
+        """Count the positives, at least one an image, as in the published code."""
         images = assignment.per_image(assignment.labels)
         return SharedCount(sum((labels < self.num_classes).sum().clamp(min=1) for labels in images))
 
@@ -98,7 +99,7 @@ class ATSSHead(TowerHead):
         normalizer: Tensor | SharedCount | None,
         box_weight: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """As `DenseHead.terms`, and with the branch "centerness", whose target weighs the box losses."""
+        """Add the branch "centerness", whose target weighs the box losses, to the terms of `DenseHead.terms`."""
         if output.centerness is None:
             return super().terms(output, extents, assignment, normalizer, box_weight)
         assert isinstance(normalizer, SharedCount)  # that of `normalizer`
@@ -111,7 +112,7 @@ class ATSSHead(TowerHead):
 
 
 def centerness_target(anchors: Tensor, objects: Tensor) -> Tensor:
-    """How central an anchor's center lies in its object (Tian et al., "FCOS", Eq. 3).
+    """Compute how central an anchor's center lies in its object (Tian et al., "FCOS", Eq. 3).
 
     Args:
         anchors: (P, 4) xyxy, centers inside their objects.

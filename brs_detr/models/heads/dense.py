@@ -68,7 +68,7 @@ class DenseOutput(NamedTuple):
 
     @property
     def shapes(self) -> list[Size]:
-        """(h, w) cells of each level."""
+        """Return (h, w) cells of each level."""
         return [(logits.shape[1], logits.shape[2]) for logits in self.logits]
 
 
@@ -123,7 +123,7 @@ class DenseHead(nn.Module):
         self.nms_iou, self.nms_within, self.max_detections = nms_iou, nms_within, max_detections
 
     def losses(self, output: DenseOutput, sizes: Sequence[Size], targets: Sequence[dict]) -> HeadLosses:
-        """Loss terms of the whole batch, as one prediction set.
+        """Compute the loss terms of the batch, as one prediction set.
 
         Args:
             output: of `forward`.
@@ -139,7 +139,7 @@ class DenseHead(nn.Module):
         return HeadLosses(self.terms(output, extents, assignment, self.normalizer(assignment)), assignment)
 
     def assign(self, output: DenseOutput, extents: Sequence[Sequence[Size]], targets: Sequence[dict]) -> HeadAssignment:
-        """What every anchor inside its image shall learn.
+        """Decide what every anchor inside its image learns.
 
         Args:
             output: of `forward`.
@@ -178,7 +178,7 @@ class DenseHead(nn.Module):
         return join(assigned, targets)
 
     def normalizer(self, assignment: HeadAssignment) -> Tensor | SharedCount | None:
-        """What score-based terms are divided by; None: the objective's own number of positives or rows."""
+        """Return what score-based terms are divided by; None: the objective's own number of positives or rows."""
         return None
 
     def terms(
@@ -189,7 +189,7 @@ class DenseHead(nn.Module):
         normalizer: Tensor | SharedCount | None,
         box_weight: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Named loss terms of predictions with a known assignment; the last two arguments as in `PredictionSet`."""
+        """Compute the terms of predictions with a known assignment; the last two arguments as in `PredictionSet`."""
         rows = assignment.rows
         deltas = batch_rows(output.deltas, extents)[rows]
         quality, box_losses = self.box_losses(torch.cat(assignment.references)[rows], deltas, assignment.targets)
@@ -207,7 +207,7 @@ class DenseHead(nn.Module):
         )
 
     def box_losses(self, anchors: Tensor, deltas: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """IoU (P,) and un-reduced box losses of the positive anchors (P, 4) with their offsets and ground truth."""
+        """Compute the IoU (P,) and un-reduced box losses of the positive anchors (P, 4)."""
         boxes = self.coder.decode(anchors, deltas)
         quality = paired_iou(boxes.detach(), targets)
         if self.box_loss == "giou":
@@ -218,12 +218,12 @@ class DenseHead(nn.Module):
         return quality, {"smooth_l1": smooth_l1_loss(deltas, offsets, reduction="none", beta=self.beta).mean(dim=-1)}
 
     def limits(self) -> tuple[int, int]:
-        """(pairs of each level that enter suppression, detections per image)."""
+        """Return (pairs of each level that enter suppression, detections per image)."""
         return self.before_nms, self.max_detections
 
     @torch.no_grad()
     def predict(self, output: DenseOutput, sizes: Sequence[Size]) -> list[dict[str, Tensor]]:
-        """Detections of each image, best first: {"boxes": (n, 4) xyxy pixels of the input, "scores", "labels"}.
+        """Detect objects, best first, per image: {"boxes": (n, 4) xyxy pixels of the input, "scores", "labels"}.
 
         Anchors of the batch padding may predict too, as in the published models: clipped to the image most of their
         boxes vanish.
