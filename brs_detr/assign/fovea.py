@@ -1,5 +1,6 @@
-"""Assignment of points to objects by the center of the object (Kong et al., "FoveaBox: Beyound Anchor-based Object
-Detection", TIP 2020, sections 3.2 and 3.3).
+"""Assignment of points to the objects in whose center region they lie.
+
+Source: Kong et al., "FoveaBox: Beyound Anchor-based Object Detection", TIP 2020, sections 3.2 and 3.3.
 """
 
 from __future__ import annotations

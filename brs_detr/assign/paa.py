@@ -1,5 +1,6 @@
-"""Probabilistic anchor assignment (Kim and Lee, "Probabilistic Anchor Assignment with IoU Prediction for Object
-Detection", ECCV 2020, Algorithm 1).
+"""Probabilistic anchor assignment.
+
+Source: Kim and Lee, "Probabilistic Anchor Assignment with IoU Prediction for Object Detection", ECCV 2020, Algorithm 1.
 
 The anchors that overlap an object are candidates. What the network pays for each of them at present, its cost, is
 modeled by a mixture of two Gaussians per object; the candidates of the cheaper one, up to the likeliest, are positive.

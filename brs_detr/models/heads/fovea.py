@@ -1,7 +1,7 @@
-"""FoveaBox's head (Kong et al., "FoveaBox: Beyound Anchor-based Object Detection", TIP 2020), trained with any
-objective: one point per cell, from which the distances to the four sides of a box are predicted.
+"""FoveaBox's head: one point per cell, from which the distances to the four sides of a box are predicted.
 
-With AP and aLRP loss it is that of Oksuz et al., "aLRP loss" (NeurIPS 2020), Table 7.
+Source: Kong et al., "FoveaBox: Beyound Anchor-based Object Detection", TIP 2020; trained with any
+objective. With AP and aLRP loss it is that of Oksuz et al., "aLRP loss" (NeurIPS 2020), Table 7.
 """
 
 from __future__ import annotations

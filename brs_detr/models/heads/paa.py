@@ -1,7 +1,7 @@
-"""One-stage head with probabilistic anchor assignment and score voting (Kim and Lee, "Probabilistic Anchor Assignment
-with IoU Prediction for Object Detection", ECCV 2020), with or without its IoU branch.
+"""One-stage head with probabilistic anchor assignment and score voting, with or without an IoU branch.
 
-The rank-based PAA (Oksuz et al., "Rank & Sort Loss", ICCV 2021) drops the branch and has three scales per cell.
+Source: Kim and Lee, "Probabilistic Anchor Assignment with IoU Prediction for Object Detection", ECCV 2020. The
+rank-based PAA (Oksuz et al., "Rank & Sort Loss", ICCV 2021) drops the branch and has three scales per cell.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class PAAHead(TowerHead):
         output: DenseOutput,
         extents: Sequence[Sequence[Size]],
     ) -> Tensor:
-        """What each candidate costs at present: (N,), infinite for anchors that are none."""
+        """Compute what each candidate costs at present: (N,), infinite for anchors that are none."""
         rows = candidates.positives()
         logits = batch_rows(output.logits, extents)[rows].float()
         labels = candidates.classes(self.num_classes)[rows]
@@ -126,7 +126,7 @@ class PAAHead(TowerHead):
         return cost.new_full(candidates.assigned.shape, torch.inf).index_copy(0, rows, cost)
 
     def normalizer(self, assignment: HeadAssignment) -> SharedCount:
-        """Number of positives, at least one an image on average, as in the published code."""
+        """Count the positives, at least one an image on average, as in the published code."""
         return SharedCount(max(len(assignment.rows), len(assignment.references)))
 
     def terms(
