@@ -15,7 +15,7 @@ from brs_detr.models.heads.atss import ATSSHead
 from brs_detr.models.heads.dense import build_objective
 from brs_detr.models.heads.roi import RoIHead
 from brs_detr.models.heads.rpn import RPNHead
-from brs_detr.models.neck import ChannelMapper
+from brs_detr.models.neck import ChannelMapper, pyramid_strides
 from brs_detr.models.transformer.attention import Sampling, use_sampling
 from brs_detr.models.transformer.decoder import QueryDecoder
 from brs_detr.models.transformer.encoder import DeformableEncoder
@@ -64,9 +64,7 @@ def build_brs_detr(config: BRSDETRConfig, num_classes: int) -> BRSDETR:
     layer = {"heads": config.heads, "levels": config.levels, "points": config.points, "hidden": config.ffn_dim}
     recompute = config.backbone.activation_checkpointing
     backbone = build_backbone(config.backbone)
-    strides = list(backbone.strides)
-    while len(strides) <= config.levels:  # the neck's extra levels, and one more for the dense heads
-        strides.append(2 * strides[-1])
+    strides = pyramid_strides(backbone.strides, config.levels + 1)  # the neck's, and one more for the dense heads
     # The order in which parts are made is that of their random numbers: another order gives other first weights.
     encoder = DeformableEncoder(dim, layers=config.encoder_layers, activation_checkpointing=recompute, **layer)
     rpn = RPNHead(dim, strides, config.rpn)
