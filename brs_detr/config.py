@@ -32,7 +32,7 @@ from brs_detr.config_io import (
 from brs_detr.config_legacy import migrate
 from brs_detr.data.config import DataConfig
 from brs_detr.engine.config import EvalConfig, OptimConfig, TrainConfig
-from brs_detr.models.config import BRSDETRConfig, CoDETRConfig, ModelConfig
+from brs_detr.models.cnn_config import MODELS, ModelConfig
 from brs_detr.recipes import read_layers
 
 
@@ -43,7 +43,7 @@ class Config:
     seed: int = 0
     output_dir: str = "runs/default"
     data: DataConfig = DataConfig()
-    model: ModelConfig = one_of(BRSDETRConfig(), CoDETRConfig())
+    model: ModelConfig = one_of(*MODELS)
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()

@@ -182,12 +182,9 @@ def setting_notes(config: Config, truth: GroundTruth, image_ids: Sequence[int]) 
             f"all figures count the best {max_detections} detection(s) of an image (eval.max_detections), "
             f"COCO's are of {COCO_LIMIT}"
         )
-    returned = config.model.detections_per_image
+    setting, returned = config.model.detection_limit
     if max(returned, COCO_LIMIT) < max_detections:
-        notes.append(
-            f"the detector returns {returned} detections an image, not {max_detections}: raise "
-            "model.detections_per_image too"
-        )
+        notes.append(f"the detector returns {returned} detections an image, not {max_detections}: raise {setting} too")
     objects, image = truth.max_objects(image_ids, by_class=False)
     if (
         objects > min(max_detections, returned) and truth.max_objects(image_ids)[0] <= max_detections
@@ -195,7 +192,7 @@ def setting_notes(config: Config, truth: GroundTruth, image_ids: Sequence[int]) 
         notes.append(
             f"image {image} holds {objects} objects but at most {min(max_detections, returned)} detections of a "
             "image count: "
-            "its recall cannot reach 1; raise eval.max_detections and model.detections_per_image"
+            f"its recall cannot reach 1; raise eval.max_detections and {setting}"
         )
     return notes
 

@@ -32,6 +32,7 @@ from brs_detr.engine.storage import StorageError, is_storage_fault, remove_parti
 from brs_detr.engine.trainer import Trainer
 from brs_detr.evaluate import validator
 from brs_detr.exit_codes import ExitCode, Interruption
+from brs_detr.losses.balance import set_epoch_length
 from brs_detr.ops.targets import TargetError, check_targets
 from brs_detr.run import setup
 from brs_detr.run.launch import describe_machine, start_accelerator
@@ -107,6 +108,7 @@ def train(config: configuration.Config, trial: str | None = None) -> int:
         labels, facts = (train_set.classes, train_set.category_ids), {**facts, "thresholds": thresholds}
         save_weights(Path(config.output_dir, name), Weights(tensors, *labels, stored, facts))
 
+    set_epoch_length(model, len(batches))
     trainer = Trainer(
         accelerator=accelerator,
         model=model,

@@ -14,11 +14,11 @@ from torch import Size, Tensor
 from brs_detr import config as configuration
 from brs_detr.checkpoints.architecture import Architecture, name_classes, recognize, settings_of
 from brs_detr.checkpoints.keys import to_official, to_ours, why_dropped
-from brs_detr.config import ModelConfig
 from brs_detr.engine.checkpoint import CheckpointError, Weights, load_weights
 from brs_detr.engine.storage import write_file
 from brs_detr.models.backbones.weights_io import OfficialFile
 from brs_detr.models.build import build_model
+from brs_detr.models.cnn_config import ModelConfig
 
 
 @dataclass(frozen=True)

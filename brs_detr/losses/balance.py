@@ -111,3 +111,10 @@ class EpochBalance(nn.Module):
         full = sums[2] >= self.period
         self.factor.copy_(torch.where(full, factor, self.factor))
         self.sums.copy_(torch.where(full, torch.zeros_like(sums), sums))
+
+
+def set_epoch_length(module: nn.Module, iterations: int) -> None:
+    """Set the period of every `EpochBalance` in a module to the iterations of an epoch, at least 1."""
+    for part in module.modules():
+        if isinstance(part, EpochBalance):
+            part.period = max(1, iterations)

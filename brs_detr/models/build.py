@@ -5,17 +5,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from brs_detr.assign.hungarian import HungarianMatcher
 from brs_detr.models.backbones.timm_backbone import build_backbone
 from brs_detr.models.brs_detr import BRSDETR
-from brs_detr.models.config import BRSDETRConfig, ModelConfig, ScoreConfig
+from brs_detr.models.cnn_config import ModelConfig
+from brs_detr.models.config import BRSDETRConfig
+from brs_detr.models.detector import Detector
 from brs_detr.models.heads.atss import ATSSHead
 from brs_detr.models.heads.dense import build_objective
 from brs_detr.models.heads.roi import RoIHead
 from brs_detr.models.heads.rpn import RPNHead
 from brs_detr.models.neck import ChannelMapper, pyramid_strides
+from brs_detr.models.one_stage import build_atss, build_foveabox, build_paa, build_retinanet
 from brs_detr.models.transformer.attention import Sampling, use_sampling
 from brs_detr.models.transformer.decoder import QueryDecoder
 from brs_detr.models.transformer.encoder import DeformableEncoder
@@ -23,7 +29,7 @@ from brs_detr.models.transformer.two_stage import TwoStageHead
 from brs_detr.ops.deform_attn import deformable_sampling
 
 
-def build_model(config: ModelConfig, num_classes: int) -> BRSDETR:
+def build_model(config: ModelConfig, num_classes: int) -> Detector:
     """Build the detector that section `model` of a recipe describes.
 
     Args:
@@ -60,7 +66,7 @@ def choose_sampling(name: str) -> Sampling:
 
 def build_brs_detr(config: BRSDETRConfig, num_classes: int) -> BRSDETR:
     """Build BRS-DETR, or from a `CoDETRConfig` Co-DETR."""
-    dim, atss = config.dim, config.atss
+    dim = config.dim
     layer = {"heads": config.heads, "levels": config.levels, "points": config.points, "hidden": config.ffn_dim}
     recompute = config.backbone.activation_checkpointing
     backbone = build_backbone(config.backbone)
@@ -76,18 +82,7 @@ def build_brs_detr(config: BRSDETRConfig, num_classes: int) -> BRSDETR:
         encoder=encoder,
         rpn=rpn,
         roi=roi,
-        atss=ATSSHead(
-            dim,
-            num_classes,
-            strides,
-            stacked_convs=atss.stacked_convs,
-            norm_groups=config.norm_groups,
-            objective=build_objective(atss.objective),
-            centerness=atss.centerness,
-            centerness_weight=atss.objective.weights.centerness if isinstance(atss.objective, ScoreConfig) else 0.0,
-            topk=atss.topk,
-            scale=atss.anchor_scale,
-        ),
+        atss=ATSSHead(dim, num_classes, strides, config.atss, config.norm_groups),
         neck=ChannelMapper(backbone.channels, dim, config.levels, config.norm_groups),
         proposals=TwoStageHead(dim, num_classes, config.queries),
         decoder=QueryDecoder(dim, num_classes, layers=config.decoder_layers, **layer),
@@ -98,4 +93,11 @@ def build_brs_detr(config: BRSDETRConfig, num_classes: int) -> BRSDETR:
     return model
 
 
-DETECTORS = {"brs_detr": build_brs_detr, "co_detr": build_brs_detr}
+DETECTORS: dict[str, Callable[[Any, int], Detector]] = {
+    "brs_detr": build_brs_detr,
+    "co_detr": build_brs_detr,
+    "retinanet": build_retinanet,
+    "foveabox": build_foveabox,
+    "atss": build_atss,
+    "paa": build_paa,
+}

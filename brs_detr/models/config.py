@@ -41,6 +41,8 @@ class RankingConfig:
     score_weighted: bool = False  # box losses weighted by the scores of their boxes
     box_weight: float = 2.0  # of the box terms with ap and bap, which are not balanced
     tau: Annotated[float, Range(below=1)] = 0.5  # with aLRP: minimum IoU of a positive
+    # with aLRP: follow the values of each step, or as published their means over an epoch
+    balance: Literal["value", "epoch"] = "value"
     scope: Literal["process", "global"] = "process"  # rank each process's batch, or that of all processes
 
 
@@ -50,6 +52,7 @@ class TermWeights:
 
     cls: float = 1.0
     l1: float = 0.0
+    smooth_l1: float = 0.0
     giou: float = 0.0
     centerness: float = 0.0
 
@@ -126,23 +129,51 @@ class RoIConfig:
 
 
 @dataclass(frozen=True)
-class ATSSConfig:
-    """ATSS head."""
+class DenseHeadConfig:
+    """What the one-stage heads on a feature pyramid share: two towers, anchors, and what becomes a detection."""
 
-    objective: ObjectiveConfig = one_of(RankingConfig(weight=5.0), _FOCAL_ATSS)
-    stacked_convs: int = 1
-    topk: Count = 9
-    anchor_scale: Positive = 8.0  # side of the anchors, in strides
-    centerness: bool = False
+    objective: ObjectiveConfig = one_of(RankingConfig(score_weighted=True), ScoreConfig(weights=TermWeights(giou=2.0)))
+    stacked_convs: int = 4  # of each tower
+    anchor_scale: Positive = 4.0  # of the smallest anchor of an octave, in strides
+    scales_per_octave: Count = 3
+    anchor_ratios: Annotated[tuple[Positive, ...], NotEmpty()] = (1.0,)  # height / width
+    before_nms: Count = 1000  # best (anchor, class) pairs of each level that enter suppression
+    # Class scores at or below are no detections. The papers have 0.05, after long schedules: a ranking loss gives
+    # scores no absolute meaning, and after a short one most objects score less.
+    score_threshold: float = 0.0
+    nms_iou: Fraction = 0.6
+    max_detections: Count = 100
 
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
         yield from _needs_no_background(self.objective, name)
+
+
+@dataclass(frozen=True)
+class ATSSHeadConfig(DenseHeadConfig):
+    """ATSS head: anchors are assigned by an IoU threshold that each object has of its own."""
+
+    topk: Count = 9  # candidates per level and object
+    centerness: bool = False
+
+    def problems(self, name: str) -> Iterator[str]:
+        """Yield what is wrong between settings; `name` is that of the section."""
+        yield from super().problems(name)
         if self.centerness and isinstance(self.objective, RankingConfig):
             yield (
                 f"{name}.centerness=true needs {name}.objective.loss=focal; {name}.objective.loss="
                 f"{self.objective.loss} ranks by quality instead"
             )
+
+
+@dataclass(frozen=True)
+class AuxATSSConfig(ATSSHeadConfig):
+    """The ATSS head beside a decoder: one anchor per cell."""
+
+    objective: ObjectiveConfig = one_of(RankingConfig(weight=5.0), _FOCAL_ATSS)
+    stacked_convs: int = 1
+    anchor_scale: Positive = 8.0
+    scales_per_octave: Count = 1
 
 
 def _needs_no_background(objective: ObjectiveConfig, name: str) -> Iterator[str]:
@@ -181,7 +212,12 @@ class BRSDETRConfig:
     matcher: MatcherConfig = MatcherConfig()
     rpn: RPNConfig = RPNConfig()
     roi: RoIConfig = RoIConfig()
-    atss: ATSSConfig = ATSSConfig()
+    atss: AuxATSSConfig = AuxATSSConfig()
+
+    @property
+    def detection_limit(self) -> tuple[str, int]:
+        """Return the setting that limits the detections of an image, and its value."""
+        return "model.detections_per_image", self.detections_per_image
 
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
@@ -208,7 +244,7 @@ class CoDETRConfig(BRSDETRConfig):
     matcher: MatcherConfig = MatcherConfig(cls=2.0)
     rpn: RPNConfig = RPNConfig(objective=_BINARY_RPN, box_loss="l1", sample=256, proposals=1000)
     roi: RoIConfig = RoIConfig(objective=_SOFTMAX_ROI, sample=512, add_ground_truth=True)
-    atss: ATSSConfig = ATSSConfig(objective=_FOCAL_ATSS, centerness=True)
+    atss: AuxATSSConfig = AuxATSSConfig(objective=_FOCAL_ATSS, centerness=True)
 
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
@@ -218,6 +254,3 @@ class CoDETRConfig(BRSDETRConfig):
                 f"{name}.name=co_detr is the detector with score-based losses; {name}.objective.loss="
                 f"{self.objective.loss} makes it brs_detr"
             )
-
-
-ModelConfig = BRSDETRConfig | CoDETRConfig

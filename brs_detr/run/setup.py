@@ -38,7 +38,7 @@ from brs_detr.engine.checkpoint import (
 from brs_detr.engine.optim import count_parameters
 from brs_detr.models.backbones.timm_backbone import plain_name
 from brs_detr.models.build import build_model, sampling_here
-from brs_detr.models.config import ModelConfig
+from brs_detr.models.cnn_config import ModelConfig
 from brs_detr.models.detector import Detector
 
 

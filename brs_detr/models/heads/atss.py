@@ -16,9 +16,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from brs_detr.assign.assignment import HeadAssignment
 from brs_detr.assign.atss import ATSSAssigner
 from brs_detr.losses.distributed import SharedCount
-from brs_detr.models.heads.dense import DenseOutput, Objective
+from brs_detr.models.config import ATSSHeadConfig, ScoreConfig
+from brs_detr.models.heads.dense import DenseOutput, build_objective
 from brs_detr.models.heads.towers import TowerHead
-from brs_detr.ops.anchors import AnchorGrid, batch_rows
+from brs_detr.ops.anchors import AnchorGrid, batch_rows, octave_scales
 from brs_detr.ops.boxes import BoxCoder
 from brs_detr.ops.images import Size
 
@@ -33,58 +34,31 @@ class ATSSHead(TowerHead):
         dim: channels of the feature maps.
         num_classes: object classes.
         strides: pixels per cell of each map.
-        objective: takes a `PredictionSet`.
-        stacked_convs: 3x3 convolutions of each tower.
+        config: see `ATSSHeadConfig`.
         norm_groups: of the towers' GroupNorm; must divide `dim`.
-        centerness: predict centerness, weigh box losses with its target and detections with its value.
-        centerness_weight: factor of the centerness loss.
-        topk: candidates per level and object.
-        scale: anchor side, or sides of several anchors per cell, in multiples of the stride.
-        ratios: height over width of the anchors.
-        before_nms: best (anchor, class) pairs of each level that enter suppression. The published heads take the best
-            anchors and then all classes of each, which differs on levels with more candidates than this.
-        score_threshold: class scores at or below this are dropped.
-        nms_iou: class-wise suppression threshold of detections.
-        max_detections: detections per image.
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_classes: int,
-        strides: Sequence[int],
-        *,
-        objective: Objective,
-        stacked_convs: int = 1,
-        norm_groups: int = 32,
-        centerness: bool = False,
-        centerness_weight: float = 12.0,
-        topk: int = 9,
-        scale: float | Sequence[float] = 8.0,
-        ratios: Sequence[float] = (1.0,),
-        before_nms: int = 1000,
-        score_threshold: float = 0.0,
-        nms_iou: float = 0.6,
-        max_detections: int = 100,
+        self, dim: int, num_classes: int, strides: Sequence[int], config: ATSSHeadConfig, norm_groups: int = 32
     ) -> None:
-        scales = tuple(scale) if isinstance(scale, Sequence) else (scale,)
+        objective = config.objective
         super().__init__(
             dim,
             num_classes,
-            AnchorGrid(strides, scales, ratios),
-            num_convs=stacked_convs,
+            AnchorGrid(strides, octave_scales(config.anchor_scale, config.scales_per_octave), config.anchor_ratios),
+            stacked_convs=config.stacked_convs,
             norm_groups=norm_groups,
             level_scales=True,
-            branch="centerness" if centerness else None,
-            objective=objective,
-            assigner=ATSSAssigner(topk),
+            branch="centerness" if config.centerness else None,
+            objective=build_objective(objective),
+            assigner=ATSSAssigner(config.topk),
             coder=BoxCoder((0.1, 0.1, 0.2, 0.2)),
-            before_nms=before_nms,
-            score_threshold=score_threshold,
-            nms_iou=nms_iou,
-            max_detections=max_detections,
+            before_nms=config.before_nms,
+            score_threshold=config.score_threshold,
+            nms_iou=config.nms_iou,
+            max_detections=config.max_detections,
         )
-        self.centerness_weight = centerness_weight
+        self.centerness_weight = objective.weights.centerness if isinstance(objective, ScoreConfig) else 0.0
 
     def normalizer(self, assignment: HeadAssignment) -> SharedCount:
         """Count the positives, at least one an image, as in the published code."""

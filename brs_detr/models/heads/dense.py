@@ -6,6 +6,7 @@ objective; detections are best scores per level -> decode -> clip -> suppress.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -37,11 +38,17 @@ def build_objective(config: ObjectiveConfig) -> RankingObjective | ScoreObjectiv
             score_weighted=config.score_weighted,
             box_weight=config.box_weight,
             tau=config.tau,
-            period=None,  # aLRP: one objective serves many query sets a step
+            # aLRP: the period is that of COCO at batch 32 until `balance.set_epoch_length`
+            period=3665 if config.balance == "epoch" else None,
             scope=config.scope,
         )
-    terms = {"cls": config.weights.cls, "l1": config.weights.l1, "giou": config.weights.giou}
-    return ScoreObjective(config.loss, terms, alpha=config.alpha, gamma=config.gamma, normalizer=config.normalizer)
+    return ScoreObjective(
+        config.loss,
+        dataclasses.asdict(config.weights),
+        alpha=config.alpha,
+        gamma=config.gamma,
+        normalizer=config.normalizer,
+    )
 
 
 class HeadLosses(NamedTuple):
@@ -240,7 +247,7 @@ class DenseHead(nn.Module):
         ]
 
     def detect(self, candidates: Candidates, size: Size, max_detections: int) -> dict[str, Tensor]:
-        """Detections of one image of (h, w) pixels."""
+        """Choose the detections of one image of (h, w) pixels."""
         return suppress(
             **candidates._asdict(),
             size=size,
@@ -254,7 +261,7 @@ class DenseHead(nn.Module):
         return output.logits[level].float().sigmoid()
 
     def _candidates(self, output: DenseOutput, level: int, anchors: Tensor, count: int) -> Candidates:
-        """The best (anchor, class) pairs of one level, of all images."""
+        """Return the best (anchor, class) pairs of one level, of all images."""
         score = self.class_scores(output, level).flatten(1)
         score, index = score.topk(min(count, score.shape[1]), dim=1)
         anchor, label = index // self.num_classes, index % self.num_classes

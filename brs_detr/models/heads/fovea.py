@@ -1,7 +1,7 @@
 """FoveaBox's head: one point per cell, from which the distances to the four sides of a box are predicted.
 
-Source: Kong et al., "FoveaBox: Beyound Anchor-based Object Detection", TIP 2020; trained with any
-objective. With AP and aLRP loss it is that of Oksuz et al., "aLRP loss" (NeurIPS 2020), Table 7.
+Source: Kong et al., "FoveaBox: Beyound Anchor-based Object Detection", TIP 2020.
+With AP and aLRP loss it is that of Oksuz et al., "aLRP loss" (NeurIPS 2020), Table 7.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from brs_detr.assign.fovea import SIZE_RANGES, FoveaAssigner
-from brs_detr.models.heads.dense import BoxLoss, Objective
+from brs_detr.assign.fovea import FoveaAssigner
+from brs_detr.models.cnn_config import FoveaHeadConfig
+from brs_detr.models.heads.dense import build_objective
 from brs_detr.models.heads.towers import TowerHead
 from brs_detr.ops.anchors import AnchorGrid
 from brs_detr.ops.boxes import PointCoder
@@ -26,56 +27,39 @@ class FoveaHead(TowerHead):
         dim: channels of the feature maps.
         num_classes: object classes.
         strides: pixels per cell of each map.
-        objective: takes a `PredictionSet`.
-        size_ranges: least and largest square root of an object's area, in pixels, for each map.
-        sigma: sides of the region of positive cells, as a fraction of those of the object.
-        base_scale: what distances are divided by, in multiples of the stride: 16 to 256 pixels on the usual maps.
-        num_convs: 3x3 convolutions of each tower.
-        norm_groups: of the towers' GroupNorm; None: convolutions with bias and no norm, as published.
-        box_loss: "giou", "l1" or "smooth_l1", see `DenseHead`; aLRP needs "giou".
-        beta: of "smooth_l1".
-        before_nms: best (cell, class) pairs of each level that enter suppression.
-        score_threshold: class scores at or below this are dropped; 0.05 in the papers.
-        nms_iou: class-wise suppression threshold of detections.
-        max_detections: detections per image.
+        config: see `FoveaHeadConfig`.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_classes: int,
-        strides: Sequence[int],
-        *,
-        objective: Objective,
-        size_ranges: Sequence[tuple[float, float]] = SIZE_RANGES,
-        sigma: float = 0.4,
-        base_scale: float = 2.0,
-        num_convs: int = 4,
-        norm_groups: int | None = None,
-        box_loss: BoxLoss = "giou",
-        beta: float = 0.11,
-        before_nms: int = 1000,
-        score_threshold: float = 0.0,
-        nms_iou: float = 0.5,
-        max_detections: int = 100,
-    ) -> None:
+    def __init__(self, dim: int, num_classes: int, strides: Sequence[int], config: FoveaHeadConfig) -> None:
         super().__init__(
             dim,
             num_classes,
-            AnchorGrid(strides, (base_scale,), (1.0,), offset=0.5),
-            num_convs=num_convs,
-            norm_groups=norm_groups,
-            objective=objective,
-            assigner=FoveaAssigner(tuple(strides), tuple(size_ranges), sigma),
+            AnchorGrid(strides, (config.base_scale,), (1.0,), offset=0.5),
+            stacked_convs=config.stacked_convs,
+            objective=build_objective(config.objective),
+            assigner=FoveaAssigner(tuple(strides), size_ranges(strides, config.object_sizes), config.sigma),
             coder=PointCoder(),
-            box_loss=box_loss,
-            beta=beta,
-            before_nms=before_nms,
-            score_threshold=score_threshold,
-            nms_iou=nms_iou,
-            max_detections=max_detections,
+            box_loss=config.box_loss,
+            beta=config.beta,
+            before_nms=config.before_nms,
+            score_threshold=config.score_threshold,
+            nms_iou=config.nms_iou,
+            max_detections=config.max_detections,
         )
 
     def box_losses(self, anchors: Tensor, deltas: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """As `DenseHead.box_losses`, of objects cut to the distances that the coder has targets for."""
         return super().box_losses(anchors, deltas, self.coder.decode(anchors, self.coder.encode(anchors, targets)))
+
+
+def size_ranges(strides: Sequence[int], in_strides: tuple[float, float]) -> tuple[tuple[float, float], ...]:
+    """Return the range of object sizes (square root of the area, pixels) of each map.
+
+    The finest map begins at an eighth of its stride, the coarsest ends at twice its range: from 1 to 2048 pixels on the
+    published ones.
+    """
+    low, high = in_strides
+    ranges = [(low * stride, high * stride) for stride in strides]
+    ranges[0] = (strides[0] / 8, ranges[0][1])
+    ranges[-1] = (ranges[-1][0], 2 * high * strides[-1])
+    return tuple(ranges)

@@ -18,7 +18,8 @@ from brs_detr.assign.paa import PAAAssigner
 from brs_detr.losses.boxes import paired_giou_loss
 from brs_detr.losses.classification import focal
 from brs_detr.losses.distributed import SharedCount
-from brs_detr.models.heads.dense import DenseOutput, Objective
+from brs_detr.models.cnn_config import PAAHeadConfig
+from brs_detr.models.heads.dense import DenseOutput, build_objective
 from brs_detr.models.heads.towers import TowerHead
 from brs_detr.ops.anchors import AnchorGrid, batch_rows, octave_scales
 from brs_detr.ops.boxes import BoxCoder, Candidates, vote
@@ -35,61 +36,32 @@ class PAAHead(TowerHead):
         dim: channels of the feature maps.
         num_classes: object classes.
         strides: pixels per cell of each map.
-        objective: takes a `PredictionSet`.
-        topk: cheapest candidates of each level that an object's mixture is fitted to.
-        scales: anchor sides in multiples of the stride.
-        ratios: height over width of the anchors.
-        num_convs: 3x3 convolutions of each tower.
+        config: see `PAAHeadConfig`.
         norm_groups: of the towers' GroupNorm; must divide `dim`.
-        iou_branch: predict each box's IoU, weigh box losses with the IoU and scores with its prediction, as the paper
-            does with focal loss.
-        iou_weight: factor of the branch's loss.
-        box_cost: factor of the GIoU loss in the cost; the paper's code uses its weight in the loss, 1.3.
-        before_nms: best (anchor, class) pairs of each level that enter suppression and vote.
-        score_threshold: scores at or below this are dropped.
-        nms_iou: class-wise suppression threshold of detections.
-        max_detections: detections per image.
     """
 
     assigner: PAAAssigner
 
     def __init__(
-        self,
-        dim: int,
-        num_classes: int,
-        strides: Sequence[int],
-        *,
-        objective: Objective,
-        topk: int = 9,
-        scales: Sequence[float] = octave_scales(4.0, 3),
-        ratios: Sequence[float] = (1.0,),
-        num_convs: int = 4,
-        norm_groups: int = 32,
-        iou_branch: bool = False,
-        iou_weight: float = 0.5,
-        box_cost: float = 1.0,
-        before_nms: int = 1000,
-        score_threshold: float = 0.0,
-        nms_iou: float = 0.6,
-        max_detections: int = 100,
+        self, dim: int, num_classes: int, strides: Sequence[int], config: PAAHeadConfig, norm_groups: int = 32
     ) -> None:
         super().__init__(
             dim,
             num_classes,
-            AnchorGrid(strides, scales, ratios),
-            num_convs=num_convs,
+            AnchorGrid(strides, octave_scales(config.anchor_scale, config.scales_per_octave), config.anchor_ratios),
+            stacked_convs=config.stacked_convs,
             norm_groups=norm_groups,
             level_scales=True,
-            branch="iou" if iou_branch else None,
-            objective=objective,
-            assigner=PAAAssigner(topk=topk),
+            branch="iou" if config.iou_branch else None,
+            objective=build_objective(config.objective),
+            assigner=PAAAssigner(topk=config.topk),
             coder=BoxCoder((0.1, 0.1, 0.2, 0.2)),
-            before_nms=before_nms,
-            score_threshold=score_threshold,
-            nms_iou=nms_iou,
-            max_detections=max_detections,
+            before_nms=config.before_nms,
+            score_threshold=config.score_threshold,
+            nms_iou=config.nms_iou,
+            max_detections=config.max_detections,
         )
-        self.iou_weight, self.box_cost = iou_weight, box_cost
+        self.iou_weight, self.box_cost = config.iou_weight, config.box_cost
 
     @torch.no_grad()
     def match(

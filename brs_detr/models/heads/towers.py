@@ -24,7 +24,7 @@ class TowerHead(DenseHead):
         dim: channels of the feature maps.
         num_classes: object classes.
         anchors: of every level; A per cell.
-        num_convs: 3x3 convolutions of each tower.
+        stacked_convs: 3x3 convolutions of each tower.
         norm_groups: of a GroupNorm after each convolution, which then has no bias; None: no norm.
         level_scales: multiply the offsets of each level with a factor that is learned.
         branch: one more logit per anchor from the box tower, "centerness" or "iou"; it is named so in the output.
@@ -37,7 +37,7 @@ class TowerHead(DenseHead):
         num_classes: int,
         anchors: AnchorGrid,
         *,
-        num_convs: int = 4,
+        stacked_convs: int = 4,
         norm_groups: int | None = None,
         level_scales: bool = False,
         branch: Literal["centerness", "iou"] | None = None,
@@ -45,8 +45,8 @@ class TowerHead(DenseHead):
     ) -> None:
         super().__init__(num_classes, anchors, **options)
         per_cell, self.branch = anchors.per_cell, branch
-        self.class_tower = _tower(dim, num_convs, norm_groups)
-        self.box_tower = _tower(dim, num_convs, norm_groups)
+        self.class_tower = _tower(dim, stacked_convs, norm_groups)
+        self.box_tower = _tower(dim, stacked_convs, norm_groups)
         self.score = nn.Conv2d(dim, per_cell * num_classes, 3, padding=1)
         self.delta = nn.Conv2d(dim, per_cell * 4, 3, padding=1)
         if branch is not None:

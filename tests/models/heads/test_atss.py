@@ -3,12 +3,13 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from brs_detr.losses.objective import RankingObjective, ScoreObjective
+from brs_detr.models.config import BRSDETRConfig, CoDETRConfig
 from brs_detr.models.heads.atss import ATSSHead, centerness_target
 from brs_detr.models.heads.dense import DenseOutput
 from brs_detr.models.transformer.collaborative import aux_samples
@@ -37,10 +38,8 @@ def renamed(name):
 
 def build(family, dim=64, classes=5):
     if family == "co_detr":
-        return ATSSHead(
-            dim, classes, STRIDES, objective=ScoreObjective("focal", {"cls": 12.0, "giou": 24.0}), centerness=True
-        )
-    return ATSSHead(dim, classes, STRIDES, objective=RankingObjective("brs", 5.0))
+        return ATSSHead(dim, classes, STRIDES, CoDETRConfig.atss)
+    return ATSSHead(dim, classes, STRIDES, BRSDETRConfig.atss)
 
 
 def load(golden, family, scenario="normal"):
@@ -164,7 +163,7 @@ def test_centerness_by_hand():
 
 def test_detections_by_hand():
     """A score is that of the class times centerness; the threshold is the class's; each box is that of its cell."""
-    head = ATSSHead(32, 2, (8,), objective=None, centerness=True, score_threshold=0.4)
+    head = ATSSHead(32, 2, (8,), replace(CoDETRConfig.atss, score_threshold=0.4))
     logits = torch.full((1, 4, 4, 2), -9.0)
     deltas, centerness = torch.zeros(1, 4, 4, 4), torch.zeros(1, 4, 4, 1)
     logits[0, 1, 2, 1], centerness[0, 1, 2] = 0.0, math.log(3)  # 0.5 * 0.75

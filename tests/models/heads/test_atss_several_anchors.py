@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from brs_detr.losses.objective import RankingObjective, ScoreObjective
+from brs_detr.models.config import ATSSHeadConfig, RankingConfig, ScoreConfig, TermWeights
 from brs_detr.models.heads.atss import ATSSHead
 from brs_detr.models.heads.dense import DenseOutput
-from brs_detr.ops.anchors import octave_scales
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "golden"))
 import cnn
@@ -21,9 +20,8 @@ OBJECT = [4.0, 4, 36, 36]
 
 
 def published(loss="brs", classes=5, dim=32, **options):
-    objective = RankingObjective(loss, 1.0, score_weighted=True)
-    options = {"objective": objective, "stacked_convs": 4, "scale": octave_scales(4.0, 3), **options}
-    return ATSSHead(dim, classes, cnn.STRIDES, **options)
+    config = ATSSHeadConfig(**{"objective": RankingConfig(loss, score_weighted=True), **options})
+    return ATSSHead(dim, classes, cnn.STRIDES, config)
 
 
 @pytest.mark.parametrize("loss", ["rs", "brs", "ap", "bap"])
@@ -66,7 +64,7 @@ def targets(*boxes_per_image):
 def test_every_parameter_has_a_gradient_whatever_the_images_show(loss, boxes):
     """The last levels have fewer anchors than candidates are asked for."""
     if loss == "focal":
-        objective = ScoreObjective("focal", {"cls": 1.0, "giou": 2.0})
+        objective = ScoreConfig(weights=TermWeights(giou=2.0, centerness=1.0))
         head = published(objective=objective, centerness=True, stacked_convs=1)
     else:
         head = published(loss, stacked_convs=1)

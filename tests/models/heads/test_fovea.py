@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from brs_detr.losses.objective import RankingObjective, ScoreObjective
+from brs_detr.losses.objective import RankingObjective
+from brs_detr.models.cnn_config import FoveaHeadConfig
+from brs_detr.models.config import RankingConfig, ScoreConfig, TermWeights
 from brs_detr.models.heads.dense import DenseOutput
 from brs_detr.models.heads.fovea import FoveaHead
 from brs_detr.ops.boxes import PointCoder
@@ -22,9 +24,10 @@ OBJECT = [4.0, 4, 36, 36]
 
 def published(loss="alrp", classes=5, **options):
     """The aLRP repository's head for AP or aLRP loss."""
+    objective = RankingConfig(loss, balance="epoch")
     if loss == "ap":
-        options = {"objective": RankingObjective("ap", 1.0, box_weight=1.0), "box_loss": "smooth_l1", **options}
-    return FoveaHead(8, classes, cnn.STRIDES, **{"objective": RankingObjective(loss, 1.0), **options})
+        objective, options = RankingConfig("ap", box_weight=1.0), {"box_loss": "smooth_l1", **options}
+    return FoveaHead(8, classes, cnn.STRIDES, FoveaHeadConfig(**{"objective": objective, **options}))
 
 
 @pytest.mark.parametrize("loss", ["ap", "alrp"])
@@ -58,10 +61,10 @@ def targets(*boxes_per_image):
 @pytest.mark.parametrize("classes", [1, 3])
 def test_every_parameter_has_a_gradient_whatever_the_images_show(loss, boxes, classes):
     if loss == "focal":
-        objective = ScoreObjective("focal", {"cls": 1.0, "smooth_l1": 1.0}, alpha=0.4, gamma=1.5)
-        head = published(objective=objective, box_loss="smooth_l1", classes=classes, num_convs=1)
+        objective = ScoreConfig(weights=TermWeights(smooth_l1=1.0), alpha=0.4, gamma=1.5)
+        head = published(objective=objective, box_loss="smooth_l1", classes=classes, stacked_convs=1)
     else:
-        head = published(loss, classes, num_convs=1)
+        head = published(loss, classes, stacked_convs=1)
     terms = head.losses(head(feature_maps()), SIZES, targets(*boxes)).terms
     sum(terms.values()).backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in head.parameters())
@@ -106,7 +109,7 @@ def test_one_cell_becomes_the_detection():
 
 @pytest.mark.parametrize("loss", ["brs", "alrp"])
 def test_learns_an_object(loss):
-    head, features = published(loss, classes=2, num_convs=1), feature_maps(1)
+    head, features = published(loss, classes=2, stacked_convs=1), feature_maps(1)
     if loss == "alrp":
         head.objective = RankingObjective("alrp", 1.0, period=None)
     optimizer = torch.optim.AdamW(head.parameters(), lr=0.01)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torchvision.ops import box_iou, generalized_box_iou
 
-from brs_detr.losses.objective import RankingObjective, ScoreObjective
+from brs_detr.models.cnn_config import PAAHeadConfig
+from brs_detr.models.config import RankingConfig, ScoreConfig, TermWeights
 from brs_detr.models.heads.dense import DenseHead, DenseOutput
 from brs_detr.models.heads.paa import PAAHead
 from brs_detr.ops.anchors import valid_extents
@@ -25,8 +26,8 @@ OBJECT = [4.0, 4, 36, 36]
 
 def published(loss="brs", classes=5, dim=64, **options):
     """The rank-based head; AP runs with half the usual half width, and its box loss has weight 1."""
-    objective = RankingObjective(loss, 1.0, score_weighted=True, delta=0.5, box_weight=1.0)
-    return PAAHead(dim, classes, cnn.STRIDES, **{"objective": objective, **options})
+    objective = RankingConfig(loss, score_weighted=True, delta=0.5, box_weight=1.0)
+    return PAAHead(dim, classes, cnn.STRIDES, PAAHeadConfig(**{"objective": objective, **options}))
 
 
 @pytest.mark.parametrize("loss", ["rs", "brs", "ap", "bap"])
@@ -112,9 +113,9 @@ def targets(*boxes_per_image):
 @pytest.mark.parametrize("boxes", [([], []), ([OBJECT], []), ([OBJECT], [OBJECT])], ids=["none", "one", "both"])
 @pytest.mark.parametrize("classes", [1, 3])
 def test_every_parameter_has_a_gradient_whatever_the_images_show(loss, boxes, classes):
-    options = {"num_convs": 1, "classes": classes}
+    options = {"stacked_convs": 1, "classes": classes}
     if loss == "focal":
-        options |= {"objective": ScoreObjective("focal", {"cls": 1.0, "giou": 1.3}), "iou_branch": True}
+        options |= {"objective": ScoreConfig(weights=TermWeights(giou=1.3)), "iou_branch": True}
     head = published(**options) if loss == "focal" else published(loss, **options)
     terms = head.losses(head(feature_maps()), SIZES, targets(*boxes)).terms
     assert ("iou" in terms) == (loss == "focal")
@@ -141,7 +142,7 @@ def test_the_assignment_follows_the_outputs():
 
 def test_iou_branch_by_hand():
     """Box losses are weighed with the IoU, the branch learns it, and scores are geometric means."""
-    head = published(objective=ScoreObjective("focal", {"cls": 1.0, "giou": 1.3}), iou_branch=True, classes=2)
+    head = published(objective=ScoreConfig(weights=TermWeights(giou=1.3)), iou_branch=True, classes=2)
     output = head(feature_maps())
     extents = [valid_extents(size, output.shapes, cnn.STRIDES) for size in SIZES]
     assignment = head.assign(output, extents, targets([OBJECT], []))
@@ -185,7 +186,7 @@ def test_votes_equal_the_slow_form_and_are_never_nan():
 
 
 def test_an_empty_box_at_the_border_is_not_nan():
-    head = published(classes=1, num_convs=0, score_threshold=0.5)
+    head = published(classes=1, stacked_convs=0, score_threshold=0.5)
     output = head(feature_maps(batch=1))
     logits = [torch.full_like(level, -9.0) for level in output.logits]
     deltas = [torch.zeros_like(level) for level in output.deltas]
@@ -212,7 +213,7 @@ def test_cost_is_focal_loss_plus_giou_loss():
 
 
 def test_candidates_below_the_threshold_do_not_vote():
-    head = published(classes=1, num_convs=0, score_threshold=0.3)
+    head = published(classes=1, stacked_convs=0, score_threshold=0.3)
     logits = [torch.full((1, h, w, 3, 1), -1.0) for h, w in SHAPES]  # 0.27
     deltas = [torch.zeros(1, h, w, 3, 4) for h, w in SHAPES]
     logits[1][0, 1, 2, 0] = 3.0

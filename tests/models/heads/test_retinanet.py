@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.functional import smooth_l1_loss
 
-from brs_detr.assign.atss import ATSSAssigner
-from brs_detr.losses.objective import RankingObjective, ScoreObjective
+from brs_detr.models.cnn_config import RetinaNetHeadConfig
+from brs_detr.models.config import RankingConfig, ScoreConfig, TermWeights
 from brs_detr.models.heads.dense import DenseOutput
 from brs_detr.models.heads.retinanet import RetinaNetHead
 from brs_detr.ops.anchors import octave_scales
@@ -22,13 +22,17 @@ FEATURES = [(6, 8), (3, 4), (2, 2), (1, 1), (1, 1)]
 SIZES = [(48, 64), (40, 56)]
 
 
-def published(loss, classes=5, assigner=None, ratios=(0.5, 1.0, 2.0), **options):
+def published(loss, classes=5, **options):
     """The aLRP repository's head for AP or aLRP loss."""
     if loss == "ap":
-        options |= {"objective": RankingObjective("ap", 1.0, box_weight=1.0), "box_loss": "smooth_l1"}
+        options |= {"objective": RankingConfig("ap", box_weight=1.0), "box_loss": "smooth_l1"}
     else:
-        options |= {"objective": RankingObjective("alrp", 1.0)}
-    return RetinaNetHead(8, classes, cnn.STRIDES, assigner=assigner, ratios=ratios, **options)
+        options |= {"objective": RankingConfig("alrp", balance="epoch")}
+    return build(classes, **options)
+
+
+def build(classes, dim=8, **options):
+    return RetinaNetHead(dim, classes, cnn.STRIDES, RetinaNetHeadConfig(**options))
 
 
 def check(recorded, head, loss):
@@ -50,7 +54,7 @@ def test_official_targets_losses_and_gradients(case, loss):
 
 @pytest.mark.parametrize("case", CASES[:2])
 def test_official_losses_with_atss_assignment(case):
-    check(cnn.load(f"retinanet_atss_{case}"), published("alrp", assigner=ATSSAssigner(9), ratios=(1.0,)), "alrp")
+    check(cnn.load(f"retinanet_atss_{case}"), published("alrp", assigner="atss", anchor_ratios=(1.0,)), "alrp")
 
 
 def test_official_anchors():
@@ -70,9 +74,9 @@ def targets(*boxes_per_image, classes=5):
 
 OBJECT = [4.0, 4, 36, 36]
 OBJECTIVES = {
-    "focal": lambda: ScoreObjective("focal", {"cls": 1.0, "giou": 2.0}),
-    **{loss: lambda loss=loss: RankingObjective(loss, 1.0, score_weighted=True) for loss in ("brs", "rs", "bap", "ap")},
-    **{loss: lambda loss=loss: RankingObjective(loss, 1.0) for loss in ("alrp", "balrp")},
+    "focal": ScoreConfig(weights=TermWeights(giou=2.0)),
+    **{loss: RankingConfig(loss, score_weighted=True) for loss in ("brs", "rs", "bap", "ap")},
+    **{loss: RankingConfig(loss, balance="epoch") for loss in ("alrp", "balrp")},
 }
 
 
@@ -80,7 +84,7 @@ OBJECTIVES = {
 @pytest.mark.parametrize("boxes", [([], []), ([OBJECT], []), ([OBJECT], [OBJECT])], ids=["none", "one", "both"])
 @pytest.mark.parametrize("classes", [1, 3])
 def test_every_parameter_has_a_gradient_whatever_the_images_show(objective, boxes, classes):
-    head = RetinaNetHead(8, classes, cnn.STRIDES, objective=OBJECTIVES[objective](), norm_groups=2, num_convs=1)
+    head = build(classes, objective=OBJECTIVES[objective], stacked_convs=1)
     terms = head.losses(head(feature_maps()), SIZES, targets(*boxes, classes=classes)).terms
     sum(terms.values()).backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in head.parameters())
@@ -92,7 +96,7 @@ def test_every_parameter_has_a_gradient_whatever_the_images_show(objective, boxe
 @pytest.mark.parametrize("classes", [1, 3, 90])
 def test_rows_without_an_object_are_background_with_any_number_of_classes(classes):
     """Positives are as many as the anchors assigned, also with fewer classes than COCO has."""
-    head = RetinaNetHead(8, classes, cnn.STRIDES, objective=RankingObjective("ap"), num_convs=0)
+    head = build(classes, objective=RankingConfig("ap"), stacked_convs=0)
     assignment = head.losses(head(feature_maps()), SIZES, targets([OBJECT], [], classes=classes)).assignment
     positive = assignment.labels < classes
     assert 0 < positive.sum() == len(assignment.rows) < 30
@@ -102,7 +106,7 @@ def test_rows_without_an_object_are_background_with_any_number_of_classes(classe
 @pytest.mark.parametrize("loss", ["brs", "rs", "bap", "ap", "alrp"])
 def test_a_positive_whose_box_misses_its_object_is_still_a_positive(loss):
     """An IoU of 0 is the quality of a positive, not the mark of a negative: its logit is pushed up."""
-    head = RetinaNetHead(8, 3, cnn.STRIDES, objective=RankingObjective(loss, 1.0), num_convs=0)
+    head = build(3, objective=RankingConfig(loss, balance="epoch"), stacked_convs=0)
     output = head(feature_maps(batch=1))
     far = [torch.full_like(delta, 50.0).requires_grad_() for delta in output.deltas]
     logits = [torch.zeros_like(level).requires_grad_() for level in output.logits]
@@ -115,7 +119,7 @@ def test_a_positive_whose_box_misses_its_object_is_still_a_positive(loss):
 
 def test_towers_are_the_papers():
     """Four convolutions with bias and no norm in each tower, and a prior of 0.01."""
-    head = RetinaNetHead(16, 4, cnn.STRIDES, objective=RankingObjective("ap"))
+    head = build(4, dim=16, objective=RankingConfig("ap"))
     convs = [layer for layer in head.class_tower.modules() if isinstance(layer, nn.Conv2d)]
     assert len(convs) == 4 and all(conv.bias is not None for conv in convs)
     assert not any(isinstance(layer, nn.GroupNorm) for layer in head.modules()) and not len(head.scales)

@@ -1,0 +1,140 @@
+"""Settings of the CNN detectors, alternatives of section `model` beside those of the DETR family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from brs_detr.config_fields import Count, Fraction, NotEmpty, Positive, one_of
+from brs_detr.models.config import (
+    ATSSHeadConfig,
+    BackboneConfig,
+    BRSDETRConfig,
+    CoDETRConfig,
+    DenseHeadConfig,
+    ObjectiveConfig,
+    RankingConfig,
+    ScoreConfig,
+    TermWeights,
+)
+
+BoxLoss = Literal["giou", "l1", "smooth_l1"]
+
+
+@dataclass(frozen=True)
+class RetinaNetHeadConfig(DenseHeadConfig):
+    """RetinaNet's head: anchors are assigned by fixed IoU thresholds, or as in ATSS."""
+
+    scales_per_octave: Count = 2
+    anchor_ratios: Annotated[tuple[Positive, ...], NotEmpty()] = (0.5, 1.0, 2.0)
+    nms_iou: Fraction = 0.5
+    assigner: Literal["max_iou", "atss"] = "max_iou"
+    positive_iou: Fraction = 0.5  # with max_iou: minimum IoU of a positive anchor
+    negative_iou: Fraction = 0.4  # with max_iou: below, an anchor is background; between, it is ignored
+    topk: Count = 9  # with atss: candidates per level and object
+    box_loss: BoxLoss = "giou"
+    beta: float = 1.0  # of smooth_l1: the error at which it turns from quadratic to linear
+
+
+@dataclass(frozen=True)
+class PAAHeadConfig(DenseHeadConfig):
+    """PAA's head: anchors are assigned by what they cost at present."""
+
+    objective: ObjectiveConfig = one_of(RankingConfig(score_weighted=True), ScoreConfig(weights=TermWeights(giou=1.3)))
+    topk: Count = 9  # cheapest candidates of each level that an object's mixture is fitted to
+    box_cost: float = 1.0  # factor of the GIoU loss in the cost; focal PAA uses its weight, 1.3
+    iou_branch: bool = False  # predict each box's IoU and weigh its score with it, as focal PAA does
+    iou_weight: float = 0.5  # of the branch's loss
+
+
+_FOCAL_FOVEA = ScoreConfig(weights=TermWeights(smooth_l1=1.0, giou=2.0), gamma=1.5, alpha=0.4)  # the paper's
+
+
+@dataclass(frozen=True)
+class FoveaHeadConfig:
+    """FoveaBox's head: one point per cell, positive near the center of an object."""
+
+    objective: ObjectiveConfig = one_of(RankingConfig(score_weighted=True), _FOCAL_FOVEA)
+    stacked_convs: int = 4
+    # square roots of objects' areas on a map, in strides; the finest map takes smaller ones too, the coarsest larger
+    object_sizes: tuple[float, float] = (2.0, 8.0)
+    sigma: Fraction = 0.4  # sides of the region of positive cells, as a fraction of the object's
+    base_scale: Positive = 2.0  # what distances are divided by, in strides
+    box_loss: BoxLoss = "giou"
+    beta: float = 0.11
+    before_nms: Count = 1000
+    score_threshold: float = 0.0
+    nms_iou: Fraction = 0.5
+    max_detections: Count = 100
+
+
+@dataclass(frozen=True)
+class OneStageConfig:
+    """What the one-stage detectors share: a backbone, a feature pyramid, a head."""
+
+    SHARED_SECTION: ClassVar[str] = "objective"  # model.loss=rs stands for model.head.objective.loss=rs
+
+    name: str = ""
+    backbone: BackboneConfig = BackboneConfig()
+    dim: Count = 256
+    levels: Count = 5  # maps of the feature pyramid; each beyond the backbone's has twice the stride of the one before
+    head: DenseHeadConfig | FoveaHeadConfig = DenseHeadConfig()
+
+    @property
+    def detection_limit(self) -> tuple[str, int]:
+        """Return the setting that limits the detections of an image, and its value."""
+        return "model.head.max_detections", self.head.max_detections
+
+    def problems(self, name: str) -> Iterator[str]:
+        """Yield what is wrong between settings; `name` is that of the section."""
+        if self.levels < len(self.backbone.levels):
+            yield f"{name}.levels={self.levels} is less than the {len(self.backbone.levels)} backbone levels"
+        groups = getattr(self, "norm_groups", 1)
+        if self.dim % groups != 0 or self.dim == groups:
+            yield f"{name}.dim={self.dim} must be a multiple of {name}.norm_groups={groups}, and larger"
+
+
+@dataclass(frozen=True)
+class RetinaNetConfig(OneStageConfig):
+    """RetinaNet."""
+
+    name: Literal["retinanet"] = "retinanet"  # type: ignore[assignment]
+    head: RetinaNetHeadConfig = RetinaNetHeadConfig()
+
+
+@dataclass(frozen=True)
+class FoveaBoxConfig(OneStageConfig):
+    """FoveaBox."""
+
+    name: Literal["foveabox"] = "foveabox"  # type: ignore[assignment]
+    head: FoveaHeadConfig = FoveaHeadConfig()
+
+
+@dataclass(frozen=True)
+class ATSSConfig(OneStageConfig):
+    """ATSS."""
+
+    name: Literal["atss"] = "atss"  # type: ignore[assignment]
+    norm_groups: Count = 32  # of the towers; must divide dim
+    head: ATSSHeadConfig = ATSSHeadConfig()
+
+
+@dataclass(frozen=True)
+class PAAConfig(OneStageConfig):
+    """PAA."""
+
+    name: Literal["paa"] = "paa"  # type: ignore[assignment]
+    norm_groups: Count = 32  # of the towers; must divide dim
+    head: PAAHeadConfig = PAAHeadConfig()
+
+
+ModelConfig = BRSDETRConfig | CoDETRConfig | RetinaNetConfig | FoveaBoxConfig | ATSSConfig | PAAConfig
+MODELS: tuple[ModelConfig, ...] = (  # section `model` is one of them, by name; the first is the default
+    BRSDETRConfig(),
+    CoDETRConfig(),
+    RetinaNetConfig(),
+    FoveaBoxConfig(),
+    ATSSConfig(),
+    PAAConfig(),
+)
