@@ -45,7 +45,8 @@ class PAAHead(TowerHead):
             does with focal loss.
         iou_weight: factor of the branch's loss.
         box_cost: factor of the GIoU loss in the cost; the paper's code uses its weight in the loss, 1.3.
-        before_nms: best (anchor, class) pairs of each level that enter suppression and vote.
+        before_nms: best (anchor, class) pairs of each level that enter suppression and vote. The published head takes
+            the best anchors, with all their classes, so that more candidates of a low score vote.
         score_threshold: scores at or below this are dropped.
         nms_iou: class-wise suppression threshold of detections.
         max_detections: detections per image.
