@@ -186,5 +186,6 @@ def vote(
     iou = torch.where(labels[:, None] == candidate_labels, box_iou(boxes, candidates), 0.0)
     weight = torch.where(iou > 0.01, (-(1 - iou).square() / 0.025).exp() * candidate_scores, 0.0)
     total = weight.sum(dim=1, keepdim=True)
-    mean = weight @ candidates / total.clamp(min=torch.finfo(total.dtype).tiny)
+    # Not a matrix product, which autocast and TF32 compute with too few digits for pixels.
+    mean = (weight[..., None] * candidates).sum(dim=1) / total.clamp(min=torch.finfo(total.dtype).tiny)
     return torch.where(total > 0, mean, boxes)

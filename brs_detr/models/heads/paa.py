@@ -36,7 +36,8 @@ class PAAHead(TowerHead):
         dim: channels of the feature maps.
         num_classes: object classes.
         strides: pixels per cell of each map.
-        config: see `PAAHeadConfig`.
+        config: see `PAAHeadConfig`. The published head takes the best `before_nms` anchors of a level with all their
+            classes, and not as many (anchor, class) pairs, so that more candidates of a low score vote.
         norm_groups: of the towers' GroupNorm; must divide `dim`.
     """
 
