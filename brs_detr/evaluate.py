@@ -45,13 +45,22 @@ from brs_detr.user_files import complain, printable
 from brs_detr.viz.boxes import contact_sheet, draw_detections
 
 FIGURES = ("model.", "eval.", "data.test_", "data.antialias")  # beginnings of the settings that figures depend on
-OPTIONAL = "confusion.csv confusion.png precision_recall.csv precision_recall.png detections.png curves.png"
+OPTIONAL = (
+    "confusion.csv confusion.png precision_recall.csv precision_recall.png detections.png curves.png "
+    "score_thresholds.csv score_thresholds.png"
+)
 
 
-def run_evaluation(weights: Path, overrides: list[str], out: Path | None = None, images: int = 0) -> int:
+def run_evaluation(
+    weights: Path,
+    overrides: list[str],
+    out: Path | None = None,
+    images: int = 0,
+    score_thresholds: Sequence[float] = (),
+) -> int:
     """Call `evaluate` with its arguments; turn what ends it early into a message and an exit code."""
     try:
-        evaluate(weights, overrides, out, images)
+        evaluate(weights, overrides, out, images, score_thresholds)
     except (ConfigError, DataError, CheckpointError) as error:
         complain(error)
         return ExitCode.REFUSED
@@ -64,8 +73,22 @@ def run_evaluation(weights: Path, overrides: list[str], out: Path | None = None,
     return ExitCode.OK
 
 
-def evaluate(weights_path: Path, overrides: list[str], out: Path | None = None, images: int = 0) -> None:
-    """Evaluate a run folder's best weights, or a weights file, on the val split of its config."""
+def evaluate(
+    weights_path: Path,
+    overrides: list[str],
+    out: Path | None = None,
+    images: int = 0,
+    score_thresholds: Sequence[float] = (),
+) -> None:
+    """Evaluate a run folder's best weights, or a weights file, on the val split of its config.
+
+    Args:
+        weights_path: run folder or weights file.
+        overrides: `a.b=value` applied to the stored config.
+        out: folder to write to; by default beside the weights.
+        images: number of images to draw.
+        score_thresholds: also evaluate the detections above each of these scores.
+    """
     model, weights, config, file = setup.restore(weights_path, overrides)
     out = out or file.parent / "evaluation"
     require_writable(out, "--out")
@@ -81,10 +104,12 @@ def evaluate(weights_path: Path, overrides: list[str], out: Path | None = None, 
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
-    truth, listed = GroundTruth.read(dataset.ground_truth()), dataset.report["images_listed"]
+    truth, listed = GroundTruth.read(dataset.ground_truth(), dataset.masks), dataset.report["images_listed"]
     with contextlib.closing(loader):
         model.to(accelerator.device)
-        summary, results = score(model, weights.category_ids, truth, loader, config, accelerator, listed)
+        summary, results = score(
+            model, weights.category_ids, truth, loader, config, accelerator, listed, score_thresholds=score_thresholds
+        )
     if summary is None:
         return
     stored = configuration.from_dict(weights.config, str(file))
@@ -160,7 +185,8 @@ def score(
     ]
     counted = (*(limit for limit in (1, 10) if limit < max_detections), max_detections)
     readable = sorted(set(truth.image_ids) - set(unreadable))
-    summary = evaluate_coco(truth, results, image_ids=readable, max_detections=counted, **options)
+    masks = truth.masks and all("masks" in found for found in detections)
+    summary = evaluate_coco(truth, results, image_ids=readable, max_detections=counted, masks=masks, **options)
     summary.images_listed = max(images_listed, len(truth.image_ids))
     if unreadable:
         shown = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")
@@ -234,7 +260,7 @@ def validator(
     Raises:
         DataError: the dataset holds no object, so that no validation could tell good weights from bad ones.
     """
-    truth, reported = GroundTruth.read(dataset.ground_truth()), set()
+    truth, reported = GroundTruth.read(dataset.ground_truth(), dataset.masks), set()
     if not truth.max_objects(truth.image_ids)[0]:
         raise DataError(
             f"{dataset.json_path}: none of its {len(dataset):,} images holds an object that counts, so validation "
@@ -304,8 +330,9 @@ def write_images(
 
 
 def write_curves(out: Path, summary: Summary, metrics: Path) -> list[Path]:
-    """Draw the confusion matrix, precision over recall and, where metrics.jsonl is at hand, the training curves."""
-    from brs_detr.viz.plots import draw_confusion, draw_curves, draw_precision_recall  # a training needs no matplotlib
+    """Draw the confusion matrix, precision over recall, AP over scores and, from metrics.jsonl, the training curves."""
+    # here, since a training needs no matplotlib
+    from brs_detr.viz.plots import draw_confusion, draw_curves, draw_precision_recall, draw_score_study
 
     paths = []
     if summary.confusion is not None:
@@ -314,6 +341,9 @@ def write_curves(out: Path, summary: Summary, metrics: Path) -> list[Path]:
     if summary.curves:
         paths.append(out / "precision_recall.png")
         draw_precision_recall(summary.curves, paths[-1])
+    if summary.score_study:
+        paths.append(out / "score_thresholds.png")
+        draw_score_study(summary.score_study, paths[-1])
     if metrics.is_file():
         paths.append(out / "curves.png")
         draw_curves(metrics, paths[-1])

@@ -49,7 +49,7 @@ def test_no_readable_image_at_all_is_an_error(monkeypatch):
 
 
 def test_a_validation_keeps_the_scores_of_the_best_f1_and_says_a_note_once(monkeypatch):
-    dataset = SimpleNamespace(ground_truth=annotations, json_path="val.json", report={"images_listed": 4})
+    dataset = SimpleNamespace(ground_truth=annotations, json_path="val.json", report={"images_listed": 4}, masks=False)
     said, thresholds = [], {"of the weights before": 0.5}
     config = Config(eval=EvalConfig(max_detections=10))
     validate = evaluate.validator([5], dataset, None, config, Accelerator(cpu=True), said.append, thresholds)

@@ -22,7 +22,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("weights", type=Path, help="run folder (its best weights) or .safetensors file")
     parser.add_argument("overrides", nargs="*", default=[], help="settings to change, e.g. data.root=/data/coco")
     parser.add_argument("--out", type=Path, help="folder to write to (default: evaluation/ beside the weights)")
+    parser.add_argument(
+        "--score-thresholds",
+        type=score_list,
+        default=(),
+        metavar="S,S,...",
+        help="also evaluate the detections above each of these scores, e.g. 1e-4,1e-3,1e-2,.1,.4,.6,.8",
+    )
     parser.add_argument("--images", type=int, default=12, help="example images to draw (default 12; 0: none)")
+
+
+def score_list(text: str) -> tuple[float, ...]:
+    """Parse scores in [0, 1) with commas between them; returns them in ascending order."""
+    try:
+        scores = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        scores = [-1.0]
+    if not all(0 <= score < 1 for score in scores):  # a NaN compares as False
+        raise argparse.ArgumentTypeError(f"{text} is not a list of scores in [0, 1). Write it as 1e-3,.1,.5.")
+    return tuple(scores)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -31,4 +49,4 @@ def run(options: argparse.Namespace) -> int:
     update_from_command_line(Config(), options.overrides)  # whether the values fit, the stored config has to say
     from brs_detr.evaluate import run_evaluation  # torch takes seconds to import: only once all this is right
 
-    return run_evaluation(options.weights, options.overrides, options.out, options.images)
+    return run_evaluation(options.weights, options.overrides, options.out, options.images, options.score_thresholds)

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from brs_detr.engine.distributed import raise_together
 from brs_detr.exit_codes import Interruption
 from brs_detr.ops.images import Batch
+from brs_detr.ops.masks import encode_masks
 
 Detections = dict[str, Any]
 
@@ -39,7 +40,8 @@ def predict(
     """Detect objects in every image, and gather the detections over all processes.
 
     Args:
-        model: the detector, not wrapped in DDP: processes may have different numbers of batches.
+        model: the detector, not wrapped in DDP: processes may have different numbers of batches. Its masks are
+            compressed run lengths of the original image, as `ops.masks.paste_and_encode` makes them, or (n, h, w) bool.
         batches: of this process, with targets that have "image_id" and, if the image is a placeholder for one that
             cannot be read, "unreadable".
         accelerator: of the launch.
@@ -49,8 +51,8 @@ def predict(
 
     Returns:
         One dict per image, ascending by "image_id", in every process: "boxes" (n, 4) float32 xyxy pixels of the
-        original image, "scores" (n,) float32 descending, "labels" (n,) int64, all numpy, and "unreadable" (bool):
-        such an image has no detections.
+        original image, "scores" (n,) float32 descending, "labels" (n,) int64, all numpy, "masks" if the detector
+        returns them, n compressed run lengths, and "unreadable" (bool): such an image has no detections.
 
     Raises:
         Interruption: in every process, if the batches of one were interrupted.
@@ -99,7 +101,7 @@ def full_float32() -> Iterator[None]:
             library.allow_tf32 = value
 
 
-def _to_host(output: dict[str, torch.Tensor], threshold: float, max_detections: int) -> Detections:
+def _to_host(output: dict[str, Any], threshold: float, max_detections: int) -> Detections:
     """Sort, limit and threshold the detections of one image, as numpy arrays."""
     # Stable, so that detections of equal score keep the model's order in every run.
     sorted_scores, order = output["scores"].float().sort(descending=True, stable=True)
@@ -107,7 +109,14 @@ def _to_host(output: dict[str, torch.Tensor], threshold: float, max_detections: 
     boxes, labels = output["boxes"].float()[order].cpu().numpy(), output["labels"][order].cpu().numpy()
     scores = sorted_scores[:max_detections].cpu().numpy()
     keep = scores > threshold if threshold > 0 else np.ones(len(scores), dtype=bool)
-    return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
+    detections = {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
+    if "masks" in output:
+        kept = order[torch.from_numpy(keep).to(order.device)]
+        masks = output["masks"]
+        detections["masks"] = (
+            encode_masks(masks[kept]) if isinstance(masks, Tensor) else [masks[i] for i in kept.tolist()]
+        )
+    return detections
 
 
 def require_all(detections: Sequence[Detections], image_ids: Iterable[int]) -> None:

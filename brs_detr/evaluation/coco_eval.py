@@ -1,9 +1,9 @@
-"""Compute COCO's average precision and recall of boxes with COCO's own code.
+"""Compute COCO's average precision and recall of boxes and masks with COCO's own code.
 
 pycocotools is the reference; `faster-coco-eval`'s compiled version of the same algorithm runs instead (the numbers
 agree to rounding, see the tests), or pycocotools itself where that package cannot be installed.
 
-Detections are in COCO's result format: `{"image_id", "category_id", "bbox" (x, y, w, h), "score"}`.
+Detections are in COCO's result format, see `results.py`.
 """
 
 from __future__ import annotations
@@ -11,33 +11,36 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
+from pycocotools import mask as coco_mask
 
-from brs_detr.evaluation.ground_truth import GroundTruth, parse_id
+from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.evaluation.matching import ClassMatches, confusion_matrix, match_classes, optimal_lrp
-from brs_detr.evaluation.summary import Summary
+from brs_detr.evaluation.results import Result, check_results, detections_to_results, finite_results
+from brs_detr.evaluation.summary import MASK, Summary
 
-__all__ = ["GroundTruth", "Summary", "detections_to_results", "evaluate_coco"]
+__all__ = ["GroundTruth", "Summary", "detections_to_results", "evaluate_coco", "finite_results"]
 
 LRP_NAMES = ("oLRP", "oLRPloc", "oLRPfp", "oLRPfn")
+DESCRIPTION = ("name", "category_id", "images", "objects")  # entries of a class's row that are no measures
 SIZES = ("", "s", "m", "l")  # COCO's area ranges: all, under 32^2, under 96^2, above
 
 
 def evaluate_coco(
     annotations: str | Path | dict[str, Any] | GroundTruth,
-    results: Sequence[Result] | Mapping[str, np.ndarray],
+    results: Sequence[Result] | Mapping[str, Any],
     *,
     image_ids: Sequence[int] | None = None,
     max_detections: Sequence[int] = (1, 10, 100),
     extended: bool = True,
+    masks: bool = False,
+    score_thresholds: Sequence[float] = (),
     backend: str = "auto",
 ) -> Summary:
     """Evaluate detections against annotations as COCO does.
@@ -45,37 +48,89 @@ def evaluate_coco(
     Args:
         annotations: a COCO json, its content, or a checked `GroundTruth` (saves reading it for every evaluation).
         results: COCO results with original category ids: a list of dicts, or columns `image_id`, `category_id`,
-            `bbox` (n, 4) xywh and `score`.
+            `bbox` (n, 4) xywh, `score` and, for masks, `segmentation`.
         image_ids: images to evaluate; by default all of the annotation file.
         max_detections: maximum numbers of detections per image and class; AP uses the largest, AR is computed for each.
-        extended: also match at IoU 0.5 for precision, recall and F1 at the best score, oLRP and the confusion matrix.
+        extended: also match at IoU 0.5 for precision, recall and F1 at the best score, oLRP, the correlation of scores
+            and IoUs, and the confusion matrix.
+        masks: also evaluate masks; their figures begin with `mask_`. A `GroundTruth` must have been read with masks.
+        score_thresholds: also evaluate the detections above each of these scores. Since a detection suppresses only
+            those of lower score, this equals a detector with that threshold before its NMS (RS Loss, Table S11).
         backend: `auto`, `pycocotools` or `faster`.
 
     Raises:
         FileNotFoundError: there is no such annotation file.
-        ValueError: the annotations are not in COCO's format, or the results name unknown images or categories.
+        ValueError: the annotations are not in COCO's format, or the results name unknown images or categories, or, for
+            `masks`, have none.
     """
-    truth = GroundTruth.read(annotations)
-    detections, num_invalid = check_results(results, truth.image_ids, truth.names)
+    truth = GroundTruth.read(annotations, masks=masks)
+    detections, num_invalid = check_results(results, truth.image_ids, truth.names, truth.sizes if masks else None)
     chosen = sorted(set(truth.image_ids if image_ids is None else image_ids))
     if unknown := set(chosen) - set(truth.image_ids):
         raise ValueError(f"image_ids: {len(unknown)} images are not in the annotations, such as {min(unknown)}")
     max_dets = sorted(int(number) for number in max_detections)
-    precision, recall = _accumulate(truth, detections, chosen, max_dets, backend)
     selected = set(chosen)
-    boxes = [a for a in truth.dataset["annotations"] if a["image_id"] in selected]
+    objects = [a for a in truth.dataset["annotations"] if a["image_id"] in selected]
     detections = [d for d in detections if d["image_id"] in selected]
-    matches = match_classes(boxes, detections, list(truth.names), max_detections=max_dets[-1]) if extended else {}
-    stats = _stats(precision, recall, max_dets)
-    per_class = _per_class(truth, boxes, precision, recall, matches)
+    measure = partial(_measure_all, truth, objects, image_ids=chosen, max_dets=max_dets, masks=masks, backend=backend)
+    stats, per_class, curves = measure(detections, extended=extended)
     confusion = None
     if extended:
-        stats |= {name: _mean(np.array([row[name] for row in per_class])) for name in LRP_NAMES}
-        score_thresholds = {row["category_id"]: row["score"] for row in per_class if row["f1"] > 0}
-        confusion = confusion_matrix(boxes, detections, truth.names, score_thresholds, max_detections=max_dets[-1])
+        best = {row["category_id"]: row["score"] for row in per_class if row["f1"] > 0}
+        confusion = confusion_matrix(objects, detections, truth.names, best, max_detections=max_dets[-1])
+    study = []
+    for threshold in score_thresholds:
+        kept = [d for d in detections if d["score"] > threshold]
+        row = {"score": threshold, "detections": len(kept) / max(len(chosen), 1)}
+        study.append(row | measure(kept, extended=False)[0])
     notes = _notes(truth, chosen, max_dets[-1], num_invalid, len(detections))
-    curves = _curves(truth.names, precision)
-    return Summary(stats, per_class, notes, curves, len(chosen), 0, len(detections), confusion)
+    return Summary(stats, per_class, notes, curves, len(chosen), 0, len(detections), confusion, study)
+
+
+Figures = tuple[dict[str, float], list[dict[str, Any]], dict[str, list[float]]]  # overall, of each class, curves
+
+
+def _measure_all(
+    truth: GroundTruth, objects: list[dict], detections: list[dict], *, masks: bool, **options: Any
+) -> Figures:
+    """Compute the figures of boxes and, if asked for, those of masks, whose names then begin with `mask_`."""
+    stats, per_class, curves = _measure(truth, objects, detections, "bbox", **options)
+    if masks:
+        of_masks = [{**d, "area": float(coco_mask.area(d["segmentation"]))} for d in detections]
+        mask_stats, mask_rows, _ = _measure(truth, objects, of_masks, "segm", **options)
+        stats |= {MASK + name: value for name, value in mask_stats.items()}
+        for row, mask_row in zip(per_class, mask_rows, strict=True):
+            row |= {MASK + name: value for name, value in mask_row.items() if name not in DESCRIPTION}
+    return stats, per_class, curves
+
+
+def _measure(
+    truth: GroundTruth,
+    objects: list[dict],
+    detections: list[dict],
+    iou_type: str,
+    *,
+    image_ids: list[int],
+    max_dets: list[int],
+    extended: bool,
+    backend: str,
+) -> Figures:
+    """Compute the figures of boxes ("bbox") or masks ("segm")."""
+    precision, recall = _accumulate(truth, detections, image_ids, max_dets, iou_type, backend)
+    matches = {}
+    if extended:
+        matches = match_classes(
+            objects, detections, list(truth.names), max_detections=max_dets[-1], masks=iou_type == "segm"
+        )
+    stats = _stats(precision, recall, max_dets)
+    per_class = _per_class(truth, objects, precision, recall, matches)
+    if extended:
+        stats["AP90"] = _mean(precision[8, ..., 0, -1])
+        stats |= {name: _mean(np.array([row[name] for row in per_class])) for name in LRP_NAMES}
+        correlations = [row["correlation"] for row in per_class if row["correlation"] is not None]
+        if correlations:
+            stats["correlation"] = float(np.mean(correlations))
+    return stats, per_class, _curves(truth.names, precision)
 
 
 def fast_backend_installed() -> bool:
@@ -84,7 +139,7 @@ def fast_backend_installed() -> bool:
 
 
 def _accumulate(
-    truth: GroundTruth, detections: list[dict], image_ids: list[int], max_dets: list[int], backend: str
+    truth: GroundTruth, detections: list[dict], image_ids: list[int], max_dets: list[int], iou_type: str, backend: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Run COCO's evaluation.
 
@@ -112,12 +167,14 @@ def _accumulate(
                 for row in annotations
                 if row["image_id"] in images
             ]
-            lists = {"images": images.values(), "categories": classes.values()}
-            side.dataset = {key: [{"id": number} for number in numbers] for key, numbers in lists.items()}
-            side.dataset["annotations"] = copies
+            side.dataset = {
+                "images": [{"id": images[image], **_size(truth, image, iou_type)} for image in images],
+                "categories": [{"id": number} for number in classes.values()],
+                "annotations": copies,
+            }
             side.createIndex()
             sides.append(side)
-        evaluation = Evaluation(*sides, "bbox")
+        evaluation = Evaluation(*sides, iou_type)
         evaluation.params.imgIds = list(images.values())
         evaluation.params.catIds = list(classes.values())
         evaluation.params.maxDets = max_dets
@@ -127,6 +184,11 @@ def _accumulate(
     shape = (10, 101, len(truth.names), 4, len(max_dets))
     precision = np.asarray(evaluation.eval["precision"], np.float64).reshape(shape)
     return precision, np.asarray(evaluation.eval["recall"], np.float64).reshape(shape[0], *shape[2:])
+
+
+def _size(truth: GroundTruth, image: int, iou_type: str) -> dict[str, int]:
+    """Return the entries `height` and `width` of an image, which COCO's code needs for masks alone."""
+    return dict(zip(("height", "width"), truth.sizes[image], strict=True)) if iou_type == "segm" else {}
 
 
 def _mean(values: np.ndarray) -> float:
@@ -173,6 +235,8 @@ def _per_class(
             row |= match.best_f1() if match.objects else undefined
             parts = (error.error, error.localization, error.false_positives, error.false_negatives)
             row |= dict(zip(LRP_NAMES, parts, strict=True))
+            row["AP90"] = _mean(precision[8, :, k, 0, -1])
+            row["correlation"] = match.rank_correlation()
         rows.append(row)
     return rows
 
@@ -203,86 +267,3 @@ def _notes(truth: GroundTruth, image_ids: list[int], max_dets: int, num_invalid:
     if not detections:
         notes.append("there are no detections")
     return notes
-
-
-Result = dict[str, Any]
-
-
-def detections_to_results(
-    image_id: int, detections: Mapping[str, Tensor | np.ndarray], category_ids: Sequence[int]
-) -> list[Result]:
-    """Convert the detections of one image to COCO results.
-
-    Args:
-        image_id: id of the image in the annotation file.
-        detections: `boxes` (n, 4) xyxy pixels of the original image, `scores` (n,), `labels` (n,) int 0..C-1.
-        category_ids: original category id of each label.
-
-    Raises:
-        ValueError: a label has no category id.
-    """
-    boxes = torch.as_tensor(detections["boxes"]).detach().double().cpu().reshape(-1, 4)
-    xywh = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
-    labels = torch.as_tensor(detections["labels"]).tolist()
-    scores = torch.as_tensor(detections["scores"]).float().tolist()
-    if labels and not 0 <= min(labels) <= max(labels) < len(category_ids):
-        raise ValueError(
-            f"image {image_id}: labels {min(labels)}..{max(labels)} for {len(category_ids)} category ids. "
-            "Check that the model was trained on these classes."
-        )
-    return [
-        {"image_id": int(image_id), "category_id": int(category_ids[label]), "bbox": box, "score": score}
-        for label, box, score in zip(labels, xywh, scores, strict=True)
-    ]
-
-
-def check_results(
-    results: Sequence[Result] | Mapping[str, np.ndarray], known_images: Iterable[int], known_categories: Iterable[int]
-) -> tuple[list[Result], int]:
-    """Convert COCO results to numbered annotations with areas, for COCO's evaluation code.
-
-    Args:
-        results: a list of results, or columns `image_id` (n,), `category_id` (n,), `bbox` (n, 4) and `score` (n,).
-        known_images: ids of the annotation file.
-        known_categories: ids of the annotation file.
-
-    Returns:
-        the annotations, and the number of results that were dropped because a value was not finite.
-
-    Raises:
-        ValueError: an image or category id is not in the annotation file.
-    """
-    columns = results if isinstance(results, Mapping) else _columns(results)
-    images, categories = (_ids(columns[name]) for name in ("image_id", "category_id"))
-    boxes = np.asarray(columns["bbox"], np.float64).reshape(-1, 4)
-    scores = np.asarray(columns["score"], np.float64)
-    for what, ids, known in (("image", images, known_images), ("category", categories, known_categories)):
-        unknown = set(ids.tolist()) - set(known)
-        if unknown:
-            raise ValueError(
-                f"results: {len(unknown)} {what} ids are not in the annotations (such as "
-                f"{sorted(unknown, key=str)[:3]}). Check that they belong to this annotation file."
-            )
-    finite = np.isfinite(boxes).all(1) & np.isfinite(scores)
-    rows = zip(images[finite].tolist(), categories[finite].tolist(), boxes[finite].tolist(), scores[finite].tolist())
-    # ids from 1: COCO's code treats a match with id 0 as unmatched
-    annotations = [
-        {"id": n, "image_id": i, "category_id": c, "bbox": b, "score": s, "area": b[2] * b[3], "iscrowd": 0}
-        for n, (i, c, b, s) in enumerate(rows, 1)
-    ]
-    return annotations, int((~finite).sum())
-
-
-def finite_results(results: Iterable[Result]) -> list[Result]:
-    """Select the results without NaN or infinity, which are neither evaluated nor valid in a json."""
-    return [result for result in results if all(map(math.isfinite, (*result["bbox"], result["score"])))]
-
-
-def _ids(values: Sequence[Any] | np.ndarray) -> np.ndarray:
-    """Convert ids to (n,) integers: unless it is an integer array already, of any size, and quoted ones too."""
-    array = np.asarray(values)
-    return array if array.dtype.kind in "iu" else np.array([parse_id(value) for value in values], object)
-
-
-def _columns(results: Sequence[Result]) -> dict[str, list[Any]]:
-    return {key: [result[key] for result in results] for key in ("image_id", "category_id", "bbox", "score")}

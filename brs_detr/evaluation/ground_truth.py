@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from brs_detr.ops.rle import RLE, as_text, box_bitmap, encode, pack_segmentation, stated_size, to_rle
 from brs_detr.parsing import TwoValuesError, dict_of_pairs
 from brs_detr.user_files import UserFileError, read_file
 
@@ -23,25 +26,34 @@ class GroundTruth:
     """A checked dataset.
 
     Attributes:
-        dataset: `images`, `annotations`, `categories` in COCO's format, without masks.
+        dataset: `images`, `annotations`, `categories` in COCO's format; annotations have a `segmentation` (compressed
+            run lengths) if it was read with masks.
         names: class name by category id, in ascending order of ids.
         issues: number of entries that were dropped or repaired, by issue.
+        masks: True if it was read with masks.
     """
 
     dataset: dict[str, list[dict[str, Any]]]
     names: dict[int, str]
     issues: Counter[str] = field(default_factory=Counter)
+    masks: bool = False
 
     @classmethod
-    def read(cls, annotations: str | Path | dict[str, Any] | GroundTruth) -> GroundTruth:
+    def read(cls, annotations: str | Path | dict[str, Any] | GroundTruth, masks: bool = False) -> GroundTruth:
         """Check a COCO json or its content; a `GroundTruth` is returned unchanged.
+
+        Args:
+            annotations: the json's path, its content, or a checked `GroundTruth`.
+            masks: also read the masks; an object without a usable one has its box.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is not regular or gives a key two values, a list that COCO's format requires is
-                missing, or a category has no id.
+                missing, or a category has no id; for masks, an image has no size, or the `GroundTruth` no masks.
         """
         if isinstance(annotations, cls):
+            if masks and not annotations.masks:
+                raise ValueError("the annotations were read without masks. Read them with masks=True.")
             return annotations
         source = "the annotations"
         content: Any = annotations
@@ -53,15 +65,21 @@ class GroundTruth:
         issues: Counter[str] = Counter()
         images = _images(content["images"], issues)
         names = _names(content["categories"], source)
-        boxes = _annotations(content["annotations"], images, names, issues)
+        boxes = _annotations(content["annotations"], images, names, issues, masks)
         categories = [{"id": key, "name": names[key]} for key in sorted(names)]
         dataset = {"images": list(images.values()), "annotations": boxes, "categories": categories}
-        return cls(dataset, {key: names[key] for key in sorted(names)}, issues)
+        return cls(dataset, {key: names[key] for key in sorted(names)}, issues, masks)
 
     @property
     def image_ids(self) -> list[int]:
         """Return the ids of all images."""
         return [image["id"] for image in self.dataset["images"]]
+
+    @property
+    def sizes(self) -> dict[int, tuple[int, int]]:
+        """Return the (h, w) of all images by id, (0, 0) where the file does not say."""
+        images = self.dataset["images"]
+        return {image["id"]: (parse_id(image["height"]) or 0, parse_id(image["width"]) or 0) for image in images}
 
     def max_objects(self, image_ids: Iterable[int], *, by_class: bool = True) -> tuple[int, int | None]:
         """Return (maximum number of objects in an image, that image's id), of one class or of all; without crowds."""
@@ -117,7 +135,7 @@ def _images(entries: list[Any], issues: Counter[str]) -> dict[int, dict[str, Any
 
 
 def _annotations(
-    entries: list[Any], images: dict[int, Any], names: dict[int, str], issues: Counter[str]
+    entries: list[Any], images: dict[int, Any], names: dict[int, str], issues: Counter[str], masks: bool
 ) -> list[dict[str, Any]]:
     """Check and renumber the annotations; `ignore` becomes `iscrowd`, which COCO's code treats the same way."""
     kept: list[dict[str, Any]] = []
@@ -141,7 +159,22 @@ def _annotations(
                 "iscrowd": int(bool(entry.get("iscrowd") or entry.get("ignore"))),
             }
         )
+        if masks:
+            kept[-1]["segmentation"] = _mask(entry.get("segmentation"), box, images[kept[-1]["image_id"]], issues)
     return kept
+
+
+def _mask(segmentation: Any, box: list[float], image: dict[str, Any], issues: Counter[str]) -> RLE:
+    """Return checked run lengths of the image's size, those of the box if the segmentation is not usable."""
+    height, width = (parse_id(image[side]) for side in ("height", "width"))
+    if not height or not width:
+        raise ValueError(f"image {image['id']}: without a height and a width its masks cannot be evaluated.")
+    words = np.frombuffer(pack_segmentation(segmentation), np.uint32)
+    if len(words) and stated_size(words) in (None, (height, width)):
+        return as_text(to_rle(words, (height, width)))
+    issues["mask missing or not usable, box used"] += 1
+    x, y, w, h = box
+    return as_text(encode(box_bitmap(np.array([x, y, x + w, y + h]), (height, width))))
 
 
 def _find_issue(entry: Any, images: dict[int, Any], names: dict[int, str]) -> str | None:

@@ -35,6 +35,20 @@ class ClassMatches:
     ious: np.ndarray
     objects: int
 
+    def rank_correlation(self) -> float | None:
+        """Correlate the scores and the IoUs of the true positives by rank (Spearman).
+
+        It is Pearson's coefficient of the two rankings, of classification and of localization, as in Oksuz et al., "A
+        Ranking-based, Balanced Loss Function" (aLRP Loss), section 5; equal values share their mean rank.
+
+        Returns:
+            the coefficient in [-1, 1]; None with fewer than two true positives, or if all scores or IoUs are equal.
+        """
+        scores, ious = (_ranks(values[self.matched]) for values in (self.scores, self.ious))
+        scores, ious = scores - scores.mean() if len(scores) else scores, ious - ious.mean() if len(ious) else ious
+        spread = np.sqrt((scores**2).sum() * (ious**2).sum())
+        return float((scores * ious).sum() / spread) if spread > 0 else None
+
     def precision_recall(self) -> tuple[np.ndarray, np.ndarray]:
         """Compute precision and recall (D,) of the first 1, 2, ..., D detections, not interpolated."""
         hits = np.cumsum(self.matched)
@@ -56,6 +70,12 @@ class ClassMatches:
         }
 
 
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Return the rank (n,) of each value from 1, smallest first; equal values share the mean of theirs."""
+    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[group]
+
+
 def _ends_of_ties(scores: np.ndarray) -> np.ndarray:
     """Return the index of the last detection of each distinct score."""
     return np.flatnonzero(np.append(scores[1:] != scores[:-1], True)) if len(scores) else np.zeros(0, int)
@@ -68,6 +88,7 @@ def match_classes(
     *,
     threshold: float = 0.5,
     max_detections: int = 100,
+    masks: bool = False,
 ) -> dict[int, ClassMatches]:
     """Match detections with objects as COCO does: by descending score, each to its best free object.
 
@@ -77,6 +98,7 @@ def match_classes(
         category_ids: the classes to report.
         threshold: minimum IoU of a match; for a crowd, minimum fraction of the detection inside it.
         max_detections: maximum number of detections per image and class, the best ones.
+        masks: match by the IoU of their `segmentation`, checked run lengths, instead of that of the boxes.
     """
     truth_of, detected = _grouped(truths), _grouped(detections)
     parts: dict[int, list[tuple[np.ndarray, ...]]] = defaultdict(list)
@@ -86,7 +108,8 @@ def match_classes(
             objects[category] += sum(not truth["iscrowd"] for truth in group)
     for (image, category), group in detected.items():
         if category in objects:
-            parts[category].append(_match_image(truth_of.get((image, category), []), group, threshold, max_detections))
+            objects_here = truth_of.get((image, category), [])
+            parts[category].append(_match_image(objects_here, group, threshold, max_detections, masks))
     matches = {}
     for category in category_ids:
         empty = (np.zeros(0), np.zeros(0, bool), np.zeros(0))
@@ -105,7 +128,7 @@ def _grouped(annotations: Sequence[dict[str, Any]]) -> dict[tuple[int, int], lis
 
 
 def _match_image(
-    truths: list[dict], detections: list[dict], threshold: float, max_detections: int
+    truths: list[dict], detections: list[dict], threshold: float, max_detections: int, masks: bool
 ) -> tuple[np.ndarray, ...]:
     """Match one image and class; return (scores, matched, ious) of the detections that count."""
     order = np.argsort([-d["score"] for d in detections], kind="stable")[:max_detections]
@@ -113,11 +136,12 @@ def _match_image(
     if not truths:
         return scores, np.zeros(len(scores), bool), np.zeros(len(scores))
     crowd = np.array([bool(truth["iscrowd"]) for truth in truths])
-    overlap = coco_mask.iou(
-        np.array([detections[i]["bbox"] for i in order], np.float64),
-        np.array([truth["bbox"] for truth in truths], np.float64),
-        crowd.astype(np.uint8),
-    )
+    shapes = ([detections[i] for i in order], truths)
+    sides: list[Any] = [
+        [row["segmentation"] for row in rows] if masks else np.array([row["bbox"] for row in rows], np.float64)
+        for rows in shapes
+    ]
+    overlap = coco_mask.iou(*sides, crowd.astype(np.uint8))
     free, matched, counted = ~crowd, np.zeros(len(scores), bool), np.ones(len(scores), bool)
     ious = np.zeros(len(scores))
     for row, overlaps in enumerate(overlap):

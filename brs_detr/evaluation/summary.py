@@ -12,7 +12,8 @@ from typing import Any
 
 from brs_detr.evaluation.matching import Confusion
 
-HEADLINE = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+MASK = "mask_"  # begins the names of the figures of masks
+HEADLINE = ("AP", "AP50", "AP75", "AP90", "APs", "APm", "APl")
 CLASS_COLUMNS = (
     ("AP", "AP", 100),
     ("AP50", "AP50", 100),
@@ -26,7 +27,11 @@ CLASS_COLUMNS = (
     ("f1", "F1", 100),
     ("score", "at score", 1),
     ("oLRP", "oLRP", 100),
+    (MASK + "AP", "mask AP", 100),
+    (MASK + "AP50", "mask AP50", 100),
+    (MASK + "oLRP", "mask oLRP", 100),
 )
+STUDY = ("AP", "AP50", "AP75", "APr", "APc", "APf")  # in the table of score thresholds
 CONFUSIONS = 5  # shown below the table of classes
 
 
@@ -36,9 +41,11 @@ class Summary:
 
     Attributes:
         stats: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100 (by `max_detections`), ARs, ARm, ARl; and, in an
-            extended evaluation, oLRP with its parts oLRPloc, oLRPfp, oLRPfn (errors: less is better).
+            extended evaluation, AP90, oLRP with its parts oLRPloc, oLRPfp, oLRPfn (errors: less is better), and the
+            correlation of scores and IoUs of the true positives by rank, in [-1, 1], absent if no class has one. Those
+            of masks begin with `mask_`.
         per_class: one row per class: name, category_id, images, objects, the measures above, and precision, recall and
-            f1 at IoU 0.5 and the score where f1 is largest.
+            f1 at IoU 0.5 and the score where f1 is largest. `correlation` is None where it is undefined.
         notes: what a reader of the numbers should know, one sentence each.
         curves: by class name, for classes with objects, precision at IoU 0.5 over recalls 0, 0.01, ..., 1 as COCO
             interpolates it: the best at this recall or a higher one. Their mean is AP50.
@@ -46,6 +53,8 @@ class Summary:
         images_listed: number of images of the dataset, at least `images`; 0 if unknown.
         detections: number of detections.
         confusion: the confusion matrix; None unless the evaluation is extended.
+        score_study: one row per score threshold: the threshold `score`, the mean number of `detections` per image above
+            it, and the overall figures of these.
     """
 
     stats: dict[str, float]
@@ -56,6 +65,7 @@ class Summary:
     images_listed: int = 0
     detections: int = 0
     confusion: Confusion | None = None
+    score_study: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def images_left_out(self) -> int:
@@ -66,11 +76,16 @@ class Summary:
         """Format the results in percent: the overall measures, the classes (if more than one) and the notes."""
         recalls = [name for name in self.stats if name.startswith("AR")]
         errors = [name for name in self.stats if name.startswith("oLRP")]
+        precisions = [name for name in HEADLINE if name in self.stats]
         counted = f"{self.images:,} of {self.images_listed:,}" if self.images_left_out else f"{self.images:,}"
         blocks = [f"{counted} images, {self.detections:,} detections"]
-        for names in (HEADLINE, recalls, errors):
+        for names in (precisions, recalls, errors):
             if names:
-                blocks.append(text_table(list(names), [[percent(self.stats[name]) for name in names]]))
+                blocks.append(self._overall(names))
+        for prefix, what in (("", "boxes"), (MASK, "masks")):
+            if prefix + "correlation" in self.stats:
+                value = self.stats[prefix + "correlation"]
+                blocks.append(f"correlation of scores and IoUs of {what}, by rank: {value:.2f}")
         if classes and len(self.per_class) > 1:
             used = [c for c in CLASS_COLUMNS if any(row.get(c[0], -1) >= 0 for row in self.per_class)]
             header = ["class", "objects", *(title for _, title, _ in used)]
@@ -82,8 +97,26 @@ class Summary:
             confused = self.confusion.most_frequent(CONFUSIONS) if self.confusion is not None else []
             if confused:
                 blocks.append("\n".join(["most frequent confusions", *(f"  {line}" for line in confused)]))
+        if self.score_study:
+            names = [n for n in (*STUDY, *(MASK + n for n in STUDY)) if n in self.score_study[0]]
+            header = ["score above", "detections", *(name.replace(MASK, "mask ") for name in names)]
+            rows = [
+                [f"{row['score']:g}", f"{row['detections']:.1f}", *(percent(row[name]) for name in names)]
+                for row in self.score_study
+            ]
+            blocks.append("by score threshold, with detections per image\n" + text_table(header, rows))
         blocks += [f"note: {note}" for note in self.notes]
         return "\n\n".join(blocks)
+
+    def _overall(self, names: Sequence[str]) -> str:
+        """Format some overall measures; boxes and masks below one another, if there are masks."""
+        if MASK + names[0] not in self.stats:
+            return text_table(list(names), [[percent(self.stats[name]) for name in names]])
+        rows = [
+            [what, *(percent(self.stats[prefix + name]) for name in names)]
+            for prefix, what in (("", "boxes"), (MASK, "masks"))
+        ]
+        return text_table(["", *names], rows)
 
     def thresholds(self) -> dict[str, float]:
         """Return by class name the score of the best F1 at IoU 0.5, without classes that have no true positive.
@@ -102,7 +135,7 @@ class Summary:
 
         Args:
             folder: for `evaluation.json`, `per_class.csv` (with empty cells for undefined measures) and, if there are
-                any, `precision_recall.csv` and `confusion.csv`.
+                any, `precision_recall.csv`, `confusion.csv` and `score_thresholds.csv`.
             about: further entries of the json, such as the evaluated weights.
         """
         folder = Path(folder)
@@ -112,7 +145,7 @@ class Summary:
         content["detections"] = self.detections
         content |= {"stats": self.stats, "per_class": self.per_class, "notes": self.notes}
         columns = list(self.per_class[0]) if self.per_class else ["name"]
-        rows = [[_cell(row[column]) for column in columns] for row in self.per_class]
+        rows = [[_cell(row[column], column) for column in columns] for row in self.per_class]
         tables: dict[str, list[Sequence[Any]]] = {"per_class.csv": [columns, *rows]}
         if self.curves:
             recalls = [n / 100 for n in range(101)]
@@ -120,6 +153,11 @@ class Summary:
         if self.confusion is not None:
             tables["confusion.csv"] = [*self.confusion.table()]
             content["confusion"] = self.confusion.as_dict()
+        if self.score_study:
+            content["score_study"] = self.score_study
+            columns = list(self.score_study[0])
+            rows = [[_cell(row[column], column) for column in columns] for row in self.score_study]
+            tables["score_thresholds.csv"] = [columns, *rows]
         (folder / "evaluation.json").write_text(_json(content) + "\n", "utf-8", "backslashreplace")
         for name, table in tables.items():
             with (folder / name).open("w", newline="", encoding="utf-8") as file:
@@ -127,8 +165,10 @@ class Summary:
         return [folder / name for name in ("evaluation.json", *tables)]
 
 
-def _cell(value: Any) -> Any:
-    return "" if isinstance(value, float) and value < 0 else value
+def _cell(value: Any, column: str) -> Any:
+    """Return the cell of a csv file, empty for an undefined measure; a correlation may be negative."""
+    undefined = value is None or (isinstance(value, float) and value < 0 and not column.endswith("correlation"))
+    return "" if undefined else value
 
 
 def _json(content: Any) -> str:
@@ -148,9 +188,9 @@ def _figure(value: float, scale: int) -> str:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format a table with aligned columns; the first one is left-aligned if its header is "class"."""
+    """Format a table with aligned columns; the first one is left-aligned if its header is "class" or empty."""
     widths = [max(len(str(row[i])) for row in (header, *rows)) for i in range(len(header))]
-    words = bool(rows) and header[0] == "class"
+    words = bool(rows) and header[0] in ("class", "")
 
     def line(cells: Sequence[str]) -> str:
         first = str(cells[0]).ljust(widths[0]) if words else str(cells[0]).rjust(widths[0])

@@ -131,6 +131,37 @@ def draw_precision_recall(
 
 
 @_styled
+def draw_score_study(rows: Sequence[Mapping[str, float]], out_png: str | Path | None = None) -> Figure:
+    """Draw AP and the number of detections per image over the score threshold.
+
+    Args:
+        rows: as `Summary.score_study`: `score`, `detections`, `AP` and, with masks, `mask_AP`.
+        out_png: where to save the image, if anywhere.
+
+    Returns:
+        The figure.
+    """
+    figure = Figure(PANEL, layout="constrained")
+    # a linear part below the smallest threshold: 0 has no logarithm
+    smallest = min((row["score"] for row in rows if row["score"] > 0), default=1e-4)
+    axes = figure.add_subplot(xlabel="score threshold", ylabel="AP", ylim=(0, 1))
+    axes.set_xscale("symlog", linthresh=smallest)
+    axes.set_title("AP and detections over the score threshold")
+    axes.grid()
+    scores = [row["score"] for row in rows]
+    kinds = [(name, key) for name, key in (("box AP", "AP"), ("mask AP", "mask_AP")) if rows and key in rows[0]]
+    lines = [
+        axes.plot(scores, [max(row[key], 0) for row in rows], marker="o", color=_rgb(i))[0]
+        for i, (_, key) in enumerate(kinds)
+    ]
+    counts = axes.twinx()
+    counts.set_ylabel("detections per image")
+    lines += counts.plot(scores, [row["detections"] for row in rows], marker=".", linestyle="--", color="gray")
+    axes.legend(lines, [*(name for name, _ in kinds), "detections"], loc="lower left")
+    return _save(figure, out_png)
+
+
+@_styled
 def draw_confusion(confusion: Confusion, out_png: str | Path | None = None) -> Figure:
     """Draw a confusion matrix: a row for each true class and the background, a column for each found class and missed.
 

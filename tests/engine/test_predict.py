@@ -1,11 +1,14 @@
 """Prediction in full float32, and which detections of it are kept."""
 
+import pytest
 import torch
 from accelerate import Accelerator
+from pycocotools import mask as coco_mask
 from torch import nn
 
 from brs_detr.engine.predict import full_float32, predict
 from brs_detr.ops.images import ImageBatch
+from brs_detr.ops.masks import encode_masks
 
 
 class Fixed(nn.Module):
@@ -54,3 +57,23 @@ def test_inside_no_product_is_rounded_and_afterwards_all_is_as_before():
         assert [library.allow_tf32 for library in libraries] == [True, False]
     finally:
         libraries[0].allow_tf32, libraries[1].allow_tf32 = before
+
+
+class Masked(Fixed):
+    """As `Fixed`; mask k has k + 1 pixels."""
+
+    def __init__(self, encoded):
+        super().__init__()
+        self.encoded = encoded
+
+    def forward(self, images, targets):
+        masks = torch.arange(16).view(1, 4, 4) < torch.arange(1, 5)[:, None, None]
+        return [
+            out | {"masks": encode_masks(masks) if self.encoded else masks} for out in super().forward(images, targets)
+        ]
+
+
+@pytest.mark.parametrize("encoded", [True, False])
+def test_masks_stay_with_their_detections(encoded):
+    unreadable, found = predicted(Masked(encoded), max_detections=3, score_threshold=0.5)
+    assert [int(coco_mask.area(rle)) for rle in found["masks"]] == [2, 4] and unreadable["masks"] == []

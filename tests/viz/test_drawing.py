@@ -10,7 +10,7 @@ from PIL import Image, ImageChops
 
 from brs_detr.evaluation.matching import Confusion
 from brs_detr.viz.boxes import color, contact_sheet, draw_boxes, draw_detections, ink_on
-from brs_detr.viz.plots import draw_confusion, draw_curves, draw_precision_recall, smoothed
+from brs_detr.viz.plots import draw_confusion, draw_curves, draw_precision_recall, draw_score_study, smoothed
 
 GRAY = Image.new("RGB", (200, 100), (120, 120, 120))
 PLAIN = {"min_side": 1, "legend": False}
@@ -259,3 +259,14 @@ def test_neighboring_classes_have_different_colors_and_readable_names():
     tones = [color(i) for i in range(80)]
     assert len(set(tones)) == 80
     assert ink_on((255, 255, 255)) == (0, 0, 0) and ink_on((0, 0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_score_study_has_a_line_for_each_ap_and_one_for_the_detections(tmp_path, masks):
+    rows = [{"score": s, "detections": 90 * (1 - s), "AP": 0.4 - s / 4} for s in (0, 1e-4, 0.1, 0.8)]
+    rows = [row | ({"mask_AP": -1.0} if masks else {}) for row in rows]
+    figure = draw_score_study(rows, tmp_path / "study.png")
+    assert (tmp_path / "study.png").stat().st_size > 1000
+    left, right = figure.axes
+    assert len(left.lines) == 1 + masks and len(right.lines) == 1
+    assert left.lines[0].get_ydata().tolist() == [row["AP"] for row in rows]
