@@ -22,10 +22,19 @@ class BackboneConfig:
     norm: Literal["frozen", "batch", "group"] = "frozen"
     drop_path: float = 0.0
     levels: Counts = (8, 16, 32)  # strides handed to the neck
+    # stages (2, 3, 4 in the papers) whose 3x3 convolutions become modulated deformable ones; of ResNets and ResNeXts
+    deformable_stages: tuple[Count, ...] = ()
+    deformable_groups: Count = 1  # groups of channels with offsets of their own
     activation_checkpointing: bool = False
 
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
+        if list(self.deformable_stages) != sorted(set(self.deformable_stages)):
+            yield f"{name}.deformable_stages={list(self.deformable_stages)} must be stages that increase"
+        if self.deformable_groups != 1 and not self.deformable_stages:
+            yield (
+                f"{name}.deformable_groups={self.deformable_groups} needs {name}.deformable_stages, such as [2, 3, 4]"
+            )
         if list(self.levels) != sorted(set(self.levels)):
             yield f"{name}.levels={list(self.levels)} must be strides that increase"
 

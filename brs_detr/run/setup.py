@@ -331,7 +331,7 @@ def largest_shape(config: Config, plan: BatchPlan, dataset: CocoDetection) -> di
 
 
 def describe_model(config: Config, model: nn.Module, transfer: Transfer | None) -> list[str]:
-    """Describe the model in lines for the log: size, what was loaded, a warning if a random backbone is frozen."""
+    """Describe the model in lines for the log: size, what was loaded, warnings of frozen parts without weights."""
     total, trainable = count_parameters(model)
     lines = [f"{describe_detector(config.model)}: {total:,} parameters, {trainable:,} trained"]
     if transfer is not None:
@@ -342,6 +342,12 @@ def describe_model(config: Config, model: nn.Module, transfer: Transfer | None) 
         lines.append(
             "warning: the backbone starts from random weights with frozen parts, which will not learn. "
             "Set model.backbone.norm=group and model.backbone.frozen_stages=0, or give it weights."
+        )
+    # Weights of a classifier have no offsets, only those of a detector may.
+    if min(backbone.deformable_stages, default=math.inf) <= backbone.frozen_stages and transfer is None:
+        lines.append(
+            f"warning: model.backbone.deformable_stages={list(backbone.deformable_stages)} includes frozen stages, "
+            "whose offsets stay at zero and masks at 0.5. Leave them out, or lower model.backbone.frozen_stages."
         )
     return lines
 

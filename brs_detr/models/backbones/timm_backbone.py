@@ -18,6 +18,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from brs_detr.models.backbones.deformable import make_deformable
 from brs_detr.models.backbones.norms import freeze_batch_norm, group_norm_for_batch_norm
 from brs_detr.models.backbones.swin import SwinBackbone, rename_official_swin
 from brs_detr.models.backbones.weights_io import flat_name, load_weights
@@ -117,6 +118,7 @@ def build_backbone(config: BackboneConfig) -> SwinBackbone | TimmBackbone:
         backbone: SwinBackbone | TimmBackbone = SwinBackbone(network, strides, checkpointing)
     else:
         backbone = _timm_backbone(name, download, config.drop_path, strides, checkpointing)
+    make_deformable(backbone, config.deformable_stages, config.deformable_groups)
     if norm == "group":
         group_norm_for_batch_norm(backbone)
     elif norm == "frozen":
