@@ -1,8 +1,6 @@
-"""Parse a COCO json into numpy columns, and pack them into the arrays that a dataset keeps.
+"""Parse a COCO json into numpy columns, which `packed.py` turns into the arrays that a dataset keeps.
 
-Malformed entries are handled by the policy of `issues.py`. No image is opened here (see `image_sizes.py`), and none
-of the json's Python objects is kept: their reference counts change on every access, so copy-on-write would copy them
-into every loader worker. Arrays are not copied.
+Malformed entries are handled by the policy of `issues.py`. No image is opened here, see `image_sizes.py`.
 """
 
 from __future__ import annotations
@@ -59,6 +57,8 @@ class Objects:
         xywh: (N, 4) float64 pixels.
         areas: (N,) float64 square pixels.
         crowd: (N,) bool.
+        masks: (N,) object, packed segmentations (see `ops.rle`): empty bytes for a malformed one, None for none at all;
+            None unless the masks were read.
     """
 
     ids: np.ndarray
@@ -67,13 +67,15 @@ class Objects:
     xywh: np.ndarray
     areas: np.ndarray
     crowd: np.ndarray
+    masks: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def keep(self, which: np.ndarray) -> Objects:
         """Select the annotations of a boolean mask or an index array."""
-        return Objects(*(getattr(self, field.name)[which] for field in fields(self)))
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Objects(**{name: column[which] for name, column in columns.items() if column is not None})
 
 
 def read_images(data: dict[str, Any], path: str | Path, log: IssueLog) -> Images:
@@ -120,11 +122,21 @@ def read_images(data: dict[str, Any], path: str | Path, log: IssueLog) -> Images
 _NUMBERS_OF_ANNOTATIONS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "ignore")
 
 
-def read_objects(data: dict[str, Any], images: Images, category_ids: list[int], log: IssueLog) -> Objects:
-    """Read the well-formed annotations: known image and category, a box of four finite numbers with w, h > 0."""
+def read_objects(
+    data: dict[str, Any], images: Images, category_ids: list[int], log: IssueLog, masks: bool = False
+) -> Objects:
+    """Read the well-formed annotations: known image and category, a box of four finite numbers with w, h > 0.
+
+    Args:
+        data: content of the json; for `masks` with packed segmentations.
+        images: the usable images.
+        category_ids: ids in the order of the labels.
+        log: issues are added to it.
+        masks: also collect the segmentations.
+    """
     row_of = {int(key): row for row, key in enumerate(images.ids)}
     label_of = {key: label for label, key in enumerate(category_ids)}
-    ids, rows, labels, boxes, areas, crowd = ([] for _ in range(6))
+    ids, rows, labels, boxes, areas, crowd, segmentations = ([] for _ in range(7))
     seen: set[int] = set()
     unlisted: set[int | None] = set()
     for position, entry in enumerate(data["annotations"]):
@@ -164,6 +176,7 @@ def read_objects(data: dict[str, Any], images: Images, category_ids: list[int], 
         boxes.append(box)
         areas.append(area)
         crowd.append(is_crowd)
+        segmentations.append(entry.get("segmentation"))
     if unlisted:
         _log_shifted_ids(category_ids, unlisted | {category_ids[label] for label in set(labels)}, log)
     return Objects(
@@ -173,6 +186,7 @@ def read_objects(data: dict[str, Any], images: Images, category_ids: list[int], 
         xywh=np.array(boxes, np.float64).reshape(-1, 4),
         areas=np.array(areas, np.float64),
         crowd=np.array(crowd, bool),
+        masks=np.array(segmentations, object) if masks else None,
     )
 
 
@@ -289,62 +303,3 @@ def _shown(names: dict[int, str], key: int) -> str:
 def _one_line(name: str) -> str:
     # question marks rather than escapes (as `printable` writes): saved weights already hold names made this way
     return "".join(c if c.isprintable() else "?" for c in " ".join(name.split()))
-
-
-@dataclass(frozen=True)
-class PackedAnnotations:
-    """All annotations of a dataset, sorted by image.
-
-    Attributes:
-        image_ids: (I,) int64, as in the json.
-        names: (bytes,) uint8, all file names in UTF-8, concatenated.
-        name_offsets: (I + 1,) int64; image i is named by the bytes name_offsets[i]:name_offsets[i + 1].
-        frames: (I, 2) int32 (h, w) that the boxes are drawn in.
-        image_sizes: (I, 2) int32 (h, w) of the file, as far as known.
-        offsets: (I + 1,) int64; image i owns the rows offsets[i]:offsets[i + 1] of the following arrays.
-        boxes: (N, 4) float32 xyxy pixels.
-        labels: (N,) int32, 0..C-1.
-        areas: (N,) float32 square pixels.
-        iscrowd: (N,) bool.
-    """
-
-    image_ids: np.ndarray
-    names: np.ndarray
-    name_offsets: np.ndarray
-    frames: np.ndarray
-    image_sizes: np.ndarray
-    offsets: np.ndarray
-    boxes: np.ndarray
-    labels: np.ndarray
-    areas: np.ndarray
-    iscrowd: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    def file_name(self, index: int) -> str:
-        """Return the json's file name of an image."""
-        encoded = self.names[self.name_offsets[index] : self.name_offsets[index + 1]].tobytes()
-        return encoded.decode("utf-8", "surrogatepass")
-
-
-def pack(images: Images, objects: Objects) -> PackedAnnotations:
-    """Sort the annotations by image, and drop everything that is not a number."""
-    # stable: annotations of one image keep the order of the json, so targets do not depend on numpy's sort
-    objects = objects.keep(np.argsort(objects.rows, kind="stable"))
-    # surrogatepass: a file name on Linux may be any bytes, not only valid UTF-8
-    encoded = [name.encode("utf-8", "surrogatepass") for name in images.names]
-    xyxy = objects.xywh.copy()
-    xyxy[:, 2:] += xyxy[:, :2]
-    return PackedAnnotations(
-        image_ids=images.ids,
-        names=np.frombuffer(b"".join(encoded), np.uint8),
-        name_offsets=np.cumsum([0, *map(len, encoded)], dtype=np.int64),
-        frames=images.frames,
-        image_sizes=images.sizes,
-        offsets=np.searchsorted(objects.rows, np.arange(len(images) + 1)),
-        boxes=xyxy.astype(np.float32),
-        labels=objects.labels,
-        areas=objects.areas.astype(np.float32),
-        iscrowd=objects.crowd,
-    )

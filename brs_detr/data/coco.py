@@ -10,6 +10,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from brs_detr.data import annotations as reading
-from brs_detr.data.annotations import pack, read_categories
+from brs_detr.data.annotations import read_categories
 from brs_detr.data.image_io import ImageError, Limits, read_image
 from brs_detr.data.image_search import guess_folder, resolve_image_paths
 from brs_detr.data.image_sizes import check_box_format, clip_and_filter_boxes, resolve_image_sizes, same_aspect
 from brs_detr.data.issues import DROPPED, KEPT, POLICY, REPAIRED, WARNED, DataError, IssueLog
 from brs_detr.data.json_file import load_json
+from brs_detr.data.packed import check_masks, draw_masks, encode_masks, pack
 from brs_detr.data.shared_memory import shared_zeros
+from brs_detr.ops.masks import resize_masks
+from brs_detr.ops.rle import RLE
 from brs_detr.user_files import printable
 
 Target = dict[str, Any]
@@ -53,6 +57,8 @@ class CocoDetection(Dataset):
         limits: maximum sizes of files, and whether file names may lead out of the image folder; by default those of
             `Limits`.
         log: counter of the issues; pass one to see all of them.
+        masks: also read the objects' masks, which then follow the boxes through the augmentation. Without them nothing
+            of a segmentation is kept.
         retry_seconds: how long to retry a file when the storage fails; None does not retry, and a file that the storage
             does not return counts as damaged.
 
@@ -77,9 +83,10 @@ class CocoDetection(Dataset):
         inspect: bool | None = None,
         limits: Limits | None = None,
         log: IssueLog | None = None,
+        masks: bool = False,
         retry_seconds: float | None = None,
     ) -> None:
-        self.json_path, self.image_dir = str(json_path), str(image_dir)
+        self.json_path, self.image_dir, self.masks = str(json_path), str(image_dir), masks
         self.transforms, self.train, self.seed = transforms, train, seed
         self.limits, self.retry_seconds = limits or Limits(), retry_seconds
         self._log = IssueLog() if log is None else log
@@ -88,7 +95,7 @@ class CocoDetection(Dataset):
             images, objects = self._filter_for_training(images, objects, keep_empty, min_side)
         self.packed = pack(images, objects)
         # the boxes as float64 and unclipped, for COCO's evaluation; the packed ones are float32
-        self._exact = None if train else objects
+        self._exact = None if train else replace(objects, masks=None)
         # in shared memory: the loader workers discover what no header tells, and this process reports it
         self._states = shared_zeros(max(1, len(images)), torch.uint8)
         # per worker the image whose file it is reading, counted from 1, 0 if it reads none; slot 0: this process
@@ -148,7 +155,8 @@ class CocoDetection(Dataset):
         """Hash the classes, file names, sizes and boxes in use; the content of the images is not hashed."""
         content = hashlib.sha256(repr((self.classes, self.category_ids)).encode())
         for array in vars(self.packed).values():
-            content.update(np.ascontiguousarray(array).data)
+            if array is not None:
+                content.update(np.ascontiguousarray(array).data)
         return content.hexdigest()
 
     def __len__(self) -> int:
@@ -170,8 +178,9 @@ class CocoDetection(Dataset):
 
         Returns:
             (3, h, w) uint8 RGB and {"boxes": (n, 4) float32 xyxy pixels, "labels": (n,) int64, "image_id": int,
-            "original_size": (h, w) of the frame that detections are reported in}; for evaluation also
-            "unreadable": True if the image is damaged and a black one is returned instead.
+            "original_size": (h, w) of the frame that detections are reported in}; with `masks` also "masks" (n, h, w)
+            uint8, 1 inside the object; for evaluation also "unreadable": True if the image is damaged and a black one
+            is returned instead.
 
         Raises:
             ImageError: in training, if neither the image nor the next ones can be decoded.
@@ -207,26 +216,29 @@ class CocoDetection(Dataset):
             raise
         finally:
             self._reading[slot] = 0
-        rows = slice(packed.offsets[index], packed.offsets[index + 1])
-        use = ~packed.iscrowd[rows]
-        boxes, labels = packed.boxes[rows][use], packed.labels[rows][use].astype(np.int64)
-        size = (image.shape[1], image.shape[2])
+        rows = np.arange(packed.offsets[index], packed.offsets[index + 1])
+        rows = rows[~packed.iscrowd[rows]]
+        boxes, size, drawn_in = packed.boxes[rows], (image.shape[1], image.shape[2]), frame
         if size != frame:
             self._states[index] = _MISMATCH
-            boxes, labels, frame = _into_image(boxes, labels, frame, size)
+            boxes, keep, frame = _into_image(boxes, frame, size)
+            boxes, rows = boxes[keep], rows[keep]
         target = {
             "boxes": torch.from_numpy(boxes),
-            "labels": torch.from_numpy(labels),
+            "labels": torch.from_numpy(packed.labels[rows].astype(np.int64)),
             "image_id": int(packed.image_ids[index]),
             "original_size": frame,
         }
+        if self.masks:
+            masks = torch.from_numpy(draw_masks(packed, rows, drawn_in))
+            target["masks"] = resize_masks(masks, size) if frame == drawn_in else _fit_masks(masks, size)
         return image, target
 
     def ground_truth(self) -> dict[str, Any]:
         """Return the usable annotations as a COCO dictionary for pycocotools, crowds included.
 
         Images and categories have the json's ids. Annotations are numbered from 1: pycocotools treats a match with
-        the annotation id 0 as unmatched.
+        the annotation id 0 as unmatched. With `masks` they have a `segmentation`, as compressed run lengths.
 
         Raises:
             ValueError: the dataset was opened for training, so its boxes are clipped.
@@ -249,14 +261,30 @@ class CocoDetection(Dataset):
             }
             for i in range(len(exact))
         ]
+        if self.masks:
+            for annotation, rle in zip(annotations, self._encoded_masks(), strict=True):
+                annotation["segmentation"] = rle
         categories = [{"id": key, "name": name} for key, name in zip(self.category_ids, self.classes, strict=True)]
         return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
+    def _encoded_masks(self) -> list[RLE]:
+        """Return the masks in the order of `_exact`, that of the json; the packed ones are sorted by image."""
+        assert self._exact is not None
+        packed, encoded = self.packed, []
+        for index in range(len(self)):
+            frame = (int(packed.frames[index, 0]), int(packed.frames[index, 1]))
+            encoded += encode_masks(packed, np.arange(packed.offsets[index], packed.offsets[index + 1]), frame)
+        positions = np.argsort(np.argsort(self._exact.rows, kind="stable"))
+        return [encoded[position] for position in positions]
+
     def _read(self, inspect: bool) -> tuple[reading.Images, reading.Objects, tuple[int, int]]:
-        log, data = self._log, load_json(self.json_path, self.limits.max_json_bytes)
+        log, data = (
+            self._log,
+            load_json(self.json_path, self.limits.max_json_bytes, masks="pack" if self.masks else "drop"),
+        )
         self.category_ids, self.classes = read_categories(data, self.json_path, log)
         images = reading.read_images(data, self.json_path, log)
-        objects = reading.read_objects(data, images, self.category_ids, log)
+        objects = reading.read_objects(data, images, self.category_ids, log, self.masks)
         listed = (len(data["images"]), len(data["annotations"]))
         del data  # gigabytes for a large json, before the images are searched
         exists = resolve_image_paths(images, self.image_dir, log, self.limits.allow_outside_images)
@@ -268,6 +296,8 @@ class CocoDetection(Dataset):
         # on the boxes as written: clipping would hide those that stick out of their images
         check_box_format(images, objects, log)
         objects = clip_and_filter_boxes(images, objects, log, self.train)
+        if self.masks:
+            objects = check_masks(images, objects, log)
         for label in set(range(len(self.classes))) - set(objects.labels.tolist()):
             log.add("category_unused", f"category {self.category_ids[label]}", self.classes[label])
         return images, objects, listed
@@ -312,13 +342,15 @@ class CocoDetection(Dataset):
             if not known:  # warn once per image, not in every validation
                 _console.warning("%s It is excluded from the evaluation.", error)
         height, width = self.packed.image_sizes[index].tolist()
-        target = {
+        target: Target = {
             "boxes": torch.zeros(0, 4),
             "labels": torch.zeros(0, dtype=torch.int64),
             "image_id": int(self.packed.image_ids[index]),
             "original_size": tuple(self.packed.frames[index].tolist()),
             "unreadable": True,
         }
+        if self.masks:
+            target["masks"] = torch.zeros(0, height, width, dtype=torch.uint8)
         return torch.zeros(3, height, width, dtype=torch.uint8), target
 
     def _generator(self, epoch: int, index: int) -> torch.Generator:
@@ -360,21 +392,27 @@ def _select(
 
 
 def _into_image(
-    boxes: np.ndarray, labels: np.ndarray, frame: tuple[int, int], size: tuple[int, int]
+    boxes: np.ndarray, frame: tuple[int, int], size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     """Convert boxes of a json with another size than the image: scale if the aspect ratio agrees, else clip.
 
     Args:
         boxes: (n, 4) xyxy pixels of the frame.
-        labels: (n,).
         frame, size: (h, w) of the json and of the image.
 
     Returns:
-        boxes, labels and the (h, w) that detections are reported in.
+        boxes, which of them are usable (n,) bool, and the (h, w) that detections are reported in.
     """
     if same_aspect(frame, size):
         scale = np.array([size[1] / frame[1], size[0] / frame[0]] * 2, np.float32)
-        return boxes * scale, labels, frame
+        return boxes * scale, np.ones(len(boxes), bool), frame
     boxes = np.clip(boxes, 0, np.array([size[1], size[0]] * 2, np.float32))
-    keep = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
-    return boxes[keep], labels[keep], size
+    return boxes, (boxes[:, 2:] - boxes[:, :2] >= 1).all(1), size
+
+
+def _fit_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cut or pad masks (n, h, w) at the right and bottom to the (h, w) of the image that they are taken to be of."""
+    fitted = masks.new_zeros(len(masks), *size)
+    height, width = min(masks.shape[1], size[0]), min(masks.shape[2], size[1])
+    fitted[:, :height, :width] = masks[:, :height, :width]
+    return fitted

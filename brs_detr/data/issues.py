@@ -86,6 +86,12 @@ POLICY: dict[str, tuple[str, str]] = {
     "box_clipped": (REPAIRED, "a box partly outside its image is clipped to it"),
     "box_layout_doubtful": (WARNED, "read as x, y, width, height in pixels all the same: look at the contact sheet"),
     "box_duplicate": (DROPPED, "the same box and category on the same image is used once"),
+    "mask_missing": (
+        WARNED,
+        "where masks are asked for, an object without polygons or run lengths has its box as mask",
+    ),
+    "mask_malformed": (WARNED, "polygons or run lengths that cannot be read are replaced by the box"),
+    "mask_of_other_size": (WARNED, "run lengths of another size than their image are replaced by the box"),
     # categories
     "category_name_duplicate": (KEPT, "two categories with one name stay two classes"),
     "category_unused": (KEPT, "a category without any annotation stays a class"),

@@ -11,28 +11,36 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from brs_detr.data.image_io import Limits
 from brs_detr.data.issues import DataError
+from brs_detr.ops.rle import checked_runs, pack_segmentation
 from brs_detr.parsing import TwoValuesError, dict_of_pairs
 from brs_detr.user_files import UserFileError, printable, read_file, read_start, unpack_gzip
 
 BOX_FROM_MASK = "box_from_mask"  # key of an annotation whose box was not in the file
 
 
-def load_json(path: str | Path, max_bytes: int = Limits.max_json_bytes) -> dict[str, Any]:
+def load_json(
+    path: str | Path,
+    max_bytes: int = Limits.max_json_bytes,
+    masks: Literal["drop", "pack", "keep"] = "drop",
+) -> dict[str, Any]:
     """Read a COCO json.
 
-    Polygons and run lengths are dropped during parsing, since they take most of the memory; an annotation without a
-    box gets the box around them, and an entry `box_from_mask` that is True.
+    Polygons and run lengths are dropped or packed during parsing, since they take most of the memory; an annotation
+    without a box gets the box around them, and an entry `box_from_mask` that is True.
 
     Args:
         path: annotation file.
         max_bytes: maximum size after unpacking (`data.max_json_bytes`).
+        masks: what becomes of `segmentation`: "drop"; "pack" as by `ops.rle.pack_segmentation`, bytes that are empty
+            if it is malformed; or "keep" as it stands.
 
     Raises:
         DataError: the file cannot be opened, is too large, is not JSON, gives a key two values, or is not a detection
@@ -44,7 +52,7 @@ def load_json(path: str | Path, max_bytes: int = Limits.max_json_bytes) -> dict[
         text = content.decode(json.detect_encoding(content))
         del content  # as the text below: the file is freed before its objects are made
         with _paused_gc():
-            data = json.loads(text, object_pairs_hook=_without_mask)
+            data = json.loads(text, object_pairs_hook=partial(_convert_mask, masks))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: this is not a JSON file in UTF-8 ({error.reason} at byte {error.start}).") from None
     except TwoValuesError as error:
@@ -89,14 +97,16 @@ def _type_name(value: Any) -> str:
     return {dict: "an object, not a list", type(None): "null"}.get(type(value), f"a {type(value).__name__}")
 
 
-def _without_mask(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build an object of the json without its segmentation, which may replace a missing box."""
+def _convert_mask(masks: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object of the json, its segmentation dropped, packed or kept; it may replace a missing box."""
     entry = dict_of_pairs(pairs)
     mask, stated = entry.pop("segmentation", None), entry.get("bbox")
     if mask and (not stated or (type(stated) is list and not any(stated))):  # some tools write four zeros for no box
         box = mask_box(mask)
         if box is not None:
             entry["bbox"], entry[BOX_FROM_MASK] = box, True
+    if mask and masks != "drop":
+        entry["segmentation"] = pack_segmentation(mask) if masks == "pack" else mask
     return entry
 
 
@@ -203,8 +213,8 @@ def _runs_box(counts: str | list[int], height: int, width: int) -> list[float] |
     Not by pycocotools' `toBbox`: on damaged masks it ends the process (a height of 0 or 2^32), reads past the end of
     the text, or returns a box far outside the image.
     """
-    runs = np.asarray(_decode_runs(counts) if isinstance(counts, str) else counts, np.int64)
-    if height < 1 or (runs < 0).any() or runs.sum() > height * width:
+    runs = checked_runs(counts, height, width)
+    if runs is None:
         return None
     ends = np.cumsum(runs)
     first, last = ends[:-1:2], ends[1::2] - 1  # pixels of each run of the mask, counted down the columns
@@ -216,21 +226,3 @@ def _runs_box(counts: str | list[int], height: int, width: int) -> list[float] |
     top, bottom = (0, height - 1) if wraps else ((first % height).min(), (last % height).max())
     left, right = first.min() // height, last.max() // height
     return [float(left), float(top), float(right - left + 1), float(bottom - top + 1)]
-
-
-def _decode_runs(text: str) -> list[int]:
-    """Run lengths of COCO's compressed text: 5 bits a character, low ones first, the later ones as differences.
-
-    Source: pycocotools, `rleFrString`.
-    """
-    runs: list[int] = []
-    value = shift = 0
-    for byte in text.encode("ascii"):
-        bits = byte - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            value -= (bits & 16) and 1 << shift
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    return runs

@@ -32,10 +32,14 @@ def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[ImageBatch, list[
     """
     images, targets = [image for image, _ in samples], [target for _, target in samples]
     counts = [len(target["labels"]) for target in targets]
-    # views of two tensors: workers pass one file descriptor per storage, and many small storages exhaust the limit
+    # views of one tensor of each kind: workers pass one file descriptor per storage, and many exhaust the limit
     boxes = torch.cat([target["boxes"] for target in targets]).split(counts)
     labels = torch.cat([target["labels"] for target in targets]).split(counts)
     targets = [{**t, "boxes": b, "labels": l} for t, b, l in zip(targets, boxes, labels, strict=True)]
+    if "masks" in targets[0]:
+        shapes = [target["masks"].shape for target in targets]
+        masks = torch.cat([target["masks"].flatten() for target in targets]).split([s.numel() for s in shapes])
+        targets = [{**t, "masks": m.view(s)} for t, m, s in zip(targets, masks, shapes, strict=True)]
     return ImageBatch.from_list(images, [target["original_size"] for target in targets]), targets
 
 

@@ -1,5 +1,8 @@
 """Multi-scale augmentation of DETR-like detectors: flip, then resize, or resize, crop and resize again.
 
+Boxes, and masks if the target has them, follow the image; an object of which a crop leaves no box is dropped with its
+label and its mask.
+
 Every random number is drawn from a generator given by the caller, so an image's augmentation depends on the seed, the
 epoch and the image alone: not on the number of workers, and not on whether the run was resumed.
 """
@@ -15,6 +18,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from brs_detr.data.coco import Target
+from brs_detr.ops.masks import resize_masks
 
 Size = tuple[int, int]
 
@@ -71,22 +75,22 @@ class TrainTransforms:
 
         Args:
             image: (3, h, w) uint8.
-            target: has "boxes" (n, 4) float32 xyxy pixels and "labels" (n,); other entries are returned unchanged.
+            target: has "boxes" (n, 4) float32 xyxy pixels, "labels" (n,) and perhaps "masks" (n, h, w) uint8; other
+                entries are returned unchanged.
             generator: source of every random choice.
 
         Returns:
-            the augmented image and target; it may have fewer boxes and labels.
+            the augmented image and target; it may have fewer objects.
         """
-        boxes, labels = _as_boxes(target["boxes"], image), target["labels"]
-        if _uniform(generator) < self.flip:
-            image, boxes = F.horizontal_flip(image), F.horizontal_flip(boxes)
-        if _uniform(generator) < self.crop:
-            image, boxes = self._resize(image, boxes, self.crop_short_sides, self.crop_long_side, generator)
-            image, boxes, labels = self._crop(image, boxes, labels, generator)
-        image, boxes = self._resize(image, boxes, self.short_sides, self.long_side, generator)
+        if uniform(generator) < self.flip:
+            image, target = flip_sample(image, target)
+        if uniform(generator) < self.crop:
+            image, target = self._resize(image, target, self.crop_short_sides, self.crop_long_side, generator)
+            image, target = self._crop(image, target, generator)
+        image, target = self._resize(image, target, self.short_sides, self.long_side, generator)
         if self.color_jitter > 0:
             image = self._jitter(image, generator)
-        return image.contiguous(), {**target, "boxes": boxes.as_subclass(Tensor), "labels": labels}
+        return image.contiguous(), target
 
     def largest_sizes(self, height: int, width: int) -> list[Size]:
         """Return (h, w) of the tallest, the widest and the largest images that one of this size can become.
@@ -105,48 +109,114 @@ class TrainTransforms:
         return [resized_size(1.0, ratio, max(self.short_sides), self.long_side) for ratio in ratios]
 
     def _resize(
-        self, image: Tensor, boxes: Tensor, short_sides: Sequence[int], long_side: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        short_side = short_sides[_integer(0, len(short_sides) - 1, generator)]
+        self, image: Tensor, target: Target, short_sides: Sequence[int], long_side: int, generator: torch.Generator
+    ) -> tuple[Tensor, Target]:
+        short_side = short_sides[integer(0, len(short_sides) - 1, generator)]
         size = resized_size(image.shape[-2], image.shape[-1], short_side, long_side)
-        return _resize_image(image, size, self.antialias), F.clamp_bounding_boxes(F.resize(boxes, list(size)))
+        return resize_sample(image, target, size, self.antialias)
 
-    def _crop(
-        self, image: Tensor, boxes: Tensor, labels: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _crop(self, image: Tensor, target: Target, generator: torch.Generator) -> tuple[Tensor, Target]:
         h, w = image.shape[-2:]
         low, high = self.crop_size
-        crop_h = _integer(min(h, low), min(h, high), generator)
-        crop_w = _integer(min(w, low), min(w, high), generator)
-        top, left = _integer(0, h - crop_h, generator), _integer(0, w - crop_w, generator)
-        image = F.crop(image, top, left, crop_h, crop_w)
-        boxes = F.clamp_bounding_boxes(F.crop(boxes, top, left, crop_h, crop_w))
-        keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-        return image, tv_tensors.wrap(boxes[keep], like=boxes), labels[keep]
+        crop_h = integer(min(h, low), min(h, high), generator)
+        crop_w = integer(min(w, low), min(w, high), generator)
+        top, left = integer(0, h - crop_h, generator), integer(0, w - crop_w, generator)
+        return crop_sample(image, target, (top, left, crop_h, crop_w))
 
     def _jitter(self, image: Tensor, generator: torch.Generator) -> Tensor:
         for adjust in (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation):
-            image = adjust(image, max(0.0, 1 + self.color_jitter * (2 * _uniform(generator) - 1)))
+            image = adjust(image, max(0.0, 1 + self.color_jitter * (2 * uniform(generator) - 1)))
         return image
 
 
 class EvalTransforms:
-    """Resize with the aspect ratio kept, of image and boxes. Arguments as for `TrainTransforms`."""
+    """Resize image, boxes and masks. Arguments as for `TrainTransforms`.
 
-    def __init__(self, short_side: int = 800, long_side: int = 1333, antialias: bool = True) -> None:
-        self.short_side, self.long_side, self.antialias = short_side, long_side, antialias
+    Args:
+        short_side, long_side: as `TrainTransforms.short_sides` and `long_side`.
+        antialias: as there.
+        size: (h, w) pixels to resize to whatever the aspect ratio, instead of the two limits.
+    """
+
+    def __init__(
+        self, short_side: int = 800, long_side: int = 1333, antialias: bool = True, *, size: Size | None = None
+    ) -> None:
+        self.short_side, self.long_side, self.antialias, self.size = short_side, long_side, antialias, size
 
     def output_size(self, height: int, width: int) -> Size:
         """Return (h, w) of an image of this size after resizing."""
-        return resized_size(height, width, self.short_side, self.long_side)
+        return self.size or resized_size(height, width, self.short_side, self.long_side)
 
     def __call__(
         self, image: Tensor, target: Target, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Target]:
         """Resize a (3, h, w) uint8 image and its target; `generator` is unused."""
         size = self.output_size(image.shape[-2], image.shape[-1])
-        boxes = F.resize(_as_boxes(target["boxes"], image), list(size)).as_subclass(Tensor)
-        return _resize_image(image, size, self.antialias), {**target, "boxes": boxes}
+        return resize_sample(image, target, size, self.antialias, clip=False)
+
+
+def flip_sample(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """Mirror an image (3, h, w), its boxes and its masks horizontally."""
+    flipped = {**target, "boxes": F.horizontal_flip(_as_boxes(target["boxes"], image)).as_subclass(Tensor)}
+    if "masks" in target:
+        flipped["masks"] = target["masks"].flip(-1)
+    return F.horizontal_flip(image), flipped
+
+
+def resize_sample(
+    image: Tensor, target: Target, size: Size, antialias: bool = True, *, clip: bool = True
+) -> tuple[Tensor, Target]:
+    """Resize an image (3, h, w), its boxes and its masks.
+
+    Args:
+        image: (3, h, w) uint8.
+        target: with "boxes" (n, 4) xyxy pixels and perhaps "masks" (n, h, w).
+        size: new (h, w), of any aspect ratio.
+        antialias: low-pass filter when downscaling.
+        clip: clip the boxes to the image.
+    """
+    boxes = F.resize(_as_boxes(target["boxes"], image), list(size))
+    resized = {**target, "boxes": (F.clamp_bounding_boxes(boxes) if clip else boxes).as_subclass(Tensor)}
+    if "masks" in target:
+        resized["masks"] = resize_masks(target["masks"], size)
+    return _resize_image(image, size, antialias), resized
+
+
+def crop_sample(
+    image: Tensor, target: Target, area: tuple[int, int, int, int], fill: Sequence[float] = (0, 0, 0)
+) -> tuple[Tensor, Target]:
+    """Cut an area out of an image and its target, and drop the objects outside.
+
+    Args:
+        image: (3, h, w) uint8.
+        target: its objects.
+        area: (top, left, height, width) pixels, which may reach beyond the image.
+        fill: RGB in 0..255 beyond the image.
+    """
+    boxes = F.clamp_bounding_boxes(F.crop(_as_boxes(target["boxes"], image), *area)).as_subclass(Tensor)
+    keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    cropped = {**target, "boxes": boxes}
+    if "masks" in target:
+        cropped["masks"] = _cut(target["masks"], area, target["masks"].new_zeros(1, 1, 1))
+    colors = torch.tensor(fill).round().to(image.dtype)[:, None, None]
+    return _cut(image, area, colors), keep_objects(cropped, keep)
+
+
+def _cut(planes: Tensor, area: tuple[int, int, int, int], fill: Tensor) -> Tensor:
+    """Cut (top, left, height, width) out of planes (c, h, w); beyond them it is `fill` (c or 1, 1, 1)."""
+    top, left, height, width = area
+    y0, x0 = max(top, 0), max(left, 0)
+    inner = planes[:, y0 : max(top + height, y0), x0 : max(left + width, x0)]
+    if inner.shape[1:] == (height, width):
+        return inner
+    cut = fill.expand(len(planes), height, width).clone()
+    cut[:, y0 - top : y0 - top + inner.shape[1], x0 - left : x0 - left + inner.shape[2]] = inner
+    return cut
+
+
+def keep_objects(target: Target, keep: Tensor) -> Target:
+    """Select the objects of a boolean mask (n,): boxes, labels and masks."""
+    return {**target, **{name: target[name][keep] for name in ("boxes", "labels", "masks") if name in target}}
 
 
 def _as_boxes(boxes: Tensor, image: Tensor) -> tv_tensors.BoundingBoxes:
@@ -160,10 +230,11 @@ def _resize_image(image: Tensor, size: Size, antialias: bool) -> Tensor:
     return F.resize(image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=antialias)
 
 
-def _uniform(generator: torch.Generator) -> float:
+def uniform(generator: torch.Generator) -> float:
+    """Draw a number from [0, 1)."""
     return float(torch.rand((), generator=generator))
 
 
-def _integer(low: int, high: int, generator: torch.Generator) -> int:
+def integer(low: int, high: int, generator: torch.Generator) -> int:
     """Draw an integer from low to high, both included."""
     return int(torch.randint(low, high + 1, (), generator=generator))

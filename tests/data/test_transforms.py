@@ -140,3 +140,68 @@ def test_color_jitter_changes_colors_not_boxes():
     vivid = TrainTransforms(short_sides=(32,), crop=0, flip=0, color_jitter=0.4)(image, target, torch.Generator())
     assert torch.equal(plain[0], image) and not torch.equal(vivid[0], image)
     assert torch.equal(plain[1]["boxes"], vivid[1]["boxes"])
+
+
+def scene(h=160, w=240):
+    """A disc in the first channel and a turned ellipse in the second, with their bitmaps and boxes."""
+    y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
+    disc = (x - 80) ** 2 + (y - 70) ** 2 <= 45**2
+    ellipse = ((x - y) / 50 - 1.4) ** 2 + ((x + y - 230) / 90) ** 2 <= 1
+    masks = torch.stack([disc, ellipse]).to(torch.uint8)
+    boxes = torch.stack([torch.cat([torch.stack([c.min(), c.max() + 1]) for c in torch.where(m)[::-1]]) for m in masks])
+    target = {"boxes": boxes[:, [0, 2, 1, 3]].float(), "labels": torch.tensor([4, 9]), "masks": masks}
+    return torch.stack([disc, ellipse, disc]).to(torch.uint8) * 255, target
+
+
+def iou(a, b):
+    return float((a & b).sum() / (a | b).sum().clamp(min=1))
+
+
+@pytest.mark.parametrize("policy", [0.0, 1.0])
+def test_masks_follow_pixels_and_boxes(policy):
+    transform, seen = TrainTransforms(**SMALL, crop=policy), 0
+    for seed in range(60):
+        image, target = transform(*scene(), torch.Generator().manual_seed(seed))
+        assert target["masks"].shape == (len(target["labels"]), *image.shape[1:])
+        for label, mask, box in zip(target["labels"].tolist(), target["masks"].bool(), target["boxes"], strict=True):
+            if mask.sum() < 1500:
+                continue
+            assert iou(mask, image[0 if label == 4 else 1] > 127) > 0.97, seed
+            ys, xs = torch.where(mask)
+            assert (torch.stack([xs.min(), ys.min()]) >= box[:2] - 1.5).all()
+            assert (torch.stack([xs.max() + 1, ys.max() + 1]) <= box[2:] + 1.5).all()
+            seen += 1
+    assert seen > 60
+
+
+def test_a_mask_through_flip_crop_resize_paste_and_run_lengths():
+    """What training cuts out of an augmented mask, pasted again and encoded, is that mask."""
+    import numpy as np
+
+    from brs_detr.ops.masks import encode_masks, mask_targets, paste_masks
+    from brs_detr.ops.rle import draw, pack_segmentation
+
+    transform, seen = TrainTransforms(**SMALL, crop=0.5), 0
+    for seed in range(40):
+        image, target = transform(*scene(), torch.Generator().manual_seed(seed))
+        count, size = len(target["labels"]), tuple(image.shape[1:])
+        squares = mask_targets(target["masks"], target["boxes"], torch.arange(count))
+        pasted = paste_masks(squares, target["boxes"], size)
+        for mask, rle in zip(target["masks"].bool(), encode_masks(pasted), strict=True):
+            back = torch.from_numpy(draw(np.frombuffer(pack_segmentation(rle), np.uint32), size).copy()).bool()
+            if mask.sum() > 1500:
+                assert iou(back, mask) > 0.97, seed
+                seen += 1
+    assert seen > 40
+
+
+def test_flip_mirrors_masks_and_resizing_without_ratio_keeps_them_on_their_boxes():
+    image, target = scene()
+    flipped = TrainTransforms(short_sides=(160,), crop=0, flip=1)(image, target, torch.Generator())[1]
+    assert torch.equal(flipped["masks"], target["masks"].flip(-1))
+    assert EvalTransforms(size=(100, 100)).output_size(160, 240) == (100, 100)
+    image, target = EvalTransforms(size=(100, 100))(image, target)
+    assert image.shape == (3, 100, 100) and target["masks"].shape == (2, 100, 100)
+    for mask, box in zip(target["masks"], target["boxes"], strict=True):
+        ys, xs = torch.where(mask)
+        assert (torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) - box).abs().max() <= 1

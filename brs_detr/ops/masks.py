@@ -1,0 +1,130 @@
+"""Instance masks: from box to image and back, as training targets, and how much two masks have in common.
+
+A mask head predicts a small square that covers a box. `paste_masks` resamples it to the pixels of the image,
+`mask_targets` cuts an object's bitmap to the same square, so each is the other's inverse.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import roi_align
+
+from brs_detr.ops.rle import RLE, Size, as_text, encode
+
+_CHUNK_PIXELS = 2**25  # pixels that are resampled at once, about 500 MB with their float32 grid
+
+
+def resize_masks(masks: Tensor, size: Size) -> Tensor:
+    """Resize bitmaps (n, h, w) to (h, w) = `size`, each pixel that of the nearest center."""
+    if tuple(masks.shape[-2:]) == tuple(size):
+        return masks
+    if masks.numel() == 0:
+        return masks.new_zeros(len(masks), *size)
+    return F.interpolate(masks[:, None], list(size), mode="nearest-exact")[:, 0]
+
+
+def paste_masks(masks: Tensor, boxes: Tensor, size: Size, threshold: float = 0.5) -> Tensor:
+    """Resample masks that cover their boxes to the pixels of the image, bilinearly.
+
+    The squares' pixels are areas, not points: the first one's center lies half a pixel inside the box, as it does in
+    RoIAlign (Detectron2's `paste_masks_in_image`). Outside its box a mask is 0.
+
+    Args:
+        masks: (n, s, s) probabilities.
+        boxes: (n, 4) xyxy pixels of the image; they may reach beyond it.
+        size: (h, w) pixels of the image.
+        threshold: a pixel belongs to the object where its probability is at least this.
+
+    Returns:
+        (n, h, w) bool, on the masks' device.
+    """
+    height, width = size
+    pasted = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
+    step = max(1, _CHUNK_PIXELS // (height * width))
+    for start in range(0, len(masks), step):
+        chunk = slice(start, start + step)
+        pasted[chunk] = _paste(masks[chunk].float(), boxes[chunk].float(), size) >= threshold
+    return pasted
+
+
+def _paste(masks: Tensor, boxes: Tensor, size: Size) -> Tensor:
+    """Return the probabilities (n, h, w) at the pixels' centers."""
+    x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
+    ys = torch.arange(size[0], device=masks.device, dtype=boxes.dtype) + 0.5
+    xs = torch.arange(size[1], device=masks.device, dtype=boxes.dtype) + 0.5
+    # a box of no width holds no pixel: the clamp turns 0 / 0 at its border into a position, or one far outside
+    y = (ys - y0) / (y1 - y0).clamp(min=1e-6) * 2 - 1
+    x = (xs - x0) / (x1 - x0).clamp(min=1e-6) * 2 - 1
+    n, h, w = len(masks), size[0], size[1]
+    grid = torch.stack([x[:, None, :].expand(n, h, w), y[:, :, None].expand(n, h, w)], dim=3)
+    pasted: Tensor = F.grid_sample(masks[:, None], grid, align_corners=False)[:, 0]
+    return pasted
+
+
+def mask_targets(masks: Tensor, boxes: Tensor, objects: Tensor, side: int = 28) -> Tensor:
+    """Cut objects' bitmaps to boxes, as the targets of a mask head.
+
+    RoIAlign of the bitmap with as many samples as pixels, then >= 0.5, as Mask R-CNN's implementations do it.
+
+    Args:
+        masks: (m, h, w) bitmaps of one image's objects, uint8 or bool.
+        boxes: (P, 4) xyxy pixels.
+        objects: (P,) int64, the object of each box.
+        side: height and width of a target.
+
+    Returns:
+        (P, side, side) float32, 0 or 1.
+    """
+    if not len(masks) or not len(boxes):
+        return boxes.new_zeros(len(boxes), side, side, dtype=torch.float32)
+    rois = torch.cat([objects[:, None].to(boxes.dtype), boxes], dim=1).float()
+    pooled: Tensor = roi_align(masks[:, None].float(), rois, side, spatial_scale=1.0, sampling_ratio=0, aligned=True)
+    return (pooled[:, 0] >= 0.5).float()
+
+
+def encode_masks(masks: Tensor) -> list[RLE]:
+    """Encode bitmaps (n, h, w) as COCO's compressed run lengths, with `counts` as str."""
+    return [as_text(encode(mask)) for mask in masks.cpu().numpy()]
+
+
+def paste_and_encode(masks: Tensor, boxes: Tensor, size: Size, threshold: float = 0.5) -> list[RLE]:
+    """Paste masks as `paste_masks` does, and encode them; never more than a chunk of bitmaps is held at once."""
+    step = max(1, _CHUNK_PIXELS // (size[0] * size[1]))
+    chunks = (slice(start, start + step) for start in range(0, len(masks), step))
+    return [rle for chunk in chunks for rle in encode_masks(paste_masks(masks[chunk], boxes[chunk], size, threshold))]
+
+
+def mask_iou(first: Tensor, second: Tensor) -> Tensor:
+    """Compute the IoU of every pair of bitmaps.
+
+    Args:
+        first: (n, h, w) bool, or 0 and 1.
+        second: (m, h, w) of the same size.
+
+    Returns:
+        (n, m) float32; 0 where both are empty.
+    """
+    a, b = first.flatten(1).float(), second.flatten(1).float()
+    shared = a @ b.T
+    union = a.sum(1)[:, None] + b.sum(1)[None] - shared
+    return shared / union.clamp(min=1)
+
+
+def dice_coefficient(probabilities: Tensor, targets: Tensor, eps: float = 1e-5) -> Tensor:
+    """Compute the Dice coefficient of paired masks: 2 sum(p t) / (sum(p^2) + sum(t^2) + eps).
+
+    Milletari et al., "V-Net", with squares in the denominator; 1 minus it is the mask loss of Rank & Sort, its
+    supplement's Mask R-CNN.
+
+    Args:
+        probabilities: (n, ...) in [0, 1].
+        targets: (n, ...) of the same shape, 0 or 1.
+        eps: keeps a pair of empty masks finite; it then has the coefficient 0.
+
+    Returns:
+        (n,) in [0, 1], differentiable.
+    """
+    p, t = probabilities.flatten(1).float(), targets.flatten(1).float()
+    return 2 * (p * t).sum(1) / ((p * p).sum(1) + (t * t).sum(1) + eps)

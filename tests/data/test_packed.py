@@ -1,0 +1,135 @@
+"""Masks of a dataset are those that pycocotools draws; faults are counted and have the box as mask."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+
+from brs_detr.data.coco import CocoDetection
+from brs_detr.data.loader import build_eval_loader, build_train_loader
+from brs_detr.data.synthetic import make_dataset
+from brs_detr.data.transforms import EvalTransforms, TrainTransforms
+from brs_detr.ops.rle import draw, pack_segmentation
+
+
+def open_set(path, train=True, **options):
+    return CocoDetection(path, path.parent / "images", train=train, masks=True, **options)
+
+
+@pytest.mark.parametrize("name", ["tiny_coco", "nuclei"])
+def test_masks_equal_what_pycocotools_draws(shared_data, name):
+    path = shared_data / name / "annotations" / "val.json"
+    dataset = CocoDetection(path, shared_data / name / "images", train=False, masks=True)
+    truth = COCO(str(path))
+    for index in range(0, len(dataset), 5):
+        target = dataset.load(index)[1]
+        theirs = [a for a in truth.imgToAnns[target["image_id"]] if not a["iscrowd"]]
+        expected = np.stack([truth.annToMask(a) for a in theirs]) if theirs else np.zeros((0, *target["original_size"]))
+        assert target["masks"].dtype == torch.uint8 and target["masks"].shape == expected.shape
+        assert np.array_equal(target["masks"].numpy(), expected)
+    ground = {(a["image_id"], *a["bbox"]): a["segmentation"] for a in dataset.ground_truth()["annotations"]}
+    for annotation in truth.dataset["annotations"]:
+        rle, size = ground[annotation["image_id"], *annotation["bbox"]], truth.annToMask(annotation).shape
+        drawn = draw(np.frombuffer(pack_segmentation(json.loads(json.dumps(rle))), np.uint32), size)
+        assert np.array_equal(drawn, truth.annToMask(annotation))
+
+
+FAULTS = {
+    "absent": ("mask_missing", None),
+    "empty": ("mask_missing", []),
+    "nan": ("mask_malformed", [[1, 2, 3, 4, 5, float("nan")]]),
+    "runs": ("mask_malformed", {"size": [40, 60], "counts": [9999]}),
+    "text": ("mask_malformed", {"size": [40, 60], "counts": "o" * 50}),
+    "zero": ("mask_malformed", {"size": [0, 2**32], "counts": "0"}),
+    "size": ("mask_of_other_size", {"size": [30, 60], "counts": [0, 1800]}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("train", [True, False])
+def test_an_unusable_mask_is_counted_and_is_the_box(tmp_path, write_dataset, change, fault, train):
+    kind, segmentation = FAULTS[fault]
+    path = write_dataset(tmp_path, sizes=[(40, 60)], boxes=[[(1, 5, 6, 20, 10), (17, 0, 0, 8, 8)]])
+
+    def edit(data):
+        data["annotations"][0]["segmentation"] = segmentation
+        data["annotations"][1]["segmentation"] = [[0, 0, 8, 0, 8, 8]]
+
+    change(path, edit)
+    dataset = open_set(path, train)
+    assert dataset.report[kind] == 1 and kind.replace("_", " ") in dataset.summary()
+    first, second = dataset.load(0)[1]["masks"]
+    assert first.sum() == 200 and first[6:16, 5:25].all() and 20 < second.sum() < 45
+    if not train:
+        rle = dataset.ground_truth()["annotations"][0]["segmentation"]
+        assert np.array_equal(draw(np.frombuffer(pack_segmentation(rle), np.uint32), (40, 60)), first.numpy())
+
+
+def test_boxes_only_keeps_nothing_of_the_masks(tmp_path):
+    make_dataset(tmp_path, train=4, val=1)
+    path = tmp_path / "annotations" / "train.json"
+    plain = CocoDetection(path, tmp_path / "images/train", train=True)
+    masked = CocoDetection(path, tmp_path / "images/train", train=True, masks=True)
+    assert plain.packed.mask_words is None and "masks" not in plain[0][1]
+    data = json.loads(path.read_text())
+    for annotation in data["annotations"]:
+        del annotation["segmentation"]
+    path.write_text(json.dumps(data))
+    assert plain.fingerprint() == CocoDetection(path, tmp_path / "images/train", train=True).fingerprint()
+    assert masked.fingerprint() != plain.fingerprint()
+
+
+def test_masks_take_four_bytes_a_number(tmp_path):
+    make_dataset(tmp_path, train=20, val=1)
+    path = tmp_path / "annotations" / "train.json"
+    dataset = CocoDetection(path, tmp_path / "images/train", train=True, masks=True)
+    polygons = [a["segmentation"] for a in json.loads(path.read_text())["annotations"]]
+    numbers = sum(1 + sum(1 + len(part) for part in parts) for parts in polygons)
+    assert dataset.packed.mask_words.nbytes == 4 * numbers
+
+
+@pytest.mark.parametrize("factor", [2, 0.5])
+def test_masks_follow_an_image_that_was_resized_after_labeling(tmp_path, write_dataset, change, factor):
+    path = write_dataset(tmp_path, sizes=[(80, 120)], boxes=[[(1, 20 * factor, 10 * factor, 40 * factor, 30 * factor)]])
+    height, width = int(80 * factor), int(120 * factor)
+
+    def edit(data):
+        data["images"][0].update(height=height, width=width)
+        x, y, w, h = data["annotations"][0]["bbox"]
+        data["annotations"][0]["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+    change(path, edit)
+    target = open_set(path, inspect=False).load(0)[1]
+    assert target["masks"].shape == (1, 80, 120)
+    assert target["masks"][0, 10:40, 20:60].float().mean() > 0.97 and abs(int(target["masks"].sum()) - 1200) < 60
+
+
+def test_masks_are_collated_and_survive_workers(tmp_path):
+    make_dataset(tmp_path, train=8, val=5)
+    path = tmp_path / "annotations" / "train.json"
+    options = dict(short_sides=(64, 90), long_side=120, crop_short_sides=(70,), crop_size=(30, 60))
+    dataset = CocoDetection(
+        path, tmp_path / "images/train", train=True, masks=True, transforms=TrainTransforms(**options)
+    )
+    alone, helped = (list(build_train_loader(dataset, 4, workers)) for workers in (0, 2))
+    for (images, targets), (_, others) in zip(alone, helped, strict=True):
+        for target, other, size in zip(targets, others, images.sizes, strict=True):
+            assert target["masks"].shape == (len(target["labels"]), *size)
+            assert torch.equal(target["masks"], other["masks"]) and torch.equal(target["boxes"], other["boxes"])
+        assert len({t["masks"].untyped_storage().data_ptr() for t in targets if t["masks"].numel()}) == 1
+    path = tmp_path / "annotations" / "val.json"
+    dataset = CocoDetection(path, tmp_path / "images/val", train=False, masks=True, transforms=EvalTransforms(60, 200))
+    for images, targets in build_eval_loader(dataset, 2):
+        assert all(t["masks"].shape[1:] == size for t, size in zip(targets, images.sizes, strict=True))
+
+
+def test_an_unreadable_image_has_no_masks(tmp_path, write_dataset):
+    path = write_dataset(tmp_path, sizes=[(40, 60), (50, 50)], boxes=[[(1, 5, 6, 20, 10)], [(1, 5, 6, 20, 10)]])
+    file = tmp_path / "images" / "000.png"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+    target = open_set(path, train=False)[0][1]
+    assert target["unreadable"] and target["masks"].shape == (0, 40, 60)

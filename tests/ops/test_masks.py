@@ -1,0 +1,128 @@
+"""A mask pasted and cut again is the same mask, at any place and size."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torchvision.ops import masks_to_boxes
+
+from brs_detr.ops.masks import (
+    dice_coefficient,
+    encode_masks,
+    mask_iou,
+    mask_targets,
+    paste_and_encode,
+    paste_masks,
+    resize_masks,
+)
+from brs_detr.ops.rle import draw, pack_segmentation
+
+
+def ellipse(h, w, center, radii, turn=0.0):
+    """A smooth shape, (h, w) bool."""
+    y, x = torch.meshgrid(torch.arange(h) + 0.5 - center[0], torch.arange(w) + 0.5 - center[1], indexing="ij")
+    turn = torch.tensor(turn)
+    a, b = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()
+    return (a / radii[1]) ** 2 + (b / radii[0]) ** 2 <= 1
+
+
+def shapes():
+    return torch.stack(
+        [
+            ellipse(120, 160, (60, 70), (30, 45), 0.3),
+            ellipse(120, 160, (50, 110), (40, 28)),
+            ellipse(120, 160, (60, 80), (59, 79)),
+        ]
+    )
+
+
+def boxes_around(masks):
+    boxes = masks_to_boxes(masks)
+    boxes[:, 2:] += 1  # torchvision's boxes end at the last pixel, not after it
+    return boxes
+
+
+def test_cut_and_pasted_masks_return():
+    masks = shapes()
+    boxes, objects = boxes_around(masks), torch.arange(3)
+    for moved, least in ((boxes, 0.97), (boxes + torch.tensor([-3.3, -2.1, 4.7, 1.9]), 0.96)):
+        targets = mask_targets(masks.to(torch.uint8), moved, objects)
+        assert targets.shape == (3, 28, 28) and set(targets.unique().tolist()) == {0, 1}
+        pasted = paste_masks(targets, moved, (120, 160))
+        assert pasted.shape == masks.shape and (mask_iou(pasted, masks).diagonal() > least).all()
+
+
+def test_pasting_equals_resizing_into_whole_pixel_boxes():
+    """The slow obvious form: resize the square to the box bilinearly, put it there."""
+    masks = torch.rand(4, 14, 14)
+    boxes = torch.tensor([[2, 3, 30, 45], [0, 0, 60, 50], [10, 20, 17, 24], [40, 5, 55, 12]])
+    expected = torch.zeros(4, 50, 60)
+    for canvas, mask, (x0, y0, x1, y1) in zip(expected, masks, boxes.tolist()):
+        enlarged = F.pad(mask, (1, 1, 1, 1))[None, None]  # grid_sample takes zeros outside, `interpolate` the border
+        side = [int((y1 - y0) / 14 * 16 + 0.5), int((x1 - x0) / 14 * 16 + 0.5)]
+        if (y1 - y0) % 14 or (x1 - x0) % 14:
+            continue
+        large = F.interpolate(enlarged, side, mode="bilinear", align_corners=False)[0, 0]
+        top, left = (side[0] - (y1 - y0)) // 2, (side[1] - (x1 - x0)) // 2
+        canvas[y0:y1, x0:x1] = large[top : top + y1 - y0, left : left + x1 - x0]
+    pasted = paste_masks(masks, boxes.float(), (50, 60), threshold=0.5)
+    assert torch.equal(pasted[0], expected[0] >= 0.5)
+    for mask, (x0, y0, x1, y1) in zip(pasted, boxes.tolist()):
+        outside = mask.clone()
+        outside[y0:y1, x0:x1] = False
+        assert not outside.any()
+
+
+def test_chunks_do_not_change_the_result(monkeypatch):
+    masks, boxes = torch.rand(7, 28, 28), torch.rand(7, 4) * 20 + torch.tensor([0, 0, 30, 30])
+    whole = paste_masks(masks, boxes, (50, 60))
+    monkeypatch.setattr("brs_detr.ops.masks._CHUNK_PIXELS", 2 * 50 * 60)
+    assert torch.equal(whole, paste_masks(masks, boxes, (50, 60)))
+    assert paste_and_encode(masks, boxes, (50, 60)) == encode_masks(whole)
+
+
+@pytest.mark.parametrize(
+    "box", [[5, 5, 5, 9], [5.0, 5, 5, 5], [-80, -80, -20, -20], [500, 500, 600, 600], [-1e6, 0, 1e6, 9]]
+)
+def test_empty_and_outside_boxes_are_finite(box):
+    pasted = paste_masks(torch.ones(1, 28, 28), torch.tensor([box], dtype=torch.float32), (30, 40))
+    assert pasted.shape == (1, 30, 40) and (box[0] < 0 < box[2] or not pasted.any())
+    targets = mask_targets(torch.ones(1, 30, 40, dtype=torch.uint8), torch.tensor([box]).float(), torch.tensor([0]))
+    assert targets.isfinite().all()
+
+
+def test_nothing_to_paste_nor_cut():
+    assert paste_masks(torch.zeros(0, 28, 28), torch.zeros(0, 4), (30, 40)).shape == (0, 30, 40)
+    assert paste_and_encode(torch.zeros(0, 28, 28), torch.zeros(0, 4), (30, 40)) == []
+    nothing = mask_targets(
+        torch.zeros(0, 30, 40, dtype=torch.uint8), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    )
+    assert nothing.shape == (0, 28, 28) and mask_iou(torch.zeros(0, 3, 3), torch.zeros(2, 3, 3)).shape == (0, 2)
+
+
+def test_run_lengths_return():
+    masks = shapes()
+    for mask, rle in zip(masks, encode_masks(masks)):
+        import numpy as np
+
+        words = np.frombuffer(pack_segmentation(rle), np.uint32)
+        assert np.array_equal(draw(words, (120, 160)), mask.numpy())
+
+
+def test_resizing_keeps_the_shape():
+    masks = shapes().to(torch.uint8)
+    for size in ((240, 320), (97, 201), (60, 80)):
+        back = resize_masks(resize_masks(masks, size), (120, 160))
+        assert (mask_iou(back, masks).diagonal() > 0.95).all()
+    assert resize_masks(masks[:0], (7, 8)).shape == (0, 7, 8)
+
+
+def test_iou_and_dice_by_hand():
+    a = torch.tensor([[[1, 1], [0, 0]], [[0, 0], [0, 0]]])
+    b = torch.tensor([[[1, 0], [1, 0]], [[1, 1], [1, 1]], [[0, 0], [0, 0]]])
+    assert torch.allclose(mask_iou(a, b), torch.tensor([[1 / 3, 1 / 2, 0], [0, 0, 0]]))
+    p = torch.tensor([[0.5, 0.5, 1.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    t = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    dice = dice_coefficient(p, t)
+    assert torch.allclose(dice, torch.tensor([2 * 1.5 / (1.5 + 2), 0.0]), atol=1e-5)
+    dice.sum().backward()
+    assert p.grad.isfinite().all()
