@@ -100,6 +100,9 @@ class RPNConfig:
     scales_per_octave: Count = 3
     anchor_ratios: Annotated[tuple[Positive, ...], NotEmpty()] = (0.5, 1.0, 2.0)  # height / width
     coder_stds: Stds = (1.0, 1.0, 1.0, 1.0)  # standard deviations of the offsets
+    # pixels by which an anchor that takes part in training may stick out of its image; null: any number
+    allowed_border: Annotated[float | None, Null("any number of pixels")] = None
+    prior: Annotated[float, Range(above=0, below=1)] = 0.5  # first objectness of every anchor
 
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""

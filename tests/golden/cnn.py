@@ -14,6 +14,7 @@ FOLDER = Path(__file__).resolve().parents[3] / "shared" / "golden" / "cnn"
 STRIDES = (8, 16, 32, 64, 128)
 # Theirs -> ours; "bbox" has a name of its own for every box loss.
 TERMS = {"loss_rank": "rank", "loss_sort": "sort", "loss_cls": "rank"}
+TERMS |= {"loss_rpn_rank": "rank", "loss_rpn_sort": "sort", "loss_rpn_cls": "rank"}
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Recorded:
 
     @property
     def classes(self):
-        return self.info["num_classes"]
+        return self.info.get("num_classes", 1)  # 1: objectness
 
     def sizes(self, key="pad_shape"):
         """(h, w) of each image; padded to multiples of 32, as the official code decides which anchors are valid."""
