@@ -76,6 +76,7 @@ class HeadAssignment(NamedTuple):
         targets: (P, 4) xyxy pixels of each positive's object.
         valid: (N,) bool; False rows are ignored. None: all rows count.
         features: per image (n, dim) what the head saw at each reference, with gradient; None where a map has it.
+        objects: (P,) int64 each positive's object, counted through all images; None where nobody asks.
     """
 
     references: list[Tensor]
@@ -84,6 +85,7 @@ class HeadAssignment(NamedTuple):
     targets: Tensor
     valid: Tensor | None = None
     features: list[Tensor] | None = None
+    objects: Tensor | None = None
 
     def per_image(self, values: Tensor) -> list[Tensor]:
         """Split the rows of (N, ...) values by image."""

@@ -113,11 +113,28 @@ class MaxIoUAssigner:
     sampler: RandomSampler | None = None
     may_ignore: ClassVar[bool] = True
 
-    def __call__(self, anchors: Tensor, level_counts: Sequence[int], objects: Tensor) -> Tensor:
-        """Assign (N, 4) anchors to (M, 4) objects, whatever their levels; returns (N,) int64."""
+    def __call__(
+        self, anchors: Tensor, level_counts: Sequence[int], objects: Tensor, allowed: Tensor | None = None
+    ) -> Tensor:
+        """Assign anchors to objects, whatever their levels.
+
+        Args:
+            anchors: (N, 4) xyxy.
+            level_counts: not used.
+            objects: (M, 4) xyxy in the same unit.
+            allowed: (N,) bool; the other anchors are ignored, as if they did not exist. None: all are allowed.
+
+        Returns:
+            (N,) int64, see `max_iou_assign`.
+        """
+        if allowed is not None:
+            # An empty box overlaps nothing, and so is no object's best one; selecting rows would wait for the device.
+            anchors = torch.where(allowed[:, None], anchors, 0.0)
         assigned = max_iou_assign(
             anchors, objects, positive=self.positive, negative=self.negative, low_quality=self.low_quality
         )
+        if allowed is not None:
+            assigned = torch.where(allowed, assigned, IGNORED)
         return assigned if self.sampler is None else self.sampler(assigned)
 
 

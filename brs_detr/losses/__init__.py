@@ -9,7 +9,7 @@ from .balance import EpochBalance, self_balance
 from .boxes import paired_giou_loss, paired_iou
 from .distributed import SharedCount
 from .ndcg import ndcg_loss
-from .objective import PredictionSet, RankingObjective, ScoreObjective
+from .objective import PredictionSet, RankingObjective, ScoreObjective, SubsetLoss
 from .rank_sort import RankSort, rank_sort_loss
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "RankingObjective",
     "ScoreObjective",
     "SharedCount",
+    "SubsetLoss",
     "alrp_loss",
     "average_precision_loss",
     "ndcg_loss",

@@ -161,6 +161,33 @@ def check_per_positive(name: str, values: Tensor, positives: Tensor) -> None:
         )
 
 
+def check_subset(name: str, values: Tensor, chosen: Tensor, count: int) -> None:
+    """Raise unless there is one value for each of some distinct positives.
+
+    Args:
+        name: of the values.
+        values: (S,).
+        chosen: (S,) int64, positions among the positives.
+        count: number of positives.
+
+    Raises:
+        ValueError: naming the values.
+    """
+    if chosen.ndim != 1 or chosen.dtype != torch.int64 or values.shape != chosen.shape:
+        raise ValueError(
+            f"{name}: values of shape {tuple(values.shape)} and chosen positives of {chosen.dtype} and shape "
+            f"{tuple(chosen.shape)} do not match. Give (S,) values and (S,) torch.int64."
+        )
+    if len(chosen) > count:
+        raise ValueError(f"{name}: {len(chosen)} values are too many for {count} positives. Give at most one each.")
+    if len(chosen) and chosen.device.type == "cpu":  # a GPU asserts by itself that an index is in range
+        ordered = chosen.sort()[0]
+        distinct = (ordered[0] >= 0) & (ordered[-1] < count) & (ordered[1:] > ordered[:-1]).all()
+        check_values(
+            distinct, lambda: f"{name}: chosen repeats a positive or has none of 0 to {count - 1}. Name each once."
+        )
+
+
 # Device types on which torch has no float64.
 WITHOUT_FLOAT64 = ("mps",)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .alrp import alrp_loss
 from .average_precision import average_precision_loss
 from .balance import CAP, LEAST, EpochBalance, box_scores, self_balance
-from .checks import check_labels, check_number, check_per_positive, check_set, single_or_wider
+from .checks import check_labels, check_number, check_per_positive, check_set, check_subset, single_or_wider
 from .classification import SCORE_LOSSES
 from .distributed import SCOPES, SharedCount, process_mean, scalar, scale_for_ddp, sum_over
 from .ndcg import ndcg_loss
@@ -26,6 +26,27 @@ def _zero(tensor: Tensor) -> Tensor:
     return tensor[:0].float().sum()
 
 
+def _pick(values: Tensor | None, index: Tensor) -> Tensor | None:
+    """Select entries where there are any values."""
+    return None if values is None else values[index]
+
+
+class SubsetLoss(NamedTuple):
+    """Losses of some of the positives, such as those of masks, of which a step predicts no more than its memory allows.
+
+    Attributes:
+        values: (S,), not reduced.
+        chosen: (S,) int64, the positive that each value belongs to: 0..P-1, none twice, in any order. These are
+            positions among the positives, not rows of the logits.
+    """
+
+    values: Tensor
+    chosen: Tensor
+
+
+BoxLosses = Mapping[str, Tensor | SubsetLoss]
+
+
 class PredictionSet(NamedTuple):
     """What an objective needs to know of one set of N predictions of which P are positive.
 
@@ -33,7 +54,7 @@ class PredictionSet(NamedTuple):
         logits: (N, C) one sigmoid logit per class; (N, C + 1) with the background last for softmax cross entropy.
         labels: (N,) int64; 0..C-1 positive, C background.
         quality: (P,) IoU of each positive in row order; detached.
-        box_losses: name -> (P,) box losses of the positives, not reduced.
+        box_losses: name -> (P,) box losses of the positives, not reduced; or a `SubsetLoss` of some of them.
         rows: (P,) int64 ascending rows of the positives; None: read from the labels, for which a GPU is waited for.
         valid: (N,) bool; False rows are ignored. None: all rows count.
         box_weight: (P,) relative weights of the box losses, whose sum normalizes these terms; None: all weigh the same.
@@ -45,7 +66,7 @@ class PredictionSet(NamedTuple):
     logits: Tensor
     labels: Tensor
     quality: Tensor
-    box_losses: Mapping[str, Tensor]
+    box_losses: BoxLosses
     rows: Tensor | None = None
     valid: Tensor | None = None
     box_weight: Tensor | None = None
@@ -71,8 +92,11 @@ class PredictionSet(NamedTuple):
                 f"quality has {len(self.quality)} entries for {len(rows)} positive rows: "
                 "give one per positive, in row order"
             )
-        for name, values in self.box_losses.items():
-            check_per_positive(name, values, rows)
+        for name, loss in self.box_losses.items():
+            if isinstance(loss, SubsetLoss):
+                check_subset(name, loss.values, loss.chosen, len(rows))
+            else:
+                check_per_positive(name, loss, rows)
         if self.box_weight is not None:
             check_per_positive("box_weight", self.box_weight, rows)
         check_labels(labels, classes, valid, rows)
@@ -87,7 +111,7 @@ class CheckedSet(NamedTuple):
     logits: Tensor
     labels: Tensor
     quality: Tensor
-    box_losses: Mapping[str, Tensor]
+    box_losses: BoxLosses
     rows: Tensor
     valid: Tensor | None
     box_weight: Tensor | None
@@ -124,6 +148,7 @@ class RankingObjective(nn.Module):
     - with aLRP the GIoU losses are part of the loss, balanced by `balance.EpochBalance`; other terms as with Rank &
       Sort.
     A set's own `box_weight` is divided by its mean first; aLRP's GIoU losses, being errors of the ranking, have none.
+    A `SubsetLoss` has the weights of its own positives, divided by their mean, and is balanced like any other box term.
 
     Args:
         loss: "rs" (Rank & Sort), "ap" (with interpolation), "alrp", "ndcg"; "brs", "bap", "balrp", "bndcg" are their
@@ -198,31 +223,43 @@ class RankingObjective(nn.Module):
             terms = self._ranking_terms(logits, positives, quality, box_losses, mask)
             target = terms["rank"] + terms["sort"] if "sort" in terms else terms["rank"]
             terms = {name: scale_for_ddp(term, self.scope) * self.weight for name, term in terms.items()}
-            total = sum_over(torch.full((1,), float(len(rows)), device=logits.device), self.scope).clamp(min=1)
-            weights = self._box_weights(logits[rows], box_weight, total)
-            for name, values in box_losses.items():
-                if name not in terms:
-                    mean = sum_over(values.float() * weights, self.scope) / total + _zero(logits)
-                    terms[name] = scale_for_ddp(self._balance(mean, target), self.scope)
+            of_all = self._box_weights(logits[rows], box_weight)
+            for name, loss in box_losses.items():
+                if name in terms:
+                    continue
+                if isinstance(loss, SubsetLoss):
+                    values = loss.values
+                    weights, total = self._box_weights(logits[rows[loss.chosen]], _pick(box_weight, loss.chosen))
+                else:
+                    values, (weights, total) = loss, of_all
+                mean = sum_over(values.float() * weights, self.scope) / total + _zero(logits)
+                terms[name] = scale_for_ddp(self._balance(mean, target), self.scope)
         return terms
 
-    def _box_weights(self, logits: Tensor, given: Tensor | None, total: Tensor) -> Tensor:
-        """Return the weight of each positive's box losses (P,), mean 1 over all positives that are ranked together."""
+    def _box_weights(self, logits: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weigh the box losses of positives with the logits (P, C).
+
+        Returns:
+            (P,) weights whose mean is 1 over all positives that are ranked together, and the number (), at least 1, of
+            these.
+        """
+        total = sum_over(torch.full((1,), float(len(logits)), device=logits.device), self.scope).clamp(min=1)
         weights = None if given is None else given.detach().float()
         if self.score_weighted:
             scores = box_scores(logits)
             weights = scores if weights is None else scores * weights
         if weights is None:
-            return logits.new_ones(len(logits))
+            return logits.new_ones(len(logits)), total
         mean = sum_over(weights, self.scope) / total
-        return torch.where(mean > 0, weights / mean.clamp(min=torch.finfo(mean.dtype).tiny), torch.ones_like(weights))
+        tiny = torch.finfo(mean.dtype).tiny
+        return torch.where(mean > 0, weights / mean.clamp(min=tiny), torch.ones_like(weights)), total
 
     def _ranking_terms(
         self,
         logits: Tensor,
         positives: Tensor,
         quality: Tensor,
-        box_losses: Mapping[str, Tensor],
+        box_losses: BoxLosses,
         valid: Tensor | None,
     ) -> dict[str, Tensor]:
         """Compute the terms of the ranking loss itself, not yet weighted."""
@@ -239,9 +276,12 @@ class RankingObjective(nn.Module):
             return {"rank": term}
         if self.family == "ndcg":
             return {"rank": ndcg_loss(logits, positives, valid=valid, delta=delta, method=method, scope=scope)}
-        if "giou" not in box_losses:
-            raise ValueError("aLRP ranks boxes by their GIoU loss: give the objective box losses named 'giou'")
-        error = box_losses["giou"].float() / 2 / (1 - self.tau)
+        losses = box_losses.get("giou")
+        if losses is None or isinstance(losses, SubsetLoss):
+            raise ValueError(
+                "aLRP ranks boxes by their GIoU loss: give the objective box losses named 'giou', one per positive"
+            )
+        error = losses.float() / 2 / (1 - self.tau)
         classification, localization = alrp_loss(
             logits, positives, error, valid=valid, delta=delta, method=method, scope=scope
         )
@@ -306,7 +346,8 @@ class ScoreObjective(nn.Module):
     def forward(self, predictions: PredictionSet) -> dict[str, Tensor]:
         """Compute the loss terms of one set.
 
-        A set's `box_weight` normalizes the box terms by its sum where the normalizer is "positives".
+        A set's `box_weight` normalizes the box terms by its sum where the normalizer is "positives". A `SubsetLoss` is
+        the mean over its own values, whatever the normalizer, as Mask R-CNN's mask loss is one over the masks.
 
         Returns:
             {"cls", and every key of the set's `box_losses`} -> scalar.
@@ -336,9 +377,14 @@ class ScoreObjective(nn.Module):
                 box_weight = box_weight.detach().float()
                 if self.normalizer == "positives":
                     normalizer = process_mean(box_weight.sum())
-            for name, values in box_losses.items():
-                values = values.float() if box_weight is None else values.float() * box_weight
-                terms[name] = (values.sum() + _zero(logits)) / normalizer * self.weights[name]
+            for name, loss in box_losses.items():
+                if isinstance(loss, SubsetLoss):
+                    values, factors = loss.values.float(), _pick(box_weight, loss.chosen)
+                    divisor = process_mean(values.new_ones(len(values)).sum() if factors is None else factors.sum())
+                else:
+                    values, factors, divisor = loss.float(), box_weight, normalizer
+                values = values if factors is None else values * factors
+                terms[name] = (values.sum() + _zero(logits)) / divisor * self.weights[name]
         return terms
 
     def _normalizer(self, predictions: CheckedSet) -> Tensor:

@@ -112,29 +112,43 @@ class RPNConfig:
     scales_per_octave: Count = 3
     anchor_ratios: Annotated[tuple[Positive, ...], NotEmpty()] = (0.5, 1.0, 2.0)  # height / width
     coder_stds: Stds = (1.0, 1.0, 1.0, 1.0)  # standard deviations of the offsets
+    # pixels by which an anchor that takes part in training may stick out of its image; null: any number
+    allowed_border: Annotated[float | None, Null("any number of pixels")] = None
+    prior: Annotated[float, Range(above=0, below=1)] = 0.5  # first objectness of every anchor
 
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
         yield from _needs_no_background(self.objective, name)
-        if isinstance(self.objective, ScoreConfig) and getattr(self.objective.weights, self.box_loss) == 0:
-            yield (
-                f"{name}.objective.weights.{self.box_loss}=0 leaves the boxes untrained; set it above 0, or "
-                f"{name}.box_loss to the other one"
-            )
+        yield from _needs_trained_boxes(self.objective, self.box_loss, name)
 
 
 @dataclass(frozen=True)
-class RoIConfig:
-    """Faster R-CNN's head on pooled regions."""
+class RegionConfig:
+    """What the heads on pooled regions have in common."""
 
     objective: ObjectiveConfig = one_of(RankingConfig(weight=5.0), _FOCAL_ROI, _SOFTMAX_ROI)
+    box_loss: Literal["giou", "l1"] = "giou"  # of decoded boxes, or on offsets
     fc_dim: Count = 1024
-    sample: Annotated[Count | None, Null("all")] = None  # RoIs sampled an image; null: all proposals
+    class_agnostic: bool = False  # one box per RoI instead of one per class
+    low_quality: bool = False  # RoIs that overlap an object most become its own, if they are positives at all
+    coder_stds: Stds = (0.1, 0.1, 0.2, 0.2)  # standard deviations of the offsets
+    sample: Annotated[Count | None, Null("all")] = None  # RoIs sampled an image, 1/4 positive; null: all proposals
     add_ground_truth: bool = False  # ground-truth boxes join the proposals in training
     max_rois: Annotated[Count | None, Null("no limit")] = None  # cap an image, to bound memory; null: none
     score_threshold: float = 0.0  # class scores at or below are no detections
     nms_iou: Fraction = 0.5
     max_detections: Count = 100
+
+    def problems(self, name: str) -> Iterator[str]:
+        """Yield what is wrong between settings; `name` is that of the section."""
+        yield from _needs_trained_boxes(self.objective, self.box_loss, name)
+
+
+@dataclass(frozen=True)
+class RoIConfig(RegionConfig):
+    """Faster R-CNN's head on pooled regions."""
+
+    min_iou: Fraction = 0.5  # IoU with an object from which a RoI is a positive
 
 
 @dataclass(frozen=True)
@@ -183,6 +197,16 @@ class AuxATSSConfig(ATSSHeadConfig):
     stacked_convs: int = 1
     anchor_scale: Positive = 8.0
     scales_per_octave: Count = 1
+
+
+def _needs_trained_boxes(objective: ObjectiveConfig, box_loss: str, name: str) -> Iterator[str]:
+    if isinstance(objective, ScoreConfig) and getattr(objective.weights, box_loss) == 0:
+        yield (
+            f"{name}.objective.weights.{box_loss}=0 leaves the boxes untrained; set it above 0, or "
+            f"{name}.box_loss to the other one"
+        )
+    if objective.loss in ("alrp", "balrp") and box_loss != "giou":
+        yield f"{name}.objective.loss={objective.loss} ranks boxes by their GIoU; set {name}.box_loss=giou"
 
 
 def _needs_no_background(objective: ObjectiveConfig, name: str) -> Iterator[str]:

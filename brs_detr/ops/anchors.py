@@ -117,6 +117,18 @@ def valid_rows(levels: Sequence[Tensor], extents: Sequence[Size]) -> Tensor:
     )
 
 
+def inside_image(anchors: Tensor, size: Size, border: float = 0.0) -> Tensor:
+    """Find the anchors (n, 4) xyxy that stick out of an image of (h, w) pixels by at most `border` pixels: (n,) bool.
+
+    An anchor that ends exactly at the right or lower border counts as sticking out, as in the published code, whose
+    last pixel is number w - 1.
+    """
+    height, width = size
+    # Compared side by side with host numbers: a tensor of the limits would be a copy to the device.
+    low = (anchors[:, :2] >= -border).all(dim=1)
+    return low & (anchors[:, 2] < width + border) & (anchors[:, 3] < height + border)
+
+
 def batch_rows(levels: Sequence[Tensor], extents: Sequence[Sequence[Size]]) -> Tensor:
     """Select the entries of all images, one image after the other, each as in `valid_rows`.
 

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from brs_detr.models.heads.dense import DenseOutput
+from brs_detr.models.heads.roi import RoIOutput
 
 FOLDER = Path(__file__).resolve().parents[3] / "shared" / "golden" / "cnn"
 STRIDES = (8, 16, 32, 64, 128)
 # Theirs -> ours; "bbox" has a name of its own for every box loss.
 TERMS = {"loss_rank": "rank", "loss_sort": "sort", "loss_cls": "rank"}
+TERMS |= {f"loss_{head}_{name}": name for head in ("rpn", "roi") for name in ("rank", "sort")}
+TERMS |= {"loss_rpn_cls": "rank", "loss_mask": "mask"}
 
 
 @dataclass
@@ -26,7 +29,7 @@ class Recorded:
 
     @property
     def classes(self):
-        return self.info["num_classes"]
+        return self.info.get("num_classes", 1)  # 1: objectness
 
     def sizes(self, key="pad_shape"):
         """(h, w) of each image; padded to multiples of 32, as the official code decides which anchors are valid."""
@@ -46,6 +49,20 @@ class Recorded:
             return [x.unflatten(-1, (-1, columns)) for x in levels]
 
         return DenseOutput(rows("cls", self.classes), rows("reg", 4))
+
+    def proposals(self, key="proposals"):
+        """(n, 4) boxes of each image that enter a RoI head."""
+        return [self.arrays[f"{key}.{image}"].reshape(-1, 4) for image in range(len(self.info["img_metas"]))]
+
+    def rois(self, key="rois"):
+        """(n, 4) boxes of each image from the recorded rows (image, box)."""
+        rows = self.arrays[key]
+        return [rows[rows[:, 0] == image, 1:] for image in range(len(self.info["img_metas"]))]
+
+    def regions(self, stage=""):
+        """The recorded outputs for RoIs, attached to the leaves; their features are not recorded."""
+        cls, reg = self.leaves[f"{stage}cls"], self.leaves[f"{stage}reg"]
+        return RoIOutput(cls, reg.unflatten(1, (-1, 4)), cls.new_zeros(len(cls), 1))
 
     def target_labels(self, image):
         """Official class of every anchor of an image, level after level; ignored and padding anchors are -1."""

@@ -51,6 +51,32 @@ def build_objective(config: ObjectiveConfig) -> RankingObjective | ScoreObjectiv
     )
 
 
+def box_losses(
+    kind: BoxLoss, coder: Coder, references: Tensor, deltas: Tensor, targets: Tensor, beta: float = 1.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compare predicted boxes with their objects.
+
+    Args:
+        kind: "giou" on decoded boxes; "l1", the sum, or "smooth_l1", the mean over the four offsets.
+        coder: turns offsets into boxes.
+        references: (P, 4) xyxy pixels.
+        deltas: (P, 4) predicted offsets from the references.
+        targets: (P, 4) xyxy pixels.
+        beta: offset error at which "smooth_l1" turns from quadratic to linear.
+
+    Returns:
+        IoU (P,), detached; and {kind: (P,) losses, not reduced}.
+    """
+    boxes = coder.decode(references, deltas)
+    quality = paired_iou(boxes.detach(), targets)
+    if kind == "giou":
+        return quality, {"giou": paired_giou_loss(boxes, targets)}
+    offsets, deltas = coder.encode(references, targets), deltas.float()
+    if kind == "l1":
+        return quality, {"l1": (deltas - offsets).abs().sum(dim=-1)}
+    return quality, {"smooth_l1": smooth_l1_loss(deltas, offsets, reduction="none", beta=beta).mean(dim=-1)}
+
+
 class HeadLosses(NamedTuple):
     """What a head returns in training: named loss terms whose sum is its loss, and what each of its boxes learned."""
 
@@ -215,14 +241,7 @@ class DenseHead(nn.Module):
 
     def box_losses(self, anchors: Tensor, deltas: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the IoU (P,) and un-reduced box losses of the positive anchors (P, 4)."""
-        boxes = self.coder.decode(anchors, deltas)
-        quality = paired_iou(boxes.detach(), targets)
-        if self.box_loss == "giou":
-            return quality, {"giou": paired_giou_loss(boxes, targets)}
-        offsets, deltas = self.coder.encode(anchors, targets), deltas.float()
-        if self.box_loss == "l1":
-            return quality, {"l1": (deltas - offsets).abs().sum(dim=-1)}
-        return quality, {"smooth_l1": smooth_l1_loss(deltas, offsets, reduction="none", beta=self.beta).mean(dim=-1)}
+        return box_losses(self.box_loss, self.coder, anchors, deltas, targets, self.beta)
 
     def limits(self) -> tuple[int, int]:
         """Return (pairs of each level that enter suppression, detections per image)."""

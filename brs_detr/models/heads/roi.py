@@ -1,41 +1,98 @@
 """Second stage of Faster R-CNN on a feature pyramid (Ren et al.; Lin et al., "Feature Pyramid Networks", section 4.2).
 
-Proposals are pooled by RoIAlign, two fully connected layers classify them and refine one box per class. With softmax
-and a sampler this is Co-DETR's head; with sigmoids, a ranking objective and no sampler it is BRS-DETR's.
+Proposals are pooled by RoIAlign, two fully connected layers classify them and refine one box per class, or one for all
+classes. With softmax and a sampler this is the head of Faster R-CNN and Co-DETR; with sigmoids, a ranking objective and
+no sampler it is that of the rank-based detectors and of BRS-DETR. `cascade.py` puts several in a row, `mask.py` adds
+masks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
-from torchvision.ops import roi_align
+from torchvision.ops import clip_boxes_to_image, roi_align
 
 from brs_detr.assign.assignment import HeadAssignment, join
 from brs_detr.assign.max_iou import IGNORED, RandomSampler, max_iou_assign
-from brs_detr.losses.boxes import paired_giou_loss, paired_iou
-from brs_detr.losses.objective import PredictionSet
+from brs_detr.losses.objective import BoxLosses, PredictionSet
 from brs_detr.models.config import RoIConfig
-from brs_detr.models.heads.dense import HeadLosses, build_objective
+from brs_detr.models.heads.dense import HeadLosses, box_losses, build_objective
+from brs_detr.ops.anchors import take_rows
 from brs_detr.ops.boxes import BoxCoder, suppress
 from brs_detr.ops.images import Size
 
+Branch = Callable[[Sequence[Tensor], HeadAssignment, Sequence[dict]], BoxLosses]
+
 
 class RoIOutput(NamedTuple):
-    """What the head says about every RoI of the batch.
+    """What the head says about every RoI of the batch; with class-agnostic boxes, K is 1, else C.
 
     Attributes:
         logits: (N, C) or, with softmax, (N, C + 1).
-        deltas: (N, C, 4) offsets, one box per class.
+        deltas: (N, K, 4) offsets.
         features: (N, dim) mean of the pooled features.
     """
 
     logits: Tensor
     deltas: Tensor
     features: Tensor
+
+
+class RoISamples(NamedTuple):
+    """The RoIs that take part in a step, of each image the positives before the background.
+
+    Attributes:
+        rois: per image (n, 4) xyxy pixels, n at least 1.
+        assigned: per image (n,) int64, index of the object, or a mark of `assign.max_iou`.
+        added: per image how many of the RoIs, the first ones, are ground-truth boxes that joined the proposals.
+    """
+
+    rois: list[Tensor]
+    assigned: list[Tensor]
+    added: list[int]
+
+
+def pool_rois(
+    features: Sequence[Tensor], rois: Sequence[Tensor], strides: Sequence[int], side: int
+) -> tuple[Tensor, Tensor]:
+    """Pool every RoI on the map of its size, by RoIAlign.
+
+    Args:
+        features: (B, dim, h, w) per stride; further maps are not used.
+        rois: per image (n_b, 4) xyxy pixels.
+        strides: pixels per cell of the maps.
+        side: cells a side of the pooled window.
+
+    Returns:
+        (N, dim, side, side) in level order, N = sum of n_b; and (N,) int64, the row of each of them among the RoIs of
+        all images.
+    """
+    # RoIs below twice this side (square root of the area, pixels) are pooled from the finest map: 56 at stride 4.
+    finest_scale = 14 * strides[0]
+    boxes = torch.cat(list(rois)).float()
+    image = torch.cat([box.new_full((box.shape[0], 1), b, dtype=torch.float32) for b, box in enumerate(rois)])
+    area = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1)
+    level = (area.sqrt() / finest_scale + 1e-6).log2().floor().clamp(0, len(strides) - 1).long()
+    order = level.argsort(stable=True)
+    counts = torch.bincount(level, minlength=len(strides)).tolist()
+    per_level = torch.cat([image, boxes], dim=1)[order].split(counts)
+    # sampling_ratio=0 takes ceil(side / cells) samples per bin and axis, as the published weights expect
+    pooled = [
+        roi_align(x.float(), roi, side, spatial_scale=1 / stride, sampling_ratio=0, aligned=True).to(x.dtype)
+        for x, roi, stride in zip(features, per_level, strides)
+    ]
+    return torch.cat(pooled), order
+
+
+def inverse(order: Tensor) -> Tensor:
+    """Return the permutation (N,) that undoes one."""
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.shape[0], device=order.device)
+    return back
 
 
 class RoIHead(nn.Module):
@@ -52,19 +109,18 @@ class RoIHead(nn.Module):
         super().__init__()
         fc_dim, pool = config.fc_dim, 7  # cells a side of the pooled window
         self.num_classes, self.strides, self.pool = num_classes, tuple(strides), pool
-        # RoIs below twice this side (square root of the area, pixels) are pooled from the finest map: 56 at stride 4.
-        self.finest_scale = 14 * strides[0]
+        self.min_iou, self.low_quality, self.box_loss = config.min_iou, config.low_quality, config.box_loss
         self.objective = build_objective(config.objective)
         self.softmax = config.objective.loss == "cross_entropy"  # and not a sigmoid per class
         self.sampler = None if config.sample is None else RandomSampler(config.sample, positive_fraction=0.25)
         self.add_ground_truth, self.max_rois = config.add_ground_truth, config.max_rois
         self.score_threshold, self.nms_iou = config.score_threshold, config.nms_iou
         self.max_detections = config.max_detections
-        self.coder = BoxCoder((0.1, 0.1, 0.2, 0.2))
+        self.coder = BoxCoder(config.coder_stds)
         self.fc1 = nn.Linear(dim * pool * pool, fc_dim)
         self.fc2 = nn.Linear(fc_dim, fc_dim)
         self.score = nn.Linear(fc_dim, num_classes + int(self.softmax))
-        self.delta = nn.Linear(fc_dim, num_classes * 4)
+        self.delta = nn.Linear(fc_dim, 4 if config.class_agnostic else num_classes * 4)
         for layer in (self.fc1, self.fc2):
             nn.init.xavier_uniform_(layer.weight)
         nn.init.normal_(self.score.weight, std=0.01)
@@ -85,29 +141,20 @@ class RoIHead(nn.Module):
         pooled, order = self._pool(features, rois)
         hidden = self.fc2(self.fc1(pooled.flatten(1)).relu()).relu()
         # the rows lie in level order; the small outputs are put back rather than the pooled windows (50 kB each)
-        back = torch.empty_like(order)
-        back[order] = torch.arange(order.shape[0], device=order.device)
+        back = inverse(order)
         deltas = rearrange(self.delta(hidden), "n (c box) -> n c box", box=4)
         return RoIOutput(self.score(hidden)[back], deltas[back], reduce(pooled, "n d y x -> n d", "mean")[back])
 
     def _pool(self, features: Sequence[Tensor], rois: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Pool every RoI on the map of its size: (N, dim, pool, pool) in level order, and that order (N,)."""
-        boxes = torch.cat(list(rois)).float()
-        image = torch.cat([box.new_full((box.shape[0], 1), b, dtype=torch.float32) for b, box in enumerate(rois)])
-        side = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1).sqrt()
-        level = (side / self.finest_scale + 1e-6).log2().floor().clamp(0, len(self.strides) - 1).long()
-        order = level.argsort(stable=True)
-        counts = torch.bincount(level, minlength=len(self.strides)).tolist()
-        per_level = torch.cat([image, boxes], dim=1)[order].split(counts)
-        # sampling_ratio=0 takes ceil(side / pool) samples per bin and axis, as the published weights expect
-        pooled = [
-            roi_align(x.float(), roi, self.pool, spatial_scale=1 / stride, sampling_ratio=0, aligned=True).to(x.dtype)
-            for x, roi, stride in zip(features, per_level, self.strides)
-        ]
-        return torch.cat(pooled), order
+        return pool_rois(features, rois, self.strides, self.pool)
 
     def losses(
-        self, features: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size], targets: Sequence[dict]
+        self,
+        features: Sequence[Tensor],
+        proposals: Sequence[Tensor],
+        sizes: Sequence[Size],
+        targets: Sequence[dict],
+        branch: Branch | None = None,
     ) -> HeadLosses:
         """Compute the loss terms of the batch, as one prediction set.
 
@@ -116,52 +163,106 @@ class RoIHead(nn.Module):
             proposals: per image (n, 4) xyxy pixels, best first.
             sizes: (h, w) pixels per image; an image without any proposal is given one, itself.
             targets: per image {"boxes": (M, 4) xyxy pixels, "labels": (M,)}.
+            branch: computes further losses of the positives from features, assignment and targets: `MaskHead.losses`.
 
         Returns:
             scalar terms, finite and attached to the graph without any positive too; and what the RoIs learned, of each
             image the positives before the background, with their pooled features.
         """
-        rois, assigned = self._sample(proposals, sizes, targets)
-        output = self(features, rois)
-        joined = join(assigned, targets)
-        labels, rows = joined.classes(self.num_classes), joined.positives()
-        objects = joined.boxes[joined.assigned[rows]]
-        boxes = self.coder.decode(torch.cat(rois)[rows], output.deltas[rows, labels[rows]])
-        terms = self.objective(
-            PredictionSet(
-                output.logits,
-                labels,
-                quality=paired_iou(boxes.detach(), objects),
-                box_losses={"giou": paired_giou_loss(boxes, objects)},
-                rows=rows,
-            )
-        )
-        assignment = HeadAssignment(rois, labels, rows, objects)
+        samples = self.sample(proposals, sizes, targets)
+        output = self(features, samples.rois)
+        assignment = self.assign(samples, targets)
+        further = {} if branch is None else branch(features, assignment, targets)
+        terms = self.terms(output, assignment, further)
         return HeadLosses(terms, assignment._replace(features=assignment.per_image(output.features)))
 
+    def assign(self, samples: RoISamples, targets: Sequence[dict]) -> HeadAssignment:
+        """Return what every sampled RoI shall learn; targets as for `losses`."""
+        joined = join(samples.assigned, targets)
+        rows = joined.positives()
+        objects = joined.assigned[rows]
+        return HeadAssignment(
+            samples.rois, joined.classes(self.num_classes), rows, joined.boxes[objects], objects=objects
+        )
+
+    def terms(self, output: RoIOutput, assignment: HeadAssignment, further: BoxLosses) -> dict[str, Tensor]:
+        """Compute the named terms of predictions with a known assignment; `further` losses join those of the boxes."""
+        rows, labels = assignment.rows, assignment.labels
+        deltas = self._deltas_of(output, labels, rows)
+        quality, losses = box_losses(
+            self.box_loss, self.coder, torch.cat(assignment.references)[rows], deltas, assignment.targets
+        )
+        return self.objective(
+            PredictionSet(output.logits, labels, quality=quality, box_losses={**losses, **further}, rows=rows)
+        )
+
+    def _deltas_of(self, output: RoIOutput, classes: Tensor, rows: Tensor) -> Tensor:
+        """Return the offsets (P, 4) of some rows (P,) for the class (N,) of each."""
+        if output.deltas.shape[1] == 1:
+            return output.deltas[rows, 0]
+        return output.deltas[rows, classes[rows]]
+
     @torch.no_grad()
-    def _sample(
-        self, proposals: Sequence[Tensor], sizes: Sequence[Size], targets: Sequence[dict]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Choose the RoIs (n, 4) of every image, positives first, and their assignment (n,); n is at least 1."""
+    def sample(self, proposals: Sequence[Tensor], sizes: Sequence[Size], targets: Sequence[dict]) -> RoISamples:
+        """Choose the RoIs of a step; arguments as for `losses`."""
         candidates, assignments = [], []
         for boxes, (height, width), target in zip(proposals, sizes, targets, strict=True):
             boxes, objects = boxes[: self.max_rois].float(), target["boxes"].float()
             if boxes.shape[0] == 0:
                 boxes = boxes.new_tensor([[0, 0, width, height]])
-            assigned = max_iou_assign(boxes, objects, positive=0.5, negative=0.5)
+            low_quality = self.min_iou if self.low_quality else None
+            assigned = max_iou_assign(
+                boxes, objects, positive=self.min_iou, negative=self.min_iou, low_quality=low_quality
+            )
             if self.add_ground_truth:
                 boxes = torch.cat([objects, boxes])
                 assigned = torch.cat([torch.arange(objects.shape[0], device=assigned.device), assigned])
             candidates.append(boxes)
             assignments.append(assigned if self.sampler is None else self.sampler(assigned))
+        added = [target["boxes"].shape[0] if self.add_ground_truth else 0 for target in targets]
         if self.sampler is None:  # nothing was ignored: the number of RoIs is known without asking the device
             counts = [boxes.shape[0] for boxes in candidates]
         else:
-            counts = torch.stack([(assigned != IGNORED).sum() for assigned in assignments]).tolist()
-        # 0 for positives, 1 for background, 2 for ignored
+            kept = [assigned != IGNORED for assigned in assignments]
+            totals = [part.sum() for part in kept] + [part[:count].sum() for part, count in zip(kept, added)]
+            numbers = torch.stack(totals).tolist()
+            counts, added = numbers[: len(kept)], numbers[len(kept) :]
+        # 0 for positives, 1 for background, 2 for ignored; stable, so that the added objects stay in front
         orders = [(-assigned).clamp(0, 2).argsort(stable=True)[:count] for assigned, count in zip(assignments, counts)]
-        return [b[o] for b, o in zip(candidates, orders)], [a[o] for a, o in zip(assignments, orders)]
+        rois = [boxes[order] for boxes, order in zip(candidates, orders)]
+        return RoISamples(rois, [assigned[order] for assigned, order in zip(assignments, orders)], added)
+
+    @torch.no_grad()
+    def refine(
+        self,
+        rois: Sequence[Tensor],
+        output: RoIOutput,
+        sizes: Sequence[Size],
+        labels: Tensor | None = None,
+        added: Sequence[int] | None = None,
+    ) -> list[Tensor]:
+        """Make the proposals of a next stage: one box per RoI, clipped to its image.
+
+        With one box per class, that of a RoI's object is taken, and for background that of the best class.
+
+        Args:
+            rois: per image (n, 4) xyxy pixels.
+            output: of `forward` for them.
+            sizes: (h, w) pixels per image.
+            labels: (N,) int64, in training; background = number of classes.
+            added: per image how many RoIs, the first ones, are dropped, being ground truth; None: no RoI is.
+        """
+        classes = output.logits[:, : self.num_classes].argmax(dim=1)  # all classes, but not softmax's background
+        if labels is not None:
+            classes = torch.where(labels < self.num_classes, labels, classes)
+        if output.deltas.shape[1] == 1:
+            classes = torch.zeros_like(classes)
+        deltas = take_rows(output.deltas, classes[:, None])[:, 0]
+        boxes = self.coder.decode(torch.cat(list(rois)), deltas).split([len(own) for own in rois])
+        return [
+            clip_boxes_to_image(own[start:], size)
+            for own, size, start in zip(boxes, sizes, added or [0] * len(rois), strict=True)
+        ]
 
     @torch.no_grad()
     def predict(
@@ -169,11 +270,23 @@ class RoIHead(nn.Module):
     ) -> list[dict[str, Tensor]]:
         """Detect objects, best first, per image: {"boxes": (n, 4) xyxy pixels of the input, "scores", "labels"}."""
         output = self(features, proposals)
-        logits = output.logits.float()
+        return self.detect(proposals, output.logits, output.deltas, sizes)
+
+    def detect(
+        self, rois: Sequence[Tensor], logits: Tensor, deltas: Tensor, sizes: Sequence[Size]
+    ) -> list[dict[str, Tensor]]:
+        """Choose the detections among all (RoI, class) pairs, as `predict` returns them.
+
+        Args:
+            rois: per image (n, 4) xyxy pixels.
+            logits, deltas: as in `RoIOutput`.
+            sizes: (h, w) pixels per image.
+        """
+        logits = logits.float()
         scores = logits.softmax(dim=1)[:, :-1] if self.softmax else logits.sigmoid()
-        boxes = self.coder.decode(torch.cat(list(proposals))[:, None], output.deltas)
+        boxes = self.coder.decode(torch.cat(list(rois))[:, None], deltas).expand(*scores.shape, 4)
         labels = torch.arange(self.num_classes, device=logits.device).expand_as(scores)
-        counts = [rois.shape[0] for rois in proposals]
+        counts = [own.shape[0] for own in rois]
         images = zip(boxes.split(counts), scores.split(counts), labels.split(counts), sizes, strict=True)
         return [
             suppress(

@@ -1,23 +1,24 @@
 """Region proposal network (Ren et al., "Faster R-CNN", section 3.1) trained with any objective.
 
 With a ranking objective every anchor takes part and boxes are learned by GIoU (Oksuz et al., "Rank & Sort Loss",
-section 5); with binary cross entropy a random sample takes part and boxes are learned by L1 on the offsets, as Co-DETR
-does.
+section 5); with binary cross entropy a random sample takes part and boxes are learned by L1 on the offsets, as Faster
+R-CNN and Co-DETR do.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from brs_detr.assign.assignment import HeadAssignment
+from brs_detr.assign.assignment import BatchAssignment, HeadAssignment, join
 from brs_detr.assign.max_iou import MaxIoUAssigner, RandomSampler
 from brs_detr.models.config import RPNConfig
 from brs_detr.models.heads.dense import DenseHead, DenseOutput, HeadLosses, build_objective
-from brs_detr.ops.anchors import AnchorGrid
+from brs_detr.ops.anchors import AnchorGrid, inside_image
 from brs_detr.ops.boxes import BoxCoder
 from brs_detr.ops.images import Size
 
@@ -55,6 +56,7 @@ class RPNHead(DenseHead):
             nms_within="level",
             max_detections=config.proposals,
         )
+        self.allowed_border = config.allowed_border
         self.test_limits = (config.test_proposals_before_nms, config.test_proposals)
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
         self.score = nn.Conv2d(dim, self.anchors.per_cell, 1)
@@ -63,6 +65,8 @@ class RPNHead(DenseHead):
             nn.init.normal_(layer.weight, std=0.01)
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)
+        assert self.score.bias is not None
+        nn.init.constant_(self.score.bias, math.log(config.prior / (1 - config.prior)))
 
     def forward(self, features: Sequence[Tensor]) -> DenseOutput:
         """Predict objectness and offsets of all anchors from feature maps (B, dim, h, w), one per stride."""
@@ -73,8 +77,37 @@ class RPNHead(DenseHead):
 
     def losses(self, output: DenseOutput, sizes: Sequence[Size], targets: Sequence[dict]) -> HeadLosses:
         """Compute the losses as `DenseHead.losses` does; the classes of the targets are not used."""
-        objects = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
+        objects = [
+            {"boxes": target["boxes"], "labels": torch.zeros_like(target["labels"]), "size": size}
+            for target, size in zip(targets, sizes, strict=True)
+        ]
         return super().losses(output, sizes, objects)
+
+    def match(
+        self,
+        anchors: Sequence[Tensor],
+        level_counts: Sequence[Sequence[int]],
+        targets: Sequence[dict],
+        output: DenseOutput,
+        extents: Sequence[Sequence[Size]],
+    ) -> BatchAssignment:
+        """Match as `DenseHead.match` does, among the anchors that do not stick out of their image too far.
+
+        Args:
+            anchors, level_counts, output, extents: as for `DenseHead.match`.
+            targets: per image {"boxes", "labels", "size": (h, w) pixels}.
+        """
+        border = self.allowed_border
+        assigned = [
+            self.assigner(
+                own,
+                counts,
+                target["boxes"].float(),
+                allowed=None if border is None else inside_image(own, target["size"], border),
+            )
+            for own, counts, target in zip(anchors, level_counts, targets, strict=True)
+        ]
+        return join(assigned, targets)
 
     def normalizer(self, assignment: HeadAssignment) -> Tensor | None:
         """Count the sampled anchors, of which each kind counts at least once an image, as in the published code."""
