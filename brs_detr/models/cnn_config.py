@@ -15,7 +15,10 @@ from brs_detr.models.config import (
     DenseHeadConfig,
     ObjectiveConfig,
     RankingConfig,
+    RoIConfig,
+    RPNConfig,
     ScoreConfig,
+    Stds,
     TermWeights,
 )
 
@@ -129,7 +132,70 @@ class PAAConfig(OneStageConfig):
     head: PAAHeadConfig = PAAHeadConfig()
 
 
-ModelConfig = BRSDETRConfig | CoDETRConfig | RetinaNetConfig | FoveaBoxConfig | ATSSConfig | PAAConfig
+# Faster R-CNN's: cross entropies and L1 on offsets, over the number of sampled anchors and regions
+_BINARY_RPN = ScoreConfig("binary_cross_entropy", TermWeights(l1=1.0, giou=10.0), normalizer="rows")
+_SOFTMAX_ROI = ScoreConfig("cross_entropy", TermWeights(l1=1.0, giou=10.0), normalizer="rows")
+
+
+@dataclass(frozen=True)
+class ProposalConfig(RPNConfig):
+    """The region proposal network of the two-stage detectors."""
+
+    # weight 0.2: Rank & Sort's, since its RPN loss is much larger than that of cross entropy
+    objective: ObjectiveConfig = one_of(
+        RankingConfig(weight=0.2, score_weighted=True, tau=0.7), _BINARY_RPN, ScoreConfig(weights=TermWeights(giou=2.0))
+    )
+    anchor_scale: Positive = 8.0
+    scales_per_octave: Count = 1
+    coder_stds: Stds = (0.1, 0.1, 0.2, 0.2)
+    proposals_before_nms: Count = 2000
+    proposals: Count = 1000
+
+
+@dataclass(frozen=True)
+class RegionHeadConfig(RoIConfig):
+    """The head of Faster R-CNN."""
+
+    objective: ObjectiveConfig = one_of(
+        RankingConfig(score_weighted=True), _SOFTMAX_ROI, ScoreConfig(weights=TermWeights(giou=2.0))
+    )
+    add_ground_truth: bool = True
+
+
+@dataclass(frozen=True)
+class TwoStageConfig:
+    """What the two-stage detectors share: a backbone, a feature pyramid, region proposals."""
+
+    SHARED_SECTION: ClassVar[str] = "objective"  # model.loss=rs stands for objective.loss=rs of all heads
+
+    name: str = ""
+    backbone: BackboneConfig = BackboneConfig(levels=(4, 8, 16, 32))
+    dim: Count = 256
+    levels: Count = 5  # maps of the feature pyramid; regions are pooled from those of the backbone
+    rpn: ProposalConfig = ProposalConfig()
+    roi: RegionHeadConfig = RegionHeadConfig()
+
+    @property
+    def detection_limit(self) -> tuple[str, int]:
+        """Return the setting that limits the detections of an image, and its value."""
+        return "model.roi.max_detections", self.roi.max_detections
+
+    def problems(self, name: str) -> Iterator[str]:
+        """Yield what is wrong between settings; `name` is that of the section."""
+        if self.levels < len(self.backbone.levels):
+            yield f"{name}.levels={self.levels} is less than the {len(self.backbone.levels)} backbone levels"
+
+
+@dataclass(frozen=True)
+class FasterRCNNConfig(TwoStageConfig):
+    """Faster R-CNN."""
+
+    name: Literal["faster_rcnn"] = "faster_rcnn"  # type: ignore[assignment]
+
+
+ModelConfig = (
+    BRSDETRConfig | CoDETRConfig | RetinaNetConfig | FoveaBoxConfig | ATSSConfig | PAAConfig | FasterRCNNConfig
+)
 MODELS: tuple[ModelConfig, ...] = (  # section `model` is one of them, by name; the first is the default
     BRSDETRConfig(),
     CoDETRConfig(),
@@ -137,4 +203,5 @@ MODELS: tuple[ModelConfig, ...] = (  # section `model` is one of them, by name; 
     FoveaBoxConfig(),
     ATSSConfig(),
     PAAConfig(),
+    FasterRCNNConfig(),
 )
