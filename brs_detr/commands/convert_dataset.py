@@ -1,4 +1,4 @@
-"""The `convert-dataset` command: convert Pascal VOC and YOLO datasets to COCO annotations; images are not moved."""
+"""The `convert-dataset` command: convert Pascal VOC, YOLO and Cityscapes to COCO annotations; images are not moved."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from brs_detr.data.formats.base import Notes, hold_out, pick_train_val, read_lines, to_coco, validate
+from brs_detr.data.formats.cityscapes import read_cityscapes
 from brs_detr.data.formats.voc import read_voc
 from brs_detr.data.formats.yolo import read_yolo
 from brs_detr.data.image_io import Limits
@@ -27,7 +28,7 @@ _BEGINNING = '{"info": {"description": "converted by brs_detr'  # first characte
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `convert-dataset`."""
-    parser.add_argument("format", choices=("voc", "yolo"), help="format of the dataset")
+    parser.add_argument("format", choices=("voc", "yolo", "cityscapes"), help="format of the dataset")
     parser.add_argument("source", help="folder of the dataset; for YOLO also its data.yaml or obj.data")
     parser.add_argument("out", help="folder to write SPLIT.json to")
     names = "class names in the desired order: a text file with one name per line, or names separated by commas"
@@ -61,6 +62,10 @@ def _convert(args: argparse.Namespace) -> int:
         imported = read_voc(args.source, classes=classes, limits=limits, **options)
     elif args.one_based or args.keep_difficult:
         raise DataError("--one-based, --keep-difficult: these options are for VOC only. Leave them out.")
+    elif args.format == "cityscapes":
+        if classes:
+            raise DataError("--classes: those of Cityscapes are fixed. Leave it out.")
+        imported = read_cityscapes(args.source, args.max_image_bytes)
     else:
         imported = read_yolo(args.source, classes=classes, limits=limits)
     if args.val_fraction is not None:

@@ -93,7 +93,7 @@ def read_images(data: dict[str, Any], path: str | Path, log: IssueLog) -> Images
         if isinstance(entry, dict) and coerce_numbers(entry, ("id", "width", "height")):
             log.add("number_as_text", f"image entry {position}")
         key = as_int(entry.get("id")) if isinstance(entry, dict) else None
-        name = (entry.get("file_name") or entry.get("coco_url")) if isinstance(entry, dict) else None
+        name = image_name(entry) if isinstance(entry, dict) else None
         if key is None or not isinstance(name, str) or not name:
             log.add("image_malformed", f"image entry {position}", repr(entry)[:80])
             continue
@@ -117,6 +117,12 @@ def read_images(data: dict[str, Any], path: str | Path, log: IssueLog) -> Images
         )
     frames = np.array(sizes, np.int32).reshape(-1, 2)
     return Images(np.array(ids, np.int64), names, frames, frames.copy())
+
+
+def image_name(entry: dict[str, Any]) -> Any:
+    """Return the file name of an image entry; without one, as in LVIS, the folder and the file of its URL."""
+    url = entry.get("coco_url")
+    return entry.get("file_name") or ("/".join(url.split("/")[-2:]) if isinstance(url, str) else url)
 
 
 _NUMBERS_OF_ANNOTATIONS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "ignore")

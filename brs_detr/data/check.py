@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from brs_detr.data.annotations import categories_differ
+from brs_detr.data.annotations import categories_differ, image_name
 from brs_detr.data.coco import CocoDetection, Transform
 from brs_detr.data.image_io import IMAGE_ENDINGS, ImageError, Limits, has_zeroed_part, read_image_info
 from brs_detr.data.image_search import usual_folder
@@ -87,7 +87,7 @@ def listed_files(source: Source) -> set[str]:
 def file_names(json_path: str | Path, limits: Limits | None = None) -> list[str]:
     """Return the file names of a json's image entries."""
     entries = load_json(json_path, (limits or Limits()).max_json_bytes)["images"]
-    names = [entry.get("file_name") or entry.get("coco_url") for entry in entries if isinstance(entry, dict)]
+    names = [image_name(entry) for entry in entries if isinstance(entry, dict)]
     return [name for name in names if isinstance(name, str) and name]
 
 

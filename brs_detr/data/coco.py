@@ -21,6 +21,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from brs_detr.data import annotations as reading
 from brs_detr.data.annotations import read_categories
+from brs_detr.data.federated import read_federated
 from brs_detr.data.image_io import ImageError, Limits, read_image
 from brs_detr.data.image_search import guess_folder, resolve_image_paths
 from brs_detr.data.image_sizes import check_box_format, clip_and_filter_boxes, resolve_image_sizes, same_aspect
@@ -170,11 +171,12 @@ class CocoDetection(Dataset):
         """Return the path of an image."""
         return os.path.join(self.image_dir, self.file_name(index))
 
-    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Target]:
+    def __getitem__(self, index: int | tuple[int, ...]) -> tuple[Tensor, Target]:
         """Load an image and its objects, and augment them.
 
         Args:
-            index: image index, or (image index, epoch): the augmentation depends on (seed, epoch, image) alone.
+            index: image index, or (image index, epoch), or (image index, epoch, times shown before in this epoch): the
+                augmentation depends on the seed and these alone.
 
         Returns:
             (3, h, w) uint8 RGB and {"boxes": (n, 4) float32 xyxy pixels, "labels": (n,) int64, "image_id": int,
@@ -186,11 +188,11 @@ class CocoDetection(Dataset):
             ImageError: in training, if neither the image nor the next ones can be decoded.
             StorageError: the file exists but cannot be read; it is not replaced by another image.
         """
-        index, epoch = index if isinstance(index, tuple) else (index, 0)
+        index, epoch, *times = index if isinstance(index, tuple) else (index, 0)
         index = int(index)
         image, target, index = self._load_or_replace(index) if self.train else (*self._load_or_mark(index), index)
         if self.transforms is not None:
-            image, target = self.transforms(image, target, self._generator(epoch, index))
+            image, target = self.transforms(image, target, self._generator(epoch, index, *times))
         return image, target
 
     def being_read(self) -> list[str]:
@@ -237,8 +239,9 @@ class CocoDetection(Dataset):
     def ground_truth(self) -> dict[str, Any]:
         """Return the usable annotations as a COCO dictionary for pycocotools, crowds included.
 
-        Images and categories have the json's ids. Annotations are numbered from 1: pycocotools treats a match with
-        the annotation id 0 as unmatched. With `masks` they have a `segmentation`, as compressed run lengths.
+        Images and categories have the json's ids, and LVIS's lists and frequencies. Annotations are numbered from 1:
+        pycocotools treats a match with the annotation id 0 as unmatched. With `masks` they have a `segmentation`, as
+        compressed run lengths.
 
         Raises:
             ValueError: the dataset was opened for training, so its boxes are clipped.
@@ -246,7 +249,7 @@ class CocoDetection(Dataset):
         if self._exact is None:
             raise ValueError("ground_truth: the dataset was opened for training. Open it with train=False.")
         packed, exact = self.packed, self._exact
-        images = [
+        images: list[dict[str, Any]] = [
             {"id": int(key), "file_name": packed.file_name(i), "height": int(h), "width": int(w)}
             for i, (key, (h, w)) in enumerate(zip(packed.image_ids, packed.frames, strict=True))
         ]
@@ -264,7 +267,11 @@ class CocoDetection(Dataset):
         if self.masks:
             for annotation, rle in zip(annotations, self._encoded_masks(), strict=True):
                 annotation["segmentation"] = rle
+        categories: list[dict[str, Any]]
         categories = [{"id": key, "name": name} for key, name in zip(self.category_ids, self.classes, strict=True)]
+        lists, frequency = self._federated
+        images = [image | lists.get(image["id"], {}) for image in images]
+        categories = [c | ({"frequency": frequency[c["id"]]} if c["id"] in frequency else {}) for c in categories]
         return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
     def _encoded_masks(self) -> list[RLE]:
@@ -284,6 +291,8 @@ class CocoDetection(Dataset):
         )
         self.category_ids, self.classes = read_categories(data, self.json_path, log)
         images = reading.read_images(data, self.json_path, log)
+        # in training every class that is not annotated is background, as in the published trainings
+        self._federated = read_federated(data) if not self.train else ({}, {})
         objects = reading.read_objects(data, images, self.category_ids, log, self.masks)
         listed = (len(data["images"]), len(data["annotations"]))
         del data  # gigabytes for a large json, before the images are searched
@@ -353,9 +362,9 @@ class CocoDetection(Dataset):
             target["masks"] = torch.zeros(0, height, width, dtype=torch.uint8)
         return torch.zeros(3, height, width, dtype=torch.uint8), target
 
-    def _generator(self, epoch: int, index: int) -> torch.Generator:
-        # SeedSequence mixes the three numbers: their sum would give neighboring images and epochs the same seed
-        words = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1, np.uint64)
+    def _generator(self, epoch: int, index: int, *times: int) -> torch.Generator:
+        # SeedSequence mixes the numbers: their sum would give neighboring images and epochs the same seed
+        words = np.random.SeedSequence([self.seed, epoch, index, *times]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
 
 

@@ -103,6 +103,30 @@ def _decode(content: bytes, expected_size: Size | None, path: str | Path, limits
         return np.array(_to_rgb(image, path))
 
 
+def read_integers(path: str | Path, limits: Limits | None = None) -> np.ndarray:
+    """Read an image of one channel whose values are numbers, not brightness, such as object ids.
+
+    Returns:
+        (h, w) int32.
+
+    Raises:
+        ImageError: the file cannot be read, or its values are not integers of one channel.
+    """
+    limits = limits or Limits()
+    try:
+        content = read_bytes(path, limits.max_image_bytes, "data.max_image_bytes", None)
+        with _strict_pillow(), open_image(io.BytesIO(content), limits) as image:
+            _require_complete(image.format, content, limits)
+            values = np.asarray(image)
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many types, some of them from C code
+        raise ImageError(f"{path}: this image cannot be read: {_reason(error, path)}.") from error
+    if values.ndim != 2 or values.dtype.kind not in "iu":
+        raise ImageError(f"{path}: this image has {image.mode} pixels. Object ids are integers of one channel.")
+    return values.astype(np.int32)
+
+
 def open_image(file: BinaryIO, limits: Limits) -> Image.Image:
     """Read an image's header without decoding the pixels; only `FORMATS` are accepted.
 

@@ -6,6 +6,7 @@ assignment without communication, and a run resumes in the middle of an epoch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from brs_detr.data.coco import CocoDetection, Target
+from brs_detr.data.federated import repeat_factors
 from brs_detr.data.shared_memory import move_to_shared_memory
 from brs_detr.data.watched_loader import WatchedLoader
 from brs_detr.ops.images import Batch, ImageBatch
@@ -58,6 +60,7 @@ def build_train_loader(
     world_size: int = 1,
     pin_memory: bool | None = None,
     timeout: float | None = None,
+    repeat_threshold: float | None = None,
 ) -> WatchedLoader:
     """Build the training loader of `(ImageBatch, targets)`.
 
@@ -71,8 +74,11 @@ def build_train_loader(
         rank, world_size: rank of this process and number of processes.
         pin_memory: use page-locked batches; by default if there is a GPU.
         timeout: seconds to wait for a batch; None waits indefinitely.
+        repeat_threshold: show images of classes that are in a smaller fraction of the images more often, see
+            `federated.repeat_factors`; None shows each image once.
     """
-    batches = TrainBatches(dataset.packed.image_sizes, batch_size, seed, rank, world_size)
+    repeats = None if repeat_threshold is None else repeat_factors(dataset.packed, repeat_threshold)
+    batches = TrainBatches(dataset.packed.image_sizes, batch_size, seed, rank, world_size, repeats)
     return _loader(dataset, batches, workers, pin_memory, timeout)
 
 
@@ -132,15 +138,30 @@ class TrainBatches:
         batch_size: images per process and batch.
         seed: seed of the shuffling.
         rank, world_size: rank of this process and number of processes.
+        repeats: (I,) how often each image occurs in an epoch instead of once, on average over the epochs: a factor of
+            2.3 is twice or three times. Epochs have the same length.
 
-    Yields lists of (image index, epoch). The state is the pair (epoch, start_batch), see `set_epoch`.
+    Yields lists of (image index, epoch), or (image index, epoch, n) for an image's occurrence after n others in an
+    epoch with repeats, so that it is augmented in another way. The state is the pair (epoch, start_batch), see
+    `set_epoch`.
     """
 
-    def __init__(self, sizes: np.ndarray, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        sizes: np.ndarray,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        repeats: np.ndarray | None = None,
+    ) -> None:
         if len(sizes) == 0 or batch_size < 1:
             raise ValueError("training loader: needs at least one image and a batch size of at least 1.")
         self._wide = np.asarray(sizes)[:, 1] > np.asarray(sizes)[:, 0]
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.repeats = repeats
+        # rounded first, so that a sum of 12.000000001 does not add an image
+        self._length = len(sizes) if repeats is None else math.ceil(round(float(np.sum(repeats)), 6))
         self.epoch = self.start_batch = 0
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
@@ -149,17 +170,23 @@ class TrainBatches:
 
     def __len__(self) -> int:
         """Return the number of batches of one rank in an epoch, skipped ones included."""
-        return -(-len(self._wide) // (self.batch_size * self.world_size))
+        return -(-self._length // (self.batch_size * self.world_size))
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        batches = self._all_batches()[self.rank :: self.world_size]
-        for batch in batches[self.start_batch :]:
-            yield [(int(index), self.epoch) for index in batch]
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
+        batches = self._all_batches()
+        times = np.zeros_like(batches) if self.repeats is None else _occurrences(batches.ravel()).reshape(batches.shape)
+        mine = slice(self.rank + self.start_batch * self.world_size, None, self.world_size)
+        for batch, earlier in zip(batches[mine].tolist(), times[mine].tolist(), strict=True):
+            yield [
+                (index, self.epoch, n) if n else (index, self.epoch) for index, n in zip(batch, earlier, strict=True)
+            ]
 
     def _all_batches(self) -> np.ndarray:
         """Return (number of batches of all ranks, batch_size) image indices, the same in every rank."""
         random = np.random.default_rng([self.seed, self.epoch])
         order = random.permutation(len(self._wide))
+        if self.repeats is not None:
+            order = self._repeated(order, random)
         full, rest = [], []
         for group in (order[self._wide[order]], order[~self._wide[order]]):
             cut = len(group) // self.batch_size * self.batch_size
@@ -173,6 +200,24 @@ class TrainBatches:
         batches = np.concatenate([*full, last])
         # shuffled again: otherwise all landscape batches would come before all portrait ones
         return batches[random.permutation(len(batches))]
+
+    def _repeated(self, order: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """Return the epoch's images (M,) in random order, each floor(r) or ceil(r) times, r on average."""
+        assert self.repeats is not None
+        # systematic sampling: one random offset for all keeps the total, so that every epoch has the same length
+        ends = np.floor(np.cumsum(self.repeats[order]) + random.random()).astype(np.int64)
+        chosen = np.repeat(order, np.diff(ends, prepend=0))[: self._length]
+        return random.permutation(np.concatenate([chosen, order[: self._length - len(chosen)]]))
+
+
+def _occurrences(values: np.ndarray) -> np.ndarray:
+    """Count for each value (n,) how often it occurs before."""
+    order = np.argsort(values, kind="stable")
+    first = np.flatnonzero(np.diff(values[order], prepend=-1))
+    counts = np.arange(len(values)) - np.repeat(first, np.diff(first, append=len(values)))
+    before = np.empty_like(counts)
+    before[order] = counts
+    return before
 
 
 class EvalBatches:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from brs_detr.evaluation.federated import countable, frequency_means, incomplete_pairs
 from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.evaluation.matching import ClassMatches, confusion_matrix, match_classes, optimal_lrp
 from brs_detr.evaluation.results import Result, check_results, detections_to_results, finite_results
@@ -43,7 +44,7 @@ def evaluate_coco(
     score_thresholds: Sequence[float] = (),
     backend: str = "auto",
 ) -> Summary:
-    """Evaluate detections against annotations as COCO does.
+    """Evaluate detections against annotations as COCO does, and as LVIS does where they have its lists of categories.
 
     Args:
         annotations: a COCO json, its content, or a checked `GroundTruth` (saves reading it for every evaluation).
@@ -72,10 +73,12 @@ def evaluate_coco(
     selected = set(chosen)
     objects = [a for a in truth.dataset["annotations"] if a["image_id"] in selected]
     detections = [d for d in detections if d["image_id"] in selected]
+    if truth.federated:
+        detections = countable(truth, detections, max_dets[-1])
     measure = partial(_measure_all, truth, objects, image_ids=chosen, max_dets=max_dets, masks=masks, backend=backend)
     stats, per_class, curves = measure(detections, extended=extended)
     confusion = None
-    if extended:
+    if extended and not truth.federated:  # what an object of an unknown class was taken for is unknown too
         best = {row["category_id"]: row["score"] for row in per_class if row["f1"] > 0}
         confusion = confusion_matrix(objects, detections, truth.names, best, max_detections=max_dets[-1])
     study = []
@@ -120,10 +123,17 @@ def _measure(
     matches = {}
     if extended:
         matches = match_classes(
-            objects, detections, list(truth.names), max_detections=max_dets[-1], masks=iou_type == "segm"
+            objects,
+            detections,
+            list(truth.names),
+            max_detections=max_dets[-1],
+            masks=iou_type == "segm",
+            incomplete=incomplete_pairs(truth),
         )
     stats = _stats(precision, recall, max_dets)
     per_class = _per_class(truth, objects, precision, recall, matches)
+    if truth.frequency:
+        stats |= frequency_means(truth, per_class)
     if extended:
         stats["AP90"] = _mean(precision[8, ..., 0, -1])
         stats |= {name: _mean(np.array([row[name] for row in per_class])) for name in LRP_NAMES}
@@ -168,17 +178,23 @@ def _accumulate(
                 if row["image_id"] in images
             ]
             side.dataset = {
-                "images": [{"id": images[image], **_size(truth, image, iou_type)} for image in images],
-                "categories": [{"id": number} for number in classes.values()],
+                "images": [
+                    {"id": images[image], **_size(truth, image, iou_type), **_lists(truth, image, classes)}
+                    for image in images
+                ],
+                "categories": [{"id": number, "frequency": "f"} for number in classes.values()],
                 "annotations": copies,
             }
             side.createIndex()
             sides.append(side)
-        evaluation = Evaluation(*sides, iou_type)
+        fast = Evaluation.__module__.startswith("faster")
+        evaluation = Evaluation(*sides, iou_type, **({"lvis_style": truth.federated} if fast else {}))
         evaluation.params.imgIds = list(images.values())
         evaluation.params.catIds = list(classes.values())
         evaluation.params.maxDets = max_dets
         evaluation.evaluate()
+        if truth.federated and not fast:
+            _ignore_unmatched(evaluation, incomplete_pairs(truth), images, classes)
         evaluation.accumulate()
     # COCO's 10 IoU thresholds 0.5:0.05:0.95, 101 recalls 0:0.01:1, and 4 area ranges
     shape = (10, 101, len(truth.names), 4, len(max_dets))
@@ -189,6 +205,22 @@ def _accumulate(
 def _size(truth: GroundTruth, image: int, iou_type: str) -> dict[str, int]:
     """Return the entries `height` and `width` of an image, which COCO's code needs for masks alone."""
     return dict(zip(("height", "width"), truth.sizes[image], strict=True)) if iou_type == "segm" else {}
+
+
+def _lists(truth: GroundTruth, image: int, classes: Mapping[int, int]) -> dict[str, list[int]]:
+    """Return LVIS's lists of an image with the classes' numbers, for faster-coco-eval."""
+    lists = {"neg_category_ids": truth.negative, "not_exhaustive_category_ids": truth.not_exhaustive}
+    return {name: [classes[c] for c in of.get(image, ()) if c in classes] for name, of in lists.items()}
+
+
+def _ignore_unmatched(
+    evaluation: Any, incomplete: set[tuple[int, int]], images: Mapping[int, int], classes: Mapping[int, int]
+) -> None:
+    """Let pycocotools ignore detections without an object where not all objects are annotated."""
+    pairs = {(images[image], classes[c]) for image, c in incomplete if image in images and c in classes}
+    for image in evaluation.evalImgs:
+        if image is not None and (image["image_id"], image["category_id"]) in pairs:
+            image["dtIgnore"] = np.logical_or(image["dtIgnore"], image["dtMatches"] == 0)
 
 
 def _mean(values: np.ndarray) -> float:

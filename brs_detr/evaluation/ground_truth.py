@@ -31,12 +31,18 @@ class GroundTruth:
         names: class name by category id, in ascending order of ids.
         issues: number of entries that were dropped or repaired, by issue.
         masks: True if it was read with masks.
+        frequency: "r", "c" or "f" by category id, where the file says so, as LVIS does.
+        negative: category ids by image id that LVIS knows to be absent from the image; empty for other datasets.
+        not_exhaustive: category ids by image id of which not all objects are annotated.
     """
 
     dataset: dict[str, list[dict[str, Any]]]
     names: dict[int, str]
     issues: Counter[str] = field(default_factory=Counter)
     masks: bool = False
+    frequency: dict[int, str] = field(default_factory=dict)
+    negative: dict[int, frozenset[int]] = field(default_factory=dict)
+    not_exhaustive: dict[int, frozenset[int]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, annotations: str | Path | dict[str, Any] | GroundTruth, masks: bool = False) -> GroundTruth:
@@ -68,7 +74,18 @@ class GroundTruth:
         boxes = _annotations(content["annotations"], images, names, issues, masks)
         categories = [{"id": key, "name": names[key]} for key in sorted(names)]
         dataset = {"images": list(images.values()), "annotations": boxes, "categories": categories}
-        return cls(dataset, {key: names[key] for key in sorted(names)}, issues, masks)
+        names = {key: names[key] for key in sorted(names)}
+        frequency = {parse_id(entry["id"]): entry.get("frequency") for entry in content["categories"]}
+        known = {key: frequency[key] for key in names if frequency[key] in FREQUENCIES}
+        lists = (
+            _category_lists(content["images"], name) for name in ("neg_category_ids", "not_exhaustive_category_ids")
+        )
+        return cls(dataset, names, issues, masks, known, *lists)
+
+    @property
+    def federated(self) -> bool:
+        """Return True if only some classes are annotated in each image, as in LVIS."""
+        return bool(self.negative)
 
     @property
     def image_ids(self) -> list[int]:
@@ -93,6 +110,20 @@ class GroundTruth:
             return 0, None
         (image, _), number = counts.most_common(1)[0]
         return number, image
+
+
+FREQUENCIES = ("r", "c", "f")  # classes in up to 10, up to 100 and more training images of LVIS
+
+
+def _category_lists(entries: list[Any], name: str) -> dict[int, frozenset[int]]:
+    """Read a list of category ids of each image, by image id; as with the images, the first entry of an id counts."""
+    lists: dict[int, frozenset[int]] = {}
+    for entry in entries:
+        key = parse_id(entry.get("id")) if isinstance(entry, dict) else None
+        if key is not None and isinstance(entry.get(name), list):
+            ids = (parse_id(value) for value in entry[name])
+            lists.setdefault(key, frozenset(value for value in ids if value is not None))
+    return lists
 
 
 def _load(path: str | Path) -> Any:

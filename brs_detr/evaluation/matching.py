@@ -11,7 +11,7 @@ positives and inaccurate boxes.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +89,7 @@ def match_classes(
     threshold: float = 0.5,
     max_detections: int = 100,
     masks: bool = False,
+    incomplete: Collection[tuple[int, int]] = (),
 ) -> dict[int, ClassMatches]:
     """Match detections with objects as COCO does: by descending score, each to its best free object.
 
@@ -99,6 +100,7 @@ def match_classes(
         threshold: minimum IoU of a match; for a crowd, minimum fraction of the detection inside it.
         max_detections: maximum number of detections per image and class, the best ones.
         masks: match by the IoU of their `segmentation`, checked run lengths, instead of that of the boxes.
+        incomplete: (image id, category id) where not all objects are annotated: detections without one do not count.
     """
     truth_of, detected = _grouped(truths), _grouped(detections)
     parts: dict[int, list[tuple[np.ndarray, ...]]] = defaultdict(list)
@@ -109,7 +111,10 @@ def match_classes(
     for (image, category), group in detected.items():
         if category in objects:
             objects_here = truth_of.get((image, category), [])
-            parts[category].append(_match_image(objects_here, group, threshold, max_detections, masks))
+            columns = _match_image(objects_here, group, threshold, max_detections, masks)
+            if (image, category) in incomplete:
+                columns = tuple(column[columns[1]] for column in columns)
+            parts[category].append(columns)
     matches = {}
     for category in category_ids:
         empty = (np.zeros(0), np.zeros(0, bool), np.zeros(0))

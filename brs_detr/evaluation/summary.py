@@ -13,7 +13,7 @@ from typing import Any
 from brs_detr.evaluation.matching import Confusion
 
 MASK = "mask_"  # begins the names of the figures of masks
-HEADLINE = ("AP", "AP50", "AP75", "AP90", "APs", "APm", "APl")
+HEADLINE = ("AP", "AP50", "AP75", "AP90", "APs", "APm", "APl", "APr", "APc", "APf")
 CLASS_COLUMNS = (
     ("AP", "AP", 100),
     ("AP50", "AP50", 100),
@@ -43,7 +43,7 @@ class Summary:
         stats: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100 (by `max_detections`), ARs, ARm, ARl; and, in an
             extended evaluation, AP90, oLRP with its parts oLRPloc, oLRPfp, oLRPfn (errors: less is better), and the
             correlation of scores and IoUs of the true positives by rank, in [-1, 1], absent if no class has one. Those
-            of masks begin with `mask_`.
+            of masks begin with `mask_`. For LVIS also APr, APc, APf of rare, common and frequent classes.
         per_class: one row per class: name, category_id, images, objects, the measures above, and precision, recall and
             f1 at IoU 0.5 and the score where f1 is largest. `correlation` is None where it is undefined.
         notes: what a reader of the numbers should know, one sentence each.

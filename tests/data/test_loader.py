@@ -155,3 +155,60 @@ def test_evaluation_groups_by_the_file_where_the_json_states_another_size(path, 
     change(path, lambda data: data["images"][0].update(width=600, height=400))
     dataset = CocoDetection(path, path.parent / "images", train=False)
     assert all(not images.padding_mask().any() for images, _ in build_eval_loader(dataset, batch_size=4))
+
+
+def repeating(repeats, batch_size=4, world_size=1, epoch=0, start=0):
+    ranks = []
+    for rank in range(world_size):
+        sampler = TrainBatches(sizes_of(len(repeats), 0), batch_size, 3, rank, world_size, np.asarray(repeats, float))
+        sampler.set_epoch(epoch, start)
+        ranks.append(list(sampler))
+        assert len(ranks[-1]) == max(0, len(sampler) - start)
+    return ranks
+
+
+@given(st.lists(st.floats(1, 7), min_size=1, max_size=40), st.integers(1, 5), st.integers(1, 3), st.integers(0, 5))
+@settings(max_examples=100, deadline=None)
+def test_images_repeat_by_their_factor_in_epochs_of_one_length(repeats, batch_size, world_size, epoch):
+    ranks = repeating(repeats, batch_size, world_size, epoch)
+    samples = [sample for rank in ranks for batch in rank for sample in batch]
+    counts = Counter(index for index, *_ in samples)
+    extra = len(samples) - sum(repeats)  # of the last step, and of rounding up
+    assert -1e-5 <= extra < batch_size * world_size + 1
+    assert all(counts[i] >= int(r + 1e-9) for i, r in enumerate(repeats) if r == int(r))
+    assert all(int(r) <= counts[i] for i, r in enumerate(repeats))
+    assert sum(max(0, counts[i] - int(np.ceil(r))) for i, r in enumerate(repeats)) <= extra + 1
+    assert len(set(samples)) == len(samples)  # each occurrence is augmented in its own way
+    assert {epoch} == {sample[1] for sample in samples}
+
+
+def test_a_factor_of_two_and_a_half_is_that_on_average():
+    counts = Counter(i for epoch in range(400) for b in repeating([1, 2.5, 1.25, 1], 1, 1, epoch)[0] for i, *_ in b)
+    mean = [counts[i] / 400 for i in range(4)]  # the epochs have 6 images for a sum of 5.75
+    assert mean[0] <= 1.15 and abs(mean[1] - 2.55) < 0.15 and abs(mean[2] - 1.3) < 0.15
+
+
+@pytest.mark.parametrize("start", [0, 1, 4, 99])
+def test_a_resumed_epoch_with_repeats_is_the_tail_of_the_whole_one(start):
+    repeats = [1.0, 3.3, 1.7, 2.0, 1.1, 1.0, 1.0]
+    whole, resumed = repeating(repeats, 2, 2, 5), repeating(repeats, 2, 2, 5, start)
+    assert [rank[start:] for rank in whole] == resumed
+    assert whole != repeating(repeats, 2, 2, 6)
+
+
+def test_factors_of_one_show_every_image_once():
+    counts = Counter(i for batch in repeating([1.0] * 12)[0] for i, *_ in batch)
+    assert counts == Counter(range(12))
+
+
+def test_repeated_images_are_augmented_differently_and_resumed_alike(path):
+    whole = drain(train_loader(path, 0, repeat_threshold=4.0), 1)  # both classes are in all images: all factors are 2
+    assert len(whole) == 7
+    shown = Counter(number for _, _, numbers in whole for number in numbers)
+    assert set(shown.values()) == {2}
+    first = {}
+    for pixels, _, numbers in whole:
+        for image, number in zip(pixels, numbers, strict=True):
+            assert number not in first or not torch.equal(first[number], image)
+            first.setdefault(number, image)
+    assert same(whole[3:], drain(train_loader(path, 2, repeat_threshold=4.0), 1, start=3))
