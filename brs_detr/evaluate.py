@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from brs_detr import config as configuration
 from brs_detr.cli import run_command
 from brs_detr.config import Config, ConfigError
+from brs_detr.data.build import open_val_set
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.image_io import ImageError
 from brs_detr.data.issues import DROPPED, POLICY, DataError
@@ -94,7 +95,7 @@ def evaluate(
     require_writable(out, "--out")
     # prediction is in float32 whatever the training's precision, which this machine may not have
     accelerator = start_accelerator(replace(config, train=replace(config.train, precision="no")))
-    dataset = setup.open_val_set(config)
+    dataset = open_val_set(config.data, config.model.has_masks)
     setup.require_same_categories(weights.classes, weights.category_ids, dataset, str(file))
     loader = build_eval_loader(
         dataset,

@@ -17,6 +17,7 @@ from timm.utils import ModelEmaV3
 
 from brs_detr import config as configuration
 from brs_detr.cli import run_command
+from brs_detr.data.build import open_train_set, open_val_set
 from brs_detr.data.image_io import ImageError
 from brs_detr.data.issues import DataError
 from brs_detr.data.loader import EpochBatches, build_eval_loader, build_train_loader
@@ -77,7 +78,8 @@ def train(config: configuration.Config, trial: str | None = None) -> int:
     config = setup.with_subset(config, accelerator)
 
     process = {"rank": accelerator.process_index, "world_size": plan.processes, "workers": setup.worker_count(config)}
-    train_set, val_set = setup.open_train_set(config), setup.open_val_set(config)
+    masks = config.model.has_masks
+    train_set, val_set = open_train_set(config.data, config.seed, masks), open_val_set(config.data, masks)
     log.say(f"{train_set.summary()}\n{val_set.summary()}")
     setup.require_same_categories(train_set.classes, train_set.category_ids, val_set, train_set.json_path)
     facts = setup.run_metadata(config, plan, train_set, val_set)
@@ -88,7 +90,9 @@ def train(config: configuration.Config, trial: str | None = None) -> int:
             remove_run(Path(config.output_dir))
         write_samples(train_set, Path(config.output_dir, "train_samples.png"), 16)
     process["timeout"] = config.data.timeout
-    train_loader = build_train_loader(train_set, plan.per_device, seed=config.seed, **process)
+    train_loader = build_train_loader(
+        train_set, plan.per_device, seed=config.seed, repeat_threshold=config.data.repeat_threshold, **process
+    )
     val_loader = build_eval_loader(val_set, config.eval.batch_size, **process)
     batches = EpochBatches(train_loader)
     length = plan_length(len(batches), plan, config.train)

@@ -383,7 +383,7 @@ def test_told_to_stop_before_the_training_begins_it_ends_with_the_code_of_an_int
         raise AssertionError("it goes on")
 
     former = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("brs_detr.run.setup.open_train_set", told)
+    monkeypatch.setattr("brs_detr.train.open_train_set", told)
     with pytest.raises(SystemExit) as end:
         train([DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}"])
     assert end.value.code == 75 and signal.getsignal(signal.SIGTERM) is former

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from brs_detr.config import Config, ConfigError, apply_overrides, load_config
 from brs_detr.data import check
+from brs_detr.data.build import build_eval_transforms, build_train_transforms
 from brs_detr.data.check import Source
 from brs_detr.recipes import ENDINGS, find_recipe
-from brs_detr.run.setup import limits_of, train_transforms, val_transforms
 from brs_detr.user_files import printable
 
 
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     if not target.suffix and not target.exists():
         options.target = str(find_recipe(target))
     if Path(options.target).suffix not in ENDINGS:
-        limits = limits_of(apply_overrides(Config(), options.overrides))
+        limits = apply_overrides(Config(), options.overrides).data
     return check.run(options, partial(sources_of, overrides=options.overrides), limits)
 
 
@@ -57,9 +57,9 @@ def sources_of(recipe: str, overrides: list[str]) -> list[Source]:
     root, data = Path(config.data.root), config.data
     train = (str(root / data.train_json), str(root / data.train_images))
     val = (str(root / data.val_json), str(root / data.val_images))
-    limits = {"limits": limits_of(config)}
+    limits = {"limits": config.data}
     train_options = {"keep_empty": data.keep_empty, "min_side": data.min_side, **limits}
     return [
-        Source(*train, train_transforms(config), options=train_options),
-        Source(*val, val_transforms(config), train=False, options=limits),
+        Source(*train, build_train_transforms(config.data), options=train_options),
+        Source(*val, build_eval_transforms(config.data), train=False, options=limits),
     ]

@@ -13,11 +13,11 @@ from typing import Any
 
 import yaml
 
+from brs_detr.data.config import Limits
 from brs_detr.data.formats.base import Notes, hold_out, pick_train_val, read_lines, to_coco, validate
 from brs_detr.data.formats.cityscapes import read_cityscapes
 from brs_detr.data.formats.voc import read_voc
 from brs_detr.data.formats.yolo import read_yolo
-from brs_detr.data.image_io import Limits
 from brs_detr.data.issues import DataError
 from brs_detr.user_files import UserFileError, printable, read_start
 

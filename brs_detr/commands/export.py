@@ -24,7 +24,7 @@ from brs_detr.export.parity import MAX_BOX_DIFFERENCE, MAX_SCORE_DIFFERENCE, Exp
 from brs_detr.models.brs_detr import BRSDETR
 from brs_detr.ops.images import ImageBatch, Size
 from brs_detr.run.output_dir import require_writable
-from brs_detr.run.setup import limits_of, restore
+from brs_detr.run.setup import restore
 from brs_detr.user_files import printable
 
 PIXELS = {"uint8": torch.uint8, "float32": torch.float32}
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
             "Add eval.predict_with=decoder."
         )
     size = input_size(config, options)
-    images = {str(path): read_image(path, limits=limits_of(config)) for path in options.image}
+    images = {str(path): read_image(path, limits=config.data) for path in options.image}
     shape = "any size" if options.any_size else f"{size[0]}x{size[1]} (height x width)"
     print(f"{printable(file)}: exporting for {shape}")
     partial = options.out.with_name(f".{options.out.name}.partial")

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from brs_detr.config import Config, dump, load_config
+from brs_detr.data.config import SSDConfig
 from brs_detr.data.json_file import load_json
 from brs_detr.engine.optim import count_parameters
 from brs_detr.evaluation.coco_eval import fast_backend_installed
@@ -81,12 +82,16 @@ def inputs(config: Config, model: Detector) -> str:
     """Format the sizes of images and feature maps."""
     data, augment = config.data, config.data.augment
     strides = model.strides
-    short, long = data.test_short_side, data.test_long_side
+    short, long = (data.test_square or side for side in (data.test_short_side, data.test_long_side))
     maps = " ".join(f"{-(-short // s)}x{-(-long // s)}" for s in strides)
     tokens = sum(-(-short // s) * -(-long // s) for s in strides)
+    if isinstance(augment, SSDConfig):
+        training = f"{augment.size}x{augment.size}, by SSD's augmentation"
+    else:
+        sides = augment.short_sides
+        training = f"short side {min(sides)}-{max(sides)}, long side up to {augment.long_side}"
     return (
-        f"training images: short side {min(augment.short_sides)}-{max(augment.short_sides)}, "
-        f"long side up to {augment.long_side}\n"
+        f"training images: {training}\n"
         f"test images: short side {short}, long side up to {long}\n"
         f"maps of the largest test image (strides {', '.join(map(str, strides))}): {maps}, {tokens:,} cells"
     )

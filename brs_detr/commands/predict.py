@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from brs_detr.data.build import build_eval_transforms
 from brs_detr.data.image_io import ImageError, is_image_name, read_image
 from brs_detr.engine.checkpoint import Weights, write_text
 from brs_detr.ops.images import ImageBatch
 from brs_detr.run.launch import choose_device
 from brs_detr.run.output_dir import require_writable
-from brs_detr.run.setup import limits_of, restore, val_transforms
+from brs_detr.run.setup import restore
 from brs_detr.user_files import printable
 from brs_detr.viz.boxes import draw_detections
 
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     device = choose_device(options.device)
     model.to(device)
     thresholds = torch.tensor(score_thresholds(weights, options.threshold), device=device)
-    transforms = val_transforms(config)
+    transforms = build_eval_transforms(config.data)
     files = image_files(options.images)
     root = options.images if options.images.is_dir() else options.images.parent
     predictions: list[dict] = []
@@ -57,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
         try:
             for path, drawing in zip(files, drawings, strict=True):
                 try:
-                    image = read_image(path, limits=limits_of(config))
+                    image = read_image(path, limits=config.data)
                 except ImageError as error:
                     print(f"skipped: {error}")
                     continue

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from brs_detr.data.annotations import categories_differ, image_name
 from brs_detr.data.coco import CocoDetection, Transform
-from brs_detr.data.image_io import IMAGE_ENDINGS, ImageError, Limits, has_zeroed_part, read_image_info
+from brs_detr.data.config import Limits
+from brs_detr.data.image_io import IMAGE_ENDINGS, ImageError, has_zeroed_part, read_image_info
 from brs_detr.data.image_search import usual_folder
 from brs_detr.data.issues import DROPPED, KEPT, POLICY, REPAIRED, WARNED, DataError, IssueLog
 from brs_detr.data.json_file import load_json

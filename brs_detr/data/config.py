@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from brs_detr.config_fields import Count, Counts, Fraction, Positive
+from brs_detr.config_fields import Count, Counts, Fraction, Null, Positive, Range, one_of
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Training augmentation: one of two policies an image; sides in pixels."""
+    """DETR's augmentation: one of two policies an image; sides in pixels."""
 
+    name: Literal["detr"] = "detr"
     short_sides: Counts = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     long_side: Count = 1333
     crop_policy: bool = True  # half of the images: resize, crop, resize again
@@ -29,7 +31,28 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class SSDConfig:
+    """The augmentation of SSD: colors, zooming out and in, and one size whatever the aspect ratio."""
+
+    name: Literal["ssd"] = "ssd"
+    size: Count = 512  # side in pixels of the square result
+    max_expand: Annotated[float, Range(min=1)] = 4.0  # largest factor of the canvas's sides, 1: no zooming out
+    crop_ious: tuple[Fraction, ...] = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # minimum IoUs of crops; []: no crops
+    flip: Fraction = 0.5
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits on the files of a dataset."""
+
+    max_image_pixels: Count = 120_000_000  # an image with more is left out; decoding takes 7 bytes a pixel
+    max_image_bytes: Count = 2**29  # and so is an image file with more
+    max_json_bytes: Count = 2**33  # an annotation file that unpacks to more is refused
+    allow_outside_images: bool = False  # follow file names of the json that lead out of the image folder
+
+
+@dataclass(frozen=True)
+class DataConfig(Limits):
     """Where images and annotations are; the four paths are relative to `root`."""
 
     root: str = "datasets/coco"
@@ -43,13 +66,13 @@ class DataConfig:
     keep_empty: bool = True  # images without objects are trained on
     min_side: int = 32  # smaller images are not trained on
     antialias: bool = True  # low-pass filter when shrinking; the released code had none
-    max_image_pixels: Count = 120_000_000  # an image with more is left out; decoding takes 7 bytes a pixel
-    max_image_bytes: Count = 2**29  # and so is an image file with more
-    max_json_bytes: Count = 2**33  # an annotation file that unpacks to more is refused
-    allow_outside_images: bool = False  # follow file names of the json that lead out of the image folder
-    augment: AugmentConfig = AugmentConfig()
+    augment: AugmentConfig | SSDConfig = one_of(AugmentConfig(), SSDConfig())
     test_short_side: Count = 800
     test_long_side: Count = 1333
+    # side in pixels of a square to resize to whatever the aspect ratio; null: keep it
+    test_square: Annotated[Count | None, Null("keep the aspect ratio")] = None
+    # images of classes that are in a smaller share of the images are shown more often; LVIS: 0.001
+    repeat_threshold: Annotated[Fraction | None, Null("every image once an epoch")] = None
 
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""

@@ -11,7 +11,6 @@ import io
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -20,6 +19,7 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
+from brs_detr.data.config import Limits
 from brs_detr.data.storage import StorageError, persist, read_bytes
 from brs_detr.user_files import open_regular, printable, read_file, read_start, require_at_most
 
@@ -305,20 +305,3 @@ def _seems_complete(kind: str, file: BinaryIO) -> bool:
         return True
     file.seek(0)
     return _has_ending(kind, file.read())
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits on the files of a dataset; each is the setting of the same name in section `data`.
-
-    Attributes:
-        max_image_pixels: width times height of an image, checked before it is decoded.
-        max_image_bytes: size of an image file.
-        max_json_bytes: size of an annotation file after unpacking.
-        allow_outside_images: follow file names of the json that lead out of the image folder.
-    """
-
-    max_image_pixels: int = 120_000_000
-    max_image_bytes: int = 2**29
-    max_json_bytes: int = 2**33
-    allow_outside_images: bool = False

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from brs_detr.data.annotations import Images, Objects
-from brs_detr.data.image_io import ImageError, ImageInfo, Limits, read_image_info
+from brs_detr.data.config import Limits
+from brs_detr.data.image_io import ImageError, ImageInfo, read_image_info
 from brs_detr.data.issues import DataError, IssueLog
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from brs_detr.data.image_io import Limits
+from brs_detr.data.config import Limits
 from brs_detr.data.issues import DataError
 from brs_detr.ops.rle import checked_runs, pack_segmentation
 from brs_detr.parsing import TwoValuesError, dict_of_pairs

@@ -84,6 +84,8 @@ class OneStageConfig:
     levels: Count = 5  # maps of the feature pyramid; each beyond the backbone's has twice the stride of the one before
     head: DenseHeadConfig | FoveaHeadConfig = DenseHeadConfig()
 
+    has_masks: ClassVar[bool] = False  # whether instance masks are learned and predicted
+
     @property
     def detection_limit(self) -> tuple[str, int]:
         """Return the setting that limits the detections of an image, and its value."""
@@ -174,6 +176,8 @@ class TwoStageConfig:
     levels: Count = 5  # maps of the feature pyramid; regions are pooled from those of the backbone
     rpn: ProposalConfig = ProposalConfig()
     roi: RegionHeadConfig = RegionHeadConfig()
+
+    has_masks: ClassVar[bool] = False  # whether instance masks are learned and predicted
 
     @property
     def detection_limit(self) -> tuple[str, int]:

@@ -247,6 +247,8 @@ class BRSDETRConfig:
     roi: RoIConfig = RoIConfig()
     atss: AuxATSSConfig = AuxATSSConfig()
 
+    has_masks: ClassVar[bool] = False  # whether instance masks are learned and predicted
+
     @property
     def detection_limit(self) -> tuple[str, int]:
         """Return the setting that limits the detections of an image, and its value."""

@@ -20,11 +20,10 @@ from brs_detr import config as configuration
 from brs_detr.config import Config, ConfigError
 from brs_detr.config_io import leaves
 from brs_detr.data.annotations import categories_differ
+from brs_detr.data.build import build_eval_transforms, build_train_transforms
 from brs_detr.data.coco import CocoDetection
-from brs_detr.data.image_io import Limits
 from brs_detr.data.json_file import load_json
 from brs_detr.data.shared_memory import shortage
-from brs_detr.data.transforms import EvalTransforms, TrainTransforms
 from brs_detr.engine.batch_plan import FEW_STEPS, BatchPlan, TrainingLength, split_batch_size
 from brs_detr.engine.checkpoint import (
     Transfer,
@@ -40,60 +39,6 @@ from brs_detr.models.backbones.timm_backbone import plain_name
 from brs_detr.models.build import build_model, sampling_here
 from brs_detr.models.cnn_config import ModelConfig
 from brs_detr.models.detector import Detector
-
-
-def train_transforms(config: Config) -> TrainTransforms:
-    """Build the training augmentation of a config."""
-    augment = config.data.augment
-    return TrainTransforms(
-        short_sides=augment.short_sides,
-        long_side=augment.long_side,
-        crop_short_sides=augment.crop_short_sides,
-        crop_long_side=augment.crop_long_side,
-        crop_size=(augment.crop_min, augment.crop_max),
-        crop=0.5 if augment.crop_policy else 0.0,  # DETR crops every other image before it resizes
-        flip=augment.flip,
-        antialias=config.data.antialias,
-    )
-
-
-def val_transforms(config: Config) -> EvalTransforms:
-    """Build the test resizing of a config."""
-    return EvalTransforms(config.data.test_short_side, config.data.test_long_side, antialias=config.data.antialias)
-
-
-def limits_of(config: Config) -> Limits:
-    """Collect the limits on the size and location of a dataset's files."""
-    return Limits(**{field.name: getattr(config.data, field.name) for field in dataclasses.fields(Limits)})
-
-
-def open_train_set(config: Config) -> CocoDetection:
-    """Open the training set with its augmentation."""
-    data = config.data
-    return CocoDetection(
-        Path(data.root, data.train_json),
-        Path(data.root, data.train_images),
-        transforms=train_transforms(config),
-        train=True,
-        keep_empty=data.keep_empty,
-        min_side=data.min_side,
-        seed=config.seed,
-        limits=limits_of(config),
-        retry_seconds=data.retry_seconds,
-    )
-
-
-def open_val_set(config: Config) -> CocoDetection:
-    """Open the validation set with its test resizing."""
-    data = config.data
-    return CocoDetection(
-        Path(data.root, data.val_json),
-        Path(data.root, data.val_images),
-        transforms=val_transforms(config),
-        train=False,
-        limits=limits_of(config),
-        retry_seconds=data.retry_seconds,
-    )
 
 
 def run_metadata(config: Config, plan: BatchPlan, train_set: CocoDetection, val_set: CocoDetection) -> dict[str, Any]:
@@ -300,7 +245,7 @@ def shared_memory_warning(
 ) -> str | None:
     """Return a warning if this machine has less shared memory than the loader workers may need, else None."""
     shape = largest_shape(config, plan, train_set)
-    resize = val_transforms(config)
+    resize = build_eval_transforms(config.data)
     resized = [resize.output_size(h, w) for h, w in np.unique(val_set.packed.image_sizes, axis=0)]
     # In bytes: images reach the main process as uint8 RGB.
     batches = (
@@ -315,7 +260,7 @@ def largest_shape(config: Config, plan: BatchPlan, dataset: CocoDetection) -> di
 
     A single image uses its own maximum size; a batch is padded to the largest height and width.
     """
-    transforms = train_transforms(config)
+    transforms = build_train_transforms(config.data)
     image_sizes = np.unique(dataset.packed.image_sizes, axis=0).tolist()
     sizes = sorted({size for size_hw in image_sizes for size in transforms.largest_sizes(*size_hw)})
     largest = max(sizes, key=math.prod)

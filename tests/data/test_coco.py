@@ -10,9 +10,9 @@ from pycocotools.coco import COCO
 
 from brs_detr.config import Config
 from brs_detr.data.coco import CocoDetection
-from brs_detr.data.image_io import ImageError, Limits
+from brs_detr.data.config import Limits
+from brs_detr.data.image_io import ImageError
 from brs_detr.data.issues import POLICY, DataError
-from brs_detr.run.setup import limits_of
 
 
 @pytest.fixture()
@@ -369,4 +369,4 @@ def test_a_image_above_the_limit_is_left_out_with_the_setting(two, train):
 
 
 def test_the_limits_of_the_settings_are_the_usual_ones():
-    assert limits_of(Config()) == Limits()
+    assert all(getattr(Config().data, name) == value for name, value in vars(Limits()).items())

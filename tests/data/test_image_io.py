@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from brs_detr.data.image_io import ImageError, Limits, is_image_name, read_image, read_image_info
+from brs_detr.data.config import Limits
+from brs_detr.data.image_io import ImageError, is_image_name, read_image, read_image_info
 
 
 def ramp(h=12, w=20):

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from brs_detr.data.config import Limits
 from brs_detr.data.formats.base import ImportedDataset, Notes, Sample
-from brs_detr.data.image_io import ImageError, Limits, read_integers
+from brs_detr.data.image_io import ImageError, read_integers
 from brs_detr.data.issues import DataError
 from brs_detr.ops.rle import as_text, encode
 

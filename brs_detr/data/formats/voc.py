@@ -13,6 +13,7 @@ from xml.etree.ElementTree import Element
 
 from tqdm import tqdm
 
+from brs_detr.data.config import Limits
 from brs_detr.data.formats.base import (
     IMAGE_FOLDERS,
     ImportedDataset,
@@ -28,7 +29,7 @@ from brs_detr.data.formats.base import (
     split_named,
     split_of,
 )
-from brs_detr.data.image_io import IMAGE_ENDINGS, ImageError, ImageInfo, Limits, read_image_info
+from brs_detr.data.image_io import IMAGE_ENDINGS, ImageError, ImageInfo, read_image_info
 from brs_detr.data.image_sizes import same_aspect
 from brs_detr.data.issues import DataError
 

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from brs_detr.data.config import Limits
 from brs_detr.data.formats.base import (
     IMAGE_FOLDERS,
     ImportedDataset,
@@ -38,7 +39,7 @@ from brs_detr.data.formats.yolo_labels import (
     read_labels,
     to_annotation,
 )
-from brs_detr.data.image_io import IMAGE_ENDINGS, ImageError, Limits, read_image_info
+from brs_detr.data.image_io import IMAGE_ENDINGS, ImageError, read_image_info
 from brs_detr.data.issues import DataError
 from brs_detr.parsing import load_yaml
 

@@ -11,9 +11,9 @@ import pytest
 from brs_detr import cli
 from brs_detr.commands.convert_dataset import NOTES_FILE
 from brs_detr.config import load_config
+from brs_detr.data.build import open_train_set, open_val_set
 from brs_detr.data.formats.voc import read_voc
 from brs_detr.data.formats.yolo import read_yolo
-from brs_detr.run.setup import open_train_set, open_val_set
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -49,7 +49,7 @@ def test_the_printed_commands_work_as_printed(yolo, tmp_path, capsys, monkeypatc
         assert (python, m, package) == ("python", "-m", "brs_detr") and cli.main([*arguments, "--samples", "1"]) == 0
     (training,) = [shlex.split(line) for line in printed.splitlines() if " brs_detr train " in line]
     config = load_config(training[4], training[5:])
-    train, val = open_train_set(config), open_val_set(config)
+    train, val = open_train_set(config.data, 0), open_val_set(config.data)
     assert len(checks) == 2 and (len(train), len(val)) == (9, 3) and train.classes == ["cat", "🐕 dog"]
 
 
