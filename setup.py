@@ -6,6 +6,11 @@ Everything else is in pyproject.toml, whose table of packages cannot add a folde
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["brs_detr", "brs_detr.*"]), "brs_detr.configs", "brs_detr.configs.accelerate"],
+    packages=[
+        *find_packages(include=["brs_detr", "brs_detr.*"]),
+        "brs_detr.configs",
+        "brs_detr.configs.accelerate",
+        "brs_detr.configs.cnn",
+    ],
     package_dir={"brs_detr.configs": "configs"},
 )

@@ -17,6 +17,7 @@ from brs_detr.config_io import ConfigError, parse_yaml
 from brs_detr.user_files import MODEST_BYTES, UserFileError, printable, read_file
 
 ENDINGS = (".yaml", ".yml")
+GROUPS = ("cnn",)  # folders inside configs/ whose recipes are found by their names too
 _PACKAGE = Path(__file__).resolve().parent
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _WEIGHTS_OF_RUN = ("best.safetensors", "last.safetensors")
@@ -46,7 +47,8 @@ def find_recipe(name: str | Path) -> Path:
     _refuse_other_kinds(path)
     if os.path.isfile(path):
         return path
-    if len(path.parts) == 1 or path.parent == Path("configs"):
+    groups = {Path("."), Path("configs"), *(Path(group) for group in GROUPS), *(Path("configs", g) for g in GROUPS)}
+    if path.parent in groups:
         for folder in _folders():
             for candidate in (folder / path.name, *(folder / f"{path.name}{ending}" for ending in ENDINGS)):
                 if path.name and os.path.isfile(candidate) and candidate.suffix in ENDINGS:
@@ -78,7 +80,8 @@ def read_layers(name: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _folders() -> list[Path]:
-    return [folder for folder in (Path("configs"), packaged_folder()) if folder.is_dir()]
+    tops = (Path("configs"), packaged_folder())
+    return [folder for top in tops for folder in (top, *(top / name for name in GROUPS)) if folder.is_dir()]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from brs_detr.config_aliases import ALIASES
 from brs_detr.config_io import setting_names
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-RECIPES = sorted(CONFIGS.glob("*.yaml"))
+RECIPES = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("cnn/*.yaml")])
 
 
 def write(path, text):
@@ -32,7 +32,7 @@ def write(path, text):
 def test_every_recipe_loads_and_starts_with_its_launch_command(path):
     load_config(path)
     first = path.read_text().splitlines()[0]
-    assert first.startswith(f"# accelerate launch train.py configs/{path.name}")
+    assert first.startswith(f"# accelerate launch train.py configs/{path.relative_to(CONFIGS).as_posix()}")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -22,8 +22,15 @@ def test_a_packaged_recipe_is_found_from_anywhere(name):
     assert find_recipe(name) == CONFIGS / "demo.yaml" == packaged_folder() / "demo.yaml"
 
 
+@pytest.mark.parametrize(
+    "name", ["atss_r50_brs_12e_coco", "cnn/atss_r50_brs_12e_coco.yaml", "configs/cnn/atss_r50_brs_12e_coco"]
+)
+def test_a_recipe_of_a_group_is_found_with_and_without_its_folder(folder):
+    assert find_recipe(f"{folder}atss_r50_brs_12e_coco") == CONFIGS / "cnn" / "atss_r50_brs_12e_coco.yaml"
+
+
 def test_every_packaged_recipe_is_listed():
-    assert recipe_names() == sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    assert recipe_names() == sorted(path.stem for path in [*CONFIGS.glob("*.yaml"), *CONFIGS.glob("cnn/*.yaml")])
 
 
 def test_a_recipe_of_the_working_directory_comes_first(empty_folder):
