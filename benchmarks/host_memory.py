@@ -21,6 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from brs_detr.data.coco import CocoDetection
+from brs_detr.data.packed import draw_masks
 
 
 def write_json(folder: Path, images: int, objects: int) -> None:
@@ -73,6 +74,8 @@ def toucher(dataset: CocoDetection) -> Callable[[int], object]:
     def touch(index: int) -> object:
         packed = dataset.packed
         rows = slice(packed.offsets[index], packed.offsets[index + 1])
+        if packed.mask_words is not None:
+            draw_masks(packed, np.arange(rows.start, rows.stop), tuple(packed.frames[index].tolist()))
         return packed.boxes[rows].sum() + packed.labels[rows].sum(), dataset.path(index)
 
     return touch
@@ -95,6 +98,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--plain", action="store_true", help="Python dictionaries instead of arrays")
+    parser.add_argument("--masks", action="store_true", help="also keep the masks, and draw them")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -107,9 +111,10 @@ def main() -> None:
         if args.plain:
             touch, what = plain_toucher(path), "lists of dictionaries"
         else:
-            dataset = CocoDetection(path, folder / "images", train=True)
+            dataset = CocoDetection(path, folder / "images", train=True, masks=args.masks)
             touch = toucher(dataset)
-            what = f"arrays of {sum(value.nbytes for value in vars(dataset.packed).values()) / 2**20:.0f} MiB"
+            arrays = [value for value in vars(dataset.packed).values() if value is not None]
+            what = f"arrays of {sum(value.nbytes for value in arrays) / 2**20:.0f} MiB"
         print(
             f"{what}: opened in {time.perf_counter() - start:.1f} s ({time.process_time() - cpu:.1f} s of CPU); "
             f"process {before:.0f} -> {memory('VmRSS'):.0f} MiB, peak {memory('VmHWM'):.0f} MiB"
