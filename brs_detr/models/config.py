@@ -188,6 +188,16 @@ class CascadeConfig(RegionConfig):
 
 
 @dataclass(frozen=True)
+class MaskConfig:
+    """Mask R-CNN's branch of the RoI head."""
+
+    loss: Literal["dice", "binary_cross_entropy"] = "dice"  # Dice with ranking losses, cross entropy with the others
+    stacked_convs: int = 4
+    pool_size: Count = 14  # cells a side of the pooled window; masks have twice as many
+    max_masks: Count = 200  # masks a step is trained on, chosen at random, to bound memory
+
+
+@dataclass(frozen=True)
 class DenseHeadConfig:
     """What the one-stage heads on a feature pyramid share: two towers, anchors, and what becomes a detection."""
 
