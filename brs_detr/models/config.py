@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, ClassVar, Literal
 
 from brs_detr.config_fields import Count, Counts, Fraction, NotEmpty, Null, Positive, Range, one_of
@@ -64,6 +64,7 @@ class TermWeights:
     smooth_l1: float = 0.0
     giou: float = 0.0
     centerness: float = 0.0
+    mask: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ _FOCAL_RPN = ScoreConfig(weights=TermWeights(cls=12.0, l1=12.0, giou=24.0))
 # Faster R-CNN's: losses of sampled anchors and regions, divided by their number
 _BINARY_RPN = ScoreConfig("binary_cross_entropy", TermWeights(cls=12.0, l1=12.0), normalizer="rows")
 _SOFTMAX_ROI = replace(_FOCAL_ROI, loss="cross_entropy", normalizer="rows")
+_SOFTMAX_CASCADE = ScoreConfig("cross_entropy", TermWeights(l1=1.0, giou=10.0), normalizer="rows")
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,50 @@ class RoIConfig(RegionConfig):
     """Faster R-CNN's head on pooled regions."""
 
     min_iou: Fraction = 0.5  # IoU with an object from which a RoI is a positive
+
+
+@dataclass(frozen=True)
+class CascadeConfig(RegionConfig):
+    """Cascade R-CNN's heads on pooled regions, one behind the other; a list has one entry per stage."""
+
+    objective: ObjectiveConfig = one_of(
+        RankingConfig(score_weighted=True), _SOFTMAX_CASCADE, ScoreConfig(weights=TermWeights(giou=2.0))
+    )
+    class_agnostic: bool = True
+    add_ground_truth: bool = True
+    min_ious: Annotated[tuple[Fraction, ...], NotEmpty()] = (0.5, 0.6, 0.7)  # of the positives
+    # With a ranking loss all stages weigh the same, and have the same deviations; Cascade R-CNN has (1, 0.5, 0.25) and
+    # (1, 2, 3).
+    stage_weights: Annotated[tuple[float, ...], NotEmpty()] = (1.0, 1.0, 1.0)
+    std_divisors: Annotated[tuple[Positive, ...], NotEmpty()] = (1.0, 1.0, 1.0)  # of coder_stds
+
+    def problems(self, name: str) -> Iterator[str]:
+        """Yield what is wrong between settings; `name` is that of the section."""
+        yield from super().problems(name)
+        for setting in ("stage_weights", "std_divisors"):
+            if len(getattr(self, setting)) != len(self.min_ious):
+                yield (
+                    f"{name}.{setting} has {len(getattr(self, setting))} entries for {len(self.min_ious)} stages of "
+                    f"{name}.min_ious; give as many"
+                )
+
+    def stages(self) -> list[RoIConfig]:
+        """Return the settings of each stage's head."""
+        shared = {field.name: getattr(self, field.name) for field in fields(RegionConfig)}
+        return [
+            RoIConfig(**{**shared, "coder_stds": tuple(std / divisor for std in self.coder_stds)}, min_iou=min_iou)
+            for min_iou, divisor in zip(self.min_ious, self.std_divisors, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Mask R-CNN's branch of the RoI head."""
+
+    loss: Literal["dice", "binary_cross_entropy"] = "dice"  # Dice with ranking losses, cross entropy with the others
+    stacked_convs: int = 4
+    pool_size: Count = 14  # cells a side of the pooled window; masks have twice as many
+    max_masks: Count = 200  # masks a step is trained on, chosen at random, to bound memory
 
 
 @dataclass(frozen=True)

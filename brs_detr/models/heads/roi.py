@@ -42,18 +42,9 @@ class RoIOutput(NamedTuple):
     features: Tensor
 
 
-class RoISamples(NamedTuple):
-    """The RoIs that take part in a step, of each image the positives before the background.
-
-    Attributes:
-        rois: per image (n, 4) xyxy pixels, n at least 1.
-        assigned: per image (n,) int64, index of the object, or a mark of `assign.max_iou`.
-        added: per image how many of the RoIs, the first ones, are ground-truth boxes that joined the proposals.
-    """
-
-    rois: list[Tensor]
-    assigned: list[Tensor]
-    added: list[int]
+def finest_scale(strides: Sequence[int]) -> int:
+    """Return half the side of the smallest RoIs that are not pooled from the finest map: 56 pixels at stride 4."""
+    return 14 * strides[0]
 
 
 def pool_rois(
@@ -71,12 +62,10 @@ def pool_rois(
         (N, dim, side, side) in level order, N = sum of n_b; and (N,) int64, the row of each of them among the RoIs of
         all images.
     """
-    # RoIs below twice this side (square root of the area, pixels) are pooled from the finest map: 56 at stride 4.
-    finest_scale = 14 * strides[0]
     boxes = torch.cat(list(rois)).float()
     image = torch.cat([box.new_full((box.shape[0], 1), b, dtype=torch.float32) for b, box in enumerate(rois)])
     area = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1)
-    level = (area.sqrt() / finest_scale + 1e-6).log2().floor().clamp(0, len(strides) - 1).long()
+    level = (area.sqrt() / finest_scale(strides) + 1e-6).log2().floor().clamp(0, len(strides) - 1).long()
     order = level.argsort(stable=True)
     counts = torch.bincount(level, minlength=len(strides)).tolist()
     per_level = torch.cat([image, boxes], dim=1)[order].split(counts)
@@ -109,6 +98,7 @@ class RoIHead(nn.Module):
         super().__init__()
         fc_dim, pool = config.fc_dim, 7  # cells a side of the pooled window
         self.num_classes, self.strides, self.pool = num_classes, tuple(strides), pool
+        self.finest_scale = finest_scale(strides)
         self.min_iou, self.low_quality, self.box_loss = config.min_iou, config.low_quality, config.box_loss
         self.objective = build_objective(config.objective)
         self.softmax = config.objective.loss == "cross_entropy"  # and not a sigmoid per class
@@ -169,21 +159,19 @@ class RoIHead(nn.Module):
             scalar terms, finite and attached to the graph without any positive too; and what the RoIs learned, of each
             image the positives before the background, with their pooled features.
         """
-        samples = self.sample(proposals, sizes, targets)
-        output = self(features, samples.rois)
-        assignment = self.assign(samples, targets)
+        rois, assigned = self._sample(proposals, sizes, targets)
+        output = self(features, rois)
+        assignment = self.assign(rois, assigned, targets)
         further = {} if branch is None else branch(features, assignment, targets)
         terms = self.terms(output, assignment, further)
         return HeadLosses(terms, assignment._replace(features=assignment.per_image(output.features)))
 
-    def assign(self, samples: RoISamples, targets: Sequence[dict]) -> HeadAssignment:
-        """Return what every sampled RoI shall learn; targets as for `losses`."""
-        joined = join(samples.assigned, targets)
+    def assign(self, rois: list[Tensor], assigned: list[Tensor], targets: Sequence[dict]) -> HeadAssignment:
+        """Return what RoIs shall learn, from the object of each (n,) or a negative mark; targets as for `losses`."""
+        joined = join(assigned, targets)
         rows = joined.positives()
         objects = joined.assigned[rows]
-        return HeadAssignment(
-            samples.rois, joined.classes(self.num_classes), rows, joined.boxes[objects], objects=objects
-        )
+        return HeadAssignment(rois, joined.classes(self.num_classes), rows, joined.boxes[objects], objects=objects)
 
     def terms(self, output: RoIOutput, assignment: HeadAssignment, further: BoxLosses) -> dict[str, Tensor]:
         """Compute the named terms of predictions with a known assignment; `further` losses join those of the boxes."""
@@ -203,8 +191,10 @@ class RoIHead(nn.Module):
         return output.deltas[rows, classes[rows]]
 
     @torch.no_grad()
-    def sample(self, proposals: Sequence[Tensor], sizes: Sequence[Size], targets: Sequence[dict]) -> RoISamples:
-        """Choose the RoIs of a step; arguments as for `losses`."""
+    def _sample(
+        self, proposals: Sequence[Tensor], sizes: Sequence[Size], targets: Sequence[dict]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Choose the RoIs (n, 4) of every image, positives first, and their assignment (n,); n is at least 1."""
         candidates, assignments = [], []
         for boxes, (height, width), target in zip(proposals, sizes, targets, strict=True):
             boxes, objects = boxes[: self.max_rois].float(), target["boxes"].float()
@@ -219,18 +209,27 @@ class RoIHead(nn.Module):
                 assigned = torch.cat([torch.arange(objects.shape[0], device=assigned.device), assigned])
             candidates.append(boxes)
             assignments.append(assigned if self.sampler is None else self.sampler(assigned))
-        added = [target["boxes"].shape[0] if self.add_ground_truth else 0 for target in targets]
         if self.sampler is None:  # nothing was ignored: the number of RoIs is known without asking the device
             counts = [boxes.shape[0] for boxes in candidates]
         else:
-            kept = [assigned != IGNORED for assigned in assignments]
-            totals = [part.sum() for part in kept] + [part[:count].sum() for part, count in zip(kept, added)]
-            numbers = torch.stack(totals).tolist()
-            counts, added = numbers[: len(kept)], numbers[len(kept) :]
+            counts = torch.stack([(assigned != IGNORED).sum() for assigned in assignments]).tolist()
         # 0 for positives, 1 for background, 2 for ignored; stable, so that the added objects stay in front
         orders = [(-assigned).clamp(0, 2).argsort(stable=True)[:count] for assigned, count in zip(assignments, counts)]
-        rois = [boxes[order] for boxes, order in zip(candidates, orders)]
-        return RoISamples(rois, [assigned[order] for assigned, order in zip(assignments, orders)], added)
+        return [b[o] for b, o in zip(candidates, orders)], [a[o] for a, o in zip(assignments, orders)]
+
+    @torch.no_grad()
+    def added(self, rois: Sequence[Tensor], targets: Sequence[dict]) -> list[int]:
+        """Count the RoIs of each image, the first ones, that are ground truth added by this head."""
+        counts = [len(target["boxes"]) if self.add_ground_truth else 0 for target in targets]
+        if self.sampler is None or not self.add_ground_truth:
+            return counts
+        # A sampler may have left some of them out. Only positives precede the background, the objects first of all.
+        equal = [
+            (own[:count, None] == target["boxes"].float()).all(dim=2).any(dim=1)
+            for own, target, count in zip(rois, targets, counts, strict=True)
+        ]
+        leading: list[int] = torch.stack([same.long().cumprod(0).sum() for same in equal]).tolist()
+        return leading
 
     @torch.no_grad()
     def refine(

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from brs_detr.assign.max_iou import IGNORED, MaxIoUAssigner
-from brs_detr.losses.objective import RankingObjective
 from brs_detr.models.config import RankingConfig, RPNConfig, ScoreConfig, TermWeights
 from brs_detr.models.heads.rpn import RPNHead
 from brs_detr.ops.anchors import inside_image
@@ -19,7 +18,7 @@ import cnn
 STRIDES = (4, 8, 16, 32, 64)
 CASES = ["normal", "own_padding", "empty_one", "empty_both", "border0"]
 PUBLISHED = RPNConfig(
-    RankingConfig(weight=0.2, score_weighted=True, tau=0.7),
+    RankingConfig(weight=0.2, score_weighted=True, tau=0.7, balance="epoch"),
     proposals_before_nms=2000,
     proposals=1000,
     anchor_scale=8.0,
@@ -59,7 +58,6 @@ def test_official_targets_losses_and_gradients(case, loss):
 def test_official_losses_and_gradients_of_alrp(case):
     recorded = cnn.load(f"rpn_alrp_{case}")
     head = published("alrp")
-    head.objective = RankingObjective("alrp", 0.2, tau=0.7, period=3665)  # their balance starts at 50
     terms = head.losses(recorded.output(), recorded.sizes(), recorded.targets()).terms
     if recorded.info["num_pos"] == 0:
         return recorded.assert_no_positives(terms)
