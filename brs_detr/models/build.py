@@ -22,7 +22,7 @@ from brs_detr.models.heads.roi import RoIHead
 from brs_detr.models.heads.rpn import RPNHead
 from brs_detr.models.neck import ChannelMapper, pyramid_strides
 from brs_detr.models.one_stage import build_atss, build_foveabox, build_paa, build_retinanet
-from brs_detr.models.rcnn import FasterRCNN
+from brs_detr.models.rcnn import TwoStageDetector
 from brs_detr.models.transformer.attention import Sampling, use_sampling
 from brs_detr.models.transformer.decoder import QueryDecoder
 from brs_detr.models.transformer.encoder import DeformableEncoder
@@ -101,5 +101,7 @@ DETECTORS: dict[str, Callable[[Any, int], Detector]] = {
     "foveabox": build_foveabox,
     "atss": build_atss,
     "paa": build_paa,
-    "faster_rcnn": FasterRCNN,
+    "faster_rcnn": TwoStageDetector,
+    "cascade_rcnn": TwoStageDetector,
+    "mask_rcnn": TwoStageDetector,
 }

@@ -11,8 +11,10 @@ from brs_detr.models.config import (
     ATSSHeadConfig,
     BackboneConfig,
     BRSDETRConfig,
+    CascadeConfig,
     CoDETRConfig,
     DenseHeadConfig,
+    MaskConfig,
     ObjectiveConfig,
     RankingConfig,
     RoIConfig,
@@ -175,7 +177,7 @@ class TwoStageConfig:
     dim: Count = 256
     levels: Count = 5  # maps of the feature pyramid; regions are pooled from those of the backbone
     rpn: ProposalConfig = ProposalConfig()
-    roi: RegionHeadConfig = RegionHeadConfig()
+    roi: RegionHeadConfig | CascadeConfig = RegionHeadConfig()
 
     has_masks: ClassVar[bool] = False  # whether instance masks are learned and predicted
 
@@ -197,8 +199,36 @@ class FasterRCNNConfig(TwoStageConfig):
     name: Literal["faster_rcnn"] = "faster_rcnn"  # type: ignore[assignment]
 
 
+@dataclass(frozen=True)
+class CascadeRCNNConfig(TwoStageConfig):
+    """Cascade R-CNN."""
+
+    name: Literal["cascade_rcnn"] = "cascade_rcnn"  # type: ignore[assignment]
+    rpn: ProposalConfig = ProposalConfig(allowed_border=0.0)  # as published
+    roi: CascadeConfig = CascadeConfig()
+
+
+@dataclass(frozen=True)
+class MaskRCNNConfig(TwoStageConfig):
+    """Mask R-CNN."""
+
+    has_masks: ClassVar[bool] = True
+
+    name: Literal["mask_rcnn"] = "mask_rcnn"  # type: ignore[assignment]
+    roi: RegionHeadConfig = RegionHeadConfig(low_quality=True)  # as published
+    mask: MaskConfig = MaskConfig()
+
+
 ModelConfig = (
-    BRSDETRConfig | CoDETRConfig | RetinaNetConfig | FoveaBoxConfig | ATSSConfig | PAAConfig | FasterRCNNConfig
+    BRSDETRConfig
+    | CoDETRConfig
+    | RetinaNetConfig
+    | FoveaBoxConfig
+    | ATSSConfig
+    | PAAConfig
+    | FasterRCNNConfig
+    | CascadeRCNNConfig
+    | MaskRCNNConfig
 )
 MODELS: tuple[ModelConfig, ...] = (  # section `model` is one of them, by name; the first is the default
     BRSDETRConfig(),
@@ -208,4 +238,6 @@ MODELS: tuple[ModelConfig, ...] = (  # section `model` is one of them, by name; 
     ATSSConfig(),
     PAAConfig(),
     FasterRCNNConfig(),
+    CascadeRCNNConfig(),
+    MaskRCNNConfig(),
 )

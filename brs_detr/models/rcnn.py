@@ -1,6 +1,7 @@
-"""Two-stage CNN detectors: a backbone, a feature pyramid, region proposals and a head that looks at each region.
+"""Two-stage CNN detectors: a backbone, a feature pyramid, region proposals and heads that look at each region.
 
-Faster R-CNN (Ren et al., 2015) on a feature pyramid (Lin et al., 2017).
+Faster R-CNN (Ren et al., 2015) on a pyramid (Lin et al., 2017), Cascade R-CNN (Cai and Vasconcelos, 2018), whose
+second stage is three heads in a row, and Mask R-CNN (He et al., 2017), which also predicts a mask of each object.
 """
 
 from __future__ import annotations
@@ -11,32 +12,41 @@ from typing import Any
 from torch import Tensor
 
 from brs_detr.models.backbones.timm_backbone import build_backbone
-from brs_detr.models.cnn_config import FasterRCNNConfig
+from brs_detr.models.cnn_config import CascadeConfig, MaskRCNNConfig, TwoStageConfig
 from brs_detr.models.detector import Detector, to_stored_images
+from brs_detr.models.heads.cascade import CascadeHead
+from brs_detr.models.heads.mask import MaskHead, paste_detections
 from brs_detr.models.heads.roi import RoIHead
 from brs_detr.models.heads.rpn import RPNHead
 from brs_detr.models.neck import FPN, pyramid_strides
 from brs_detr.ops.images import ImageBatch, Size
 
 
-class FasterRCNN(Detector):
-    """Backbone -> FPN -> RPN -> RoI head.
+class TwoStageDetector(Detector):
+    """Backbone -> FPN -> RPN -> RoI head, or several of them, and optionally a mask head.
 
     Args:
-        config: see `FasterRCNNConfig`.
+        config: see `TwoStageConfig`; its class says what the second stage is.
         num_classes: K.
     """
 
     heads = ("roi",)
 
-    def __init__(self, config: FasterRCNNConfig, num_classes: int) -> None:
+    def __init__(self, config: TwoStageConfig, num_classes: int) -> None:
         super().__init__(num_classes)
         self.backbone = build_backbone(config.backbone)
         pooled = self.backbone.strides
         self.strides = pyramid_strides(pooled, config.levels)
         self.neck = FPN(self.backbone.channels, config.dim, config.levels, "pool")
         self.rpn = RPNHead(config.dim, self.strides, config.rpn)
-        self.roi = RoIHead(config.dim, num_classes, pooled, config.roi)
+        self.roi: RoIHead | CascadeHead
+        if isinstance(config.roi, CascadeConfig):
+            self.roi = CascadeHead(config.dim, num_classes, pooled, config.roi)
+        else:
+            self.roi = RoIHead(config.dim, num_classes, pooled, config.roi)
+        self.mask = None
+        if isinstance(config, MaskRCNNConfig):
+            self.mask = MaskHead(config.dim, num_classes, pooled, config.mask)
 
     def encode(self, x: Tensor, padding: Tensor) -> list[Tensor]:
         """Map normalized images (B, 3, H, W) to the maps (B, dim, h, w) of the pyramid, finest first."""
@@ -48,13 +58,20 @@ class FasterRCNN(Detector):
     ) -> dict[str, Tensor]:
         """Compute the loss terms of both stages."""
         regions = self.rpn(features)
-        heads = {
-            "rpn": self.rpn.losses(regions, sizes, targets),
-            "roi": self.roi.losses(features, self.rpn.proposals(regions, sizes), sizes, targets),
-        }
+        proposals = self.rpn.proposals(regions, sizes)
+        if isinstance(self.roi, CascadeHead):
+            second = self.roi.losses(features, proposals, sizes, targets)
+        else:
+            branch = None if self.mask is None else self.mask.losses
+            second = self.roi.losses(features, proposals, sizes, targets, branch)
+        heads = {"rpn": self.rpn.losses(regions, sizes, targets), "roi": second}
         return {f"{name}.{term}": value for name, head in heads.items() for term, value in head.terms.items()}
 
     def detect(self, features: list[Tensor], images: ImageBatch) -> list[dict[str, Tensor]]:
-        """Return the RoI head's detections in the frame of the stored images."""
+        """Return the detections in the frame of the stored images; "masks" are COCO's compressed run lengths."""
         proposals = self.rpn.proposals(self.rpn(features), images.sizes)
-        return to_stored_images(self.roi.predict(features, proposals, images.sizes), images)
+        detections = self.roi.predict(features, proposals, images.sizes)
+        if self.mask is None:
+            return to_stored_images(detections, images)
+        with_masks = to_stored_images(self.mask.predict(features, detections), images)
+        return paste_detections(with_masks, images.original_sizes)
