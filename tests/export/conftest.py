@@ -48,11 +48,13 @@ def spread():
 
 @pytest.fixture(scope="session")
 def build():
-    """From a backbone's name to a detector."""
+    """From a backbone's name, and other settings of it, to a detector."""
 
-    def small_detector(backbone: str = SMALL.backbone.name) -> BRSDETR:
+    def small_detector(backbone: str = SMALL.backbone.name, **settings: object) -> BRSDETR:
         torch.manual_seed(2)
-        return spread_weights(build_model(replace(SMALL, backbone=replace(SMALL.backbone, name=backbone)), 3))
+        return spread_weights(
+            build_model(replace(SMALL, backbone=replace(SMALL.backbone, name=backbone, **settings)), 3)
+        )
 
     return small_detector
 

@@ -114,10 +114,12 @@ def test_autocast_computes_in_float32_and_returns_what_a_plain_convolution_does(
     conv = nn.Conv2d(8, 8, 3, padding=1)
     layer = learned(DeformableConv(conv), std=0.1)
     x = torch.randn(2, 8, 6, 6)
+    exact = layer(x)
     with torch.autocast("cpu", dtype):
-        low, plain = layer(x), conv(x)
-    assert low.dtype == plain.dtype == dtype
-    torch.testing.assert_close(low.float(), layer(x), rtol=0.05, atol=0.05)
+        for entry in (x, x.to(dtype)):  # of the first layer, and of one that follows another
+            low, plain = layer(entry), conv(entry)
+            assert low.dtype == plain.dtype == dtype
+            torch.testing.assert_close(low.float(), exact, rtol=0.05, atol=0.05)
     low.float().sum().backward()
     assert layer.weight.grad.dtype == torch.float32 and torch.isfinite(layer.conv_offset.weight.grad).all()
 
