@@ -5,17 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import SMALL_BACKBONE
 from torch import nn
 
 from brs_detr.export.onnx import write_onnx
 from brs_detr.models.brs_detr import BRSDETR
 from brs_detr.models.build import build_model
-from brs_detr.models.config import BackboneConfig, BRSDETRConfig
+from brs_detr.models.config import BRSDETRConfig
 
 SMALL = BRSDETRConfig(
-    backbone=BackboneConfig(
-        name="test_resnet.r160_in1k", pretrained=False, frozen_stages=0, norm="batch", levels=(16, 32)
-    ),
+    backbone=replace(SMALL_BACKBONE, levels=(16, 32)),
     dim=64,
     heads=4,
     levels=3,

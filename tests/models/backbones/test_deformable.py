@@ -1,11 +1,11 @@
 """Modulated deformable convolutions against the paper's sum, tap by tap, and inside ResNets and ResNeXts."""
 
 import math
-from pathlib import Path
 
 import pytest
 import timm
 import torch
+from support import DEMO
 from torch import nn
 from torchvision.models import ResNet50_Weights, ResNet101_Weights, ResNeXt101_64X4D_Weights
 
@@ -15,8 +15,6 @@ from brs_detr.models.backbones.norms import FrozenBatchNorm
 from brs_detr.models.backbones.timm_backbone import build_backbone
 from brs_detr.models.config import BackboneConfig
 from brs_detr.run.setup import describe_model
-
-DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
 
 
 def learned(layer, std=0.5):
