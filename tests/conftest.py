@@ -1,10 +1,12 @@
 """Shared fixtures: where the optional reference data lies, and one thread so that timings and sums repeat."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))  # for `support`
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

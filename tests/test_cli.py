@@ -2,7 +2,6 @@
 
 import contextlib
 import gzip
-import importlib.util
 import json
 import os
 import re
@@ -11,14 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
+from support import DEMO, ROOT, SMALL_DETECTOR, SMALL_IMAGES, reset_accelerate, script
 
 from brs_detr import cli
 from brs_detr.commands.predict import score_thresholds
@@ -30,23 +28,10 @@ from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.trainer import Trainer
 from brs_detr.run.setup import build_detector
 
-ROOT = Path(__file__).resolve().parents[1]
-DEMO = str(ROOT / "configs" / "demo.yaml")
 TINY = [
-    "model.dim=64",
-    "model.heads=2",
-    "model.ffn_dim=32",
-    "model.queries=10",
-    "model.max_aux_queries=10",
-    "model.encoder_layers=1",
-    "model.decoder_layers=1",
-    "model.roi.fc_dim=32",
-    "model.rpn.proposals_before_nms=50",
-    "model.rpn.proposals=20",
+    *SMALL_DETECTOR,
     "model.rpn.test_proposals=20",
-    "data.workers=0",
-    "data.augment.short_sides=[64]",
-    "data.test_short_side=64",
+    *SMALL_IMAGES,
     "train.epochs=2",
     "train.total_batch_size=4",
     "train.per_device_batch_size=2",
@@ -57,19 +42,12 @@ TINY = [
 ]
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
 train, evaluate = script("train"), script("eval")
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +125,7 @@ def test_a_run_killed_in_the_middle_of_an_epoch_ends_the_same(run, data, tmp_pat
         patch.setattr(Trainer, "step", die)
         with pytest.raises(KeyboardInterrupt):
             train(command)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
     assert train([*command, "data.workers=1", "--resume"]) == 0
     ours, theirs = load_file(tmp_path / "last.safetensors"), load_file(run / "last.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -186,7 +164,7 @@ def test_a_changed_recipe_is_not_resumed_unless_told(run, data, capsys):
     command = [DEMO, *TINY, f"data.root={data}", f"output_dir={run}", "optim.lr=0.5", "--resume"]
     assert train(command) == 2
     assert "optim.lr: 0.001 -> 0.5" in capsys.readouterr().err
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
     assert train([*command, "train.allow_changes=true"]) == 0
 
 
@@ -211,7 +189,7 @@ def test_overfitting_uses_the_training_images_for_validation(data, tmp_path):
     assert train(command) == 0
     subset = json.loads((tmp_path / "overfit.json").read_text())
     assert len(subset["images"]) == 4
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
     assert evaluate([str(tmp_path), "--out", str(tmp_path / "out"), "--images", "0"]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {r["image_id"] for r in results} <= {image["id"] for image in subset["images"]}
@@ -225,7 +203,7 @@ def test_a_dry_run_reports_memory_and_leaves_no_run(data, tmp_path, capsys):
     # a crop of 32 x 64 resized to a short side of 64, in either direction: two images are padded to both
     assert "peak memory" in said and "of 128x128 with" in said
     assert "an optimizer step of " in said and "step of 0 parameters" not in said
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
     assert train([*command, "--dry-run"]) == 0
     assert not (tmp_path / "run" / "state").exists()
 
@@ -257,7 +235,7 @@ def test_a_run_is_not_resumed_on_other_annotations(run, data, tmp_path, capsys):
     annotations = json.loads(path.read_text())
     annotations["annotations"][0]["bbox"][2] -= 2
     path.write_text(json.dumps(annotations))
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
     assert train(command) == 2
     assert "annotations/train.json changed since" in capsys.readouterr().err
 
@@ -268,7 +246,7 @@ def test_a_length_in_steps_is_rounded_up_to_epochs_and_too_few_are_warned_of(dat
     said = capsys.readouterr().out
     assert "2 epochs of 3 optimizer steps, 6 in all; validation every epoch" in said
     assert "warning: 6 optimizer steps is very short" in said
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
     assert train([*command, "train.steps=4", "train.schedule=step", "train.lr_steps=[1]"]) == 2
     assert "train.schedule=cosine" in capsys.readouterr().err
 
@@ -397,7 +375,7 @@ def test_a_storage_that_fails_has_a_code_of_its_own_in_every_command(run, data, 
     monkeypatch.setattr("brs_detr.commands.predict.read_image", gone)
     out = ["--out", str(tmp_path / "out")]
     assert train([DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path / 'run'}"]) == 74
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
     assert evaluate([str(run), f"data.root={data}", "data.workers=1", *out]) == 74
     assert cli.main(["predict", str(run), str(data / "images" / "val"), *out]) == 74
     said = capsys.readouterr().err
@@ -451,7 +429,7 @@ def test_frozen_parts_stay_as_they_are(run, data, tmp_path, capsys):
     frozen = [name for name in before if name.startswith(("encoder.", "neck."))]
     assert frozen and all(torch.equal(before[name], after[name]) for name in frozen)
     assert any(not torch.equal(before[name], after[name]) for name in before if name.startswith("decoder."))
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
     assert train([*command, f"output_dir={tmp_path / 'x'}", "train.freeze=[encodre]"]) == 2
     assert "the parts are backbone, neck, encoder" in capsys.readouterr().err
 
@@ -583,12 +561,12 @@ def test_a_disk_that_takes_no_more_ends_with_a_code_of_its_own_and_loses_nothing
     error = capsys.readouterr().err.strip()
     assert error.startswith(f"error: {folder / 'state'}: cannot be written to: ") and "\n" not in error
     assert sorted(path.name for path in (folder / "state").iterdir()) == former
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
     assert train([*command, "train.epochs=3"]) == 0
     assert not list(folder.rglob("*.partial"))
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
     for limit, place in ((9_000, tmp_path / "out"), (100, "/dev/shm")):  # the shared memory is files, too
-        AcceleratorState._reset_state(reset_partial_state=True)
+        reset_accelerate()
         with file_limit(limit):
             assert evaluate([str(folder), f"data.root={data}", "--out", str(tmp_path / "out")]) == 74
         error = capsys.readouterr().err
@@ -599,6 +577,6 @@ def test_settings_that_do_not_fit_a_state_are_refused_by_tensor(run, data, tmp_p
     shutil.copytree(run, tmp_path / "run")
     command = [DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path / 'run'}", "--resume"]
     for change, named in (("model.queries=12", "tensors of the model"), ("train.freeze=[backbone]", "train.freeze")):
-        AcceleratorState._reset_state(reset_partial_state=True)
+        reset_accelerate()
         assert train([*command, "train.allow_changes=true", "train.epochs=3", change]) == 2
         assert named in capsys.readouterr().err

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from support import module_from
 
 from brs_detr.cli import COMMANDS
 from brs_detr.config import Config
@@ -74,9 +75,7 @@ def test_every_link_leads_to_a_file_and_a_heading(page):
 
 
 def test_links_are_rewritten_for_the_site():
-    spec = importlib.util.spec_from_file_location("mkdocs_pages", ROOT / "tools" / "mkdocs_pages.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = module_from(ROOT / "tools" / "mkdocs_pages.py")
     text = "[a](docs/data.md#images) ![b](docs/images/demo.png) [c](CONTRIBUTING.md) [d](https://x.org/docs/a.md)"
     there = "[a](data.md#images) ![b](images/demo.png) [c](contributing.md) [d](https://x.org/docs/a.md)"
     assert tool.site_links(text, from_root=True) == there

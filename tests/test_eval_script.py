@@ -1,7 +1,6 @@
 """eval.py on a small run trained under bf16: figures that hold for any launch, files that others read, and notes."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import shutil
@@ -11,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from support import DEMO, SMALL_DETECTOR, SMALL_IMAGES, reset_accelerate, script
 from torch import nn
 
 from brs_detr.data.synthetic import make_dataset
@@ -22,21 +21,10 @@ from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.predict import predict, require_all
 from brs_detr.ops.images import ImageBatch
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = [
-    "model.dim=64",
-    "model.heads=2",
-    "model.ffn_dim=32",
+    *SMALL_DETECTOR,
     "model.queries=20",
-    "model.max_aux_queries=10",
-    "model.encoder_layers=1",
-    "model.decoder_layers=1",
-    "model.roi.fc_dim=32",
-    "model.rpn.proposals_before_nms=50",
-    "model.rpn.proposals=20",
-    "data.workers=0",
-    "data.augment.short_sides=[64]",
-    "data.test_short_side=64",
+    *SMALL_IMAGES,
     "train.epochs=8",
     "train.eval_every=8",
     "train.warmup_steps=0",
@@ -46,22 +34,15 @@ TINY = [
 ]
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
 train, evaluate = script("train"), script("eval")
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
     """For each test and, since one of them asks for bf16, for whatever runs next."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +68,8 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    assert train([str(ROOT / "configs" / "demo.yaml"), *TINY, f"data.root={data}", f"output_dir={folder}"]) == 0
+    reset_accelerate()
+    assert train([DEMO, *TINY, f"data.root={data}", f"output_dir={folder}"]) == 0
     return folder
 
 
@@ -102,7 +83,7 @@ def report(folder):
 def test_the_figures_are_those_of_the_training_to_the_last_digit_whatever_the_precision(run, tmp_path):
     logged = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "val"][-1]
     for override in ("train.precision=bf16", "train.precision=no", "train.precision=fp16"):
-        AcceleratorState._reset_state(reset_partial_state=True)
+        reset_accelerate()
         assert evaluate([str(run / "last.safetensors"), override, "--out", str(tmp_path), "--images", "0"]) == 0
         ours = report(tmp_path)
         assert ours["stats"] == {name: logged[name] for name in ours["stats"]}
@@ -178,11 +159,11 @@ def test_a_val_set_without_objects_is_refused_by_training_and_said_by_eval(run, 
     shutil.copytree(data, root)
     path = root / "annotations" / "val.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
-    command = [str(ROOT / "configs" / "demo.yaml"), *TINY, f"data.root={root}", f"output_dir={tmp_path / 'run'}"]
+    command = [DEMO, *TINY, f"data.root={root}", f"output_dir={tmp_path / 'run'}"]
     assert train(command) == 2
     error = capsys.readouterr().err.strip()
     assert "none of its 9 images holds an object" in error and "\n" not in error
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
     assert evaluate([str(run), f"data.root={root}", "--out", str(tmp_path / "out"), "--images", "1"]) == 0
     content = report(tmp_path / "out")
     assert content["stats"]["AP"] == -1 and any("nothing to measure" in note for note in content["notes"])

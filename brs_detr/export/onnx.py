@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from brs_detr.models.backbones.deformable import DeformableConv
 from brs_detr.models.backbones.swin import SwinBackbone
 from brs_detr.models.brs_detr import BRSDETR, best_pairs
 from brs_detr.models.transformer.attention import use_sampling
@@ -106,6 +107,9 @@ def write_onnx(
     """
     if opset < MIN_OPSET:
         raise ExportError(f"--opset={opset}: torch's exporter writes opset {MIN_OPSET} and newer.")
+    # torch's exporter would write DeformConv, which came with opset 19, into a file of opset 18
+    if opset < 19 and any(isinstance(module, DeformableConv) for module in model.modules()):
+        raise ExportError(f"--opset={opset}: has no deformable convolutions. Give --opset 19 or a newer one.")
     if any_size and isinstance(model.backbone, SwinBackbone):
         raise ExportError(
             "--any-size: a Swin backbone divides its maps into windows, which fixes the size of the graph. "

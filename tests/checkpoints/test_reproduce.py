@@ -1,13 +1,12 @@
 """The list of published numbers, its recipes, and an evaluation of a converted file as the list describes it."""
 
-import importlib.util
 import json
 import math
 import re
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from support import reset_accelerate, script
 
 from brs_detr import cli
 from brs_detr.checkpoints.keys import to_official
@@ -45,13 +44,10 @@ def test_recipes_beside_the_papers_tables_change_only_what_they_name(recipes):
 
 
 @pytest.fixture
-def evaluate(recipes):
+def evaluate():
     """eval.py as a function."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    spec = importlib.util.spec_from_file_location("script_eval", recipes.parent / "eval.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    reset_accelerate()
+    return script("eval")
 
 
 def test_a_converted_file_evaluates_as_it_is(small_model, tmp_path, evaluate):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from support import DEMO, SMALL_DETECTOR
 
 from brs_detr import cli
 from brs_detr.commands import predict
@@ -16,15 +17,13 @@ from brs_detr.config import load_config, to_dict
 from brs_detr.engine.checkpoint import Weights, load_weights, save_weights
 from brs_detr.run.setup import build_detector
 
-DEMO = str(Path(__file__).resolve().parents[2] / "configs" / "demo.yaml")
-TINY = "model.dim=64 model.heads=2 model.ffn_dim=32 model.queries=10 model.encoder_layers=1 model.decoder_layers=1"
-SMALL = "model.roi.fc_dim=32 model.rpn.test_proposals=20 data.test_short_side=64"
+SMALL = [*SMALL_DETECTOR, "model.rpn.test_proposals=20", "data.test_short_side=64"]
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A detector that has learned nothing."""
-    config = load_config(DEMO, [*TINY.split(), *SMALL.split()])
+    config = load_config(DEMO, SMALL)
     path = tmp_path_factory.mktemp("weights") / "x.safetensors"
     tensors = build_detector(config, 2, initial_weights=False).state_dict()
     save_weights(path, Weights(tensors, ["a", "b"], [1, 2], to_dict(config)))

@@ -1,9 +1,8 @@
 """A saved batch is run again as the training ran it."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from support import DEMO, SMALL_DETECTOR
 from torch import nn
 
 from brs_detr import cli
@@ -14,9 +13,7 @@ from brs_detr.engine.nonfinite import save_batch
 from brs_detr.ops.images import ImageBatch
 from brs_detr.run.setup import build_detector
 
-DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
-SMALL = ["model.dim=64", "model.heads=2", "model.ffn_dim=32", "model.queries=10", "model.encoder_layers=1"]
-SMALL += ["model.decoder_layers=1", "model.roi.fc_dim=32", "train.freeze=[backbone]"]
+SMALL = [*SMALL_DETECTOR, "train.freeze=[backbone]"]
 
 
 def batch(image):

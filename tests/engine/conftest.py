@@ -1,6 +1,5 @@
 """The toy run as a module and as a program to be started and killed."""
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from support import module_from
 
 TOY = Path(__file__).with_name("toy_run.py")
 ROOT = TOY.parents[2]
@@ -18,10 +18,7 @@ ROOT = TOY.parents[2]
 @pytest.fixture(scope="session")
 def toy():
     """The module `toy_run`."""
-    spec = importlib.util.spec_from_file_location("toy_run", TOY)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_from(TOY)
 
 
 class Program:

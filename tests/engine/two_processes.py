@@ -3,7 +3,6 @@
 torchrun --nproc-per-node 2 two_processes.py FOLDER CHECK ...
 """
 
-import importlib.util
 import sys
 from itertools import islice
 from pathlib import Path
@@ -28,21 +27,11 @@ from brs_detr.ops.images import ImageBatch
 from brs_detr.run.output_dir import require_shared_folder
 
 HERE = Path(__file__).resolve()
-SPEC = importlib.util.spec_from_file_location("toy_run", HERE.with_name("toy_run.py"))
-toy = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(toy)
+sys.path.insert(0, str(HERE.parents[1]))
+from support import DEMO, SMALL_DETECTOR, module_from  # noqa: E402
 
-TINY = [
-    "model.dim=64",
-    "model.heads=2",
-    "model.ffn_dim=32",
-    "model.queries=10",
-    "model.max_aux_queries=10",
-    "model.encoder_layers=1",
-    "model.decoder_layers=2",
-    "model.roi.fc_dim=32",
-    "model.rpn.proposals=20",
-]
+toy = module_from(HERE.with_name("toy_run.py"))
+TINY = [*SMALL_DETECTOR, "model.decoder_layers=2"]
 
 
 class Quadratic(nn.Module):
@@ -107,7 +96,7 @@ def check_empty_images(accelerator):
 
     DDP would refuse the second step if a parameter had no part in the first.
     """
-    config = load_config(HERE.parents[2] / "configs" / "demo.yaml")
+    config = load_config(DEMO)
     for settings in VARIANTS:
         torch.manual_seed(0)
         detector = build_model(apply_overrides(config, [*TINY, *settings]).model, 3)

@@ -5,17 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import SMALL_BACKBONE
 from torch import nn
 
 from brs_detr.export.onnx import write_onnx
 from brs_detr.models.brs_detr import BRSDETR
 from brs_detr.models.build import build_model
-from brs_detr.models.config import BackboneConfig, BRSDETRConfig
+from brs_detr.models.config import BRSDETRConfig
 
 SMALL = BRSDETRConfig(
-    backbone=BackboneConfig(
-        name="test_resnet.r160_in1k", pretrained=False, frozen_stages=0, norm="batch", levels=(16, 32)
-    ),
+    backbone=replace(SMALL_BACKBONE, levels=(16, 32)),
     dim=64,
     heads=4,
     levels=3,
@@ -48,11 +47,13 @@ def spread():
 
 @pytest.fixture(scope="session")
 def build():
-    """From a backbone's name to a detector."""
+    """From a backbone's name, and other settings of it, to a detector."""
 
-    def small_detector(backbone: str = SMALL.backbone.name) -> BRSDETR:
+    def small_detector(backbone: str = SMALL.backbone.name, **settings: object) -> BRSDETR:
         torch.manual_seed(2)
-        return spread_weights(build_model(replace(SMALL, backbone=replace(SMALL.backbone, name=backbone)), 3))
+        return spread_weights(
+            build_model(replace(SMALL, backbone=replace(SMALL.backbone, name=backbone, **settings)), 3)
+        )
 
     return small_detector
 

@@ -1,6 +1,5 @@
 """`python -m brs_detr export` and the example that reads what it writes, as a user types them."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import module_from
 
 from brs_detr import cli
 from brs_detr.commands import export
@@ -79,9 +79,7 @@ def test_what_is_exported_is_checked_and_the_example_finds_what_predict_finds(we
 def test_the_example_resizes_as_predict_does(antialias, size):
     """To a gray level, with and without the low-pass filter, smaller and larger."""
     pytest.importorskip("onnxruntime")
-    spec = importlib.util.spec_from_file_location("onnx_detect", ROOT / "examples" / "onnx_detect.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    example = module_from(ROOT / "examples" / "onnx_detect.py")
     smooth = torch.nn.functional.interpolate(torch.rand(1, 3, 9, 12) * 255, size=(75, 103), mode="bilinear")[0].byte()
     facts = {"short_side": min(size), "long_side": max(size), "antialias": antialias, "size": None}
     ours = example.resize(Image.fromarray(smooth.permute(1, 2, 0).numpy()), facts)

@@ -9,6 +9,7 @@ import torch
 
 from brs_detr.export.onnx import DetectorGraph, ExportError, write_onnx
 from brs_detr.export.parity import ExportedDetector, compare
+from brs_detr.models.backbones.deformable import DeformableConv
 from brs_detr.ops.images import ImageBatch
 
 TINY_SWIN = {"embed_dim": 24, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 4), "window_size": 4}
@@ -100,3 +101,28 @@ def test_a_swin_is_exported_for_one_size(build, tmp_path, monkeypatch):
 def test_an_old_opset_is_refused(detector, tmp_path):
     with pytest.raises(ExportError, match="--opset=17"):
         write_onnx(detector, tmp_path / "old.onnx", (96, 96), opset=17)
+
+
+def deformable(build):
+    """A detector with deformable convolutions that read off their grid."""
+    model = build("resnet10t", deformable_stages=(3,), deformable_groups=2)
+    for layer in model.modules():
+        if isinstance(layer, DeformableConv):
+            torch.nn.init.normal_(layer.conv_offset.weight, std=0.1)
+            torch.nn.init.normal_(layer.conv_offset.bias)
+    return model
+
+
+def test_an_opset_without_deformable_convolutions_is_refused(build, tmp_path):
+    with pytest.raises(ExportError, match=r"--opset=18: has no deformable convolutions\. Give --opset 19"):
+        write_onnx(deformable(build), tmp_path / "old.onnx", (96, 96))
+
+
+@pytest.mark.slow
+def test_deformable_convolutions_are_the_same_in_onnxruntime(build, tmp_path):
+    pytest.importorskip("onnxruntime")
+    model, path = deformable(build), tmp_path / "deformable.onnx"
+    write_onnx(model, path, (150, 210), any_size=True, opset=19)
+    images = batch((96, 130), (80, 131))
+    found = compare(model, ExportedDetector(path), images)
+    assert found.small, found

@@ -4,16 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support import SMALL_BACKBONE
 
 from brs_detr.config import Config, apply_overrides
 from brs_detr.models.brs_detr import detections_from
 from brs_detr.models.build import build_model
-from brs_detr.models.config import BackboneConfig, BRSDETRConfig, CoDETRConfig, RoIConfig, RPNConfig
+from brs_detr.models.config import BRSDETRConfig, CoDETRConfig, RoIConfig, RPNConfig
 from brs_detr.models.transformer.decoder import Predictions
 from brs_detr.ops.images import ImageBatch
 
 SIZE = dict(
-    backbone=BackboneConfig(name="test_resnet.r160_in1k", pretrained=False, frozen_stages=0, norm="batch"),
+    backbone=SMALL_BACKBONE,
     dim=64,
     heads=4,
     encoder_layers=1,

@@ -1,11 +1,11 @@
 """Backbones: names and shapes of the published checkpoints, frozen parts that stay frozen, errors that help."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import timm
 import torch
+from support import DEMO
 from torch import nn
 
 from brs_detr.config import ConfigError, load_config
@@ -14,8 +14,6 @@ from brs_detr.models.backbones.timm_backbone import build_backbone
 from brs_detr.models.backbones.weights_io import load_weights, read_weights
 from brs_detr.models.config import BackboneConfig
 from brs_detr.run.setup import for_weights_file, require_known_backbone
-
-DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,11 @@
 """Modulated deformable convolutions against the paper's sum, tap by tap, and inside ResNets and ResNeXts."""
 
 import math
-from pathlib import Path
 
 import pytest
 import timm
 import torch
+from support import DEMO
 from torch import nn
 from torchvision.models import ResNet50_Weights, ResNet101_Weights, ResNeXt101_64X4D_Weights
 
@@ -15,8 +15,6 @@ from brs_detr.models.backbones.norms import FrozenBatchNorm
 from brs_detr.models.backbones.timm_backbone import build_backbone
 from brs_detr.models.config import BackboneConfig
 from brs_detr.run.setup import describe_model
-
-DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
 
 
 def learned(layer, std=0.5):
@@ -114,10 +112,12 @@ def test_autocast_computes_in_float32_and_returns_what_a_plain_convolution_does(
     conv = nn.Conv2d(8, 8, 3, padding=1)
     layer = learned(DeformableConv(conv), std=0.1)
     x = torch.randn(2, 8, 6, 6)
+    exact = layer(x)
     with torch.autocast("cpu", dtype):
-        low, plain = layer(x), conv(x)
-    assert low.dtype == plain.dtype == dtype
-    torch.testing.assert_close(low.float(), layer(x), rtol=0.05, atol=0.05)
+        for entry in (x, x.to(dtype)):  # of the first layer, and of one that follows another
+            low, plain = layer(entry), conv(entry)
+            assert low.dtype == plain.dtype == dtype
+            torch.testing.assert_close(low.float(), exact, rtol=0.05, atol=0.05)
     low.float().sum().backward()
     assert layer.weight.grad.dtype == torch.float32 and torch.isfinite(layer.conv_offset.weight.grad).all()
 

@@ -1,0 +1,50 @@
+"""Set-up that tests in several folders share: the smallest settings, programs as modules, a fresh Accelerate.
+
+`tests/conftest.py` makes it importable as `support`; programs that tests start insert the folder themselves.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from accelerate.state import AcceleratorState
+
+from brs_detr.models.config import BackboneConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = str(ROOT / "configs" / "demo.yaml")
+
+# Overrides of the demo's recipe, for a training of seconds; a test appends its own, of which the last one counts.
+SMALL_DETECTOR = [
+    "model.dim=64",
+    "model.heads=2",
+    "model.ffn_dim=32",
+    "model.queries=10",
+    "model.max_aux_queries=10",
+    "model.encoder_layers=1",
+    "model.decoder_layers=1",
+    "model.roi.fc_dim=32",
+    "model.rpn.proposals_before_nms=50",
+    "model.rpn.proposals=20",
+]
+SMALL_IMAGES = ["data.workers=0", "data.augment.short_sides=[64]", "data.test_short_side=64"]
+# of timm's own tests: 0.4 million parameters, with batch statistics since its weights are random
+SMALL_BACKBONE = BackboneConfig(name="test_resnet.r160_in1k", pretrained=False, frozen_stages=0, norm="batch")
+
+
+def module_from(path):
+    """The module in a file that is no part of a package."""
+    path = Path(path)
+    spec = importlib.util.spec_from_file_location(f"file_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def script(name):
+    """`main` of train.py or eval.py."""
+    return module_from(ROOT / f"{name}.py").main
+
+
+def reset_accelerate():
+    """Forget the settings of the process's first Accelerator, which every later one would take over."""
+    AcceleratorState._reset_state(reset_partial_state=True)
