@@ -495,7 +495,7 @@ def test_info_prints_the_settings_as_a_recipe(tmp_path, capsys):
 def test_info_shows_the_official_parameter_count_without_a_network(capsys):
     assert cli.main(["info", str(ROOT / "configs" / "brs_detr_r50_12e_coco.yaml")]) == 0
     said = capsys.readouterr().out
-    assert "65,126,564" in said and "22,223 tokens" in said
+    assert "65,126,564" in said and "22,223 cells" in said
 
 
 def test_predict_writes_a_json_and_images(run, data, tmp_path):
