@@ -231,7 +231,8 @@ def _range_problems(name: str, value: Any, hint: Any) -> Iterator[str]:
     if value == () and any(isinstance(mark, NotEmpty) for mark in marks):
         yield f"{name} needs at least one entry"
     numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
-    for limits in [mark for mark in marks if isinstance(mark, Range)] + [Range(min=0)]:  # none is meant to be negative
+    # No setting is meant to be negative.
+    for limits in [mark for mark in marks if isinstance(mark, Range)] + [Range(min=0)]:
         if complaint := limits.complaint(numbers):
             null = next((f", or null: {mark.meaning}" for mark in marks if isinstance(mark, Null)), "")
             yield f"{name}={shown} {complaint}{null}"
@@ -299,9 +300,9 @@ def nearest_setting(name: str, root: Any, aliases: Mapping[str, str], siblings: 
         if key in aliases:
             return aliases[key]
     right_word = [leaf for leaf in everywhere if leaf.rsplit(".", 1)[-1] == last]  # in the wrong section
-    if not right_word:
-        known = {part for leaf in everywhere for part in leaf.split(".")}
-        for part in set(name.split(".")) - known:  # a section that other programs, or this one formerly, have
+    parts, known = name.split("."), {part for leaf in everywhere for part in leaf.split(".")}
+    if not right_word or parts[0] in known:
+        for part in set(parts) - known:  # a section that other programs, or this one formerly, have
             if " " in aliases.get(part, ""):
                 return aliases[part]
     near = difflib.get_close_matches(name, right_word, n=1, cutoff=0.0)

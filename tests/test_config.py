@@ -111,6 +111,9 @@ def test_a_base_has_no_base(tmp_path):
         ("model.name=co_dter", "did you mean co_detr?"),
         ("model.loss=cross_entropy", "model.rpn.objective.loss=cross_entropy needs a background class"),
         ("model.ranking_weights.decoder=1", "each head has an objective of its own"),
+        ("model.score_weights.rpn.cls=1", "each head has an objective of its own"),
+        ("model.ranking_delta=1", "did you mean model.objective.delta?"),
+        ("model.ranking_scope=global", "did you mean model.objective.scope?"),
         ("train.lr_steps=[12]", "must lie before the end"),
         ("train.lr_steps=[3, 2]", "must increase"),
         ("train.ema_decay=1.0", "must be below 1"),
@@ -141,7 +144,7 @@ def test_a_base_has_no_base(tmp_path):
         ("optim=sgd", "the optimizer is optim.name, adamw or sgd"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_with_its_mend(override, message):
+def test_an_impossible_override_is_refused_with_what_to_write_instead(override, message):
     with pytest.raises(ConfigError) as error:
         apply_overrides(Config(), [override])
     assert message in str(error.value)
@@ -198,21 +201,21 @@ def test_the_number_of_classes_is_no_setting():
     assert "num_classes" not in yaml.safe_dump(to_dict(Config()))
 
 
-def test_an_alias_leads_to_a_setting_and_is_none_itself():
+def test_an_alias_leads_to_a_setting_and_is_not_a_setting():
     names = set(setting_names(Config()))
     for alias, target in ALIASES.items():
         assert alias not in names and (" " in target or target in names), alias
         if " " in target:
             assert target.endswith("."), alias
         else:
-            section = any(name.startswith(f"{alias}.") for name in names)  # "model": a value for a whole section
+            section = any(name.startswith(f"{alias}.") for name in names)  # "model": a value for a section
             message = "is a section" if section else f"did you mean {target}?"
             with pytest.raises(ConfigError) as error:
                 apply_overrides(Config(), [f"{alias}=1"])
             assert message in str(error.value) and target in str(error.value)
 
 
-def test_an_option_with_the_whole_name_of_a_setting_is_that_setting():
+def test_an_option_with_the_full_name_of_a_setting_is_that_setting():
     assert option_as_setting("--data.root", "x y") == "data.root=x y"
     assert option_as_setting("--seed", "3") == "seed=3"
     assert option_as_setting("--output-dir", "runs/x") == "output_dir=runs/x"
@@ -250,6 +253,18 @@ def test_score_based_losses_have_the_published_weights_of_their_head():
     assert [(w.cls, w.l1, w.giou) for w in weights] == [(2, 5, 2), (12, 0, 120), (12, 0, 24)]
     with pytest.raises(ConfigError, match="scope is not a setting"):
         apply_overrides(Config(), ["model.loss=focal", "model.scope=global"])
+
+
+def test_a_loss_has_the_published_weights_of_that_loss_in_that_head():
+    """Faster R-CNN's cross entropies are means over sampled rows, with offsets in the RPN; focal loss is neither."""
+    for loss, normalizer, l1, giou in (("binary_cross_entropy", "rows", 12, 0), ("focal", "positives", 12, 24)):
+        override = f"model.rpn.objective.loss={loss}"
+        objective = apply_overrides(Config(), [override, "model.rpn.box_loss=l1"]).model.rpn.objective
+        weights = objective.weights
+        assert (objective.loss, objective.normalizer, weights.l1, weights.giou) == (loss, normalizer, l1, giou)
+    assert (
+        apply_overrides(Config(), ["model.roi.objective.loss=cross_entropy"]).model.roi.objective.normalizer == "rows"
+    )
 
 
 def test_another_detector_keeps_what_was_changed_and_both_have():
@@ -290,3 +305,20 @@ def test_settings_stored_before_heads_had_objectives_mean_what_they_meant(stored
         "atss": none | {"cls": 12.0, "giou": 24.0, "centerness": 12.0},
     }
     assert from_dict({"model": stored | weights}, "old.safetensors") == apply_overrides(Config(), now)
+
+
+def test_stored_weights_of_the_ranking_are_those_of_their_heads():
+    ranking = {"decoder": 3.0, "rpn": 0.5, "roi": 7.0, "atss": 0.0}
+    model = from_dict({"model": {"loss": "bap", "ranking_weights": ranking, "score_weights": {}}}, "old").model
+    heads = {"decoder": model, "rpn": model.rpn, "roi": model.roi, "atss": model.atss}
+    assert {name: head.objective.weight for name, head in heads.items()} == ranking
+    assert {head.objective.loss for head in heads.values()} == {"bap"}
+
+
+def test_a_stored_rpn_with_a_score_based_loss_learned_offsets():
+    """So it did whatever the detector's name was; the boxes of a ranked RPN are decoded, and trained with GIoU."""
+    weights = {"cls": 12.0, "l1": 12.0, "giou": 24.0, "centerness": 0.0}
+    stored = {"ranking_weights": {}, "score_weights": dict.fromkeys(("decoder", "rpn", "roi", "atss"), weights)}
+    model = from_dict({"model": {"name": "brs_detr", "loss": "focal"} | stored}, "old.safetensors").model
+    assert (model.rpn.box_loss, model.rpn.objective.loss) == ("l1", "binary_cross_entropy")
+    assert model.objective.loss == model.atss.objective.loss == "focal"

@@ -26,8 +26,8 @@ class UnitBoxRPNHead(RPNHead):
     def box_losses(self, anchors, deltas, objects):
         unit = torch.tensor([-0.5, -0.5, 0.5, 0.5]).expand(len(anchors), 4)
         coder = BoxCoder((0.1, 0.1, 0.2, 0.2))
-        boxes, goals = coder.decode(unit, deltas), coder.decode(unit, self.coder.encode(anchors, objects))
-        return paired_iou(boxes.detach(), goals), {"giou": paired_giou_loss(boxes, goals)}
+        boxes, targets = coder.decode(unit, deltas), coder.decode(unit, self.coder.encode(anchors, objects))
+        return paired_iou(boxes.detach(), targets), {"giou": paired_giou_loss(boxes, targets)}
 
 
 def first_by_index(count, device):
@@ -136,6 +136,19 @@ def test_padding_takes_no_part_in_the_loss(family):
     spoilt[0][1, 13:] = 1e4  # 101 pixels are 13 rows of stride 8
     again = head.losses(DenseOutput(spoilt, output.deltas), SIZES, targets).terms
     assert all(torch.equal(losses[name], again[name]) for name in losses)
+
+
+def test_anchors_that_reach_beyond_the_image_learn_unless_a_border_is_set():
+    targets, learned = random_targets(3, 2), {}
+    for border in (None, 0.0):
+        head = RPNHead(8, STRIDES, replace(BRSDETRConfig.rpn, allowed_border=border))
+        assignment = head.losses(head(random_features()), SIZES, targets).assignment
+        outside = [
+            (anchors < 0).any(dim=1) | (anchors[:, 2] > width) | (anchors[:, 3] > height)
+            for anchors, (height, width) in zip(assignment.references, SIZES, strict=True)
+        ]
+        learned[border] = assignment.valid[torch.cat(outside)].sum()
+    assert learned[None] > 0 and learned[0.0] == 0
 
 
 def test_proposals_are_sorted_separated_and_inside():
