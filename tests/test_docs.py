@@ -29,6 +29,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 def settings():
     """Names of all settings and of the sections that hold them."""
     names = {name for name, _ in leaves(Config())}
+    names |= {f"model.{name.rpartition('.')[2]}" for name in names if ".objective." in name}  # of all heads
     return names | {".".join(name.split(".")[:n]) for name in names for n in range(1, 4)}
 
 
