@@ -145,12 +145,12 @@ def measure(
     row |= fastest({name: steps[name] for name in ("bucketed", "exact")}, device, repeats)
 
     part = min(len(positives), max(1, PAIRS // length))
-    whole = part == len(positives)
-    row["pairwise"] = f"{'' if whole else '~'}{time_pairwise(logits, positives, quality, part, device):.1f}"
-    truth = rank_sort_step(logits.double(), positives, quality.double(), "pairwise" if whole else "exact")
+    complete = part == len(positives)
+    row["pairwise"] = f"{'' if complete else '~'}{time_pairwise(logits, positives, quality, part, device):.1f}"
+    truth = rank_sort_step(logits.double(), positives, quality.double(), "pairwise" if complete else "exact")
     for method in ("bucketed", "exact"):
         error = (rank_sort_step(logits, positives, quality, method) - truth).abs().max().item()
-        row[f"{method} error"] = f"{error:.0e}{'' if whole else '*'}"
+        row[f"{method} error"] = f"{error:.0e}{'' if complete else '*'}"
     return row | {"distribution": distribution, "L": length, "percent": percent, "P": len(positives)}
 
 
@@ -170,11 +170,11 @@ def time_pairwise(logits: Tensor, positives: Tensor, quality: Tensor, part: int,
         leaf = logits.detach().requires_grad_()
         sum(rank_sort_loss(leaf, where, quality[chosen], valid=valid, method="pairwise")).backward()
 
-    whole = timed(lambda: step(part), device)
+    total = timed(lambda: step(part), device)
     if part == len(positives):
-        return whole
+        return total
     one = timed(lambda: step(1), device)
-    return one + (whole - one) / (part - 1) * (len(positives) - 1)
+    return one + (total - one) / (part - 1) * (len(positives) - 1)
 
 
 def as_line(row: dict[str, float | str]) -> str:

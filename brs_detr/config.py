@@ -38,7 +38,7 @@ from brs_detr.recipes import read_layers
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run."""
+    """The settings of a run."""
 
     seed: int = 0
     output_dir: str = "runs/default"

@@ -19,7 +19,7 @@ _OBJECTIVES = (
     "model.atss.objective, e.g. model.rpn.objective.weight=1."
 )
 
-# what other programs call a setting, by the whole name or its last word, and the setting here, or a sentence about it
+# what other programs call a setting, by the full name or its last word, and the setting here, or a sentence about it
 ALIASES: dict[str, str] = {
     alias: target
     for target, names in {

@@ -2,7 +2,7 @@
 
 Prints COCO's figures, a table of classes and what is most often taken for what; writes `results.json` (COCO's result
 format, the dataset's own category ids), `evaluation.json` (all figures), `per_class.csv`, `confusion.csv`,
-`precision_recall.csv`, and images of them and of found and true boxes. The figures equal those that the training's
+`precision_recall.csv`, and images of them with detections and ground truth. The figures equal those that the training's
 validation printed for these weights; where settings differ from the training's, that is said.
 
 The arguments and the checks that need no torch are in `commands/evaluate.py`.
@@ -147,7 +147,7 @@ def score(
     images_listed: int = 0,
     **options,
 ) -> tuple[Summary | None, list[dict]]:
-    """Predict a dataset and evaluate what was found.
+    """Predict a dataset and evaluate the detections.
 
     Args:
         model: the bare detector.
@@ -175,14 +175,14 @@ def score(
         max_detections=max_detections,
         progress=True,
     )
-    unreadable = [found["image_id"] for found in detections if found["unreadable"]]
+    unreadable = [image["image_id"] for image in detections if image["unreadable"]]
     if len(unreadable) == len(detections):  # in every process, so that none waits for the others
         raise DataError("none of the images to evaluate can be read; `python -m brs_detr check-data` names the fault")
     if not accelerator.is_main_process:
         return None, []
     require_all(detections, truth.image_ids)
     results = [
-        result for found in detections for result in detections_to_results(found["image_id"], found, category_ids)
+        result for image in detections for result in detections_to_results(image["image_id"], image, category_ids)
     ]
     counted = (*(limit for limit in (1, 10) if limit < max_detections), max_detections)
     readable = sorted(set(truth.image_ids) - set(unreadable))
@@ -287,7 +287,7 @@ def validator(
 def write_images(
     out: Path, dataset: CocoDetection, results: list[dict[str, Any]], count: int, thresholds: Mapping[str, float]
 ) -> list[Path]:
-    """Draw evenly spaced images of a dataset with what was found and what is true.
+    """Draw evenly spaced images of a dataset with their detections and ground truth.
 
     Args:
         out: folder; gets `detections/IMAGE_ID.png` and one sheet of them all, `detections.png`.
@@ -312,12 +312,12 @@ def write_images(
             image, target = dataset.load(index)
         except ImageError:  # the evaluation has counted it
             continue
-        found = [result for result in results if result["image_id"] == target["image_id"]]
-        boxes = torch.tensor([result["bbox"] for result in found]).reshape(-1, 4)
+        own = [result for result in results if result["image_id"] == target["image_id"]]
+        boxes = torch.tensor([result["bbox"] for result in own]).reshape(-1, 4)
         detections = {
             "boxes": torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1),
-            "scores": torch.tensor([result["score"] for result in found]),
-            "labels": torch.tensor([labels[result["category_id"]] for result in found], dtype=torch.long),
+            "scores": torch.tensor([result["score"] for result in own]),
+            "labels": torch.tensor([labels[result["category_id"]] for result in own], dtype=torch.long),
         }
         title = dataset.file_name(index)
         drawn.append(draw_detections(image, detections, target, dataset.classes, threshold=0.0, title=title))

@@ -172,7 +172,7 @@ def _ready_to_stop() -> Iterator[None]:
     """End at once on a stop signal outside the training: there is nothing to save."""
 
     def stop(*_) -> None:
-        print("told to stop outside the training: nothing to save; continue with --resume", file=sys.stderr)
+        print("Received SIGTERM outside the training: nothing to save. Resume with --resume.", file=sys.stderr)
         sys.exit(ExitCode.INTERRUPTED)
 
     former = signal.signal(signal.SIGTERM, stop)
@@ -198,7 +198,7 @@ def prepare_model(config: configuration.Config, accelerator, train_set, log: Run
         keep_scalars_whole(model, accelerator)
         log.say(keep_known_layers(model, accelerator))
         if decay is not None:
-            raise configuration.ConfigError("train.ema_decay averages whole weights, FSDP shards them; set it to null")
+            raise configuration.ConfigError("train.ema_decay: FSDP shards the weights to average. Set it to null.")
     ema = None if decay is None else ModelEmaV3(model, decay=decay, use_warmup=True)
     return *accelerator.prepare(model, build_optimizer(config.optim, model)), ema
 

@@ -1,4 +1,4 @@
-"""Train torchvision's own RetinaNet with Rank & Sort: the whole change is `RankSortHead.compute_loss`.
+"""Train torchvision's own RetinaNet with Rank & Sort: the only change is `RankSortHead.compute_loss`.
 
 `python examples/torchvision_retinanet.py --steps 60`; images are made here, no weights are downloaded.
 """

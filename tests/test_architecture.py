@@ -1,4 +1,4 @@
-"""Imports point one way: a lower room of the house never knows an upper one."""
+"""Imports point one way: a lower part of the package never imports an upper one."""
 
 import ast
 from pathlib import Path

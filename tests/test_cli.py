@@ -160,7 +160,7 @@ def test_overwriting_a_run_by_one_that_cannot_begin_leaves_it_as_it_is(run, caps
     assert (run / "best.safetensors").exists() and list((run / "state").glob("step-*"))
 
 
-def test_a_changed_recipe_is_not_resumed_unless_told(run, data, capsys):
+def test_a_changed_recipe_is_not_resumed_unless_allowed(run, data, capsys):
     command = [DEMO, *TINY, f"data.root={data}", f"output_dir={run}", "optim.lr=0.5", "--resume"]
     assert train(command) == 2
     assert "optim.lr: 0.001 -> 0.5" in capsys.readouterr().err
@@ -355,16 +355,18 @@ def test_a_image_that_proves_damaged_is_left_out_of_the_figures(run, data, tmp_p
     assert figures(tmp_path / "damaged") == pytest.approx(figures(tmp_path / "without"), abs=1e-12)
 
 
-def test_told_to_stop_before_the_training_begins_it_ends_with_the_code_of_an_interruption(data, tmp_path, monkeypatch):
-    def told(_):
+def test_sigterm_before_the_training_has_the_exit_code_of_an_interruption(data, tmp_path, monkeypatch, capsys):
+    def interrupted(_):
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("it goes on")
 
     former = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("brs_detr.train.open_train_set", told)
+    monkeypatch.setattr("brs_detr.train.open_train_set", interrupted)
     with pytest.raises(SystemExit) as end:
         train([DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}"])
     assert end.value.code == 75 and signal.getsignal(signal.SIGTERM) is former
+    expected = "Received SIGTERM outside the training: nothing to save. Resume with --resume.\n"
+    assert capsys.readouterr().err.endswith(expected)
 
 
 def test_a_storage_that_fails_has_a_code_of_its_own_in_every_command(run, data, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""`tools/mutate.py`: its table fits the code, and its verdicts are right."""
+"""`tools/mutate.py`: its table fits the code, and its outcomes are right."""
 
 import ast
 import importlib.util
@@ -40,10 +40,10 @@ def shop(tool, tmp_path):
     return tmp_path, tool.Bug("times", "shop.py", "a + b", "a * b", ("test_shop.py",))
 
 
-def test_verdicts(tool, shop):
+def test_outcomes(tool, shop):
     checkout, unseen = shop
     bugs = [unseen, replace(unseen, name="minus", new="a - b"), replace(unseen, name="no Python", new="a +")]
-    survived, caught, broken = tool.judge(bugs, checkout, jobs=2, timeout=300)
+    survived, caught, broken = tool.run_bugs(bugs, checkout, jobs=2, timeout=300)
     assert survived.caught_by is None and caught.caught_by == "test_shop.py::test_total"
     assert broken.caught_by == "test_shop.py"
     assert "a + b" in (checkout / "shop.py").read_text()
@@ -53,7 +53,9 @@ def test_verdicts(tool, shop):
 
 def test_a_bug_whose_tests_do_not_end_is_caught(tool, shop):
     checkout, bug = shop
-    (verdict,) = tool.judge([replace(bug, old="return a + b", new="while True:\n        pass")], checkout, 1, timeout=2)
+    (verdict,) = tool.run_bugs(
+        [replace(bug, old="return a + b", new="while True:\n        pass")], checkout, 1, timeout=2
+    )
     assert verdict.caught_by == "time-out"
 
 
@@ -68,7 +70,7 @@ def test_a_table_that_does_not_fit_is_refused(tool, shop, tmp_path):
         with pytest.raises(tool.TableError, match=message):
             tool.mutated(replace(bug, **change), checkout)
     with pytest.raises(tool.TableError, match=r"no test of test_shop\.py::test_sum was run"):
-        list(tool.judge([replace(bug, tests=("test_shop.py::test_sum",))], checkout, 1, timeout=300))
+        list(tool.run_bugs([replace(bug, tests=("test_shop.py::test_sum",))], checkout, 1, timeout=300))
     table = tmp_path / "bugs.toml"
     entry = '[[file]]\npath = "shop.py"\ntests = ["test_shop.py"]\n' + '[[file.bug]]\nname = "x"\nold = "a"\n'
     for text, message in ((entry, "no 'new'"), ((entry + 'new = "b"\n') * 2, "two bugs are named 'x'")):

@@ -41,7 +41,7 @@ OPTIONS = ("-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:anyio",
 
 
 class TableError(ValueError):
-    """A bug that cannot be injected or tested as the table says; the message names it and the mend."""
+    """A bug that cannot be injected or tested as the table says; the message names it and what to correct."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def copy_checkout(root: Path, target: Path) -> None:
 def start_tests(checkout: Path, tests: Sequence[str], log: Path) -> BaseProcess:
     """Start pytest in a checkout until its first failure, its output going to `log`; the exit code is pytest's.
 
-    The process is forked from this one, which has the large libraries in memory: importing them anew for each bug
+    The process is forked from this one, which has the large libraries in memory: importing them again for each bug
     would take most of the time.
     """
     process = get_context("fork").Process(target=_run_pytest, args=(checkout, tests, log))
@@ -179,7 +179,7 @@ class Trial:
         return Verdict(self.bug, caught_by, time.monotonic() - self.start)
 
 
-def judge(bugs: Sequence[Bug], checkout: Path, jobs: int, timeout: float) -> Iterator[Verdict]:
+def run_bugs(bugs: Sequence[Bug], checkout: Path, jobs: int, timeout: float) -> Iterator[Verdict]:
     """Verdicts of all bugs in their order, `jobs` of them tested at the same time."""
     trials: deque[Trial] = deque()
     try:
@@ -249,10 +249,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         copy_checkout(ROOT, checkout)
         process = start_tests(checkout, sorted({test for bug in bugs for test in bug.tests}), log)
         if finish(process, 1e6) != PASSED:
-            print(log.read_text(encoding="utf-8"), "the tests fail without any bug: mend that first", sep="\n")
+            print(log.read_text(encoding="utf-8"), "The tests fail without any bug. Correct that first.", sep="\n")
             return 1
         print(f"{len(bugs)} bugs; without them the tests pass", flush=True)
-        for verdict in judge(bugs, checkout, options.jobs, options.timeout):
+        for verdict in run_bugs(bugs, checkout, options.jobs, options.timeout):
             verdicts.append(verdict)
             outcome = "SURVIVED" if verdict.caught_by is None else f"caught by {verdict.caught_by}"
             print(f"{verdict.bug.path}: {verdict.bug.name}: {outcome} ({verdict.seconds:.0f} s)", flush=True)

@@ -1,4 +1,4 @@
-"""Assignments of several images joined into one, so that a head computes one loss for the whole batch."""
+"""Assignments of several images joined into one, so that a head computes one loss for the batch."""
 
 from __future__ import annotations
 

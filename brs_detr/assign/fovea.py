@@ -21,7 +21,7 @@ SIZE_RANGES = ((1.0, 64.0), (32.0, 128.0), (64.0, 256.0), (128.0, 512.0), (256.0
 class FoveaAssigner:
     """An object's positives are the cells whose center lies in its center region, on the levels of its size.
 
-    A cell in the center regions of several objects goes to the smallest. Like the published code, which counts in whole
+    A cell in the center regions of several objects goes to the smallest. Like the published code, which counts in full
     cells and then clamps them to the map, it gives an object whose region lies between the outermost centers and the
     border the cells at the border.
 
@@ -76,7 +76,7 @@ class FoveaAssigner:
         """Return (n, M) bool, True where a cell (n, 2), by column and row, is in the center region of an object (M, 4).
 
         Args:
-            cells: whole numbers, the last one that of the bottom right corner.
+            cells: integers, the last one that of the bottom right corner.
             objects: xyxy in cells.
         """
         half = (objects[:, 2:] - objects[:, :2]) * 0.5

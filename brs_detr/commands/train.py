@@ -14,7 +14,7 @@ DESCRIPTION = """Train a detector: `brs-detr train CONFIG [a.b=value ...] [--res
 the same arguments. `--dry-run` and `--profile` only try it.
 
 Exit codes: 0 trained to the end; 2 a setting, dataset or checkpoint cannot be used; 3 a loss was not finite; and, saved
-and ready for `--resume`: 71 a loader worker was killed; 74 the storage failed; 75 told to stop by SIGTERM or Ctrl-C.
+and ready for `--resume`: 71 a loader worker was killed; 74 the storage failed; 75 stopped by SIGTERM or Ctrl-C.
 """
 
 

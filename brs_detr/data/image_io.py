@@ -270,7 +270,7 @@ def has_zeroed_part(path: str | Path) -> bool:
     A large blank area can, in rare cases, be stored the same way.
     """
     content = read_file(path)
-    # a kilobyte: interrupted downloads and disk faults leave runs of whole disk blocks, compressed pixels hardly any
+    # a kilobyte: interrupted downloads and disk faults leave runs of full disk blocks, compressed pixels hardly any
     start = _start_of_pixels(content) if content.startswith(b"\xff\xd8") else len(content)
     return content.find(bytes(1024), start, max(start, content.find(b"\xff\xd9", start))) >= 0
 

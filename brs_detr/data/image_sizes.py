@@ -97,7 +97,7 @@ def _resolve_size(
 
 
 def same_aspect(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    """Return True if two (h, w) have the same aspect ratio within 2 %: resizing rounds the sides to whole pixels."""
+    """Return True if two (h, w) have the same aspect ratio within 2 %: resizing rounds the sides to integers."""
     return abs(a[0] * b[1] - a[1] * b[0]) <= 0.02 * a[0] * b[1]
 
 

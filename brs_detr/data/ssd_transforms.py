@@ -142,7 +142,7 @@ class SSDTransforms:
         return canvas, torch.ones(len(boxes), dtype=torch.bool)
 
     def _draw_parts(self, canvas: Area, generator: torch.Generator) -> Tensor:
-        """Draw parts of a canvas, (50, 4) xyxy whole pixels; all at once, so that a choice takes 50 draws always."""
+        """Draw parts of a canvas, (50, 4) xyxy integer pixels; all at once, so that a choice takes 50 draws always."""
         top, left, height, width = canvas
         draws = torch.rand(_TRIALS, 4, generator=generator)
         sides = torch.tensor([width, height]) * (self.min_crop + (1 - self.min_crop) * draws[:, :2])

@@ -30,14 +30,14 @@ class TrainConfig:
     """Length, schedule and bookkeeping of the training."""
 
     epochs: Count = 12
-    steps: Count | None = None  # optimizer steps instead, rounded up to whole epochs; for the cosine schedule
+    steps: Count | None = None  # optimizer steps instead, rounded up to full epochs; for the cosine schedule
     schedule: Literal["step", "cosine"] = "step"
     lr_steps: tuple[int, ...] = (10, 11)  # epochs after which the rate falls
     lr_gamma: float = 0.2
     warmup_steps: int = 0  # optimizer steps
     warmup_start: Fraction = 0.0  # factor of the learning rate from which it rises
     total_batch_size: Count = 16  # images an optimizer step, over all processes and accumulated batches
-    per_device_batch_size: Count | None = None  # at most, at once; null: the whole share of a process
+    per_device_batch_size: Count | None = None  # at most, at once; null: the full share of a process
     precision: Literal["no", "bf16", "fp16"] = "no"
     ema_decay: BelowOne | None = None
     eval_every: Count | None = 1  # epochs; null: about twenty validations altogether

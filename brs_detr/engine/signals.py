@@ -1,4 +1,4 @@
-"""Stop signals: SIGTERM and Ctrl-C ask the training to stop after the step under way."""
+"""Stop signals: SIGTERM and Ctrl-C request a stop after the current step."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def stop_signals(ask: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """Turn SIGTERM and Ctrl-C into calls of `ask`; a second Ctrl-C ends the process at once.
+def stop_signals(request: Callable[[signal.Signals], None]) -> Iterator[None]:
+    """Turn SIGTERM and Ctrl-C into calls of `request`; a second Ctrl-C ends the process at once.
 
     Args:
-        ask: called with the signal, SIGINT or SIGTERM, at any time while the block runs.
+        request: called with the signal, SIGINT or SIGTERM, at any time while the block runs.
 
     Raises:
         KeyboardInterrupt: at a Ctrl-C more than two seconds after the first signal.
     """
-    own, asked_at = os.getpid(), math.inf
+    own, requested_at = os.getpid(), math.inf
 
     def handle(number: int, _: Any) -> None:
-        nonlocal asked_at
-        if os.getpid() != own:  # a loader's worker: it ends with this process, and must not end before
+        nonlocal requested_at
+        if os.getpid() != own:  # A loader's worker ends with this process, and must not end before it.
             return
-        # torchrun passes on a Ctrl-C that the terminal has sent already: not a second one
-        if number == signal.SIGINT and time.monotonic() > asked_at + 2:
+        # torchrun forwards a Ctrl-C that the terminal has already sent to every process: that is no second one.
+        if number == signal.SIGINT and time.monotonic() > requested_at + 2:
             raise KeyboardInterrupt
-        ask(signal.Signals(number))
-        asked_at = min(asked_at, time.monotonic())
+        request(signal.Signals(number))
+        requested_at = min(requested_at, time.monotonic())
 
     former = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -351,7 +351,7 @@ class Trainer:
         silent = [name for name, value in self.epoch_sums.items() if value == 0]
         if silent:
             self.log.say(
-                f"warning: {', '.join(silent)} loss was zero for the whole of epoch {self.position.epoch + 1}: no "
+                f"warning: {', '.join(silent)} loss was zero throughout epoch {self.position.epoch + 1}: no "
                 "anchor matched any ground truth. Check anchor and image sizes (see train_samples.png)."
             )
         self.epoch_sums.clear()

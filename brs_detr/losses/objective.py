@@ -141,7 +141,7 @@ RANKING_LOSSES = {
 class RankingObjective(nn.Module):
     """All logits of the set in one ranking, the box terms weighted by it.
 
-    The ranking runs over the N * C logits of this process's whole call (all images, levels, classes), with the logit
+    The ranking runs over the N * C logits of this process's call (all images, levels, classes), with the logit
     of each positive row's own class as a positive. A box term is the mean over the positives, and
     - with Rank & Sort and NDCG scaled to the value of the ranking terms together (`balance.self_balance`);
     - with AP multiplied by `box_weight`, as in the official ATSS heads;
@@ -162,9 +162,9 @@ class RankingObjective(nn.Module):
         tau: least IoU of a positive, with aLRP: its error is the GIoU loss / 2 / (1 - tau).
         period: iterations per epoch of aLRP's balance; None balances by value, as Rank & Sort does: for an objective
             that several prediction sets share, whose iterations are not to be averaged together.
-        scope: "process", or "global" for one ranking over all processes. Then every value is that of the whole batch,
+        scope: "process", or "global" for one ranking over all processes. Then every value is that of the full batch,
             and gradients are multiplied by the number of processes, since data-parallel training averages them: the
-            step is the one that a single process with the whole batch would take.
+            step is the one that a single process with the full batch would take.
 
     Raises:
         ValueError: for an unknown loss or scope, or a number that is negative, not finite, or (`tau`) not below 1.

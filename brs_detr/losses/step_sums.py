@@ -230,6 +230,6 @@ class BucketedNegatives:
         return sums_above(self.cells, tally(self.cells, self.where, self.prototype, self.size))
 
     def backprop(self, weight: Tensor) -> Tensor:
-        """Compute sum_i weight_i H(s_j - s_i) of every logit, (M,), the same for a whole bucket."""
+        """Compute sum_i weight_i H(s_j - s_i) of every logit, (M,), the same for all of a bucket."""
         per_bucket = evaluate(lines(self.cells, weight), self.where, self.prototype)
         return torch.cat([per_bucket.new_zeros(1), per_bucket]).index_select(0, self.bucket)

@@ -69,11 +69,11 @@ def detections_from(
         One dict an image: boxes (n, 4) xyxy pixels of the stored image, scores (n,), labels (n,), best first.
     """
     boxes, scores, labels = best_pairs(predictions, max_detections)
-    found = []
+    detections = []
     for row, (h, w) in enumerate(original_sizes):
         pixels = boxes[row] * boxes.new_tensor([w, h, w, h])
-        found.append({"boxes": pixels, "scores": scores[row], "labels": labels[row]})
-    return found
+        detections.append({"boxes": pixels, "scores": scores[row], "labels": labels[row]})
+    return detections
 
 
 class BRSDETR(Detector):
@@ -151,10 +151,10 @@ class BRSDETR(Detector):
             return detections_from(last, images.original_sizes, self.detections_per_image)
         maps = self.pyramid(memory)
         if self.predict_with == "roi":
-            found = self.roi.predict(maps[:4], self.rpn.proposals(self.rpn(maps), images.sizes), images.sizes)
+            detections = self.roi.predict(maps[:4], self.rpn.proposals(self.rpn(maps), images.sizes), images.sizes)
         else:
-            found = self.atss.predict(self.atss(maps), images.sizes)
-        return to_stored_images(found, images)
+            detections = self.atss.predict(self.atss(maps), images.sizes)
+        return to_stored_images(detections, images)
 
     def losses(self, memory: Memory, sizes: Sequence[Size], targets: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Compute all loss terms of a step, weighted; their sum is the training loss (Eq. 17 of the BRS paper)."""
@@ -181,8 +181,8 @@ class BRSDETR(Detector):
                 count = SharedCount(len(rows))
             if name == "encoder" and not self.rank_all_encoder_columns:
                 logits = logits[..., :1]
-            found = packed.boxes[objects], packed.scales[objects]
-            losses |= self.set_losses(name, Predictions(logits, boxes), rows, labels[objects], *found, count)
+            matched = packed.boxes[objects], packed.scales[objects]
+            losses |= self.set_losses(name, Predictions(logits, boxes), rows, labels[objects], *matched, count)
         losses |= self.aux_losses(memory, maps, heads["roi"].assignment, heads["atss"].assignment, sizes)
         return losses
 
@@ -206,8 +206,8 @@ class BRSDETR(Detector):
             layers = self.decoder(content, position, queries.boxes, memory)
             count = SharedCount(len(queries.rows))
             for i, predictions in enumerate(zip(layers.logits, layers.boxes)):
-                found = queries.rows, queries.labels, queries.targets, queries.scales, count
-                losses |= self.set_losses(f"aux_{head}.{i}", Predictions(*predictions), *found)
+                sampled = queries.rows, queries.labels, queries.targets, queries.scales, count
+                losses |= self.set_losses(f"aux_{head}.{i}", Predictions(*predictions), *sampled)
         return losses
 
     def set_losses(

@@ -1,6 +1,6 @@
 """From settings to a detector: the only place in `models` that knows how a recipe is spelled.
 
-`DETECTORS` is the whole list of what can be built; there is no registry behind it.
+`DETECTORS` lists everything that can be built; there is no registry behind it.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ class Detector(nn.Module):
 def to_stored_images(detections: Sequence[dict[str, Tensor]], images: ImageBatch) -> list[dict[str, Tensor]]:
     """Scale boxes (n, 4) xyxy from the pixels of the resized images to those of the stored ones."""
     scaled = []
-    for found, (h, w), (full_h, full_w) in zip(detections, images.sizes, images.original_sizes, strict=True):
-        factor = found["boxes"].new_tensor([full_w / w, full_h / h, full_w / w, full_h / h])
-        scaled.append({**found, "boxes": found["boxes"] * factor})
+    for result, (h, w), (full_h, full_w) in zip(detections, images.sizes, images.original_sizes, strict=True):
+        factor = result["boxes"].new_tensor([full_w / w, full_h / h, full_w / w, full_h / h])
+        scaled.append({**result, "boxes": result["boxes"] * factor})
     return scaled

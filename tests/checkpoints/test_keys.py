@@ -65,7 +65,7 @@ def test_denoising_detectors_are_refused_by_name(listed):
 
 
 @pytest.mark.parametrize(("width", "depth", "window"), [(96, 18, 7), (128, 18, 12), (192, 18, 12)])
-def test_larger_swins_are_told_apart_by_width_depth_and_window(listed, width, depth, window):
+def test_larger_swins_differ_by_width_depth_and_window(listed, width, depth, window):
     """Swin-S, B and L, made from the list of Swin-T by its own rules: widths double, windows set the bias tables."""
     official = listed("co_deformable_swint")
     larger = {}

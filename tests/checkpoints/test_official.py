@@ -1,4 +1,4 @@
-"""Files a user may hand over: whole and official ones convert exactly, all others are refused in one sentence."""
+"""Files a user may hand over: complete and official ones convert exactly, all others are refused in one sentence."""
 
 import json
 import pickle

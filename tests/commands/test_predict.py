@@ -131,11 +131,14 @@ def test_what_was_found_before_the_end_came_is_kept(weights, tmp_path, monkeypat
 
 @pytest.mark.parametrize("name", ["hf-hub:nobody/nothing", "HF-HUB:nobody/nothing", "local-dir:/tmp"])
 def test_weights_lead_to_no_network(weights, tmp_path, capsys, monkeypatch, name):
-    whole = load_weights(weights)
-    config = {**whole.config, "model": {**whole.config["model"], "backbone": dict(whole.config["model"]["backbone"])}}
+    original = load_weights(weights)
+    config = {
+        **original.config,
+        "model": {**original.config["model"], "backbone": dict(original.config["model"]["backbone"])},
+    }
     plain = config["model"]["backbone"]["name"]
     config["model"]["backbone"]["name"] = name
-    save_weights(tmp_path / "x.safetensors", Weights(whole.tensors, whole.classes, whole.category_ids, config))
+    save_weights(tmp_path / "x.safetensors", Weights(original.tensors, original.classes, original.category_ids, config))
     image(tmp_path / "a.png")
 
     def refuse(*_, **__):

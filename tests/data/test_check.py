@@ -259,8 +259,8 @@ def test_a_half_that_is_gray(looks):
 
 
 def test_a_jpeg_whose_body_is_zeros_but_for_its_end(looks, tmp_path):
-    Image.fromarray(noise()).save(tmp_path / "whole.jpg", quality=95)
-    content = (tmp_path / "whole.jpg").read_bytes()
+    Image.fromarray(noise()).save(tmp_path / "intact.jpg", quality=95)
+    content = (tmp_path / "intact.jpg").read_bytes()
     content = content[: len(content) // 2] + bytes(len(content) // 2 - 2) + content[-2:]
     ok, found = looks(lambda path: path.write_bytes(content))
     assert ok and found == {"image_part_blank": 1, "image_name_misleads": 1}
@@ -268,8 +268,8 @@ def test_a_jpeg_whose_body_is_zeros_but_for_its_end(looks, tmp_path):
 
 def test_what_cannot_be_decoded_is_named_and_counted_once(looks, tmp_path):
     content = bytearray()
-    Image.fromarray(noise()).save(tmp_path / "whole.png")
-    content += (tmp_path / "whole.png").read_bytes()
+    Image.fromarray(noise()).save(tmp_path / "intact.png")
+    content += (tmp_path / "intact.png").read_bytes()
     content[len(content) // 2] ^= 255
     assert looks(lambda path: path.write_bytes(content)) == (False, {"image_unreadable": 1})
 

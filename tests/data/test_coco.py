@@ -49,7 +49,7 @@ def test_sample_has_the_promised_types(two):
     assert target["labels"].dtype == torch.int64 and target["original_size"] == (50, 50)
 
 
-def test_empty_images_stay_unless_told(two):
+def test_empty_images_stay_by_default(two):
     path = two
     assert len(open_set(path)) == 3 and len(open_set(path, keep_empty=False)) == 2
     assert len(open_set(path, train=False, keep_empty=False)) == 3
@@ -347,7 +347,7 @@ def test_images_known_by_their_url_alone(two, change):
     assert dataset[0][0].shape == (3, 40, 60)
 
 
-def test_a_name_that_leads_out_is_refused_unless_told(two, change):
+def test_a_name_that_leads_out_is_refused_unless_allowed(two, change):
     def rename(data):
         for image in data["images"]:
             image["file_name"] = str(two.parent / "images" / image["file_name"])

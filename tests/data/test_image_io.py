@@ -115,12 +115,12 @@ def test_a_film_behind_the_image_does_no_harm(tmp_path, read):
 
 def test_the_end_of_a_preview_is_not_that_of_the_image(tmp_path):
     """A file whose second half never came, as zeros, with a preview in its header."""
-    whole, preview = noise_jpeg(), noise_jpeg(8, 8)
-    header = whole[:2] + b"\xff\xe2" + (len(preview) + 2).to_bytes(2) + preview
+    intact, preview = noise_jpeg(), noise_jpeg(8, 8)
+    header = intact[:2] + b"\xff\xe2" + (len(preview) + 2).to_bytes(2) + preview
     path = tmp_path / "x.jpg"
-    path.write_bytes(header + whole[2:])
+    path.write_bytes(header + intact[2:])
     read_image(path)
-    path.write_bytes(header + whole[2 : len(whole) // 2] + bytes(len(whole) // 2))
+    path.write_bytes(header + intact[2 : len(intact) // 2] + bytes(len(intact) // 2))
     with pytest.raises(ImageError, match="truncated"):
         read_image(path)
 

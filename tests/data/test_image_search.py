@@ -15,7 +15,7 @@ from brs_detr.data.issues import DataError, IssueLog
 def make(folder, *paths):
     for path in paths:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(b"picture")
+        (folder / path).write_bytes(b"image")
 
 
 def find(folder, *names):
@@ -142,7 +142,7 @@ def test_a_name_that_leads_out_of_the_folder_is_not_followed(tmp_path, name):
     assert names == [None, "b.jpg"] and log.counts == {"image_outside": 1}
 
 
-def test_a_name_may_lead_out_of_the_folder_if_told(tmp_path):
+def test_a_name_may_lead_out_of_the_folder_if_allowed(tmp_path):
     make(tmp_path, "a.jpg", "images/b.jpg")
     names = ["../a.jpg", str(tmp_path / "a.jpg")]
     images, log = Images(np.arange(2), names, np.zeros((2, 2)), np.zeros((2, 2))), IssueLog()

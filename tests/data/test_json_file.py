@@ -114,7 +114,7 @@ def test_no_pipe_is_waited_for(tmp_path):
     ("value", "expected"),
     [(3, 3), (3.0, 3), (-7, -7), (2**40, 2**40), (3.5, None), (True, None), ("3", None), (2**70, None), (None, None)],
 )
-def test_ids_are_whole_numbers(value, expected):
+def test_ids_are_integers(value, expected):
     assert as_int(value) == expected
 
 

@@ -64,10 +64,10 @@ def test_epochs_and_seeds_shuffle_differently_and_repeat_exactly():
 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 10, 99])
-def test_a_resumed_epoch_is_the_tail_of_the_whole_one(start):
+def test_a_resumed_epoch_is_the_tail_of_the_complete_one(start):
     sizes = sizes_of(21, 20)
-    whole, resumed = batches_of(sizes, 4, 2, 3), batches_of(sizes, 4, 2, 3, start)
-    assert [rank[start:] for rank in whole] == resumed
+    complete, resumed = batches_of(sizes, 4, 2, 3), batches_of(sizes, 4, 2, 3, start)
+    assert [rank[start:] for rank in complete] == resumed
 
 
 @given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 4), st.booleans())
@@ -189,11 +189,11 @@ def test_a_factor_of_two_and_a_half_is_that_on_average():
 
 
 @pytest.mark.parametrize("start", [0, 1, 4, 99])
-def test_a_resumed_epoch_with_repeats_is_the_tail_of_the_whole_one(start):
+def test_a_resumed_epoch_with_repeats_is_the_tail_of_the_complete_one(start):
     repeats = [1.0, 3.3, 1.7, 2.0, 1.1, 1.0, 1.0]
-    whole, resumed = repeating(repeats, 2, 2, 5), repeating(repeats, 2, 2, 5, start)
-    assert [rank[start:] for rank in whole] == resumed
-    assert whole != repeating(repeats, 2, 2, 6)
+    complete, resumed = repeating(repeats, 2, 2, 5), repeating(repeats, 2, 2, 5, start)
+    assert [rank[start:] for rank in complete] == resumed
+    assert complete != repeating(repeats, 2, 2, 6)
 
 
 def test_factors_of_one_show_every_image_once():
@@ -202,13 +202,15 @@ def test_factors_of_one_show_every_image_once():
 
 
 def test_repeated_images_are_augmented_differently_and_resumed_alike(path):
-    whole = drain(train_loader(path, 0, repeat_threshold=4.0), 1)  # both classes are in all images: all factors are 2
-    assert len(whole) == 7
-    shown = Counter(number for _, _, numbers in whole for number in numbers)
+    complete = drain(
+        train_loader(path, 0, repeat_threshold=4.0), 1
+    )  # both classes are in all images: all factors are 2
+    assert len(complete) == 7
+    shown = Counter(number for _, _, numbers in complete for number in numbers)
     assert set(shown.values()) == {2}
     first = {}
-    for pixels, _, numbers in whole:
+    for pixels, _, numbers in complete:
         for image, number in zip(pixels, numbers, strict=True):
             assert number not in first or not torch.equal(first[number], image)
             first.setdefault(number, image)
-    assert same(whole[3:], drain(train_loader(path, 2, repeat_threshold=4.0), 1, start=3))
+    assert same(complete[3:], drain(train_loader(path, 2, repeat_threshold=4.0), 1, start=3))

@@ -77,7 +77,7 @@ def test_a_file_that_comes_back_is_read(tmp_path):
     assert read_bytes(tmp_path / "a", None, "", retry_seconds=60) == b"content"
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture"])
+@pytest.mark.parametrize("content", [b"", b"not an image"])
 def test_a_file_that_is_read_and_cannot_be_decoded_is_damaged(path, content):
     dataset = CocoDetection(path, path.parent / "images", train=True, retry_seconds=60)
     Path(dataset.path(1)).write_bytes(content)

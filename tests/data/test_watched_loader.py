@@ -72,12 +72,12 @@ def test_a_wait_ends_after_the_timeout_and_names_what_is_being_read(workers):
     assert not multiprocessing.active_children()
 
 
-def test_a_wait_ends_when_told_to_stop(workers):
-    watched, told = loader(Numbers(hang, at=5), workers), threading.Event()
-    watched.interrupted = told.is_set
+def test_a_wait_ends_when_a_stop_is_requested(workers):
+    watched, requested = loader(Numbers(hang, at=5), workers), threading.Event()
+    watched.interrupted = requested.is_set
     iterator = iter(watched)
     assert [next(iterator).tolist() for _ in range(2)] == [[0, 1], [2, 3]]
-    threading.Timer(0.5, told.set).start()
+    threading.Timer(0.5, requested.set).start()
     with pytest.raises(Interruption, match="stop requested while waiting") as error:
         next(iterator)
     watched.close()
@@ -121,12 +121,12 @@ def test_a_worker_that_is_killed_while_it_hands_over_a_batch_is_named_too(monkey
 def test_a_worker_ignores_what_is_sent_to_the_group_from_its_first_instruction_on(monkeypatch):
     start = multiprocessing.process.BaseProcess.start
 
-    def start_and_tell(process):
+    def start_and_signal(process):
         start(process)
         for number in (signal.SIGTERM, signal.SIGINT):
             os.kill(process.pid, number)
 
-    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start_and_tell)
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start_and_signal)
     watched = loader(Numbers(), 2)
     assert taken(watched) == list(range(8))
     for worker in multiprocessing.active_children():
@@ -193,7 +193,7 @@ def test_a_worker_hands_over_shared_memory_where_there_is_room(dataset):
     watched.close()
 
 
-def test_a_shortage_of_shared_memory_is_told_with_its_mend(monkeypatch, tmp_path):
+def test_a_shortage_of_shared_memory_is_reported_with_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(shared_memory, "SHARED_MEMORY", tmp_path)
     usage = namedtuple("Usage", "free")
     monkeypatch.setattr(shared_memory.shutil, "disk_usage", lambda _: usage(64 * 2**20))

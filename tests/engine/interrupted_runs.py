@@ -58,11 +58,11 @@ class Detector(toy.ToyDetector):
         return super().forward(images, targets and [{"boxes": torch.cat([t["boxes"] / 64, none])} for t in targets])
 
 
-def group_is_told(trainer):
+def group_gets_sigterm(trainer):
     os.killpg(0, signal.SIGTERM)
 
 
-def group_is_told_while_waiting(trainer):
+def group_gets_sigterm_while_waiting(trainer):
     files_become_pipes(trainer)
     threading.Timer(1.5, os.killpg, (0, signal.SIGTERM)).start()
 
@@ -103,11 +103,16 @@ def this_process_is_killed(trainer):
 
 # name: (what happens, further settings, exit code, what is said)
 CASES = {
-    "told": (group_is_told, [], 75, "Received SIGTERM: checkpoint saved at step 3"),
-    "told at the start of the workers": (None, [], 75, "Received SIGTERM: checkpoint saved at step 0"),
-    "told in validation": (None, [], 75, "Received SIGTERM: checkpoint saved at step 8"),
-    "told while waiting": (group_is_told_while_waiting, [], 75, "Received SIGTERM: checkpoint saved at step "),
-    "told while waiting without workers": (group_is_told_while_waiting, ["data.workers=0"], 75, "saved at step 3"),
+    "stopped": (group_gets_sigterm, [], 75, "Received SIGTERM: checkpoint saved at step 3"),
+    "stopped at the start of the workers": (None, [], 75, "Received SIGTERM: checkpoint saved at step 0"),
+    "stopped in validation": (None, [], 75, "Received SIGTERM: checkpoint saved at step 8"),
+    "stopped while waiting": (group_gets_sigterm_while_waiting, [], 75, "Received SIGTERM: checkpoint saved at step "),
+    "stopped while waiting without workers": (
+        group_gets_sigterm_while_waiting,
+        ["data.workers=0"],
+        75,
+        "saved at step 3",
+    ),
     "a hung storage": (files_become_pipes, ["data.timeout=2", "data.retry_seconds=1"], 74, "s (being read: "),
     "a storage that comes back": (files_come_back, [], 0, "Retrying for 20 s"),
     "a storage that does not": (
@@ -181,23 +186,23 @@ def belongs(process, leader):
 def mishap(name):
     """Patches the classes of this process so that something happens to the run."""
     if name is None:
-        return mock.patch.object(Trainer, "told", None, create=True)
-    if name == "told at the start of the workers":
+        return mock.patch.object(Trainer, "undisturbed", None, create=True)
+    if name == "stopped at the start of the workers":
         start = multiprocessing.process.BaseProcess.start
 
-        def start_and_tell(process):
+        def start_and_signal(process):
             start(process)
             os.killpg(0, signal.SIGTERM)
 
-        return mock.patch.object(multiprocessing.process.BaseProcess, "start", start_and_tell)
-    if name == "told in validation":
+        return mock.patch.object(multiprocessing.process.BaseProcess, "start", start_and_signal)
+    if name == "stopped in validation":
         validate = Trainer._evaluate
 
-        def tell_and_validate(trainer):
+        def signal_and_validate(trainer):
             threading.Timer(0.0, os.killpg, (0, signal.SIGTERM)).start()
             validate(trainer)
 
-        return mock.patch.object(Trainer, "_evaluate", tell_and_validate)
+        return mock.patch.object(Trainer, "_evaluate", signal_and_validate)
     step, happens = Trainer.step, CASES[name][0]
 
     def step_and_more(trainer, group):
@@ -228,10 +233,10 @@ def check(name, folder):
     if code:
         again, left, _ = run(None, folder)
         assert (again, left) == (0, []), folder.with_suffix(".txt").read_text()[-3000:]
-    whole = data.parent / "whole"
-    ours, theirs = (load_file(place / "last.safetensors") for place in (folder, whole))
+    reference = data.parent / "reference"
+    ours, theirs = (load_file(place / "last.safetensors") for place in (folder, reference))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    assert figures(folder) == figures(whole), (figures(folder), figures(whole))
+    assert figures(folder) == figures(reference), (figures(folder), figures(reference))
     return seconds
 
 
@@ -245,7 +250,7 @@ if __name__ == "__main__":
     data = place / "data"
     make_dataset(data, train=16, val=3, image_size=64)
     NAMES = {path.name for split in ("train", "val") for path in images(split)}
-    assert run(None, place / "whole")[0] == 0, (place / "whole.txt").read_text()
+    assert run(None, place / "reference")[0] == 0, (place / "reference.txt").read_text()
     for name in sys.argv[2:] or CASES:
         folder = place / name.replace(" ", "_")
         try:

@@ -1,6 +1,6 @@
 """`train.py` with sharded weights on CPUs: `sharded_run.py CONFIG [a.b=value ...]`, under torchrun.
 
-Accelerate shards on GPUs only, torch on CPUs too: here Accelerate is told after its start that
+Accelerate shards on GPUs only, torch on CPUs too: here Accelerate is set after its start that
 the launch is one of FSDP. Gradients are summed and divided, for gloo sums where it is asked to average in torch 2.8.
 """
 

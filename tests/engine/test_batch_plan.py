@@ -14,7 +14,7 @@ def test_the_parts_make_up_the_total(per, accumulate, processes):
     assert (plan.per_device, plan.accumulate, plan.processes) == (per, accumulate, processes)
 
 
-def test_without_a_limit_a_process_holds_its_whole_share():
+def test_without_a_limit_a_process_holds_its_full_share():
     assert split_batch_size(16, None, 4).per_device == 4
     assert str(split_batch_size(16, 2, 4)) == "total batch 16 = 4 processes x 2 images x 2 accumulated"
 
@@ -34,7 +34,7 @@ def test_a_total_that_cannot_be_shared_is_refused_with_what_could():
 
 
 @given(batches=st.integers(1, 50), accumulate=st.integers(1, 8), steps=st.integers(1, 999))
-def test_a_length_in_steps_is_the_fewest_whole_epochs_that_reach_it(batches, accumulate, steps):
+def test_a_length_in_steps_is_the_fewest_full_epochs_that_reach_it(batches, accumulate, steps):
     length = plan_length(
         batches, split_batch_size(accumulate, 1, 1), TrainConfig(epochs=12, steps=steps, eval_every=None)
     )

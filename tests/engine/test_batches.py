@@ -44,8 +44,8 @@ def test_a_state_of_the_last_step_of_an_epoch_with_ragged_accumulation_can_be_re
     def die():
         raise KeyboardInterrupt
 
-    whole, _ = build(tmp_path / "whole")
-    whole.fit()
+    uninterrupted, _ = build(tmp_path / "uninterrupted")
+    uninterrupted.fit()
     killed, _ = build(tmp_path / "killed")
     monkeypatch.setattr(killed, "evaluate", die)
     with pytest.raises(KeyboardInterrupt):
@@ -55,4 +55,6 @@ def test_a_state_of_the_last_step_of_an_epoch_with_ragged_accumulation_can_be_re
     resumed, _ = build(tmp_path / "killed", resumed_at=read_facts(state))
     resumed.resume(state)
     assert resumed.fit() and resumed.position.step == 6
-    assert all(torch.equal(a, b) for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(resumed.model.parameters(), uninterrupted.model.parameters(), strict=True)
+    )

@@ -8,7 +8,7 @@ from brs_detr.engine.diagnostics import largest_step
 
 
 def test_gradients_are_exchanged_with_the_last_accumulated_batch_only(toy, tmp_path, monkeypatch):
-    """As in training: sharded gradients are whole until then, which the reported memory has to show."""
+    """As in training: sharded gradients are unsharded until then, which the reported memory has to show."""
     trainer, accelerator = toy.build(tmp_path)
     events = []
 

@@ -1,4 +1,4 @@
-"""Sharded weights: the same training as without, resuming, stopping, whole weights files, the launch files."""
+"""Sharded weights: the same training as without, resuming, stopping, unsharded weights files, the launch files."""
 
 import json
 import os
@@ -112,7 +112,7 @@ def jobs_of(folder, data):
         job("bf16-killed", *BF16, "train.save_every=1", environment=PLAIN, kill=1),
         job("bf16-resumed", *BF16, "train.save_every=1", environment=PLAIN, flags=["--resume"], out="bf16-killed"),
         job("poisoned", poison=1),
-        job("told", terminate=0),
+        job("sigterm", terminate=0),
         job("ema", "train.ema_decay=0.9"),
         job("dry", *ACCUMULATED, flags=["--dry-run"]),
         score,
@@ -177,7 +177,7 @@ def flat(tensors, names):
 
 @pytest.mark.parametrize("name", [name for name in PAIRS if name not in ("bf16", "swin")])
 def test_sharded_weights_go_where_the_unsharded_ones_go(runs, name):
-    """Files of whole weights; AdamW divides a gradient by its size, so rounding may turn a step whose gradient is 0."""
+    """AdamW divides a gradient by its size, so rounding may turn a step whose gradient is 0."""
     config = apply_overrides(load_config(DEMO), [*BASE, *PAIRS[name][0]])
     start = setup.build_detector(config, 5).state_dict()
     plain, sharded = runs.weights(f"{name}-plain"), runs.weights(name)
@@ -231,7 +231,7 @@ def test_a_sharded_state_is_refused_by_a_launch_that_does_not_shard(runs):
     assert "launch sharded (FSDP): True -> False" in runs.printed("unsharded")
 
 
-def test_a_launch_that_does_not_shard_goes_on_with_a_sharded_state_where_it_is_told_to(runs):
+def test_a_launch_that_does_not_shard_goes_on_with_a_sharded_state_if_that_is_allowed(runs):
     assert runs.codes["changed"] == [0, 0], runs.printed("changed")
     plain, changed = runs.training("accumulated-plain"), runs.training("begun")
     assert [line["step"] for line in changed] == [line["step"] for line in plain]
@@ -256,13 +256,13 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all(runs):
         said = runs.printed("poisoned", process)
         assert "step 1: process 1: loss term encoder.l1 is not finite" in said and "nonfinite-1-process1.pt" in said
         saved = torch.load(runs.folder / "poisoned" / f"nonfinite-1-process{process}.pt", weights_only=True)
-        whole = runs.weights("global")
-        assert {name: t.shape for name, t in saved["weights"].items()} == {name: t.shape for name, t in whole.items()}
+        full = runs.weights("global")
+        assert {name: t.shape for name, t in saved["weights"].items()} == {name: t.shape for name, t in full.items()}
 
 
-def test_told_to_stop_in_one_process_all_save_and_stop(runs):
-    assert runs.codes["told"] == [75, 75]
-    assert latest_state(runs.folder / "told" / "state")[0].name == "step-00000001"
+def test_a_signal_to_one_process_stops_all_with_a_saved_state(runs):
+    assert runs.codes["sigterm"] == [75, 75]
+    assert latest_state(runs.folder / "sigterm" / "state")[0].name == "step-00000001"
 
 
 def test_an_averaged_model_is_refused_in_one_sentence(runs):

@@ -28,8 +28,8 @@ def model_of(gradients, mesh=None):
 
 
 def values(model):
-    whole = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
-    return torch.cat([gradient.flatten() for gradient in whole])
+    full = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
+    return torch.cat([gradient.flatten() for gradient in full])
 
 
 @pytest.mark.parametrize("most", [0.5, 100.0])

@@ -9,11 +9,11 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("interrupted_runs.py")
 CASES = (
-    "told",
-    "told at the start of the workers",
-    "told in validation",
-    "told while waiting",
-    "told while waiting without workers",
+    "stopped",
+    "stopped at the start of the workers",
+    "stopped in validation",
+    "stopped while waiting",
+    "stopped while waiting without workers",
     "a hung storage",
     "a storage that comes back",
     "a storage that does not",

@@ -134,7 +134,7 @@ def test_killed_at_random_moments(program, reference, tmp_path, weights):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_stop_it_saves_and_says_so_with_a_code_of_its_own(program, reference, tmp_path, weights, number):
+def test_a_stop_signal_saves_and_has_an_exit_code_of_its_own(program, reference, tmp_path, weights, number):
     code, output = program.interrupt(tmp_path, *ARGUMENTS, "--pause", 0.2, number=number, after=1.0)
     assert code == 75, output
     assert "checkpoint saved at step" in output
@@ -143,15 +143,15 @@ def test_told_to_stop_it_saves_and_says_so_with_a_code_of_its_own(program, refer
     assert_same_end(tmp_path, reference, weights)
 
 
-def test_told_to_stop_during_validation_it_ends_after_it_without_another_step(toy, tmp_path):
+def test_a_stop_signal_during_validation_ends_after_it_without_another_step(toy, tmp_path):
     trainer, _ = toy.build(tmp_path)
     validate = trainer.validate
 
-    def told(module):
+    def stopped(module):
         trainer.asked_to_stop = True
         return validate(module)
 
-    trainer.validate = told
+    trainer.validate = stopped
     assert not trainer.fit()
     assert (trainer.position.epoch, trainer.position.step_in_epoch) == (1, 0)
     assert read_facts(latest_state(tmp_path / "state")[0])["step"] == trainer.position.step == 4
@@ -185,7 +185,7 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(toy, reference, tmp
     assert_same_end(tmp_path, reference, weights)
 
 
-def test_when_every_state_is_damaged_the_run_does_not_start_anew(reference, tmp_path):
+def test_when_every_state_is_damaged_the_run_does_not_start_over(reference, tmp_path):
     shutil.copytree(reference / "state", tmp_path / "state")
     for state in (tmp_path / "state").iterdir():
         (state / "model.safetensors").write_bytes(b"")

@@ -148,7 +148,7 @@ def test_a_tracker_that_fails_ends_no_run(toy, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err.count("train.trackers: metrics are missing (OSError:") == 1
 
 
-def test_an_output_folder_removed_under_way_is_made_anew(toy, tmp_path, capsys):
+def test_an_output_folder_removed_during_the_run_is_created_again(toy, tmp_path, capsys):
     folder = tmp_path / "run"
     trainer, _ = toy.build(folder)
     validate, times = trainer.validate, []
@@ -192,10 +192,10 @@ def test_weights_that_may_not_be_read_are_not_called_damaged(tmp_path, monkeypat
 def test_a_flipped_bit_anywhere_in_a_weights_file_is_found(tmp_path):
     path = tmp_path / "w.safetensors"
     save_weights(path, WEIGHTS)
-    whole = path.read_bytes()
+    intact = path.read_bytes()
     silent = []
-    for place in range(len(whole)):
-        damaged = bytearray(whole)
+    for place in range(len(intact)):
+        damaged = bytearray(intact)
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
         try:
@@ -288,16 +288,16 @@ def test_a_manifest_covers_itself(toy, tmp_path):
     trainer.fit()
     state = latest_state(tmp_path / "state")[0]
     path = state / "manifest.json"
-    whole, facts = path.read_bytes(), read_facts(state)
-    for place in range(len(whole)):
-        damaged = bytearray(whole)
+    intact, facts = path.read_bytes(), read_facts(state)
+    for place in range(len(intact)):
+        damaged = bytearray(intact)
         damaged[place] ^= 1 << place % 7
         path.write_bytes(damaged)
         assert find_fault(state) is not None or read_facts(state) == facts, damaged
     for odd in ("[]", "null", '{"files": [], "facts": {}}', '{"files": {"a": 1}, "facts": {"step": 1, "epoch": 1}}'):
         path.write_text(odd)
         assert "manifest.json" in find_fault(state)
-    plain = json.loads(whole)
+    plain = json.loads(intact)
     del plain["sha256"]  # of an earlier version
     path.write_text(json.dumps(plain))
     assert find_fault(state) is None

@@ -299,7 +299,7 @@ def test_a_head_without_any_loss_in_an_epoch_is_named(toy, tmp_path, capsys):
     trainer.model.forward = lambda *inputs: {**forward(*inputs), **nothing}
     assert trainer.fit()
     said = capsys.readouterr().out
-    assert "warning: roi loss was zero for the whole of epoch 1" in said
+    assert "warning: roi loss was zero throughout epoch 1" in said
 
 
 def test_heads_with_a_loss_are_not(toy, tmp_path, capsys):
@@ -356,7 +356,7 @@ def test_a_run_that_only_skips_does_not_end_well(toy, tmp_path, most, steps):
     assert trainer.position.skipped == steps
 
 
-def test_steps_that_are_taken_start_the_count_anew(toy, tmp_path):
+def test_a_step_that_is_taken_resets_the_count(toy, tmp_path):
     trainer, _ = toy.build(tmp_path, on_nonfinite="skip", max_skipped=2, poison=(0, 0), accumulate=1)
     trainer.batches.poison = None
     epoch = trainer.batches.epoch

@@ -105,7 +105,7 @@ def test_a_pickle_in_a_file_of_the_users_is_not_executed(tmp_path, kind, name, r
 
 
 def test_nothing_in_the_package_unpickles():
-    """Of pickle only the error is used; every torch.load is told to read tensors and plain values alone.
+    """Of pickle only the error is used; every torch.load reads tensors and plain values alone.
 
     Only what a loader's worker sends to its own parent is a pickle, as everything that multiprocessing sends is.
     """
@@ -133,23 +133,23 @@ class Registered:
 
 
 def test_a_state_of_an_earlier_version_goes_on_bit_for_bit(toy, tmp_path):
-    whole, accelerator = toy.build(tmp_path / "whole", ema=0.9, epochs=2)
-    whole.metadata["who"] = "toy"
-    save = whole.save_state
+    uninterrupted, accelerator = toy.build(tmp_path / "uninterrupted", ema=0.9, epochs=2)
+    uninterrupted.metadata["who"] = "toy"
+    save = uninterrupted.save_state
     state = tmp_path / "state" / "step-00000003"
 
     def save_as_before():
-        if whole.position.step == 3:
-            position = {k: v for k, v in vars(whole.position).items() if k != "skipped_in_a_row"}
-            pending = [(list(names), values.cpu()) for names, values in whole.meter.pending]
-            average = whole.ema.module.state_dict()
+        if uninterrupted.position.step == 3:
+            position = {k: v for k, v in vars(uninterrupted.position).items() if k != "skipped_in_a_row"}
+            pending = [(list(names), values.cpu()) for names, values in uninterrupted.meter.pending]
+            average = uninterrupted.ema.module.state_dict()
             accelerator._custom_objects = [Registered({**position, "ema": average}), Registered({"pending": pending})]
             accelerator.save_state(str(state))
             accelerator._custom_objects = []
         save()
 
-    whole.save_state = save_as_before
-    whole.fit()
+    uninterrupted.save_state = save_as_before
+    uninterrupted.fit()
     assert {path.name for path in state.iterdir()} >= {"optimizer.bin", "custom_checkpoint_1.pkl", "model.safetensors"}
     sums = {file.name: state_module._checksum(file) for file in state.iterdir()}
     facts = {"who": "toy", "step": 3, "epoch": 0}
@@ -157,8 +157,8 @@ def test_a_state_of_an_earlier_version_goes_on_bit_for_bit(toy, tmp_path):
     assert latest_state(tmp_path / "state") == (state, [])
     resumed, _ = toy.build(tmp_path / "resumed", ema=0.9, epochs=2, resumed_at=read_facts(state))
     resumed.resume(state)
-    assert resumed.fit() and resumed.position == whole.position
-    pairs = [(whole.model, resumed.model), (whole.ema.module, resumed.ema.module)]
+    assert resumed.fit() and resumed.position == uninterrupted.position
+    pairs = [(uninterrupted.model, resumed.model), (uninterrupted.ema.module, resumed.ema.module)]
     for ours, theirs in pairs:
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 

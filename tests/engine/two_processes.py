@@ -124,17 +124,17 @@ def step_on_full(accelerator, model, full):
 
 def check_resume(accelerator, folder):
     """Stopped in the middle of an epoch and resumed, two processes end where they would have ended."""
-    names = ("whole", "stopped")
-    whole, _ = toy.build(folder / "whole", accelerator=accelerator, ema=0.9)
-    whole.fit()
-    reference = [p.detach().clone() for p in whole.model.parameters()]
+    names = ("uninterrupted", "stopped")
+    uninterrupted, _ = toy.build(folder / "uninterrupted", accelerator=accelerator, ema=0.9)
+    uninterrupted.fit()
+    reference = [p.detach().clone() for p in uninterrupted.model.parameters()]
     stopped, _ = toy.build(folder / "stopped", accelerator=accelerator, ema=0.9)
     stopped.batches.stop_at = (1, 0, stopped)  # between two reports
     assert stopped.fit() is False
     state, _ = agreed_state(folder / "stopped" / "state", accelerator)
     resumed, _ = toy.build(folder / "stopped", accelerator=accelerator, ema=0.9, resumed_at=read_facts(state))
     resumed.resume(state)
-    assert 0 < resumed.position.step < whole.position.step
+    assert 0 < resumed.position.step < uninterrupted.position.step
     resumed.fit()
     for ours, theirs in zip(resumed.model.parameters(), reference):
         assert torch.equal(ours, theirs)
@@ -190,9 +190,9 @@ class Broken:
 
 def check_interruption(accelerator, folder):
     """One process gets no batch: both save the last completed step and end alike, and the resumed run ends the same."""
-    whole, _ = toy.build(folder / "never", accelerator=accelerator)
-    whole.fit()
-    reference = [p.detach().clone() for p in whole.model.parameters()]
+    uninterrupted, _ = toy.build(folder / "never", accelerator=accelerator)
+    uninterrupted.fit()
+    reference = [p.detach().clone() for p in uninterrupted.model.parameters()]
     for code in (ExitCode.STORAGE, ExitCode.INTERRUPTED):
         place = folder / f"interrupted-{code}"
         trainer, _ = toy.build(place, accelerator=accelerator)
@@ -210,9 +210,9 @@ def check_interruption(accelerator, folder):
 
 def check_interrupted_validation(accelerator, folder):
     """One process gets not all of its validation batches: both leave it, and a resumed run repeats it."""
-    whole, _ = toy.build(folder / "validated", accelerator=accelerator)
-    whole.fit()
-    reference = [p.detach().clone() for p in whole.model.parameters()]
+    uninterrupted, _ = toy.build(folder / "validated", accelerator=accelerator)
+    uninterrupted.fit()
+    reference = [p.detach().clone() for p in uninterrupted.model.parameters()]
     trainer, _ = toy.build(folder / "left", accelerator=accelerator)
     parts = (toy.ToyBatches(3, rank=accelerator.process_index, world=2), accelerator.process_index)
     batches = Broken(*parts, (1, 0, 1), Interruption("the storage is gone", ExitCode.STORAGE))

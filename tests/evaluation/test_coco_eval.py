@@ -298,7 +298,7 @@ def test_results_that_do_not_belong_are_refused():
         evaluate_coco(truth | {"categories": [{"name": "cell"}]}, [])
 
 
-def test_detections_that_are_not_numbers_are_left_out_and_told():
+def test_detections_that_are_not_numbers_are_left_out_and_reported():
     truth = dataset([(1, 7, (0, 0, 20, 20))])
     results = [result(1, 7, (0, 0, 20, 20), 0.5), result(1, 7, (0, 0, float("nan"), 2), 0.9)]
     summary = evaluate_coco(truth, results)

@@ -85,7 +85,7 @@ def square(x, y, side, size=60):
 
 
 def one_image(masks, size=60):
-    """Objects of one class, each with the whole image as box, so that only the masks tell them apart."""
+    """Objects of one class, each with the full image as box, so that they differ in their masks only."""
     return {
         "images": [{"id": 3, "height": size, "width": size, "file_name": "a.png"}],
         "categories": [{"id": 5, "name": "cell"}],

@@ -73,7 +73,7 @@ def test_onnxruntime_finds_the_same_in_batches_of_any_number_and_size(detector, 
     assert found.boxes < 1e-3 and found.scores < 1e-5
 
 
-def test_another_detector_is_told_apart(detector, build, exported):
+def test_another_detector_is_noticed(detector, build, exported):
     pytest.importorskip("onnxruntime")
     other = build()
     with torch.no_grad():

@@ -118,8 +118,8 @@ def as_released(model):
         coder, unit = BoxCoder((0.1, 0.1, 0.2, 0.2)), torch.zeros_like(anchors)
         unit[:, 2:] = 1.0
         boxes = coder.decode(unit, deltas)
-        goals = coder.decode(unit, model.rpn.coder.encode(anchors, objects))
-        return paired_iou(boxes.detach(), goals), {"giou": paired_giou_loss(boxes, goals)}
+        targets = coder.decode(unit, model.rpn.coder.encode(anchors, objects))
+        return paired_iou(boxes.detach(), targets), {"giou": paired_giou_loss(boxes, targets)}
 
     model.rpn.box_losses = around_a_unit_box
     model.rpn.drop_empty = False

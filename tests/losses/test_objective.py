@@ -226,7 +226,7 @@ def test_quality_focal_is_least_where_the_score_equals_the_iou():
     assert objective(PredictionSet(logits, LABELS, quality=QUALITY, box_losses={}))["cls"] < 1e-6
 
 
-def test_errors_name_the_mend():
+def test_errors_name_what_to_change():
     with pytest.raises(ValueError, match="unknown ranking loss"):
         RankingObjective("bert")
     with pytest.raises(ValueError, match="one per positive"):

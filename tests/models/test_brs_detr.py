@@ -1,4 +1,4 @@
-"""The whole detector at a small size: both loss families, awkward batches, and what it returns."""
+"""The detector at a small size: both loss families, awkward batches, and what it returns."""
 
 from dataclasses import replace
 
@@ -191,7 +191,7 @@ def test_training_without_targets_is_refused():
 
 
 @pytest.mark.parametrize("settings", [SMALL, FOCAL])
-def test_targets_that_cannot_be_learnt_are_refused(settings):
+def test_targets_that_cannot_be_learned_are_refused(settings):
     model = build_model(settings, 3).train()
     for spoil in (
         {"labels": torch.tensor([0, 3])},

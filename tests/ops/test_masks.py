@@ -51,7 +51,7 @@ def test_cut_and_pasted_masks_return():
         assert pasted.shape == masks.shape and (mask_iou(pasted, masks).diagonal() > least).all()
 
 
-def test_pasting_equals_resizing_into_whole_pixel_boxes():
+def test_pasting_equals_resizing_into_integer_boxes():
     """The slow obvious form: resize the square to the box bilinearly, put it there."""
     masks = torch.rand(4, 14, 14)
     boxes = torch.tensor([[2, 3, 30, 45], [0, 0, 60, 50], [10, 20, 17, 24], [40, 5, 55, 12]])
@@ -74,10 +74,10 @@ def test_pasting_equals_resizing_into_whole_pixel_boxes():
 
 def test_chunks_do_not_change_the_result(monkeypatch):
     masks, boxes = torch.rand(7, 28, 28), torch.rand(7, 4) * 20 + torch.tensor([0, 0, 30, 30])
-    whole = paste_masks(masks, boxes, (50, 60))
+    at_once = paste_masks(masks, boxes, (50, 60))
     monkeypatch.setattr("brs_detr.ops.masks._CHUNK_PIXELS", 2 * 50 * 60)
-    assert torch.equal(whole, paste_masks(masks, boxes, (50, 60)))
-    assert paste_and_encode(masks, boxes, (50, 60)) == encode_masks(whole)
+    assert torch.equal(at_once, paste_masks(masks, boxes, (50, 60)))
+    assert paste_and_encode(masks, boxes, (50, 60)) == encode_masks(at_once)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def run_metadata(config, plan):
     return {"config": to_dict(config), "launch": dataclasses.asdict(plan)}
 
 
-def test_another_launch_is_another_run_unless_told(tmp_path):
+def test_another_launch_is_another_run_unless_allowed(tmp_path):
     config, saved = Config(), split_batch_size(16, 2, 4)
     assert check_resumable(config, saved, run_metadata(config, saved), tmp_path) == []
     other = split_batch_size(16, 2, 2)
@@ -50,7 +50,7 @@ def test_another_launch_is_another_run_unless_told(tmp_path):
 
 
 @pytest.mark.parametrize("flag", [None, "resume", "overwrite"])
-def test_a_folder_with_a_run_is_refused_unless_told_and_stays_as_it_is(tmp_path, flag):
+def test_a_folder_with_a_run_is_refused_unless_allowed_and_stays_as_it_is(tmp_path, flag):
     state = tmp_path / "state" / "step-00000001" / "manifest.json"
     state.parent.mkdir(parents=True)
     state.touch()

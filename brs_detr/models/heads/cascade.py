@@ -40,7 +40,7 @@ class CascadeHead(nn.Module):
         """Compute the loss terms of all stages.
 
         After each stage the RoIs are decoded and clipped, and the ground truth that it was given is dropped; the next
-        stage assigns them anew, with ground truth added again.
+        stage assigns them again, with ground truth added again.
 
         Args:
             features: (B, dim, h, w) per stride.

@@ -130,7 +130,8 @@ class PAAHead(TowerHead):
 
     def detect(self, candidates: Candidates, size: Size, max_detections: int) -> dict[str, Tensor]:
         """As `DenseHead.detect`, each box then replaced by the vote of the candidates that overlap it."""
-        found = super().detect(candidates, size, max_detections)
+        detections = super().detect(candidates, size, max_detections)
         voters = torch.where(candidates.kept, candidates.scores, 0.0)
         clipped = clip_boxes_to_image(candidates.boxes, size)
-        return {**found, "boxes": vote(found["boxes"], found["labels"], clipped, voters, candidates.labels)}
+        boxes = vote(detections["boxes"], detections["labels"], clipped, voters, candidates.labels)
+        return {**detections, "boxes": boxes}

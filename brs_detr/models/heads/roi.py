@@ -119,7 +119,7 @@ class RoIHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, features: Sequence[Tensor], rois: Sequence[Tensor]) -> RoIOutput:
-        """Pool and judge RoIs.
+        """Pool and classify RoIs.
 
         Args:
             features: (B, dim, h, w) per stride; further maps are not used.

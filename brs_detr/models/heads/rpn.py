@@ -126,4 +126,4 @@ class RPNHead(DenseHead):
 
     def proposals(self, output: DenseOutput, sizes: Sequence[Size]) -> list[Tensor]:
         """Propose boxes for each image: (n, 4) xyxy pixels, best first, detached."""
-        return [found["boxes"] for found in self.predict(output, sizes)]
+        return [image["boxes"] for image in self.predict(output, sizes)]

@@ -101,14 +101,14 @@ def select_queries(
 
 
 def _never_empty(samples: AuxSamples, scales: Tensor, num_classes: int) -> AuxSamples:
-    """Give an image without any sample one background sample: the whole image, without a feature."""
+    """Give an image without any sample one background sample: the full image, without a feature."""
     if all(len(labels) for labels in samples.labels):
         return samples
-    whole = torch.cat([torch.zeros_like(scales[:, :2]), scales[:, 2:]], dim=1)[:, None]
+    full = torch.cat([torch.zeros_like(scales[:, :2]), scales[:, 2:]], dim=1)[:, None]
     spare = AuxSamples(
-        boxes=list(whole),
+        boxes=list(full),
         labels=[labels.new_full((1,), num_classes) for labels in samples.labels],
-        targets=[torch.zeros_like(box) for box in whole],
+        targets=[torch.zeros_like(box) for box in full],
         features=[features.new_zeros(1, features.shape[1]) for features in samples.features],
     )
     columns = zip(samples, spare, strict=True)

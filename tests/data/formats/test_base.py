@@ -1,4 +1,4 @@
-"""What the converters share: files found, texts decoded, boxes settled, splits held out."""
+"""What the converters share: file search, text decoding, box cleaning, held-out splits."""
 
 import os
 from pathlib import Path
@@ -80,14 +80,14 @@ def test_folders_that_name_a_split(folder, split):
     assert split_named(folder) == split
 
 
-def settled(*boxes, **extra):
+def cleaned(*boxes, **extra):
     notes = Notes()
     objects = [(str(i), {"category_id": 1, "bbox": list(box), "iscrowd": 0, **extra}) for i, box in enumerate(boxes)]
     return clean_boxes(objects, (40, 80), notes), notes
 
 
 def test_overshoot_of_rounding_is_taken_back_and_real_overhang_kept():
-    (rounding, overhang), notes = settled((-0.0001, 0, 80.0003, 40.002), (70, 30, 20, 20))
+    (rounding, overhang), notes = cleaned((-0.0001, 0, 80.0003, 40.002), (70, 30, 20, 20))
     assert rounding["bbox"] == [0, 0, 80, 40] and overhang["bbox"] == [70, 30, 20, 20] and not notes.places
 
 
@@ -97,12 +97,12 @@ def test_overshoot_of_rounding_is_taken_back_and_real_overhang_kept():
     + [((5, 5, -3, 4), "no width"), ((80, 5, 3, 4), "outside"), ((-9, 5, 3, 4), "outside")],
 )
 def test_what_is_no_box_is_left_out_with_its_reason(box, reason):
-    kept, notes = settled(box)
+    kept, notes = cleaned(box)
     assert kept == [] and reason in notes.lines()[0]
 
 
 def test_repeats_are_left_out_but_not_the_same_box_of_another_outline():
-    kept, notes = settled((1, 1, 5, 5), (1, 1, 5, 5))
+    kept, notes = cleaned((1, 1, 5, 5), (1, 1, 5, 5))
     assert len(kept) == 1 and notes.lines() == ["1 x boxes left out that repeat another of the image: 1"]
     outlines = [[1, 1, 6, 1, 6, 6], [1, 1, 6, 6, 1, 6]]
     objects = [("", {"category_id": 1, "bbox": [1, 1, 5, 5], "segmentation": [outline]}) for outline in outlines]

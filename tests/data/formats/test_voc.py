@@ -205,7 +205,7 @@ def test_objects_and_what_is_none(voc, content, boxes, note):
     assert imported.classes == {1: "cat"}
 
 
-def test_difficult_objects_are_ignored_unless_told_otherwise(voc, tmp_path):
+def test_difficult_objects_are_ignored_by_default(voc, tmp_path):
     voc({"a": annotation(thing(extra="<difficult>1</difficult>"), thing("dog", extra="<truncated>1</truncated>"))})
     imported = read_voc(tmp_path)
     assert [item["iscrowd"] for item in imported.splits["train"][0].objects] == [1, 0] and "--keep-dif" in notes_of(
@@ -257,12 +257,12 @@ def test_xml_that_is_none_is_noted(voc, xml, note):
     assert "without an annotation file" in notes_of(read_voc(voc({"c": None})))
 
 
-def test_classes_by_alphabet_over_all_splits_or_as_told(voc):
+def test_classes_by_alphabet_over_all_splits_or_as_given(voc):
     lists = {"train": "a", "val": "b"}
     root = voc({"a": annotation(thing("  traffic\n light ")), "b": annotation(thing("Ant"), thing("🐜"))}, lists)
     assert read_voc(root).classes == {1: "Ant", 2: "traffic light", 3: "🐜"}
-    told = read_voc(root, classes=["🐜", "traffic light", "Ant", "bee"])
-    assert told.classes[4] == "bee" and told.splits["train"][0].objects[0]["category_id"] == 2
+    given = read_voc(root, classes=["🐜", "traffic light", "Ant", "bee"])
+    assert given.classes[4] == "bee" and given.splits["train"][0].objects[0]["category_id"] == 2
     with pytest.raises(DataError, match="the objects 🐜 are not among the classes Ant, traffic light"):
         read_voc(root, classes=["Ant", "traffic light"])
 
@@ -277,7 +277,7 @@ def test_two_xmls_of_one_image_count_once(voc, tmp_path):
 
 def test_images_that_cannot_be_read_are_noted(voc, tmp_path):
     voc({"a": annotation(thing()), "b": annotation(thing())})
-    (tmp_path / "JPEGImages" / "b.jpg").write_bytes(b"no picture")
+    (tmp_path / "JPEGImages" / "b.jpg").write_bytes(b"not an image")
     imported = read_voc(tmp_path)
     assert list(boxes_of(imported)) == ["a.jpg"] and "b.jpg: this image cannot be read" in notes_of(imported)
 

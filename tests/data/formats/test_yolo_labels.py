@@ -49,12 +49,12 @@ def test_one_box_however_its_numbers_are_written(tmp_path, text):
         ("0 0.5 0.5 0.25 0.5 .1 .1 2 .2 .2 0 .3 .3 1", BOX, "keypoints"),
     ],
 )
-def test_kinds_of_lines_are_told_by_their_numbers(tmp_path, text, shape, note):
+def test_kinds_of_lines_differ_in_their_count_of_numbers(tmp_path, text, shape, note):
     (line,), notes = read(tmp_path, text)
     assert line.shape.tolist() == shape and (note in notes if note else not notes)
 
 
-def test_poses_without_visibilities_are_told_by_the_settings(tmp_path):
+def test_poses_without_visibilities_are_known_by_the_settings(tmp_path):
     text = "0 0.5 0.5 0.25 0.5 .1 .1 .2 .2"
     assert read(tmp_path, text, keypoints=4)[0][0].shape.tolist() == BOX
     assert read(tmp_path, text)[0][0].shape.shape == (4, 2)

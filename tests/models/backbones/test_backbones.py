@@ -103,7 +103,7 @@ def test_frozen_stages_count_the_stem():
         build_backbone(BackboneConfig("resnet18", pretrained=False, frozen_stages=9))
 
 
-def test_a_backbone_frozen_as_a_whole_stays_in_evaluation():
+def test_a_backbone_frozen_completely_stays_in_evaluation():
     backbone = build_backbone(BackboneConfig("resnet18", pretrained=False, norm="batch")).requires_grad_(False)
     assert not any(module.training for module in backbone.train().modules())
 
@@ -201,7 +201,7 @@ def test_unknown_names_lead_to_the_nearest():
         build_backbone(BackboneConfig("vit_tiny_patch16_224", pretrained=False))
 
 
-def test_no_network_is_told_with_the_mend(monkeypatch):
+def test_without_a_network_the_error_says_what_to_do(monkeypatch):
     build = timm.create_model
 
     def offline(name, pretrained, **settings):

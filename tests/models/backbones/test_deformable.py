@@ -80,7 +80,7 @@ def test_starts_as_half_of_the_convolution_that_it_replaces(stride, groups):
     torch.testing.assert_close(DeformableConv(conv, 4)(x), 0.5 * conv(x), rtol=1e-5, atol=1e-6)
 
 
-def test_a_mask_of_one_and_whole_offsets_shift_the_map():
+def test_a_mask_of_one_and_integer_offsets_shift_the_map():
     conv = nn.Conv2d(3, 5, 3, padding=1)
     layer = DeformableConv(conv)
     with torch.no_grad():

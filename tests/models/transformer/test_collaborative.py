@@ -47,7 +47,7 @@ def test_a_image_without_positives_gets_background_only():
     assert chosen.rows.shape == (0,) and chosen.targets.shape == (0, 4) and chosen.boxes.shape == (2, 9, 4)
 
 
-def test_a_image_without_any_sample_gets_the_whole_image_as_background():
+def test_an_image_without_any_sample_gets_the_full_image_as_background():
     empty = AuxSamples(
         [torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, 4)], [torch.zeros(0, DIM)]
     )
@@ -67,5 +67,5 @@ def test_samples_of_an_assignment_are_split_by_image_and_cut():
     assert [one.tolist() for one in cut.labels] == [[3, 3], [1, 3]]
     assert not cut.targets[0].any() and cut.targets[1].tolist() == [[1, 2, 3, 4], [0, 0, 0, 0]]
     for column, given in ((cut.boxes, boxes), (cut.features, features)):
-        assert all(one.equal(whole[:2]) for one, whole in zip(column, given, strict=True))
+        assert all(one.equal(full[:2]) for one, full in zip(column, given, strict=True))
     assert [len(one) for one in aux_samples(assignment, features).labels] == [2, 3]

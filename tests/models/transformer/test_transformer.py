@@ -121,7 +121,7 @@ def run(model, maps, padding):
 
 
 def test_padding_maps_to_the_right_changes_no_prediction():
-    # padded by whole cells of every level, so that nothing but masks and valid ratios is at work
+    # padded by full cells of every level, so that nothing but masks and valid ratios is at work
     model = Transformer().eval()
     for head in (*model.decoder.regressors, model.proposals.regressor):
         nn.init.normal_(head[-1].weight, std=0.1)
@@ -180,7 +180,7 @@ def test_inverse_sigmoid_undoes_the_sigmoid_and_is_finite_at_the_ends():
     assert inverse_sigmoid(torch.tensor([-1.0, 0.0, 1.0, 2.0])).isfinite().all()
 
 
-def test_every_deformable_attention_samples_as_it_is_told():
+def test_every_deformable_attention_samples_as_chosen():
     encoder = DeformableEncoder(8, layers=2, heads=2, levels=1, points=1, hidden=8)
     calls = []
 
