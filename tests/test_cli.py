@@ -356,7 +356,7 @@ def test_a_image_that_proves_damaged_is_left_out_of_the_figures(run, data, tmp_p
 
 
 def test_sigterm_before_the_training_has_the_exit_code_of_an_interruption(data, tmp_path, monkeypatch, capsys):
-    def interrupted(_):
+    def interrupted(*_):
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("it goes on")
 
