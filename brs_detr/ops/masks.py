@@ -6,13 +6,15 @@ A mask head predicts a small square that covers a box. `paste_masks` resamples i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-from brs_detr.ops.rle import RLE, Size, as_text, encode
+from brs_detr.ops.rle import RLE, Size, as_text, draw, encode, pack_segmentation, stated_size
 
 _CHUNK_PIXELS = 2**25  # pixels that are resampled at once, 128 MB as float32
 
@@ -107,6 +109,26 @@ def mask_targets(masks: Tensor, boxes: Tensor, objects: Tensor, side: int = 28) 
 def encode_masks(masks: Tensor) -> list[RLE]:
     """Encode bitmaps (n, h, w) as COCO's compressed run lengths, with `counts` as str."""
     return [as_text(encode(mask)) for mask in masks.cpu().numpy()]
+
+
+def as_rles(masks: Tensor | Sequence[RLE]) -> list[RLE]:
+    """Return the masks of a detector's output, bitmaps (n, h, w) or run lengths, as run lengths."""
+    return encode_masks(masks) if isinstance(masks, Tensor) else list(masks)
+
+
+def decode_masks(rles: Sequence[RLE], size: Size) -> Tensor:
+    """Draw compressed run lengths of an image of (h, w) pixels as bitmaps (n, h, w) uint8.
+
+    Raises:
+        ValueError: they are malformed, or of another size.
+    """
+    bitmaps = np.zeros((len(rles), *size), np.uint8)
+    for bitmap, rle in zip(bitmaps, rles, strict=True):
+        words = np.frombuffer(pack_segmentation(as_text(rle)), np.uint32)
+        if not len(words) or stated_size(words) != tuple(size):
+            raise ValueError(f"mask: these are not run lengths of {size[1]}x{size[0]} pixels: {str(rle)[:80]}.")
+        draw(words, size, out=bitmap)
+    return torch.from_numpy(bitmaps)
 
 
 def paste_and_encode(masks: Tensor, boxes: Tensor, size: Size, threshold: float = 0.5) -> list[RLE]:

@@ -6,6 +6,8 @@ from torch.nn import functional as F
 from torchvision.ops import masks_to_boxes
 
 from brs_detr.ops.masks import (
+    as_rles,
+    decode_masks,
     dice_coefficient,
     encode_masks,
     mask_iou,
@@ -14,7 +16,6 @@ from brs_detr.ops.masks import (
     paste_masks,
     resize_masks,
 )
-from brs_detr.ops.rle import draw, pack_segmentation
 
 
 def ellipse(h, w, center, radii, turn=0.0):
@@ -96,11 +97,12 @@ def test_nothing_to_paste_nor_cut():
 
 def test_run_lengths_return():
     masks = shapes()
-    for mask, rle in zip(masks, encode_masks(masks)):
-        import numpy as np
-
-        words = np.frombuffer(pack_segmentation(rle), np.uint32)
-        assert np.array_equal(draw(words, (120, 160)), mask.numpy())
+    assert torch.equal(decode_masks(encode_masks(masks), (120, 160)).bool(), masks)
+    assert as_rles(masks) == as_rles(encode_masks(masks)) == encode_masks(masks)
+    assert decode_masks([], (5, 6)).shape == (0, 5, 6)
+    for wrong in ({"size": [160, 120], "counts": "0"}, {"size": [120, 160], "counts": "o"}):
+        with pytest.raises(ValueError, match="160x120"):
+            decode_masks([wrong], (120, 160))
 
 
 def test_resizing_keeps_the_shape():
