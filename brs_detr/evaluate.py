@@ -39,6 +39,7 @@ from brs_detr.engine.storage import StorageError, writing
 from brs_detr.evaluation.coco_eval import GroundTruth, detections_to_results, evaluate_coco, finite_results
 from brs_detr.evaluation.summary import Summary
 from brs_detr.exit_codes import ExitCode, Interruption
+from brs_detr.ops.masks import decode_masks
 from brs_detr.run import setup
 from brs_detr.run.launch import start_accelerator
 from brs_detr.run.output_dir import require_writable
@@ -314,11 +315,14 @@ def write_images(
             continue
         own = [result for result in results if result["image_id"] == target["image_id"]]
         boxes = torch.tensor([result["bbox"] for result in own]).reshape(-1, 4)
-        detections = {
+        detections: dict[str, Any] = {
             "boxes": torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1),
             "scores": torch.tensor([result["score"] for result in own]),
             "labels": torch.tensor([labels[result["category_id"]] for result in own], dtype=torch.long),
         }
+        # a detection is in the frame of the json, which may have another size than the file
+        if own and "segmentation" in own[0] and target["original_size"] == tuple(image.shape[1:]):
+            detections["masks"] = decode_masks([result["segmentation"] for result in own], target["original_size"])
         title = dataset.file_name(index)
         drawn.append(draw_detections(image, detections, target, dataset.classes, threshold=0.0, title=title))
         paths.append(out / "detections" / f"{target['image_id']}.png")

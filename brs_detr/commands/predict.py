@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -17,6 +18,8 @@ from brs_detr.data.build import build_eval_transforms
 from brs_detr.data.image_io import ImageError, is_image_name, read_image
 from brs_detr.engine.checkpoint import Weights, write_text
 from brs_detr.ops.images import ImageBatch
+from brs_detr.ops.masks import as_rles, decode_masks
+from brs_detr.ops.rle import as_text
 from brs_detr.run.launch import choose_device
 from brs_detr.run.output_dir import require_writable
 from brs_detr.run.setup import restore
@@ -66,13 +69,18 @@ def run(options: argparse.Namespace) -> int:
                 resized, _ = transforms(image, empty)
                 output = model(ImageBatch.from_list([resized], [(image.shape[1], image.shape[2])]).to(device), None)[0]
                 keep = (output["scores"] >= thresholds[output["labels"]]).cpu()
-                kept = {key: value.cpu()[keep] for key, value in output.items()}
+                masks = as_rles(output.pop("masks")) if "masks" in output else None
+                kept: dict[str, Any] = {key: value.cpu()[keep] for key, value in output.items()}
+                if masks is not None:
+                    kept["masks"] = [rle for rle, use in zip(masks, keep.tolist(), strict=True) if use]
                 name = path.relative_to(root).as_posix()
                 entry = {"file_name": name, "objects": describe(kept, weights.classes, weights.category_ids)}
                 lines.write(json.dumps(entry) + "\n")
                 lines.flush()
                 predictions.append(entry)
                 print(f"{printable(path)}: {len(kept['scores'])} objects")
+                if masks is not None:
+                    kept["masks"] = decode_masks(kept["masks"], (image.shape[1], image.shape[2]))
                 drawing_image = Image.fromarray(image.permute(1, 2, 0).numpy())
                 target = options.out / "detections" / drawing
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -144,8 +152,11 @@ def _hashed_names(file: Path) -> Iterable[Path]:
         yield file.with_name(f"{start}-{digest}.png")
 
 
-def describe(output: dict[str, torch.Tensor], classes: list[str], category_ids: list[int]) -> list[dict]:
-    """Convert detections to dictionaries with class names and category ids; boxes are (x, y, w, h) in image pixels."""
+def describe(output: dict[str, Any], classes: list[str], category_ids: list[int]) -> list[dict]:
+    """Convert detections to dictionaries with class names and category ids; boxes are (x, y, w, h) in image pixels.
+
+    Masks, if there are any, become COCO's compressed run lengths, `segmentation`.
+    """
     objects = []
     for (x1, y1, x2, y2), score, label in zip(
         *(output[key].tolist() for key in ("boxes", "scores", "labels")), strict=True
@@ -154,4 +165,6 @@ def describe(output: dict[str, torch.Tensor], classes: list[str], category_ids: 
         objects.append(
             {"name": classes[label], "category_id": category_ids[label], "score": round(score, 4), "bbox": box}
         )
+    for entry, rle in zip(objects, output.get("masks", ()), strict=False):  # without masks there are none to add
+        entry["segmentation"] = as_text(rle)
     return objects

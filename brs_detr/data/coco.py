@@ -59,8 +59,8 @@ class CocoDetection(Dataset):
         limits: maximum sizes of files, and whether file names may lead out of the image folder; by default those of
             `Limits`.
         log: counter of the issues; pass one to see all of them.
-        masks: also read the objects' masks, which then follow the boxes through the augmentation. Without them nothing
-            of a segmentation is kept.
+        masks: also read the objects' masks. In training they follow the boxes through the augmentation, in evaluation
+            they are in `ground_truth`. Without them nothing of a segmentation is kept.
         retry_seconds: how long to retry a file when the storage fails; None does not retry, and a file that the storage
             does not return counts as damaged.
 
@@ -181,9 +181,9 @@ class CocoDetection(Dataset):
 
         Returns:
             (3, h, w) uint8 RGB and {"boxes": (n, 4) float32 xyxy pixels, "labels": (n,) int64, "image_id": int,
-            "original_size": (h, w) of the frame that detections are reported in}; with `masks` also "masks" (n, h, w)
-            uint8, 1 inside the object; for evaluation also "unreadable": True if the image is damaged and a black one
-            is returned instead.
+            "original_size": (h, w) of the frame that detections are reported in}; in training with `masks` also
+            "masks" (n, h, w) uint8, 1 inside the object; for evaluation also "unreadable": True if the image is damaged
+            and a black one is returned instead.
 
         Raises:
             ImageError: in training, if neither the image nor the next ones can be decoded.
@@ -200,8 +200,12 @@ class CocoDetection(Dataset):
         """Return the files that are being read at this moment, in this process and in the loader workers."""
         return [self.path(number - 1) for number in self._reading[self._reading > 0].tolist()]
 
-    def load(self, index: int) -> tuple[Tensor, Target]:
+    def load(self, index: int, masks: bool = True) -> tuple[Tensor, Target]:
         """Load an image and its objects without augmentation; crowds are excluded.
+
+        Args:
+            index: image index.
+            masks: False leaves out the masks of a dataset with masks.
 
         Raises:
             ImageError: the file cannot be decoded.
@@ -232,9 +236,9 @@ class CocoDetection(Dataset):
             "image_id": int(packed.image_ids[index]),
             "original_size": frame,
         }
-        if self.masks:
-            masks = torch.from_numpy(draw_masks(packed, rows, drawn_in))
-            target["masks"] = resize_masks(masks, size) if frame == drawn_in else _fit_masks(masks, size)
+        if self.masks and masks:
+            drawn = torch.from_numpy(draw_masks(packed, rows, drawn_in))
+            target["masks"] = resize_masks(drawn, size) if frame == drawn_in else _fit_masks(drawn, size)
         return image, target
 
     def ground_truth(self) -> dict[str, Any]:
@@ -347,7 +351,8 @@ class CocoDetection(Dataset):
         """Load the image, or a black one of its size if it is unreadable; its target then has "unreadable": True."""
         known = self._states[index] == _UNREADABLE
         try:
-            return self.load(index)
+            # the evaluation reads masks from `ground_truth`; bitmaps of all objects would fill the shared memory
+            return self.load(index, masks=False)
         except ImageError as error:
             if not known:  # warn once per image, not in every validation
                 _console.warning("%s It is excluded from the evaluation.", error)
@@ -359,8 +364,6 @@ class CocoDetection(Dataset):
             "original_size": tuple(self.packed.frames[index].tolist()),
             "unreadable": True,
         }
-        if self.masks:
-            target["masks"] = torch.zeros(0, height, width, dtype=torch.uint8)
         return torch.zeros(3, height, width, dtype=torch.uint8), target
 
     def _generator(self, epoch: int, index: int, *times: int) -> torch.Generator:

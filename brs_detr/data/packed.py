@@ -133,7 +133,7 @@ def draw_masks(packed: PackedAnnotations, rows: np.ndarray, frame: Size) -> np.n
     for mask, row in zip(masks, rows, strict=True):
         words = _words(packed, row)
         if len(words):
-            mask[:] = draw(words, frame)
+            draw(words, frame, out=mask)
         if not mask.any():
             mask[:] = box_bitmap(packed.boxes[row], frame)
     return masks

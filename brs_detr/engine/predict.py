@@ -22,7 +22,7 @@ from tqdm import tqdm
 from brs_detr.engine.distributed import raise_together
 from brs_detr.exit_codes import Interruption
 from brs_detr.ops.images import Batch
-from brs_detr.ops.masks import encode_masks
+from brs_detr.ops.masks import as_rles
 
 Detections = dict[str, Any]
 
@@ -111,11 +111,8 @@ def _to_host(output: dict[str, Any], threshold: float, max_detections: int) -> D
     keep = scores > threshold if threshold > 0 else np.ones(len(scores), dtype=bool)
     detections = {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
     if "masks" in output:
-        kept = order[torch.from_numpy(keep).to(order.device)]
-        masks = output["masks"]
-        detections["masks"] = (
-            encode_masks(masks[kept]) if isinstance(masks, Tensor) else [masks[i] for i in kept.tolist()]
-        )
+        kept, masks = order[torch.from_numpy(keep).to(order.device)], output["masks"]
+        detections["masks"] = as_rles(masks[kept] if isinstance(masks, Tensor) else [masks[i] for i in kept.tolist()])
     return detections
 
 

@@ -6,30 +6,49 @@ A mask head predicts a small square that covers a box. `paste_masks` resamples i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-from brs_detr.ops.rle import RLE, Size, as_text, encode
+from brs_detr.ops.rle import RLE, Size, as_text, draw, encode, pack_segmentation, stated_size
 
-_CHUNK_PIXELS = 2**25  # pixels that are resampled at once, about 500 MB with their float32 grid
+_CHUNK_PIXELS = 2**25  # pixels that are resampled at once, 128 MB as float32
 
 
 def resize_masks(masks: Tensor, size: Size) -> Tensor:
-    """Resize bitmaps (n, h, w) to (h, w) = `size`, each pixel that of the nearest center."""
+    """Resize bitmaps (n, h, w) to (h, w) = `size`, each pixel that of the nearest center.
+
+    On the CPU only the rows and columns of each object are resampled; the rest of its bitmap is 0.
+    """
     if tuple(masks.shape[-2:]) == tuple(size):
         return masks
     if masks.numel() == 0:
         return masks.new_zeros(len(masks), *size)
-    return F.interpolate(masks[:, None], list(size), mode="nearest-exact")[:, 0]
+    if masks.device.type != "cpu":
+        return F.interpolate(masks[:, None], list(size), mode="nearest-exact")[:, 0]
+    old, new = masks.numpy(), masks.new_zeros(len(masks), *size)
+    sources = [
+        ((np.arange(side, dtype=np.float32) + 0.5) * np.float32(before / side)).astype(np.int64).clip(max=before - 1)
+        for side, before in zip(size, old.shape[1:], strict=True)
+    ]
+    for before, after in zip(old, new.numpy(), strict=True):
+        # the new rows and columns between the first and the last that are not empty
+        spans = [np.flatnonzero(before.any(axis)[source]) for axis, source in ((1, sources[0]), (0, sources[1]))]
+        if all(map(len, spans)):
+            (y0, y1), (x0, x1) = ((int(span[0]), int(span[-1]) + 1) for span in spans)
+            after[y0:y1, x0:x1] = before[sources[0][y0:y1, None], sources[1][x0:x1]]
+    return new
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: Size, threshold: float = 0.5) -> Tensor:
     """Resample masks that cover their boxes to the pixels of the image, bilinearly.
 
     The squares' pixels are areas, not points: the first one's center lies half a pixel inside the box, as it does in
-    RoIAlign (Detectron2's `paste_masks_in_image`). Outside its box a mask is 0.
+    RoIAlign (Detectron2's `paste_masks_in_image`). Beyond them a mask falls to 0, to one half at the border of the box.
 
     Args:
         masks: (n, s, s) probabilities.
@@ -51,16 +70,19 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: Size, threshold: float = 0.5
 
 def _paste(masks: Tensor, boxes: Tensor, size: Size) -> Tensor:
     """Return the probabilities (n, h, w) at the pixels' centers."""
-    x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
-    ys = torch.arange(size[0], device=masks.device, dtype=boxes.dtype) + 0.5
-    xs = torch.arange(size[1], device=masks.device, dtype=boxes.dtype) + 0.5
-    # a box of no width holds no pixel: the clamp turns 0 / 0 at its border into a position, or one far outside
-    y = (ys - y0) / (y1 - y0).clamp(min=1e-6) * 2 - 1
-    x = (xs - x0) / (x1 - x0).clamp(min=1e-6) * 2 - 1
-    n, h, w = len(masks), size[0], size[1]
-    grid = torch.stack([x[:, None, :].expand(n, h, w), y[:, :, None].expand(n, h, w)], dim=3)
-    pasted: Tensor = F.grid_sample(masks[:, None], grid, align_corners=False)[:, 0]
-    return pasted
+    # bilinear weights are products of those along y and along x, and so need no grid of positions
+    rows = _weights(boxes[:, 1], boxes[:, 3], size[0], masks.shape[1])
+    columns = _weights(boxes[:, 0], boxes[:, 2], size[1], masks.shape[2])
+    return rows @ masks @ columns.transpose(1, 2)
+
+
+def _weights(low: Tensor, high: Tensor, pixels: int, side: int) -> Tensor:
+    """Return the weights (n, pixels, side) of a mask's rows at the pixels' centers, 0 beyond them."""
+    centers = torch.arange(pixels, device=low.device, dtype=low.dtype) + 0.5
+    # a box of no width holds no pixel: the clamp keeps its positions finite
+    position = (centers - low[:, None]) / (high - low)[:, None].clamp(min=1e-6) * side - 0.5
+    distance = (position[:, :, None] - torch.arange(side, device=low.device)).abs()
+    return (1 - distance).clamp(min=0)
 
 
 def mask_targets(masks: Tensor, boxes: Tensor, objects: Tensor, side: int = 28) -> Tensor:
@@ -87,6 +109,26 @@ def mask_targets(masks: Tensor, boxes: Tensor, objects: Tensor, side: int = 28) 
 def encode_masks(masks: Tensor) -> list[RLE]:
     """Encode bitmaps (n, h, w) as COCO's compressed run lengths, with `counts` as str."""
     return [as_text(encode(mask)) for mask in masks.cpu().numpy()]
+
+
+def as_rles(masks: Tensor | Sequence[RLE]) -> list[RLE]:
+    """Return the masks of a detector's output, bitmaps (n, h, w) or run lengths, as run lengths."""
+    return encode_masks(masks) if isinstance(masks, Tensor) else list(masks)
+
+
+def decode_masks(rles: Sequence[RLE], size: Size) -> Tensor:
+    """Draw compressed run lengths of an image of (h, w) pixels as bitmaps (n, h, w) uint8.
+
+    Raises:
+        ValueError: they are malformed, or of another size.
+    """
+    bitmaps = np.zeros((len(rles), *size), np.uint8)
+    for bitmap, rle in zip(bitmaps, rles, strict=True):
+        words = np.frombuffer(pack_segmentation(as_text(rle)), np.uint32)
+        if not len(words) or stated_size(words) != tuple(size):
+            raise ValueError(f"mask: these are not run lengths of {size[1]}x{size[0]} pixels: {str(rle)[:80]}.")
+        draw(words, size, out=bitmap)
+    return torch.from_numpy(bitmaps)
 
 
 def paste_and_encode(masks: Tensor, boxes: Tensor, size: Size, threshold: float = 0.5) -> list[RLE]:

@@ -127,24 +127,31 @@ def stated_size(words: np.ndarray) -> Size | None:
     return None if words[0] else (int(words[1]), int(words[2]))
 
 
-def draw(words: np.ndarray, size: Size) -> np.ndarray:
+def draw(words: np.ndarray, size: Size, out: np.ndarray | None = None) -> np.ndarray:
     """Draw a packed segmentation.
 
     Args:
         words: as `pack_segmentation` makes them; run lengths must be of this size.
         size: (h, w) pixels.
+        out: (h, w) uint8 zeros to draw into; by default a new array.
 
     Returns:
         (h, w) uint8, 1 inside.
     """
-    if words[0]:
-        bitmap: np.ndarray = coco_mask.decode(to_rle(words, size))
-        return bitmap
-    runs = words[3:]
-    flat = np.zeros(size[0] * size[1], np.uint8)
-    inside = np.repeat(np.arange(len(runs), dtype=np.uint8) & 1, runs)
-    flat[: len(inside)] = inside
-    return flat.reshape(size[1], size[0]).T
+    bitmap = np.zeros(size, np.uint8) if out is None else out
+    runs = decode_counts(to_rle(words, size)["counts"].decode("ascii")) if words[0] else words[3:]
+    ends = np.cumsum(runs, dtype=np.int64)
+    first, last = ends[:-1:2], ends[1::2]
+    first, last = first[last > first], last[last > first]
+    if len(first):
+        # only the object's columns: most of the pixels of an image with many objects belong to none of them
+        height = size[0]
+        left, right = int(first[0]) // height, (int(last[-1]) - 1) // height + 1
+        steps = np.zeros((right - left) * height + 1, np.int8)
+        steps[first - left * height] += 1
+        steps[last - left * height] -= 1
+        bitmap[:, left:right] = np.cumsum(steps[:-1], dtype=np.int8).reshape(right - left, height).T
+    return bitmap
 
 
 def to_rle(words: np.ndarray, size: Size) -> RLE:

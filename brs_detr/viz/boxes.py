@@ -21,6 +21,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
 from brs_detr.user_files import printable
+from brs_detr.viz.masks import tint
 
 Color = tuple[int, int, int]
 
@@ -74,7 +75,8 @@ def draw_detections(
 
     Args:
         image: PIL image, (h, w, 3) uint8 array or (3, h, w) uint8 tensor.
-        detections: `boxes` (n, 4) xyxy pixels of this image, `scores` (n,), `labels` (n,); or None.
+        detections: `boxes` (n, 4) xyxy pixels of this image, `scores` (n,), `labels` (n,), and perhaps `masks`
+            (n, h, w) bitmaps of this image; or None.
         targets: ground truth `boxes` (m, 4) xyxy pixels and `labels` (m,); or None.
         classes: name of each label.
         threshold: detections with a lower score are left out.
@@ -89,8 +91,10 @@ def draw_detections(
     scale = max(1.0, min_side / max(canvas.size))
     if scale > 1:
         canvas = canvas.resize([round(side * scale) for side in canvas.size], Image.Resampling.BICUBIC)
-    true_boxes, true_labels, _ = _select(targets, -math.inf)
-    boxes, labels, scores = _select(detections, threshold)
+    true_boxes, true_labels, _, _ = _select(targets, -math.inf)
+    boxes, labels, scores, order = _select(detections, threshold)
+    if detections is not None and "masks" in detections:
+        canvas = tint(canvas, detections["masks"][order], [color(label) for label in labels])
     width = text_size(canvas) // TEXT * (1 if len(boxes) > CROWDED else 2)
     for tone, thickness in ((WHITE, 2 * width), (BLACK, width)):  # two tones show on any ground, white under detections
         canvas = draw_boxes(canvas, true_boxes * scale, [tone] * len(true_boxes), width=thickness)
@@ -197,7 +201,7 @@ def write_contact_sheet(
 
     Args:
         samples: at least one pair of a (3, h, w) uint8 image and a target with "boxes" (n, 4) xyxy pixels and "labels"
-            (n,).
+            (n,), and perhaps "masks" (n, h, w).
         classes: names by label.
         path: image file to write.
         columns: images in a row.
@@ -208,7 +212,9 @@ def write_contact_sheet(
         tile = to_image(pixels)
         scale = cell / max(tile.size)
         tile = tile.resize([max(1, round(side * scale)) for side in tile.size], Image.Resampling.BICUBIC)
-        boxes, labels, _ = _select(target, -math.inf)
+        boxes, labels, _, order = _select(target, -math.inf)
+        if "masks" in target:
+            tile = tint(tile, target["masks"][order], [color(label) for label in labels])
         tags = [_name(classes, label) for label in labels]
         tiles.append(draw_boxes(tile, boxes * scale, [color(label) for label in labels], tags))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -280,15 +286,15 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(font_path(), size)
 
 
-def _select(boxes: Mapping[str, Any] | None, threshold: float) -> tuple[Tensor, list[int], list[float]]:
-    """Select finite boxes (n, 4), labels and scores, the lowest score first, so that the best is drawn on top."""
+def _select(boxes: Mapping[str, Any] | None, threshold: float) -> tuple[Tensor, list[int], list[float], Tensor]:
+    """Select finite boxes (n, 4), labels, scores and indices, the lowest score first, so that the best is on top."""
     if boxes is None or not len(boxes["boxes"]):
-        return torch.zeros(0, 4), [], []
+        return torch.zeros(0, 4), [], [], torch.zeros(0, dtype=torch.long)
     corners, labels = (torch.as_tensor(boxes[key]).cpu() for key in ("boxes", "labels"))
     scores = torch.as_tensor(boxes.get("scores", torch.ones(len(corners)))).cpu().double()
     order = scores.argsort(stable=True)
     order = order[(scores >= threshold)[order] & corners.isfinite().all(1)[order]]
-    return corners[order].double(), labels[order].long().tolist(), scores[order].tolist()
+    return corners[order].double(), labels[order].long().tolist(), scores[order].tolist(), order
 
 
 def _name(classes: Sequence[str], label: int) -> str:

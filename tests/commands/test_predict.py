@@ -15,6 +15,7 @@ from brs_detr import cli
 from brs_detr.commands import predict
 from brs_detr.config import load_config, to_dict
 from brs_detr.engine.checkpoint import Weights, load_weights, save_weights
+from brs_detr.ops.masks import decode_masks, encode_masks
 from brs_detr.run.setup import build_detector
 
 SMALL = [*SMALL_DETECTOR, "model.rpn.test_proposals=20", "data.test_short_side=64"]
@@ -150,3 +151,28 @@ def test_weights_lead_to_no_network(weights, tmp_path, capsys, monkeypatch, name
     said = capsys.readouterr().err
     assert f"x.safetensors: its backbone {name} is looked up elsewhere" in said and said.count("\n") == 1
     assert cli.main([*command, f"model.backbone.name={plain}"]) == 0
+
+
+@pytest.mark.parametrize("encoded", [True, False])
+def test_masks_are_written_and_drawn_with_their_objects(weights, tmp_path, monkeypatch, encoded):
+    """Three detections, of which the second is below the threshold."""
+    bitmaps = torch.zeros(3, 30, 40, dtype=torch.bool)
+    bitmaps[0, 2:6, 2:12], bitmaps[2, 10:30, 20:40] = True, True
+
+    def detect(images, targets):
+        scores, labels = torch.tensor([0.9, 0.1, 0.6]), torch.tensor([0, 1, 1])
+        boxes = torch.tensor([[2.0, 2, 12, 6], [0, 0, 9, 9], [20, 10, 40, 30]])
+        masks = encode_masks(bitmaps) if encoded else bitmaps
+        return [{"boxes": boxes, "scores": scores, "labels": labels, "masks": masks}]
+
+    restored = predict.restore(weights)
+    monkeypatch.setattr(restored[0], "forward", detect)
+    monkeypatch.setattr(predict, "restore", lambda *_: restored)
+    file = image(tmp_path / "a.png")
+    out = tmp_path / "out"
+    assert cli.main(["predict", str(weights), str(file), "--out", str(out), "--threshold", "0.5"]) == 0
+    (entry,) = json.loads((out / "predictions.json").read_text())
+    masks = [found["segmentation"] for found in entry["objects"]]
+    assert torch.equal(decode_masks(masks, (30, 40)).bool(), bitmaps[[0, 2]])
+    drawn = Image.open(out / "detections" / "a.png")
+    assert drawn.getpixel((480, 320)) != drawn.getpixel((160, 400)) == (200, 30, 30)

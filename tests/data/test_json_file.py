@@ -19,6 +19,7 @@ from pycocotools import mask as rle
 
 from brs_detr.data.issues import DataError
 from brs_detr.data.json_file import as_int, coerce_numbers, is_number, load_json, mask_box
+from brs_detr.ops.rle import pack_segmentation
 
 DATA = {
     "images": [{"id": 1, "file_name": "Fläche.png"}],
@@ -196,3 +197,14 @@ def test_polygons_however_they_are_nested(polygons):
 )
 def test_what_is_no_mask_has_no_box(mask):
     assert mask_box(mask) is None
+
+
+def test_masks_are_dropped_packed_or_kept(tmp_path):
+    polygon, damaged = [[1, 2, 9, 2, 9, 7]], {"size": [4, 4], "counts": "o"}
+    annotations = [{"bbox": [1, 2, 8, 5], "segmentation": s} for s in (polygon, damaged, [])]
+    path = tmp_path / "set.json"
+    path.write_text(json.dumps({"images": [{}], "annotations": annotations, "categories": []}))
+    entries = {masks: load_json(path, masks=masks)["annotations"] for masks in ("drop", "pack", "keep")}
+    assert entries["drop"] == [{"bbox": [1, 2, 8, 5]}] * 3
+    assert [e.get("segmentation") for e in entries["pack"]] == [pack_segmentation(polygon), b"", None]
+    assert [e.get("segmentation") for e in entries["keep"]] == [polygon, damaged, None]

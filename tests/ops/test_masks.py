@@ -6,6 +6,8 @@ from torch.nn import functional as F
 from torchvision.ops import masks_to_boxes
 
 from brs_detr.ops.masks import (
+    as_rles,
+    decode_masks,
     dice_coefficient,
     encode_masks,
     mask_iou,
@@ -14,7 +16,6 @@ from brs_detr.ops.masks import (
     paste_masks,
     resize_masks,
 )
-from brs_detr.ops.rle import draw, pack_segmentation
 
 
 def ellipse(h, w, center, radii, turn=0.0):
@@ -51,25 +52,20 @@ def test_cut_and_pasted_masks_return():
         assert pasted.shape == masks.shape and (mask_iou(pasted, masks).diagonal() > least).all()
 
 
-def test_pasting_equals_resizing_into_integer_boxes():
-    """The slow obvious form: resize the square to the box bilinearly, put it there."""
-    masks = torch.rand(4, 14, 14)
-    boxes = torch.tensor([[2, 3, 30, 45], [0, 0, 60, 50], [10, 20, 17, 24], [40, 5, 55, 12]])
-    expected = torch.zeros(4, 50, 60)
-    for canvas, mask, (x0, y0, x1, y1) in zip(expected, masks, boxes.tolist()):
-        enlarged = F.pad(mask, (1, 1, 1, 1))[None, None]  # grid_sample takes zeros outside, `interpolate` the border
-        side = [int((y1 - y0) / 14 * 16 + 0.5), int((x1 - x0) / 14 * 16 + 0.5)]
-        if (y1 - y0) % 14 or (x1 - x0) % 14:
-            continue
-        large = F.interpolate(enlarged, side, mode="bilinear", align_corners=False)[0, 0]
-        top, left = (side[0] - (y1 - y0)) // 2, (side[1] - (x1 - x0)) // 2
-        canvas[y0:y1, x0:x1] = large[top : top + y1 - y0, left : left + x1 - x0]
-    pasted = paste_masks(masks, boxes.float(), (50, 60), threshold=0.5)
-    assert torch.equal(pasted[0], expected[0] >= 0.5)
-    for mask, (x0, y0, x1, y1) in zip(pasted, boxes.tolist()):
-        outside = mask.clone()
-        outside[y0:y1, x0:x1] = False
-        assert not outside.any()
+def test_pasting_equals_sampling_on_a_grid():
+    """The form of other implementations: torch's bilinear sampling at the position of each pixel, 0 outside."""
+    masks = torch.rand(20, 14, 28)
+    low = torch.rand(20, 2).double() * 60 - 20
+    boxes = torch.cat([low, low + torch.rand(20, 2) * 50 + 2], 1)
+    y, x = torch.arange(50.0).double() + 0.5, torch.arange(60.0).double() + 0.5
+    y = (y - boxes[:, 1:2]) / (boxes[:, 3:] - boxes[:, 1:2]) * 2 - 1
+    x = (x - boxes[:, :1]) / (boxes[:, 2:3] - boxes[:, :1]) * 2 - 1
+    grid = torch.stack([x[:, None].expand(20, 50, 60), y[:, :, None].expand(20, 50, 60)], 3)
+    expected = F.grid_sample(masks.double()[:, None], grid, align_corners=False)[:, 0]
+    for threshold in (0.3, 0.5, 0.9):
+        pasted = paste_masks(masks, boxes, (50, 60), threshold)
+        assert (pasted == (expected >= threshold))[(expected - threshold).abs() > 1e-4].all()
+        assert pasted.any() and not pasted.all()
 
 
 def test_chunks_do_not_change_the_result(monkeypatch):
@@ -101,11 +97,12 @@ def test_nothing_to_paste_nor_cut():
 
 def test_run_lengths_return():
     masks = shapes()
-    for mask, rle in zip(masks, encode_masks(masks)):
-        import numpy as np
-
-        words = np.frombuffer(pack_segmentation(rle), np.uint32)
-        assert np.array_equal(draw(words, (120, 160)), mask.numpy())
+    assert torch.equal(decode_masks(encode_masks(masks), (120, 160)).bool(), masks)
+    assert as_rles(masks) == as_rles(encode_masks(masks)) == encode_masks(masks)
+    assert decode_masks([], (5, 6)).shape == (0, 5, 6)
+    for wrong in ({"size": [160, 120], "counts": "0"}, {"size": [120, 160], "counts": "o"}):
+        with pytest.raises(ValueError, match="160x120"):
+            decode_masks([wrong], (120, 160))
 
 
 def test_resizing_keeps_the_shape():
@@ -114,6 +111,13 @@ def test_resizing_keeps_the_shape():
         back = resize_masks(resize_masks(masks, size), (120, 160))
         assert (mask_iou(back, masks).diagonal() > 0.95).all()
     assert resize_masks(masks[:0], (7, 8)).shape == (0, 7, 8)
+
+
+@pytest.mark.parametrize("size", [(240, 320), (97, 201), (60, 80), (13, 300), (1, 1), (121, 159)])
+def test_resizing_is_torchs(size):
+    masks = torch.cat([shapes(), torch.rand(2, 120, 160) > 0.99, torch.zeros(1, 120, 160, dtype=torch.bool)])
+    expected = F.interpolate(masks[:, None].to(torch.uint8), size, mode="nearest-exact")[:, 0]
+    assert torch.equal(resize_masks(masks.to(torch.uint8), size), expected)
 
 
 def test_iou_and_dice_by_hand():
