@@ -165,3 +165,19 @@ def test_settings_of_another_number_of_stages_are_named():
     assert list(config.problems("model.roi")) == [
         "model.roi.stage_weights has 2 entries for 3 stages of model.roi.min_ious; give as many"
     ]
+
+
+@pytest.mark.parametrize("loss", ["brs", "cross_entropy"])
+def test_each_stage_gets_the_objects_once(loss):
+    """The objects of a stage do not come back refined; with a sampler only those that it chose are dropped."""
+    changes = {"objective": CE, "sample": 8} if loss == "cross_entropy" else {}
+    head, targets = published(loss, **changes), random_targets(4, 0)
+    asked = []
+    for stage in head.stages:
+        stage.register_forward_pre_hook(lambda module, args: asked.append(args[1]))
+    head.losses(feature_maps(), [targets[0]["boxes"] + 0.5, random_boxes(4)], SIZES, targets)
+    for rois in asked:
+        equal = (rois[0][:, None] == targets[0]["boxes"]).all(dim=2).sum(dim=0)
+        assert (equal == 1).all() if loss == "brs" else (equal <= 1).all()
+    if loss == "brs":
+        assert [[len(own) for own in rois] for rois in asked] == [[8, 4]] * 3

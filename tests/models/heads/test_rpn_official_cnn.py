@@ -131,3 +131,12 @@ def test_first_objectness_is_the_prior():
     assert all((x == 0).all() for x in published()(zero).logits)
     scores = published(prior=0.01)(zero).logits[0].sigmoid()
     torch.testing.assert_close(scores, torch.full_like(scores, 0.01))
+
+
+def test_the_border_is_that_of_each_image_and_not_of_the_batch():
+    head = published(allowed_border=0.0)
+    _, learned = head.losses(head(feature_maps()), SIZES, targets([OBJECT], [OBJECT]))
+    for (height, width), own, valid in zip(SIZES, learned.references, learned.per_image(learned.valid), strict=True):
+        limits = torch.tensor([width, height])
+        inside = (own[:, :2] >= 0).all(dim=1) & (own[:, 2:] < limits).all(dim=1)
+        assert not valid[~inside].any() and valid[inside].any()
