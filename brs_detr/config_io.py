@@ -16,12 +16,13 @@ from typing import Annotated, Any, Literal
 import yaml
 
 from brs_detr.config_fields import NotEmpty, Null, Range
+from brs_detr.exit_codes import Failure
 from brs_detr.parsing import load_yaml
 
 NO_ALIASES: Mapping[str, str] = types.MappingProxyType({})
 
 
-class ConfigError(ValueError):
+class ConfigError(Failure, ValueError):
     """A setting that cannot be used; the message says which, where, and what to write instead."""
 
 

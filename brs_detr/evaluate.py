@@ -27,22 +27,23 @@ from torch.utils.data import DataLoader
 
 from brs_detr import config as configuration
 from brs_detr.cli import run_command
-from brs_detr.config import Config, ConfigError
+from brs_detr.config import Config
 from brs_detr.data.build import open_val_set
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.image_io import ImageError
 from brs_detr.data.issues import DROPPED, POLICY, DataError
 from brs_detr.data.loader import build_eval_loader
-from brs_detr.engine.checkpoint import CheckpointError, write_text
+from brs_detr.engine.checkpoint import write_text
 from brs_detr.engine.predict import predict, require_all
-from brs_detr.engine.storage import StorageError, writing
+from brs_detr.engine.storage import writing
 from brs_detr.evaluation.coco_eval import GroundTruth, detections_to_results, evaluate_coco, finite_results
 from brs_detr.evaluation.summary import Summary
-from brs_detr.exit_codes import ExitCode, Interruption
+from brs_detr.exit_codes import ExitCode, Failure
 from brs_detr.ops.masks import decode_masks
 from brs_detr.run import setup
 from brs_detr.run.launch import start_accelerator
 from brs_detr.run.output_dir import require_writable
+from brs_detr.run.training import Data, Run
 from brs_detr.user_files import complain, printable
 from brs_detr.viz.boxes import contact_sheet, draw_detections
 
@@ -63,13 +64,7 @@ def run_evaluation(
     """Call `evaluate` with its arguments; turn what ends it early into a message and an exit code."""
     try:
         evaluate(weights, overrides, out, images, score_thresholds)
-    except (ConfigError, DataError, CheckpointError) as error:
-        complain(error)
-        return ExitCode.REFUSED
-    except StorageError as error:
-        complain(error)
-        return ExitCode.STORAGE
-    except Interruption as error:
+    except Failure as error:
         complain(error)
         return error.code
     return ExitCode.OK
@@ -240,28 +235,16 @@ def dataset_notes(dataset: CocoDetection) -> list[str]:
     return notes
 
 
-def validator(
-    category_ids: Sequence[int],
-    dataset: CocoDetection,
-    loader: DataLoader,
-    config: Config,
-    accelerator: Accelerator,
-    say: Callable[[str], None],
-    thresholds: dict[str, float],
-) -> Callable[[nn.Module], dict[str, float]]:
+def validator(run: Run, data: Data) -> Callable[[nn.Module], dict[str, float]]:
     """Build what the trainer calls after an epoch: detector -> its figures, {} outside the main process.
 
-    Besides COCO's figures these are "images" and "images_left_out", the numbers of images measured and not.
-
-    Args:
-        category_ids, loader, config, accelerator: as for `score`.
-        dataset: opened with `train=False`; its annotations are checked once, here.
-        say: called with each note of an evaluation the first time it occurs.
-        thresholds: filled by each validation with the score of every class's best F1.
+    Besides COCO's figures these are "images" and "images_left_out", the numbers of images measured and not. Each note
+    of an evaluation is logged the first time it occurs; `data.thresholds` gets the score of every class's best F1.
 
     Raises:
         DataError: the dataset holds no object, so that no validation could tell good weights from bad ones.
     """
+    dataset, category_ids, thresholds = data.val_set, data.train_set.category_ids, data.thresholds
     truth, reported = GroundTruth.read(dataset.ground_truth(), dataset.masks), set()
     if not truth.max_objects(truth.image_ids)[0]:
         raise DataError(
@@ -271,12 +254,12 @@ def validator(
 
     def validate(module: nn.Module) -> dict[str, float]:
         listed = dataset.report["images_listed"]
-        summary, _ = score(module, category_ids, truth, loader, config, accelerator, listed)
+        summary, _ = score(module, category_ids, truth, data.val_loader, run.config, run.accelerator, listed)
         thresholds.clear()
         thresholds.update({} if summary is None else summary.thresholds())
         for note in summary.notes if summary is not None else []:
             if note not in reported:
-                say(f"note: {note}")
+                run.log.say(f"note: {note}")
                 reported.add(note)
         if summary is None:
             return {}

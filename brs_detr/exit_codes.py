@@ -1,4 +1,4 @@
-"""The exit codes of the scripts and commands, and the exception that ends a run with one of them.
+"""The exit codes of the scripts and commands, and the exceptions that end a run with one of them.
 
 Codes from 64 on are those of BSD's sysexits.h; a scheduler may restart a job that ended with one of them.
 """
@@ -19,7 +19,13 @@ class ExitCode(IntEnum):
     INTERRUPTED = 75  # stopped by SIGTERM or Ctrl-C; the state is saved
 
 
-class Interruption(Exception):  # noqa: N818 (not an error: a resumed run continues)
+class Failure(Exception):  # noqa: N818 (a base, which never names an error itself)
+    """An error that its message explains: the program prints it and ends with its code, without a traceback."""
+
+    code = ExitCode.REFUSED
+
+
+class Interruption(Failure):
     """An event that ends the run, which the same command with `--resume` may continue later.
 
     A data loader passes on a worker's error as its traceback with the message at the end: only the message is kept.

@@ -52,7 +52,11 @@ def test_a_validation_keeps_the_scores_of_the_best_f1_and_says_a_note_once(monke
     dataset = SimpleNamespace(ground_truth=annotations, json_path="val.json", report={"images_listed": 4}, masks=False)
     said, thresholds = [], {"of the weights before": 0.5}
     config = Config(eval=EvalConfig(max_detections=10))
-    validate = evaluate.validator([5], dataset, None, config, Accelerator(cpu=True), said.append, thresholds)
+    run = SimpleNamespace(config=config, accelerator=Accelerator(cpu=True), log=SimpleNamespace(say=said.append))
+    data = SimpleNamespace(
+        train_set=SimpleNamespace(category_ids=[5]), val_set=dataset, val_loader=None, thresholds=thresholds
+    )
+    validate = evaluate.validator(run, data)
     for score in (0.25, 0.75):
         monkeypatch.setattr(evaluate, "predict", lambda *_, s=score, **__: [found(image, s) for image in (1, 2, 3)])
         assert validate(None)["AP"] == pytest.approx(1.0)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from brs_detr.data.config import Limits
 from brs_detr.data.storage import StorageError, persist, read_bytes
+from brs_detr.exit_codes import Failure
 from brs_detr.user_files import open_regular, printable, read_file, read_start, require_at_most
 
 Size = tuple[int, int]
@@ -32,7 +33,7 @@ ORIENTATION_TAG = 0x0112
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
-class ImageError(ValueError):
+class ImageError(Failure, ValueError):
     """An unusable image file; the message names it.
 
     The DataLoader re-raises a worker's error with the traceback as its message; only the last part is kept.

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from brs_detr.exit_codes import Failure
 from brs_detr.user_files import printable
 
 KEPT = "kept"
@@ -102,7 +103,7 @@ POLICY: dict[str, tuple[str, str]] = {
 _MAX_TEXT = 160  # characters of a location or a detail: values in a json may be arbitrarily long
 
 
-class DataError(ValueError):
+class DataError(Failure, ValueError):
     """An unusable dataset; the message says what to fix."""
 
 

@@ -16,6 +16,7 @@ from typing import BinaryIO
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from brs_detr.exit_codes import ExitCode, Failure
 from brs_detr.models.backbones.weights_io import CheckpointError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -36,12 +37,16 @@ _ADVICE = {
 }
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(Failure, RuntimeError):
     """A loss, gradient or weight became NaN or infinite; the message says where."""
 
+    code = ExitCode.NOT_FINITE
 
-class StorageError(OSError):
+
+class StorageError(Failure, OSError):
     """A file cannot be written; the message names the folder, the reason, the free space and what to do."""
+
+    code = ExitCode.STORAGE
 
     def __str__(self) -> str:
         return str(self.strerror)

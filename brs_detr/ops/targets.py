@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from brs_detr.exit_codes import Failure
 from brs_detr.ops.images import Size
 
 
-class TargetError(ValueError):
+class TargetError(Failure, ValueError):
     """Ground truth that no detector can learn; the message names the image and the value."""
 
 

@@ -30,6 +30,7 @@ from brs_detr.data.synthetic import make_dataset  # noqa: E402
 from brs_detr.engine.logging import read_metrics  # noqa: E402
 from brs_detr.engine.state import find_fault  # noqa: E402
 from brs_detr.engine.trainer import Trainer  # noqa: E402
+from brs_detr.run import setup  # noqa: E402
 
 SPEC = spec_from_file_location("toy_run", Path(__file__).with_name("toy_run.py"))
 toy = module_from_spec(SPEC)
@@ -243,7 +244,7 @@ def check(name, folder):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     read, storage.read_file = storage.read_file, read_file
-    train.setup.build_detector = lambda *_, **__: Detector()  # all but the detector is as in a real run
+    setup.build_detector = lambda *_, **__: Detector()  # all but the detector is as in a real run
     if sys.argv[1] == "train":  # under a launcher
         sys.exit(train.main([*sys.argv[2:], *SETTINGS]))
     place = Path(sys.argv[1])

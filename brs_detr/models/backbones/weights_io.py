@@ -21,10 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from brs_detr.exit_codes import Failure
 from brs_detr.user_files import UserFileError, require_unpacked
 
 
-class CheckpointError(ValueError):
+class CheckpointError(Failure, ValueError):
     """A checkpoint that cannot be used; the message names the file and what to do."""
 
 

@@ -1,0 +1,241 @@
+"""What a training is assembled from: its folder and log, its data, its detector and the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from brs_detr import config as configuration
+from brs_detr.config import Config, ConfigError
+from brs_detr.data.build import open_train_set, open_val_set
+from brs_detr.data.coco import CocoDetection
+from brs_detr.data.loader import EpochBatches, build_eval_loader, build_train_loader
+from brs_detr.data.watched_loader import WatchedLoader
+from brs_detr.engine.batch_plan import BatchPlan, TrainingLength, plan_length
+from brs_detr.engine.checkpoint import Weights, save_weights, write_text
+from brs_detr.engine.diagnostics import largest_step
+from brs_detr.engine.distributed import is_sharded, keep_known_layers, keep_scalars_whole
+from brs_detr.engine.logging import RunLog
+from brs_detr.engine.optim import build_optimizer, build_schedule
+from brs_detr.engine.state import agreed_state, read_facts
+from brs_detr.engine.storage import remove_partials
+from brs_detr.engine.trainer import Trainer
+from brs_detr.losses.balance import set_epoch_length
+from brs_detr.ops.targets import check_targets
+from brs_detr.run import setup
+from brs_detr.run.launch import describe_machine, start_accelerator
+from brs_detr.run.output_dir import (
+    check_output_dir,
+    check_resumable,
+    remove_run,
+    require_same_data,
+    require_shared_folder,
+)
+from brs_detr.viz.boxes import write_samples
+
+Validate = Callable[[nn.Module], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training that has begun.
+
+    Attributes:
+        config: of the run; with `train.overfit_batches` its data are the subset.
+        accelerator: of the launch.
+        plan: how the total batch is split.
+        log: to the console and to files.
+        state: the saved state to resume from; None for a fresh start.
+    """
+
+    config: Config
+    accelerator: Accelerator
+    plan: BatchPlan
+    log: RunLog
+    state: Path | None
+
+    @property
+    def folder(self) -> Path:
+        """Return the run's folder."""
+        return Path(self.config.output_dir)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The datasets of a training, their loaders in this process, and what follows from them.
+
+    Attributes:
+        length: of the training.
+        metadata: stored with every state.
+        thresholds: minimum score of each class, written by the validation and stored with the weights.
+    """
+
+    train_set: CocoDetection
+    val_set: CocoDetection
+    train_loader: WatchedLoader
+    val_loader: WatchedLoader
+    batches: EpochBatches
+    length: TrainingLength
+    metadata: dict[str, Any]
+    thresholds: dict[str, float] = field(default_factory=dict)
+
+
+def open_run(config: Config, trial: str | None = None) -> Run:
+    """Start the accelerator, and open the run's folder and log; for a trial, in a folder of its own.
+
+    Raises:
+        ConfigError: the folder holds a run that is neither resumed nor overwritten, or the launch does not fit.
+        CheckpointError: the state to resume from is damaged.
+    """
+    if trial is not None:
+        fresh = replace(config.train, overwrite=True, resume=False)
+        config = replace(config, output_dir=f"{config.output_dir}/{trial}", train=fresh)
+    check_output_dir(config)
+    accelerator = start_accelerator(config, trackers=trial is None)
+    plan = setup.plan_batches(config, accelerator)
+    state, log = _open_log(config, plan, accelerator)
+    return Run(setup.with_subset(config, accelerator), accelerator, plan, log, state)
+
+
+def _open_log(config: Config, plan: BatchPlan, accelerator: Accelerator) -> tuple[Path | None, RunLog]:
+    """Open the run's log and find the saved state to resume from (None for a fresh start): (state, log)."""
+    folder = Path(config.output_dir)
+    require_shared_folder(config, accelerator)
+    state, notes = agreed_state(folder / "state", accelerator) if config.train.resume else (None, [])
+    if state is not None:
+        changes = check_resumable(config, plan, read_facts(state), state, is_sharded(accelerator))
+        notes += [f"resumed from {state}", *(f"changed since: {change}" for change in changes)]
+    accelerator.wait_for_everyone()
+    log = RunLog(folder, accelerator, None if state is None else read_facts(state))
+    for note in [describe_machine(accelerator), str(plan), *notes]:
+        log.say(note)
+    if accelerator.is_main_process:
+        remove_partials(folder)
+        write_text(folder / "config.yaml", configuration.dump(config))
+    return state, log
+
+
+def open_data(run: Run) -> Data:
+    """Open the datasets and build their loaders; a fresh start draws samples of the training images.
+
+    Raises:
+        DataError: there is nothing to train or to evaluate on.
+        ConfigError: the datasets' categories differ, or the data are not those of the run that is resumed.
+    """
+    config, log, masks = run.config, run.log, run.config.model.has_masks
+    train_set, val_set = open_train_set(config.data, config.seed, masks), open_val_set(config.data, masks)
+    log.say(f"{train_set.summary()}\n{val_set.summary()}")
+    setup.require_same_categories(train_set.classes, train_set.category_ids, val_set, train_set.json_path)
+    metadata = setup.run_metadata(config, run.plan, train_set, val_set)
+    if run.state is not None:
+        require_same_data(config, metadata["data"], read_facts(run.state), run.state)
+    elif run.accelerator.is_main_process:
+        if config.train.overwrite and not config.train.resume:
+            remove_run(run.folder)
+        write_samples(train_set, run.folder / "train_samples.png", 16)
+    rank, world_size, workers = run.accelerator.process_index, run.plan.processes, setup.worker_count(config)
+    train_loader = build_train_loader(
+        train_set,
+        run.plan.per_device,
+        seed=config.seed,
+        repeat_threshold=config.data.repeat_threshold,
+        rank=rank,
+        world_size=world_size,
+        workers=workers,
+        timeout=config.data.timeout,
+    )
+    val_loader = build_eval_loader(
+        val_set,
+        config.eval.batch_size,
+        rank=rank,
+        world_size=world_size,
+        workers=workers,
+        timeout=config.data.timeout,
+    )
+    batches = EpochBatches(train_loader)
+    length = plan_length(len(batches), run.plan, config.train)
+    log.say(setup.describe_length(config, length))
+    if warning := setup.shared_memory_warning(config, run.plan, train_set, val_set):
+        log.say(warning)
+    return Data(train_set, val_set, train_loader, val_loader, batches, length, metadata)
+
+
+def prepare_model(run: Run, train_set: CocoDetection) -> tuple[nn.Module, AcceleratedOptimizer, ModelEmaV3 | None]:
+    """Build detector and optimizer as Accelerate prepares them, and the averaged detector (None without EMA).
+
+    A resumed run fetches and reads no initial weights, since its state is loaded next.
+    """
+    config, accelerator, log = run.config, run.accelerator, run.log
+    fresh = run.state is None
+    model = setup.build_detector(config, train_set.num_classes, initial_weights=fresh)
+    transfer = setup.load_initial_weights(model, config, train_set.classes) if fresh else None
+    setup.freeze(model, config)
+    for line in setup.describe_model(config, model, transfer):
+        log.say(line)
+    model.to(accelerator.device)
+    decay = config.train.ema_decay
+    if is_sharded(accelerator):
+        keep_scalars_whole(model, accelerator)
+        log.say(keep_known_layers(model, accelerator))
+        if decay is not None:
+            raise ConfigError("train.ema_decay: FSDP shards the weights to average. Set it to null.")
+    ema = None if decay is None else ModelEmaV3(model, decay=decay, use_warmup=True)
+    prepared, optimizer = accelerator.prepare(model, build_optimizer(config.optim, model))
+    return prepared, optimizer, ema
+
+
+def dry_run(run: Run, data: Data, model: nn.Module, optimizer: AcceleratedOptimizer) -> str:
+    """Take two steps at the largest shape that the data can have, and describe their memory."""
+    shape = setup.largest_shape(run.config, run.plan, data.train_set)
+    return largest_step(model, optimizer, run.accelerator, **shape)
+
+
+def build_trainer(
+    run: Run,
+    data: Data,
+    model: nn.Module,
+    optimizer: AcceleratedOptimizer,
+    ema: ModelEmaV3 | None,
+    validate: Validate,
+) -> Trainer:
+    """Build the trainer, and load the state of a resumed run into it."""
+    config, train_set = run.config, data.train_set
+    stored = configuration.to_dict(setup.for_weights_file(config))
+
+    def save(name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        facts = {**facts, "thresholds": data.thresholds}
+        save_weights(run.folder / name, Weights(tensors, train_set.classes, train_set.category_ids, stored, facts))
+
+    set_epoch_length(model, len(data.batches))
+    trainer = Trainer(
+        accelerator=run.accelerator,
+        model=model,
+        optimizer=optimizer,
+        schedule=build_schedule(config.train, data.length),
+        batches=data.batches,
+        folder=run.folder,
+        log=run.log,
+        config=config.train,
+        length=data.length,
+        accumulate=run.plan.accumulate,
+        seed=config.seed,
+        clip_norm=config.optim.clip_norm,
+        metadata=data.metadata,
+        validate=validate,
+        save=save,
+        ema=ema,
+        check_targets=partial(check_targets, num_classes=train_set.num_classes),
+    )
+    if run.state is not None:
+        trainer.resume(run.state)
+    for loader in (data.train_loader, data.val_loader):
+        loader.interrupted = lambda: trainer.asked_to_stop
+    return trainer
