@@ -127,6 +127,13 @@ def test_optimal_lrp_of_masks_by_hand():
     assert stats["mask_AP50"] == pytest.approx(1.0) and 0.4 < stats["mask_AP90"] < 0.6
 
 
+def test_the_area_of_a_mask_is_that_of_its_pixels():
+    """A false mask of 100 pixels, best score first, is a small one, though its box has 3,600."""
+    truth = one_image([square(0, 0, 20)])
+    stats = evaluate_coco(truth, [result(square(40, 40, 10), 0.9), result(square(0, 0, 20), 0.8)], masks=True).stats
+    assert stats["mask_APs"] == stats["mask_AP"] == pytest.approx(0.5)
+
+
 def test_the_table_and_the_files_show_both(tmp_path):
     truth = one_image([square(0, 0, 20), square(30, 30, 20)])
     truth["categories"].append({"id": 9, "name": "none"})
