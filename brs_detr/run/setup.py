@@ -233,7 +233,8 @@ def with_subset(config: Config, accelerator: Accelerator) -> Config:
     target = Path(config.output_dir, "overfit.json").resolve()
     if accelerator.is_main_process:
         images = config.train.overfit_batches * config.train.total_batch_size
-        content = load_json(Path(data.root, data.train_json), data.max_json_bytes)
+        masks = "keep" if config.model.has_masks else "drop"
+        content = load_json(Path(data.root, data.train_json), data.max_json_bytes, masks)
         write_subset(content, target, images)
     accelerator.wait_for_everyone()
     subset = dataclasses.replace(data, train_json=str(target), val_json=str(target), val_images=data.train_images)
@@ -247,9 +248,10 @@ def shared_memory_warning(
     shape = largest_shape(config, plan, train_set)
     resize = build_eval_transforms(config.data)
     resized = [resize.output_size(h, w) for h, w in np.unique(val_set.packed.image_sizes, axis=0)]
-    # In bytes: images reach the main process as uint8 RGB.
+    # In bytes: images reach the main process as uint8 RGB, and in training a mask of every object.
+    channels = 3 + (shape["objects"] if train_set.masks else 0)
     batches = (
-        3 * shape["batch_size"] * math.prod(shape["size"]),
+        channels * shape["batch_size"] * math.prod(shape["size"]),
         3 * config.eval.batch_size * max(math.prod(size) for size in resized),
     )
     return shortage(worker_count(config), max(batches), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
