@@ -1,4 +1,4 @@
-"""`brs-detr COMMAND`: one table of commands, each a module with `add_arguments(parser)` and `run(options)`.
+"""`brs-detr COMMAND`: one table of commands, each with its arguments and a module that runs it.
 
 `train.py` and `eval.py` are the commands `train` and `eval` as scripts, since `accelerate launch` starts scripts and
 modules. Nothing heavy is imported before the words of the command line are known to be right.
@@ -13,80 +13,144 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+from brs_detr.commands import arguments, evaluate, train
 from brs_detr.config import option_as_setting
 from brs_detr.config_io import ConfigError
 from brs_detr.exit_codes import ExitCode, Interruption
 from brs_detr.user_files import complain, end_output, forgive_output
 
+
+class Command(NamedTuple):
+    """A command of the program.
+
+    Attributes:
+        module: has `run(options)`; imported only once the words of the command line are known to be right.
+        text: one line for the help.
+        add_arguments: called with its parser.
+        check: called with the options; raises if they cannot be used.
+        description: of its help; None: the text.
+    """
+
+    module: str
+    text: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    check: Callable[[argparse.Namespace], None] | None = None
+    description: str | None = None
+
+
 COMMANDS = {
-    "train": ("brs_detr.commands.train", "train a detector as a recipe says"),
-    "eval": ("brs_detr.commands.evaluate", "evaluate trained weights"),
-    "predict": ("brs_detr.commands.predict", "find objects in a folder of images"),
-    "info": ("brs_detr.commands.info", "what a recipe builds and where it would run"),
-    "check-data": ("brs_detr.commands.check_data", "find every fault of a dataset before training does"),
-    "make-dataset": ("brs_detr.data.synthetic", "draw a small dataset of shapes in COCO's format"),
-    "convert-dataset": ("brs_detr.commands.convert_dataset", "turn a Pascal VOC or YOLO folder into COCO jsons"),
-    "export": ("brs_detr.commands.export", "write a detector as an ONNX file and check it in onnxruntime"),
-    "replay": ("brs_detr.commands.replay", "run a batch again that a training saved because something was not finite"),
-    "convert": (
+    "train": Command(
+        "brs_detr.commands.train",
+        "train a detector as a recipe says",
+        train.add_arguments,
+        description=train.DESCRIPTION,
+    ),
+    "eval": Command(
+        "brs_detr.commands.evaluate",
+        "evaluate trained weights",
+        evaluate.add_arguments,
+        description=evaluate.DESCRIPTION,
+    ),
+    "predict": Command(
+        "brs_detr.commands.predict",
+        "find objects in a folder of images",
+        arguments.predict,
+        arguments.check_weights,
+    ),
+    "info": Command(
+        "brs_detr.commands.info",
+        "what a recipe builds and where it would run",
+        arguments.info,
+        arguments.check_info,
+    ),
+    "check-data": Command(
+        "brs_detr.commands.check_data",
+        "find every fault of a dataset before training does",
+        arguments.check_data,
+        arguments.check_dataset,
+    ),
+    "make-dataset": Command(
+        "brs_detr.data.synthetic", "draw a small dataset of shapes in COCO's format", arguments.make_dataset
+    ),
+    "convert-dataset": Command(
+        "brs_detr.commands.convert_dataset",
+        "turn a Pascal VOC, YOLO or Cityscapes folder into COCO jsons",
+        arguments.convert_dataset,
+    ),
+    "export": Command(
+        "brs_detr.commands.export",
+        "write a detector as an ONNX file and check it in onnxruntime",
+        arguments.export,
+        arguments.check_weights,
+    ),
+    "replay": Command(
+        "brs_detr.commands.replay",
+        "run a batch again that a training saved because something was not finite",
+        arguments.replay,
+    ),
+    "convert": Command(
         "brs_detr.commands.convert_checkpoint",
         "turn an official Co-DETR or BRS-DETR checkpoint into a weights file",
+        arguments.convert,
     ),
 }
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _PATH_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code.
 
     Raises:
         SystemExit: after the help, or where the command line is wrong (code 2).
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments and arguments[0] in COMMANDS:
-        return run_command(arguments[0], arguments[1:], prog=f"brs-detr {arguments[0]}")
+    words = sys.argv[1:] if words is None else list(words)
+    if words and words[0] in COMMANDS:
+        return run_command(words[0], words[1:], prog=f"brs-detr {words[0]}")
     parser = argparse.ArgumentParser(
         prog="brs-detr",
         description="BRS-DETR: train, evaluate and use a detector. `brs-detr COMMAND --help` has the arguments of one.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, text) in COMMANDS.items():
-        commands.add_parser(name, help=text)
-    word = next((word for word in arguments if not word.startswith("-")), None)
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.text)
+    word = next((word for word in words if not word.startswith("-")), None)
     if word is not None and word not in COMMANDS:
         near = difflib.get_close_matches(word, COMMANDS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         parser.error(f"{word}: no such command; {hint}The commands are {', '.join(COMMANDS)}.")
-    parser.parse_args(arguments)
+    parser.parse_args(words)
     assert word is not None  # without a command, parse_args has exited
-    parser.error(f"options come after the command: brs-detr {word} {' '.join(arguments[: arguments.index(word)])}")
+    parser.error(f"options come after the command: brs-detr {word} {' '.join(words[: words.index(word)])}")
 
 
-def run_command(name: str, arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+def run_command(name: str, words: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run one command with its own arguments; returns the exit code.
 
     Args:
         name: key of COMMANDS.
-        arguments: without the command's name; None: those of this process, a script.
+        words: the command line without the command's name; None: that of this process, a script.
         prog: what the help calls it; None: the script.
 
     Raises:
         SystemExit: after the help, or where the command line is wrong (code 2).
     """
-    module_name, description = COMMANDS[name]
-    module = importlib.import_module(module_name)
+    command = COMMANDS[name]
     forgive_output()
     parser = argparse.ArgumentParser(
         prog=prog,
-        description=getattr(module, "DESCRIPTION", description),
+        description=command.description or command.text,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    module.add_arguments(parser)
-    options = parse(parser, sys.argv[1:] if arguments is None else list(arguments))
+    command.add_arguments(parser)
+    options = parse(parser, sys.argv[1:] if words is None else list(words))
     try:
+        if command.check is not None:
+            command.check(options)
+        module = importlib.import_module(command.module)
         return end_output(module.run(options) or ExitCode.OK)
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

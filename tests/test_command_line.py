@@ -90,10 +90,10 @@ def test_the_stories_run_as_modules_as_accelerate_starts_them(module, tmp_path):
 
 
 def test_every_command_has_arguments_and_help(capsys):
-    for name, (_, text) in cli.COMMANDS.items():
+    for name, command in cli.COMMANDS.items():
         with pytest.raises(SystemExit) as end:
             cli.main([name, "--help"])
-        assert end.value.code == 0 and f"usage: brs-detr {name}" in capsys.readouterr().out and text
+        assert end.value.code == 0 and f"usage: brs-detr {name}" in capsys.readouterr().out and command.text
 
 
 def test_an_unknown_option_of_a_command_without_settings_is_refused_with_the_nearest(capsys):
@@ -124,3 +124,20 @@ def test_a_folder_to_check_is_answered_with_the_file_in_it(tmp_path, capsys):
     assert f"there is {tmp_path / 'annotations' / 'a.json'}, " in said and "d.json" not in said
     (tmp_path / "voc" / "Annotations").mkdir(parents=True)
     assert "convert-dataset voc" in about_folder(tmp_path / "voc")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("info", "demo", "optim.lrr=1"),
+        ("check-data", "demo", "data.rot=x"),
+        ("predict", "nowhere", "images"),
+        ("export", "nowhere", "--out", "a.onnx"),
+        ("train", "demo", "data.rot=x"),
+    ],
+)
+def test_what_is_wrong_with_the_words_is_said_before_torch_is_imported(words, tmp_path):
+    """Importing torch takes seconds."""
+    code = f"import sys; from brs_detr.cli import main; print(main({list(words)!r}), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "False"], done.stderr

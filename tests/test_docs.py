@@ -1,8 +1,6 @@
 """README, CONTRIBUTING and docs/ name paths, settings, commands and pages that exist."""
 
 import argparse
-import importlib
-import importlib.util
 import re
 from pathlib import Path
 
@@ -57,7 +55,7 @@ def test_every_command_and_its_options_exist(page):
     calls = re.findall(r"python -m brs_detr (?:COMMAND|([a-z-]+)([^\n`]*))", text)
     for command, rest in ((command, rest) for command, rest in calls if command):
         parser = argparse.ArgumentParser()
-        importlib.import_module(COMMANDS[command][0]).add_arguments(parser)
+        COMMANDS[command].add_arguments(parser)
         known = {option for action in parser._actions for option in action.option_strings}
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", rest.partition("#")[0])) <= known, command
 

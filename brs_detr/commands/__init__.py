@@ -1,1 +1,1 @@
-"""Commands of `python -m brs_detr` that combine several packages; each module has `add_arguments` and `run`."""
+"""Commands of `python -m brs_detr` that combine several packages; each module has `run`."""

@@ -15,12 +15,6 @@ from brs_detr.recipes import ENDINGS, find_recipe
 from brs_detr.user_files import printable
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `check-data`."""
-    check.add_arguments(parser)
-    parser.add_argument("overrides", nargs="*", default=[], help="settings to change, e.g. data.root=/data/coco")
-
-
 def run(options: argparse.Namespace) -> int:
     """Check a json, or the training and validation sets of a config, and return the exit code."""
     limits, target = None, Path(options.target)

@@ -3,25 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from brs_detr.checkpoints.official import export, from_official
 from brs_detr.config import ConfigError
 from brs_detr.engine.checkpoint import save_weights
 from brs_detr.models.backbones.weights_io import read_official
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `convert`."""
-    parser.add_argument("source", type=Path, help="official .pth file (with --to-official: a .safetensors file)")
-    parser.add_argument("target", type=Path, help=".safetensors file to write (with --to-official: a .pth file)")
-    parser.add_argument(
-        "--num-classes-from",
-        type=Path,
-        metavar="FILE",
-        help="COCO json that the checkpoint was trained on, for checkpoints of other classes than COCO's 80",
-    )
-    parser.add_argument("--to-official", action="store_true", help="write official names instead")
 
 
 def run(options: argparse.Namespace) -> int:

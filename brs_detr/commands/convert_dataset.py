@@ -26,21 +26,6 @@ RECIPE = "brs_detr_r50_small_dataset"
 _BEGINNING = '{"info": {"description": "converted by brs_detr'  # first characters of every json that is written here
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `convert-dataset`."""
-    parser.add_argument("format", choices=("voc", "yolo", "cityscapes"), help="format of the dataset")
-    parser.add_argument("source", help="folder of the dataset; for YOLO also its data.yaml or obj.data")
-    parser.add_argument("out", help="folder to write SPLIT.json to")
-    names = "class names in the desired order: a text file with one name per line, or names separated by commas"
-    parser.add_argument("--classes", metavar="NAMES", help=f"{names} (default: VOC alphabetically, YOLO as numbered)")
-    fraction = "split this fraction of train off as val, always the same images; only if there is no val split"
-    parser.add_argument("--val-fraction", type=float, metavar="F", help=fraction)
-    max_bytes = "maximum size of an image file (default: that of data.max_image_bytes); only headers are read"
-    parser.add_argument("--max-image-bytes", type=int, metavar="N", default=Limits.max_image_bytes, help=max_bytes)
-    parser.add_argument("--one-based", action="store_true", help="VOC: corners count from 1 and are both included")
-    parser.add_argument("--keep-difficult", action="store_true", help="VOC: difficult objects are ordinary objects")
-
-
 def run(args: argparse.Namespace) -> int:
     """Run `convert-dataset`: write the annotations, print what was left out and the next commands.
 

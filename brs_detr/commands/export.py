@@ -19,7 +19,7 @@ from brs_detr.config import Config, ConfigError
 from brs_detr.data.image_io import read_image
 from brs_detr.data.transforms import resized_size
 from brs_detr.engine.checkpoint import Weights, publish
-from brs_detr.export.onnx import MIN_OPSET, ExportError, write_onnx
+from brs_detr.export.onnx import ExportError, write_onnx
 from brs_detr.export.parity import MAX_BOX_DIFFERENCE, MAX_SCORE_DIFFERENCE, ExportedDetector, compare
 from brs_detr.models.brs_detr import BRSDETR
 from brs_detr.ops.images import ImageBatch, Size
@@ -28,23 +28,6 @@ from brs_detr.run.setup import restore
 from brs_detr.user_files import printable
 
 PIXELS = {"uint8": torch.uint8, "float32": torch.float32}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `export`."""
-    parser.add_argument("weights", type=Path, help="run folder (its best weights) or .safetensors file")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], help="settings to change, e.g. model.detections_per_image=50"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.onnx", help="file to write")
-    parser.add_argument("--height", type=int, help="input height in pixels (default: data.test_long_side)")
-    parser.add_argument("--width", type=int, help="input width in pixels (default: data.test_long_side)")
-    parser.add_argument("--any-size", action="store_true", help="export with dynamic height and width")
-    parser.add_argument("--pixels", choices=PIXELS, default="uint8", help="input type; values are 0..255 in both cases")
-    parser.add_argument("--opset", type=int, default=MIN_OPSET, help="ONNX opset version (default: 18)")
-    parser.add_argument(
-        "--image", type=Path, action="append", default=[], help="check with this image too; may be repeated"
-    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -26,14 +26,6 @@ from brs_detr.run.setup import build_detector, describe_detector
 COCO_CLASSES = 80
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `info`."""
-    parser.add_argument("config", help="config file, e.g. configs/brs_detr_r50_12e_coco.yaml, or its name")
-    parser.add_argument("overrides", nargs="*", default=[], help="settings to change, e.g. model.queries=900")
-    parser.add_argument("--settings", action="store_true", help="print the value of every setting")
-    parser.add_argument("--classes", type=int, help="number of classes (default: from the training json, else 80)")
-
-
 def run(options: argparse.Namespace) -> int:
     """Print the report of a config and return the exit code."""
     config = load_config(options.config, options.overrides)

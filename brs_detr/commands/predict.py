@@ -29,20 +29,6 @@ from brs_detr.viz.boxes import draw_detections
 MAX_NAME_BYTES = 255  # of a file name on common file systems
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `predict`."""
-    parser.add_argument("weights", type=Path, help="run folder (its best weights) or .safetensors file")
-    parser.add_argument("images", type=Path, help="image, or folder of images")
-    parser.add_argument("overrides", nargs="*", default=[], help="settings to change, e.g. data.test_short_side=640")
-    parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder to write to")
-    parser.add_argument(
-        "--threshold",
-        type=float,
-        help="minimum score (default: the one of each class's best F1 in validation)",
-    )
-    parser.add_argument("--device", help="default: a GPU if there is one")
-
-
 @torch.inference_mode()
 def run(options: argparse.Namespace) -> int:
     """Predict every image and return the exit code: 1 if no image could be read."""

@@ -23,12 +23,6 @@ EXIT_REPRODUCED, EXIT_FINITE = 0, 1
 _PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `replay`."""
-    parser.add_argument("batch", type=Path, help="nonfinite-STEP.pt of a run")
-    parser.add_argument("--device", help="default: a GPU if there is one")
-
-
 def run(options: argparse.Namespace) -> int:
     """Replay a saved step and return the exit code: 0 if a value is not finite again, 1 if all are finite."""
     saved = read_saved(options.batch)

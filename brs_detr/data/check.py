@@ -144,17 +144,6 @@ def write_csv(log: IssueLog, path: str | Path) -> None:
         writer.writerows([issue.kind, issue.action, issue.where, issue.detail] for issue in log.issues)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `check-data`."""
-    parser.add_argument("target", metavar="CONFIG_OR_JSON", help="recipe (.yaml) or COCO annotation file (.json)")
-    parser.add_argument("--images", help="image folder of a json (default: searched in the usual places)")
-    parser.add_argument("--sheet", default="check-data.png", help="contact sheet to write (default check-data.png)")
-    parser.add_argument("--samples", type=int, default=16, help="images on the contact sheet (default 16; 0: no sheet)")
-    parser.add_argument("--show", type=int, default=5, help="examples printed of each issue (default 5)")
-    parser.add_argument("--csv", help="file to write every issue to")
-    parser.add_argument("--strict", action="store_true", help="also fail if anything is dropped or warned about")
-
-
 def run(
     args: argparse.Namespace,
     resolve: Callable[[str], Sequence[Source]] | None = None,

@@ -223,16 +223,6 @@ def _annotation(shape: str, visible: np.ndarray) -> dict[str, Any]:
     }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `make-dataset`."""
-    parser.add_argument("out", help="folder to write to")
-    parser.add_argument("--train", type=int, default=1000, help="training images (default 1000)")
-    parser.add_argument("--val", type=int, default=200, help="validation images (default 200)")
-    parser.add_argument("--image-size", type=int, default=80, help="long side in pixels (default 80)")
-    parser.add_argument("--max-objects", type=int, default=4, help="maximum number of objects in an image (default 4)")
-    parser.add_argument("--seed", type=int, default=0)
-
-
 def run(args: argparse.Namespace) -> int:
     """Run `make-dataset`: write the dataset and print a summary."""
     out = make_dataset(

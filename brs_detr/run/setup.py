@@ -233,8 +233,8 @@ def with_subset(config: Config, accelerator: Accelerator) -> Config:
     target = Path(config.output_dir, "overfit.json").resolve()
     if accelerator.is_main_process:
         images = config.train.overfit_batches * config.train.total_batch_size
-        masks = "keep" if config.model.has_masks else "drop"
-        content = load_json(Path(data.root, data.train_json), data.max_json_bytes, masks)
+        path, limit = Path(data.root, data.train_json), data.max_json_bytes
+        content = load_json(path, limit, "keep" if config.model.has_masks else "drop")
         write_subset(content, target, images)
     accelerator.wait_for_everyone()
     subset = dataclasses.replace(data, train_json=str(target), val_json=str(target), val_images=data.train_images)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from brs_detr.commands.arguments import check_data
 from brs_detr.data import check
 from brs_detr.data.check import blank_bottom_fraction, inspect_image
 from brs_detr.data.coco import CocoDetection
@@ -60,7 +61,7 @@ EXPECTED = {
 
 def arguments(*words):
     parser = argparse.ArgumentParser()
-    check.add_arguments(parser)
+    check_data(parser)
     return parser.parse_args([str(word) for word in words])
 
 

@@ -15,11 +15,11 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
+from brs_detr.commands import arguments
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.synthetic import (
     CATEGORY_IDS,
     SHAPES,
-    add_arguments,
     make_dataset,
     mask_polygons,
     polygon_area,
@@ -112,7 +112,7 @@ def test_color_does_not_tell_the_class(scenes, truth):
 
 def test_command(tmp_path, capsys):
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    arguments.make_dataset(parser)
     assert run(parser.parse_args([str(tmp_path), "--train", "2", "--val", "1", "--image-size", "64"])) == 0
     assert "2 images" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "annotations" / "val.json").read_text())["images"]) == 1

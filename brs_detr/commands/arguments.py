@@ -1,0 +1,131 @@
+"""Arguments of the commands that are not `train` and `eval`, and what can be checked of them without importing torch.
+
+So a misspelt setting, a missing file and `--help` are answered at once; `cli.py` has the table of commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from brs_detr.config import Config, apply_overrides, load_config, update_from_command_line
+from brs_detr.data.config import Limits
+from brs_detr.recipes import ENDINGS
+from brs_detr.run.inputs import require_weights
+
+
+def info(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `info`."""
+    parser.add_argument("config", help="config file, e.g. configs/brs_detr_r50_12e_coco.yaml, or its name")
+    parser.add_argument("overrides", nargs="*", default=[], help="settings to change, e.g. model.queries=900")
+    parser.add_argument("--settings", action="store_true", help="print the value of every setting")
+    parser.add_argument("--classes", type=int, help="number of classes (default: from the training json, else 80)")
+
+
+def predict(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `predict`."""
+    parser.add_argument("weights", type=Path, help="run folder (its best weights) or .safetensors file")
+    parser.add_argument("images", type=Path, help="image, or folder of images")
+    parser.add_argument("overrides", nargs="*", default=[], help="settings to change, e.g. data.test_short_side=640")
+    parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder to write to")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        help="minimum score (default: the one of each class's best F1 in validation)",
+    )
+    parser.add_argument("--device", help="default: a GPU if there is one")
+
+
+def export(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `export`."""
+    parser.add_argument("weights", type=Path, help="run folder (its best weights) or .safetensors file")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], help="settings to change, e.g. model.detections_per_image=50"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.onnx", help="file to write")
+    parser.add_argument("--height", type=int, help="input height in pixels (default: data.test_long_side)")
+    parser.add_argument("--width", type=int, help="input width in pixels (default: data.test_long_side)")
+    parser.add_argument("--any-size", action="store_true", help="export with dynamic height and width")
+    parser.add_argument(
+        "--pixels", choices=("uint8", "float32"), default="uint8", help="input type; values are 0..255 in both cases"
+    )
+    parser.add_argument("--opset", type=int, default=18, help="ONNX opset version (default: 18)")
+    parser.add_argument(
+        "--image", type=Path, action="append", default=[], help="check with this image too; may be repeated"
+    )
+
+
+def check_data(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `check-data`."""
+    parser.add_argument("target", metavar="CONFIG_OR_JSON", help="recipe (.yaml) or COCO annotation file (.json)")
+    parser.add_argument("--images", help="image folder of a json (default: searched in the usual places)")
+    parser.add_argument("--sheet", default="check-data.png", help="contact sheet to write (default check-data.png)")
+    parser.add_argument("--samples", type=int, default=16, help="images on the contact sheet (default 16; 0: no sheet)")
+    parser.add_argument("--show", type=int, default=5, help="examples printed of each issue (default 5)")
+    parser.add_argument("--csv", help="file to write every issue to")
+    parser.add_argument("--strict", action="store_true", help="also fail if anything is dropped or warned about")
+    parser.add_argument("overrides", nargs="*", default=[], help="settings to change, e.g. data.root=/data/coco")
+
+
+def make_dataset(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `make-dataset`."""
+    parser.add_argument("out", help="folder to write to")
+    parser.add_argument("--train", type=int, default=1000, help="training images (default 1000)")
+    parser.add_argument("--val", type=int, default=200, help="validation images (default 200)")
+    parser.add_argument("--image-size", type=int, default=80, help="long side in pixels (default 80)")
+    parser.add_argument("--max-objects", type=int, default=4, help="maximum number of objects in an image (default 4)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def convert_dataset(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `convert-dataset`."""
+    parser.add_argument("format", choices=("voc", "yolo", "cityscapes"), help="format of the dataset")
+    parser.add_argument("source", help="folder of the dataset; for YOLO also its data.yaml or obj.data")
+    parser.add_argument("out", help="folder to write SPLIT.json to")
+    names = "class names in the desired order: a text file with one name per line, or names separated by commas"
+    parser.add_argument("--classes", metavar="NAMES", help=f"{names} (default: VOC alphabetically, YOLO as numbered)")
+    fraction = "split this fraction of train off as val, always the same images; only if there is no val split"
+    parser.add_argument("--val-fraction", type=float, metavar="F", help=fraction)
+    max_bytes = "maximum size of an image file (default: that of data.max_image_bytes); only headers are read"
+    parser.add_argument("--max-image-bytes", type=int, metavar="N", default=Limits.max_image_bytes, help=max_bytes)
+    parser.add_argument("--one-based", action="store_true", help="VOC: corners count from 1 and are both included")
+    parser.add_argument("--keep-difficult", action="store_true", help="VOC: difficult objects are ordinary objects")
+
+
+def convert(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `convert`."""
+    parser.add_argument("source", type=Path, help="official .pth file (with --to-official: a .safetensors file)")
+    parser.add_argument("target", type=Path, help=".safetensors file to write (with --to-official: a .pth file)")
+    parser.add_argument(
+        "--num-classes-from",
+        type=Path,
+        metavar="FILE",
+        help="COCO json that the checkpoint was trained on, for checkpoints of other classes than COCO's 80",
+    )
+    parser.add_argument("--to-official", action="store_true", help="write official names instead")
+
+
+def replay(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `replay`."""
+    parser.add_argument("batch", type=Path, help="nonfinite-STEP.pt of a run")
+    parser.add_argument("--device", help="default: a GPU if there is one")
+
+
+def check_info(options: argparse.Namespace) -> None:
+    """Refuse a recipe that cannot be used."""
+    load_config(options.config, options.overrides)
+
+
+def check_weights(options: argparse.Namespace) -> None:
+    """Refuse weights that do not exist and settings with a wrong name or type, as `predict` and `export` get them."""
+    require_weights(options.weights)
+    update_from_command_line(Config(), options.overrides)
+
+
+def check_dataset(options: argparse.Namespace) -> None:
+    """Refuse settings that cannot be used with the recipe or json of `check-data`."""
+    target = Path(options.target)
+    if target.suffix in ENDINGS or not (target.suffix or target.exists()):
+        load_config(target, options.overrides)
+    else:
+        apply_overrides(Config(), options.overrides)
