@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -34,11 +34,12 @@ from brs_detr.data.image_io import ImageError
 from brs_detr.data.issues import DROPPED, POLICY, DataError
 from brs_detr.data.loader import build_eval_loader
 from brs_detr.engine.checkpoint import write_text
-from brs_detr.engine.predict import predict, require_all
+from brs_detr.engine.predict import predict, predict_with_all_heads, require_all
 from brs_detr.engine.storage import writing
 from brs_detr.evaluation.coco_eval import GroundTruth, detections_to_results, evaluate_coco, finite_results
 from brs_detr.evaluation.summary import Summary
 from brs_detr.exit_codes import ExitCode, Failure
+from brs_detr.models.detector import Detector
 from brs_detr.ops.masks import decode_masks
 from brs_detr.run import setup
 from brs_detr.run.launch import start_accelerator
@@ -105,7 +106,15 @@ def evaluate(
     with contextlib.closing(loader):
         model.to(accelerator.device)
         summary, results = score(
-            model, weights.category_ids, truth, loader, config, accelerator, listed, score_thresholds=score_thresholds
+            model,
+            weights.category_ids,
+            truth,
+            loader,
+            config,
+            accelerator,
+            listed,
+            model.predict_with,  # and not the one that is best on these images, which would be chosen on the test set
+            score_thresholds=score_thresholds,
         )
     if summary is None:
         return
@@ -141,9 +150,10 @@ def score(
     config: Config,
     accelerator: Accelerator,
     images_listed: int = 0,
-    **options,
+    head: str | None = None,
+    **options: Any,
 ) -> tuple[Summary | None, list[dict]]:
-    """Predict a dataset and evaluate the detections.
+    """Predict a dataset and evaluate the detections; with `eval.predict_with=auto` those of every head.
 
     Args:
         model: the bare detector.
@@ -153,6 +163,7 @@ def score(
         config: its `eval` section.
         accelerator: of the launch.
         images_listed: by the annotation file, those that were left out when it was read included.
+        head: the one of several heads whose figures are returned; None: the one with the highest AP.
         options: handed to `evaluate_coco`.
 
     Returns:
@@ -162,15 +173,40 @@ def score(
         DataError: no image could be read.
         Interruption: in every process, where the loader of one was interrupted.
     """
+    limits: dict[str, Any] = {
+        "score_threshold": config.eval.score_threshold,
+        "max_detections": config.eval.max_detections,
+        "progress": True,
+    }
+    if config.eval.predict_with != "auto" or len(getattr(model, "heads", ())) < 2:
+        detections = predict(model, loader, accelerator, **limits)
+        return score_detections(detections, category_ids, truth, config, accelerator, images_listed, **options)
+    by_head = predict_with_all_heads(cast(Detector, model), loader, accelerator, **limits)
+    scored = {
+        name: score_detections(detections, category_ids, truth, config, accelerator, images_listed, **options)
+        for name, detections in by_head.items()
+    }
+    summaries = {name: summary for name, (summary, _) in scored.items() if summary is not None}
+    if not summaries:
+        return None, []
+    chosen = head or max(summaries, key=lambda name: summaries[name].stats["AP"])
+    summary, results = scored[chosen]
+    assert summary is not None  # as all are in the main process
+    summary.head, summary.heads = chosen, {name: one.stats for name, one in summaries.items()}
+    return summary, results
+
+
+def score_detections(
+    detections: list[dict[str, Any]],
+    category_ids: Sequence[int],
+    truth: GroundTruth,
+    config: Config,
+    accelerator: Accelerator,
+    images_listed: int = 0,
+    **options: Any,
+) -> tuple[Summary | None, list[dict]]:
+    """Evaluate the detections of a dataset, those of all processes; arguments and result as for `score`."""
     max_detections = config.eval.max_detections
-    detections = predict(
-        model,
-        loader,
-        accelerator,
-        score_threshold=config.eval.score_threshold,
-        max_detections=max_detections,
-        progress=True,
-    )
     unreadable = [image["image_id"] for image in detections if image["unreadable"]]
     if len(unreadable) == len(detections):  # in every process, so that none waits for the others
         raise DataError("none of the images to evaluate can be read; `python -m brs_detr check-data` names the fault")
@@ -263,7 +299,11 @@ def validator(run: Run, data: Data) -> Callable[[nn.Module], dict[str, float]]:
                 reported.add(note)
         if summary is None:
             return {}
-        return summary.stats | {"images": summary.images, "images_left_out": summary.images_left_out}
+        data.chosen.clear()
+        if summary.head is not None:
+            data.chosen["predict_with"] = summary.head
+        heads = {f"{head}_AP": stats["AP"] for head, stats in summary.heads.items()}
+        return summary.stats | heads | {"images": summary.images, "images_left_out": summary.images_left_out}
 
     return validate
 

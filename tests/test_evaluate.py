@@ -4,13 +4,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from accelerate import Accelerator
+from torch import nn
 
 from brs_detr import evaluate
 from brs_detr.config import Config
 from brs_detr.data.issues import DataError
 from brs_detr.engine.config import EvalConfig
 from brs_detr.evaluation.coco_eval import GroundTruth
+from brs_detr.ops.images import ImageBatch
 
 BOX = [10.0, 10.0, 50.0, 40.0]
 
@@ -54,7 +57,7 @@ def test_a_validation_keeps_the_scores_of_the_best_f1_and_says_a_note_once(monke
     config = Config(eval=EvalConfig(max_detections=10))
     run = SimpleNamespace(config=config, accelerator=Accelerator(cpu=True), log=SimpleNamespace(say=said.append))
     data = SimpleNamespace(
-        train_set=SimpleNamespace(category_ids=[5]), val_set=dataset, val_loader=None, thresholds=thresholds
+        train_set=SimpleNamespace(category_ids=[5]), val_set=dataset, val_loader=None, thresholds=thresholds, chosen={}
     )
     validate = evaluate.validator(run, data)
     for score in (0.25, 0.75):
@@ -62,3 +65,63 @@ def test_a_validation_keeps_the_scores_of_the_best_f1_and_says_a_note_once(monke
         assert validate(None)["AP"] == pytest.approx(1.0)
         assert thresholds == {"ring": score}
     assert len(said) == 1 and "best 10 detection(s)" in said[0]
+
+
+class TwoHeads(nn.Module):
+    """Head "good" finds the object, head "late" misplaces it."""
+
+    heads = ("late", "good")
+    shift = 0.0
+
+    def detect_with_all_heads(self, images):
+        return {"late": self.found(20.0), "good": self.found(self.shift)}
+
+    def forward(self, images, targets=None):
+        return self.found(20.0)
+
+    def found(self, shift):
+        boxes = torch.tensor([BOX]) + torch.tensor([shift, 0, shift, 0])
+        return [{"boxes": boxes, "scores": torch.tensor([0.5]), "labels": torch.tensor([0])}]
+
+
+def score_two_heads(name="auto", **options):
+    truth, config = GroundTruth.read(annotations()), Config(eval=EvalConfig(predict_with=name))
+    images = ImageBatch.from_list([torch.zeros(3, 90, 90)])
+    batches = [(images, [{"image_id": image}]) for image in (1, 2, 3)]
+    return evaluate.score(TwoHeads(), [5], truth, batches, config, Accelerator(cpu=True), **options)
+
+
+def test_every_head_is_scored_and_the_best_one_returned():
+    summary, results = score_two_heads()
+    assert summary.head == "good" and summary.stats["AP"] == pytest.approx(1.0)
+    assert {head: stats["AP"] for head, stats in summary.heads.items()} == pytest.approx({"late": 0.0, "good": 1.0})
+    assert [result["bbox"] for result in results] == [[10, 10, 40, 30]] * 3
+    assert "by head; the figures above are those of good" in summary.table()
+
+
+def test_a_head_that_is_named_is_returned_though_another_is_better():
+    """An evaluation reports the head that the validation of the training chose."""
+    summary, _ = score_two_heads(head="late")
+    assert summary.head == "late" and summary.stats["AP"] == 0 and summary.heads["good"]["AP"] == pytest.approx(1.0)
+
+
+def test_without_auto_only_the_wanted_head_runs(monkeypatch):
+    monkeypatch.setattr(TwoHeads, "detect_with_all_heads", None)
+    summary, _ = score_two_heads("decoder")
+    assert summary.head is None and not summary.heads and summary.stats["AP"] == 0
+
+
+def test_a_validation_keeps_the_best_head_for_the_weights(monkeypatch):
+    dataset = SimpleNamespace(ground_truth=annotations, json_path="val.json", report={"images_listed": 3}, masks=False)
+    images = ImageBatch.from_list([torch.zeros(3, 90, 90)])
+    loader = [(images, [{"image_id": image}]) for image in (1, 2, 3)]
+    run = SimpleNamespace(config=Config(), accelerator=Accelerator(cpu=True), log=SimpleNamespace(say=print))
+    data = SimpleNamespace(
+        train_set=SimpleNamespace(category_ids=[5]), val_set=dataset, val_loader=loader, thresholds={}, chosen={}
+    )
+    metrics = evaluate.validator(run, data)(TwoHeads())
+    assert data.chosen == {"predict_with": "good"}
+    assert (metrics["AP"], metrics["good_AP"], metrics["late_AP"]) == pytest.approx((1.0, 1.0, 0.0))
+    monkeypatch.setattr(TwoHeads, "shift", 90.0)  # later weights of which the other head is no worse
+    evaluate.validator(run, data)(TwoHeads())
+    assert data.chosen == {"predict_with": "late"}

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from brs_detr.engine.distributed import raise_together
 from brs_detr.exit_codes import Interruption
-from brs_detr.ops.images import Batch
+from brs_detr.models.detector import Detector
+from brs_detr.ops.images import Batch, ImageBatch
 from brs_detr.ops.masks import as_rles
 
 Detections = dict[str, Any]
@@ -57,29 +58,79 @@ def predict(
     Raises:
         Interruption: in every process, if the batches of one were interrupted.
     """
+    detect = without_autocast(model)
+    outputs = _predict(
+        lambda images: {"": detect(images, None)},
+        model,
+        batches,
+        accelerator,
+        score_threshold=score_threshold,
+        max_detections=max_detections,
+        progress=progress,
+    )
+    return outputs.get("", [])
+
+
+@torch.no_grad()
+def predict_with_all_heads(
+    model: Detector,
+    batches: Iterable[Batch],
+    accelerator: Accelerator,
+    *,
+    score_threshold: float = 0.0,
+    max_detections: int = 100,
+    progress: bool = False,
+) -> dict[str, list[Detections]]:
+    """Detect objects with every head of a detector, which share its features; arguments and lists as for `predict`."""
+    return _predict(
+        model.detect_with_all_heads,
+        model,
+        batches,
+        accelerator,
+        score_threshold=score_threshold,
+        max_detections=max_detections,
+        progress=progress,
+    )
+
+
+def _predict(
+    detect: Callable[[ImageBatch], dict[str, list[dict[str, Any]]]],
+    model: nn.Module,
+    batches: Iterable[Batch],
+    accelerator: Accelerator,
+    *,
+    score_threshold: float,
+    max_detections: int,
+    progress: bool,
+) -> dict[str, list[Detections]]:
     training = model.training
     model.eval()
-    detect, detections = without_autocast(model), []
+    detections: dict[str, list[Detections]] = {}
     interruption: Interruption | None = None
     bar = tqdm(batches, desc="validation", leave=False, disable=None if progress else True)
     try:
         for images, targets in bar:
             with full_float32():
-                outputs = detect(images.to(accelerator.device), None)
-            for target, output in zip(targets, outputs, strict=True):
-                unreadable = bool(target.get("unreadable"))
-                kept = _to_host(output, score_threshold, 0 if unreadable else max_detections)
-                detections.append({"image_id": int(target["image_id"]), "unreadable": unreadable, **kept})
+                by_head = detect(images.to(accelerator.device))
+            for head, outputs in by_head.items():
+                for target, output in zip(targets, outputs, strict=True):
+                    unreadable = bool(target.get("unreadable"))
+                    kept = _to_host(output, score_threshold, 0 if unreadable else max_detections)
+                    entry = {"image_id": int(target["image_id"]), "unreadable": unreadable, **kept}
+                    detections.setdefault(head, []).append(entry)
     except Interruption as error:
         interruption = error
     finally:
         model.train(training)
     raise_together(interruption, accelerator)
     if accelerator.num_processes > 1:
-        detections = gather_object(detections)
+        parts = gather_object([detections])  # at once: a process without a batch has no heads to name
+        detections = {
+            head: [entry for part in parts for entry in part.get(head, [])] for part in parts for head in part
+        }
     # Once per image, even if two processes predicted it.
-    unique = {entry["image_id"]: entry for entry in detections}
-    return [unique[image_id] for image_id in sorted(unique)]
+    unique = {head: {entry["image_id"]: entry for entry in entries} for head, entries in detections.items()}
+    return {head: [entries[image_id] for image_id in sorted(entries)] for head, entries in unique.items()}
 
 
 def without_autocast(model: nn.Module) -> Callable[..., Any]:

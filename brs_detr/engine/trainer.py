@@ -55,6 +55,7 @@ from brs_detr.exit_codes import ExitCode, Interruption
 from brs_detr.ops.images import Batch
 
 BEST, LAST = "best.safetensors", "last.safetensors"
+SHOWN = ("AP", "AP50", "AP75")  # of the figures of a validation, besides the AP of masks and of each head
 
 
 class Batches(Protocol):
@@ -392,7 +393,9 @@ class Trainer:
             self.log.metrics("val", position.step, {"epoch": position.epoch, **metrics})
             best = math.nan if position.best is None else position.best
             mark = " (best so far)" if better else f" (best {best:.4f})"
-            shown = " ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name in ("AP", "AP50", "AP75"))
+            shown = " ".join(
+                f"{name} {value:.4f}" for name, value in metrics.items() if name in SHOWN or name.endswith("_AP")
+            )
             if missing := metrics.get("images_left_out"):
                 shown += f" on {metrics['images']:,} of {metrics['images'] + missing:,} images"
             self.log.say(f"epoch {position.epoch}/{self.length.epochs} validation: {shown}{mark}")

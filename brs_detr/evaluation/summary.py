@@ -53,6 +53,8 @@ class Summary:
         images_listed: number of images of the dataset, at least `images`; 0 if unknown.
         detections: number of detections.
         confusion: the confusion matrix; None unless the evaluation is extended.
+        head: the detector's head whose detections these are; None: it has one.
+        heads: the overall figures of every head by its name, if all were evaluated.
         score_study: one row per score threshold: the threshold `score`, the mean number of `detections` per image above
             it, and the overall figures of these.
     """
@@ -66,6 +68,8 @@ class Summary:
     detections: int = 0
     confusion: Confusion | None = None
     score_study: list[dict[str, float]] = field(default_factory=list)
+    head: str | None = None
+    heads: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def images_left_out(self) -> int:
@@ -105,6 +109,10 @@ class Summary:
                 for row in self.score_study
             ]
             blocks.append("by score threshold, with detections per image\n" + text_table(header, rows))
+        if self.heads:
+            names = [name for name in HEADLINE if name in self.stats]
+            rows = [[head, *(percent(stats[name]) for name in names)] for head, stats in self.heads.items()]
+            blocks.append(f"by head; the figures above are those of {self.head}\n" + text_table(["head", *names], rows))
         blocks += [f"note: {note}" for note in self.notes]
         return "\n\n".join(blocks)
 
@@ -143,6 +151,8 @@ class Summary:
         content: dict[str, Any] = {"about": dict(about or {})}
         content |= {"images": self.images, "images_left_out": self.images_left_out}
         content["detections"] = self.detections
+        if self.heads:
+            content |= {"head": self.head, "heads": self.heads}
         content |= {"stats": self.stats, "per_class": self.per_class, "notes": self.notes}
         columns = list(self.per_class[0]) if self.per_class else ["name"]
         rows = [[_cell(row[column], column) for column in columns] for row in self.per_class]

@@ -143,14 +143,15 @@ class BRSDETR(Detector):
         content = self.query_content.weight[:count].expand(references.shape[0], -1, -1)
         return self.decoder(content, position, references, memory)
 
-    def detect(self, memory: Memory, images: ImageBatch) -> list[dict[str, Tensor]]:
-        """Return the detections of the decoder's last layer, or of the dense head named by `predict_with`."""
-        if self.predict_with == "decoder":
+    def detect(self, memory: Memory, images: ImageBatch, head: str | None = None) -> list[dict[str, Tensor]]:
+        """Return the detections of the decoder's last layer, or of the dense head that is named."""
+        head = head or self.predict_with
+        if head == "decoder":
             layers = self.decode(memory, self.proposals(memory).references)
             last = Predictions(layers.logits[-1], layers.boxes[-1])
             return detections_from(last, images.original_sizes, self.detections_per_image)
         maps = self.pyramid(memory)
-        if self.predict_with == "roi":
+        if head == "roi":
             detections = self.roi.predict(maps[:4], self.rpn.proposals(self.rpn(maps), images.sizes), images.sizes)
         else:
             detections = self.atss.predict(self.atss(maps), images.sizes)

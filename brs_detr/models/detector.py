@@ -110,8 +110,19 @@ class Detector(nn.Module):
         """
 
     @abstractmethod
-    def detect(self, features: Any, images: ImageBatch) -> list[dict[str, Tensor]]:
-        """Return the detections of each image in the frame of the stored image, from `encode`'s result."""
+    def detect(self, features: Any, images: ImageBatch, head: str | None = None) -> list[dict[str, Tensor]]:
+        """Return the detections of each image in the frame of the stored image, from `encode`'s result.
+
+        Args:
+            features: of `encode`.
+            images: that the features are of.
+            head: whose detections; None: that of `predict_with`.
+        """
+
+    def detect_with_all_heads(self, images: ImageBatch) -> dict[str, list[dict[str, Tensor]]]:
+        """Return the detections of every head by its name, as in eval mode, from features that are computed once."""
+        features = self.encode_batch(images)
+        return {head: self.detect(features, images, head) for head in self.heads}
 
 
 def to_stored_images(detections: Sequence[dict[str, Tensor]], images: ImageBatch) -> list[dict[str, Tensor]]:

@@ -61,7 +61,7 @@ class OneStageDetector(Detector):
         terms = self.head.losses(self.head(features), sizes, targets).terms
         return {f"head.{name}": value for name, value in terms.items()}
 
-    def detect(self, features: list[Tensor], images: ImageBatch) -> list[dict[str, Tensor]]:
+    def detect(self, features: list[Tensor], images: ImageBatch, head: str | None = None) -> list[dict[str, Tensor]]:
         """Return the head's detections in the frame of the stored images."""
         return to_stored_images(self.head.predict(self.head(features), images.sizes), images)
 

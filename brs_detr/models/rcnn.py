@@ -67,7 +67,7 @@ class TwoStageDetector(Detector):
         heads = {"rpn": self.rpn.losses(regions, sizes, targets), "roi": second}
         return {f"{name}.{term}": value for name, head in heads.items() for term, value in head.terms.items()}
 
-    def detect(self, features: list[Tensor], images: ImageBatch) -> list[dict[str, Tensor]]:
+    def detect(self, features: list[Tensor], images: ImageBatch, head: str | None = None) -> list[dict[str, Tensor]]:
         """Return the detections in the frame of the stored images; "masks" are COCO's compressed run lengths."""
         proposals = self.rpn.proposals(self.rpn(features), images.sizes)
         detections = self.roi.predict(features, proposals, images.sizes)

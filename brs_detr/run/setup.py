@@ -153,6 +153,8 @@ def restore(path: Path, overrides: Sequence[str] = ()) -> tuple[Detector, Weight
             f"the file {len(unexpected)} that the model lacks ({', '.join(unexpected[:3])} ...). "
             "Check the overridden model settings."
         )
+    if config.eval.predict_with == "auto" and weights.extra.get("predict_with") in model.heads:
+        model.predict_with = str(weights.extra["predict_with"])
     return model.eval(), weights, config, file
 
 

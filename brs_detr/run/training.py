@@ -76,6 +76,7 @@ class Data:
         length: of the training.
         metadata: stored with every state.
         thresholds: minimum score of each class, written by the validation and stored with the weights.
+        chosen: "predict_with", the best of several heads, likewise.
     """
 
     train_set: CocoDetection
@@ -86,6 +87,7 @@ class Data:
     length: TrainingLength
     metadata: dict[str, Any]
     thresholds: dict[str, float] = field(default_factory=dict)
+    chosen: dict[str, str] = field(default_factory=dict)
 
 
 def open_run(config: Config, trial: str | None = None) -> Run:
@@ -211,7 +213,7 @@ def build_trainer(
     stored = configuration.to_dict(setup.for_weights_file(config))
 
     def save(name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        facts = {**facts, "thresholds": data.thresholds}
+        facts = {**facts, "thresholds": data.thresholds, **data.chosen}
         save_weights(run.folder / name, Weights(tensors, train_set.classes, train_set.category_ids, stored, facts))
 
     set_epoch_length(model, len(data.batches))
