@@ -77,6 +77,7 @@ class HeadAssignment(NamedTuple):
         valid: (N,) bool; False rows are ignored. None: all rows count.
         features: per image (n, dim) what the head saw at each reference, with gradient; None where a map has it.
         objects: (P,) int64 each positive's object, counted through all images; None where nobody asks.
+        masks: per image (m, h, w) bitmaps of its objects; None where no masks are learned.
     """
 
     references: list[Tensor]
@@ -86,7 +87,20 @@ class HeadAssignment(NamedTuple):
     valid: Tensor | None = None
     features: list[Tensor] | None = None
     objects: Tensor | None = None
+    masks: list[Tensor] | None = None
 
     def per_image(self, values: Tensor) -> list[Tensor]:
         """Split the rows of (N, ...) values by image."""
         return list(values.split([len(boxes) for boxes in self.references]))
+
+
+def count_per_image(rows: Tensor, counts: Sequence[int]) -> list[int]:
+    """Count how many of the ascending `rows` of a batch are each image's (the host waits for the device once).
+
+    Args:
+        rows: (P,) int64.
+        counts: rows of each image.
+    """
+    ends = torch.tensor(counts).cumsum(0).to(rows.device)
+    reached: list[int] = torch.searchsorted(rows, ends).tolist()
+    return [end - begin for begin, end in zip([0, *reached[:-1]], reached)]

@@ -25,6 +25,7 @@ def max_iou_assign(
     positive: float,
     negative: float,
     low_quality: float | None = None,
+    first_best: bool = False,
 ) -> Tensor:
     """Assign every box to the object it overlaps most, if it overlaps enough.
 
@@ -35,6 +36,7 @@ def max_iou_assign(
         negative: a box with best IoU < negative is background; between the two it is ignored.
         low_quality: when given, every object whose own best IoU reaches this value also receives all boxes with exactly
             that IoU, later objects overriding earlier ones and everything decided before.
+        first_best: of these boxes the object receives the first only, as in YOLACT.
 
     Returns:
         (N,) int64: object index, BACKGROUND or IGNORED. All background when there is no object.
@@ -53,16 +55,17 @@ def max_iou_assign(
         best = torch.where(better, value, best)
         index = torch.where(better, which + start, index)
         if low_quality is not None:
-            claimed = torch.maximum(claimed, _claims(iou, low_quality, start))
+            claimed = torch.maximum(claimed, _claims(iou, low_quality, start, first_best))
     assigned = torch.where(best >= positive, index, IGNORED)
     assigned = torch.where(best < negative, BACKGROUND, assigned)
     return torch.where(claimed >= 0, claimed, assigned)
 
 
-def _claims(iou: Tensor, low_quality: float, start: int) -> Tensor:
+def _claims(iou: Tensor, low_quality: float, start: int, first_best: bool) -> Tensor:
     """Return, for each box (N,), the last object of this block that overlaps it most of all boxes, else BACKGROUND."""
-    top = iou.amax(dim=1, keepdim=True)
-    claimed = (iou == top) & (top >= low_quality)
+    top, first = iou.max(dim=1, keepdim=True)  # of equal values the first
+    best = torch.arange(iou.shape[1], device=iou.device) == first if first_best else iou == top
+    claimed = best & (top >= low_quality)
     index = torch.arange(start, start + iou.shape[0], device=iou.device)[:, None]
     # The maximum, since later objects override earlier ones.
     return torch.where(claimed, index, BACKGROUND).amax(dim=0)
@@ -104,12 +107,14 @@ class MaxIoUAssigner:
 
     Attributes:
         positive, negative, low_quality: thresholds of `max_iou_assign`.
+        first_best: as there.
         sampler: chooses the anchors that take part; None takes all that are not ignored.
     """
 
     positive: float
     negative: float
     low_quality: float | None = None
+    first_best: bool = False
     sampler: RandomSampler | None = None
     may_ignore: ClassVar[bool] = True
 
@@ -131,7 +136,12 @@ class MaxIoUAssigner:
             # An empty box overlaps nothing, and so is no object's best one; selecting rows would wait for the device.
             anchors = torch.where(allowed[:, None], anchors, 0.0)
         assigned = max_iou_assign(
-            anchors, objects, positive=self.positive, negative=self.negative, low_quality=self.low_quality
+            anchors,
+            objects,
+            positive=self.positive,
+            negative=self.negative,
+            low_quality=self.low_quality,
+            first_best=self.first_best,
         )
         if allowed is not None:
             assigned = torch.where(allowed, assigned, IGNORED)

@@ -138,6 +138,9 @@ RANKING_LOSSES = {
 }
 
 
+LARGEST = {"giou": 2.0, "mask": 1.0}  # values of the losses that aLRP can take as error; a mask's is 1 - Dice
+
+
 class RankingObjective(nn.Module):
     """All logits of the set in one ranking, the box terms weighted by it.
 
@@ -145,9 +148,9 @@ class RankingObjective(nn.Module):
     of each positive row's own class as a positive. A box term is the mean over the positives, and
     - with Rank & Sort and NDCG scaled to the value of the ranking terms together (`balance.self_balance`);
     - with AP multiplied by `box_weight`, as in the official ATSS heads;
-    - with aLRP the GIoU losses are part of the loss, balanced by `balance.EpochBalance`; other terms as with Rank &
-      Sort.
-    A set's own `box_weight` is divided by its mean first; aLRP's GIoU losses, being errors of the ranking, have none.
+    - with aLRP the GIoU losses, or those of masks without boxes, are part of the loss, balanced by
+      `balance.EpochBalance`; other terms as with Rank & Sort.
+    A set's own `box_weight` is divided by its mean first; the losses in aLRP, being errors of the ranking, have none.
     A `SubsetLoss` has the weights of its own positives, divided by their mean, and is balanced like any other box term.
 
     Args:
@@ -212,7 +215,7 @@ class RankingObjective(nn.Module):
             {"rank", with Rank & Sort "sort", and every key of the set's `box_losses`} -> scalar.
 
         Raises:
-            ValueError: the set is refused, see `PredictionSet.checked`, or aLRP gets no "giou".
+            ValueError: the set is refused, see `PredictionSet.checked`, or aLRP gets neither "giou" nor "mask".
         """
         classes = predictions.logits.shape[-1]
         given, labels, quality, box_losses, rows, valid, box_weight, _ = predictions.checked(classes)
@@ -276,16 +279,18 @@ class RankingObjective(nn.Module):
             return {"rank": term}
         if self.family == "ndcg":
             return {"rank": ndcg_loss(logits, positives, valid=valid, delta=delta, method=method, scope=scope)}
-        losses = box_losses.get("giou")
+        name = "mask" if "mask" in box_losses and "giou" not in box_losses else "giou"
+        losses = box_losses.get(name)
         if losses is None or isinstance(losses, SubsetLoss):
             raise ValueError(
-                "aLRP ranks boxes by their GIoU loss: give the objective box losses named 'giou', one per positive"
+                "aLRP ranks boxes by their GIoU loss, or masks by 1 - Dice: give the objective box losses named 'giou' "
+                "or 'mask', one per positive"
             )
-        error = losses.float() / 2 / (1 - self.tau)
+        error = losses.float() / LARGEST[name] / (1 - self.tau)
         classification, localization = alrp_loss(
             logits, positives, error, valid=valid, delta=delta, method=method, scope=scope
         )
-        return {"rank": classification, "giou": self._balance_alrp(classification, localization, len(positives))}
+        return {"rank": classification, name: self._balance_alrp(classification, localization, len(positives))}
 
     def _balance_alrp(self, classification: Tensor, localization: Tensor, positives: int) -> Tensor:
         """Balance the two parts of aLRP over an epoch, or without a period by their values."""

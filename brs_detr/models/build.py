@@ -22,6 +22,7 @@ from brs_detr.models.heads.roi import RoIHead
 from brs_detr.models.heads.rpn import RPNHead
 from brs_detr.models.neck import ChannelMapper, pyramid_strides
 from brs_detr.models.one_stage import build_atss, build_foveabox, build_paa, build_retinanet
+from brs_detr.models.one_stage_masks import build_solov2, build_yolact
 from brs_detr.models.rcnn import TwoStageDetector
 from brs_detr.models.transformer.attention import Sampling, use_sampling
 from brs_detr.models.transformer.decoder import QueryDecoder
@@ -104,4 +105,6 @@ DETECTORS: dict[str, Callable[[Any, int], Detector]] = {
     "faster_rcnn": TwoStageDetector,
     "cascade_rcnn": TwoStageDetector,
     "mask_rcnn": TwoStageDetector,
+    "yolact": build_yolact,
+    "solov2": build_solov2,
 }

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from brs_detr.config_fields import Count, Fraction, NotEmpty, Positive, one_of
+from brs_detr.config_fields import Count, Counts, Fraction, NotEmpty, Positive, one_of
 from brs_detr.models.config import (
     ATSSHeadConfig,
     BackboneConfig,
@@ -22,6 +22,7 @@ from brs_detr.models.config import (
     ScoreConfig,
     Stds,
     TermWeights,
+    needs_no_background,
 )
 
 BoxLoss = Literal["giou", "l1", "smooth_l1"]
@@ -74,6 +75,70 @@ class FoveaHeadConfig:
     max_detections: Count = 100
 
 
+def _needs_weights(objective: ObjectiveConfig, terms: tuple[str, ...], name: str) -> Iterator[str]:
+    for term in terms:
+        if isinstance(objective, ScoreConfig) and getattr(objective.weights, term) == 0:
+            yield f"{name}.objective.weights.{term}=0 leaves a part of the head untrained; set it above 0"
+
+
+@dataclass(frozen=True)
+class YOLACTHeadConfig:
+    """YOLACT's head: anchors as RetinaNet's, and masks as sums of prototypes."""
+
+    objective: ObjectiveConfig = one_of(
+        RankingConfig(score_weighted=True), ScoreConfig(weights=TermWeights(giou=2.0, mask=2.0))
+    )
+    label: Literal["iou", "dice", "mean"] = "iou"  # quality that a ranking loss sorts by: of boxes, masks, or both
+    prototypes: Count = 32
+    anchor_scale: Positive = 3.0  # in strides
+    anchor_ratios: Annotated[tuple[Positive, ...], NotEmpty()] = (0.5, 1.0, 2.0)  # height / width
+    positive_iou: Fraction = 0.5  # minimum IoU of a positive anchor
+    negative_iou: Fraction = 0.4  # below, an anchor is background; between, it is ignored
+    before_nms: Count = 200  # best boxes of each class that enter suppression
+    score_threshold: float = 0.0
+    nms_iou: Fraction = 0.5
+    max_detections: Count = 100
+
+    def problems(self, name: str) -> Iterator[str]:
+        """Yield what is wrong between settings; `name` is that of the section."""
+        yield from needs_no_background(self.objective, name)
+        yield from _needs_weights(self.objective, ("giou", "mask"), name)
+
+
+@dataclass(frozen=True)
+class SOLOv2HeadConfig:
+    """SOLOv2's head: an object's class and the kernel of its mask at the grid cells of its center."""
+
+    objective: ObjectiveConfig = one_of(RankingConfig(score_weighted=True), ScoreConfig(weights=TermWeights(mask=3.0)))
+    stacked_convs: Count = 4  # of the class branch and of the kernel branch
+    conv_dim: Count = 512  # channels of these branches
+    norm_groups: Count = 32  # of every GroupNorm; must divide conv_dim, mask_hidden and mask_dim
+    mask_hidden: Count = 128  # channels of the mask branch
+    mask_dim: Count = 256  # of its result, and weights of a kernel
+    grids: Counts = (40, 36, 24, 16, 12)  # cells along each side, one number per level
+    # square roots of objects' areas on a level, in strides; the finest takes smaller ones too, the coarsest larger
+    object_sizes: tuple[float, float] = (6.0, 24.0)
+    sigma: Fraction = 0.2  # sides of the region of positive cells, as a fraction of the object's
+    before_nms: Count = 500  # best (cell, class) pairs that enter suppression
+    # Class scores at or below are no detections; neither are scores at or below the second one, after suppression has
+    # lowered them. The paper has 0.2 and 0.05, after a long schedule; see `DenseHeadConfig`.
+    score_threshold: float = 0.0
+    final_threshold: float = 0.0
+    nms_sigma: Positive = 2.0  # of matrix NMS: scores fall with exp(-sigma IoU^2)
+    max_detections: Count = 100
+
+    def problems(self, name: str) -> Iterator[str]:
+        """Yield what is wrong between settings; `name` is that of the section."""
+        yield from needs_no_background(self.objective, name)
+        yield from _needs_weights(self.objective, ("mask",), name)
+        for setting in ("conv_dim", "mask_hidden", "mask_dim"):
+            if getattr(self, setting) % self.norm_groups != 0:
+                yield (
+                    f"{name}.{setting}={getattr(self, setting)} must be a multiple of "
+                    f"{name}.norm_groups={self.norm_groups}"
+                )
+
+
 @dataclass(frozen=True)
 class OneStageConfig:
     """What the one-stage detectors share: a backbone, a feature pyramid, a head."""
@@ -84,7 +149,7 @@ class OneStageConfig:
     backbone: BackboneConfig = BackboneConfig()
     dim: Count = 256
     levels: Count = 5  # maps of the feature pyramid; each beyond the backbone's has twice the stride of the one before
-    head: DenseHeadConfig | FoveaHeadConfig = DenseHeadConfig()
+    head: DenseHeadConfig | FoveaHeadConfig | YOLACTHeadConfig | SOLOv2HeadConfig = DenseHeadConfig()
 
     has_masks: ClassVar[bool] = False  # whether instance masks are learned and predicted
 
@@ -134,6 +199,34 @@ class PAAConfig(OneStageConfig):
     name: Literal["paa"] = "paa"  # type: ignore[assignment]
     norm_groups: Count = 32  # of the towers; must divide dim
     head: PAAHeadConfig = PAAHeadConfig()
+
+
+@dataclass(frozen=True)
+class YOLACTConfig(OneStageConfig):
+    """YOLACT."""
+
+    name: Literal["yolact"] = "yolact"  # type: ignore[assignment]
+    head: YOLACTHeadConfig = YOLACTHeadConfig()
+
+    has_masks: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class SOLOv2Config(OneStageConfig):
+    """SOLOv2."""
+
+    name: Literal["solov2"] = "solov2"  # type: ignore[assignment]
+    backbone: BackboneConfig = BackboneConfig(levels=(4, 8, 16, 32))
+    head: SOLOv2HeadConfig = SOLOv2HeadConfig()
+
+    has_masks: ClassVar[bool] = True
+
+    def problems(self, name: str) -> Iterator[str]:
+        """Yield what is wrong between settings; `name` is that of the section."""
+        yield from super().problems(name)
+        if len(self.head.grids) != self.levels:
+            grids = list(self.head.grids)
+            yield f"{name}.head.grids={grids} must have one number per level, {name}.levels={self.levels}"
 
 
 # Faster R-CNN's: cross entropies and L1 on offsets, over the number of sampled anchors and regions
@@ -229,6 +322,8 @@ ModelConfig = (
     | FasterRCNNConfig
     | CascadeRCNNConfig
     | MaskRCNNConfig
+    | YOLACTConfig
+    | SOLOv2Config
 )
 MODELS: tuple[ModelConfig, ...] = (  # section `model` is one of them, by name; the first is the default
     BRSDETRConfig(),
@@ -240,4 +335,6 @@ MODELS: tuple[ModelConfig, ...] = (  # section `model` is one of them, by name; 
     FasterRCNNConfig(),
     CascadeRCNNConfig(),
     MaskRCNNConfig(),
+    YOLACTConfig(),
+    SOLOv2Config(),
 )

@@ -120,7 +120,7 @@ class RPNConfig:
 
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
-        yield from _needs_no_background(self.objective, name)
+        yield from needs_no_background(self.objective, name)
         yield from _needs_trained_boxes(self.objective, self.box_loss, name)
 
 
@@ -215,7 +215,7 @@ class DenseHeadConfig:
 
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
-        yield from _needs_no_background(self.objective, name)
+        yield from needs_no_background(self.objective, name)
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,8 @@ def _needs_trained_boxes(objective: ObjectiveConfig, box_loss: str, name: str) -
         yield f"{name}.objective.loss={objective.loss} ranks boxes by their GIoU; set {name}.box_loss=giou"
 
 
-def _needs_no_background(objective: ObjectiveConfig, name: str) -> Iterator[str]:
+def needs_no_background(objective: ObjectiveConfig, name: str) -> Iterator[str]:
+    """Yield what is wrong with the objective of section `name`, a head of sigmoids."""
     if objective.loss == "cross_entropy":
         yield (
             f"{name}.objective.loss=cross_entropy needs a background class, which only the RoI head has; "
@@ -311,7 +312,7 @@ class BRSDETRConfig:
             yield f"{name}.dim={dim} must be a multiple of 4 (sine and cosine of x and y)"
         if self.levels < len(strides):
             yield f"{name}.levels={self.levels} is less than the {len(strides)} backbone levels"
-        yield from _needs_no_background(self.objective, name)
+        yield from needs_no_background(self.objective, name)
 
 
 @dataclass(frozen=True)

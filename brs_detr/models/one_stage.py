@@ -15,10 +15,11 @@ from brs_detr.models.backbones.timm_backbone import build_backbone
 from brs_detr.models.cnn_config import ATSSConfig, FoveaBoxConfig, OneStageConfig, PAAConfig, RetinaNetConfig
 from brs_detr.models.detector import Detector, to_stored_images
 from brs_detr.models.heads.atss import ATSSHead
+from brs_detr.models.heads.dense import DenseHead
 from brs_detr.models.heads.fovea import FoveaHead
 from brs_detr.models.heads.paa import PAAHead
 from brs_detr.models.heads.retinanet import RetinaNetHead
-from brs_detr.models.heads.towers import TowerHead
+from brs_detr.models.heads.solov2 import SOLOv2Head
 from brs_detr.models.neck import FPN, ExtraLevels, pyramid_strides
 from brs_detr.ops.images import ImageBatch, Size
 
@@ -40,7 +41,7 @@ class OneStageDetector(Detector):
         config: OneStageConfig,
         num_classes: int,
         extra: ExtraLevels,
-        make_head: Callable[[Sequence[int]], TowerHead],
+        make_head: Callable[[Sequence[int]], DenseHead | SOLOv2Head],
     ) -> None:
         super().__init__(num_classes)
         self.backbone = build_backbone(config.backbone)

@@ -57,8 +57,13 @@ class AnchorGrid(nn.Module):
         bases = torch.stack([base_anchors(stride, scales, ratios) for stride in strides])
         self.register_buffer("bases", bases, persistent=False)  # a buffer moves with the module; not saved
 
-    def forward(self, shapes: Sequence[Size]) -> list[Tensor]:
+    def forward(self, shapes: Sequence[Size], frame: Size | None = None) -> list[Tensor]:
         """Place the anchors on levels of the given (h, w) cells.
+
+        Args:
+            shapes: (h, w) cells of each level.
+            frame: (h, w) pixels that the cells of a level divide evenly between them, whatever its stride; None: a cell
+                is as large as the stride.
 
         Returns:
             (h, w, per_cell, 4) xyxy pixels per level.
@@ -73,8 +78,9 @@ class AnchorGrid(nn.Module):
             )
         levels = []
         for (height, width), stride, base in zip(shapes, self.strides, self.bases, strict=True):
-            x = (torch.arange(width, device=base.device, dtype=base.dtype) + self.offset) * stride
-            y = (torch.arange(height, device=base.device, dtype=base.dtype) + self.offset) * stride
+            step_y, step_x = (stride, stride) if frame is None else (frame[0] / height, frame[1] / width)
+            x = (torch.arange(width, device=base.device, dtype=base.dtype) + self.offset) * step_x
+            y = (torch.arange(height, device=base.device, dtype=base.dtype) + self.offset) * step_y
             y, x = torch.meshgrid(y, x, indexing="ij")
             levels.append(torch.stack([x, y, x, y], dim=-1)[:, :, None] + base)
         return levels
@@ -100,6 +106,21 @@ def valid_extents(size: Size, shapes: Sequence[Size], strides: Sequence[int]) ->
         (min(rows, -(-size[0] // stride)), min(columns, -(-size[1] // stride)))
         for (rows, columns), stride in zip(shapes, strides, strict=True)
     ]
+
+
+def frame_extents(size: Size, shapes: Sequence[Size], frame: Size) -> list[Size]:
+    """Count the cells of each level that begin inside one image, where levels divide a frame evenly.
+
+    Args:
+        size: (h, w) pixels of the image, without padding.
+        shapes: (h, w) cells of each level.
+        frame: (h, w) pixels of the padded batch.
+
+    Returns:
+        (rows, columns) per level.
+    """
+    # in integers: the quotient of a frame and its cells is no exact number
+    return [(-(-size[0] * rows // frame[0]), -(-size[1] * columns // frame[1])) for rows, columns in shapes]
 
 
 def valid_rows(levels: Sequence[Tensor], extents: Sequence[Size]) -> Tensor:

@@ -6,7 +6,8 @@ A mask head predicts a small square that covers a box. `paste_masks` resamples i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -44,17 +45,69 @@ def resize_masks(masks: Tensor, size: Size) -> Tensor:
     return new
 
 
-def paste_masks(masks: Tensor, boxes: Tensor, size: Size, threshold: float = 0.5) -> Tensor:
+def shrink_masks(masks: Tensor, frame: Size, size: Size) -> Tensor:
+    """Resample bitmaps of an image to a coarser map of its padded batch, bilinearly, > 0.5.
+
+    Args:
+        masks: (n, h, w) bitmaps.
+        frame: (H, W) pixels of the padded batch, at least (h, w); the image lies at its top left.
+        size: (rows, columns) of the map.
+
+    Returns:
+        (n, rows, columns) bool.
+    """
+    if not len(masks):
+        return masks.new_zeros(0, *size, dtype=torch.bool)
+    padded = F.pad(masks.float(), (0, frame[1] - masks.shape[2], 0, frame[0] - masks.shape[1]))
+    return F.interpolate(padded[:, None], size, mode="bilinear")[:, 0] > 0.5
+
+
+def inside_boxes(boxes: Tensor, size: Size, border: float = 0.0) -> Tensor:
+    """Return (n, h, w) bool, True for the cells of a map that begin inside boxes (n, 4) xyxy cells, grown by `border`.
+
+    The last column and row are those that begin before the right and lower side, as in YOLACT's code.
+    """
+    x1, y1, x2, y2 = boxes[:, :, None].unbind(1)
+    y = torch.arange(size[0], device=boxes.device)
+    x = torch.arange(size[1], device=boxes.device)
+    rows, columns = (y >= y1 - border) & (y < y2 + border), (x >= x1 - border) & (x < x2 + border)
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def require_masks(targets: Sequence[Mapping[str, Any]]) -> None:
+    """Raise if the objects of an image have no masks to learn.
+
+    Raises:
+        ValueError: naming the image and what is missing.
+    """
+    for position, target in enumerate(targets):
+        if "masks" not in target:
+            raise ValueError(
+                f"targets of the batch's image {position}: no `masks`. Read the dataset with its masks, or choose a "
+                "detector of boxes."
+            )
+        if len(target["masks"]) != len(target["boxes"]):
+            raise ValueError(
+                f"targets of the batch's image {position}: {len(target['masks'])} masks of {len(target['boxes'])} "
+                "boxes. Give one per box."
+            )
+
+
+Beyond = Literal["zeros", "border"]
+
+
+def paste_masks(masks: Tensor, boxes: Tensor, size: Size, threshold: float = 0.5, beyond: Beyond = "zeros") -> Tensor:
     """Resample masks that cover their boxes to the pixels of the image, bilinearly.
 
     The squares' pixels are areas, not points: the first one's center lies half a pixel inside the box, as it does in
     RoIAlign (Detectron2's `paste_masks_in_image`). Beyond them a mask falls to 0, to one half at the border of the box.
 
     Args:
-        masks: (n, s, s) probabilities.
+        masks: (n, s, t) probabilities.
         boxes: (n, 4) xyxy pixels of the image; they may reach beyond it.
         size: (h, w) pixels of the image.
         threshold: a pixel belongs to the object where its probability is at least this.
+        beyond: what lies around a mask: "zeros", or the values at its "border", where a mask covers the whole image.
 
     Returns:
         (n, h, w) bool, on the masks' device.
@@ -64,23 +117,25 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: Size, threshold: float = 0.5
     step = max(1, _CHUNK_PIXELS // (height * width))
     for start in range(0, len(masks), step):
         chunk = slice(start, start + step)
-        pasted[chunk] = _paste(masks[chunk].float(), boxes[chunk].float(), size) >= threshold
+        pasted[chunk] = _paste(masks[chunk].float(), boxes[chunk].float(), size, beyond) >= threshold
     return pasted
 
 
-def _paste(masks: Tensor, boxes: Tensor, size: Size) -> Tensor:
+def _paste(masks: Tensor, boxes: Tensor, size: Size, beyond: Beyond) -> Tensor:
     """Return the probabilities (n, h, w) at the pixels' centers."""
     # bilinear weights are products of those along y and along x, and so need no grid of positions
-    rows = _weights(boxes[:, 1], boxes[:, 3], size[0], masks.shape[1])
-    columns = _weights(boxes[:, 0], boxes[:, 2], size[1], masks.shape[2])
+    rows = _weights(boxes[:, 1], boxes[:, 3], size[0], masks.shape[1], beyond)
+    columns = _weights(boxes[:, 0], boxes[:, 2], size[1], masks.shape[2], beyond)
     return rows @ masks @ columns.transpose(1, 2)
 
 
-def _weights(low: Tensor, high: Tensor, pixels: int, side: int) -> Tensor:
-    """Return the weights (n, pixels, side) of a mask's rows at the pixels' centers, 0 beyond them."""
+def _weights(low: Tensor, high: Tensor, pixels: int, side: int, beyond: Beyond) -> Tensor:
+    """Return the weights (n, pixels, side) of a mask's rows at the pixels' centers."""
     centers = torch.arange(pixels, device=low.device, dtype=low.dtype) + 0.5
     # a box of no width holds no pixel: the clamp keeps its positions finite
     position = (centers - low[:, None]) / (high - low)[:, None].clamp(min=1e-6) * side - 0.5
+    if beyond == "border":
+        position = position.clamp(0, side - 1)
     distance = (position[:, :, None] - torch.arange(side, device=low.device)).abs()
     return (1 - distance).clamp(min=0)
 
@@ -131,11 +186,14 @@ def decode_masks(rles: Sequence[RLE], size: Size) -> Tensor:
     return torch.from_numpy(bitmaps)
 
 
-def paste_and_encode(masks: Tensor, boxes: Tensor, size: Size, threshold: float = 0.5) -> list[RLE]:
+def paste_and_encode(
+    masks: Tensor, boxes: Tensor, size: Size, threshold: float = 0.5, beyond: Beyond = "zeros"
+) -> list[RLE]:
     """Paste masks as `paste_masks` does, and encode them; never more than a chunk of bitmaps is held at once."""
     step = max(1, _CHUNK_PIXELS // (size[0] * size[1]))
     chunks = (slice(start, start + step) for start in range(0, len(masks), step))
-    return [rle for chunk in chunks for rle in encode_masks(paste_masks(masks[chunk], boxes[chunk], size, threshold))]
+    pasted = (paste_masks(masks[chunk], boxes[chunk], size, threshold, beyond) for chunk in chunks)
+    return [rle for bitmaps in pasted for rle in encode_masks(bitmaps)]
 
 
 def mask_iou(first: Tensor, second: Tensor) -> Tensor:
@@ -170,3 +228,26 @@ def dice_coefficient(probabilities: Tensor, targets: Tensor, eps: float = 1e-5) 
     """
     p, t = probabilities.flatten(1).float(), targets.flatten(1).float()
     return 2 * (p * t).sum(1) / ((p * p).sum(1) + (t * t).sum(1) + eps)
+
+
+def matrix_nms(masks: Tensor, labels: Tensor, scores: Tensor, sigma: float = 2.0) -> Tensor:
+    """Lower the scores of masks that overlap better ones of their class, all at once (Wang et al., "SOLOv2", Eq. 5).
+
+    A mask j is lowered by min over better masks i of f(IoU_ij) / f(largest IoU of i with masks better than i), where
+    f = exp(-sigma IoU^2): one that is itself lowered lowers others less.
+
+    Args:
+        masks: (n, h, w) bool, best first.
+        labels: (n,).
+        scores: (n,), descending.
+        sigma: of the Gaussian; the paper divides by it, its code multiplies.
+
+    Returns:
+        (n,) scores.
+    """
+    if not len(masks):
+        return scores
+    iou = torch.where(labels[:, None] == labels, mask_iou(masks, masks), 0.0).triu(diagonal=1)
+    largest = iou.amax(dim=0)[:, None]
+    # entries that are not of a better mask have an IoU of 0, and so a factor of at least 1
+    return scores * (sigma * (largest.square() - iou.square())).exp().amin(dim=0)

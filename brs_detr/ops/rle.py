@@ -9,6 +9,7 @@ Packed words (uint32) are either `0, h, w, runs...`, or `number of polygons, num
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -204,3 +205,10 @@ def as_text(rle: RLE) -> RLE:
         "size": [int(side) for side in rle["size"]],
         "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts,
     }
+
+
+def boxes_of(rles: Sequence[RLE]) -> np.ndarray:
+    """Return the boxes (n, 4) xyxy pixels, float32, around the pixels of masks; zeros for an empty one."""
+    boxes = np.array([coco_mask.toBbox(rle) for rle in rles], np.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes

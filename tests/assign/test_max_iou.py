@@ -130,3 +130,15 @@ def test_every_entry_is_equally_likely():
     assigned = torch.tensor([0] * 4 + [BACKGROUND] * 6)
     hits = sum((RandomSampler(4, 0.5)(assigned) != IGNORED).float() for _ in range(2000)) / 2000
     torch.testing.assert_close(hits, torch.tensor([0.5] * 4 + [1 / 3] * 6), atol=0.06, rtol=0)
+
+
+@pytest.mark.parametrize("table", [1, 1 << 23])
+def test_of_several_best_boxes_only_the_first_is_given_where_asked(monkeypatch, table):
+    monkeypatch.setattr(max_iou, "MAX_TABLE", table)
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 4, 4], [0, 0, 4, 4], [50, 50, 60, 60], [90, 90, 95, 95]])
+    objects = torch.tensor([[0.0, 0, 3, 4], [52, 52, 54, 54], [300, 300, 310, 310]])
+    ours = max_iou_assign(boxes, objects, positive=0.8, negative=0.4, low_quality=0.0, first_best=True)
+    # box 2 overlaps as box 1 does, and so is ignored; an object that nothing overlaps takes the first box of all
+    assert ours.tolist() == [2, 0, IGNORED, 1, BACKGROUND]
+    every = max_iou_assign(boxes, objects, positive=0.8, negative=0.4, low_quality=0.01)
+    assert every.tolist() == [BACKGROUND, 0, 0, 1, BACKGROUND]

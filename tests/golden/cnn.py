@@ -18,10 +18,11 @@ STRIDES = (8, 16, 32, 64, 128)
 TERMS = {"loss_rank": "rank", "loss_sort": "sort", "loss_cls": "rank"}
 TERMS |= {f"loss_{head}_{name}": name for head in ("rpn", "roi") for name in ("rank", "sort")}
 TERMS |= {"loss_rpn_cls": "rank", "loss_mask": "mask"}
+TERMS |= {"ranking_loss": "rank", "sorting_loss": "sort"}  # YOLACT
 
 
-# dense heads: cls.{level}; RoI heads: cls; the stages of a cascade: s{stage}.cls, in the test test.s{stage}.cls
-OUTPUT = re.compile(r"((test\.)?s\d\.)?(cls|reg)(\.\d)?|mask\.pred_gt_class")
+# dense heads: cls.{level}; RoI heads: cls; the stages of a cascade: s{stage}.cls, in the test test.s{stage}.cls; YOLACT
+OUTPUT = re.compile(r"((test\.)?s\d\.)?(cls|reg)(\.\d)?|mask\.pred_gt_class|coeff\.\d|proto")
 
 
 def our_name(name, box_term):

@@ -252,6 +252,17 @@ def test_alrp_balanced_by_value_weighs_boxes_like_the_classification():
     torch.testing.assert_close(terms["giou"], terms["rank"])
 
 
+@pytest.mark.parametrize("loss", ["alrp", "balrp"])
+def test_alrp_takes_the_errors_of_masks_where_there_are_no_boxes(loss):
+    """1 - Dice lies in 0..1 and the GIoU loss in 0..2: the same error gives the same loss."""
+    logits, error = leaf(8, CLASSES), 1 - QUALITY
+    masks, boxes = (
+        RankingObjective(loss, weight=3.0)(PredictionSet(logits, LABELS, quality=QUALITY, box_losses=losses))
+        for losses in ({"mask": error}, {"giou": 2 * error})
+    )
+    assert masks["rank"] == boxes["rank"] and masks["mask"] == boxes["giou"]
+
+
 def test_alrp_needs_boxes():
     with pytest.raises(ValueError, match="box losses named 'giou'"):
         RankingObjective("alrp")(PredictionSet(leaf(8, CLASSES), LABELS, quality=QUALITY, box_losses={}))

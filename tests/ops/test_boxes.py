@@ -2,11 +2,13 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.ops import box_iou
 
-from brs_detr.ops.boxes import BoxCoder
+from brs_detr.ops.boxes import BoxCoder, fast_nms
 
 corner = st.floats(-500, 500)
 side = st.floats(1, 400)
@@ -38,3 +40,34 @@ def test_growth_is_bounded():
 def test_half_precision_offsets_decode_in_float32():
     reference = torch.tensor([[1000.0, 1000, 1301, 1303]])
     assert BoxCoder().decode(reference, torch.zeros(1, 4, dtype=torch.bfloat16)).equal(reference)
+
+
+def slow_fast_nms(boxes, scores, nms_iou, per_class, score_threshold, max_detections):
+    """Class by class and box by box, as the paper words it: a dropped box drops others all the same."""
+    kept = []
+    for label in range(scores.shape[1]):
+        rows = sorted(range(len(boxes)), key=lambda row: -float(scores[row, label]))[:per_class]
+        for place, row in enumerate(rows):
+            overlaps = [float(box_iou(boxes[row][None], boxes[better][None])) for better in rows[:place]]
+            if all(iou <= nms_iou for iou in overlaps) and scores[row, label] > score_threshold:
+                kept.append((float(scores[row, label]), row, label))
+    kept = sorted(kept, reverse=True)[:max_detections]
+    return [row for _, row, _ in kept], [label for _, _, label in kept]
+
+
+@pytest.mark.parametrize("per_class", [1, 8, 200])
+@pytest.mark.parametrize("threshold", [-1.0, 0.6, 2.0])
+def test_fast_nms_is_its_definition(per_class, threshold):
+    corner = torch.rand(30, 2) * 20
+    boxes, scores = torch.cat([corner, corner + 5 + torch.rand(30, 2) * 20], dim=1), torch.rand(30, 4)
+    boxes[3] = boxes[7]
+    limits = {"nms_iou": 0.4, "per_class": per_class, "score_threshold": threshold, "max_detections": 15}
+    rows, labels = fast_nms(boxes, scores, **limits)
+    assert (rows.tolist(), labels.tolist()) == slow_fast_nms(boxes, scores, **limits)
+
+
+def test_fast_nms_of_empty_boxes_and_of_no_boxes():
+    limits = {"nms_iou": 0.5, "per_class": 200, "score_threshold": 0.0, "max_detections": 100}
+    rows, _ = fast_nms(torch.zeros(3, 4), torch.rand(3, 2), **limits)
+    assert len(rows) == 6
+    assert len(fast_nms(torch.zeros(0, 4), torch.zeros(0, 2), **limits)[0]) == 0

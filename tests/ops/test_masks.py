@@ -1,5 +1,7 @@
 """A mask pasted and cut again is the same mask, at any place and size."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -10,11 +12,15 @@ from brs_detr.ops.masks import (
     decode_masks,
     dice_coefficient,
     encode_masks,
+    inside_boxes,
     mask_iou,
     mask_targets,
+    matrix_nms,
     paste_and_encode,
     paste_masks,
+    require_masks,
     resize_masks,
+    shrink_masks,
 )
 
 
@@ -130,3 +136,68 @@ def test_iou_and_dice_by_hand():
     assert torch.allclose(dice, torch.tensor([2 * 1.5 / (1.5 + 2), 0.0]), atol=1e-5)
     dice.sum().backward()
     assert p.grad.isfinite().all()
+
+
+def test_a_mask_shrunk_to_a_map_of_its_padded_batch_and_pasted_back_returns():
+    """The image of 120 x 160 lies at the top left of a batch of 150 x 200, whose map has a quarter of its sides."""
+    masks = shapes()
+    small = shrink_masks(masks.to(torch.uint8), (150, 200), (38, 50))
+    assert small.shape == (3, 38, 50) and not small[:, 31:].any() and not small[:, :, 41:].any()
+    batch = torch.tensor([[0.0, 0, 200, 150]]).expand(3, 4)
+    pasted = paste_masks(small.float(), batch, (120, 160), beyond="border")
+    assert (mask_iou(pasted, masks).diagonal() > 0.93).all()
+    stored = paste_masks(small.float(), batch * 2, (240, 320), beyond="border")  # the image was stored twice as large
+    assert (mask_iou(stored, resize_masks(masks.float(), (240, 320)).bool()).diagonal() > 0.93).all()
+    assert shrink_masks(masks[:0], (150, 200), (38, 50)).shape == (0, 38, 50)
+
+
+def test_a_mask_of_the_complete_image_reaches_its_border_only_with_the_values_there():
+    whole, box = torch.full((1, 10, 10), 0.6), torch.tensor([[0.0, 0, 40, 40]])
+    assert paste_masks(whole, box, (40, 40), beyond="border").all()
+    assert not paste_masks(whole, box, (40, 40))[0, 0].any()  # mixed with the zeros around a small mask
+    (rle,) = paste_and_encode(whole, box, (40, 40), beyond="border")
+    assert rle == encode_masks(torch.ones(1, 40, 40))[0]
+
+
+def test_cells_inside_boxes():
+    boxes = torch.tensor([[2.0, 1, 4, 2], [1.5, 0, 2.5, 9], [3, 3, 3, 3]])
+    inside = inside_boxes(boxes, (4, 6))
+    assert inside[0].nonzero().tolist() == [[1, 2], [1, 3]]
+    assert inside[1].nonzero().tolist() == [[0, 2], [1, 2], [2, 2], [3, 2]]
+    assert not inside[2].any()
+    grown = inside_boxes(boxes[2:], (4, 6), border=1.0)
+    assert grown[0].nonzero().tolist() == [[2, 2], [2, 3], [3, 2], [3, 3]]
+
+
+def slow_matrix_nms(masks, labels, scores, sigma):
+    """Pair by pair: Eq. 5 of SOLOv2."""
+    result = []
+    for j in range(len(masks)):
+        factors = [1.0]
+        for i in range(j):
+            if labels[i] == labels[j]:
+                better = [float(mask_iou(masks[i][None], masks[k][None])) for k in range(i) if labels[k] == labels[i]]
+                overlap = float(mask_iou(masks[i][None], masks[j][None]))
+                factors.append(math.exp(-sigma * overlap**2) / math.exp(-sigma * max([0.0, *better]) ** 2))
+        result.append(float(scores[j]) * min(factors))
+    return torch.tensor(result)
+
+
+def test_matrix_nms_is_its_definition():
+    masks, labels = torch.rand(9, 12, 12) > 0.4, torch.randint(2, (9,))
+    masks[4] = masks[1]
+    masks[6] = False
+    scores = torch.rand(9).sort(descending=True)[0]
+    lowered = matrix_nms(masks, labels, scores, sigma=2.0)
+    torch.testing.assert_close(lowered, slow_matrix_nms(masks, labels, scores, 2.0))
+    assert lowered[0] == scores[0] and (lowered <= scores).all()
+    assert len(matrix_nms(masks[:0], labels[:0], scores[:0])) == 0
+
+
+def test_targets_without_masks_are_refused_by_name():
+    boxes = torch.zeros(2, 4)
+    require_masks([{"boxes": boxes, "masks": torch.zeros(2, 5, 5)}])
+    with pytest.raises(ValueError, match=r"image 1: no `masks`\. Read the dataset with its masks"):
+        require_masks([{"boxes": boxes, "masks": torch.zeros(2, 5, 5)}, {"boxes": boxes}])
+    with pytest.raises(ValueError, match=r"image 0: 1 masks of 2 boxes"):
+        require_masks([{"boxes": boxes, "masks": torch.zeros(1, 5, 5)}])

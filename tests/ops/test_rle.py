@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pycocotools import mask as coco_mask
 
-from brs_detr.ops.rle import as_text, box_bitmap, checked_runs, draw, encode, pack_segmentation, stated_size, to_rle
+from brs_detr.ops.rle import (
+    as_text,
+    box_bitmap,
+    boxes_of,
+    checked_runs,
+    draw,
+    encode,
+    pack_segmentation,
+    stated_size,
+    to_rle,
+)
 
 
 def words(segmentation):
@@ -130,3 +140,13 @@ def test_a_box_is_drawn_with_one_pixel_at_least():
     assert np.argwhere(box_bitmap(np.array([1.2, 2.6, 3.4, 5.1]), (8, 9))).tolist() == [[3, 1], [3, 2], [4, 1], [4, 2]]
     assert box_bitmap(np.array([8.6, 7.7, 20, 20]), (8, 9)).sum() == 1
     assert box_bitmap(np.array([-5.0, -5, 2, 2]), (8, 9)).sum() == 4
+
+
+def test_boxes_are_around_the_pixels_of_masks():
+    masks = np.zeros((4, 20, 30), bool)
+    masks[0, 3:9, 5:7] = True
+    masks[1, 19, 29] = True
+    masks[2] = True
+    boxes = boxes_of([as_text(encode(mask)) for mask in masks])
+    assert boxes.tolist() == [[5, 3, 7, 9], [29, 19, 30, 20], [0, 0, 30, 20], [0, 0, 0, 0]]
+    assert boxes_of([]).shape == (0, 4)

@@ -84,6 +84,20 @@ class HeadLosses(NamedTuple):
     assignment: HeadAssignment
 
 
+class PrototypeMasks(NamedTuple):
+    """Masks as sums of prototypes, one set of coefficients per anchor.
+
+    Attributes:
+        coefficients: per level (B, h, w, A, K).
+        prototypes: (B, K, H, W) over the padded batch.
+        frame: (h, w) pixels of the padded batch.
+    """
+
+    coefficients: list[Tensor]
+    prototypes: Tensor
+    frame: Size
+
+
 class DenseOutput(NamedTuple):
     """What a head predicts for every anchor: A per cell, C classes.
 
@@ -92,12 +106,14 @@ class DenseOutput(NamedTuple):
         deltas: per level (B, h, w, A, 4) offsets from the anchors.
         centerness: per level (B, h, w, A, 1) logits of a factor of the detections' scores; None: no such factor.
         iou: per level (B, h, w, A, 1) logits of the boxes' IoU with their objects; None: not predicted.
+        masks: what the anchors' masks are made of; None: not predicted.
     """
 
     logits: list[Tensor]
     deltas: list[Tensor]
     centerness: list[Tensor] | None = None
     iou: list[Tensor] | None = None
+    masks: PrototypeMasks | None = None
 
     @property
     def shapes(self) -> list[Size]:
@@ -167,9 +183,18 @@ class DenseHead(nn.Module):
             scalar terms, finite and attached to the graph also when there is no object at all; and what the anchors
             inside each image learned, level after level.
         """
-        extents = [valid_extents(size, output.shapes, self.strides) for size in sizes]
+        extents = self.extents(output, sizes)
         assignment = self.assign(output, extents, targets)
         return HeadLosses(self.terms(output, extents, assignment, self.normalizer(assignment)), assignment)
+
+    def place(self, output: DenseOutput) -> list[Tensor]:
+        """Return the anchors (h, w, A, 4) xyxy pixels of every level of an output."""
+        anchors: list[Tensor] = self.anchors(output.shapes)
+        return anchors
+
+    def extents(self, output: DenseOutput, sizes: Sequence[Size]) -> list[list[Size]]:
+        """Count the (rows, columns) of each level that lie inside each image of (h, w) pixels."""
+        return [valid_extents(size, output.shapes, self.strides) for size in sizes]
 
     def assign(self, output: DenseOutput, extents: Sequence[Sequence[Size]], targets: Sequence[dict]) -> HeadAssignment:
         """Decide what every anchor inside its image learns.
@@ -179,17 +204,19 @@ class DenseHead(nn.Module):
             extents: per image (rows, columns) of each level that lie inside it.
             targets: as for `losses`.
         """
-        grid, per_cell = self.anchors(output.shapes), self.anchors.per_cell
+        grid, per_cell = self.place(output), self.anchors.per_cell
         anchors = [valid_rows(grid, extent) for extent in extents]
         counts = [[h * w * per_cell for h, w in extent] for extent in extents]
         joined = self.match(anchors, counts, targets, output, extents)
         rows = joined.positives()
+        objects = joined.assigned[rows]
         return HeadAssignment(
             references=anchors,
             labels=joined.classes(self.num_classes),
             rows=rows,
-            targets=joined.boxes[joined.assigned[rows]],
+            targets=joined.boxes[objects],
             valid=joined.assigned != IGNORED if self.assigner.may_ignore else None,
+            objects=objects,
         )
 
     def match(
@@ -223,21 +250,27 @@ class DenseHead(nn.Module):
         box_weight: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Compute the terms of predictions with a known assignment; the last two arguments as in `PredictionSet`."""
-        rows = assignment.rows
-        deltas = batch_rows(output.deltas, extents)[rows]
-        quality, box_losses = self.box_losses(torch.cat(assignment.references)[rows], deltas, assignment.targets)
+        quality, losses = self.positive_losses(output, extents, assignment)
         return self.objective(
             PredictionSet(
                 batch_rows(output.logits, extents),
                 assignment.labels,
                 quality=quality,
-                box_losses=box_losses,
-                rows=rows,
+                box_losses=losses,
+                rows=assignment.rows,
                 valid=assignment.valid,
                 box_weight=box_weight,
                 normalizer=normalizer,
             )
         )
+
+    def positive_losses(
+        self, output: DenseOutput, extents: Sequence[Sequence[Size]], assignment: HeadAssignment
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the quality (P,) of the positives and their losses other than that of their class, not reduced."""
+        rows = assignment.rows
+        deltas = batch_rows(output.deltas, extents)[rows]
+        return self.box_losses(torch.cat(assignment.references)[rows], deltas, assignment.targets)
 
     def box_losses(self, anchors: Tensor, deltas: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the IoU (P,) and un-reduced box losses of the positive anchors (P, 4)."""
@@ -256,8 +289,7 @@ class DenseHead(nn.Module):
         """
         before_nms, max_detections = self.limits()
         levels = [
-            self._candidates(output, level, anchors, before_nms)
-            for level, anchors in enumerate(self.anchors(output.shapes))
+            self._candidates(output, level, anchors, before_nms) for level, anchors in enumerate(self.place(output))
         ]
         columns = [torch.cat(column, dim=1) for column in zip(*levels, strict=True)]
         return [

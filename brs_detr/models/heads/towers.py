@@ -71,7 +71,9 @@ class TowerHead(DenseHead):
         if self.branch is None:
             return DenseOutput(logits, deltas)
         extra = [rearrange(self.get_submodule(self.branch)(x), "b a y x -> b y x a 1") for x in hidden]
-        return DenseOutput(logits, deltas, **{self.branch: extra})
+        if self.branch == "iou":
+            return DenseOutput(logits, deltas, iou=extra)
+        return DenseOutput(logits, deltas, centerness=extra)
 
 
 def _tower(dim: int, depth: int, groups: int | None) -> nn.Sequential:
