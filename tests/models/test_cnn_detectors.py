@@ -8,16 +8,16 @@ from brs_detr.config import load_config
 from brs_detr.models.detector import Detector
 from brs_detr.run.setup import build_detector
 
-SCORE_BASED = module_from(ROOT / "benchmarks" / "cnn_overfit.py").SCORE_BASED
+overfit = module_from(ROOT / "benchmarks" / "cnn_overfit.py")
+SCORE_BASED = overfit.SCORE_BASED
 RANKING = ("brs", "rs", "bap", "ap", "balrp", "alrp")
 SMALLER = ["model.backbone.name=test_resnet.r160_in1k", "model.dim=32"]
 CLASSES = 3
 
 
 def build(detector: str, loss: str, *settings: str) -> Detector:
-    changes = SCORE_BASED[detector].split() if loss == "score" else [f"model.loss={loss}"]
-    config = load_config(ROOT / "configs" / "cnn" / f"{detector}_small.yaml", [*changes, *settings])
-    return build_detector(config, CLASSES)
+    recipe = ROOT / "configs" / "cnn" / f"{detector}_small.yaml"
+    return build_detector(load_config(recipe, [*overfit.settings(detector, loss), *settings]), CLASSES)
 
 
 def drawn_batch(objects: list[int]) -> tuple[list[torch.Tensor], list[dict]]:
@@ -67,3 +67,12 @@ def test_images_without_objects_train_what_they_can(detector, loss):
         # without any object a ranking loss compares nothing, and a score-based one has only background to learn
         compared = {name: float(term.detach()) for name, term in terms.items() if not name.endswith("cls")}
         assert any(compared.values()) if sum(objects) else not any(compared.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("detector", ["atss", "faster_rcnn"])
+def test_a_detector_overfits_eight_images(detector, shared_data, tmp_path):
+    recipe = ROOT / "configs" / "cnn" / f"{detector}_small.yaml"
+    config = load_config(recipe, [f"data.root={shared_data / 'bccd'}", "model.loss=brs"])
+    figures = overfit.train_and_score(config, *overfit.read_batches(config, 8, tmp_path), steps=150)
+    assert figures["AP"] >= 0.8
