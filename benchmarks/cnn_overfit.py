@@ -1,7 +1,8 @@
 """What each CNN detector learns of eight images with each loss, in equally many steps.
 
     python benchmarks/cnn_overfit.py datasets/bccd
-    python benchmarks/cnn_overfit.py datasets/bccd --detectors atss --losses brs focal --steps 100
+    python benchmarks/cnn_overfit.py datasets/bccd --detectors atss --losses brs score --steps 100 --out /tmp/few.md
+    python benchmarks/cnn_overfit.py datasets/nuclei --detectors mask_rcnn --max-side 256
 
 Every run trains a recipe of `configs/cnn` (`NAME_small.yaml`) from random weights on the first images of a training
 set in COCO format, without augmentation, and evaluates it on the same images. Finished runs are kept in a json beside
@@ -64,14 +65,19 @@ def settings(detector: str, loss: str) -> list[str]:
     return SCORE_BASED[detector].split() if loss == "score" else [f"model.loss={loss}"]
 
 
-def read_batches(config: Config, num_images: int, folder: Path) -> tuple[list[Batch], GroundTruth, list[int]]:
+def read_batches(
+    config: Config, num_images: int, folder: Path, max_side: int | None = None
+) -> tuple[list[Batch], GroundTruth, list[int]]:
     """The first images of the training set at test size, their annotations, and the ids of the categories."""
     data, target = config.data, folder / "subset.json"
-    setup.write_subset(json.loads(Path(data.root, data.train_json).read_text()), target, num_images)
+    content = json.loads(Path(data.root, data.train_json).read_text())
+    if max_side is not None:
+        content["images"] = [image for image in content["images"] if max(image["height"], image["width"]) <= max_side]
+    setup.write_subset(content, target, num_images)
     subset = replace(data, val_json=str(target.resolve()), val_images=data.train_images)
     dataset = open_val_set(subset, config.model.has_masks)
     loader = build_eval_loader(dataset, config.train.total_batch_size)
-    return list(loader), GroundTruth.read(dataset.ground_truth()), dataset.category_ids
+    return list(loader), GroundTruth.read(dataset.ground_truth(), dataset.masks), dataset.category_ids
 
 
 def train_and_score(config: Config, batches: list[Batch], truth: GroundTruth, ids: list[int], steps: int) -> dict:
@@ -96,30 +102,36 @@ def train_and_score(config: Config, batches: list[Batch], truth: GroundTruth, id
     seconds = time.process_time() - started
     summary, _ = score(model, ids, truth, batches, config, accelerator)
     assert summary is not None
-    return {"AP": summary.stats["AP"], "AP50": summary.stats["AP50"], "seconds": seconds}
+    figures = {name: summary.stats[name] for name in ("AP", "AP50", "mask_AP") if name in summary.stats}
+    return {**figures, "seconds": seconds}
 
 
-def describe(config: Config, images: int, steps: int) -> str:
+def describe(config: Config, args: argparse.Namespace) -> str:
     """All that a result depends on, but for where the data lies."""
     unplaced = replace(config, output_dir="", data=replace(config.data, root=""))
-    return hashlib.sha256(f"{dump(unplaced)}{images} {steps}".encode()).hexdigest()[:16]
+    subset = f"{args.images} {args.steps}" + (f" {args.max_side}" if args.max_side else "")
+    return hashlib.sha256(f"{dump(unplaced)}{subset}".encode()).hexdigest()[:16]
 
 
 def table(results: dict[str, dict]) -> str:
     """The results as a table, with the machine and the versions."""
-    first = next(iter(results.values()))
+    runs = results.values()
+    first, machines = next(iter(runs)), dict.fromkeys(run["machine"] for run in runs)
     lines = [
-        f"# `python benchmarks/cnn_overfit.py DATA`, {first['data']}, one CPU thread",
+        "# `python benchmarks/cnn_overfit.py DATA`",
         "",
-        f"{first['images']} images trained on and evaluated on; every run {first['steps']} steps of {first['batch']} "
-        f"from random weights,\nseed {first['seed']}. Seconds are CPU time of all steps. {machine()}.",
+        f"Every run: {first['images']} images trained on and evaluated on, {first['steps']} steps of {first['batch']} "
+        f"images from random weights, seed {first['seed']}.",
+        "Seconds are CPU time of all steps, on one thread.",
+        *machines,
         "",
-        "| detector | loss | AP | AP50 | seconds |",
-        "|---|---|---|---|---|",
+        "| detector | data | loss | AP | AP50 | mask AP | seconds |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name, result in results.items():
+    for name, run in results.items():
         detector, loss = name.split()
-        lines.append(f"| {detector} | {loss} | {result['AP']:.3f} | {result['AP50']:.3f} | {result['seconds']:.0f} |")
+        figures = [f"{run[key]:.3f}" if key in run else "" for key in ("AP", "AP50", "mask_AP")]
+        lines.append(f"| {detector} | {run['data']} | {loss} | {' | '.join(figures)} | {run['seconds']:.0f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -127,16 +139,18 @@ def machine() -> str:
     """Cores and versions."""
     versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, torchvision, timm))
     today = time.strftime("%Y-%m-%d", time.gmtime())
-    return f"{os.cpu_count()} {platform.machine()} cores, Python {platform.python_version()}, {versions}; {today}"
+    return f"{os.cpu_count()} {platform.machine()} cores, Python {platform.python_version()}, {versions}; {today}."
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with annotations/train.json and images/")
-    parser.add_argument("--detectors", nargs="+", default=list(SCORE_BASED), choices=list(SCORE_BASED))
+    with_boxes = [name for name in SCORE_BASED if name != "mask_rcnn"]  # which needs data with masks
+    parser.add_argument("--detectors", nargs="+", default=with_boxes, choices=list(SCORE_BASED))
     parser.add_argument("--losses", nargs="+", choices=[*RANKING, "score"], help="default: see the table")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--max-side", type=int, help="leave out larger images, whose objects would become too small")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the table; a json beside it keeps the results")
     parser.add_argument("--again", action="store_true", help="repeat runs that are in the json")
     parser.add_argument("--set", nargs="+", default=[], metavar="SETTING=VALUE", help="changes to every recipe")
@@ -155,16 +169,17 @@ def main() -> None:
                 ROOT / "configs" / "cnn" / f"{detector}_small.yaml",
                 [f"data.root={args.data}", *settings(detector, loss), *args.set],
             )
-            recipe = describe(config, args.images, args.steps)
+            recipe = describe(config, args)
             if not args.again and results.get(name, {}).get("recipe") == recipe:
                 continue
             print(f"{name}:", flush=True)
             with tempfile.TemporaryDirectory() as folder:
-                batches, truth, ids = read_batches(config, args.images, Path(folder))
+                batches, truth, ids = read_batches(config, args.images, Path(folder), args.max_side)
                 figures = train_and_score(config, batches, truth, ids, args.steps)
             print("  " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()), flush=True)
             facts = {"recipe": recipe, "data": args.data.name, "images": args.images, "steps": args.steps}
-            results[name] = figures | facts | {"batch": config.train.total_batch_size, "seed": config.seed}
+            facts |= {"batch": config.train.total_batch_size, "seed": config.seed, "machine": machine()}
+            results[name] = figures | facts
             order = [f"{d} {l}" for d in SCORE_BASED for l in EVERY_LOSS]
             results = {key: results[key] for key in order if key in results}
             kept.write_text(json.dumps(results, indent=1) + "\n")
