@@ -25,8 +25,8 @@ def test_a_packaged_recipe_is_found_from_anywhere(name):
 @pytest.mark.parametrize(
     "name", ["atss_r50_brs_12e_coco", "cnn/atss_r50_brs_12e_coco.yaml", "configs/cnn/atss_r50_brs_12e_coco"]
 )
-def test_a_recipe_of_a_group_is_found_with_and_without_its_folder(folder):
-    assert find_recipe(f"{folder}atss_r50_brs_12e_coco") == CONFIGS / "cnn" / "atss_r50_brs_12e_coco.yaml"
+def test_a_recipe_of_a_group_is_found_with_and_without_its_folder(name):
+    assert find_recipe(name) == CONFIGS / "cnn" / "atss_r50_brs_12e_coco.yaml"
 
 
 def test_every_packaged_recipe_is_listed():
