@@ -34,6 +34,7 @@ class OneStageDetector(Detector):
     """
 
     heads = ("head",)
+    by_anchor = ("head.score.weight", "head.score.bias")
 
     def __init__(
         self,
