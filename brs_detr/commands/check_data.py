@@ -51,7 +51,7 @@ def sources_of(recipe: str, overrides: list[str]) -> list[Source]:
     root, data = Path(config.data.root), config.data
     train = (str(root / data.train_json), str(root / data.train_images))
     val = (str(root / data.val_json), str(root / data.val_images))
-    limits = {"limits": config.data}
+    limits = {"limits": config.data, "masks": config.model.has_masks}
     train_options = {"keep_empty": data.keep_empty, "min_side": data.min_side, **limits}
     return [
         Source(*train, build_train_transforms(config.data), options=train_options),

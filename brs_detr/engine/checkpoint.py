@@ -171,6 +171,7 @@ def load_matching(
     classes: Sequence[str],
     class_rows: Mapping[str, int],
     objectness: Collection[str] = (),
+    by_anchor: Collection[str] = (),
 ) -> Transfer:
     """Load every tensor of matching shape; class-dependent ones row by row for the class names that both share.
 
@@ -181,6 +182,8 @@ def load_matching(
         classes: class names of `model`.
         class_rows: of `rows_per_class`; may be empty if the classes are the same.
         objectness: class-dependent tensors whose first row means "any object" whatever the classes; it is copied.
+        by_anchor: class-dependent tensors whose rows are those of one anchor after the other, each with all classes;
+            the rows of the others are those of one class after the other.
 
     Returns:
         A report by tensor name.
@@ -196,8 +199,15 @@ def load_matching(
         elif (same or not rows) and source.shape == target.shape:
             loaded[name] = source
             kept.append(name)
-        elif rows and (pairs := [(0, 0)] if name in objectness else shared) and source.shape[1:] == target.shape[1:]:
-            loaded[name] = _copy_rows(source, target, pairs, rows, len(old_classes), len(classes))
+        elif (
+            rows
+            and (pairs := [(0, 0)] if name in objectness else shared)
+            and source.shape[1:] == target.shape[1:]
+            # As many rows of each class, at most one of background: not so with other anchors or one box for all.
+            and source.shape[0] - rows * len(old_classes) in (0, 1)
+        ):
+            groups = rows if name in by_anchor else 1
+            loaded[name] = _copy_rows(source, target, pairs, rows, len(old_classes), len(classes), groups)
             by_class.append(name)
         else:
             fresh.append(name)
@@ -205,8 +215,20 @@ def load_matching(
     return Transfer(kept, by_class, fresh, sorted(set(tensors) - set(model.state_dict())))
 
 
-def _copy_rows(source: Tensor, target: Tensor, shared: list[tuple[int, int]], rows: int, old: int, new: int) -> Tensor:
-    """Copy the rows of shared classes, and those after the last class (background), from `source` into `target`."""
+def _copy_rows(
+    source: Tensor, target: Tensor, shared: list[tuple[int, int]], rows: int, old: int, new: int, groups: int = 1
+) -> Tensor:
+    """Copy the rows of shared classes, and those after the last class (background), from `source` into `target`.
+
+    Args:
+        source: rows of `old` classes, `rows` of each.
+        target: rows of `new` classes; stays as it is.
+        shared: (label in the source, label in the target) of each shared class.
+        groups: 1, or `rows` where the rows of all classes are repeated as often, one of each.
+    """
+    if groups > 1:
+        parts = zip(source.chunk(groups), target.chunk(groups), strict=True)
+        return torch.cat([_copy_rows(own, fresh, shared, rows // groups, old, new) for own, fresh in parts])
     result = target.clone()
     for before, after in shared:
         result[after * rows : (after + 1) * rows] = source[before * rows : (before + 1) * rows]

@@ -81,4 +81,4 @@ class EvalConfig:
     score_threshold: float = 0.0
     max_detections: Count = 100
     # the head whose boxes count; auto: the best one of the validation, where BRS-DETR has three
-    predict_with: Literal["auto", "decoder", "roi", "atss"] = "auto"
+    predict_with: Literal["auto", "decoder", "roi", "atss", "head"] = "auto"

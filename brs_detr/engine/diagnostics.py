@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -31,6 +31,7 @@ def largest_step(
     size: tuple[int, int],
     objects: int,
     num_classes: int,
+    masks: bool = False,
 ) -> str:
     """Take two optimizer steps on noise; the second one, like all later ones, with the optimizer's state in memory.
 
@@ -43,6 +44,7 @@ def largest_step(
         size: (height, width) in pixels.
         objects: ground-truth boxes per image, as many as the fullest image of the dataset has.
         num_classes: labels run from 0 to num_classes - 1.
+        masks: give every object a bitmap as large as the image.
 
     Returns:
         A sentence with the time of the second step, the number of parameters stepped and the peak memory.
@@ -52,6 +54,8 @@ def largest_step(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     images, targets = _noise(batch_size, size, objects, num_classes, device)
+    if masks:
+        targets = [{**target, "masks": filled_masks(target["boxes"], size)} for target in targets]
     model.train()
     done = 0
     for _ in range(20):  # under fp16 the scaler skips steps until its scale fits
@@ -89,6 +93,14 @@ def _noise(batch_size: int, size: tuple[int, int], objects: int, num_classes: in
         labels = torch.randint(0, num_classes, (objects,), generator=generator).to(device)
         targets.append({"boxes": boxes, "labels": labels, "image_id": index})
     return images, targets
+
+
+def filled_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Draw (n, h, w) uint8 bitmaps of objects that fill their boxes (n, 4) xyxy pixels."""
+    rows, columns = (torch.arange(side, device=boxes.device) + 0.5 for side in size)
+    x1, y1, x2, y2 = boxes[:, :, None].unbind(1)
+    inside = ((rows > y1) & (rows < y2))[:, :, None] & ((columns > x1) & (columns < x2))[:, None]
+    return inside.to(torch.uint8)
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -90,6 +90,7 @@ class BRSDETR(Detector):
 
     heads = ("decoder", "roi", "atss")
     objectness = ("proposals.classifier.weight", "proposals.classifier.bias")
+    by_anchor = ("atss.score.weight", "atss.score.bias")
 
     def __init__(
         self,

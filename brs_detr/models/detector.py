@@ -29,11 +29,14 @@ class Detector(nn.Module):
         heads: names of the heads whose detections `predict_with` can ask for; the first is the default.
         objectness: names of tensors whose first row scores any object, whatever the classes: fine-tuning on other
             classes keeps that row.
+        by_anchor: names of tensors whose rows are those of one anchor after the other, each with all classes. The rows
+            of other tensors that depend on the classes are those of one class after the other.
         strides: pixels per cell of the feature maps, finest first.
     """
 
     heads: tuple[str, ...] = ("detector",)
     objectness: tuple[str, ...] = ()
+    by_anchor: tuple[str, ...] = ()
     strides: tuple[int, ...] = ()
     pixel_mean: Tensor
     pixel_std: Tensor

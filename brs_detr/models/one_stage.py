@@ -35,6 +35,7 @@ class OneStageDetector(Detector):
     """
 
     heads = ("head",)
+    by_anchor = ("head.score.weight", "head.score.bias")
 
     def __init__(
         self,

@@ -38,7 +38,7 @@ class OneStageMaskDetector(OneStageDetector):
         terms = self.head.losses(self.head(*features), sizes, targets).terms
         return {f"head.{name}": value for name, value in terms.items()}
 
-    def detect(self, features: Any, images: ImageBatch) -> list[dict[str, Any]]:
+    def detect(self, features: Any, images: ImageBatch, head: str | None = None) -> list[dict[str, Any]]:
         """Return the head's detections, their masks and boxes in the frame of the stored images."""
         found = self.head.predict(self.head(*features), images.sizes)
         masks = [self.masks_of_stored_image(own, images, image) for image, own in enumerate(found)]

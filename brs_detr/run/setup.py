@@ -113,7 +113,7 @@ def load_initial_weights(model: Detector, config: Config, classes: Sequence[str]
     rows: dict[str, int] = {}
     if weights.classes != list(classes):
         rows = rows_per_class(model, build_detector(config, len(classes) + 1, initial_weights=False))
-    return load_matching(model, weights.tensors, weights.classes, classes, rows, model.objectness)
+    return load_matching(model, weights.tensors, weights.classes, classes, rows, model.objectness, model.by_anchor)
 
 
 def restore(path: Path, overrides: Sequence[str] = ()) -> tuple[Detector, Weights, Config, Path]:
@@ -250,10 +250,10 @@ def shared_memory_warning(
     shape = largest_shape(config, plan, train_set)
     resize = build_eval_transforms(config.data)
     resized = [resize.output_size(h, w) for h, w in np.unique(val_set.packed.image_sizes, axis=0)]
-    # In bytes: images reach the main process as uint8 RGB, and in training a mask of every object.
-    channels = 3 + (shape["objects"] if train_set.masks else 0)
+    # In bytes: images reach the main process as uint8 RGB, and in training with a bitmap of each object.
+    fullest = np.sort(np.diff(train_set.packed.offsets))[-shape["batch_size"] :].sum() if shape["masks"] else 0
     batches = (
-        channels * shape["batch_size"] * math.prod(shape["size"]),
+        (3 * shape["batch_size"] + int(fullest)) * math.prod(shape["size"]),
         3 * config.eval.batch_size * max(math.prod(size) for size in resized),
     )
     return shortage(worker_count(config), max(batches), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -276,6 +276,7 @@ def largest_shape(config: Config, plan: BatchPlan, dataset: CocoDetection) -> di
         "size": largest,
         "objects": int(np.diff(dataset.packed.offsets).max()),
         "num_classes": dataset.num_classes,
+        "masks": config.model.has_masks,
     }
 
 

@@ -121,6 +121,25 @@ def test_the_first_row_of_an_objectness_tensor_survives_other_classes():
     assert torch.equal(loaded[rows : 5 * rows], fresh[rows : 5 * rows])
 
 
+def test_the_rows_of_a_class_are_found_behind_each_anchor():
+    """Six rows of three classes: those of two anchors, here numbered 10 * anchor + class."""
+    old, new = nn.Conv2d(1, 2 * 3, 1), nn.Conv2d(1, 2 * 2, 1)
+    old.bias.data = torch.tensor([0.0, 1, 2, 10, 11, 12])
+    fresh = new.bias.detach().clone()
+    rows = rows_per_class(new, nn.Conv2d(1, 2 * 3, 1))
+    load_matching(new, old.state_dict(), list("abc"), ["x", "b"], rows, by_anchor=("bias",))
+    assert torch.equal(new.bias, torch.stack([fresh[0], torch.tensor(1.0), fresh[2], torch.tensor(11.0)]))
+
+
+@pytest.mark.parametrize("rows", [3, 4, 12, 13])  # one box for all classes or one anchor; then two and four anchors
+def test_a_tensor_with_other_rows_per_class_is_re_initialized(rows):
+    old, new = nn.Linear(1, rows), nn.Linear(1, 2 * 4)
+    fresh = new.bias.detach().clone()
+    counts = rows_per_class(new, nn.Linear(1, 2 * 5))
+    report = load_matching(new, old.state_dict(), list("abc"), list("abcd"), counts, by_anchor=("bias",))
+    assert torch.equal(new.bias, fresh) and set(report.fresh) == {"weight", "bias"}
+
+
 def test_the_same_classes_load_without_any_rule():
     old, new = Detector(3), Detector(3)
     report = load_matching(new, old.state_dict(), list("abc"), list("abc"), {})

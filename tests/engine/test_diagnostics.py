@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from brs_detr.engine.diagnostics import largest_step
+from brs_detr.engine.diagnostics import filled_masks, largest_step
 
 
 def test_gradients_are_exchanged_with_the_last_accumulated_batch_only(toy, tmp_path, monkeypatch):
@@ -25,3 +25,11 @@ def test_gradients_are_exchanged_with_the_last_accumulated_batch_only(toy, tmp_p
     assert events == ["alone", "backward", "backward"] * 2
     assert f"{sum(p.numel() for p in trainer.model.parameters())} parameters, twice" in said
     assert all(torch.isfinite(p).all() and p.grad is None for p in trainer.model.parameters())
+
+
+def test_the_bitmaps_of_a_dry_run_fill_their_boxes():
+    boxes = torch.tensor([[1.0, 2, 4, 3], [0, 0, 6, 5], [-3, -3, 1, 1]])
+    masks = filled_masks(boxes, (5, 6))
+    assert masks.shape == (3, 5, 6) and masks.dtype == torch.uint8
+    assert masks.sum((1, 2)).tolist() == [3, 30, 1]
+    assert masks[0, 2, 1:4].all() and masks[2, 0, 0] == 1
