@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from brs_detr.assign.assignment import HeadAssignment
 from brs_detr.assign.atss import ATSSAssigner
@@ -19,7 +18,7 @@ from brs_detr.losses.distributed import SharedCount
 from brs_detr.models.config import ATSSHeadConfig, ScoreConfig
 from brs_detr.models.heads.dense import DenseOutput, build_objective
 from brs_detr.models.heads.towers import TowerHead
-from brs_detr.ops.anchors import AnchorGrid, batch_rows, octave_scales
+from brs_detr.ops.anchors import AnchorGrid, octave_scales
 from brs_detr.ops.boxes import BoxCoder
 from brs_detr.ops.images import Size
 
@@ -58,31 +57,18 @@ class ATSSHead(TowerHead):
             nms_iou=config.nms_iou,
             max_detections=config.max_detections,
         )
-        self.centerness_weight = objective.weights.centerness if isinstance(objective, ScoreConfig) else 0.0
+        self.branch_weight = objective.weights.centerness if isinstance(objective, ScoreConfig) else 0.0
 
     def normalizer(self, assignment: HeadAssignment) -> SharedCount:
         """Count the positives, at least one an image, as in the published code."""
         images = assignment.per_image(assignment.labels)
         return SharedCount(sum((labels < self.num_classes).sum().clamp(min=1) for labels in images))
 
-    def terms(
-        self,
-        output: DenseOutput,
-        extents: Sequence[Sequence[Size]],
-        assignment: HeadAssignment,
-        normalizer: Tensor | SharedCount | None,
-        box_weight: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Add the branch "centerness", whose target weighs the box losses, to the terms of `DenseHead.terms`."""
-        if output.centerness is None:
-            return super().terms(output, extents, assignment, normalizer, box_weight)
-        assert isinstance(normalizer, SharedCount)  # that of `normalizer`
-        rows = assignment.rows
-        target = centerness_target(torch.cat(assignment.references)[rows], assignment.targets)
-        terms = super().terms(output, extents, assignment, normalizer, box_weight=target)
-        logits = batch_rows(output.centerness, extents)[rows, 0].float()
-        value = binary_cross_entropy_with_logits(logits, target, reduction="sum") / normalizer.mean(logits.device)
-        return {**terms, "centerness": self.centerness_weight * value}
+    def branch_target(
+        self, output: DenseOutput, extents: Sequence[Sequence[Size]], assignment: HeadAssignment
+    ) -> Tensor:
+        """Return the centerness (P,) of the positive anchors."""
+        return centerness_target(torch.cat(assignment.references)[assignment.rows], assignment.targets)
 
 
 def centerness_target(anchors: Tensor, objects: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 from torchvision.ops import clip_boxes_to_image
 
 from brs_detr.assign.assignment import BatchAssignment, HeadAssignment
@@ -62,7 +61,7 @@ class PAAHead(TowerHead):
             nms_iou=config.nms_iou,
             max_detections=config.max_detections,
         )
-        self.iou_weight, self.box_cost = config.iou_weight, config.box_cost
+        self.branch_weight, self.box_cost = config.iou_weight, config.box_cost
 
     @torch.no_grad()
     def match(
@@ -102,26 +101,14 @@ class PAAHead(TowerHead):
         """Count the positives, at least one an image on average, as in the published code."""
         return SharedCount(max(len(assignment.rows), len(assignment.references)))
 
-    def terms(
-        self,
-        output: DenseOutput,
-        extents: Sequence[Sequence[Size]],
-        assignment: HeadAssignment,
-        normalizer: Tensor | SharedCount | None,
-        box_weight: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """As `DenseHead.terms`, and with the branch "iou", whose target weighs the box losses."""
-        if output.iou is None:
-            return super().terms(output, extents, assignment, normalizer, box_weight)
-        assert isinstance(normalizer, SharedCount)  # that of `normalizer`
+    @torch.no_grad()
+    def branch_target(
+        self, output: DenseOutput, extents: Sequence[Sequence[Size]], assignment: HeadAssignment
+    ) -> Tensor:
+        """Return the IoU (P,) of the positive anchors' boxes with their objects."""
         rows = assignment.rows
-        with torch.no_grad():
-            anchors, deltas = torch.cat(assignment.references)[rows], batch_rows(output.deltas, extents)[rows]
-            quality, _ = self.box_losses(anchors, deltas, assignment.targets)
-        terms = super().terms(output, extents, assignment, normalizer, box_weight=quality)
-        logits = batch_rows(output.iou, extents)[rows, 0].float()
-        value = binary_cross_entropy_with_logits(logits, quality, reduction="sum") / normalizer.mean(logits.device)
-        return {**terms, "iou": self.iou_weight * value}
+        anchors, deltas = torch.cat(assignment.references)[rows], batch_rows(output.deltas, extents)[rows]
+        return self.box_losses(anchors, deltas, assignment.targets)[0]
 
     def class_scores(self, output: DenseOutput, level: int) -> Tensor:
         """As `DenseHead.class_scores`; with the branch the geometric mean of score and predicted IoU."""

@@ -11,10 +11,14 @@ from typing import Any, Literal
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 
+from brs_detr.assign.assignment import HeadAssignment
 from brs_detr.losses.classification import PRIOR_BIAS
+from brs_detr.losses.distributed import SharedCount
 from brs_detr.models.heads.dense import DenseHead, DenseOutput
-from brs_detr.ops.anchors import AnchorGrid
+from brs_detr.ops.anchors import AnchorGrid, batch_rows
+from brs_detr.ops.images import Size
 
 
 class TowerHead(DenseHead):
@@ -29,7 +33,12 @@ class TowerHead(DenseHead):
         level_scales: multiply the offsets of each level with a factor that is learned.
         branch: one more logit per anchor from the box tower, "centerness" or "iou"; it is named so in the output.
         options: of `DenseHead`.
+
+    Attributes:
+        branch_weight: factor of the branch's loss.
     """
+
+    branch_weight: float = 1.0
 
     def __init__(
         self,
@@ -74,6 +83,30 @@ class TowerHead(DenseHead):
         if self.branch == "iou":
             return DenseOutput(logits, deltas, iou=extra)
         return DenseOutput(logits, deltas, centerness=extra)
+
+    def branch_target(
+        self, output: DenseOutput, extents: Sequence[Sequence[Size]], assignment: HeadAssignment
+    ) -> Tensor:
+        """Return what the branch learns of each positive (P,), in [0, 1]; a head with a branch has its own."""
+        raise NotImplementedError
+
+    def terms(
+        self,
+        output: DenseOutput,
+        extents: Sequence[Sequence[Size]],
+        assignment: HeadAssignment,
+        normalizer: Tensor | SharedCount | None,
+        box_weight: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Add the branch, whose target weighs the box losses, to the terms of `DenseHead.terms`."""
+        if self.branch is None:
+            return super().terms(output, extents, assignment, normalizer, box_weight)
+        assert isinstance(normalizer, SharedCount)  # heads with a branch count their positives
+        target = self.branch_target(output, extents, assignment)
+        terms = super().terms(output, extents, assignment, normalizer, box_weight=target)
+        logits = batch_rows(getattr(output, self.branch), extents)[assignment.rows, 0].float()
+        value = binary_cross_entropy_with_logits(logits, target, reduction="sum") / normalizer.mean(logits.device)
+        return {**terms, self.branch: self.branch_weight * value}
 
 
 def _tower(dim: int, depth: int, groups: int | None) -> nn.Sequential:
