@@ -88,7 +88,8 @@ class YOLACTHeadConfig:
     objective: ObjectiveConfig = one_of(
         RankingConfig(score_weighted=True), ScoreConfig(weights=TermWeights(giou=2.0, mask=2.0))
     )
-    label: Literal["iou", "dice", "mean"] = "iou"  # quality that a ranking loss sorts by: of boxes, masks, or both
+    # quality that a ranking loss sorts by: of boxes, masks, or both; binary: none, all positives are equal
+    label: Literal["iou", "dice", "mean", "binary"] = "iou"
     prototypes: Count = 32
     anchor_scale: Positive = 3.0  # in strides
     anchor_ratios: Annotated[tuple[Positive, ...], NotEmpty()] = (0.5, 1.0, 2.0)  # height / width

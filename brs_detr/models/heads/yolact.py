@@ -119,11 +119,11 @@ class YOLACTHead(DenseHead):
     def positive_losses(
         self, output: DenseOutput, extents: Sequence[Sequence[Size]], assignment: HeadAssignment
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Add the masks' Dice losses, and by setting their Dice coefficients to the quality (Table S6)."""
-        quality, losses = super().positive_losses(output, extents, assignment)
+        """Add the masks' Dice losses; the setting `label` chooses the quality (Table S6)."""
+        iou, losses = super().positive_losses(output, extents, assignment)
         dice = self.dice(output, extents, assignment)
-        if self.label != "iou":
-            quality = dice.detach() if self.label == "dice" else (quality + dice.detach()) / 2
+        known = dice.detach()
+        quality = {"iou": iou, "dice": known, "mean": (iou + known) / 2, "binary": torch.ones_like(iou)}[self.label]
         return quality, {**losses, "mask": 1 - dice}
 
     def dice(self, output: DenseOutput, extents: Sequence[Sequence[Size]], assignment: HeadAssignment) -> Tensor:

@@ -104,11 +104,11 @@ def test_masks_dice_labels_and_weights_belong_to_the_same_anchors():
     extents = head.extents(output, SIZES)
     expected = slow_dice(output, assignment, objects)
     torch.testing.assert_close(head.dice(output, extents, assignment), expected)
-    for label in ("iou", "dice", "mean"):
+    for label in ("iou", "dice", "mean", "binary"):
         head.label = label
         quality, losses = head.positive_losses(output, extents, assignment)
         iou = ious(head, output, extents, assignment)
-        wanted = {"iou": iou, "dice": expected, "mean": (iou + expected) / 2}[label]
+        wanted = {"iou": iou, "dice": expected, "mean": (iou + expected) / 2, "binary": torch.ones(len(iou))}[label]
         torch.testing.assert_close(quality, wanted.detach())
         torch.testing.assert_close(losses["mask"], 1 - expected)
         assert not quality.requires_grad
