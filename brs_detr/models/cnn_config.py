@@ -125,6 +125,8 @@ class SOLOv2HeadConfig:
     # lowered them. The paper has 0.2 and 0.05, after a long schedule; see `DenseHeadConfig`.
     score_threshold: float = 0.0
     final_threshold: float = 0.0
+    # cells that a mask has more of, in strides of its level: 8 to 32 cells for 1, which no object of 12 pixels has
+    min_area: float = 1.0
     nms_sigma: Positive = 2.0  # of matrix NMS: scores fall with exp(-sigma IoU^2)
     max_detections: Count = 100
 

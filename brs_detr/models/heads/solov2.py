@@ -105,9 +105,10 @@ class SOLOv2Head(nn.Module):
         super().__init__()
         self.num_classes, self.config, self.grids = num_classes, config, config.grids
         self.size_ranges = size_ranges(strides, config.object_sizes)
-        # A mask of fewer cells is no object; the grids of the finest and coarsest level read maps of their neighbors'.
+        # A mask of as few cells is no object; the grids of the finest and coarsest level read maps of their neighbors'.
         inner = [strides[min(max(level, 1), max(len(strides) - 2, 0))] for level in range(len(strides))]
-        self.min_areas = [area for area, grid in zip(inner, self.grids, strict=True) for _ in range(grid * grid)]
+        areas = [config.min_area * stride for stride in inner]
+        self.min_areas = [area for area, grid in zip(areas, self.grids, strict=True) for _ in range(grid * grid)]
         self.objective = build_objective(config.objective)
         self.class_tower = _tower(dim, config)
         self.kernel_tower = _tower(dim + 2, config)

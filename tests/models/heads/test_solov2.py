@@ -188,6 +188,12 @@ def test_detections_by_hand():
     assert last.predict(output, SIZES[:1])[0]["labels"].tolist() == [1]
 
 
+def test_smaller_masks_are_detections_where_asked():
+    head = build(3, mask_dim=3, norm_groups=1, score_threshold=0.2, min_area=0.0)
+    (found,) = head.predict(scene(head), SIZES[:1])
+    assert found["labels"].tolist()[0] == 0 and (found["masks"][0] > 0.5).sum() == 1 and len(found["labels"]) == 4
+
+
 def test_nothing_above_the_threshold_is_no_detection():
     head = build(3, score_threshold=0.99)
     for found in head.predict(head(feature_maps(), FRAME), SIZES):
