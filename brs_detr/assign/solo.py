@@ -16,8 +16,8 @@ from brs_detr.ops.images import Size
 
 def mass_centers(masks: Tensor) -> Tensor:
     """Compute the centers of mass (m, 2) as x, y pixels of bitmaps (m, h, w); nan where a mask is empty."""
-    masks = masks.float()  # sums over rows and columns first: no tensor of the size of the masks is made
-    columns, rows = masks.sum(dim=1), masks.sum(dim=2)
+    # sums over rows and columns first: no tensor of the size of the masks is made
+    columns, rows = masks.sum(dim=1, dtype=torch.float32), masks.sum(dim=2, dtype=torch.float32)
     x = torch.arange(masks.shape[2], device=masks.device) + 0.5  # centers of the pixels
     y = torch.arange(masks.shape[1], device=masks.device) + 0.5
     mass = columns.sum(dim=1)

@@ -58,8 +58,8 @@ def shrink_masks(masks: Tensor, frame: Size, size: Size) -> Tensor:
     """
     if not len(masks):
         return masks.new_zeros(0, *size, dtype=torch.bool)
-    padded = F.pad(masks.float(), (0, frame[1] - masks.shape[2], 0, frame[0] - masks.shape[1]))
-    return F.interpolate(padded[:, None], size, mode="bilinear")[:, 0] > 0.5
+    padded = F.pad(masks, (0, frame[1] - masks.shape[2], 0, frame[0] - masks.shape[1]))  # before there are floats
+    return F.interpolate(padded[:, None].float(), size, mode="bilinear")[:, 0] > 0.5
 
 
 def inside_boxes(boxes: Tensor, size: Size, border: float = 0.0) -> Tensor:
