@@ -138,7 +138,8 @@ RANKING_LOSSES = {
 }
 
 
-LARGEST = {"giou": 2.0, "mask": 1.0}  # values of the losses that aLRP can take as error; a mask's is 1 - Dice
+# largest values of the losses that aLRP can take as error, in order of preference; a mask's is 1 - Dice
+LARGEST = {"giou": 2.0, "iou": 1.0, "mask": 1.0}
 
 
 class RankingObjective(nn.Module):
@@ -148,7 +149,7 @@ class RankingObjective(nn.Module):
     of each positive row's own class as a positive. A box term is the mean over the positives, and
     - with Rank & Sort and NDCG scaled to the value of the ranking terms together (`balance.self_balance`);
     - with AP multiplied by `box_weight`, as in the official ATSS heads;
-    - with aLRP the GIoU losses, or those of masks without boxes, are part of the loss, balanced by
+    - with aLRP the GIoU losses (or IoU losses, or without boxes those of masks) are part of the loss, balanced by
       `balance.EpochBalance`; other terms as with Rank & Sort.
     A set's own `box_weight` is divided by its mean first; the losses in aLRP, being errors of the ranking, have none.
     A `SubsetLoss` has the weights of its own positives, divided by their mean, and is balanced like any other box term.
@@ -159,12 +160,13 @@ class RankingObjective(nn.Module):
         weight: factor of the ranking terms, and through the balance of the box terms.
         delta: half width of the step; the papers' when None (Rank & Sort 0.5, others 1).
         score_weighted: weigh each positive's box losses with its highest class probability.
-        box_weight: factor of every box term with "ap" and "bap".
+        box_weight: factor of every box term with "ap" and "bap", and of aLRP's if that is not balanced.
         cap: largest balance ratio, see `self_balance`.
         least: smallest ranking loss that the balance follows, see `self_balance`.
-        tau: least IoU of a positive, with aLRP: its error is the GIoU loss / 2 / (1 - tau).
+        tau: least IoU of a positive, with aLRP: its error is (1 - IoU) / (1 - tau), or the GIoU loss / 2 / (1 - tau).
         period: iterations per epoch of aLRP's balance; None balances by value, as Rank & Sort does: for an objective
             that several prediction sets share, whose iterations are not to be averaged together.
+        balanced: False: aLRP's localization part is only multiplied by `box_weight` (the paper's Table 2 without SB).
         scope: "process", or "global" for one ranking over all processes. Then every value is that of the full batch,
             and gradients are multiplied by the number of processes, since data-parallel training averages them: the
             step is the one that a single process with the full batch would take.
@@ -185,6 +187,7 @@ class RankingObjective(nn.Module):
         least: float = LEAST,
         tau: float = 0.5,
         period: int | None = 3665,
+        balanced: bool = True,
         scope: str = "process",
     ):
         super().__init__()
@@ -206,6 +209,7 @@ class RankingObjective(nn.Module):
         self.cap = cap
         self.least = least
         self.tau = tau
+        self.balanced = balanced
         self.epoch_balance = EpochBalance(period) if self.family == "alrp" and period is not None else None
 
     def forward(self, predictions: PredictionSet) -> dict[str, Tensor]:
@@ -215,7 +219,7 @@ class RankingObjective(nn.Module):
             {"rank", with Rank & Sort "sort", and every key of the set's `box_losses`} -> scalar.
 
         Raises:
-            ValueError: the set is refused, see `PredictionSet.checked`, or aLRP gets neither "giou" nor "mask".
+            ValueError: the set is refused, see `PredictionSet.checked`, or aLRP gets no "giou", "iou" or "mask".
         """
         classes = predictions.logits.shape[-1]
         given, labels, quality, box_losses, rows, valid, box_weight, _ = predictions.checked(classes)
@@ -279,7 +283,7 @@ class RankingObjective(nn.Module):
             return {"rank": term}
         if self.family == "ndcg":
             return {"rank": ndcg_loss(logits, positives, valid=valid, delta=delta, method=method, scope=scope)}
-        name = "mask" if "mask" in box_losses and "giou" not in box_losses else "giou"
+        name = next((name for name in LARGEST if name in box_losses), "giou")
         losses = box_losses.get(name)
         if losses is None or isinstance(losses, SubsetLoss):
             raise ValueError(
@@ -293,7 +297,9 @@ class RankingObjective(nn.Module):
         return {"rank": classification, name: self._balance_alrp(classification, localization, len(positives))}
 
     def _balance_alrp(self, classification: Tensor, localization: Tensor, positives: int) -> Tensor:
-        """Balance the two parts of aLRP over an epoch, or without a period by their values."""
+        """Balance the two parts of aLRP over an epoch, or without a period by their values, or not at all."""
+        if not self.balanced:
+            return localization * self.box_weight
         if self.epoch_balance is None:
             return self_balance(localization, classification, cap=self.cap, least=self.least)
         count = sum_over(torch.full((), float(positives), device=localization.device), self.scope)
