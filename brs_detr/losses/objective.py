@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .alrp import alrp_loss
 from .average_precision import average_precision_loss
@@ -17,6 +17,7 @@ from .balance import CAP, LEAST, EpochBalance, box_scores, self_balance
 from .checks import check_labels, check_number, check_per_positive, check_set, check_subset, single_or_wider
 from .classification import SCORE_LOSSES
 from .distributed import SCOPES, SharedCount, process_mean, scalar, scale_for_ddp, sum_over
+from .gradient_ratio import WatchedObjective
 from .ndcg import ndcg_loss
 from .rank_sort import rank_sort_loss
 
@@ -142,7 +143,7 @@ RANKING_LOSSES = {
 LARGEST = {"giou": 2.0, "iou": 1.0, "mask": 1.0}
 
 
-class RankingObjective(nn.Module):
+class RankingObjective(WatchedObjective):
     """All logits of the set in one ranking, the box terms weighted by it.
 
     The ranking runs over the N * C logits of this process's call (all images, levels, classes), with the logit
@@ -226,6 +227,7 @@ class RankingObjective(nn.Module):
         logits = single_or_wider(given).float()
         with torch.autocast(logits.device.type, enabled=False):
             positives = rows * classes + labels[rows]
+            logits = self.watched(logits, positives)
             mask = None if valid is None else valid[:, None].expand(-1, classes)
             terms = self._ranking_terms(logits, positives, quality, box_losses, mask)
             target = terms["rank"] + terms["sort"] if "sort" in terms else terms["rank"]
@@ -313,7 +315,7 @@ class RankingObjective(nn.Module):
         return self_balance(term, target, self.weight, cap=self.cap, least=self.least)
 
 
-class ScoreObjective(nn.Module):
+class ScoreObjective(WatchedObjective):
     """A score-based classification loss with fixed weights for the box terms.
 
     Args:
@@ -373,7 +375,7 @@ class ScoreObjective(nn.Module):
         checked = predictions.checked(classes)
         logits, labels, quality, box_losses, rows, valid, box_weight, _ = checked
         with torch.autocast(logits.device.type, enabled=False):
-            logits = logits.float()
+            logits = self.watched(logits.float(), rows * logits.shape[1] + labels[rows])
             normalizer = self._normalizer(checked)
             if valid is not None:
                 # Before the loss and not after it: an ignored infinite logit has a nan gradient otherwise.
