@@ -8,7 +8,7 @@ ResNet-50 with random weights, 80 classes, 7 objects an image (COCO's mean) in r
 begin with the same weights and run in turn in one process: forward, losses, backward and SGD. A time is that of the
 fastest of several steps after one that warms up; on a CPU in seconds of its own time, so that other programs count as
 little as may be. "x" compares with the score-based loss. The share is that of the objectives' forward pass, measured
-in steps of its own; with a ranking loss this computes the gradient as well, whose backward pass is a multiplication.
+in a step of its own; with a ranking loss this computes the gradient as well, whose backward pass is a multiplication.
 Pairwise is the definition, one positive after another.
 """
 
@@ -148,7 +148,7 @@ def measure(detector: str, options: argparse.Namespace) -> str:
         for form, (step, _) in steps.items():
             times[form].append(clock.seconds(step))
     fastest = {form: min(values[1:]) for form, values in times.items()}
-    shares = {form: min(watch.share(step) for _ in range(2)) for form, (step, watch) in steps.items()}
+    shares = {form: watch.share(step) for form, (step, watch) in steps.items()}
     cells = [
         f"{fastest[form]:.3g} ({fastest[form] / fastest['score']:.2f}x, {100 * shares[form]:.2g} %)" for form in FORMS
     ]
