@@ -23,10 +23,12 @@ from pathlib import Path
 
 import torch
 import torchvision
-from cnn_overfit import SCORE_BASED as OVERFIT
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cnn_overfit import SCORE_BASED as OVERFIT
 
 from brs_detr.config import Config, apply_overrides
 from brs_detr.engine.optim import build_optimizer
