@@ -42,6 +42,7 @@ class TrainConfig:
     ema_decay: BelowOne | None = None
     eval_every: Count | None = 1  # epochs; null: about twenty validations altogether
     log_every: Count = 50  # optimizer steps
+    gradient_ratio: bool = False  # log the ratio of negative to positive gradients of each head (aLRP loss, Fig. 4)
     save_every: Count | None = 1000  # optimizer steps between saved states; null: only after validations
     patience: Count | None = None  # validations without a better one before the training ends early; null: never
     trackers: tuple[str, ...] = ()  # of Accelerate: tensorboard, wandb, ...

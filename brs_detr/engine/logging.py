@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from brs_detr.engine.storage import describe_fault, write_text
+from brs_detr.losses.gradient_ratio import watch_gradients
 
 
 class RunLog:
@@ -222,6 +223,41 @@ def duration(seconds: float) -> str:
     if rounded < 3600:
         return f"{rounded // 60} min {rounded % 60:02d} s"
     return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"
+
+
+class RatioMeter:
+    """The ratio of negative to positive gradient magnitude of every head, by way of a `LossMeter`.
+
+    Args:
+        model: whose objectives are watched from now on; None measures nothing.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self.sums = {} if model is None else watch_gradients(model)
+
+    def take(self, like: Tensor) -> dict[str, Tensor]:
+        """Return what a step's gradients sum to, as terms of a `LossMeter`; zeros, on `like`'s device, if it had none.
+
+        All processes have the same terms then, as the meter needs.
+        """
+        found = {}
+        for name, sums in self.sums.items():
+            taken = sums.take()
+            found[f"negatives of {name}"], found[f"positives of {name}"] = (
+                like.new_zeros(2) if taken is None else taken
+            ).unbind()
+        return found
+
+    def pop(self, means: dict[str, float]) -> dict[str, float | None]:
+        """Move the means of these terms out of all means: negatives over positives by head, null without positives.
+
+        A ratio of means and not a mean of ratios, which a step without objects would make infinite.
+        """
+        found = {}
+        for name in self.sums:
+            negatives, positives = (means.pop(f"{kind} of {name}", math.nan) for kind in ("negatives", "positives"))
+            found[name] = json_number(negatives / (positives or math.nan))
+        return found
 
 
 class Progress:

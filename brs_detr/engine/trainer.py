@@ -37,7 +37,7 @@ from brs_detr.engine.distributed import (
     to_device,
     unsharded_weights,
 )
-from brs_detr.engine.logging import LossMeter, Progress, RunLog, Stopwatch, duration, grouped, json_number
+from brs_detr.engine.logging import LossMeter, Progress, RatioMeter, RunLog, Stopwatch, duration, grouped, json_number
 from brs_detr.engine.nonfinite import (
     NonFiniteError,
     RunningStatistics,
@@ -121,6 +121,7 @@ class Trainer:
         self.folder, self.log, self.validate, self.save, self.ema = folder, log, validate, save, ema
         self.check_targets = check_targets
         self.meter, self.watch = LossMeter(), Stopwatch()
+        self.ratios = RatioMeter(accelerator.unwrap_model(model) if config.gradient_ratio else None)
         self.epoch_sums: Counter[str] = Counter()
         self.position = TrainerState()
         self.statistics = RunningStatistics(model)
@@ -261,6 +262,7 @@ class Trainer:
             average_unsharded_gradients(self.model)
         accelerator.unscale_gradients()
         norm = gradient_norm(self.model).to(accelerator.device, torch.float32)
+        magnitudes = self.ratios.take(norm)
         healthy, stop = self._agree(all_terms, norm)
         if healthy:
             position.skipped_in_a_row = 0
@@ -271,7 +273,7 @@ class Trainer:
             if self.ema is not None:
                 self.ema.update(accelerator.unwrap_model(self.model), step=position.step)
             for terms in all_terms:
-                self.meter.add({**terms, "gradient_norm": norm})
+                self.meter.add({**terms, "gradient_norm": norm, **magnitudes})
         else:
             self._not_finite(group, all_terms)
             if accelerator.scaler is not None and accelerator.scaler.is_enabled():
@@ -331,12 +333,13 @@ class Trainer:
         terms, speed = self.meter.mean(self.accelerator), self.watch.read()
         self.watch.reset()
         speed["images_per_s"] *= self.accelerator.num_processes
-        norm = terms.pop("gradient_norm", math.nan)
+        norm, ratios = terms.pop("gradient_norm", math.nan), self.ratios.pop(terms)
         loss, position = sum(terms.values()) if terms else math.nan, self.position
         remaining = self.length.epochs * self.steps_per_epoch - position.step
         epoch = position.epoch + position.step_in_epoch / self.steps_per_epoch
         values: dict[str, Any] = {"epoch": epoch, "lr": self.lr}
         values |= {"loss": json_number(loss), "gradient_norm": json_number(norm), **speed, "terms": terms}
+        values |= {"gradient_ratio": ratios} if ratios else {}
         if torch.cuda.is_available():
             values["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         self.log.metrics("train", position.step, values)

@@ -8,6 +8,7 @@ from .average_precision import average_precision_loss
 from .balance import EpochBalance, self_balance
 from .boxes import paired_giou_loss, paired_iou
 from .distributed import SharedCount
+from .gradient_ratio import GradientSums, watch_gradients
 from .ndcg import ndcg_loss
 from .objective import PredictionSet, RankingObjective, ScoreObjective, SubsetLoss
 from .rank_sort import RankSort, rank_sort_loss
@@ -15,6 +16,7 @@ from .rank_sort import RankSort, rank_sort_loss
 __all__ = [
     "ALRP",
     "EpochBalance",
+    "GradientSums",
     "PredictionSet",
     "RankSort",
     "RankingObjective",
@@ -28,4 +30,5 @@ __all__ = [
     "paired_iou",
     "rank_sort_loss",
     "self_balance",
+    "watch_gradients",
 ]

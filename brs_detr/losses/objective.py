@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .alrp import alrp_loss
 from .average_precision import average_precision_loss
@@ -17,6 +17,7 @@ from .balance import CAP, LEAST, EpochBalance, box_scores, self_balance
 from .checks import check_labels, check_number, check_per_positive, check_set, check_subset, single_or_wider
 from .classification import SCORE_LOSSES
 from .distributed import SCOPES, SharedCount, process_mean, scalar, scale_for_ddp, sum_over
+from .gradient_ratio import WatchedObjective
 from .ndcg import ndcg_loss
 from .rank_sort import rank_sort_loss
 
@@ -138,17 +139,18 @@ RANKING_LOSSES = {
 }
 
 
-LARGEST = {"giou": 2.0, "mask": 1.0}  # values of the losses that aLRP can take as error; a mask's is 1 - Dice
+# largest values of the losses that aLRP can take as error, in order of preference; a mask's is 1 - Dice
+LARGEST = {"giou": 2.0, "iou": 1.0, "mask": 1.0}
 
 
-class RankingObjective(nn.Module):
+class RankingObjective(WatchedObjective):
     """All logits of the set in one ranking, the box terms weighted by it.
 
     The ranking runs over the N * C logits of this process's call (all images, levels, classes), with the logit
     of each positive row's own class as a positive. A box term is the mean over the positives, and
     - with Rank & Sort and NDCG scaled to the value of the ranking terms together (`balance.self_balance`);
     - with AP multiplied by `box_weight`, as in the official ATSS heads;
-    - with aLRP the GIoU losses, or those of masks without boxes, are part of the loss, balanced by
+    - with aLRP the GIoU losses (or IoU losses, or without boxes those of masks) are part of the loss, balanced by
       `balance.EpochBalance`; other terms as with Rank & Sort.
     A set's own `box_weight` is divided by its mean first; the losses in aLRP, being errors of the ranking, have none.
     A `SubsetLoss` has the weights of its own positives, divided by their mean, and is balanced like any other box term.
@@ -159,12 +161,13 @@ class RankingObjective(nn.Module):
         weight: factor of the ranking terms, and through the balance of the box terms.
         delta: half width of the step; the papers' when None (Rank & Sort 0.5, others 1).
         score_weighted: weigh each positive's box losses with its highest class probability.
-        box_weight: factor of every box term with "ap" and "bap".
+        box_weight: factor of every box term with "ap" and "bap", and of aLRP's if that is not balanced.
         cap: largest balance ratio, see `self_balance`.
         least: smallest ranking loss that the balance follows, see `self_balance`.
-        tau: least IoU of a positive, with aLRP: its error is the GIoU loss / 2 / (1 - tau).
+        tau: least IoU of a positive, with aLRP: its error is (1 - IoU) / (1 - tau), or the GIoU loss / 2 / (1 - tau).
         period: iterations per epoch of aLRP's balance; None balances by value, as Rank & Sort does: for an objective
             that several prediction sets share, whose iterations are not to be averaged together.
+        balanced: False: aLRP's localization part is only multiplied by `box_weight` (the paper's Table 2 without SB).
         scope: "process", or "global" for one ranking over all processes. Then every value is that of the full batch,
             and gradients are multiplied by the number of processes, since data-parallel training averages them: the
             step is the one that a single process with the full batch would take.
@@ -185,6 +188,7 @@ class RankingObjective(nn.Module):
         least: float = LEAST,
         tau: float = 0.5,
         period: int | None = 3665,
+        balanced: bool = True,
         scope: str = "process",
     ):
         super().__init__()
@@ -206,6 +210,7 @@ class RankingObjective(nn.Module):
         self.cap = cap
         self.least = least
         self.tau = tau
+        self.balanced = balanced
         self.epoch_balance = EpochBalance(period) if self.family == "alrp" and period is not None else None
 
     def forward(self, predictions: PredictionSet) -> dict[str, Tensor]:
@@ -215,13 +220,14 @@ class RankingObjective(nn.Module):
             {"rank", with Rank & Sort "sort", and every key of the set's `box_losses`} -> scalar.
 
         Raises:
-            ValueError: the set is refused, see `PredictionSet.checked`, or aLRP gets neither "giou" nor "mask".
+            ValueError: the set is refused, see `PredictionSet.checked`, or aLRP gets no "giou", "iou" or "mask".
         """
         classes = predictions.logits.shape[-1]
         given, labels, quality, box_losses, rows, valid, box_weight, _ = predictions.checked(classes)
         logits = single_or_wider(given).float()
         with torch.autocast(logits.device.type, enabled=False):
             positives = rows * classes + labels[rows]
+            logits = self.watched(logits, positives)
             mask = None if valid is None else valid[:, None].expand(-1, classes)
             terms = self._ranking_terms(logits, positives, quality, box_losses, mask)
             target = terms["rank"] + terms["sort"] if "sort" in terms else terms["rank"]
@@ -279,7 +285,7 @@ class RankingObjective(nn.Module):
             return {"rank": term}
         if self.family == "ndcg":
             return {"rank": ndcg_loss(logits, positives, valid=valid, delta=delta, method=method, scope=scope)}
-        name = "mask" if "mask" in box_losses and "giou" not in box_losses else "giou"
+        name = next((name for name in LARGEST if name in box_losses), "giou")
         losses = box_losses.get(name)
         if losses is None or isinstance(losses, SubsetLoss):
             raise ValueError(
@@ -293,7 +299,9 @@ class RankingObjective(nn.Module):
         return {"rank": classification, name: self._balance_alrp(classification, localization, len(positives))}
 
     def _balance_alrp(self, classification: Tensor, localization: Tensor, positives: int) -> Tensor:
-        """Balance the two parts of aLRP over an epoch, or without a period by their values."""
+        """Balance the two parts of aLRP over an epoch, or without a period by their values, or not at all."""
+        if not self.balanced:
+            return localization * self.box_weight
         if self.epoch_balance is None:
             return self_balance(localization, classification, cap=self.cap, least=self.least)
         count = sum_over(torch.full((), float(positives), device=localization.device), self.scope)
@@ -307,7 +315,7 @@ class RankingObjective(nn.Module):
         return self_balance(term, target, self.weight, cap=self.cap, least=self.least)
 
 
-class ScoreObjective(nn.Module):
+class ScoreObjective(WatchedObjective):
     """A score-based classification loss with fixed weights for the box terms.
 
     Args:
@@ -367,7 +375,7 @@ class ScoreObjective(nn.Module):
         checked = predictions.checked(classes)
         logits, labels, quality, box_losses, rows, valid, box_weight, _ = checked
         with torch.autocast(logits.device.type, enabled=False):
-            logits = logits.float()
+            logits = self.watched(logits.float(), rows * logits.shape[1] + labels[rows])
             normalizer = self._normalizer(checked)
             if valid is not None:
                 # Before the loss and not after it: an ignored infinite logit has a nan gradient otherwise.

@@ -23,9 +23,8 @@ from brs_detr.models.config import (
     Stds,
     TermWeights,
     needs_no_background,
+    needs_trained_boxes,
 )
-
-BoxLoss = Literal["giou", "l1", "smooth_l1"]
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,13 @@ class RetinaNetHeadConfig(DenseHeadConfig):
     positive_iou: Fraction = 0.5  # with max_iou: minimum IoU of a positive anchor
     negative_iou: Fraction = 0.4  # with max_iou: below, an anchor is background; between, it is ignored
     topk: Count = 9  # with atss: candidates per level and object
-    box_loss: BoxLoss = "giou"
-    beta: float = 1.0  # of smooth_l1: the error at which it turns from quadratic to linear
+    box_loss: Literal["giou", "iou", "l1", "smooth_l1"] = "giou"  # of decoded boxes, or on offsets: the sum, the mean
+    beta: Positive = 1.0  # of smooth_l1: the error at which it turns from quadratic to linear
+
+    def problems(self, name: str) -> Iterator[str]:
+        """Yield what is wrong between settings; `name` is that of the section."""
+        yield from super().problems(name)
+        yield from needs_trained_boxes(self.objective, self.box_loss, name)
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,16 @@ class FoveaHeadConfig:
     object_sizes: tuple[float, float] = (2.0, 8.0)
     sigma: Fraction = 0.4  # sides of the region of positive cells, as a fraction of the object's
     base_scale: Positive = 2.0  # what distances are divided by, in strides
-    box_loss: BoxLoss = "giou"
-    beta: float = 0.11
+    box_loss: Literal["giou", "l1", "smooth_l1"] = "giou"  # of decoded boxes, or on distances: the sum, the mean
+    beta: Positive = 0.11  # of smooth_l1: the error at which it turns from quadratic to linear
     before_nms: Count = 1000
     score_threshold: float = 0.0
     nms_iou: Fraction = 0.5
     max_detections: Count = 100
+
+    def problems(self, name: str) -> Iterator[str]:
+        """Yield what is wrong between settings; `name` is that of the section."""
+        yield from needs_trained_boxes(self.objective, self.box_loss, name)
 
 
 def _needs_weights(objective: ObjectiveConfig, terms: tuple[str, ...], name: str) -> Iterator[str]:

@@ -48,10 +48,10 @@ class RankingConfig:
     weight: float = 1.0  # of ranking and sorting
     delta: float | None = None  # half width of the ranking's step; null: the loss's own (Rank & Sort 0.5, others 1)
     score_weighted: bool = False  # box losses weighted by the scores of their boxes
-    box_weight: float = 2.0  # of the box terms with ap and bap, which are not balanced
+    box_weight: float = 2.0  # of box terms that are not balanced: with ap and bap, and with aLRP where balance is none
     tau: Annotated[float, Range(below=1)] = 0.5  # with aLRP: minimum IoU of a positive
-    # with aLRP: follow the values of each step, or as published their means over an epoch
-    balance: Literal["value", "epoch"] = "value"
+    # with aLRP: follow the values of each step, or as published their means over an epoch, or nothing
+    balance: Literal["value", "epoch", "none"] = "value"
     scope: Literal["process", "global"] = "process"  # rank each process's batch, or that of all processes
 
 
@@ -63,6 +63,7 @@ class TermWeights:
     l1: float = 0.0
     smooth_l1: float = 0.0
     giou: float = 0.0
+    iou: float = 0.0
     centerness: float = 0.0
     mask: float = 1.0
 
@@ -103,7 +104,8 @@ class RPNConfig:
 
     # Positives of an RPN have an IoU of at least 0.7, but for the best anchor of an object.
     objective: ObjectiveConfig = one_of(RankingConfig(tau=0.7), _FOCAL_RPN, _BINARY_RPN)
-    box_loss: Literal["giou", "l1"] = "giou"  # of decoded boxes, or on offsets
+    box_loss: Literal["giou", "l1", "smooth_l1"] = "giou"  # of decoded boxes, or on offsets: the sum, the mean
+    beta: Positive = 1.0  # of smooth_l1: the error at which it turns from quadratic to linear
     sample: Annotated[Count | None, Null("all")] = None  # anchors sampled an image; null: all of them
     proposals_before_nms: Count = 4000  # per level
     proposals: Count = 4000
@@ -121,7 +123,7 @@ class RPNConfig:
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
         yield from needs_no_background(self.objective, name)
-        yield from _needs_trained_boxes(self.objective, self.box_loss, name)
+        yield from needs_trained_boxes(self.objective, self.box_loss, name)
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ class RegionConfig:
     """What the heads on pooled regions have in common."""
 
     objective: ObjectiveConfig = one_of(RankingConfig(weight=5.0), _FOCAL_ROI, _SOFTMAX_ROI)
-    box_loss: Literal["giou", "l1"] = "giou"  # of decoded boxes, or on offsets
+    box_loss: Literal["giou", "l1", "smooth_l1"] = "giou"  # of decoded boxes, or on offsets: the sum, the mean
+    beta: Positive = 1.0  # of smooth_l1: the error at which it turns from quadratic to linear
     fc_dim: Count = 1024
     class_agnostic: bool = False  # one box per RoI instead of one per class
     low_quality: bool = False  # RoIs that overlap an object most become its own, if they are positives at all
@@ -143,7 +146,7 @@ class RegionConfig:
 
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
-        yield from _needs_trained_boxes(self.objective, self.box_loss, name)
+        yield from needs_trained_boxes(self.objective, self.box_loss, name)
 
 
 @dataclass(frozen=True)
@@ -245,13 +248,14 @@ class AuxATSSConfig(ATSSHeadConfig):
     scales_per_octave: Count = 1
 
 
-def _needs_trained_boxes(objective: ObjectiveConfig, box_loss: str, name: str) -> Iterator[str]:
+def needs_trained_boxes(objective: ObjectiveConfig, box_loss: str, name: str) -> Iterator[str]:
+    """Yield what is wrong between the objective and the box loss of a head whose section is `name`."""
     if isinstance(objective, ScoreConfig) and getattr(objective.weights, box_loss) == 0:
         yield (
             f"{name}.objective.weights.{box_loss}=0 leaves the boxes untrained; set it above 0, or "
-            f"{name}.box_loss to the other one"
+            f"{name}.box_loss to another one"
         )
-    if objective.loss in ("alrp", "balrp") and box_loss != "giou":
+    if objective.loss in ("alrp", "balrp") and box_loss not in ("giou", "iou"):
         yield f"{name}.objective.loss={objective.loss} ranks boxes by their GIoU; set {name}.box_loss=giou"
 
 

@@ -34,6 +34,7 @@ _FREE_TO_CHANGE = (
     "train.overwrite",
     "train.allow_changes",
     "train.log_every",
+    "train.gradient_ratio",
     "train.save_every",
     "train.trackers",
     "train.on_nonfinite",

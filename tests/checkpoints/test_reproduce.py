@@ -17,8 +17,25 @@ from brs_detr.models.build import build_model
 
 def test_every_recipe_for_coco_is_listed_and_every_listed_recipe_exists(recipes):
     text = (recipes.parent / "docs" / "reproduce.md").read_text(encoding="utf-8")
-    listed = set(re.findall(r"configs/(\w+)\.yaml", text))
-    assert listed == {path.stem for path in recipes.glob("*_coco*.yaml")}
+    listed = re.findall(r"configs/(?:cnn/)?(\w+)\.yaml", text)
+    published = [
+        path
+        for kind in ("*_coco*", "cnn/*_coco*", "cnn/*_lvis", "cnn/*_cityscapes")
+        for path in recipes.glob(f"{kind}.yaml")
+    ]
+    assert set(listed) == {path.stem for path in published}
+    in_tables = re.findall(r"^\| .*`configs/cnn/(\w+)\.yaml`", text, re.MULTILINE)
+    assert len(in_tables) == len(set(in_tables)) == sum(path.parent.name == "cnn" for path in published)
+
+
+def test_the_figures_of_the_tables_are_those_of_the_recipes(recipes):
+    """Every figure that a row names is in the first lines of its recipe, which say where it comes from."""
+    text = (recipes.parent / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .*`configs/cnn/(\w+)\.yaml` \| ([^|]+) \| not yet run \|$", text, re.MULTILINE)
+    assert len(rows) > 40
+    for name, figures in rows:
+        comments = [line for line in (recipes / "cnn" / f"{name}.yaml").read_text().splitlines() if line[:1] == "#"]
+        assert all(figure in " ".join(comments) for figure in re.findall(r"\d\d\.\d", figures)), name
 
 
 def test_an_epoch_of_coco_has_the_published_number_of_steps(recipes):

@@ -6,14 +6,16 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from brs_detr.engine import trainer as loop
 from brs_detr.engine.distributed import seed_step
-from brs_detr.engine.logging import read_metrics
+from brs_detr.engine.logging import LossMeter, RatioMeter, read_metrics
 from brs_detr.engine.nonfinite import NonFiniteError
 from brs_detr.engine.state import latest_state, read_facts
+from brs_detr.losses import PredictionSet, RankingObjective
 from brs_detr.ops.images import ImageBatch
 from brs_detr.ops.targets import TargetError, check_targets
 
@@ -211,6 +213,52 @@ def test_every_line_of_metrics_can_be_read_by_a_program(toy, tmp_path):
         assert line["loss"] == pytest.approx(sum(line["terms"].values()))
         assert line.keys() >= {"epoch", "lr", "gradient_norm", "images_per_s", "data_s", "step_s"}
     assert [line["epoch"] for line in lines if line["kind"] == "val"] == [1, 2, 3]
+
+
+class Ranked(nn.Module):
+    """A linear map of each image to 40 logits; the first of all is a positive."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.linear, self.head = nn.Linear(3, 40), nn.Module()
+        self.head.objective = RankingObjective(loss)
+
+    def forward(self, images, targets):
+        logits = self.linear(images.pixels.float().mean((2, 3)) / 255).reshape(-1, 1)
+        labels = torch.ones(len(logits), dtype=torch.int64)
+        rows = torch.tensor([0])
+        labels[rows] = 0
+        giou = {"giou": logits[rows, 0].sigmoid()}
+        terms = self.head.objective(
+            PredictionSet(logits, labels, quality=torch.full((1,), 0.5), box_losses=giou, rows=rows)
+        )
+        return {f"head.{name}": term for name, term in terms.items()}
+
+
+def test_the_ratio_of_gradients_is_logged_where_it_is_wanted(toy, tmp_path):
+    """It is 1 with aLRP (Theorem 2), and is no part of the loss."""
+    torch.manual_seed(0)
+    trainer, _ = toy.build(tmp_path, model=Ranked("alrp"), gradient_ratio=True)
+    trainer.fit()
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "train"]
+    assert [line["gradient_ratio"]["head"] for line in lines] == pytest.approx([1] * 6, abs=1e-6)
+    for line in lines:
+        assert line["terms"].keys() == {"head.rank", "head.giou"}
+        assert line["loss"] == pytest.approx(sum(line["terms"].values()))
+    torch.manual_seed(0)
+    trainer, _ = toy.build(tmp_path / "without", model=Ranked("alrp"))
+    trainer.fit()
+    without = [line for line in read_metrics(tmp_path / "without" / "metrics.jsonl") if line["kind"] == "train"]
+    assert all("gradient_ratio" not in line for line in without)
+    assert [line["loss"] for line in without] == [line["loss"] for line in lines]
+
+
+def test_the_ratio_is_null_without_a_positive():
+    meter, losses = RatioMeter(Ranked("alrp")), LossMeter()
+    losses.add({"head.rank": torch.zeros(()), **meter.take(torch.zeros(()))})
+    means = losses.mean(Accelerator(cpu=True))
+    assert meter.pop(means) == {"head": None}
+    assert means.keys() == {"head.rank"}
 
 
 def test_the_best_weights_are_those_of_the_best_validation(toy, tmp_path, weights):

@@ -109,6 +109,7 @@ def build(
     model=None,
     resumed_at=None,
     accelerator=None,
+    gradient_ratio=False,
     **more,
 ):
     """(trainer, accelerator) of a toy run; further keywords go to ToyBatches."""
@@ -133,7 +134,13 @@ def build(
         batches=batches,
         folder=folder,
         log=RunLog(folder, accelerator, resumed_at),
-        config=TrainConfig(log_every=2, save_every=save_every, on_nonfinite=on_nonfinite, max_skipped=max_skipped),
+        config=TrainConfig(
+            log_every=2,
+            save_every=save_every,
+            on_nonfinite=on_nonfinite,
+            max_skipped=max_skipped,
+            gradient_ratio=gradient_ratio,
+        ),
         length=TrainingLength(epochs, -(-count // accumulate), 1),
         accumulate=accumulate,
         seed=5,

@@ -102,6 +102,27 @@ def test_alrp_divides_the_error_by_one_minus_tau(tau):
     torch.testing.assert_close(terms["giou"], 50 * part.localization)
 
 
+def test_alrp_takes_iou_losses_whose_largest_value_is_one():
+    """aLRP loss, Table 2, rows "w IoU": the error is (1 - IoU) / (1 - tau)."""
+    logits, iou = leaf(8, CLASSES), torch.tensor([0.1, 0.4, 0.3], requires_grad=True)
+    terms = RankingObjective("alrp", weight=1.0, tau=0.5)(
+        PredictionSet(logits, LABELS, quality=QUALITY, box_losses={"iou": iou})
+    )
+    part = alrp_loss(logits, ROWS * CLASSES + LABELS[ROWS], iou / 0.5, method="exact")
+    assert terms.keys() == {"rank", "iou"}
+    torch.testing.assert_close(terms["iou"], 50 * part.localization)
+
+
+def test_alrp_without_balance_has_a_fixed_weight():
+    logits, giou = leaf(8, CLASSES), torch.tensor([0.1, 0.4, 0.3])
+    for weight in (1.0, 25.0):
+        terms = RankingObjective("alrp", weight=1.0, balanced=False, box_weight=weight)(
+            PredictionSet(logits, LABELS, quality=QUALITY, box_losses={"giou": giou})
+        )
+        part = alrp_loss(logits, ROWS * CLASSES + LABELS[ROWS], giou / 2 / 0.5, method="exact")
+        torch.testing.assert_close(terms["giou"], weight * part.localization)
+
+
 def test_given_rows_equal_found_rows():
     logits, boxes = leaf(8, CLASSES), box_losses()
     for objective in (RankingObjective(), ScoreObjective("focal", {"cls": 1, "l1": 1, "giou": 1})):

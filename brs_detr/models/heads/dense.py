@@ -25,7 +25,7 @@ from brs_detr.ops.boxes import Candidates, Coder, suppress
 from brs_detr.ops.images import Size
 
 Objective = Callable[[PredictionSet], dict[str, Tensor]]
-BoxLoss = Literal["smooth_l1", "giou", "l1"]
+BoxLoss = Literal["smooth_l1", "giou", "iou", "l1"]
 
 
 def build_objective(config: ObjectiveConfig) -> RankingObjective | ScoreObjective:
@@ -40,6 +40,7 @@ def build_objective(config: ObjectiveConfig) -> RankingObjective | ScoreObjectiv
             tau=config.tau,
             # aLRP: the period is that of COCO at batch 32 until `balance.set_epoch_length`
             period=3665 if config.balance == "epoch" else None,
+            balanced=config.balance != "none",
             scope=config.scope,
         )
     return ScoreObjective(
@@ -57,7 +58,7 @@ def box_losses(
     """Compare predicted boxes with their objects.
 
     Args:
-        kind: "giou" on decoded boxes; "l1", the sum, or "smooth_l1", the mean over the four offsets.
+        kind: "giou" or "iou" on decoded boxes; "l1", the sum, or "smooth_l1", the mean over the four offsets.
         coder: turns offsets into boxes.
         references: (P, 4) xyxy pixels.
         deltas: (P, 4) predicted offsets from the references.
@@ -71,6 +72,8 @@ def box_losses(
     quality = paired_iou(boxes.detach(), targets)
     if kind == "giou":
         return quality, {"giou": paired_giou_loss(boxes, targets)}
+    if kind == "iou":
+        return quality, {"iou": 1 - paired_iou(boxes, targets)}
     offsets, deltas = coder.encode(references, targets), deltas.float()
     if kind == "l1":
         return quality, {"l1": (deltas - offsets).abs().sum(dim=-1)}
@@ -132,7 +135,7 @@ class DenseHead(nn.Module):
         objective: takes a `PredictionSet`.
         assigner: gives the anchors of one image to its objects.
         coder: turns offsets into boxes.
-        box_loss: "giou" on decoded boxes; "l1", the sum, or "smooth_l1", the mean over the four offsets.
+        box_loss: "giou" or "iou" on decoded boxes; "l1", the sum, or "smooth_l1", the mean over the four offsets.
         beta: offset error at which "smooth_l1" turns from quadratic to linear.
         before_nms: best (anchor, class) pairs of each level that enter suppression.
         score_threshold: class scores at or below this are dropped; None keeps all.
@@ -164,7 +167,7 @@ class DenseHead(nn.Module):
     ) -> None:
         super().__init__()
         if box_loss not in get_args(BoxLoss):
-            raise ValueError(f'box_loss of a dense head is "smooth_l1", "giou" or "l1", not {box_loss!r}')
+            raise ValueError(f"box_loss of a dense head is one of {', '.join(get_args(BoxLoss))}, not {box_loss!r}")
         self.num_classes, self.anchors, self.strides = num_classes, anchors, anchors.strides
         self.objective, self.assigner, self.coder = objective, assigner, coder
         self.box_loss, self.beta = box_loss, beta

@@ -99,7 +99,8 @@ class RoIHead(nn.Module):
         fc_dim, pool = config.fc_dim, 7  # cells a side of the pooled window
         self.num_classes, self.strides, self.pool = num_classes, tuple(strides), pool
         self.finest_scale = finest_scale(strides)
-        self.min_iou, self.low_quality, self.box_loss = config.min_iou, config.low_quality, config.box_loss
+        self.min_iou, self.low_quality = config.min_iou, config.low_quality
+        self.box_loss, self.beta = config.box_loss, config.beta
         self.objective = build_objective(config.objective)
         self.softmax = config.objective.loss == "cross_entropy"  # and not a sigmoid per class
         self.sampler = None if config.sample is None else RandomSampler(config.sample, positive_fraction=0.25)
@@ -178,7 +179,7 @@ class RoIHead(nn.Module):
         rows, labels = assignment.rows, assignment.labels
         deltas = self._deltas_of(output, labels, rows)
         quality, losses = box_losses(
-            self.box_loss, self.coder, torch.cat(assignment.references)[rows], deltas, assignment.targets
+            self.box_loss, self.coder, torch.cat(assignment.references)[rows], deltas, assignment.targets, self.beta
         )
         return self.objective(
             PredictionSet(output.logits, labels, quality=quality, box_losses={**losses, **further}, rows=rows)

@@ -49,6 +49,7 @@ class RPNHead(DenseHead):
             assigner=MaxIoUAssigner(positive=0.7, negative=0.3, low_quality=0.3, sampler=sampler),
             coder=BoxCoder(config.coder_stds),
             box_loss=config.box_loss,
+            beta=config.beta,
             before_nms=config.proposals_before_nms,
             score_threshold=None,
             drop_empty=True,  # the published rank-based head keeps empty boxes

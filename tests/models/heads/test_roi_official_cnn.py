@@ -165,6 +165,19 @@ def test_l1_is_on_offsets_over_their_deviations():
         assert float(head.terms(output, assignment, {})["l1"].detach()) == pytest.approx(expected)
 
 
+def test_smooth_l1_is_four_times_the_mean_where_its_weight_is_four():
+    """One of four offsets is wrong by 5: 5 - 1/2 at beta 1, and 5 - 1/4 at beta 1/2."""
+    target = [{"boxes": torch.tensor([[10.0, 0, 30, 20]]), "labels": torch.tensor([0])}]
+    rois = [torch.tensor([[0.0, 0, 20, 20]])]
+    objective = replace(CE, weights=TermWeights(smooth_l1=4.0))
+    for beta, expected in ((1.0, 4.5), (0.5, 4.75)):
+        options = {"objective": objective, "box_loss": "smooth_l1", "beta": beta, "min_iou": 0.3}
+        head = published(None, add_ground_truth=False, **options)
+        assignment = head.assign(*head._sample(rois, SIZES[:1], target), target)
+        output = RoIOutput(torch.zeros(1, 6), torch.zeros(1, 5, 4), torch.zeros(1, 4))
+        assert float(head.terms(output, assignment, {})["smooth_l1"].detach()) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("sample", [None, 8])
 def test_added_objects_are_the_first_rois(sample):
     torch.manual_seed(0)

@@ -199,6 +199,15 @@ def test_bfloat16_autocast_gives_float32_losses():
     assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in losses.values())
 
 
+def test_smooth_l1_has_the_beta_of_the_settings():
+    """An offset that is wrong by 1 costs 1 - beta / 2, as one of four."""
+    for beta in (1.0, 1 / 9):
+        head = RPNHead(8, (8,), RPNConfig(box_loss="smooth_l1", beta=beta))
+        anchors, boxes = torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([[10.0, 0, 20, 10]])
+        _, losses = head.box_losses(anchors, torch.zeros(1, 4), boxes)
+        assert float(losses["smooth_l1"]) == pytest.approx((1 - beta / 2) / 4)
+
+
 def test_unknown_box_loss_is_named():
-    with pytest.raises(ValueError, match='"giou" or "l1", not \'iou\''):
-        RPNHead(8, (8,), RPNConfig(box_loss="iou"))
+    with pytest.raises(ValueError, match="smooth_l1, giou, iou, l1, not 'l2'"):
+        RPNHead(8, (8,), RPNConfig(box_loss="l2"))
