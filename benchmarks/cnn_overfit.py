@@ -2,7 +2,7 @@
 
     python benchmarks/cnn_overfit.py datasets/bccd
     python benchmarks/cnn_overfit.py datasets/bccd --detectors atss --losses brs score --steps 100 --out /tmp/few.md
-    python benchmarks/cnn_overfit.py datasets/nuclei --detectors mask_rcnn --max-side 256
+    python benchmarks/cnn_overfit.py datasets/nuclei --detectors mask_rcnn yolact solov2 --max-side 256
 
 Every run trains a recipe of `configs/cnn` (`NAME_small.yaml`) from random weights on the first images of a training
 set in COCO format, without augmentation, and evaluates it on the same images. Finished runs are kept in a json beside
@@ -55,8 +55,11 @@ SCORE_BASED = {
     "faster_rcnn": SAMPLED,
     "cascade_rcnn": f"{SAMPLED} model.roi.stage_weights=[1,.5,.25] model.roi.std_divisors=[1,2,3]",
     "mask_rcnn": f"{SAMPLED} model.mask.loss=binary_cross_entropy",
+    "yolact": "model.loss=focal",
+    "solov2": "model.loss=focal",
 }
 EVERY_LOSS = (*RANKING, "score")
+WITH_MASKS = ("mask_rcnn", "yolact", "solov2")
 WITH_EVERY_LOSS = ("atss", "faster_rcnn")  # the others are trained with brs and the score-based loss
 
 
@@ -145,8 +148,13 @@ def machine() -> str:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with annotations/train.json and images/")
-    with_boxes = [name for name in SCORE_BASED if name != "mask_rcnn"]  # which needs data with masks
-    parser.add_argument("--detectors", nargs="+", default=with_boxes, choices=list(SCORE_BASED))
+    parser.add_argument(
+        "--detectors",
+        nargs="+",
+        default=[name for name in SCORE_BASED if name not in WITH_MASKS],
+        choices=list(SCORE_BASED),
+        help="default: those that learn no masks",
+    )
     parser.add_argument("--losses", nargs="+", choices=[*RANKING, "score"], help="default: see the table")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--images", type=int, default=8)
