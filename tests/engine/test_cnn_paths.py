@@ -29,8 +29,8 @@ TINY = [
     "train.save_every=2",
     "train.ema_decay=0.9",
 ]
-TOWERS = ["model.head.stacked_convs=1"]
-REGIONS = ["model.roi.fc_dim=32"]
+TOWERS = ["model.head.stacked_convs=1", "model.head.max_detections=20"]
+REGIONS = ["model.roi.fc_dim=32", "model.roi.max_detections=20"]
 SGD = ["optim.name=sgd", "optim.lr=0.002"]
 # The loss and the optimizer too are one of each kind somewhere.
 DETECTORS = {
