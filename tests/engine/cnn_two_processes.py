@@ -1,4 +1,4 @@
-"""CNN detectors in two processes; started by test_cnn_distributed.py through torchrun, prints a line for each that holds.
+"""Checks of CNN detectors in two processes; started by test_cnn_distributed.py, prints a line for each that holds.
 
 torchrun --nproc-per-node 2 cnn_two_processes.py CHECK/DETECTOR ...
 """
