@@ -34,6 +34,18 @@ DETECTORS = {
         [*REGIONS, "model.mask.stacked_convs=1"],
         [*SOFTMAX, "model.mask.loss=binary_cross_entropy"],
     ),
+    "yolact": (["model.head.prototypes=8"], ["model.loss=focal"]),
+    "solov2": (
+        [
+            "model.head.stacked_convs=1",
+            "model.head.conv_dim=32",
+            "model.head.norm_groups=8",
+            "model.head.mask_hidden=16",
+            "model.head.mask_dim=16",
+            "model.head.grids=[10,8,6]",
+        ],
+        ["model.loss=focal"],
+    ),
 }
 OBJECTS = torch.tensor([[8.0, 8, 40, 40], [20, 10, 60, 50], [2, 30, 30, 62]])
 CLASSES, SIDE = 3, 64

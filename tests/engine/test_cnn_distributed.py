@@ -6,7 +6,7 @@ import pytest
 from support import torchrun
 
 SCRIPT = Path(__file__).with_name("cnn_two_processes.py")
-DETECTORS = ("retinanet", "foveabox", "atss", "paa", "faster_rcnn", "cascade_rcnn", "mask_rcnn")
+DETECTORS = ("retinanet", "foveabox", "atss", "paa", "faster_rcnn", "cascade_rcnn", "mask_rcnn", "yolact", "solov2")
 CHECKS = [f"{check}/{detector}" for detector in DETECTORS for check in ("step", "empty")]
 
 

@@ -19,6 +19,7 @@ from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.state import latest_state
 from brs_detr.engine.trainer import Trainer
 from brs_detr.models.one_stage import OneStageDetector
+from brs_detr.models.one_stage_masks import OneStageMaskDetector
 from brs_detr.ops.images import ImageBatch
 from brs_detr.run.setup import build_detector, load_initial_weights, restore
 from brs_detr.viz.boxes import draw_detections
@@ -47,7 +48,18 @@ DETECTORS = {
     "faster_rcnn": [*REGIONS, *SGD, "model.rpn.sample=64", "model.roi.sample=32"],
     "cascade_rcnn": REGIONS,
     "mask_rcnn": [*REGIONS, *SGD, "model.mask.stacked_convs=1", "model.mask.max_masks=3"],
+    "yolact": [*SGD, "model.head.prototypes=8", "model.head.max_detections=20"],
+    "solov2": [
+        "model.head.stacked_convs=1",
+        "model.head.conv_dim=32",
+        "model.head.norm_groups=8",
+        "model.head.mask_hidden=16",
+        "model.head.mask_dim=16",
+        "model.head.grids=[10,8,6]",
+        "model.head.max_detections=20",
+    ],
 }
+WITH_MASKS = ("mask_rcnn", "yolact", "solov2")
 STEPS = 6  # of two epochs
 KILLED_AT = 4  # in the middle of the second epoch; a state was saved there
 TIMINGS = ("images_per_s", "data_s", "step_s")
@@ -144,7 +156,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(detector, runs, tmp_path, monke
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_a_run_is_evaluated_and_used(detector, runs, tmp_path):
-    run, masks = runs.finished(detector), detector == "mask_rcnn"
+    run, masks = runs.finished(detector), detector in WITH_MASKS
     logged = [line for line in metrics(run) if line["kind"] == "val"][-1]
     assert cli.main(["eval", str(run / "last.safetensors"), "--out", str(tmp_path / "eval"), "--images", "2"]) == 0
     figures = json.loads((tmp_path / "eval" / "evaluation.json").read_text())["stats"]
@@ -175,6 +187,8 @@ def class_outputs(model, detector):
     regions = [torch.tensor([[4.0, 4, 40, 50], [10, 20, 60, 60]])]
     with torch.no_grad():
         features = model.eval().encode_batch(batch)
+        if isinstance(model, OneStageMaskDetector):
+            return [torch.cat([level.flatten(0, -2) for level in model.head(*features).logits])]
         if isinstance(model, OneStageDetector):
             return [torch.cat([level.flatten(0, -2) for level in model.head(features).logits])]
         heads = model.roi.stages if detector == "cascade_rcnn" else [model.roi]
