@@ -4,6 +4,9 @@
 """
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
@@ -43,6 +46,15 @@ def module_from(path):
 def script(name):
     """`main` of train.py or eval.py."""
     return module_from(ROOT / f"{name}.py").main
+
+
+def torchrun(script, processes, *arguments):
+    """What a script printed in so many processes over gloo."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += [str(script), *map(str, arguments)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return run.stdout + run.stderr
 
 
 def reset_accelerate():

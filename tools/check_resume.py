@@ -1,7 +1,8 @@
 """Kill a training many times, resume it each time, and compare the result with that of an uninterrupted run.
 
-`python tools/check_resume.py [--kills 20] [--seed 0]` trains `train.py` with the demo's detector on a small generated
-dataset: loader workers, averaged weights, two accumulated batches per step, states written in the middle of an epoch.
+`python tools/check_resume.py [--kills 20] [--seed 0] [setting=value ...]` trains `train.py` with the demo's detector,
+or with `model.name=NAME` another one, on a small generated dataset with masks: loader workers, averaged weights, two
+accumulated batches per step, states written in the middle of an epoch.
 The signals alternate: SIGKILL at a random time, SIGKILL while a state or a weights file is being written, and SIGTERM
 at a random time, after which the training must end with exit code 75. Each is sent to the process group.
 The last lines are the result; the exit code is 0 only if everything is equal, bit for bit: weights, averaged weights,
@@ -50,15 +51,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="seed of the random times")
-    options = parser.parse_args()
+    parser.add_argument("settings", nargs="*", help="further settings, e.g. model.name=mask_rcnn optim.name=sgd")
+    options = parser.parse_intermixed_args()
+    settings = [*SETTINGS, *options.settings]
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         make_dataset(place / "data", train=41, val=6, image_size=64)
         began = time.perf_counter()
-        start(place, "reference").wait()
+        start(place, "reference", settings).wait()
         duration = time.perf_counter() - began
         print(f"uninterrupted: {duration:.0f} s")
-        if not kill_and_resume(place, options.kills, random.Random(options.seed)):
+        if not kill_and_resume(place, settings, options.kills, random.Random(options.seed)):
             return 1
         faults = compare(place / "reference", place / "killed")
     for fault in faults:
@@ -67,20 +70,20 @@ def main() -> int:
     return 1 if faults else 0
 
 
-def start(place: Path, name: str) -> subprocess.Popen[bytes]:
+def start(place: Path, name: str, settings: list[str]) -> subprocess.Popen[bytes]:
     """Start the training in a process group of its own, always with the same command."""
     command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "configs/demo.yaml"), "--resume"]
-    command += [f"data.root={place / 'data'}", f"output_dir={place / name}", *SETTINGS]
+    command += [f"data.root={place / 'data'}", f"output_dir={place / name}", *settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with open(place / f"{name}.log", "a", encoding="utf-8") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=place)
 
 
-def kill_and_resume(place: Path, kills: int, chance: random.Random) -> bool:
+def kill_and_resume(place: Path, settings: list[str], kills: int, chance: random.Random) -> bool:
     """Kill and resume, then let the run finish; print its output and return False if it ended with an error."""
     folder, done = place / "killed", 0
     while done < kills:
-        process = start(place, "killed")
+        process = start(place, "killed", settings)
         number = signal.SIGTERM if done % 3 == 2 else signal.SIGKILL
         wait = wait_for_writing if done % 3 == 1 else wait_for_training
         moment = wait(folder, process, chance)
@@ -97,7 +100,7 @@ def kill_and_resume(place: Path, kills: int, chance: random.Random) -> bool:
             return False
         done += 1
         print(f"{number.name} {done}: {moment}; states {[state.name for state in states(folder)]}", flush=True)
-    code = start(place, "killed").wait()
+    code = start(place, "killed", settings).wait()
     if code:
         print(f"the last run ended with {code}:\n{(place / 'killed.log').read_text()}")
     return code == 0

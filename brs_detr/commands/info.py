@@ -99,8 +99,9 @@ def machine(config: Config) -> str:
     else:
         device = f"CPU only ({os.cpu_count()} cores)"
     evaluation = "faster-coco-eval" if fast_backend_installed() else "pycocotools"
+    matching = "Hungarian matching: SciPy on the CPU; " if hasattr(config.model, "matcher") else ""
     return (
         f"Python {platform.python_version()}, {versions}\n"
         f"device: {device}; precision {config.train.precision}\n"
-        f"Hungarian matching: SciPy on the CPU; evaluation: {evaluation}"
+        f"{matching}evaluation: {evaluation}"
     )

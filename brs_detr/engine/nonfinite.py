@@ -1,8 +1,8 @@
 """Detection and diagnosis of losses and gradients that are not finite.
 
 The trainer reads one flag per step, together with the gradient norm that clipping needs anyway; only a failed step is
-inspected to name the loss term, the images and the parameter. A skipped step has no effect: the running statistics of
-batch normalization, which a forward pass changes, are restored too.
+inspected to name the loss term, the images and the parameter. A skipped step has no effect: the running statistics,
+which a forward pass changes, are restored too.
 """
 
 from __future__ import annotations
@@ -16,22 +16,25 @@ from torch import Tensor, nn
 
 from brs_detr.engine.distributed import full_tensor, local_tensor
 from brs_detr.engine.storage import NonFiniteError, write_file
+from brs_detr.losses.balance import EpochBalance
 from brs_detr.ops.images import Batch
 
 __all__ = ["Batch", "NonFiniteError", "RunningStatistics", "describe_reports", "finite", "inspect_step", "save_batch"]
 
 
 class RunningStatistics:
-    """A copy of a model's running statistics of normalization, the only buffers that a forward pass changes.
+    """A copy of a model's running statistics, the only buffers that a forward pass changes.
 
-    Frozen layers have no running statistics. Everything stays on the device, in a few kernels; the host does not wait.
+    They are those of normalization, and the sums with which aLRP balances its two parts. Frozen layers have no running
+    statistics. Everything stays on the device, in a few kernels; the host does not wait.
 
     Args:
         model: in training mode or not; its layers are collected once, here.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        layers = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._NormBase)]
+        kinds = (nn.modules.batchnorm._NormBase, EpochBalance)
+        layers = [layer for layer in model.modules() if isinstance(layer, kinds)]
         buffers = [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
         self.numbers = [buffer for buffer in buffers if buffer.is_floating_point()]
         self.live = [*self.numbers, *(buffer for buffer in buffers if not buffer.is_floating_point())]

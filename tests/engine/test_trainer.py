@@ -13,9 +13,10 @@ from torch import nn
 from brs_detr.engine import trainer as loop
 from brs_detr.engine.distributed import seed_step
 from brs_detr.engine.logging import LossMeter, RatioMeter, read_metrics
-from brs_detr.engine.nonfinite import NonFiniteError
+from brs_detr.engine.nonfinite import NonFiniteError, RunningStatistics
 from brs_detr.engine.state import latest_state, read_facts
 from brs_detr.losses import PredictionSet, RankingObjective
+from brs_detr.losses.balance import EpochBalance
 from brs_detr.ops.images import ImageBatch
 from brs_detr.ops.targets import TargetError, check_targets
 
@@ -380,6 +381,19 @@ def test_a_skipped_step_leaves_no_trace_in_running_statistics(toy, tmp_path, wei
     assert all(torch.isfinite(value).all() for value in saved.values())
     said = capsys.readouterr().out
     assert ("running statistics norm.running_mean are not" if aside else "loss term decoder.0.l1 is not") in said
+
+
+def test_a_skipped_step_is_not_counted_by_the_balance_of_alrp():
+    """Another head's loss may have been the one that was not finite."""
+    model = nn.Sequential(nn.Linear(1, 1), EpochBalance(period=2))
+    statistics = RunningStatistics(model)
+    parts = torch.tensor(1.0), torch.tensor(3.0)
+    model[1](*parts)
+    statistics.keep()
+    model[1](*parts)  # the second one changes the factor
+    assert model[1].factor != 50 and not model[1].sums.any()
+    statistics.restore()
+    assert model[1].factor == 50 and model[1].sums.tolist() == [1, 3, 1]
 
 
 def always_poisoned(trainer):

@@ -1,0 +1,21 @@
+"""CNN detectors in two processes over gloo: the step of both is that of one process, also where one has no objects."""
+
+from pathlib import Path
+
+import pytest
+from support import torchrun
+
+SCRIPT = Path(__file__).with_name("cnn_two_processes.py")
+DETECTORS = ("retinanet", "foveabox", "atss", "paa", "faster_rcnn", "cascade_rcnn", "mask_rcnn", "yolact", "solov2")
+CHECKS = [f"{check}/{detector}" for detector in DETECTORS for check in ("step", "empty")]
+
+
+@pytest.fixture(scope="module")
+def output():
+    """What the checks printed; they run once."""
+    return torchrun(SCRIPT, 2, *CHECKS)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_with_two_processes(output, check):
+    assert f"holds: {check}" in output, output[-4000:]
