@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from brs_detr.config import Config, dump, load_config
 from brs_detr.data.build import open_val_set
-from brs_detr.data.loader import build_eval_loader
+from brs_detr.data.loader import collate
 from brs_detr.engine.optim import Schedule, build_optimizer, set_learning_rate
 from brs_detr.evaluate import score
 from brs_detr.evaluation.coco_eval import GroundTruth
@@ -79,8 +79,10 @@ def read_batches(
     setup.write_subset(content, target, num_images)
     subset = replace(data, val_json=str(target.resolve()), val_images=data.train_images)
     dataset = open_val_set(subset, config.model.has_masks)
-    loader = build_eval_loader(dataset, config.train.total_batch_size)
-    return list(loader), GroundTruth.read(dataset.ground_truth(), dataset.masks), dataset.category_ids
+    samples = [dataset.load(index) for index in range(len(dataset))]  # with masks, which its batches leave out
+    size = config.train.total_batch_size
+    batches = [collate(samples[start : start + size]) for start in range(0, len(samples), size)]
+    return batches, GroundTruth.read(dataset.ground_truth(), dataset.masks), dataset.category_ids
 
 
 def train_and_score(config: Config, batches: list[Batch], truth: GroundTruth, ids: list[int], steps: int) -> dict:
