@@ -314,6 +314,53 @@ def test_the_first_line_says_where_the_figure_comes_from():
         assert any(source in first for source in ("BRS Table", "RS Table", "aLRP Table")), name
 
 
+# Learning rate, weight decay, epochs, batch and where the warm-up begins (RS Tables S6 and main text, released recipes)
+MASKS = {
+    "yolact": (0.006, 5e-4, 55, 32, 0.1),
+    "solov2_light_r34": (0.012, 1e-4, 36, 32, 0.01),
+    "solov2_r101": (0.006, 1e-4, 36, 16, 0.01),
+}
+MASK_RECIPES = sorted(
+    path.stem for path in (ROOT / "configs" / "cnn").glob("*_coco.yaml") if path.stem.startswith(tuple(MASKS))
+)
+
+
+@pytest.mark.parametrize("name", MASK_RECIPES)
+def test_recipes_of_masks_without_regions_have_the_published_numbers(name):
+    path = ROOT / "configs" / "cnn" / f"{name}.yaml"
+    config = load_config(path)
+    optim, train, head, data = config.optim, config.train, config.model.head, config.data
+    wanted = next(values for prefix, values in MASKS.items() if name.startswith(prefix))
+    assert (optim.lr, optim.weight_decay, train.epochs, train.total_batch_size, train.warmup_start) == wanted
+    assert (optim.name, optim.momentum, optim.backbone_lr_factor, train.warmup_steps) == ("sgd", 0.9, 1, 500)
+    assert (head.objective.loss, head.objective.score_weighted, data.keep_empty) == ("rs", True, False)
+    assert (config.eval.score_threshold, head.max_detections, config.eval.max_detections) == (0, 100, 100)
+    assert path.read_text().splitlines()[0].endswith("; not run here") and config.output_dir == f"runs/{name}"
+    if config.model.name == "yolact":
+        assert (data.augment.name, data.augment.size, data.test_square) == ("ssd", 550, 550)
+        assert (train.schedule, optim.clip_norm, head.score_threshold, head.nms_iou) == ("cosine", None, 0.05, 0.5)
+        assert (config.model.backbone.norm, config.model.backbone.frozen_stages) == ("batch", 0)
+        assert head.label in name or head.label == "iou"
+    else:
+        light = "light" in name
+        assert data.augment.short_sides == (tuple(range(352, 513, 32)) if light else tuple(range(640, 801, 32)))
+        assert (data.test_short_side, data.test_long_side) == ((448, 768) if light else (800, 1333))
+        assert (train.lr_steps, optim.clip_norm, head.score_threshold, head.final_threshold) == (
+            (27, 33),
+            35,
+            0.2,
+            0.05,
+        )
+
+
+@pytest.mark.parametrize("name", ["yolact_r50_rs_55e_coco", "solov2_light_r34_rs_36e_coco", "solov2_r101_rs_36e_coco"])
+def test_the_settings_of_masks_without_regions_train_a_step(name):
+    """With a small backbone; heads and pyramids are the published ones."""
+    config = load_config(ROOT / "configs" / "cnn" / f"{name}.yaml")
+    backbone = replace(SMALL_BACKBONE, levels=config.model.backbone.levels)
+    train_step(config, replace(config.model, backbone=backbone), masks=True)
+
+
 def test_boxes_of_alrp_need_an_overlap():
     """aLRP ranks by GIoU or IoU losses; errors of offsets have no range."""
     for model, setting in (("retinanet", "head"), ("foveabox", "head"), ("faster_rcnn", "roi")):
