@@ -21,9 +21,9 @@ from torch.export import Dim
 
 from brs_detr.models.backbones.deformable import DeformableConv
 from brs_detr.models.backbones.swin import SwinBackbone
-from brs_detr.models.brs_detr import BRSDETR, best_pairs
+from brs_detr.models.brs_detr import BRSDETR
 from brs_detr.models.transformer.attention import use_sampling
-from brs_detr.models.transformer.decoder import Predictions
+from brs_detr.models.transformer.decoder import Predictions, best_pairs
 from brs_detr.ops.deform_attn_gather import gathered_sampling
 from brs_detr.ops.images import Size
 

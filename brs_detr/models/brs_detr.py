@@ -28,31 +28,14 @@ from brs_detr.models.heads.roi import RoIHead
 from brs_detr.models.heads.rpn import RPNHead
 from brs_detr.models.neck import ChannelMapper
 from brs_detr.models.transformer.collaborative import AuxQueryEmbedding, aux_samples, select_queries
-from brs_detr.models.transformer.decoder import Predictions, QueryDecoder
+from brs_detr.models.transformer.decoder import Predictions, QueryDecoder, best_pairs
 from brs_detr.models.transformer.encoder import DeformableEncoder, Memory
 from brs_detr.models.transformer.two_stage import BoxEmbedding, TwoStageHead
-from brs_detr.ops.anchors import cell_features, take_rows
+from brs_detr.ops.anchors import cell_features
 from brs_detr.ops.images import ImageBatch, Size
 from brs_detr.ops.targets import PackedTargets
 
 MAX_ROI_SAMPLES = 2000  # regions of an image among which auxiliary queries are chosen
-
-
-def best_pairs(predictions: Predictions, max_detections: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Select the `max_detections` best (query, class) pairs of each image, without NMS.
-
-    Args:
-        predictions: logits (B, Q, K), boxes (B, Q, 4) cxcywh in [0, 1].
-        max_detections: pairs to keep an image; fewer where there are fewer.
-
-    Returns:
-        boxes (B, n, 4) xyxy in [0, 1], scores (B, n), labels (B, n), best first.
-    """
-    scores = rearrange(predictions.logits.sigmoid(), "b q k -> b (q k)")
-    scores, index = scores.topk(min(max_detections, scores.shape[1]), dim=1)
-    classes = predictions.logits.shape[-1]
-    boxes = take_rows(box_convert(predictions.boxes, "cxcywh", "xyxy").clamp(0, 1), index // classes)
-    return boxes, scores, index % classes
 
 
 def detections_from(

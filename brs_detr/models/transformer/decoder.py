@@ -9,11 +9,14 @@ import copy
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 
 from brs_detr.losses.classification import PRIOR_BIAS
 from brs_detr.models.transformer.attention import DeformableAttention, FeedForward, inverse_sigmoid
 from brs_detr.models.transformer.encoder import Memory
+from brs_detr.ops.anchors import take_rows
 
 
 def box_regressor(dim: int) -> nn.Sequential:
@@ -42,6 +45,23 @@ class Predictions(NamedTuple):
 
     logits: Tensor
     boxes: Tensor
+
+
+def best_pairs(predictions: Predictions, max_detections: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Select the `max_detections` best (query, class) pairs of each image, without NMS.
+
+    Args:
+        predictions: logits (B, Q, K), boxes (B, Q, 4) cxcywh in [0, 1].
+        max_detections: pairs to keep an image; fewer where there are fewer.
+
+    Returns:
+        boxes (B, n, 4) xyxy in [0, 1], scores (B, n), labels (B, n), best first.
+    """
+    scores = rearrange(predictions.logits.sigmoid(), "b q k -> b (q k)")
+    scores, index = scores.topk(min(max_detections, scores.shape[1]), dim=1)
+    classes = predictions.logits.shape[-1]
+    boxes = take_rows(box_convert(predictions.boxes, "cxcywh", "xyxy").clamp(0, 1), index // classes)
+    return boxes, scores, index % classes
 
 
 class DecoderLayer(nn.Module):
