@@ -119,8 +119,8 @@ def _carry_over(former: Any, current: Any, chosen: Any) -> Any:
         if not all(hasattr(item, field.name) for item in (former, current)):
             continue
         before, now, target = (getattr(item, field.name) for item in (former, current, chosen))
-        if before == now or type(now) is not type(target):
-            continue
+        if before == now or not (isinstance(target, type(now)) or isinstance(now, type(target))):
+            continue  # of sections, one may have further settings
         changes[field.name] = _carry_all(before, now, target) if dataclasses.is_dataclass(now) else now
     return dataclasses.replace(chosen, **changes)
 

@@ -276,6 +276,13 @@ def test_another_detector_keeps_what_was_changed_and_both_have():
     assert (back.dim, back.queries, back.rpn.sample, back.objective.loss) == (64, 9, None, "brs")
 
 
+def test_another_detector_keeps_the_sizes_of_heads_that_both_have():
+    """Faster R-CNN's RPN has other defaults than that beside a decoder; what a recipe changed is kept."""
+    model = apply_overrides(load_config("demo"), ["model.name=faster_rcnn"]).model
+    assert (model.rpn.proposals, model.rpn.anchor_scale, model.roi.fc_dim, model.dim) == (24, 2.0, 128, 64)
+    assert (model.rpn.scales_per_octave, model.rpn.objective.weight, model.roi.add_ground_truth) == (1, 0.2, True)
+
+
 def test_the_order_of_overrides_that_choose_and_that_set_does_not_matter():
     pairs = ["model.name=co_detr", "model.rpn.objective.weights.cls=3", "model.rpn.sample=5"]
     assert apply_overrides(Config(), pairs) == apply_overrides(Config(), pairs[::-1])
