@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 from brs_detr.config_fields import Count, Counts, Fraction, NotEmpty, Positive, one_of
 from brs_detr.models.config import (
+    CNN_RANKING,
     ATSSHeadConfig,
     BackboneConfig,
     BRSDETRConfig,
@@ -16,7 +17,6 @@ from brs_detr.models.config import (
     DenseHeadConfig,
     MaskConfig,
     ObjectiveConfig,
-    RankingConfig,
     RoIConfig,
     RPNConfig,
     ScoreConfig,
@@ -51,7 +51,7 @@ class RetinaNetHeadConfig(DenseHeadConfig):
 class PAAHeadConfig(DenseHeadConfig):
     """PAA's head: anchors are assigned by what they cost at present."""
 
-    objective: ObjectiveConfig = one_of(RankingConfig(score_weighted=True), ScoreConfig(weights=TermWeights(giou=1.3)))
+    objective: ObjectiveConfig = one_of(CNN_RANKING, ScoreConfig(weights=TermWeights(giou=1.3)))
     topk: Count = 9  # cheapest candidates of each level that an object's mixture is fitted to
     box_cost: float = 1.0  # factor of the GIoU loss in the cost; focal PAA uses its weight, 1.3
     iou_branch: bool = False  # predict each box's IoU and weigh its score with it, as focal PAA does
@@ -66,7 +66,7 @@ _FOCAL_FOVEA = ScoreConfig(weights=TermWeights(smooth_l1=4.0, giou=2.0), gamma=1
 class FoveaHeadConfig:
     """FoveaBox's head: one point per cell, positive near the center of an object."""
 
-    objective: ObjectiveConfig = one_of(RankingConfig(score_weighted=True), _FOCAL_FOVEA)
+    objective: ObjectiveConfig = one_of(CNN_RANKING, _FOCAL_FOVEA)
     stacked_convs: int = 4
     # square roots of objects' areas on a map, in strides; the finest map takes smaller ones too, the coarsest larger
     object_sizes: tuple[float, float] = (2.0, 8.0)
@@ -94,9 +94,7 @@ def _needs_weights(objective: ObjectiveConfig, terms: tuple[str, ...], name: str
 class YOLACTHeadConfig:
     """YOLACT's head: anchors as RetinaNet's, and masks as sums of prototypes."""
 
-    objective: ObjectiveConfig = one_of(
-        RankingConfig(score_weighted=True), ScoreConfig(weights=TermWeights(giou=2.0, mask=2.0))
-    )
+    objective: ObjectiveConfig = one_of(CNN_RANKING, ScoreConfig(weights=TermWeights(giou=2.0, mask=2.0)))
     # quality that a ranking loss sorts by: of boxes, masks, or both; binary: none, all positives are equal
     label: Literal["iou", "dice", "mean", "binary"] = "iou"
     prototypes: Count = 32
@@ -119,7 +117,7 @@ class YOLACTHeadConfig:
 class SOLOv2HeadConfig:
     """SOLOv2's head: an object's class and the kernel of its mask at the grid cells of its center."""
 
-    objective: ObjectiveConfig = one_of(RankingConfig(score_weighted=True), ScoreConfig(weights=TermWeights(mask=3.0)))
+    objective: ObjectiveConfig = one_of(CNN_RANKING, ScoreConfig(weights=TermWeights(mask=3.0)))
     stacked_convs: Count = 4  # of the class branch and of the kernel branch
     conv_dim: Count = 512  # channels of these branches
     norm_groups: Count = 32  # of every GroupNorm; must divide conv_dim, mask_hidden and mask_dim
@@ -252,7 +250,7 @@ class ProposalConfig(RPNConfig):
 
     # weight 0.2: Rank & Sort's, since its RPN loss is much larger than that of cross entropy
     objective: ObjectiveConfig = one_of(
-        RankingConfig(weight=0.2, score_weighted=True, tau=0.7), _BINARY_RPN, ScoreConfig(weights=TermWeights(giou=2.0))
+        replace(CNN_RANKING, weight=0.2, tau=0.7), _BINARY_RPN, ScoreConfig(weights=TermWeights(giou=2.0))
     )
     anchor_scale: Positive = 8.0
     scales_per_octave: Count = 1
@@ -265,9 +263,7 @@ class ProposalConfig(RPNConfig):
 class RegionHeadConfig(RoIConfig):
     """The head of Faster R-CNN."""
 
-    objective: ObjectiveConfig = one_of(
-        RankingConfig(score_weighted=True), _SOFTMAX_ROI, ScoreConfig(weights=TermWeights(giou=2.0))
-    )
+    objective: ObjectiveConfig = one_of(CNN_RANKING, _SOFTMAX_ROI, ScoreConfig(weights=TermWeights(giou=2.0)))
     add_ground_truth: bool = True
 
 

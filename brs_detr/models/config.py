@@ -55,6 +55,10 @@ class RankingConfig:
     scope: Literal["process", "global"] = "process"  # rank each process's batch, or that of all processes
 
 
+# As published in CNN detectors. Following each step instead starves aLRP's boxes as soon as the ranking is perfect.
+CNN_RANKING = RankingConfig(score_weighted=True, balance="epoch")
+
+
 @dataclass(frozen=True)
 class TermWeights:
     """Fixed weights of one head's terms."""
@@ -160,9 +164,7 @@ class RoIConfig(RegionConfig):
 class CascadeConfig(RegionConfig):
     """Cascade R-CNN's heads on pooled regions, one behind the other; a list has one entry per stage."""
 
-    objective: ObjectiveConfig = one_of(
-        RankingConfig(score_weighted=True), _SOFTMAX_CASCADE, ScoreConfig(weights=TermWeights(giou=2.0))
-    )
+    objective: ObjectiveConfig = one_of(CNN_RANKING, _SOFTMAX_CASCADE, ScoreConfig(weights=TermWeights(giou=2.0)))
     class_agnostic: bool = True
     add_ground_truth: bool = True
     min_ious: Annotated[tuple[Fraction, ...], NotEmpty()] = (0.5, 0.6, 0.7)  # of the positives
@@ -204,7 +206,7 @@ class MaskConfig:
 class DenseHeadConfig:
     """What the one-stage heads on a feature pyramid share: two towers, anchors, and what becomes a detection."""
 
-    objective: ObjectiveConfig = one_of(RankingConfig(score_weighted=True), ScoreConfig(weights=TermWeights(giou=2.0)))
+    objective: ObjectiveConfig = one_of(CNN_RANKING, ScoreConfig(weights=TermWeights(giou=2.0)))
     stacked_convs: int = 4  # of each tower
     anchor_scale: Positive = 4.0  # of the smallest anchor of an octave, in strides
     scales_per_octave: Count = 3
