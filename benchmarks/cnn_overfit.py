@@ -30,7 +30,7 @@ from accelerate import Accelerator
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from brs_detr.config import Config, dump, load_config
-from brs_detr.data.build import open_val_set
+from brs_detr.data.build import build_eval_transforms, open_val_set
 from brs_detr.data.loader import collate
 from brs_detr.engine.optim import Schedule, build_optimizer, set_learning_rate
 from brs_detr.evaluate import score
@@ -79,7 +79,9 @@ def read_batches(
     setup.write_subset(content, target, num_images)
     subset = replace(data, val_json=str(target.resolve()), val_images=data.train_images)
     dataset = open_val_set(subset, config.model.has_masks)
-    samples = [dataset.load(index) for index in range(len(dataset))]  # with masks, which its batches leave out
+    resize = build_eval_transforms(subset)
+    # with masks, which the batches of an evaluation leave out
+    samples = [resize(*dataset.load(index)) for index in range(len(dataset))]
     size = config.train.total_batch_size
     batches = [collate(samples[start : start + size]) for start in range(0, len(samples), size)]
     return batches, GroundTruth.read(dataset.ground_truth(), dataset.masks), dataset.category_ids

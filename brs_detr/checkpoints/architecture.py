@@ -221,6 +221,7 @@ def settings_of(architecture: Architecture) -> dict[str, Any]:
         "model": model,
         "optim": {"weight_decay": 0.05 if swin else 1e-4},
         "train": train,
+        "eval": {"predict_with": "decoder"},  # as the released models, whose other heads are auxiliary
     }
 
 
