@@ -73,8 +73,9 @@ def update(
         current = getattr(config, key)
         if dataclasses.is_dataclass(current):
             chosen = _choose(config, key, value, name, source)
+            _refuse_settings_of_others(config, key, chosen, value, name, source)
             # names are suggested from the alternative that was chosen
-            new_root = dataclasses.replace(config, **{key: chosen}) if config is root else root
+            new_root = _replaced(root, name.split("."), chosen)
             changes[key] = update(chosen, value, source, aliases, prefix=name, root=new_root)
         else:
             changes[key] = _coerce(value, hints[key], name, source)
@@ -99,6 +100,28 @@ def _choose(config: Any, key: str, layer: Any, name: str, source: str) -> Any:
     if chosen is former:
         return current
     return _carry_over(former, current, dataclasses.replace(chosen, **{tag: layer[tag]}))
+
+
+def _refuse_settings_of_others(config: Any, key: str, chosen: Any, layer: Any, name: str, source: str) -> None:
+    """Raise for a setting that only other alternatives of section `key` have, with their tags."""
+    field = next(f for f in dataclasses.fields(config) if f.name == key)
+    alternatives, tag = field.metadata.get("alternatives", ()), dataclasses.fields(chosen)[0].name
+    for wanted in layer if isinstance(layer, Mapping) else ():
+        own = {f.name for f in dataclasses.fields(chosen)}
+        others = [item for item in alternatives if wanted in {f.name for f in dataclasses.fields(item)}]
+        if wanted not in own and others and not _shared_by(chosen, str(wanted)):
+            tags = list(dict.fromkeys(option for item in others for option in _tag_options(item, tag)))
+            raise ConfigError(
+                f"{source}: {name}.{wanted} is not a setting of {name}.{tag}={getattr(chosen, tag)}; it is one of "
+                f"{', '.join(map(str, tags))}"
+            )
+
+
+def _replaced(config: Any, path: Sequence[str], section: Any) -> Any:
+    """Return a config with another section at a path."""
+    first, *rest = path
+    value = _replaced(getattr(config, first), rest, section) if rest else section
+    return dataclasses.replace(config, **{first: value})
 
 
 def _alternative(alternatives: Sequence[Any], tag: str, value: Any) -> Any:

@@ -283,6 +283,26 @@ def test_another_detector_keeps_the_sizes_of_heads_that_both_have():
     assert (model.rpn.scales_per_octave, model.rpn.objective.weight, model.roi.add_ground_truth) == (1, 0.2, True)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.name=atss", "model.queries=5"], "is not a setting of model.name=atss; it is one of brs_detr, co_detr"),
+        (["model.head.topk=3"], "is not a setting of model.name=brs_detr; it is one of retinanet"),
+        (["model.objective.weights.cls=1"], "is not a setting of model.objective.loss=brs; it is one of focal"),
+        (
+            ["data.augment.name=ssd", "data.augment.short_sides=[3]"],
+            "not a setting of data.augment.name=ssd; it is one of detr",
+        ),
+        (["data.augment.name=ssd", "data.augment.sze=3"], "did you mean data.augment.size?"),
+        (["model.name=atss", "model.head.stacked_conv=3"], "did you mean model.head.stacked_convs?"),
+    ],
+)
+def test_a_setting_of_another_alternative_is_refused_with_those_that_have_it(overrides, message):
+    with pytest.raises(ConfigError) as error:
+        apply_overrides(Config(), overrides)
+    assert message in str(error.value)
+
+
 def test_the_order_of_overrides_that_choose_and_that_set_does_not_matter():
     pairs = ["model.name=co_detr", "model.rpn.objective.weights.cls=3", "model.rpn.sample=5"]
     assert apply_overrides(Config(), pairs) == apply_overrides(Config(), pairs[::-1])
