@@ -87,9 +87,7 @@ def _choose(config: Any, key: str, layer: Any, name: str, source: str) -> Any:
 
     Settings that differ from the former alternative's are kept where the new one has them too.
     """
-    current = getattr(config, key)
-    field = next(f for f in dataclasses.fields(config) if f.name == key)
-    alternatives = field.metadata.get("alternatives", ())
+    current, alternatives = getattr(config, key), _alternatives_of(config, key)
     tag = dataclasses.fields(current)[0].name
     if not alternatives or not isinstance(layer, Mapping) or tag not in layer:
         return current
@@ -102,12 +100,17 @@ def _choose(config: Any, key: str, layer: Any, name: str, source: str) -> Any:
     return _carry_over(former, current, dataclasses.replace(chosen, **{tag: layer[tag]}))
 
 
+def _alternatives_of(config: Any, key: str) -> Sequence[Any]:
+    """Return what the section `key` of a config can start from; empty where its type is no union."""
+    field = next(f for f in dataclasses.fields(config) if f.name == key)
+    return tuple(field.metadata.get("alternatives", ()))
+
+
 def _refuse_settings_of_others(config: Any, key: str, chosen: Any, layer: Any, name: str, source: str) -> None:
     """Raise for a setting that only other alternatives of section `key` have, with their tags."""
-    field = next(f for f in dataclasses.fields(config) if f.name == key)
-    alternatives, tag = field.metadata.get("alternatives", ()), dataclasses.fields(chosen)[0].name
+    alternatives, tag = _alternatives_of(config, key), dataclasses.fields(chosen)[0].name
+    own = {f.name for f in dataclasses.fields(chosen)}
     for wanted in layer if isinstance(layer, Mapping) else ():
-        own = {f.name for f in dataclasses.fields(chosen)}
         others = [item for item in alternatives if wanted in {f.name for f in dataclasses.fields(item)}]
         if wanted not in own and others and not _shared_by(chosen, str(wanted)):
             tags = list(dict.fromkeys(option for item in others for option in _tag_options(item, tag)))

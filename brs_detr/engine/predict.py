@@ -125,9 +125,8 @@ def _predict(
     raise_together(interruption, accelerator)
     if accelerator.num_processes > 1:
         parts = gather_object([detections])  # at once: a process without a batch has no heads to name
-        detections = {
-            head: [entry for part in parts for entry in part.get(head, [])] for part in parts for head in part
-        }
+        heads = dict.fromkeys(head for part in parts for head in part)
+        detections = {head: [entry for part in parts for entry in part.get(head, [])] for head in heads}
     # Once per image, even if two processes predicted it.
     unique = {head: {entry["image_id"]: entry for entry in entries} for head, entries in detections.items()}
     return {head: [entries[image_id] for image_id in sorted(entries)] for head, entries in unique.items()}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from brs_detr.assign.assignment import HeadAssignment
+from brs_detr.assign.assignment import HeadAssignment, count_per_image
 from brs_detr.assign.max_iou import random_permutation
 from brs_detr.losses.objective import SubsetLoss
 from brs_detr.models.config import MaskConfig
@@ -94,9 +94,7 @@ class MaskHead(nn.Module):
     def _chosen_rois(self, assignment: HeadAssignment, rows: Tensor) -> tuple[list[Tensor], list[int]]:
         """Return the RoIs (n, 4) of ascending rows of a batch, image by image, and their numbers."""
         boxes = torch.cat(assignment.references)
-        ends = torch.tensor([len(own) for own in assignment.references], device=rows.device).cumsum(0)
-        image = torch.searchsorted(ends, rows, right=True)
-        counts: list[int] = torch.bincount(image, minlength=len(ends)).tolist()
+        counts = count_per_image(rows, [len(own) for own in assignment.references])
         return list(boxes[rows].split(counts)), counts
 
     def _targets(self, rois: Sequence[Tensor], objects: Sequence[Tensor], targets: Sequence[dict]) -> Tensor:

@@ -55,7 +55,7 @@ class MaskBranch(nn.Module):
     """The feature of all masks from the backbone's levels of the pyramid (section 3.2, "unified mask feature").
 
     Each level is convolved and enlarged step by step to the size of the finest; the coarsest, which sees most of the
-    image, is also told where its cells lie.
+    image, also reads where its cells lie.
 
     Args:
         dim: channels of the levels.
