@@ -67,19 +67,23 @@ class EpochBalance(nn.Module):
         period: counted iterations per epoch (the official heads count 3665).
         start: factor during the first epoch.
         cap: largest factor.
+        least: smallest mean of the loss over an epoch that is balanced against, for the reason given at `self_balance`;
+            0 is the paper's rule, from which the default differs only where the loss is below it.
     """
 
     factor: Tensor
     sums: Tensor
 
-    def __init__(self, period: int = 3665, start: float = 50.0, cap: float = CAP) -> None:
+    def __init__(self, period: int = 3665, start: float = 50.0, cap: float = CAP, least: float = LEAST) -> None:
         super().__init__()
         if period < 1:
             raise ValueError(f"period: {period} is out of range. Give a number of iterations that is at least 1.")
         check_number("start", start)
         check_number("cap", cap)
+        check_number("least", least)
         self.period = period
         self.cap = cap
+        self.least = least
         self.register_buffer("factor", torch.tensor(float(start)))
         # Sums of both parts and their count, on the device so that no step waits for the host; in float32, as not
         # every device has more: over 3665 terms of about 1 the sums are exact to six digits.
@@ -107,8 +111,10 @@ class EpochBalance(nn.Module):
         counted = parts.isfinite().all() & (positives > 0)
         # Selected by `where` and not by `if`, so that the host need not read the flags.
         sums = self.sums + torch.where(counted, parts, 0.0)
-        factor = ((sums[0] + sums[1]) / sums[1].clamp(min=FLOOR)).clamp(max=self.cap).to(self.factor)
         full = sums[2] >= self.period
+        # As in `self_balance`, the target (here the mean of both parts) has a smallest value.
+        target = torch.maximum(sums[0] + sums[1], self.least * sums[2])
+        factor = (target / sums[1].clamp(min=FLOOR)).clamp(max=self.cap).to(self.factor)
         self.factor.copy_(torch.where(full, factor, self.factor))
         self.sums.copy_(torch.where(full, torch.zeros_like(sums), sums))
 

@@ -211,7 +211,7 @@ class RankingObjective(WatchedObjective):
         self.least = least
         self.tau = tau
         self.balanced = balanced
-        self.epoch_balance = EpochBalance(period) if self.family == "alrp" and period is not None else None
+        self.epoch_balance = EpochBalance(period, least=least) if self.family == "alrp" and period is not None else None
 
     def forward(self, predictions: PredictionSet) -> dict[str, Tensor]:
         """Compute the loss terms of one set.

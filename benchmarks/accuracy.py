@@ -1,0 +1,279 @@
+"""What each loss is worth: dataset x detector x loss x seed, all with the steps of one recipe.
+
+    python benchmarks/accuracy.py demo=datasets/demo --detectors brs_detr --losses brs rs focal --seeds 0 1 2 3 4
+    python benchmarks/accuracy.py demo=datasets/demo --detectors atss faster_rcnn --losses brs score --jobs 2
+    python benchmarks/accuracy.py demo=datasets/demo bccd=datasets/bccd --variant cost8 model.matcher.cls=8
+
+A run is `train.py RECIPE` from random weights in a process of its own, on one thread, followed by the evaluation of
+the last epoch's averaged weights with every head: the epoch is not chosen on the images that are reported. Results are
+kept in a json beside the table, and what is in it is not run again; an interrupted run is resumed. A variant is a named
+change of settings, compared with the run of the same seed without it. "decoder+nms" are the decoder's detections after
+class-wise NMS. Intervals are those of Student's t over paired differences of seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from accelerate import Accelerator
+from scipy.stats import t as student
+from torchvision.ops import batched_nms
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cnn_overfit import settings as cnn_settings
+
+from brs_detr.data.build import open_val_set
+from brs_detr.data.loader import build_eval_loader
+from brs_detr.engine.predict import predict_with_all_heads
+from brs_detr.evaluate import score_detections
+from brs_detr.evaluation.coco_eval import GroundTruth
+from brs_detr.run import setup
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "accuracy.json"
+RANKING = ("brs", "rs", "bap", "ap", "balrp", "alrp", "bndcg", "ndcg")
+LOSSES = (*RANKING, "focal", "quality_focal", "score")  # score: the published score-based loss of a CNN detector
+FIGURES = ("AP", "AP50", "AP75", "mask_AP")
+NMS_IOU = 0.6  # as in the ATSS head
+# Recipes by dataset and detector. "*" is any CNN detector; the settings are what a detector needs on the dataset.
+RECIPES: dict[str, dict[str, str]] = {
+    "demo": {"brs_detr": "demo.yaml", "*": "cnn/{detector}_demo.yaml"},
+    "bccd": {"brs_detr": "bccd_cpu.yaml", "*": "cnn/{detector}_small.yaml"},
+    "nuclei": {"brs_detr": "nuclei_cpu.yaml", "*": "cnn/{detector}_small.yaml"},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training: everything that its result depends on, but for the code."""
+
+    dataset: str
+    detector: str
+    loss: str
+    variant: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.dataset} {self.detector} {self.loss} {self.variant} {self.seed}"
+
+    @property
+    def without_variant(self) -> Case:
+        return Case(self.dataset, self.detector, self.loss, "recipe", self.seed)
+
+
+def recipe_of(case: Case) -> str:
+    """Path of a case's recipe below `configs`."""
+    recipes = RECIPES[case.dataset]
+    return recipes.get(case.detector, recipes["*"]).format(detector=case.detector)
+
+
+def settings_of(case: Case, variants: dict[str, list[str]]) -> list[str]:
+    """What a case changes in its recipe."""
+    loss = [f"model.loss={case.loss}"] if case.detector == "brs_detr" else cnn_settings(case.detector, case.loss)
+    return [*loss, *variants[case.variant]]
+
+
+def train(case: Case, data: Path, settings: list[str], folder: Path) -> float:
+    """Train in a process of its own, or go on with what an interrupted one saved; returns its CPU seconds so far."""
+    log, clock = folder.with_suffix(".log"), folder.with_suffix(".seconds")
+    before = float(clock.read_text()) if clock.exists() else 0.0
+    command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "configs" / recipe_of(case))]
+    command += [f"data.root={data}", f"output_dir={folder}", f"seed={case.seed}", "data.workers=0", *settings]
+    command.append("--resume" if (folder / "state").exists() else "--overwrite")
+    with log.open("a") as stream:
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = before + usage.ru_utime + usage.ru_stime
+    clock.write_text(str(seconds))
+    if process.returncode:
+        raise RuntimeError(f"{case}: the training ended with exit code {process.returncode}. See {log}.")
+    return seconds
+
+
+def figures_by_head(weights: Path, data: Path) -> dict[str, dict[str, float]]:
+    """COCO's figures of every head on the val split, and of the decoder after NMS."""
+    model, loaded, config, _ = setup.restore(weights, [f"data.root={data}"])
+    accelerator, dataset = Accelerator(cpu=True), open_val_set(config.data, config.model.has_masks)
+    loader = build_eval_loader(dataset, config.eval.batch_size, workers=0)
+    truth = GroundTruth.read(dataset.ground_truth(), dataset.masks)
+    limits = {"score_threshold": config.eval.score_threshold, "max_detections": config.eval.max_detections}
+    found: dict[str, list[dict[str, Any]]] = predict_with_all_heads(model, loader, accelerator, **limits)
+    if "decoder" in found:
+        found["decoder+nms"] = [suppress(image) for image in found["decoder"]]
+    figures = {}
+    for head, detections in found.items():
+        summary, _ = score_detections(detections, loaded.category_ids, truth, config, accelerator)
+        assert summary is not None
+        figures[head] = {name: summary.stats[name] for name in FIGURES if name in summary.stats}
+    return figures
+
+
+def suppress(image: dict[str, Any]) -> dict[str, Any]:
+    """An image's detections after class-wise NMS."""
+    boxes, scores, labels = (torch.as_tensor(image[name]) for name in ("boxes", "scores", "labels"))
+    kept = batched_nms(boxes.float(), scores, labels, NMS_IOU).numpy()
+    return image | {name: image[name][kept] for name in ("boxes", "scores", "labels")}
+
+
+def run(case: Case, data: Path, settings: list[str], work: Path) -> dict[str, Any]:
+    """Train and evaluate a case; its folder is deleted afterwards."""
+    folder = work / str(case).replace(" ", "-")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    seconds = train(case, data, settings, folder)
+    validations = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = max(line["step"] for line in validations if line["kind"] == "val")
+    figures = figures_by_head(folder / "last.safetensors", data)
+    shutil.rmtree(folder)
+    folder.with_suffix(".seconds").unlink()
+    return {"heads": figures, "cpu_seconds": round(seconds), "steps": steps, "settings": settings, "machine": machine()}
+
+
+def machine() -> str:
+    """Cores, versions and date."""
+    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, torchvision, timm))
+    today = time.strftime("%Y-%m-%d", time.gmtime())
+    return f"{os.cpu_count()} {platform.machine()} cores, Python {platform.python_version()}, {versions}; {today}"
+
+
+def interval(values: list[float]) -> str:
+    """Mean with the half width of its 95 % confidence interval, as text in AP points."""
+    mean = 100 * statistics.mean(values)
+    if len(values) < 2:
+        return f"{mean:+.1f}"
+    half = 100 * student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:+.1f} ± {half:.1f}"
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation over seeds, as text in AP points."""
+    mean = 100 * statistics.mean(values)
+    return f"{mean:.1f}" + (f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def table(results: dict[str, dict]) -> str:
+    """The results as tables, one per dataset and detector, a line per loss, variant and head."""
+    groups: dict[tuple[str, str], dict[tuple[str, str], dict[int, dict]]] = {}
+    for name, result in results.items():
+        dataset, detector, loss, variant, seed = name.split()
+        groups.setdefault((dataset, detector), {}).setdefault((loss, variant), {})[int(seed)] = result
+    machines = dict.fromkeys(result["machine"] for result in results.values())
+    lines = ["# `python benchmarks/accuracy.py`", "", *machines, ""]
+    for (dataset, detector), runs in groups.items():
+        heads = list(dict.fromkeys(head for seeds in runs.values() for one in seeds.values() for head in one["heads"]))
+        steps = {one["steps"] for seeds in runs.values() for one in seeds.values()}
+        lines += [f"## {detector} on {dataset}", "", f"{' or '.join(map(str, sorted(steps)))} steps. AP in points.", ""]
+        lines += [
+            "| loss | settings | head | seeds | AP | AP50 | AP against | CPU s |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for (loss, variant), seeds in runs.items():
+            for head in heads:
+                lines.append(line(runs, loss, variant, head, seeds))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def line(
+    runs: dict[tuple[str, str], dict[int, dict]], loss: str, variant: str, head: str, seeds: dict[int, dict]
+) -> str:
+    """A line of the table, with the paired differences from the recipe or from the score-based loss."""
+    figures = {seed: one["heads"][head] for seed, one in sorted(seeds.items())}
+    against, name = {}, ""
+    references = [(loss, "recipe")] if variant != "recipe" else [("score", "recipe"), ("focal", "recipe")]
+    for reference in references:
+        if reference in runs and reference != (loss, variant):
+            against, name = runs[reference], reference[1] if variant != "recipe" else reference[0]
+            break
+    paired = [one["AP"] - against[seed]["heads"][head]["AP"] for seed, one in figures.items() if seed in against]
+    difference = f"{interval(paired)} ({name}, {len(paired)})" if paired else ""
+    ap, ap50 = (spread([one[key] for one in figures.values()]) for key in ("AP", "AP50"))
+    seconds = statistics.mean(one["cpu_seconds"] for one in seeds.values())
+    return f"| {loss} | {variant} | {head} | {len(seeds)} | {ap} | {ap50} | {difference} | {seconds:.0f} |"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "data", nargs="+", help="NAME=FOLDER, with the name of a dataset that has recipes: " + ", ".join(RECIPES)
+    )
+    parser.add_argument("--detectors", nargs="+", default=["brs_detr"])
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=["brs"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--variant", nargs="+", action="append", default=[], metavar=("NAME", "SETTING=VALUE"))
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, each on one thread")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the json of results; the table is written beside it")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "accuracy", help="folder of the trainings")
+    return parser.parse_args()
+
+
+def cases_of(args: argparse.Namespace, datasets: Iterable[str], variants: dict[str, list[str]]) -> list[Case]:
+    """All cases, seeds outermost: an interrupted study has something of everything."""
+    return [
+        Case(dataset, detector, loss, variant, seed)
+        for seed in args.seeds
+        for dataset in datasets
+        for variant in variants
+        for detector in args.detectors
+        for loss in args.losses
+    ]
+
+
+def stored(out: Path) -> dict[str, dict]:
+    """The results so far, by case."""
+    return json.loads(out.read_text()) if out.exists() else {}
+
+
+def keep(out: Path, results: dict[str, dict]) -> None:
+    """Add results to the json, which several studies may share, and write its table."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = dict(sorted((stored(out) | results).items()))
+        out.write_text(json.dumps(results, indent=1) + "\n")
+        out.with_suffix(".md").write_text(table(results))
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.set_num_threads(1)
+    folders = dict(item.split("=", 1) for item in args.data)
+    variants = {name: settings for name, *settings in args.variant} or {"recipe": []}
+
+    def finish(case: Case) -> None:
+        result = run(case, Path(folders[case.dataset]).resolve(), settings_of(case, variants), args.work)
+        keep(args.out, {str(case): result})
+        shown = ", ".join(
+            f"{head} {figures['AP']:.3f}/{figures['AP50']:.3f}" for head, figures in result["heads"].items()
+        )
+        print(f"{case}: {shown}, {result['cpu_seconds']} s", flush=True)
+
+    missing = [case for case in cases_of(args, folders, variants) if str(case) not in stored(args.out)]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(finish, missing))
+    keep(args.out, {})
+    print(args.out.with_suffix(".md").read_text())
+
+
+if __name__ == "__main__":
+    main()
