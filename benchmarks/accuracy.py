@@ -5,8 +5,8 @@
     python benchmarks/accuracy.py demo=datasets/demo bccd=datasets/bccd --variant cost8 model.matcher.cls=8
 
 A run is `train.py RECIPE` from random weights in a process of its own, on one thread, followed by the evaluation of
-the last epoch's averaged weights with every head: it is the only one: the epoch is not chosen on the images that are reported. Results are
-kept in a json beside the table, and what is in it is not run again; an interrupted run is resumed. A variant is a named
+the last epoch's averaged weights with every head: no epoch is chosen on the images that are reported. Results are kept
+in a json beside the table, and what is in it is not run again; an interrupted run is resumed. A variant is a named
 change of settings, compared with the run of the same seed without it. "decoder+nms" are the decoder's detections after
 class-wise NMS. Intervals are those of Student's t over paired differences of seeds.
 """
@@ -96,8 +96,15 @@ def train(case: Case, data: Path, settings: list[str], folder: Path) -> float:
     log, clock = folder.with_suffix(".log"), folder.with_suffix(".seconds")
     before = float(clock.read_text()) if clock.exists() else 0.0
     command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "configs" / recipe_of(case))]
-    command += [f"data.root={data}", f"output_dir={folder}", f"seed={case.seed}", "data.workers=0", "train.eval_every=1000", *settings]
-    command.append("--resume" if (folder / "state").exists() else "--overwrite")
+    command += [
+        f"data.root={data}",
+        f"output_dir={folder}",
+        f"seed={case.seed}",
+        "data.workers=0",
+        "train.eval_every=1000",
+        *settings,
+    ]
+    command += [*settings, "--resume" if (folder / "state").exists() else "--overwrite"]
     with log.open("a") as stream:
         process = subprocess.Popen(
             command, stdout=stream, stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT

@@ -1,0 +1,183 @@
+"""torchvision's Faster R-CNN and RetinaNet with a recipe's backbone, data and augmentation, for equal CPU seconds.
+
+    python benchmarks/torchvision_detectors.py demo=datasets/demo --seconds 300
+
+The networks, their losses, samplers and post-processing are torchvision's own, on a feature pyramid over the same
+strides. Trained with the recipe's optimizer, a cosine schedule over the CPU seconds, and evaluated as in `accuracy.py`,
+to whose json the results are added (detector `torchvision_faster_rcnn`, loss `score`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from accuracy import FIGURES, RECIPES, RESULTS, ROOT, keep, machine, stored
+
+from brs_detr.config import Config, load_config
+from brs_detr.data.build import open_train_set, open_val_set
+from brs_detr.data.loader import EpochBatches, build_eval_loader, build_train_loader
+from brs_detr.engine.optim import build_optimizer, set_learning_rate
+from brs_detr.engine.predict import predict
+from brs_detr.evaluate import score_detections
+from brs_detr.evaluation.coco_eval import GroundTruth
+from brs_detr.models.backbones.timm_backbone import build_backbone
+from brs_detr.models.detector import PIXEL_MEAN, PIXEL_STD, to_stored_images
+from brs_detr.ops.images import Batch, ImageBatch
+
+WIDTH = 64  # of the pyramid, as `model.dim` in the small recipes; torchvision's 256 would be several times slower
+WARMUP = 0.06  # share of the time in which the learning rate rises, about that of the small recipes
+
+
+class Pyramid(nn.Module):
+    """A backbone of ours with torchvision's feature pyramid."""
+
+    out_channels = WIDTH
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.backbone = build_backbone(config.model.backbone)
+        self.fpn = FeaturePyramidNetwork(self.backbone.channels, WIDTH)
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        """Compute the maps by name, finest first."""
+        maps = self.backbone(x)
+        return self.fpn(OrderedDict((str(level), one) for level, one in enumerate(maps)))
+
+
+class TorchvisionDetector(nn.Module):
+    """A torchvision detector that takes and returns what the detectors of this project do."""
+
+    def __init__(self, name: str, config: Config, num_classes: int) -> None:
+        super().__init__()
+        self.background = int(name == "faster_rcnn")  # its class 0
+        pyramid = Pyramid(config)
+        # The images come resized and augmented; `_skip_resize` leaves only normalizing and padding.
+        options: dict[str, Any] = {
+            "image_mean": [value / 255 for value in PIXEL_MEAN],
+            "image_std": [value / 255 for value in PIXEL_STD],
+            "_skip_resize": True,
+        }
+        # Anchors from two strides, as the small recipes have for the same objects.
+        sides = [2.0 * stride for stride in pyramid.backbone.strides]
+        if name == "faster_rcnn":
+            anchors = AnchorGenerator(tuple((side, side * 2**0.5) for side in sides), ((0.5, 1.0, 2.0),) * len(sides))
+            names = [str(level) for level in range(len(sides))]
+            self.detector: nn.Module = FasterRCNN(
+                pyramid,
+                num_classes + 1,
+                rpn_anchor_generator=anchors,
+                box_roi_pool=MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2),
+                rpn_pre_nms_top_n_train=200,
+                rpn_post_nms_top_n_train=200,
+                rpn_pre_nms_top_n_test=200,
+                rpn_post_nms_top_n_test=100,
+                box_score_thresh=0.0,
+                **options,
+            )
+        else:
+            sizes = tuple((side, side * 2 ** (1 / 3), side * 2 ** (2 / 3)) for side in sides)
+            self.detector = RetinaNet(
+                pyramid,
+                num_classes,
+                anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sides)),
+                score_thresh=0.0,
+                detections_per_img=100,
+                **options,
+            )
+
+    def forward(self, images: ImageBatch, targets: list[dict[str, Any]] | None = None) -> Any:
+        """Compute the loss terms in training mode, else the detections in the frame of the stored images."""
+        inputs = [pixels[:, :h, :w].float() / 255 for pixels, (h, w) in zip(images.pixels, images.sizes, strict=True)]
+        if self.training:
+            assert targets is not None
+            return self.detector(
+                inputs,
+                [{"boxes": one["boxes"].float(), "labels": one["labels"] + self.background} for one in targets],
+            )
+        found = self.detector(inputs)
+        return to_stored_images([{**one, "labels": one["labels"] - self.background} for one in found], images)
+
+
+def forever(batches: EpochBatches) -> Iterator[Batch]:
+    """All epochs after each other."""
+    for epoch in count():
+        yield from batches.epoch(epoch)
+
+
+def train_and_score(name: str, config: Config, seconds: float) -> dict[str, Any]:
+    """Train for some CPU seconds of this process, then evaluate on the val split."""
+    torch.manual_seed(config.seed)
+    train_set, val_set = open_train_set(config.data, config.seed), open_val_set(config.data)
+    model = TorchvisionDetector(name, config, train_set.num_classes)
+    optimizer = build_optimizer(config.optim, model)
+    loader = build_train_loader(train_set, config.train.total_batch_size, seed=config.seed)
+    started, steps = time.process_time(), 0
+    for images, targets in forever(EpochBatches(loader)):
+        share = (time.process_time() - started) / seconds
+        if share >= 1:
+            break
+        set_learning_rate(optimizer, min(1.0, share / WARMUP + 0.01) * 0.5 * (1 + math.cos(math.pi * share)))
+        loss = sum(model(images, targets).values())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or math.inf)
+        optimizer.step()
+        steps += 1
+    accelerator = Accelerator(cpu=True)
+    evaluation = build_eval_loader(val_set, config.eval.batch_size, workers=0)
+    detections = predict(model, evaluation, accelerator, max_detections=config.eval.max_detections)
+    truth = GroundTruth.read(val_set.ground_truth(), val_set.masks)
+    summary, _ = score_detections(detections, train_set.category_ids, truth, config, accelerator)
+    assert summary is not None
+    figures = {key: summary.stats[key] for key in FIGURES if key in summary.stats}
+    return {"heads": {"detector": figures}, "cpu_seconds": round(seconds), "steps": steps, "machine": machine()}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="+", help="NAME=FOLDER, as in accuracy.py")
+    parser.add_argument("--seconds", type=float, required=True, help="CPU seconds of a training")
+    parser.add_argument("--detectors", nargs="+", default=["faster_rcnn", "retinanet"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--lr", type=float, help="instead of the recipe's")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the json of accuracy.py")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.set_num_threads(1)
+    for seed in args.seeds:
+        for dataset, folder in (item.split("=", 1) for item in args.data):
+            for name in args.detectors:
+                variant = "recipe" if args.lr is None else f"lr{args.lr:g}"
+                case = f"{dataset} torchvision_{name} score {variant} {seed}"
+                if case in stored(args.out):
+                    continue
+                settings = [f"data.root={folder}", f"seed={seed}", "data.workers=0"]
+                settings += [] if args.lr is None else [f"optim.lr={args.lr}"]
+                config = load_config(ROOT / "configs" / RECIPES[dataset]["brs_detr"], settings)
+                result = train_and_score(name, config, args.seconds)
+                keep(args.out, {case: result | {"settings": settings[3:]}})
+                print(f"{case}: {result['heads']}, {result['steps']} steps", flush=True)
+
+
+if __name__ == "__main__":
+    main()
