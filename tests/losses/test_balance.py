@@ -83,6 +83,15 @@ def test_an_objective_counts_steps_with_objects_and_uses_the_factor_that_they_gi
     second["giou"].backward()
 
 
+def test_boxes_of_a_nearly_perfect_ranking_are_still_balanced_against_the_least_value():
+    balance, paper = EpochBalance(2), EpochBalance(2, least=0.0)
+    for _ in range(2):
+        for one in (balance, paper):
+            one(torch.tensor(0.0), torch.tensor(LEAST / 4))
+    assert balance.factor == pytest.approx(4) and paper.factor == 1
+    assert RankingObjective("alrp", least=0.3).epoch_balance.least == 0.3
+
+
 def test_a_step_that_is_not_finite_does_not_spoil_the_factor():
     balance = EpochBalance(2)
     for value in (0.5, torch.nan, torch.inf, 0.5):
