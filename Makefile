@@ -1,4 +1,5 @@
-# make demo: from a fresh clone to a trained detector (SEED=1, ARGS="train.epochs=2" change it);
+# make demo: from a fresh clone to a trained detector (SEED=1, ARGS="train.epochs=2", THREADS=1
+# change it);
 # make test: the complete test suite; make test-fast: that of the core, without the slow ones;
 # make lint: style, formatting and types; make docs: the documentation as a site, in site/.
 # Everything is installed into .venv; PYTHON chooses the interpreter (3.11 to 3.13).
@@ -11,8 +12,11 @@ RUN ?= runs/demo
 SEED ?= 0
 ARGS ?=
 FAST := $(addprefix tests/,losses ops assign models test_architecture.py test_config.py test_docs.py test_measure.py)
+# threads of the training: the machine's cores, up to the number from which small batches no longer get faster
+THREADS ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() or 1))')
 # every question that accelerate would ask or warn about is answered here
-LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --quiet
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --quiet \
+	--num_cpu_threads_per_process $(THREADS)
 
 .PHONY: demo test test-fast lint docs clean
 

@@ -81,7 +81,9 @@ def require_trackers(names: Sequence[str]) -> None:
 def describe_machine(accelerator: Accelerator) -> str:
     """Describe device, processes, precision and versions in one line."""
     device = accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
+    # `accelerate launch` gives each process one thread unless --num_cpu_threads_per_process or OMP_NUM_THREADS says more
+    threads = f"{torch.get_num_threads()} thread(s) of {os.cpu_count()} cores"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
     return (
         f"torch {torch.__version__} on {device.type} ({name}), {accelerator.num_processes} process(es), "
         f"precision {accelerator.mixed_precision}"
