@@ -74,10 +74,6 @@ class Case:
     def __str__(self) -> str:
         return f"{self.dataset} {self.detector} {self.loss} {self.variant} {self.seed}"
 
-    @property
-    def without_variant(self) -> Case:
-        return Case(self.dataset, self.detector, self.loss, "recipe", self.seed)
-
 
 def recipe_of(case: Case) -> str:
     """Path of a case's recipe below `configs`."""

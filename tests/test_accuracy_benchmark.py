@@ -1,0 +1,82 @@
+"""benchmarks/accuracy.py: the figures of its table, and what its runs are made of; no training runs here."""
+
+import importlib
+import json
+import statistics
+import sys
+
+import numpy as np
+import pytest
+from support import ROOT
+
+from brs_detr.config import load_config
+
+
+@pytest.fixture(scope="module")
+def accuracy():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    yield importlib.import_module("accuracy")
+    sys.path.remove(str(ROOT / "benchmarks"))
+
+
+def result(ap, head="decoder", seconds=100):
+    return {"heads": {head: {"AP": ap, "AP50": 2 * ap}}, "cpu_seconds": seconds, "steps": 875, "machine": "m"}
+
+
+def test_an_interval_is_that_of_student(accuracy):
+    values = [0.02, 0.05, 0.01, 0.04]
+    # t of 3 degrees of freedom at 97.5 % from a printed table
+    half = 3.1824 * statistics.stdev(values) / 2
+    mean, width = accuracy.interval(values).split(" ± ")
+    assert float(mean) == pytest.approx(3.0) and float(width) == pytest.approx(100 * half, abs=0.05)
+    assert accuracy.interval([0.02]) == "+2.0"  # of one seed nothing is known
+
+
+def test_differences_are_those_of_equal_seeds(accuracy):
+    results = {
+        "demo brs_detr brs recipe 0": result(0.40),
+        "demo brs_detr brs recipe 1": result(0.30),
+        "demo brs_detr brs recipe 2": result(0.90),  # no focal run of this seed
+        "demo brs_detr focal recipe 0": result(0.38),
+        "demo brs_detr focal recipe 1": result(0.27),
+        "demo brs_detr brs cost8 0": result(0.41),
+    }
+    lines = accuracy.table(results).splitlines()
+    brs = next(line for line in lines if line.startswith("| brs | recipe"))
+    assert "| 3 | 53.3 ± 32.1 |" in brs and "+2.5 ± 6.4 (focal, 2)" in brs
+    assert next(line for line in lines if "cost8" in line).count("+1.0 (recipe, 1)") == 1
+    assert "(focal" not in next(line for line in lines if line.startswith("| focal"))
+
+
+def test_results_of_several_studies_are_joined_in_one_file(accuracy, tmp_path):
+    out = tmp_path / "results" / "accuracy.json"
+    accuracy.keep(out, {"demo atss brs recipe 0": result(0.4, "head")})
+    accuracy.keep(out, {"demo atss rs recipe 0": result(0.3, "head")})
+    assert list(accuracy.stored(out)) == list(json.loads(out.read_text())) and len(accuracy.stored(out)) == 2
+    assert "| rs | recipe | head | 1 | 30.0 |" in out.with_suffix(".md").read_text()
+
+
+def test_suppression_keeps_the_best_of_a_class(accuracy):
+    image = {
+        "boxes": np.array([[0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 9], [20, 0, 30, 10]], np.float32),
+        "scores": np.array([0.9, 0.8, 0.7, 0.6], np.float32),
+        "labels": np.array([0, 0, 1, 0]),
+        "image_id": 3,
+    }
+    kept = accuracy.suppress(image)
+    assert kept["scores"].tolist() == pytest.approx([0.9, 0.7, 0.6]) and kept["image_id"] == 3
+
+
+@pytest.mark.parametrize("dataset", ["demo", "bccd", "nuclei"])
+@pytest.mark.parametrize(
+    "detector", ["brs_detr", "atss", "faster_rcnn", "retinanet", "foveabox", "paa", "cascade_rcnn"]
+)
+def test_every_case_has_a_recipe_that_takes_its_settings(accuracy, dataset, detector):
+    losses = ["brs", "rs", "ap", "alrp", *(["focal", "quality_focal"] if detector == "brs_detr" else ["score"])]
+    for loss in losses:
+        case = accuracy.Case(dataset, detector, loss, "recipe", 1)
+        config = load_config(
+            ROOT / "configs" / accuracy.recipe_of(case), accuracy.settings_of(case, {"recipe": [], "other": ["seed=3"]})
+        )
+        assert config.model.name == detector
+    assert str(case) == f"{dataset} {detector} {losses[-1]} recipe 1"
