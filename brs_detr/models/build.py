@@ -86,7 +86,7 @@ def build_brs_detr(config: BRSDETRConfig, num_classes: int) -> BRSDETR:
         roi=roi,
         atss=ATSSHead(dim, num_classes, strides, config.atss, config.norm_groups),
         neck=ChannelMapper(backbone.channels, dim, config.levels, config.norm_groups),
-        proposals=TwoStageHead(dim, num_classes, config.queries),
+        proposals=TwoStageHead(dim, num_classes, config.queries, config.proposal_nms_iou),
         decoder=QueryDecoder(dim, num_classes, layers=config.decoder_layers, **layer),
         matcher=HungarianMatcher(config.matcher.cls, config.matcher.l1, config.matcher.giou),
         objective=build_objective(config.objective),

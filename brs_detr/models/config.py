@@ -291,6 +291,8 @@ class BRSDETRConfig:
     decoder_layers: Count = 6
     ffn_dim: Count = 2048
     queries: Count = 300
+    # IoU from which a box among the encoder's proposals gives way to a better one; null: the best become queries
+    proposal_nms_iou: Annotated[Fraction | None, Null("no suppression")] = None
     max_aux_queries: Count = 300
     encoder_ranking: Literal["all", "first"] = "all"  # columns of the encoder proposals' logits that are ranked
     detections_per_image: Count = 100

@@ -81,7 +81,7 @@ def require_trackers(names: Sequence[str]) -> None:
 def describe_machine(accelerator: Accelerator) -> str:
     """Describe device, processes, precision and versions in one line."""
     device = accelerator.device
-    # `accelerate launch` gives each process one thread unless --num_cpu_threads_per_process or OMP_NUM_THREADS says more
+    # one with `accelerate launch` unless --num_cpu_threads_per_process or OMP_NUM_THREADS says more
     threads = f"{torch.get_num_threads()} thread(s) of {os.cpu_count()} cores"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
     return (

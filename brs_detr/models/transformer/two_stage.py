@@ -10,11 +10,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import batched_nms, box_convert
 
 from brs_detr.models.transformer.attention import inverse_sigmoid, sine_of_boxes
 from brs_detr.models.transformer.decoder import Predictions, box_regressor, classifier
 from brs_detr.models.transformer.encoder import Memory, cell_centers
 from brs_detr.ops.anchors import take_rows
+
+CANDIDATES = 10  # tokens a query among which overlapping ones are looked for
 
 
 class Proposals(NamedTuple):
@@ -49,6 +52,34 @@ def token_anchors(memory: Memory) -> tuple[Tensor, Tensor]:
     return anchors, valid
 
 
+def demote_overlapping(scores: Tensor, boxes: Tensor, iou: float, candidates: int) -> Tensor:
+    """Lower the scores of boxes that overlap a better one, as NMS finds them, below those of all other candidates.
+
+    Without it most queries of a detector that has not been trained for long start at the same few objects: several
+    tokens of an object score high, since only long training teaches the encoder to prefer one (DETA, Ouyang-Zhang et
+    al. 2022, section 3.2).
+
+    Args:
+        scores: (B, N) logits; -inf where a token may not be selected.
+        boxes: (B, N, 4) cxcywh in [0, 1].
+        iou: overlap from which a box is suppressed.
+        candidates: the best tokens of each image that take part; the others become -inf.
+
+    Returns:
+        (B, N) scores whose order is: the kept candidates, then the suppressed ones, both as before; then the rest.
+    """
+    best, index = scores.topk(min(candidates, scores.shape[1]), dim=1)
+    corners = box_convert(take_rows(boxes, index), "cxcywh", "xyxy").float()
+    images = torch.arange(len(scores), device=scores.device)[:, None].expand_as(index)
+    kept = batched_nms(corners.flatten(0, 1), best.flatten().float(), images.flatten(), iou)
+    suppressed = torch.ones_like(images.flatten(), dtype=torch.bool).index_fill(0, kept, False).view_as(images)
+    # Ranks and not scores: nothing is lost to rounding, whatever the range of the logits.
+    length = index.shape[1]
+    rank = torch.arange(length, device=scores.device) + length * suppressed
+    lowered = torch.full_like(scores, -torch.inf)
+    return lowered.scatter(1, index, torch.where(best.isneginf(), best, -rank.to(scores)))
+
+
 class TwoStageHead(nn.Module):
     """Scores and boxes of all encoder tokens, and the selection of the best.
 
@@ -59,11 +90,12 @@ class TwoStageHead(nn.Module):
         dim: width of the tokens.
         num_classes: K; the targets are class-agnostic, yet the released classifier has K columns.
         queries: number of tokens to select; all if the memory has fewer.
+        nms_iou: tokens whose box overlaps that of a better one by more are selected last; None: by their score alone.
     """
 
-    def __init__(self, dim: int, num_classes: int, queries: int = 300) -> None:
+    def __init__(self, dim: int, num_classes: int, queries: int = 300, nms_iou: float | None = None) -> None:
         super().__init__()
-        self.queries = queries
+        self.queries, self.nms_iou = queries, nms_iou
         self.projection = nn.Linear(dim, dim)
         nn.init.xavier_uniform_(self.projection.weight)
         self.norm = nn.LayerNorm(dim)
@@ -79,6 +111,8 @@ class TwoStageHead(nn.Module):
         logits = self.classifier(tokens).to(unsquashed.dtype)
         boxes = (self.regressor(tokens).to(unsquashed.dtype) + unsquashed).sigmoid()
         scores = logits[..., 0].detach().masked_fill(~valid, -torch.inf)
+        if self.nms_iou is not None:
+            scores = demote_overlapping(scores, boxes.detach(), self.nms_iou, CANDIDATES * self.queries)
         chosen = scores.topk(min(self.queries, scores.shape[1]), dim=1).indices
         references = take_rows(boxes.detach(), chosen)
         return Proposals(Predictions(logits, boxes), references, valid, chosen)
