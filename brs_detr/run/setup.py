@@ -37,7 +37,7 @@ from brs_detr.engine.checkpoint import (
 from brs_detr.engine.optim import count_parameters
 from brs_detr.models.backbones.timm_backbone import plain_name
 from brs_detr.models.build import build_model, sampling_here
-from brs_detr.models.cnn_config import ModelConfig
+from brs_detr.models.cnn_config import MaskRCNNConfig, ModelConfig
 from brs_detr.models.detector import Detector
 
 
@@ -306,6 +306,8 @@ def describe_detector(config: ModelConfig) -> str:
     """Describe a detector's name, losses and, where it has any, implementation of deformable attention."""
     losses = dict.fromkeys(value for name, value in leaves(config) if name.endswith("objective.loss"))
     text = f"{config.name} with loss {', '.join(losses)}"
+    if isinstance(config, MaskRCNNConfig):
+        text += f", masks by {config.mask.resolved(config.roi.objective).loss}"
     attention = getattr(config, "deformable_attention", None)
     return text if attention is None else f"{text}, deformable attention by {sampling_here(attention)}"
 
