@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
             any_size=options.any_size,
             opset=options.opset,
             pixels=PIXELS[options.pixels],
-            metadata=metadata(weights, config, None if options.any_size else size),
+            metadata=metadata(model, weights, config, None if options.any_size else size),
         )
         check(model, partial, config, options, size, images)
         publish(partial, options.out)
@@ -103,12 +103,12 @@ def input_size(config: Config, options: argparse.Namespace) -> Size:
     return (short, long) if options.any_size else (options.height or long, options.width or long)
 
 
-def metadata(weights: Weights, config: Config, size: Size | None) -> dict[str, Any]:
+def metadata(model: BRSDETR, weights: Weights, config: Config, size: Size | None) -> dict[str, Any]:
     """Return what the file's user needs to know: the meaning of the labels, and how to resize an image."""
     return {
         "classes": weights.classes,
         "category_ids": weights.category_ids,
-        "thresholds": score_thresholds(weights, None),
+        "thresholds": score_thresholds(model, weights, None),
         "size": size,
         "short_side": config.data.test_short_side,
         "long_side": config.data.test_long_side,

@@ -94,6 +94,24 @@ _SOFTMAX_CASCADE = ScoreConfig("cross_entropy", TermWeights(l1=1.0, giou=10.0), 
 
 
 @dataclass(frozen=True)
+class NoNMS:
+    """Detections may overlap."""
+
+    kind: Literal["none"] = "none"
+
+
+@dataclass(frozen=True)
+class HardNMS:
+    """Of the detections of a class that overlap, the one with the highest score stays."""
+
+    kind: Literal["hard"] = "hard"
+    iou: Fraction = 0.6  # overlap above which the others are dropped
+
+
+NMSConfig = NoNMS | HardNMS
+
+
+@dataclass(frozen=True)
 class MatcherConfig:
     """Weights of the Hungarian costs."""
 
