@@ -54,7 +54,7 @@ SCORE_BASED = {
     "paa": "model.loss=focal model.head.iou_branch=true",
     "faster_rcnn": SAMPLED,
     "cascade_rcnn": f"{SAMPLED} model.roi.stage_weights=[1,.5,.25] model.roi.std_divisors=[1,2,3]",
-    "mask_rcnn": f"{SAMPLED} model.mask.loss=binary_cross_entropy",
+    "mask_rcnn": SAMPLED,
     "yolact": "model.loss=focal",
     "solov2": "model.loss=focal",
 }

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -34,12 +35,13 @@ from brs_detr.data.image_io import ImageError
 from brs_detr.data.issues import DROPPED, POLICY, DataError
 from brs_detr.data.loader import build_eval_loader
 from brs_detr.engine.checkpoint import write_text
-from brs_detr.engine.predict import predict, predict_with_all_heads, require_all
+from brs_detr.engine.predict import join_heads, limited, predict, predict_with_all_heads, require_all
 from brs_detr.engine.storage import writing
 from brs_detr.evaluation.coco_eval import GroundTruth, detections_to_results, evaluate_coco, finite_results
 from brs_detr.evaluation.summary import Summary
 from brs_detr.exit_codes import ExitCode, Failure
 from brs_detr.models.detector import Detector
+from brs_detr.models.ensemble import MAX_JOINED, Ensemble
 from brs_detr.ops.masks import decode_masks
 from brs_detr.run import setup
 from brs_detr.run.launch import start_accelerator
@@ -151,9 +153,10 @@ def score(
     accelerator: Accelerator,
     images_listed: int = 0,
     head: str | None = None,
+    learn: bool = False,
     **options: Any,
 ) -> tuple[Summary | None, list[dict]]:
-    """Predict a dataset and evaluate the detections; with `eval.predict_with=auto` those of every head.
+    """Predict a dataset and evaluate the detections; with `eval.predict_with=auto` or `ensemble` those of every head.
 
     Args:
         model: the bare detector.
@@ -163,7 +166,9 @@ def score(
         config: its `eval` section.
         accelerator: of the launch.
         images_listed: by the annotation file, those that were left out when it was read included.
-        head: the one of several heads whose figures are returned; None: the one with the highest AP.
+        head: the one of several heads whose figures are returned; None: the one with the highest AP. With `ensemble`
+            they are those of all heads joined.
+        learn: learn from these images how the scores of the heads compare, as a training's validation does.
         options: handed to `evaluate_coco`.
 
     Returns:
@@ -176,24 +181,46 @@ def score(
     limits: dict[str, Any] = {
         "score_threshold": config.eval.score_threshold,
         "max_detections": config.eval.max_detections,
-        "progress": True,
     }
-    if config.eval.predict_with != "auto" or len(getattr(model, "heads", ())) < 2:
-        detections = predict(model, loader, accelerator, **limits)
+    if config.eval.predict_with not in ("auto", "ensemble") or len(getattr(model, "heads", ())) < 2:
+        detections = predict(model, loader, accelerator, **limits, progress=True)
         return score_detections(detections, category_ids, truth, config, accelerator, images_listed, **options)
-    by_head = predict_with_all_heads(cast(Detector, model), loader, accelerator, **limits)
+    detector, shared = cast(Detector, model), (category_ids, truth, config, accelerator, images_listed)
+    # what `join_heads` needs, limited below
+    most = max(MAX_JOINED, config.eval.max_detections)
+    by_head = predict_with_all_heads(detector, loader, accelerator, max_detections=most, progress=True)
     scored = {
-        name: score_detections(detections, category_ids, truth, config, accelerator, images_listed, **options)
+        name: score_detections(limited(detections, **limits), *shared, **options)
         for name, detections in by_head.items()
     }
     summaries = {name: summary for name, (summary, _) in scored.items() if summary is not None}
     if not summaries:
         return None, []
+    if learn:
+        detector.ensemble = learn_ensemble(by_head, summaries)
+    if config.eval.predict_with == "ensemble":
+        assert detector.ensemble is not None  # of the weights, where it is not learned here
+        joined = join_heads(by_head, detector.ensemble, detector.join_iou)
+        scored["ensemble"] = score_detections(limited(joined, **limits), *shared, **options)
+        head = "ensemble"
     chosen = head or max(summaries, key=lambda name: summaries[name].stats["AP"])
     summary, results = scored[chosen]
     assert summary is not None  # as all are in the main process
-    summary.head, summary.heads = chosen, {name: one.stats for name, one in summaries.items()}
+    every = {name: one for name, (one, _) in scored.items() if one is not None}
+    summary.head, summary.heads = chosen, {name: one.stats for name, one in every.items()}
+    summary.head_thresholds = {name: one.thresholds() for name, one in every.items()}
     return summary, results
+
+
+def learn_ensemble(by_head: Mapping[str, Sequence[dict[str, Any]]], summaries: Mapping[str, Summary]) -> Ensemble:
+    """Learn from a validation how the scores of the heads compare."""
+    scores = {
+        head: torch.from_numpy(np.concatenate([image["scores"] for image in images]))
+        for head, images in by_head.items()
+    }
+    any_summary = next(iter(summaries.values()))
+    objects = sum(row["objects"] for row in any_summary.per_class)
+    return Ensemble.learn(scores, {head: one.stats["AP"] for head, one in summaries.items()}, objects)
 
 
 def score_detections(
@@ -290,7 +317,9 @@ def validator(run: Run, data: Data) -> Callable[[nn.Module], dict[str, float]]:
 
     def validate(module: nn.Module) -> dict[str, float]:
         listed = dataset.report["images_listed"]
-        summary, _ = score(module, category_ids, truth, data.val_loader, run.config, run.accelerator, listed)
+        summary, _ = score(
+            module, category_ids, truth, data.val_loader, run.config, run.accelerator, listed, learn=True
+        )
         thresholds.clear()
         thresholds.update({} if summary is None else summary.thresholds())
         for note in summary.notes if summary is not None else []:
@@ -301,7 +330,10 @@ def validator(run: Run, data: Data) -> Callable[[nn.Module], dict[str, float]]:
             return {}
         data.chosen.clear()
         if summary.head is not None:
-            data.chosen["predict_with"] = summary.head
+            data.chosen.update(predict_with=summary.head, head_thresholds=summary.head_thresholds)
+        ensemble = getattr(module, "ensemble", None)
+        if ensemble is not None:
+            data.chosen["ensemble"] = ensemble.as_dict()
         heads = {f"{head}_AP": stats["AP"] for head, stats in summary.heads.items()}
         return summary.stats | heads | {"images": summary.images, "images_left_out": summary.images_left_out}
 

@@ -19,11 +19,9 @@ from safetensors.torch import load_file
 from support import DEMO, ROOT, SMALL_DETECTOR, SMALL_IMAGES, reset_accelerate, script
 
 from brs_detr import cli
-from brs_detr.commands.predict import score_thresholds
 from brs_detr.config import from_dict, load_config
 from brs_detr.data.storage import StorageError
 from brs_detr.data.synthetic import make_dataset
-from brs_detr.engine.checkpoint import Weights
 from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.trainer import Trainer
 from brs_detr.run.setup import build_detector
@@ -507,14 +505,6 @@ def test_predict_writes_a_json_and_images(run, data, tmp_path):
     assert len(found) == 7 and len(list((tmp_path / "detections").iterdir())) == 7
     names = {"disc", "ring", "rectangle", "triangle", "star"}
     assert {thing["name"] for entry in found for thing in entry["objects"]} <= names
-
-
-def test_predict_reports_from_the_score_that_was_best_in_validation():
-    classes, labels = ["disc", "ring"], ([7, 3], {})
-    validated = Weights({}, classes, *labels, {"thresholds": {"ring": 0.04}})
-    assert score_thresholds(validated, None) == [1.0, 0.04]
-    assert score_thresholds(validated, 0.2) == [0.2, 0.2]
-    assert score_thresholds(Weights({}, classes, *labels), None) == [0.3, 0.3]
 
 
 def test_check_data_reads_a_recipe(data, tmp_path, capsys):

@@ -122,7 +122,10 @@ def test_every_detector_builds_at_its_full_size():
 
 def test_info_describes_a_recipe_by_its_name(capsys):
     assert main(["info", "mask_rcnn_r50_rs_12e_lvis", "--classes", "1203"]) == 0
-    assert "1203 classes" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1203 classes" in out and "masks by dice" in out
+    assert main(["info", "mask_rcnn_small", "model.loss=focal", "--classes", "2"]) == 0
+    assert "masks by binary_cross_entropy" in capsys.readouterr().out
 
 
 def test_every_recipe_has_the_optimizer_and_the_warm_up_of_all():

@@ -12,7 +12,9 @@ from brs_detr import evaluate
 from brs_detr.config import Config
 from brs_detr.data.issues import DataError
 from brs_detr.engine.config import EvalConfig
+from brs_detr.engine.predict import join_heads, limited
 from brs_detr.evaluation.coco_eval import GroundTruth
+from brs_detr.models.ensemble import Ensemble
 from brs_detr.ops.images import ImageBatch
 
 BOX = [10.0, 10.0, 50.0, 40.0]
@@ -71,7 +73,7 @@ class TwoHeads(nn.Module):
     """Head "good" finds the object, head "late" misplaces it."""
 
     heads = ("late", "good")
-    shift = 0.0
+    shift, ensemble, join_iou = 0.0, None, 0.6
 
     def detect_with_all_heads(self, images):
         return {"late": self.found(20.0), "good": self.found(self.shift)}
@@ -111,6 +113,34 @@ def test_without_auto_only_the_wanted_head_runs(monkeypatch):
     assert summary.head is None and not summary.heads and summary.stats["AP"] == 0
 
 
+def test_an_ensemble_is_scored_beside_the_heads_only_where_it_is_asked_for():
+    summary, results = score_two_heads("ensemble", learn=True)
+    assert summary.head == "ensemble" and set(summary.heads) == {"late", "good", "ensemble"}
+    assert len(results) == 6  # the boxes of both heads, which do not overlap enough to be one
+    assert [r["score"] for r in results if r["bbox"][0] == 10] == pytest.approx([1.0] * 3, abs=1e-4)  # of AP 1
+    assert summary.stats["AP"] == pytest.approx(1.0) and set(summary.head_thresholds) == set(summary.heads)
+    assert "ensemble" not in score_two_heads(learn=True)[0].heads
+
+
+def test_an_ensemble_has_the_detections_that_the_detector_itself_makes():
+    """On the host, of all images at once, or on the device, image by image."""
+    model, images = TwoHeads(), None
+    by_head = {
+        head: [{"image_id": 1, "unreadable": False, **{key: value.numpy() for key, value in own[0].items()}}]
+        for head, own in model.detect_with_all_heads(images).items()
+    }
+    ensemble = Ensemble.learn({head: torch.tensor([0.4, 0.5]) for head in by_head}, {"good": 0.9, "late": 0.3}, 1)
+    (host,) = join_heads(by_head, ensemble, 0.6)
+    device = ensemble.join({head: own[0] for head, own in model.detect_with_all_heads(images).items()}, 0.6)
+    assert all((host[key] == device[key].numpy()).all() for key in device)
+
+
+def test_limits_hold_after_joining():
+    """A head is joined with all it has; what is reported is limited."""
+    entry = found(1) | {"boxes": np.zeros((3, 4)), "scores": np.array([0.9, 0.5, 0.1]), "labels": np.zeros(3)}
+    assert [len(limited([entry], *limits)[0]["scores"]) for limits in ((0.0, 2), (0.3, 5), (0.0, 5))] == [2, 2, 3]
+
+
 def test_a_validation_keeps_the_best_head_for_the_weights(monkeypatch):
     dataset = SimpleNamespace(ground_truth=annotations, json_path="val.json", report={"images_listed": 3}, masks=False)
     images = ImageBatch.from_list([torch.zeros(3, 90, 90)])
@@ -120,8 +150,10 @@ def test_a_validation_keeps_the_best_head_for_the_weights(monkeypatch):
         train_set=SimpleNamespace(category_ids=[5]), val_set=dataset, val_loader=loader, thresholds={}, chosen={}
     )
     metrics = evaluate.validator(run, data)(TwoHeads())
-    assert data.chosen == {"predict_with": "good"}
+    ensemble = data.chosen.pop("ensemble")
+    assert list(ensemble["ap"]) == ["good", "late"]
+    assert data.chosen == {"predict_with": "good", "head_thresholds": {"good": {"ring": 0.5}, "late": {}}}
     assert (metrics["AP"], metrics["good_AP"], metrics["late_AP"]) == pytest.approx((1.0, 1.0, 0.0))
     monkeypatch.setattr(TwoHeads, "shift", 90.0)  # later weights of which the other head is no worse
     evaluate.validator(run, data)(TwoHeads())
-    assert data.chosen == {"predict_with": "late"}
+    assert data.chosen["predict_with"] == "late"

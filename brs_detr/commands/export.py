@@ -19,9 +19,10 @@ from brs_detr.config import Config, ConfigError
 from brs_detr.data.image_io import read_image
 from brs_detr.data.transforms import resized_size
 from brs_detr.engine.checkpoint import Weights, publish
-from brs_detr.export.onnx import ExportError, write_onnx
+from brs_detr.export.graphs import ExportError, require_exportable
+from brs_detr.export.onnx import write_onnx
 from brs_detr.export.parity import MAX_BOX_DIFFERENCE, MAX_SCORE_DIFFERENCE, ExportedDetector, compare
-from brs_detr.models.brs_detr import BRSDETR
+from brs_detr.models.detector import Detector
 from brs_detr.ops.images import ImageBatch, Size
 from brs_detr.run.output_dir import require_writable
 from brs_detr.run.setup import restore
@@ -39,17 +40,14 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--any-size: height and width are dynamic. Leave out --height and --width, or --any-size.")
     require_writable(options.out.parent, "--out")
     model, weights, config, file = restore(options.weights, options.overrides)
-    if not isinstance(model, BRSDETR):
-        raise ConfigError(f"{file}: {config.model.name} cannot be exported, only brs_detr and co_detr can.")
-    if model.predict_with != "decoder":
-        raise ConfigError(
-            f"eval.predict_with={model.predict_with}: only the decoder's detections can be exported. "
-            "Add eval.predict_with=decoder."
-        )
+    try:
+        require_exportable(model)
+    except ExportError as error:
+        raise ExportError(f"{file}: {error}") from None
     size = input_size(config, options)
     images = {str(path): read_image(path, limits=config.data) for path in options.image}
     shape = "any size" if options.any_size else f"{size[0]}x{size[1]} (height x width)"
-    print(f"{printable(file)}: exporting for {shape}")
+    print(f"{printable(file)}: exporting head {model.predict_with} for {shape}")
     partial = options.out.with_name(f".{options.out.name}.partial")
     try:
         write_onnx(
@@ -59,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
             any_size=options.any_size,
             opset=options.opset,
             pixels=PIXELS[options.pixels],
-            metadata=metadata(weights, config, None if options.any_size else size),
+            metadata=metadata(model, weights, config, None if options.any_size else size),
         )
         check(model, partial, config, options, size, images)
         publish(partial, options.out)
@@ -103,12 +101,13 @@ def input_size(config: Config, options: argparse.Namespace) -> Size:
     return (short, long) if options.any_size else (options.height or long, options.width or long)
 
 
-def metadata(weights: Weights, config: Config, size: Size | None) -> dict[str, Any]:
+def metadata(model: Detector, weights: Weights, config: Config, size: Size | None) -> dict[str, Any]:
     """Return what the file's user needs to know: the meaning of the labels, and how to resize an image."""
     return {
         "classes": weights.classes,
         "category_ids": weights.category_ids,
-        "thresholds": score_thresholds(weights, None),
+        "head": model.predict_with,
+        "thresholds": score_thresholds(model, weights, None),
         "size": size,
         "short_side": config.data.test_short_side,
         "long_side": config.data.test_long_side,
@@ -117,7 +116,7 @@ def metadata(weights: Weights, config: Config, size: Size | None) -> dict[str, A
 
 
 def check(
-    model: BRSDETR, path: Path, config: Config, options: argparse.Namespace, size: Size, samples: dict[str, Tensor]
+    model: Detector, path: Path, config: Config, options: argparse.Namespace, size: Size, samples: dict[str, Tensor]
 ) -> None:
     """Compare the file in onnxruntime with the detector in torch, on noise and on (3, h, w) images by name.
 

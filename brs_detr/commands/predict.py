@@ -17,6 +17,7 @@ from PIL import Image
 from brs_detr.data.build import build_eval_transforms
 from brs_detr.data.image_io import ImageError, is_image_name, read_image
 from brs_detr.engine.checkpoint import Weights, write_text
+from brs_detr.models.detector import Detector
 from brs_detr.ops.images import ImageBatch
 from brs_detr.ops.masks import as_rles, decode_masks
 from brs_detr.ops.rle import as_text
@@ -35,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     model, weights, config, _ = restore(options.weights, options.overrides)
     device = choose_device(options.device)
     model.to(device)
-    thresholds = torch.tensor(score_thresholds(weights, options.threshold), device=device)
+    thresholds = torch.tensor(score_thresholds(model, weights, options.threshold), device=device)
     transforms = build_eval_transforms(config.data)
     files = image_files(options.images)
     root = options.images if options.images.is_dir() else options.images.parent
@@ -83,15 +84,26 @@ def save(predictions: list[dict], out: Path, partial: Path) -> None:
     print(f"saved in {printable(out)}")
 
 
-def score_thresholds(weights: Weights, threshold: float | None) -> list[float]:
-    """Return the minimum score of each class: `threshold`, or the one of its best F1 in the last validation.
+def score_thresholds(model: Detector, weights: Weights, threshold: float | None) -> list[float]:
+    """Return the minimum score of each class: `threshold`, or that of the best F1 of the head that predicts.
 
-    Weights without a validation (converted ones) get 0.3; a class without a true positive in validation gets 1.
+    The F1 is that of the last validation. A head that it did not score, and weights without a validation (converted
+    ones), get 0.3; a class without a true positive in validation gets 1.
     """
-    stored = weights.extra.get("thresholds")
-    if threshold is not None or not stored:
+    stored = None if threshold is not None else stored_thresholds(model, weights)
+    if not stored:
         return [0.3 if threshold is None else threshold] * len(weights.classes)
     return [stored.get(name, 1.0) for name in weights.classes]
+
+
+def stored_thresholds(model: Detector, weights: Weights) -> dict[str, float] | None:
+    """Return what the validation of the weights stored for the head that predicts; None if it did not score it."""
+    extra = weights.extra
+    by_head: dict[str, dict[str, float]] = extra.get("head_thresholds", {})
+    # of a validation of one head, which is then not named, or of the best one
+    scored = extra.get("predict_with", weights.config.get("eval", {}).get("predict_with", "auto"))
+    alone = {model.heads[0] if scored == "auto" else scored: extra.get("thresholds")}
+    return by_head.get(model.predict_with, alone.get(model.predict_with))
 
 
 def image_files(path: Path) -> list[Path]:

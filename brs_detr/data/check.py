@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from brs_detr.data.annotations import categories_differ, image_name
@@ -63,7 +64,13 @@ def check_dataset(source: Source, log: IssueLog, listed: Collection[str] | None 
     Raises:
         DataError: it cannot be used.
     """
-    options = {"transforms": source.transforms, "train": source.train, "inspect": True, **source.options}
+    options = {
+        "transforms": source.transforms,
+        "train": source.train,
+        "inspect": True,
+        "draw_all": True,
+        **source.options,
+    }
     dataset = CocoDetection(source.json_path, source.image_dir, log=log, **options)
     readable = [inspect_image(dataset, index, log) for index in range(len(dataset))]
     if not any(readable):
@@ -87,9 +94,30 @@ def listed_files(source: Source) -> set[str]:
 
 def file_names(json_path: str | Path, limits: Limits | None = None) -> list[str]:
     """Return the file names of a json's image entries."""
-    entries = load_json(json_path, (limits or Limits()).max_json_bytes)["images"]
-    names = [image_name(entry) for entry in entries if isinstance(entry, dict)]
+    return _names(load_json(json_path, (limits or Limits()).max_json_bytes))
+
+
+def _names(data: dict[str, Any]) -> list[str]:
+    names = [image_name(entry) for entry in data["images"] if isinstance(entry, dict)]
     return [name for name in names if isinstance(name, str) and name]
+
+
+def source_of_json(json_path: str, images: str | None, limits: Limits | None = None) -> Source:
+    """Return a json's dataset as training without a recipe would open it; with masks if any annotation has one.
+
+    Args:
+        json_path: annotation file.
+        images: folder of its images; by default it is searched for.
+        limits: maximum sizes of files.
+
+    Raises:
+        DataError: the json cannot be read.
+    """
+    limits = limits or Limits()
+    data = load_json(json_path, limits.max_json_bytes, masks="pack")
+    masks = any(isinstance(entry, dict) and "segmentation" in entry for entry in data["annotations"])
+    folder = images or str(usual_folder(json_path, _names(data)))
+    return Source(json_path, folder, TrainTransforms(), options={"limits": limits, "masks": masks})
 
 
 def _find_unlisted(dataset: CocoDetection, listed: Collection[str], log: IssueLog) -> None:
@@ -122,6 +150,7 @@ def report(dataset: CocoDetection, log: IssueLog, show: int) -> str:
         f"images in {printable(dataset.image_dir)}",
         f"{dataset.num_classes} classes: "
         + ", ".join(f"{name} (id {key})" for name, key in zip(dataset.classes, dataset.category_ids, strict=True)),
+        _about_masks(dataset),
     ]
     headings = {WARNED: "warning", DROPPED: "left out", REPAIRED: "repaired", KEPT: "worth knowing"}
     for action, heading in headings.items():
@@ -134,6 +163,14 @@ def report(dataset: CocoDetection, log: IssueLog, show: int) -> str:
     if not log.counts:
         lines.append("no issues found")
     return "\n".join(lines)
+
+
+def _about_masks(dataset: CocoDetection) -> str:
+    """Say how many objects have a mask that can be drawn."""
+    offsets, objects = dataset.packed.mask_offsets, ~dataset.packed.iscrowd
+    if offsets is None:
+        return "masks are not looked at"
+    return f"{int((np.diff(offsets)[objects] > 0).sum()):,} of {int(objects.sum()):,} objects have masks"
 
 
 def write_csv(log: IssueLog, path: str | Path) -> None:
@@ -164,8 +201,7 @@ def run(
         if Path(args.target).suffix in (".yaml", ".yml") and resolve is not None:
             sources = resolve(args.target)
         else:
-            images = args.images or usual_folder(args.target, file_names(args.target, limits))
-            sources = [Source(args.target, str(images), TrainTransforms(), options={"limits": limits or Limits()})]
+            sources = [source_of_json(args.target, args.images, limits)]
     except DataError as error:
         return _refuse(error)
     code = EXIT_TRAINABLE

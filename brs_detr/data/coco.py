@@ -61,6 +61,7 @@ class CocoDetection(Dataset):
         log: counter of the issues; pass one to see all of them.
         masks: also read the objects' masks. In training they follow the boxes through the augmentation, in evaluation
             they are in `ground_truth`. Without them nothing of a segmentation is kept.
+        draw_all: also draw every mask when opening the dataset, to log those that are empty or do not fit their boxes.
         retry_seconds: how long to retry a file when the storage fails; None does not retry, and a file that the storage
             does not return counts as damaged.
 
@@ -86,13 +87,14 @@ class CocoDetection(Dataset):
         limits: Limits | None = None,
         log: IssueLog | None = None,
         masks: bool = False,
+        draw_all: bool = False,
         retry_seconds: float | None = None,
     ) -> None:
         self.json_path, self.image_dir, self.masks = str(json_path), str(image_dir), masks
         self.transforms, self.train, self.seed = transforms, train, seed
         self.limits, self.retry_seconds = limits or Limits(), retry_seconds
         self._log = IssueLog() if log is None else log
-        images, objects, self._listed = self._read(inspect=not train if inspect is None else inspect)
+        images, objects, self._listed = self._read(not train if inspect is None else inspect, draw_all)
         if train:
             images, objects = self._filter_for_training(images, objects, keep_empty, min_side)
         self.packed = pack(images, objects)
@@ -289,7 +291,7 @@ class CocoDetection(Dataset):
         positions = np.argsort(np.argsort(self._exact.rows, kind="stable"))
         return [encoded[position] for position in positions]
 
-    def _read(self, inspect: bool) -> tuple[reading.Images, reading.Objects, tuple[int, int]]:
+    def _read(self, inspect: bool, draw_all: bool) -> tuple[reading.Images, reading.Objects, tuple[int, int]]:
         log, data = (
             self._log,
             load_json(self.json_path, self.limits.max_json_bytes, masks="pack" if self.masks else "drop"),
@@ -311,7 +313,7 @@ class CocoDetection(Dataset):
         check_box_format(images, objects, log)
         objects = clip_and_filter_boxes(images, objects, log, self.train)
         if self.masks:
-            objects = check_masks(images, objects, log)
+            objects = check_masks(images, objects, log, draw_all)
         for label in set(range(len(self.classes))) - set(objects.labels.tolist()):
             log.add("category_unused", f"category {self.category_ids[label]}", self.classes[label])
         return images, objects, listed

@@ -93,6 +93,15 @@ POLICY: dict[str, tuple[str, str]] = {
     ),
     "mask_malformed": (WARNED, "polygons or run lengths that cannot be read are replaced by the box"),
     "mask_of_other_size": (WARNED, "run lengths of another size than their image are replaced by the box"),
+    "mask_empty": (
+        WARNED,
+        "a mask without a pixel, for example of polygons too thin to hold the center of one, is replaced by the box in "
+        "training and stays empty in evaluation",
+    ),
+    "mask_not_in_box": (
+        WARNED,
+        "both are used as they stand, although the box around the mask is another one: look at the contact sheet",
+    ),
     # categories
     "category_name_duplicate": (KEPT, "two categories with one name stay two classes"),
     "category_unused": (KEPT, "a category without any annotation stays a class"),

@@ -12,7 +12,10 @@ import numpy as np
 
 from brs_detr.data.annotations import Images, Objects
 from brs_detr.data.issues import IssueLog
-from brs_detr.ops.rle import RLE, Size, as_text, box_bitmap, draw, encode, stated_size, to_rle
+from brs_detr.ops.rle import RLE, Size, as_text, box_bitmap, boxes_of, draw, encode, stated_size, to_rle
+
+MIN_MASK_IOU = 0.5  # between an object's box and the box around its mask: below, one of them is not the object's
+_ONE_PIXEL = np.array([-1.0, -1.0, 1.0, 1.0])
 
 
 @dataclass(frozen=True)
@@ -92,29 +95,55 @@ def _pack_masks(masks: np.ndarray | None) -> tuple[np.ndarray | None, np.ndarray
     )
 
 
-def check_masks(images: Images, objects: Objects, log: IssueLog) -> Objects:
+def check_masks(images: Images, objects: Objects, log: IssueLog, draw_all: bool = False) -> Objects:
     """Replace the segmentations that are not usable by empty bytes: the box takes the place of such a mask.
 
     Args:
         images: with the frames that the annotations are drawn in.
         objects: annotations with masks.
         log: missing and malformed masks are added to it, and run lengths of another size than the frame.
+        draw_all: also draw the masks of all objects but crowds, and log those that are empty or do not fit their boxes.
     """
     assert objects.masks is not None
     usable = objects.masks.copy()
     for i, blob in enumerate(objects.masks):
-        row, kind, detail = objects.rows[i], "", ""
-        if not blob:
-            kind = "mask_missing" if blob is None else "mask_malformed"
-        else:
-            size = stated_size(np.frombuffer(blob, np.uint32, 3))
-            frame = (int(images.frames[row, 0]), int(images.frames[row, 1]))
-            if size is not None and size != frame:
-                kind, detail = "mask_of_other_size", f"{size[1]}x{size[0]} in {frame[1]}x{frame[0]}"
+        row = objects.rows[i]
+        frame = (int(images.frames[row, 0]), int(images.frames[row, 1]))
+        kind, detail = _unusable(blob, frame)
         if kind:
             usable[i] = b""
+        elif draw_all and not objects.crowd[i]:
+            kind, detail = _drawn_elsewhere(blob, frame, objects.xywh[i])
+        if kind:
             log.add(kind, f"annotation {objects.ids[i]} ({images.names[row]})", detail)
     return replace(objects, masks=usable)
+
+
+def _unusable(blob: bytes | None, frame: Size) -> tuple[str, str]:
+    """Return the kind of issue and a detail if a packed segmentation cannot be drawn, else two empty strings."""
+    if not blob:
+        return "mask_missing" if blob is None else "mask_malformed", ""
+    size = stated_size(np.frombuffer(blob, np.uint32, 3))
+    if size is not None and size != frame:
+        return "mask_of_other_size", f"{size[1]}x{size[0]} in {frame[1]}x{frame[0]}"
+    return "", ""
+
+
+def _drawn_elsewhere(blob: bytes, frame: Size, xywh: np.ndarray) -> tuple[str, str]:
+    """Return the kind of issue and a detail if a mask is empty or the box around it is another, else empty strings."""
+    around = boxes_of([to_rle(np.frombuffer(blob, np.uint32), frame)])[0].astype(np.float64)
+    if not (around[2:] > around[:2]).all():
+        return "mask_empty", ""
+    limit = np.array([frame[1], frame[0]] * 2)
+    stated = np.clip(np.concatenate([xywh[:2], xywh[:2] + xywh[2:]]), 0, limit)
+    # by a pixel on each side, since a box is written in fractions of pixels: those of a thin object would be of others
+    (x0, y0, x1, y1), (u0, v0, u1, v1) = around + _ONE_PIXEL, stated + _ONE_PIXEL
+    shared = max(0.0, min(x1, u1) - max(x0, u0)) * max(0.0, min(y1, v1) - max(y0, v0))
+    iou = shared / ((x1 - x0) * (y1 - y0) + (u1 - u0) * (v1 - v0) - shared)
+    if iou >= MIN_MASK_IOU:
+        return "", ""
+    shown = (", ".join(f"{value:g}" for value in np.round(box, 1)) for box in (around, stated))
+    return "mask_not_in_box", "xyxy of the mask: {}; of the box: {}".format(*shown)
 
 
 def draw_masks(packed: PackedAnnotations, rows: np.ndarray, frame: Size) -> np.ndarray:

@@ -33,7 +33,8 @@ class Weights:
         classes: name of label 0, 1, ...
         category_ids: the dataset's id of label 0, 1, ...
         config: the resolved config as nested plain values; empty if the file has no config.
-        extra: further metadata: "epoch", "step", "metrics", "thresholds" (score of each class's best F1).
+        extra: further metadata: "epoch", "step", "metrics", "thresholds" (score of each class's best F1); of
+            several heads "head_thresholds", the same of each, "predict_with", the best one, and "ensemble".
     """
 
     tensors: dict[str, Tensor]
@@ -81,8 +82,9 @@ def load_weights(path: Path) -> Weights:
             f"{path}: its class names and category ids are not two lists of the same length. Use an earlier file, or "
             "convert it again."
         )
-    scores = extra.get("thresholds", {})
-    if not isinstance(scores, dict) or not _is_list_of(list(scores.values()), float, int):
+    by_head = extra.get("head_thresholds", {})
+    all_scores = [extra.get("thresholds", {}), *(by_head.values() if isinstance(by_head, dict) else [by_head])]
+    if not all(isinstance(own, dict) and _is_list_of(list(own.values()), float, int) for own in all_scores):
         raise CheckpointError(f"{path}: its thresholds are not numbers by class name. Use an earlier file.")
     return Weights(tensors, classes, category_ids, config, extra)
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from brs_detr.config_fields import BelowOne, Count, Fraction
+from brs_detr.config_fields import BelowOne, Count, Fraction, one_of
+from brs_detr.models.config import HardNMS, NMSConfig, NoNMS
 
 
 @dataclass(frozen=True)
@@ -81,5 +82,6 @@ class EvalConfig:
     batch_size: Count = 1  # images a process
     score_threshold: float = 0.0
     max_detections: Count = 100
-    # the head whose boxes count; auto: the best one of the validation, where BRS-DETR has three
-    predict_with: Literal["auto", "decoder", "roi", "atss", "head"] = "auto"
+    # the head whose boxes count; auto: the best one of the validation, where BRS-DETR has three; ensemble: all of them
+    predict_with: Literal["auto", "decoder", "roi", "atss", "head", "ensemble"] = "auto"
+    nms: NMSConfig = one_of(NoNMS(), HardNMS())  # of the decoder's detections; the other heads have their `nms_iou`

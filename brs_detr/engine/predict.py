@@ -8,7 +8,7 @@ the rounding of an image depends on the size of its batch, and scores that round
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from brs_detr.engine.distributed import raise_together
 from brs_detr.exit_codes import Interruption
 from brs_detr.models.detector import Detector
+from brs_detr.models.ensemble import MAX_JOINED, Ensemble
 from brs_detr.ops.images import Batch, ImageBatch
 from brs_detr.ops.masks import as_rles
 
@@ -130,6 +131,38 @@ def _predict(
     # Once per image, even if two processes predicted it.
     unique = {head: {entry["image_id"]: entry for entry in entries} for head, entries in detections.items()}
     return {head: [entries[image_id] for image_id in sorted(entries)] for head, entries in unique.items()}
+
+
+def join_heads(by_head: Mapping[str, Sequence[Detections]], ensemble: Ensemble, nms_iou: float) -> list[Detections]:
+    """Join the detections of all heads, lists as `predict` returns them, as the detector itself does with each image.
+
+    Args:
+        by_head: the detections; of a head at least the best `MAX_JOINED` of an image.
+        ensemble: what a validation has learned of the heads.
+        nms_iou: as for `Ensemble.join`.
+    """
+    joined = []
+    for images in zip(*by_head.values(), strict=True):
+        tensors = {
+            head: {key: torch.from_numpy(own[key]) for key in ("boxes", "scores", "labels")}
+            for head, own in zip(by_head, images, strict=True)
+        }
+        kept = _to_host(ensemble.join(tensors, nms_iou), 0.0, MAX_JOINED)
+        joined.append({"image_id": images[0]["image_id"], "unreadable": images[0]["unreadable"], **kept})
+    return joined
+
+
+def limited(detections: Sequence[Detections], score_threshold: float, max_detections: int) -> list[Detections]:
+    """Return the best `max_detections` of each image, without those at or below a threshold, unless it is 0."""
+    kept = []
+    for own in detections:
+        count = (
+            max_detections
+            if score_threshold <= 0
+            else min(max_detections, int((own["scores"] > score_threshold).sum()))
+        )
+        kept.append({**own, **{key: own[key][:count] for key in ("boxes", "scores", "labels")}})
+    return kept
 
 
 def without_autocast(model: nn.Module) -> Callable[..., Any]:

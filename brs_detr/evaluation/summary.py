@@ -55,6 +55,7 @@ class Summary:
         confusion: the confusion matrix; None unless the evaluation is extended.
         head: the detector's head whose detections these are; None: it has one.
         heads: the overall figures of every head by its name, if all were evaluated.
+        head_thresholds: what `thresholds` returns, of every head likewise.
         score_study: one row per score threshold: the threshold `score`, the mean number of `detections` per image above
             it, and the overall figures of these.
     """
@@ -70,6 +71,7 @@ class Summary:
     score_study: list[dict[str, float]] = field(default_factory=list)
     head: str | None = None
     heads: dict[str, dict[str, float]] = field(default_factory=dict)
+    head_thresholds: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def images_left_out(self) -> int:

@@ -1,12 +1,11 @@
 """Write the detector as an ONNX file: one graph from pixels to detections.
 
-Only the path of the decoder's detections is exported: backbone, neck, encoder, proposals, decoder. Deformable attention
-samples with plain Gathers (`ops/deform_attn_gather.py`), since GridSample is missing or wrong in some runtimes.
+Only the path of one head's detections is exported (`graphs.py`). Deformable attention samples with plain Gathers
+(`ops/deform_attn_gather.py`), since GridSample is missing or wrong in some runtimes.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import warnings
@@ -16,15 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.export import Dim
 
+from brs_detr.export.graphs import DetectorGraph, ExportError
+from brs_detr.export.suppression import translations
 from brs_detr.models.backbones.deformable import DeformableConv
 from brs_detr.models.backbones.swin import SwinBackbone
-from brs_detr.models.brs_detr import BRSDETR
-from brs_detr.models.transformer.attention import use_sampling
-from brs_detr.models.transformer.decoder import Predictions, best_pairs
-from brs_detr.ops.deform_attn_gather import gathered_sampling
+from brs_detr.models.detector import Detector
 from brs_detr.ops.images import Size
 
 DESCRIPTION = """\
@@ -34,55 +31,18 @@ long_side in the metadata) and padded at the right and at the bottom, with any v
 sizes (batch, 2): height and width of each image without its padding.
 boxes (batch, n, 4): x1, y1, x2, y2 in pixels of the input; divide by the resizing factor.
 scores (batch, n), descending; labels (batch, n), indices into classes and category_ids in the metadata.
-Non-maximum suppression is not needed. Detections below their label's entry of thresholds are rarely correct."""
+An entry of score -1 is no detection: an image may have fewer than n. Non-maximum suppression is not needed after this
+graph. Detections below their label's entry of thresholds are rarely correct."""
 
-
+OUTPUTS = ("boxes", "scores", "labels")
+PROPOSALS = "proposals"
+"""Name of the value inside the graph that the second stage of a two-stage head looks at (see `DetectorGraph`)."""
+TWO_STAGE = ("decoder", "roi")  # heads that have one
 MIN_OPSET = 18  # the oldest that torch's dynamo-based exporter writes
 
 
-class ExportError(ValueError):
-    """A detector that cannot be exported with the given options; the message says what to change."""
-
-
-class DetectorGraph(nn.Module):
-    """The decoder path of a detector, with the image sizes as a tensor instead of Python integers.
-
-    Args:
-        model: the detector; a copy of it is used, in eval mode and with sampling by Gathers.
-    """
-
-    def __init__(self, model: BRSDETR) -> None:
-        super().__init__()
-        self.model = copy.deepcopy(model)
-        use_sampling(self.model, gathered_sampling)
-        self.eval()
-
-    def forward(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Detect objects.
-
-        Args:
-            pixels: (B, 3, H, W) RGB in 0..255, uint8 or float.
-            sizes: (B, 2) int64 (height, width) of each image without its padding.
-
-        Returns:
-            boxes (B, n, 4) xyxy in pixels of the input, scores (B, n), labels (B, n), best first.
-        """
-        model = self.model
-        height, width = pixels.shape[-2:]
-        # the mask by comparison rather than by slices, whose bounds would be constants of the graph
-        below = torch.arange(height, device=sizes.device) >= sizes[:, :1]
-        beside = torch.arange(width, device=sizes.device) >= sizes[:, 1:]
-        padding = below[:, :, None] | beside[:, None, :]
-        memory = model.encode(model.normalize(pixels, padding), padding)
-        layers = model.decode(memory, model.proposals(memory).references)
-        last = Predictions(layers.logits[-1], layers.boxes[-1])
-        boxes, scores, labels = best_pairs(last, model.detections_per_image)
-        extents = sizes.flip(1).repeat(1, 2).to(boxes.dtype)
-        return boxes * extents[:, None], scores, labels
-
-
 def write_onnx(
-    model: BRSDETR,
+    model: Detector,
     path: Path,
     size: Size,
     *,
@@ -103,7 +63,7 @@ def write_onnx(
         metadata: entries to store in the file, each as JSON.
 
     Raises:
-        ExportError: torch cannot trace the model, or cannot write it in that opset.
+        ExportError: the detector has no graph, torch cannot trace it, or cannot write it in that opset.
     """
     if opset < MIN_OPSET:
         raise ExportError(f"--opset={opset}: torch's exporter writes opset {MIN_OPSET} and newer.")
@@ -115,6 +75,7 @@ def write_onnx(
             "--any-size: a Swin backbone divides its maps into windows, which fixes the size of the graph. "
             "Give --height and --width instead."
         )
+    graph = DetectorGraph(model)
     # two images: torch.export specializes on dimensions of size 1
     example = torch.zeros(2, 3, *size, dtype=pixels), torch.tensor([size, size])
     batch, dynamic = Dim("batch"), {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if any_size else {}
@@ -122,7 +83,7 @@ def write_onnx(
     try:
         with torch.no_grad(), quiet():
             program = torch.export.export(
-                DetectorGraph(model),
+                graph,
                 example,
                 dynamic_shapes={"pixels": {0: batch, **dynamic}, "sizes": {0: batch}},
                 strict=False,
@@ -132,7 +93,8 @@ def write_onnx(
                 dynamo=True,
                 opset_version=opset,
                 input_names=["pixels", "sizes"],
-                output_names=["boxes", "scores", "labels"],
+                output_names=[*OUTPUTS, *([PROPOSALS] if model.predict_with in TWO_STAGE else [])],
+                custom_translation_table=translations(),
                 dynamic_shapes=names,
                 verbose=False,
             )
@@ -150,6 +112,7 @@ def write_onnx(
         raise ExportError(
             f"--opset={opset}: torch {torch.__version__} could only write opset {actual}. Leave out --opset."
         )
+    del written.model.graph.outputs[len(OUTPUTS) :]  # the proposals keep their name, by which `parity.py` reads them
     for node in written.model.graph:
         node.metadata_props.clear()  # stack traces with paths of this machine
     written.model.doc_string = DESCRIPTION

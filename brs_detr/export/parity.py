@@ -1,29 +1,41 @@
 """Compare an exported file in onnxruntime with the detector in torch.
 
-Two programs round differently, and a detector selects twice: proposals by score, then (query, class) pairs by score.
-Either of two that are equal up to rounding may come first, and a query's content depends on the rank of its proposal.
-So the reference uses the file's own selection of proposals, after checking that it is a top-k up to rounding, and a
-detection may equal any of torch's with its label and score.
+Two programs round differently, and a detector selects several times: proposals by score, then (query, class) pairs by
+score, and in dense heads boxes by suppression. Either of two that are equal up to rounding may come first, what comes
+first suppresses the other, and a query's content depends on the rank of its proposal. So the reference uses the file's
+own selection of proposals, after checking that it is one up to rounding, and a detection may equal any of torch's with
+its label and score. Whether boxes are the outcome of suppression is checked by its definition (`unlike_suppression`).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
+from torchvision.ops import box_convert, box_iou, clip_boxes_to_image
 
+from brs_detr.export.onnx import OUTPUTS, PROPOSALS
 from brs_detr.models.brs_detr import BRSDETR
-from brs_detr.models.transformer.decoder import Predictions
+from brs_detr.models.config import HardNMS
+from brs_detr.models.detector import Detector
+from brs_detr.models.heads.dense import DenseHead, DenseOutput
+from brs_detr.models.transformer.decoder import Predictions, best_pairs
 from brs_detr.ops.anchors import take_rows
-from brs_detr.ops.images import ImageBatch
+from brs_detr.ops.boxes import Candidates
+from brs_detr.ops.images import ImageBatch, Size
 
 MAX_BOX_DIFFERENCE = 0.1
 """Maximum difference of a box's corner, in pixels of the input, that counts as rounding."""
 MAX_SCORE_DIFFERENCE = 1e-3
 """The same for a score in [0, 1]."""
+MAX_IOU_DIFFERENCE = 1e-3
+"""The same for the overlap of two boxes."""
+SPARE = 10
+"""Ranks on either side of a limit whose candidates may be selected or not."""
 
 
 class Differences(NamedTuple):
@@ -36,6 +48,10 @@ class Differences(NamedTuple):
     def small(self) -> bool:
         """Return True if both can be explained by rounding."""
         return self.boxes <= MAX_BOX_DIFFERENCE and self.scores <= MAX_SCORE_DIFFERENCE
+
+    def and_those(self, others: Differences) -> Differences:
+        """Return the larger ones of both."""
+        return Differences(max(self.boxes, others.boxes), max(self.scores, others.scores))
 
 
 class ExportedDetector:
@@ -50,30 +66,23 @@ class ExportedDetector:
         import onnxruntime
 
         model = onnx.load(path)
-        # the first TopK of the graph selects the proposals, the second one the detections
-        first_topk = next(node for node in model.graph.node if node.op_type == "TopK")
-        model.graph.output.add().CopyFrom(
-            onnx.helper.make_tensor_value_info(first_topk.output[1], onnx.TensorProto.INT64, None)
-        )
+        if any(PROPOSALS in node.output for node in model.graph.node):
+            model.graph.output.add().CopyFrom(onnx.ValueInfoProto(name=PROPOSALS))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         self.session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
 
-    def __call__(self, images: ImageBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Run a batch of the file's size.
-
-        Returns:
-            boxes (B, n, 4), scores (B, n), labels (B, n), indices of the selected proposals (B, Q).
-        """
+    def __call__(self, images: ImageBatch) -> dict[str, Tensor]:
+        """Run a batch of the file's size: boxes (B, n, 4), scores (B, n), labels (B, n) and, if any, proposals."""
         inputs = {"pixels": images.pixels.numpy(), "sizes": torch.tensor(images.sizes).numpy()}
-        boxes, scores, labels, chosen = map(torch.from_numpy, self.session.run(None, inputs))
-        return boxes, scores, labels, chosen
+        outputs = map(torch.from_numpy, self.session.run(None, inputs))
+        return dict(zip((*OUTPUTS, PROPOSALS), outputs))
 
 
 @torch.no_grad()
-def compare(model: BRSDETR, exported: ExportedDetector, images: ImageBatch) -> Differences:
+def compare(model: Detector, exported: ExportedDetector, images: ImageBatch) -> Differences:
     """Compute the largest differences between an exported file and the detector it was made from.
 
     Args:
@@ -81,18 +90,146 @@ def compare(model: BRSDETR, exported: ExportedDetector, images: ImageBatch) -> D
         exported: the exported file.
         images: a batch of the file's size and dtype.
     """
-    boxes, scores, labels, chosen = exported(images)
-    padding = images.padding_mask()
-    memory = model.encode(model.normalize(images.pixels, padding), padding)
+    found, features = exported(images), model.encode_batch(images)
+    if isinstance(model, BRSDETR) and model.predict_with == "decoder":
+        return compare_decoder(model, features, images, found)
+    detector: Any = model
+    maps = model.pyramid(features) if isinstance(model, BRSDETR) else features
+    if model.predict_with == "roi":
+        return compare_regions(detector, maps, images, found)
+    head = model.atss if isinstance(model, BRSDETR) else detector.head
+    return compare_dense(head, head(maps), images, found)
+
+
+def compare_decoder(model: BRSDETR, memory: Any, images: ImageBatch, found: dict[str, Tensor]) -> Differences:
+    """Compare the decoder's detections; `memory` is torch's."""
+    chosen = found[PROPOSALS]
     proposals = model.proposals(memory)
     of_tokens = proposals.predictions.logits[..., 0].masked_fill(~proposals.valid, -torch.inf).sigmoid()
     # rank by rank: small only if the file's selection has the top scores, in order
     choice = (of_tokens.gather(1, chosen) - of_tokens.gather(1, proposals.chosen)).abs().max()
-    references = take_rows(proposals.predictions.boxes, chosen)
-    layers = model.decode(memory, references)
+    layers = model.decode(memory, take_rows(proposals.predictions.boxes, chosen))
     last = Predictions(layers.logits[-1], layers.boxes[-1])
-    differences = largest_differences(last, images, boxes, scores, labels)
-    return Differences(differences.boxes, max(differences.scores, float(choice)))
+    if not isinstance(model.nms, HardNMS):
+        differences = largest_differences(last, images, *(found[name] for name in OUTPUTS))
+        return differences.and_those(Differences(0.0, float(choice)))
+
+    def best(count: int) -> Candidates:
+        boxes, scores, labels = best_pairs(last, count)
+        extents = torch.tensor(images.sizes).flip(1).repeat(1, 2)[:, None]
+        return Candidates(boxes * extents, scores, labels, labels, torch.ones_like(scores, dtype=torch.bool))
+
+    limit = model.detections_per_image
+    grouped = {"groups": found["labels"], **found}
+    differences = compare_suppressed(grouped, best, images, before=limit, nms_iou=model.nms.iou, limit=limit)
+    return differences.and_those(Differences(0.0, float(choice)))
+
+
+def compare_dense(head: DenseHead, output: DenseOutput, images: ImageBatch, found: dict[str, Tensor]) -> Differences:
+    """Compare the detections of a dense head, or the proposals of an RPN; `output` is torch's."""
+    before, limit = head.limits()
+    return compare_suppressed(
+        {"groups": found["labels"], **found},
+        lambda count: head.candidates(output, count),
+        images,
+        before=before,
+        nms_iou=head.nms_iou,
+        limit=limit,
+        drop_empty=head.drop_empty,
+    )
+
+
+def compare_regions(model: Any, maps: list[Tensor], images: ImageBatch, found: dict[str, Tensor]) -> Differences:
+    """Compare the proposals, then the detections that torch makes of the file's proposals; `maps` are torch's."""
+    boxes, scores, level = found[PROPOSALS].split([4, 1, 1], dim=-1)
+    proposals = {"boxes": boxes, "scores": scores[..., 0], "labels": level, "groups": level[..., 0]}
+    differences = [compare_dense(model.rpn, model.rpn(maps), images, proposals)]
+    filled = [own[score >= 0] for own, score in zip(boxes, proposals["scores"], strict=True)]
+    roi = model.roi
+    output = roi(maps, filled)
+    regions = roi.candidates(filled, output.logits, output.deltas)
+    for image, (size, own) in enumerate(zip(images.sizes, regions, strict=True)):
+        own = clipped(own, size)
+        detections = {"boxes": found["boxes"], "scores": found["scores"], "groups": found["labels"]}
+        detections = {name: value[image] for name, value in detections.items()}
+        differences.append(unlike_suppression(detections, own, own, nms_iou=roi.nms_iou, limit=roi.max_detections))
+    return Differences(*(max(values) for values in zip(*differences)))
+
+
+def compare_suppressed(
+    found: dict[str, Tensor],
+    candidates: Callable[[int], Candidates],
+    images: ImageBatch,
+    *,
+    before: int,
+    nms_iou: float,
+    limit: int,
+    drop_empty: bool = False,
+) -> Differences:
+    """Compare what a file has found in a batch with what torch suppresses.
+
+    Args:
+        found: boxes (B, n, 4), scores and groups (B, n).
+        candidates: returns torch's best of each level, as many as its argument.
+        images: the batch.
+        before: candidates of each level that take part.
+        nms_iou, limit: as for `unlike_suppression`.
+        drop_empty: drop boxes that have no area inside the image.
+    """
+    possible, certain = candidates(before + SPARE), candidates(max(1, before - SPARE))
+    differences = Differences(0.0, 0.0)
+    for image, size in enumerate(images.sizes):
+        parts = [
+            clipped(Candidates(*(column[image] for column in part)), size, drop_empty) for part in (possible, certain)
+        ]
+        own = {name: found[name][image] for name in ("boxes", "scores", "groups")}
+        differences = differences.and_those(unlike_suppression(own, *parts, nms_iou=nms_iou, limit=limit))
+    return differences
+
+
+def clipped(candidates: Candidates, size: Size, drop_empty: bool = False) -> Candidates:
+    """Clip the candidates of an image, and drop those that take no part."""
+    boxes = clip_boxes_to_image(candidates.boxes, size)
+    kept = candidates.kept & (boxes[:, 2:] > boxes[:, :2]).all(dim=1) if drop_empty else candidates.kept
+    return Candidates(*(column[kept] for column in candidates._replace(boxes=boxes)))
+
+
+def unlike_suppression(
+    found: dict[str, Tensor], possible: Candidates, certain: Candidates, *, nms_iou: float, limit: int
+) -> Differences:
+    """Compute how far boxes are from what suppression keeps of candidates.
+
+    Suppression keeps a candidate exactly if no kept one of its group with a higher score overlaps it more than
+    `nms_iou`; of those it keeps the best `limit`. So the boxes must be candidates, must not overlap one another, and
+    each candidate that is better than the last box must be among them or overlap a better one.
+
+    Args:
+        found: of one image, boxes (n, 4) xyxy pixels, scores (n,), of which `NOTHING` is no box, and groups (n,).
+        possible: candidates (m, ...) that the boxes may be. certain: those that must be explained.
+        nms_iou: largest overlap in a group. limit: most boxes.
+
+    Returns:
+        For boxes and scores, the largest distance of a box to its candidate; inf where suppression is violated.
+    """
+    real = found["scores"] >= 0
+    boxes, scores, groups = (found[name][real] for name in ("boxes", "scores", "groups"))
+    if len(boxes) == 0 or len(possible.boxes) == 0:
+        return Differences(0.0 if len(boxes) == len(certain.boxes) == 0 else math.inf, 0.0)
+    same_score = (scores[:, None] - possible.scores).abs() <= MAX_SCORE_DIFFERENCE
+    alike = same_score & (groups[:, None] == possible.groups)
+    apart = (boxes[:, None] - possible.boxes).abs().amax(-1).masked_fill(~alike, torch.inf)
+    nearest, index = apart.min(dim=1)
+    moved = float((scores - possible.scores[index]).abs().max())
+
+    together = (groups[:, None] == groups) & (box_iou(boxes, boxes) > nms_iou + MAX_IOU_DIFFERENCE)
+    floor = scores.min() + MAX_SCORE_DIFFERENCE if len(boxes) == limit else -math.inf
+    better = scores[:, None] >= certain.scores - MAX_SCORE_DIFFERENCE
+    overlapped = box_iou(boxes, certain.boxes) > nms_iou - MAX_IOU_DIFFERENCE
+    itself = (boxes[:, None] - certain.boxes).abs().amax(-1) <= MAX_BOX_DIFFERENCE
+    explained = ((groups[:, None] == certain.groups) & better & (overlapped | itself)).any(dim=0)
+    if together.triu(diagonal=1).any() or not (explained | (certain.scores <= floor)).all():
+        return Differences(math.inf, moved)
+    return Differences(float(nearest.max()), moved)
 
 
 def largest_differences(

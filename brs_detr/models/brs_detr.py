@@ -21,7 +21,7 @@ from brs_detr.losses.boxes import paired_giou_loss, paired_iou
 from brs_detr.losses.distributed import SharedCount
 from brs_detr.losses.objective import PredictionSet
 from brs_detr.models.config import BRSDETRConfig
-from brs_detr.models.detector import Detector, to_stored_images
+from brs_detr.models.detector import Detector, to_stored_images, without_overlaps
 from brs_detr.models.heads.atss import ATSSHead
 from brs_detr.models.heads.dense import Objective
 from brs_detr.models.heads.roi import RoIHead
@@ -72,6 +72,7 @@ class BRSDETR(Detector):
     """
 
     heads = ("decoder", "roi", "atss")
+    overlapping = ("decoder",)
     objectness = ("proposals.classifier.weight", "proposals.classifier.bias")
     by_anchor = ("atss.score.weight", "atss.score.bias")
 
@@ -133,7 +134,8 @@ class BRSDETR(Detector):
         if head == "decoder":
             layers = self.decode(memory, self.proposals(memory).references)
             last = Predictions(layers.logits[-1], layers.boxes[-1])
-            return detections_from(last, images.original_sizes, self.detections_per_image)
+            detections = detections_from(last, images.original_sizes, self.detections_per_image)
+            return without_overlaps(detections, images.original_sizes, self.nms)
         maps = self.pyramid(memory)
         if head == "roi":
             detections = self.roi.predict(maps[:4], self.rpn.proposals(self.rpn(maps), images.sizes), images.sizes)

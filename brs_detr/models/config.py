@@ -94,6 +94,24 @@ _SOFTMAX_CASCADE = ScoreConfig("cross_entropy", TermWeights(l1=1.0, giou=10.0), 
 
 
 @dataclass(frozen=True)
+class NoNMS:
+    """Detections may overlap."""
+
+    kind: Literal["none"] = "none"
+
+
+@dataclass(frozen=True)
+class HardNMS:
+    """Of the detections of a class that overlap, the one with the highest score stays."""
+
+    kind: Literal["hard"] = "hard"
+    iou: Fraction = 0.6  # overlap above which the others are dropped
+
+
+NMSConfig = NoNMS | HardNMS
+
+
+@dataclass(frozen=True)
 class MatcherConfig:
     """Weights of the Hungarian costs."""
 
@@ -196,10 +214,17 @@ class CascadeConfig(RegionConfig):
 class MaskConfig:
     """Mask R-CNN's branch of the RoI head."""
 
-    loss: Literal["dice", "binary_cross_entropy"] = "dice"  # Dice with ranking losses, cross entropy with the others
+    # auto: dice where the RoI head's objective is a ranking loss, binary_cross_entropy where it is score-based
+    loss: Literal["auto", "dice", "binary_cross_entropy"] = "auto"
     stacked_convs: int = 4
     pool_size: Count = 14  # cells a side of the pooled window; masks have twice as many
     max_masks: Count = 200  # masks a step is trained on, chosen at random, to bound memory
+
+    def resolved(self, objective: ObjectiveConfig) -> MaskConfig:
+        """Return these settings with `loss` decided by the objective of the RoI head, if it is auto."""
+        if self.loss != "auto":
+            return self
+        return replace(self, loss="dice" if isinstance(objective, RankingConfig) else "binary_cross_entropy")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from brs_detr.models.config import HardNMS, NMSConfig, NoNMS
+from brs_detr.models.ensemble import Ensemble
+from brs_detr.ops.boxes import suppress
 from brs_detr.ops.images import ImageBatch, Size
 from brs_detr.ops.targets import check_targets
 
@@ -27,6 +30,7 @@ class Detector(nn.Module):
 
     Attributes:
         heads: names of the heads whose detections `predict_with` can ask for; the first is the default.
+        overlapping: those of them whose detections may overlap: without suppression of their own.
         objectness: names of tensors whose first row scores any object, whatever the classes: fine-tuning on other
             classes keeps that row.
         by_anchor: names of tensors whose rows are those of one anchor after the other, each with all classes. The rows
@@ -35,6 +39,7 @@ class Detector(nn.Module):
     """
 
     heads: tuple[str, ...] = ("detector",)
+    overlapping: tuple[str, ...] = ()
     objectness: tuple[str, ...] = ()
     by_anchor: tuple[str, ...] = ()
     strides: tuple[int, ...] = ()
@@ -45,12 +50,14 @@ class Detector(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self._predict_with = self.heads[0]
+        self._nms: NMSConfig = NoNMS()
+        self.ensemble: Ensemble | None = None  # what a validation has learned of the heads
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
 
     @property
     def predict_with(self) -> str:
-        """Name of the head whose detections are returned."""
+        """Name of the head whose detections are returned; "ensemble" for those of all heads, joined."""
         return self._predict_with
 
     @predict_with.setter
@@ -60,9 +67,28 @@ class Detector(nn.Module):
         Raises:
             ValueError: the detector has no such head.
         """
-        if name not in ("auto", *self.heads):
+        joined = ("ensemble",) if len(self.heads) > 1 else ()
+        if name not in ("auto", *self.heads, *joined):
             raise ValueError(f"eval.predict_with={name}: this detector has {', '.join(self.heads)}. Use auto.")
         self._predict_with = self.heads[0] if name == "auto" else name
+
+    @property
+    def nms(self) -> NMSConfig:
+        """Suppression of the detections of `overlapping` heads."""
+        return self._nms
+
+    @nms.setter
+    def nms(self, nms: NMSConfig) -> None:
+        """Choose the suppression.
+
+        Raises:
+            ValueError: every head of the detector suppresses already.
+        """
+        if not isinstance(nms, NoNMS) and not self.overlapping:
+            raise ValueError(
+                f"eval.nms.kind={nms.kind}: this detector suppresses already, by the nms_iou of its head. Use none."
+            )
+        self._nms = nms
 
     def forward(
         self, images: ImageBatch | Sequence[Tensor], targets: Sequence[dict[str, Any]] | None = None
@@ -82,7 +108,7 @@ class Detector(nn.Module):
         """
         batch = images if isinstance(images, ImageBatch) else ImageBatch.from_list(images)
         if not self.training:
-            return self.detect(self.encode_batch(batch), batch)
+            return self.predict(batch)
         if targets is None:
             raise ValueError("training needs targets: call model(images, targets), or model.eval() to predict")
         check_targets(targets, self.num_classes)
@@ -119,8 +145,29 @@ class Detector(nn.Module):
         Args:
             features: of `encode`.
             images: that the features are of.
-            head: whose detections; None: that of `predict_with`.
+            head: whose detections; None: that of `predict_with`, which is not "ensemble".
         """
+
+    def predict(self, images: ImageBatch) -> list[dict[str, Tensor]]:
+        """Return the detections of the head of `predict_with`, or those of all heads joined.
+
+        Raises:
+            ValueError: all heads are wanted, but no validation has learned how to compare their scores.
+        """
+        if self.predict_with != "ensemble":
+            return self.detect(self.encode_batch(images), images)
+        if self.ensemble is None:
+            raise ValueError("eval.predict_with=ensemble: no validation has scored the heads of these weights")
+        by_head = self.detect_with_all_heads(images)
+        return [
+            self.ensemble.join({head: found[image] for head, found in by_head.items()}, self.join_iou)
+            for image in range(len(images))
+        ]
+
+    @property
+    def join_iou(self) -> float:
+        """Overlap above which detections of several heads are one: that of `nms`, or its default."""
+        return self.nms.iou if isinstance(self.nms, HardNMS) else HardNMS().iou
 
     def detect_with_all_heads(self, images: ImageBatch) -> dict[str, list[dict[str, Tensor]]]:
         """Return the detections of every head by its name, as in eval mode, from features that are computed once."""
@@ -135,3 +182,15 @@ def to_stored_images(detections: Sequence[dict[str, Tensor]], images: ImageBatch
         factor = result["boxes"].new_tensor([full_w / w, full_h / h, full_w / w, full_h / h])
         scaled.append({**result, "boxes": result["boxes"] * factor})
     return scaled
+
+
+def without_overlaps(
+    detections: Sequence[dict[str, Tensor]], sizes: Sequence[Size], nms: NMSConfig
+) -> list[dict[str, Tensor]]:
+    """Suppress detections of a class that overlap, best first, in images of (h, w) pixels."""
+    if not isinstance(nms, HardNMS):
+        return list(detections)
+    return [
+        suppress(own["boxes"], own["scores"], own["labels"], size, nms_iou=nms.iou, max_detections=len(own["scores"]))
+        for own, size in zip(detections, sizes, strict=True)
+    ]

@@ -46,7 +46,7 @@ class TwoStageDetector(Detector):
             self.roi = RoIHead(config.dim, num_classes, pooled, config.roi)
         self.mask = None
         if isinstance(config, MaskRCNNConfig):
-            self.mask = MaskHead(config.dim, num_classes, pooled, config.mask)
+            self.mask = MaskHead(config.dim, num_classes, pooled, config.mask.resolved(config.roi.objective))
 
     def encode(self, x: Tensor, padding: Tensor) -> list[Tensor]:
         """Map normalized images (B, 3, H, W) to the maps (B, dim, h, w) of the pyramid, finest first."""

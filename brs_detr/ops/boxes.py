@@ -8,6 +8,7 @@ standard deviation so that all have a comparable size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -167,6 +168,46 @@ def suppress(
         boxes, scores, labels, groups = boxes[index], scores[index], labels[index], groups[index]
     best = batched_nms(boxes, scores, groups, nms_iou)[:max_detections]
     return {"boxes": boxes[best], "scores": scores[best], "labels": labels[best]}
+
+
+def join_boxes(
+    boxes: Tensor,
+    labels: Tensor,
+    scores: Sequence[Tensor],
+    weights: Tensor,
+    *,
+    nms_iou: float,
+    max_detections: int,
+) -> dict[str, Tensor]:
+    """Join the detections of several sources of one image: boxes by suppression, scores by their weighted mean.
+
+    Args:
+        boxes: (n, 4) xyxy pixels, the sources one after the other; those of a former one suppress those of a later one
+            whatever their scores.
+        labels: (n,).
+        scores: (n_s,) of each source s, in [0, 1]; n is the sum of n_s.
+        weights: (S,) of the sources.
+        nms_iou: of two boxes of a label that overlap more, one stays. The others belong to the one that they overlap
+            most.
+        max_detections: most boxes that are kept.
+
+    Returns:
+        {"boxes": (m, 4), "scores": (m,), "labels": (m,)}, best first. A score is the mean over the sources of the best
+        score that belongs to a box, 0 for a source without any.
+    """
+    joined = torch.cat(list(scores))
+    count = len(scores)
+    source = torch.cat([torch.full_like(own, index, dtype=torch.long) for index, own in enumerate(scores)])
+    kept = batched_nms(boxes, joined - source, labels, nms_iou)  # scores span 1, so a former source always leads
+    overlap = torch.where(labels[kept][:, None] == labels, box_iou(boxes[kept], boxes), 0.0)
+    overlap[torch.arange(len(kept), device=boxes.device), kept] = torch.inf  # empty boxes do not overlap themselves
+    most, owner = overlap.max(dim=0) if len(kept) else (joined, source)
+    votes = torch.where(most > nms_iou, joined, 0.0)
+    best = joined.new_zeros(len(kept) * count).scatter_reduce(0, owner * count + source, votes, "amax")
+    mean = (best.view(-1, count) * weights).sum(dim=1) / weights.sum()
+    mean, order = mean.sort(descending=True, stable=True)
+    chosen = kept[order[:max_detections]]
+    return {"boxes": boxes[chosen], "scores": mean[:max_detections], "labels": labels[chosen]}
 
 
 def fast_nms(

@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from brs_detr.config import Config, ConfigError, differences, from_dict
 from brs_detr.engine.batch_plan import BatchPlan
 from brs_detr.engine.storage import CheckpointError
+from brs_detr.models.cnn_config import MaskRCNNConfig
 
 # Settings in which a resumed run may differ, since they do not change the training's numbers.
 _FREE_TO_CHANGE = (
@@ -68,7 +69,7 @@ def check_resumable(
     if not isinstance(launch, dict) or "config" not in facts:
         raise CheckpointError(f"{state}: the settings of its run are missing. Use the state before it.")
     saved = from_dict(facts["config"], str(state))
-    changes = [c for c in differences(saved, config) if not c.startswith(_FREE_TO_CHANGE)]
+    changes = [c for c in differences(_resolved(saved), _resolved(config)) if not c.startswith(_FREE_TO_CHANGE)]
     for name, value in dataclasses.asdict(plan).items():
         if launch.get(name) != value:
             changes.append(f"launch {name}: {launch.get(name)} -> {value}")
@@ -81,6 +82,15 @@ def check_resumable(
             "Restore them, or continue with train.allow_changes=true."
         )
     return changes
+
+
+def _resolved(config: Config) -> Config:
+    """Decide what follows from other settings: a run that was saved with `mask.loss=dice` may go on with auto."""
+    model = config.model
+    if not isinstance(model, MaskRCNNConfig):
+        return config
+    mask = model.mask.resolved(model.roi.objective)
+    return dataclasses.replace(config, model=dataclasses.replace(model, mask=mask))
 
 
 def require_same_data(config: Config, data: dict[str, str], facts: dict[str, Any], state: Path) -> None:

@@ -37,8 +37,9 @@ from brs_detr.engine.checkpoint import (
 from brs_detr.engine.optim import count_parameters
 from brs_detr.models.backbones.timm_backbone import plain_name
 from brs_detr.models.build import build_model, sampling_here
-from brs_detr.models.cnn_config import ModelConfig
+from brs_detr.models.cnn_config import MaskRCNNConfig, ModelConfig
 from brs_detr.models.detector import Detector
+from brs_detr.models.ensemble import Ensemble
 
 
 def run_metadata(config: Config, plan: BatchPlan, train_set: CocoDetection, val_set: CocoDetection) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def build_detector(config: Config, num_classes: int, *, initial_weights: bool = 
             subject = f"model.backbone.checkpoint={backbone.checkpoint}: "
         raise ConfigError(subject + reason) from error
     try:
-        model.predict_with = config.eval.predict_with
+        model.predict_with, model.nms = config.eval.predict_with, config.eval.nms
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return model
@@ -155,7 +156,27 @@ def restore(path: Path, overrides: Sequence[str] = ()) -> tuple[Detector, Weight
         )
     if config.eval.predict_with == "auto" and weights.extra.get("predict_with") in model.heads:
         model.predict_with = str(weights.extra["predict_with"])
+    restore_ensemble(model, weights, file)
     return model.eval(), weights, config, file
+
+
+def restore_ensemble(model: Detector, weights: Weights, file: Path) -> None:
+    """Give the detector what the validation of its weights learned of the heads, if they are to be joined.
+
+    Raises:
+        ConfigError: no validation scored all heads, or what it learned is damaged.
+    """
+    if model.predict_with != "ensemble":
+        return
+    if "ensemble" not in weights.extra:
+        raise ConfigError(
+            f"{file}: eval.predict_with=ensemble needs weights whose validation scored all heads. Train with "
+            f"eval.predict_with=auto or ensemble, or use one of {', '.join(model.heads)}."
+        )
+    try:
+        model.ensemble = Ensemble.restore(weights.extra["ensemble"], model.heads)
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}. Use one of {', '.join(model.heads)} as eval.predict_with.") from None
 
 
 def require_known_backbone(config: Config, file: Path) -> None:
@@ -306,6 +327,8 @@ def describe_detector(config: ModelConfig) -> str:
     """Describe a detector's name, losses and, where it has any, implementation of deformable attention."""
     losses = dict.fromkeys(value for name, value in leaves(config) if name.endswith("objective.loss"))
     text = f"{config.name} with loss {', '.join(losses)}"
+    if isinstance(config, MaskRCNNConfig):
+        text += f", masks by {config.mask.resolved(config.roi.objective).loss}"
     attention = getattr(config, "deformable_attention", None)
     return text if attention is None else f"{text}, deformable attention by {sampling_here(attention)}"
 

@@ -76,7 +76,8 @@ class Data:
         length: of the training.
         metadata: stored with every state.
         thresholds: minimum score of each class, written by the validation and stored with the weights.
-        chosen: "predict_with", the best of several heads, likewise.
+        chosen: of several heads likewise: "predict_with", the best one, the "head_thresholds" of each, and "ensemble",
+            how their scores compare.
     """
 
     train_set: CocoDetection
@@ -87,7 +88,7 @@ class Data:
     length: TrainingLength
     metadata: dict[str, Any]
     thresholds: dict[str, float] = field(default_factory=dict)
-    chosen: dict[str, str] = field(default_factory=dict)
+    chosen: dict[str, Any] = field(default_factory=dict)
 
 
 def open_run(config: Config, trial: str | None = None) -> Run:

@@ -4,7 +4,9 @@ import json
 import os
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from brs_detr.engine.checkpoint import Weights, load_weights, save_weights
 from brs_detr.ops.masks import decode_masks, encode_masks
 from brs_detr.run.setup import build_detector
 
+CLASSES, LABELS = ["disc", "ring"], ([7, 3], {})
 SMALL = [*SMALL_DETECTOR, "model.rpn.test_proposals=20", "data.test_short_side=64"]
 
 
@@ -176,3 +179,61 @@ def test_masks_are_written_and_drawn_with_their_objects(weights, tmp_path, monke
     assert torch.equal(decode_masks(masks, (30, 40)).bool(), bitmaps[[0, 2]])
     drawn = Image.open(out / "detections" / "a.png")
     assert drawn.getpixel((480, 320)) != drawn.getpixel((160, 400)) == (200, 30, 30)
+
+
+def of_head(name, *heads):
+    return SimpleNamespace(predict_with=name, heads=heads or ("decoder", "roi", "atss"))
+
+
+def test_objects_begin_at_the_score_that_was_best_in_validation():
+    validated, one = Weights({}, CLASSES, *LABELS, {"thresholds": {"ring": 0.04}}), of_head("head", "head")
+    assert predict.score_thresholds(one, validated, None) == [1.0, 0.04]
+    assert predict.score_thresholds(one, validated, 0.2) == [0.2, 0.2]
+    assert predict.score_thresholds(one, Weights({}, CLASSES, *LABELS), None) == [0.3, 0.3]
+
+
+def test_each_head_has_the_thresholds_of_its_own():
+    """The scores of a RoI head are ten times the decoder's: with the other one's threshold nothing would be left."""
+    own = {"decoder": {"disc": 0.03, "ring": 0.04}, "roi": {"ring": 0.6}, "atss": {"disc": 0.1, "ring": 0.1}}
+    extra = {"thresholds": own["roi"], "predict_with": "roi", "head_thresholds": own}
+    weights = Weights({}, CLASSES, *LABELS, extra)
+    found = {head: predict.score_thresholds(of_head(head), weights, None) for head in (*own, "ensemble")}
+    assert found == {"decoder": [0.03, 0.04], "roi": [1.0, 0.6], "atss": [0.1, 0.1], "ensemble": [0.3, 0.3]}
+
+
+@pytest.mark.parametrize(("extra", "config"), [({"predict_with": "roi"}, {}), ({}, {"eval": {"predict_with": "roi"}})])
+def test_thresholds_of_files_with_those_of_one_head_are_not_taken_for_another_head(extra, config):
+    weights = Weights({}, CLASSES, [7, 3], config, {"thresholds": {"ring": 0.6}, **extra})
+    assert predict.score_thresholds(of_head("roi"), weights, None) == [1.0, 0.6]
+    assert predict.score_thresholds(of_head("decoder"), weights, None) == [0.3, 0.3]
+
+
+def test_what_is_written_and_drawn_are_the_detections_of_the_chosen_head_above_its_thresholds(
+    weights, tmp_path, monkeypatch
+):
+    """Thresholds that the first three detections of each head reach, in one file."""
+    loaded, path = load_weights(weights), image(tmp_path / "a.png")
+    heads, scores = ("decoder", "roi", "atss"), {}
+    for head in heads:
+        out = tmp_path / f"all_{head}"
+        choice = f"eval.predict_with={head}"
+        assert cli.main(["predict", str(weights), str(path), choice, "--threshold", "0", "--out", str(out)]) == 0
+        (entry,) = json.loads((out / "predictions.json").read_text())
+        scores[head] = sorted((one["score"] for one in entry["objects"]), reverse=True)
+    limits = {head: dict.fromkeys("ab", scores[head][2] - 1e-4) for head in heads}
+    assert len({round(own["a"], 3) for own in limits.values()}) > 1  # or any head's would do
+    extra = {"thresholds": limits["roi"], "predict_with": "roi", "head_thresholds": limits}
+    save_weights(tmp_path / "own.safetensors", replace(loaded, extra=extra))
+    drawn = []
+    monkeypatch.setattr(predict, "draw_detections", lambda image, kept, *_, **__: drawn.append(kept) or image)
+    for head, options in {
+        "roi": [],
+        "decoder": ["eval.predict_with=decoder"],
+        "atss": ["eval.predict_with=atss"],
+    }.items():
+        command = ["predict", str(tmp_path / "own.safetensors"), str(path), *options, "--out", str(tmp_path / head)]
+        assert cli.main(command) == 0
+        (entry,) = json.loads((tmp_path / head / "predictions.json").read_text())
+        expected = [score for score in scores[head] if score >= limits[head]["a"]]
+        assert sorted((one["score"] for one in entry["objects"]), reverse=True) == expected
+        assert len(drawn[-1]["scores"]) == len(expected) >= 3

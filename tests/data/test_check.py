@@ -114,6 +114,31 @@ def test_what_cannot_be_trained_on_fails_with_a_sentence(tmp_path, write_dataset
     assert "error: dataset is not trainable: " in capsys.readouterr().err
 
 
+def test_a_json_without_a_recipe_has_its_masks_checked_if_it_has_any(tmp_path, write_dataset, change, capsys):
+    path = write_dataset(tmp_path, sizes=[(64, 96)], boxes=[[(1, 5, 6, 20, 10), (1, 40, 6, 20, 10), (17, 0, 0, 8, 8)]])
+    words = arguments(path, "--samples", 0)
+    assert check.run(words) == 0
+    assert "masks are not looked at" in capsys.readouterr().out
+    change(path, lambda data: [annotation.update(segmentation=[]) for annotation in data["annotations"]])
+    assert check.run(words) == 0  # as tools write it that export boxes only
+    assert "masks are not looked at" in capsys.readouterr().out
+
+    def edit(data):
+        data["annotations"][0]["segmentation"] = {"size": [64, 96], "counts": "0"}
+        data["annotations"][1]["segmentation"] = [[5, 6, 25, 6, 25, 16, 5, 16]]
+
+    change(path, edit)
+    assert check.run(arguments(path, "--samples", 0, "--csv", tmp_path / "faults.csv")) == 0
+    out = capsys.readouterr().out
+    assert "2 of 3 objects have masks" in out
+    for kind in ("mask empty", "mask not in box", "mask missing"):
+        assert f"1 x {kind}" in out
+    with open(tmp_path / "faults.csv") as file:
+        rows = {row["kind"]: row["where"] for row in csv.DictReader(file)}
+    assert rows["mask_not_in_box"].startswith("annotation 2 (") and rows["mask_empty"].startswith("annotation 1 (")
+    assert check.run(arguments(path, "--samples", 0, "--strict")) == 1
+
+
 def test_recipes_are_resolved_by_the_caller(tmp_path, write_dataset, capsys):
     path = write_dataset(tmp_path, sizes=[(40, 50)], boxes=[[(1, 2, 3, 20, 20)]])
     source = check.Source(str(path), str(tmp_path / "images"), EvalTransforms())

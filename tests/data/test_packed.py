@@ -67,6 +67,71 @@ def test_an_unusable_mask_is_counted_and_is_the_box(tmp_path, write_dataset, cha
         assert np.array_equal(draw(np.frombuffer(pack_segmentation(rle), np.uint32), (40, 60)), first.numpy())
 
 
+DRAWN = {  # of a box at (5, 6) of 20 x 10 pixels
+    "thin": ("mask_empty", [[5, 6.2, 25, 6.2, 25, 6.3]]),
+    "runs of background": ("mask_empty", {"size": [40, 60], "counts": [2400]}),
+    "outside of the image": ("mask_empty", [[70, 6, 90, 6, 90, 16]]),
+    "beside": ("mask_not_in_box", [[30, 6, 50, 6, 50, 16, 30, 16]]),
+    "half as high, half as wide": ("mask_not_in_box", [[5, 6, 13, 6, 13, 10, 5, 10]]),
+    "rows and columns exchanged": ("mask_not_in_box", [[6, 5, 16, 5, 16, 25, 6, 25]]),
+    "part of the image": ("mask_not_in_box", {"size": [40, 60], "counts": [0, 2400]}),
+    "exact": (None, [[5, 6, 25, 6, 25, 16, 5, 16]]),
+    "a triangle": (None, [[5, 6, 25, 6, 5, 16]]),
+    "a pixel aside": (None, [[4, 5, 24, 5, 24, 15, 4, 15]]),
+}
+
+
+@pytest.mark.parametrize("case", DRAWN)
+@pytest.mark.parametrize("train", [True, False])
+def test_a_mask_that_is_empty_or_not_in_its_box_is_counted_where_masks_are_drawn(
+    tmp_path, write_dataset, change, case, train
+):
+    kind, segmentation = DRAWN[case]
+    path = write_dataset(tmp_path, sizes=[(40, 60)], boxes=[[(1, 5, 6, 20, 10), (17, 0, 0, 8, 8)]])
+
+    def edit(data):
+        data["annotations"][0]["segmentation"] = segmentation
+        data["annotations"][1]["segmentation"] = [[0, 0, 8, 0, 8, 8, 0, 8]]
+
+    change(path, edit)
+    counted = {name for name in open_set(path, train, draw_all=True).report if name.startswith("mask_")}
+    assert counted == ({kind} if kind else set())
+    # and nothing else becomes of them
+    drawn, plain = open_set(path, train, draw_all=True), open_set(path, train)
+    assert not any(name.startswith("mask_") for name in plain.report)
+    assert torch.equal(drawn.load(0)[1]["masks"], plain.load(0)[1]["masks"])
+    assert drawn.fingerprint() == plain.fingerprint()
+    if kind == "mask_empty":
+        assert drawn.load(0)[1]["masks"][0].sum() == 200
+
+
+def test_a_box_that_sticks_out_of_its_image_fits_the_mask_inside(tmp_path, write_dataset, change):
+    path = write_dataset(tmp_path, sizes=[(40, 60)], boxes=[[(1, 50, 6, 200, 10)]])
+    change(path, lambda data: data["annotations"][0].update(segmentation=[[50, 6, 60, 6, 60, 16, 50, 16]]))
+    for train in (True, False):
+        assert not any(name.startswith("mask_") for name in open_set(path, train, draw_all=True).report)
+
+
+def test_the_mask_of_a_crowd_need_not_fit(tmp_path, write_dataset, change):
+    path = write_dataset(tmp_path, sizes=[(40, 60)], boxes=[[(1, 5, 6, 20, 10), (17, 0, 0, 8, 8)]])
+
+    def edit(data):
+        for annotation in data["annotations"]:
+            annotation["segmentation"] = {"size": [40, 60], "counts": [2000, 64, 336]}
+        data["annotations"][0]["iscrowd"] = 1
+
+    change(path, edit)
+    assert open_set(path, draw_all=True).report["mask_not_in_box"] == 1
+
+
+@pytest.mark.parametrize("name", ["tiny_coco", "nuclei", "bccd"])
+def test_real_masks_fit_their_boxes(shared_data, name):
+    for split in ("train", "val"):
+        path = shared_data / name / "annotations" / f"{split}.json"
+        dataset = CocoDetection(path, shared_data / name / "images", train=True, masks=True, draw_all=True)
+        assert not dataset.report.keys() & {"mask_empty", "mask_not_in_box", "mask_malformed", "mask_of_other_size"}
+
+
 def test_boxes_only_keeps_nothing_of_the_masks(tmp_path):
     make_dataset(tmp_path, train=4, val=1)
     path = tmp_path / "annotations" / "train.json"

@@ -30,10 +30,7 @@ DETECTORS = {
     "paa": (TOWERS, ["model.loss=focal", "model.head.iou_branch=true"]),
     "faster_rcnn": (REGIONS, SOFTMAX),
     "cascade_rcnn": (REGIONS, SOFTMAX),
-    "mask_rcnn": (
-        [*REGIONS, "model.mask.stacked_convs=1"],
-        [*SOFTMAX, "model.mask.loss=binary_cross_entropy"],
-    ),
+    "mask_rcnn": ([*REGIONS, "model.mask.stacked_convs=1"], SOFTMAX),
     "yolact": (["model.head.prototypes=8"], ["model.loss=focal"]),
     "solov2": (
         [

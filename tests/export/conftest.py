@@ -11,7 +11,16 @@ from torch import nn
 from brs_detr.export.onnx import write_onnx
 from brs_detr.models.brs_detr import BRSDETR
 from brs_detr.models.build import build_model
-from brs_detr.models.config import BRSDETRConfig
+from brs_detr.models.cnn_config import (
+    ATSSConfig,
+    FasterRCNNConfig,
+    FoveaBoxConfig,
+    ProposalConfig,
+    RegionHeadConfig,
+    RetinaNetConfig,
+)
+from brs_detr.models.config import BRSDETRConfig, RPNConfig
+from brs_detr.models.detector import Detector
 
 SMALL = BRSDETRConfig(
     backbone=replace(SMALL_BACKBONE, levels=(16, 32)),
@@ -23,7 +32,15 @@ SMALL = BRSDETRConfig(
     ffn_dim=32,
     queries=12,
     detections_per_image=20,
+    rpn=RPNConfig(test_proposals_before_nms=40, test_proposals=60),
 )
+FEW = {"test_proposals_before_nms": 40, "test_proposals": 60}
+CNN = {
+    "atss": ATSSConfig(),
+    "retinanet": RetinaNetConfig(),
+    "foveabox": FoveaBoxConfig(),
+    "faster_rcnn": FasterRCNNConfig(rpn=ProposalConfig(**FEW), roi=RegionHeadConfig(fc_dim=32)),
+}
 
 
 def spread_weights(model: BRSDETR, seed: int = 3) -> BRSDETR:
@@ -36,6 +53,16 @@ def spread_weights(model: BRSDETR, seed: int = 3) -> BRSDETR:
     for name, parameter in model.named_parameters():
         if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
             nn.init.normal_(parameter, std=0.2)
+    return spread_dense(model)
+
+
+def spread_dense(model: Detector) -> Detector:
+    """The same for heads that suppress."""
+    for name, parameter in model.named_parameters():
+        if "_tower." in name and parameter.dim() == 4:
+            nn.init.kaiming_normal_(parameter)  # else four convolutions without norm make equal scores everywhere
+        if name.startswith(("rpn.", "roi.", "atss.", "head.")) and name.endswith(("score.weight", "delta.weight")):
+            nn.init.normal_(parameter, std=0.1 if "score" in name else 0.02)
     return model.eval()
 
 
@@ -56,6 +83,19 @@ def build():
         )
 
     return small_detector
+
+
+@pytest.fixture(scope="session")
+def build_cnn():
+    """From the name of a CNN detector to it, small."""
+
+    def small_cnn(name: str) -> Detector:
+        torch.manual_seed(4)
+        config = CNN[name]
+        backbone = replace(SMALL_BACKBONE, levels=config.backbone.levels)
+        return spread_dense(build_model(replace(config, backbone=backbone, dim=64), 3))
+
+    return small_cnn
 
 
 @pytest.fixture(scope="session")

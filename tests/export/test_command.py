@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from brs_detr import cli
 from brs_detr.commands import export
 from brs_detr.config import apply_overrides, load_config, to_dict
 from brs_detr.data.transforms import EvalTransforms
-from brs_detr.engine.checkpoint import Weights, save_weights
+from brs_detr.engine.checkpoint import Weights, load_weights, save_weights
 from brs_detr.export.parity import Differences
 from brs_detr.run.setup import build_detector
 
@@ -52,15 +53,19 @@ def no_export(monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_is_exported_is_checked_and_the_example_finds_what_predict_finds(weights, image, tmp_path, capsys):
+@pytest.mark.parametrize("head", ["decoder", "roi"])
+def test_what_is_exported_is_checked_and_the_example_finds_what_predict_finds(weights, image, tmp_path, capsys, head):
+    """The head is the one that the weights name as the best."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-    out = tmp_path / "new" / "model.onnx"
+    loaded, out = load_weights(weights), tmp_path / "new" / "model.onnx"
+    weights = tmp_path / "best.safetensors"
+    save_weights(weights, replace(loaded, extra={**loaded.extra, "predict_with": head}))
     command = ["export", str(weights), "--out", str(out), "--height", "70", "--width", "70", "--image", str(image)]
     assert cli.main(command) == 0
     said = capsys.readouterr().out
     assert len(re.findall(r"\): boxes [\d.e+-]+ pixels, scores [\d.e+-]+", said)) == 3 and str(image) in said
-    assert [path.name for path in out.parent.iterdir()] == ["model.onnx"]
+    assert [path.name for path in out.parent.iterdir()] == ["model.onnx"] and f"exporting head {head} for" in said
 
     example = [sys.executable, str(ROOT / "examples" / "onnx_detect.py"), str(out), str(image)]
     printed = subprocess.run(example, capture_output=True, text=True, check=True).stdout.splitlines()
@@ -115,7 +120,7 @@ def test_without_the_exporters_packages_nothing_begins(weights, tmp_path, capsys
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["eval.predict_with=roi", "--out", "model.onnx"], "eval.predict_with=decoder"),
+        (["eval.predict_with=ensemble", "--out", "model.onnx"], "needs weights whose validation scored all heads"),
         (["--out", "model.pt"], "must end in .onnx"),
         (["--out", "model.onnx", "--any-size", "--width", "64"], "Leave out --height and --width"),
         (["--out", "model.onnx", "--height", "12"], "--height=12: the coarsest feature map of this detector needs"),

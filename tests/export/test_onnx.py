@@ -7,7 +7,8 @@ import pytest
 import timm
 import torch
 
-from brs_detr.export.onnx import DetectorGraph, ExportError, write_onnx
+from brs_detr.export.graphs import DetectorGraph, ExportError
+from brs_detr.export.onnx import write_onnx
 from brs_detr.export.parity import ExportedDetector, compare
 from brs_detr.models.backbones.deformable import DeformableConv
 from brs_detr.ops.images import ImageBatch
@@ -23,7 +24,7 @@ def batch(*sizes):
 def test_the_graph_finds_what_the_detector_finds(detector):
     images = batch((96, 130), (80, 131))
     with torch.no_grad():
-        boxes, scores, labels = DetectorGraph(detector)(images.pixels, torch.tensor(images.sizes))
+        boxes, scores, labels, _ = DetectorGraph(detector)(images.pixels, torch.tensor(images.sizes))
         expected = detector(images)
     assert all(one["scores"][0] - one["scores"][-1] > 0.1 for one in expected)  # scores that mean something
     for row, one in enumerate(expected):

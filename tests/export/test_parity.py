@@ -4,8 +4,9 @@ import math
 
 import torch
 
-from brs_detr.export.parity import Differences, largest_differences
+from brs_detr.export.parity import Differences, largest_differences, unlike_suppression
 from brs_detr.models.transformer.decoder import Predictions
+from brs_detr.ops.boxes import Candidates
 from brs_detr.ops.images import ImageBatch
 
 IMAGES = ImageBatch(torch.zeros(1, 3, 100, 200), [(100, 200)], [(100, 200)])
@@ -50,3 +51,50 @@ def test_a_score_is_compared_rank_by_rank():
 
 def test_what_is_not_a_number_is_not_small():
     assert not Differences(math.nan, 0.0).small and not Differences(0.0, math.nan).small
+
+
+def candidates(*rows):
+    """x1 of a box of 10 x 10 pixels, score, group."""
+    boxes = torch.tensor([[x, 0.0, x + 10, 10] for x, _, _ in rows])
+    scores, groups = torch.tensor([row[1] for row in rows]), torch.tensor([row[2] for row in rows])
+    return Candidates(boxes, scores, groups, groups, torch.ones_like(groups, dtype=torch.bool))
+
+
+# The second overlaps the first with an IoU of 2 / 3, the third is of another group, the last lies apart.
+FOUR = candidates((0.0, 0.9, 0), (2.0, 0.8, 0), (2.0, 0.7, 1), (50.0, 0.2, 0))
+
+
+def check(*kept, iou=0.5, limit=9, shift=0.0, among=FOUR):
+    """What is said of these rows of the candidates, and of an entry that is no detection."""
+    boxes = torch.cat([among.boxes[list(kept)] + shift, torch.zeros(1, 4)])
+    scores = torch.cat([among.scores[list(kept)], torch.tensor([-1.0])])
+    found = {"boxes": boxes, "scores": scores, "groups": torch.cat([among.groups[list(kept)], torch.zeros(1)])}
+    return unlike_suppression(found, among, among, nms_iou=iou, limit=limit)
+
+
+def test_what_suppression_keeps_is_recognized():
+    assert check(0, 2, 3) == (0.0, 0.0)
+    assert check(0, 1, 2, 3, iou=0.7) == (0.0, 0.0)
+    assert check(0, 2, limit=2) == (0.0, 0.0)  # the last one is worse than both
+    found = check(0, 2, 3, shift=0.01)
+    assert math.isclose(found.boxes, 0.01, rel_tol=1e-3) and found.small
+
+
+def test_what_suppression_does_not_keep_is_noticed():
+    assert not check(0, 1, 2, 3).small, "two that overlap"
+    assert not check(0, 3).small, "one is missing"
+    assert not check(0, 2).small, "the last one is missing though there is room"
+    assert not check(1, 2, 3).small, "the worse of two that overlap"
+    assert not check(0, 3, limit=2).small, "a better one is missing"
+    assert not check(limit=2).small, "nothing"
+    assert not check(0, 2, 3, shift=0.5).small, "moved boxes"
+
+
+def test_at_the_threshold_either_way_counts():
+    """IoU 2 / 3, as float32 has it or not."""
+    assert check(0, 2, 3, iou=2 / 3).small and check(0, 1, 2, 3, iou=2 / 3).small
+
+
+def test_of_equal_scores_either_may_suppress_the_other():
+    twins = candidates((0.0, 0.5, 0), (2.0, 0.5, 0))
+    assert check(0, among=twins).small and check(1, among=twins).small

@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from support import SMALL_BACKBONE
+from torchvision.ops import box_iou
 
 from brs_detr.config import Config, apply_overrides
 from brs_detr.models.brs_detr import detections_from
 from brs_detr.models.build import build_model
-from brs_detr.models.config import BRSDETRConfig, CoDETRConfig, RoIConfig, RPNConfig
+from brs_detr.models.config import BRSDETRConfig, CoDETRConfig, HardNMS, RoIConfig, RPNConfig
+from brs_detr.models.ensemble import Ensemble
 from brs_detr.models.transformer.decoder import Predictions
 from brs_detr.ops.images import ImageBatch
 
@@ -110,6 +112,51 @@ def test_detections_lie_inside_the_stored_image_best_first(settings, head):
         assert len(one["boxes"]) == len(one["scores"]) == len(one["labels"]) > 0
         assert (one["boxes"] >= 0).all() and (one["boxes"] <= torch.tensor([w, h, w, h]) + 1e-3).all()
         assert (one["scores"].diff() <= 0).all() and ((one["labels"] >= 0) & (one["labels"] < 3)).all()
+
+
+def suppressed_slowly(found, iou):
+    """Greedy suppression as it is defined: best first, each against all that were kept."""
+    kept = []
+    for row in range(len(found["scores"])):
+        same = [other for other in kept if found["labels"][other] == found["labels"][row]]
+        boxes = found["boxes"][same], found["boxes"][row, None]
+        if not same or box_iou(*boxes).max() <= iou:
+            kept.append(row)
+    return {name: column[kept] for name, column in found.items()}
+
+
+def test_the_decoders_detections_are_suppressed_where_that_is_wanted():
+    model = build_model(replace(SMALL, detections_per_image=36), 3).eval()
+    images = ImageBatch.from_list([image(), image(50, 70)], original_sizes=[(128, 160), (500, 700)])
+    with torch.no_grad():
+        for layer in model.decoder.regressors:  # larger boxes, which overlap
+            layer[-1].bias[2:] += 3
+        plain, roi = model.detect_with_all_heads(images)["decoder"], model.detect_with_all_heads(images)["roi"]
+        model.nms = HardNMS(iou=0.4)
+        by_head = model.detect_with_all_heads(images)
+        assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(model(images), by_head["decoder"]))
+    for one, every in zip(by_head["decoder"], plain):
+        expected = suppressed_slowly(every, 0.4)
+        assert 0 < len(expected["scores"]) < len(every["scores"]) == 36
+        assert all(torch.equal(one[name], expected[name]) for name in expected)
+    assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(by_head["roi"], roi))  # has its own nms_iou
+
+
+def test_an_ensemble_has_detections_of_all_heads():
+    model = build_model(SMALL, 3).eval()
+    images = ImageBatch.from_list([image(), image(50, 70)], original_sizes=[(128, 160), (500, 700)])
+    with torch.no_grad():
+        by_head = model.detect_with_all_heads(images)
+        scores = {head: torch.cat([one["scores"] for one in found]) for head, found in by_head.items()}
+        model.ensemble = Ensemble.learn(scores, {"decoder": 0.2, "roi": 0.4, "atss": 0.3}, num_objects=5)
+        model.predict_with = "ensemble"
+        found = model(images)
+    for row, one in enumerate(found):
+        own = {head: detections[row] for head, detections in by_head.items()}
+        expected = model.ensemble.join(own, 0.6)
+        assert all(torch.equal(one[name], expected[name]) for name in expected)
+        for detections in own.values():
+            assert (one["boxes"][:, None] == detections["boxes"]).all(-1).any()
 
 
 def test_pixels_are_normalized_in_the_order_of_rgb_and_the_padding_is_zero():

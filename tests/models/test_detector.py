@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from brs_detr.models.config import HardNMS, NoNMS
 from brs_detr.models.detector import Detector, to_stored_images
 from brs_detr.ops.images import ImageBatch
 
@@ -37,6 +38,27 @@ def test_a_head_that_the_detector_does_not_have_is_refused_with_its_own():
     with pytest.raises(ValueError, match=r"eval\.predict_with=third: this detector has first, second\. Use auto\."):
         model.predict_with = "third"
     assert model.predict_with == "first"
+
+
+def test_all_heads_may_be_joined_where_there_are_several():
+    model = TwoHeads(3)
+    model.predict_with = "ensemble"
+    assert model.predict_with == "ensemble"
+    with pytest.raises(ValueError, match="no validation has scored the heads of these weights"):
+        model.eval()([torch.zeros(3, 4, 4)])
+    model.heads = ("first",)
+    with pytest.raises(ValueError, match=r"eval\.predict_with=ensemble: this detector has first\. Use auto\."):
+        model.predict_with = "ensemble"
+
+
+def test_suppression_of_a_detector_that_suppresses_already_is_refused():
+    model = TwoHeads(3)
+    model.nms = NoNMS()
+    with pytest.raises(ValueError, match=r"eval\.nms\.kind=hard: this detector suppresses already"):
+        model.nms = HardNMS()
+    model.overlapping = ("first",)
+    model.nms = HardNMS(iou=0.4)
+    assert model.nms.iou == model.join_iou == 0.4
 
 
 def test_a_box_as_large_as_the_resized_image_is_as_large_as_the_stored_one():

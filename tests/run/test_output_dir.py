@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from brs_detr.config import Config, ConfigError, to_dict
+from brs_detr.config import Config, ConfigError, apply_overrides, to_dict
 from brs_detr.engine.batch_plan import split_batch_size
 from brs_detr.engine.config import TrainConfig
 from brs_detr.run.output_dir import check_output_dir, check_resumable, lock_output_dir, remove_run
@@ -47,6 +47,21 @@ def test_another_launch_is_another_run_unless_allowed(tmp_path):
         check_resumable(config, other, run_metadata(config, saved), tmp_path)
     config = Config(train=TrainConfig(allow_changes=True))
     assert len(check_resumable(config, other, run_metadata(config, saved), tmp_path)) == 2
+
+
+@pytest.mark.parametrize("objective", ["brs", "cross_entropy"])
+def test_a_run_saved_with_the_mask_loss_that_follows_from_its_objective_goes_on(tmp_path, objective):
+    overrides = ["model.name=mask_rcnn", f"model.roi.objective.loss={objective}"]
+    if objective == "cross_entropy":
+        overrides.append("model.roi.box_loss=l1")
+    plan, config = split_batch_size(16, 2, 4), apply_overrides(Config(), overrides)
+    for chosen, same in (("dice", objective == "brs"), ("binary_cross_entropy", objective != "brs")):
+        saved = run_metadata(apply_overrides(config, [f"model.mask.loss={chosen}"]), plan)
+        if same:
+            assert check_resumable(config, plan, saved, tmp_path) == []
+        else:
+            with pytest.raises(ConfigError, match=rf"model.mask.loss: {chosen} -> "):
+                check_resumable(config, plan, saved, tmp_path)
 
 
 @pytest.mark.parametrize("flag", [None, "resume", "overwrite"])

@@ -26,6 +26,13 @@ from brs_detr.ops.images import Size
 
 Objective = Callable[[PredictionSet], dict[str, Tensor]]
 BoxLoss = Literal["smooth_l1", "giou", "iou", "l1"]
+Best = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+
+def best_scores(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the `count` best scores of each row (B, n), fewer where there are fewer, and their columns."""
+    best, columns = scores.topk(min(count, scores.shape[1]), dim=1)
+    return best, columns
 
 
 def build_objective(config: ObjectiveConfig) -> RankingObjective | ScoreObjective:
@@ -173,6 +180,7 @@ class DenseHead(nn.Module):
         self.box_loss, self.beta = box_loss, beta
         self.before_nms, self.score_threshold, self.drop_empty = before_nms, score_threshold, drop_empty
         self.nms_iou, self.nms_within, self.max_detections = nms_iou, nms_within, max_detections
+        self.best: Best = best_scores  # an exported detector has another one
 
     def losses(self, output: DenseOutput, sizes: Sequence[Size], targets: Sequence[dict]) -> HeadLosses:
         """Compute the loss terms of the batch, as one prediction set.
@@ -291,14 +299,16 @@ class DenseHead(nn.Module):
         boxes vanish.
         """
         before_nms, max_detections = self.limits()
-        levels = [
-            self._candidates(output, level, anchors, before_nms) for level, anchors in enumerate(self.place(output))
-        ]
-        columns = [torch.cat(column, dim=1) for column in zip(*levels, strict=True)]
+        candidates = self.candidates(output, before_nms)
         return [
-            self.detect(Candidates(*(column[image] for column in columns)), size, max_detections)
+            self.detect(Candidates(*(column[image] for column in candidates)), size, max_detections)
             for image, size in enumerate(sizes)
         ]
+
+    def candidates(self, output: DenseOutput, count: int) -> Candidates:
+        """Return what enters suppression, the best `count` (anchor, class) pairs of each level: (B, n, ...)."""
+        levels = [self._candidates(output, level, anchors, count) for level, anchors in enumerate(self.place(output))]
+        return Candidates(*(torch.cat(column, dim=1) for column in zip(*levels, strict=True)))
 
     def detect(self, candidates: Candidates, size: Size, max_detections: int) -> dict[str, Tensor]:
         """Choose the detections of one image of (h, w) pixels."""
@@ -317,7 +327,7 @@ class DenseHead(nn.Module):
     def _candidates(self, output: DenseOutput, level: int, anchors: Tensor, count: int) -> Candidates:
         """Return the best (anchor, class) pairs of one level, of all images."""
         score = self.class_scores(output, level).flatten(1)
-        score, index = score.topk(min(count, score.shape[1]), dim=1)
+        score, index = self.best(score, count)
         anchor, label = index // self.num_classes, index % self.num_classes
         boxes = self.coder.decode(anchors.reshape(-1, 4)[anchor], take_rows(output.deltas[level].flatten(1, 3), anchor))
         kept = torch.ones_like(score, dtype=torch.bool)

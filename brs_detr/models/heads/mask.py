@@ -29,11 +29,16 @@ class MaskHead(nn.Module):
         dim: channels of the feature maps, and of the convolutions.
         num_classes: object classes.
         strides: pixels per cell of the maps that are pooled from.
-        config: see `MaskConfig`.
+        config: see `MaskConfig`; its loss is decided.
+
+    Raises:
+        ValueError: it is not.
     """
 
     def __init__(self, dim: int, num_classes: int, strides: Sequence[int], config: MaskConfig) -> None:
         super().__init__()
+        if config.loss == "auto":
+            raise ValueError("mask head: its loss follows an objective. Give `MaskConfig.resolved(objective)`.")
         self.strides, self.pool, self.side = tuple(strides), config.pool_size, 2 * config.pool_size
         self.loss, self.max_masks = config.loss, config.max_masks
         self.permute: Callable[[int, torch.device], Tensor] = random_permutation  # tests replace it

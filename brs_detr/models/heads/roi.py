@@ -22,7 +22,7 @@ from brs_detr.losses.objective import BoxLosses, PredictionSet
 from brs_detr.models.config import RoIConfig
 from brs_detr.models.heads.dense import HeadLosses, box_losses, build_objective
 from brs_detr.ops.anchors import take_rows
-from brs_detr.ops.boxes import BoxCoder, suppress
+from brs_detr.ops.boxes import BoxCoder, Candidates, suppress
 from brs_detr.ops.images import Size
 
 Branch = Callable[[Sequence[Tensor], HeadAssignment, Sequence[dict]], BoxLosses]
@@ -47,6 +47,12 @@ def finest_scale(strides: Sequence[int]) -> int:
     return 14 * strides[0]
 
 
+def map_of(boxes: Tensor, strides: Sequence[int]) -> Tensor:
+    """Choose the map (N,) that each RoI (N, 4) xyxy pixels is pooled from: by its size, 0 the finest."""
+    area = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1)
+    return (area.sqrt() / finest_scale(strides) + 1e-6).log2().floor().clamp(0, len(strides) - 1).long()
+
+
 def pool_rois(
     features: Sequence[Tensor], rois: Sequence[Tensor], strides: Sequence[int], side: int
 ) -> tuple[Tensor, Tensor]:
@@ -64,8 +70,7 @@ def pool_rois(
     """
     boxes = torch.cat(list(rois)).float()
     image = torch.cat([box.new_full((box.shape[0], 1), b, dtype=torch.float32) for b, box in enumerate(rois)])
-    area = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1)
-    level = (area.sqrt() / finest_scale(strides) + 1e-6).log2().floor().clamp(0, len(strides) - 1).long()
+    level = map_of(boxes, strides)
     order = level.argsort(stable=True)
     counts = torch.bincount(level, minlength=len(strides)).tolist()
     per_level = torch.cat([image, boxes], dim=1)[order].split(counts)
@@ -130,11 +135,20 @@ class RoIHead(nn.Module):
             rows of all images one after the other, N = sum of n_b.
         """
         pooled, order = self._pool(features, rois)
-        hidden = self.fc2(self.fc1(pooled.flatten(1)).relu()).relu()
+        logits, deltas = self.classify(pooled)
         # the rows lie in level order; the small outputs are put back rather than the pooled windows (50 kB each)
         back = inverse(order)
-        deltas = rearrange(self.delta(hidden), "n (c box) -> n c box", box=4)
-        return RoIOutput(self.score(hidden)[back], deltas[back], reduce(pooled, "n d y x -> n d", "mean")[back])
+        return RoIOutput(logits[back], deltas[back], reduce(pooled, "n d y x -> n d", "mean")[back])
+
+    def classify(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and offsets, as in `RoIOutput`, of pooled RoIs (N, dim, side, side)."""
+        hidden = self.fc2(self.fc1(pooled.flatten(1)).relu()).relu()
+        return self.score(hidden), rearrange(self.delta(hidden), "n (c box) -> n c box", box=4)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Return the scores (..., C) of the classes from the logits of RoIs."""
+        logits = logits.float()
+        return logits.softmax(dim=-1)[..., :-1] if self.softmax else logits.sigmoid()
 
     def _pool(self, features: Sequence[Tensor], rois: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         return pool_rois(features, rois, self.strides, self.pool)
@@ -282,21 +296,20 @@ class RoIHead(nn.Module):
             logits, deltas: as in `RoIOutput`.
             sizes: (h, w) pixels per image.
         """
-        logits = logits.float()
-        scores = logits.softmax(dim=1)[:, :-1] if self.softmax else logits.sigmoid()
+        images = zip(self.candidates(rois, logits, deltas), sizes, strict=True)
+        return [
+            suppress(**own._asdict(), size=size, nms_iou=self.nms_iou, max_detections=self.max_detections)
+            for own, size in images
+        ]
+
+    def candidates(self, rois: Sequence[Tensor], logits: Tensor, deltas: Tensor) -> list[Candidates]:
+        """Return what enters suppression, the (RoI, class) pairs of each image; arguments as for `detect`."""
+        scores = self.scores(logits)
         boxes = self.coder.decode(torch.cat(list(rois))[:, None], deltas).expand(*scores.shape, 4)
         labels = torch.arange(self.num_classes, device=logits.device).expand_as(scores)
-        counts = [own.shape[0] for own in rois]
-        images = zip(boxes.split(counts), scores.split(counts), labels.split(counts), sizes, strict=True)
+        columns = boxes.flatten(0, 1), scores.flatten(), labels.flatten()
+        lengths = [own.shape[0] * self.num_classes for own in rois]
         return [
-            suppress(
-                own_boxes.flatten(0, 1),
-                own_scores.flatten(),
-                own_labels.flatten(),
-                size,
-                kept=own_scores.flatten() > self.score_threshold,
-                nms_iou=self.nms_iou,
-                max_detections=self.max_detections,
-            )
-            for own_boxes, own_scores, own_labels, size in images
+            Candidates(own_boxes, own_scores, own_labels, own_labels, own_scores > self.score_threshold)
+            for own_boxes, own_scores, own_labels in zip(*(x.split(lengths) for x in columns), strict=True)
         ]

@@ -27,10 +27,10 @@ CE = ScoreConfig("cross_entropy", TermWeights(l1=1.0), normalizer="rows")
 def heads(loss="brs", classes=5, dim=4, **mask):
     if loss == "cross_entropy":
         config = replace(PUBLISHED, objective=CE, box_loss="l1", sample=16)
-        mask = {"loss": "binary_cross_entropy", **mask}
     else:
         config = replace(PUBLISHED, objective=replace(PUBLISHED.objective, loss=loss))
-    return RoIHead(dim, classes, STRIDES, config), MaskHead(dim, classes, STRIDES, MaskConfig(**mask))
+    own = MaskConfig(**mask).resolved(config.objective)
+    return RoIHead(dim, classes, STRIDES, config), MaskHead(dim, classes, STRIDES, own)
 
 
 @pytest.mark.parametrize("loss", ["rs", "brs"])
@@ -115,7 +115,7 @@ def test_above_the_limit_masks_targets_labels_and_weights_stay_together():
     torch.manual_seed(0)
     counts, classes, limit = (170, 140), 3, 200
     assignment, features, targets = assignment_of(*counts), feature_maps(), random_targets(2, 2)
-    mask = MaskHead(4, classes, STRIDES, MaskConfig(max_masks=limit))
+    mask = MaskHead(4, classes, STRIDES, MaskConfig("dice", max_masks=limit))
     values, chosen = mask.losses(features, assignment, targets)["mask"]
     assert len(chosen) == limit == len(chosen.unique()) and not torch.equal(chosen, torch.arange(limit))
     assert (chosen < counts[0]).any() and (chosen >= counts[0]).any()
@@ -152,7 +152,7 @@ def test_the_order_of_the_choice_changes_nothing():
     """A permutation that keeps everybody chooses everybody, whatever its order."""
     torch.manual_seed(0)
     assignment, features, targets = assignment_of(6, 5), feature_maps(), random_targets(2, 2)
-    mask = MaskHead(4, 3, STRIDES, MaskConfig(max_masks=10))
+    mask = MaskHead(4, 3, STRIDES, MaskConfig("dice", max_masks=10))
     results = []
     for keep in (list(range(10)), list(range(9, -1, -1))):
         mask.permute = lambda count, device, keep=keep: torch.tensor([*keep, 10])
@@ -175,15 +175,30 @@ def test_cross_entropy_is_the_mean_over_the_masks():
     torch.testing.assert_close(compare(logits, wanted), by_hand)
 
 
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        *((RankingConfig(loss), "dice") for loss in ("brs", "rs", "bap", "alrp", "ndcg")),
+        *((ScoreConfig(loss), "binary_cross_entropy") for loss in ("focal", "cross_entropy")),
+    ],
+)
+def test_the_mask_loss_follows_the_objective_unless_it_is_chosen(objective, expected):
+    assert MaskHead(4, 3, STRIDES, MaskConfig().resolved(objective)).loss == expected
+    for chosen in ("dice", "binary_cross_entropy"):
+        assert MaskConfig(chosen).resolved(objective).loss == chosen
+    with pytest.raises(ValueError, match="follows an objective"):
+        MaskHead(4, 3, STRIDES, MaskConfig())
+
+
 def test_layers_are_those_of_the_paper():
-    mask = MaskHead(256, 80, STRIDES, MaskConfig())
+    mask = MaskHead(256, 80, STRIDES, MaskConfig("dice"))
     shapes = [tuple(parameter.shape) for parameter in mask.parameters() if parameter.ndim == 4]
     assert shapes == [(256, 256, 3, 3)] * 4 + [(256, 256, 2, 2), (80, 256, 1, 1)]
 
 
 def test_masks_are_those_of_each_regions_class_in_order():
     """RoIs of several levels, each alone gives the mask it gives among others."""
-    mask, features = MaskHead(4, 3, STRIDES, MaskConfig()), feature_maps(batch=1)
+    mask, features = MaskHead(4, 3, STRIDES, MaskConfig("dice")), feature_maps(batch=1)
     rois = torch.tensor([[0.0, 0, 90, 60], [3, 3, 9, 12], [1, 1, 500, 500], [4, 4, 30, 30]])
     classes = torch.tensor([2, 0, 1, 2])
     together = mask(features, [rois], classes)
@@ -194,7 +209,7 @@ def test_masks_are_those_of_each_regions_class_in_order():
 
 
 def test_detections_get_the_masks_of_their_labels_as_run_lengths():
-    mask, features = MaskHead(4, 3, STRIDES, MaskConfig()), feature_maps()
+    mask, features = MaskHead(4, 3, STRIDES, MaskConfig("dice")), feature_maps()
     boxes = [torch.tensor([[4.0, 8, 32, 36]]), torch.zeros(0, 4)]
     found = [{"boxes": own, "labels": torch.full((len(own),), 2), "scores": torch.ones(len(own))} for own in boxes]
     with torch.no_grad():

@@ -1,0 +1,170 @@
+"""The path from pixels to the detections of one head, with the sizes of the images as a tensor instead of integers.
+
+Each head's own methods compute its predictions; what `suppress` does with them, image by image, `suppression.py` does
+for a batch of any number.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from brs_detr.export.suppression import NOTHING, best_of_any_number, best_rows, clip, keep_best, suppress_within
+from brs_detr.models.brs_detr import BRSDETR
+from brs_detr.models.config import HardNMS
+from brs_detr.models.detector import Detector
+from brs_detr.models.heads.dense import DenseHead, DenseOutput
+from brs_detr.models.heads.roi import RoIHead, map_of
+from brs_detr.models.heads.rpn import RPNHead
+from brs_detr.models.one_stage import OneStageDetector
+from brs_detr.models.rcnn import TwoStageDetector
+from brs_detr.models.transformer.attention import use_sampling
+from brs_detr.models.transformer.decoder import Predictions, best_pairs
+from brs_detr.models.transformer.encoder import Memory
+from brs_detr.ops.deform_attn_gather import gathered_sampling
+
+
+class ExportError(ValueError):
+    """A detector that cannot be exported with the given options; the message says what to change."""
+
+
+def require_exportable(model: Detector) -> None:
+    """Refuse a detector whose detections no graph of this file computes.
+
+    Raises:
+        ExportError: what it has that a graph has not.
+    """
+    if model.predict_with == "ensemble":
+        raise ExportError(
+            "eval.predict_with=ensemble: one head can be exported, not several. "
+            f"Set eval.predict_with to one of {', '.join(model.heads)}."
+        )
+    if isinstance(model, BRSDETR):
+        return
+    if isinstance(model, OneStageDetector):
+        head = type(model.head)
+        # a head with its own way to its detections: masks, score voting
+        if isinstance(model.head, DenseHead) and head.predict is DenseHead.predict and head.detect is DenseHead.detect:
+            return
+    elif isinstance(model, TwoStageDetector) and isinstance(model.roi, RoIHead) and model.mask is None:
+        return
+    raise ExportError(
+        "model.name: this detector cannot be exported, only brs_detr, co_detr, retinanet, foveabox, atss and "
+        "faster_rcnn can: masks, score voting and cascades have no graph."
+    )
+
+
+class DetectorGraph(nn.Module):
+    """A detector whose image sizes are a tensor.
+
+    Args:
+        model: the detector; a copy of it is used, in eval mode and with sampling by Gathers.
+
+    Raises:
+        ExportError: see `require_exportable`.
+    """
+
+    def __init__(self, model: Detector) -> None:
+        super().__init__()
+        require_exportable(model)
+        self.model = copy.deepcopy(model)
+        use_sampling(self.model, gathered_sampling)
+        for module in self.model.modules():
+            if isinstance(module, DenseHead):
+                module.best = best_of_any_number
+        self.eval()
+
+    def forward(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        """Detect objects.
+
+        Args:
+            pixels: (B, 3, H, W) RGB in 0..255, uint8 or float.
+            sizes: (B, 2) int64 (height, width) of each image without its padding.
+
+        Returns:
+            boxes (B, n, 4) xyxy in pixels of the input, scores (B, n), labels (B, n), best first; entries of score -1
+            are no detections. Also, of two-stage heads, what their second stage looks at: the indices (B, Q) of the
+            proposals that the decoder begins with, or the proposals (B, m, 6) of the RoI head: box, score, level.
+        """
+        model: Any = self.model
+        height, width = pixels.shape[-2:]
+        # the mask by comparison rather than by slices, whose bounds would be constants of the graph
+        below = torch.arange(height, device=sizes.device) >= sizes[:, :1]
+        beside = torch.arange(width, device=sizes.device) >= sizes[:, 1:]
+        padding = below[:, :, None] | beside[:, None, :]
+        features = model.encode(model.normalize(pixels, padding), padding)
+        if model.predict_with == "decoder":
+            return decoder_detections(model, features, sizes)
+        maps = model.pyramid(features) if isinstance(model, BRSDETR) else features
+        if model.predict_with == "roi":
+            return region_detections(model.rpn, model.roi, maps, sizes)
+        head = model.atss if isinstance(model, BRSDETR) else model.head
+        return dense_detections(head, head(maps), sizes)[:3]
+
+
+def decoder_detections(model: BRSDETR, memory: Memory, sizes: Tensor) -> tuple[Tensor, ...]:
+    """Return the detections of the decoder, and the indices of its proposals."""
+    proposals = model.proposals(memory)
+    layers = model.decode(memory, proposals.references)
+    last = Predictions(layers.logits[-1], layers.boxes[-1])
+    boxes, scores, labels = best_pairs(last, model.detections_per_image)
+    boxes = boxes * sizes.flip(1).repeat(1, 2).to(boxes.dtype)[:, None]
+    if isinstance(model.nms, HardNMS):
+        scores = suppress_within(boxes, scores, labels, model.num_classes, model.nms.iou)
+        scores, boxes, labels = best_rows(scores, scores.shape[1], boxes, labels)
+    return boxes, scores, labels, proposals.chosen
+
+
+def dense_detections(head: DenseHead, output: DenseOutput, sizes: Tensor) -> tuple[Tensor, ...]:
+    """Return the detections of a dense head, as `DenseHead.predict` does, and their groups in suppression."""
+    before_nms, max_detections = head.limits()
+    found = head.candidates(output, before_nms)
+    boxes = clip(found.boxes, sizes)
+    kept = found.kept & (found.scores >= 0)
+    if head.drop_empty:
+        kept = kept & (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
+    scores = torch.where(kept, found.scores, NOTHING)
+    num_groups = head.num_classes if head.nms_within == "class" else len(head.strides)
+    scores = suppress_within(boxes, scores, found.groups, num_groups, head.nms_iou)
+    scores, boxes, labels, groups = best_rows(scores, max_detections, boxes, found.labels, found.groups)
+    return boxes, scores, labels, groups
+
+
+def region_detections(rpn: RPNHead, roi: RoIHead, maps: Sequence[Tensor], sizes: Tensor) -> tuple[Tensor, ...]:
+    """Return the detections of a RoI head, as `RoIHead.predict` does, and the proposals (B, m, 6) it looked at."""
+    rois, objectness, _, level = dense_detections(rpn, rpn(maps), sizes)
+    classes, count = roi.num_classes, rois.shape[1]
+    logits, deltas = roi.classify(pool(roi, maps, rois))
+    scores = roi.scores(logits).unflatten(0, (-1, count))
+    boxes = roi.coder.decode(rois.flatten(0, 1)[:, None], deltas).expand(-1, classes, 4).unflatten(0, (-1, count))
+    boxes = clip(boxes, sizes)
+    kept = (scores > roi.score_threshold) & (objectness >= 0)[..., None]
+    # every class has boxes of its own: (B, m, C, ...) -> (B, C, m, ...)
+    scores, boxes = torch.where(kept, scores, NOTHING).transpose(1, 2), boxes.transpose(1, 2)
+    best = keep_best(boxes.flatten(0, 1), scores.flatten(0, 1)[:, None], roi.nms_iou)
+    scores = torch.where(best.unflatten(0, (-1, classes))[:, :, 0], scores, NOTHING)
+    labels = torch.arange(classes, device=scores.device)[:, None].expand_as(scores)
+    columns = boxes.flatten(1, 2), labels.flatten(1, 2)
+    scores, boxes, labels = best_rows(scores.flatten(1, 2), roi.max_detections, *columns)
+    return boxes, scores, labels, torch.cat([rois, objectness[..., None], level[..., None].to(rois.dtype)], dim=-1)
+
+
+def pool(roi: RoIHead, maps: Sequence[Tensor], rois: Tensor) -> Tensor:
+    """Pool RoIs (B, m, 4), each on the map of its size: (B * m, dim, side, side)."""
+    batch, count = rois.shape[:2]
+    image = torch.arange(batch, device=rois.device)[:, None].expand(-1, count).flatten()
+    boxes = rois.flatten(0, 1)
+    level = map_of(boxes, roi.strides)
+    pooled = []
+    for index, (x, stride) in enumerate(zip(maps, roi.strides)):
+        # RoIs of other maps become empty: pooling one reads no cell and returns zeros
+        own = torch.where((level == index)[:, None], boxes, 0.0)
+        regions = torch.cat([image[:, None].to(own.dtype), own], dim=1)
+        scale = 1 / stride
+        pooled.append(roi_align(x.float(), regions, roi.pool, spatial_scale=scale, sampling_ratio=0, aligned=True))
+    return torch.stack(pooled).sum(dim=0)

@@ -1,0 +1,122 @@
+"""The exported graphs of heads that suppress: the same detections as in torch, for any number and size of images."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from support import SMALL_BACKBONE
+
+from brs_detr.export.graphs import DetectorGraph, ExportError, require_exportable
+from brs_detr.export.onnx import write_onnx
+from brs_detr.export.parity import ExportedDetector, compare
+from brs_detr.models.build import build_model
+from brs_detr.models.cnn_config import CascadeRCNNConfig, MaskRCNNConfig, PAAConfig, SOLOv2Config, YOLACTConfig
+from brs_detr.models.config import HardNMS
+from brs_detr.ops.images import ImageBatch
+
+
+def batch(*sizes):
+    """Noise of these (height, width), padded to one tensor."""
+    return ImageBatch.from_list([torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes])
+
+
+def with_head(detector, head):
+    model = copy.deepcopy(detector)
+    model.predict_with = head
+    return model
+
+
+def suppressing(detector, iou=0.5):
+    """With the suppression of the decoder's detections."""
+    model = copy.deepcopy(detector)
+    model.nms = HardNMS(iou=iou)
+    with torch.no_grad():
+        for head in model.decoder.regressors:  # larger boxes, which overlap
+            head[-1].bias[2:] += 3
+    return model
+
+
+def expect_the_same(model, images):
+    """The graph, in torch, against the detector."""
+    with torch.no_grad():
+        boxes, scores, labels = DetectorGraph(model)(images.pixels, torch.tensor(images.sizes))[:3]
+        expected = model(images)
+    for row, one in enumerate(expected):
+        count = len(one["scores"])
+        assert 0 < count == (scores[row] >= 0).sum() and (scores[row, count:] == -1).all()
+        assert not boxes[row, count:].any() and not labels[row, count:].any()
+        torch.testing.assert_close(boxes[row, :count], one["boxes"], rtol=0, atol=1e-3)
+        torch.testing.assert_close(scores[row, :count], one["scores"], rtol=0, atol=1e-5)
+        assert torch.equal(labels[row, :count], one["labels"])
+    return expected
+
+
+@pytest.mark.parametrize("head", ["roi", "atss"])
+def test_the_graph_of_an_auxiliary_head_finds_what_the_head_finds(detector, head):
+    found = expect_the_same(with_head(detector, head), batch((96, 130), (80, 131)))
+    assert all(one["scores"][0] - one["scores"][-1] > 0.1 for one in found)  # scores that mean something
+
+
+@pytest.mark.parametrize("name", ["atss", "retinanet", "foveabox", "faster_rcnn"])
+def test_the_graph_of_a_cnn_detector_finds_what_it_finds(build_cnn, name):
+    expect_the_same(build_cnn(name), batch((96, 130), (64, 131)))
+
+
+def test_the_graph_suppresses_the_decoders_detections_where_the_detector_does(detector):
+    model, images = suppressing(detector), batch((96, 130), (80, 131))
+    found = expect_the_same(model, images)
+    assert any(len(one["scores"]) < model.detections_per_image for one in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["roi", "atss"])
+def test_onnxruntime_finds_what_an_auxiliary_head_finds(detector, tmp_path, head):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    model, path = with_head(detector, head), tmp_path / "model.onnx"
+    write_onnx(model, path, (150, 210), any_size=True)
+    exported = ExportedDetector(path)
+    assert [output.name for output in exported.session.get_outputs()][:3] == ["boxes", "scores", "labels"]
+    for sizes in [(150, 210)], [(96, 131), (70, 131), (96, 99)], [(65, 300), (66, 40)]:
+        found = compare(model, exported, batch(*sizes))
+        assert found.boxes < 0.02 and found.scores < 5e-4, (sizes, found)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        getattr(other, head).delta.bias.add_(0.3)
+    assert not compare(other, exported, batch((96, 131))).small
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["atss", "retinanet", "foveabox", "faster_rcnn"])
+def test_onnxruntime_finds_what_a_cnn_detector_finds(build_cnn, tmp_path, name):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    model, path = build_cnn(name), tmp_path / "model.onnx"
+    write_onnx(model, path, (150, 210), any_size=True)
+    for sizes in [(150, 210)], [(96, 131), (70, 131)], [(65, 300), (66, 40)]:
+        found = compare(model, ExportedDetector(path), batch(*sizes))
+        assert found.small, (sizes, found)
+
+
+@pytest.mark.slow
+def test_onnxruntime_suppresses_the_decoders_detections(detector, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    model, path = suppressing(detector), tmp_path / "model.onnx"
+    write_onnx(model, path, (96, 131))
+    exported, images = ExportedDetector(path), batch((96, 131), (70, 131), (96, 99))
+    assert compare(model, exported, images).small and (exported(images)["scores"] < 0).any()
+    assert not compare(suppressing(detector, iou=0.9), exported, images).small
+
+
+def test_an_ensemble_is_refused_with_the_heads_that_can_be_exported(detector):
+    with pytest.raises(ExportError, match=r"eval\.predict_with=ensemble: one head .* one of decoder, roi, atss\."):
+        require_exportable(with_head(detector, "ensemble"))
+
+
+@pytest.mark.parametrize("config", [PAAConfig(), CascadeRCNNConfig(), MaskRCNNConfig(), YOLACTConfig(), SOLOv2Config()])
+def test_detectors_with_masks_votes_or_cascades_are_refused(config):
+    model = build_model(replace(config, backbone=replace(SMALL_BACKBONE, levels=config.backbone.levels)), 3)
+    with pytest.raises(ExportError, match="masks, score voting and cascades have no graph"):
+        DetectorGraph(model)
