@@ -109,7 +109,7 @@ def train_and_score(config: Config, batches: list[Batch], truth: GroundTruth, id
     seconds = time.process_time() - started
     summary, _ = score(model, ids, truth, batches, config, accelerator)
     assert summary is not None
-    figures = {name: summary.stats[name] for name in ("AP", "AP50", "mask_AP") if name in summary.stats}
+    figures = {name: summary.stats[name] for name in ("AP", "AP50", "mask_AP", "correlation") if name in summary.stats}
     return {**figures, "seconds": seconds}
 
 
