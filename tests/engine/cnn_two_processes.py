@@ -22,11 +22,13 @@ TOWERS = ["model.head.stacked_convs=1"]
 REGIONS = ["model.roi.fc_dim=32", "model.rpn.proposals=20", "model.rpn.proposals_before_nms=50"]
 SAMPLED = ["model.rpn.sample=32", "model.roi.sample=16", "model.rpn.box_loss=l1", "model.roi.box_loss=l1"]
 SOFTMAX = ["model.rpn.objective.loss=binary_cross_entropy", "model.roi.objective.loss=cross_entropy", *SAMPLED]
+FOCAL = ["model.loss=focal"]
+TWO_STAGES = ("faster_rcnn", "cascade_rcnn", "mask_rcnn")
 # settings of a small one, those of its score-based losses
 DETECTORS = {
     "retinanet": (TOWERS, ["model.loss=focal"]),
     "foveabox": (TOWERS, ["model.loss=focal"]),
-    "atss": (TOWERS, ["model.loss=focal", "model.head.centerness=true"]),
+    "atss": (TOWERS, ["model.loss=focal", "model.head.centerness=true", "model.head.objective.weights.centerness=1"]),
     "paa": (TOWERS, ["model.loss=focal", "model.head.iou_branch=true"]),
     "faster_rcnn": (REGIONS, SOFTMAX),
     "cascade_rcnn": (REGIONS, SOFTMAX),
@@ -89,14 +91,56 @@ def check_step(accelerator, detector):
         for counts in ((3, 1), (0, 2)):
             expected, single = step(build(detector, *settings), *batch(*counts))
             shared = accelerator.prepare_model(build(detector, *settings, "model.scope=global"))
+            # each process has the values of both, not a part of them
             terms, gradients = step(shared, *batch(counts[accelerator.process_index]))
             accelerator._models.clear()
-            assert terms.keys() == expected.keys()
-            for name, value in terms.items():
-                torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=f"{name}: {value}")
-            for name, gradient in gradients.items():
-                difference = (gradient - single[name]).norm()
-                assert difference <= 1e-4 * single[name].norm() + 1e-6, (loss, counts, name, difference)
+            assert_same_step(terms, gradients, expected, single)
+
+
+def shared_step(accelerator, detector, settings, *arguments):
+    """Loss terms, averaged over both processes, and gradients of a step of both."""
+    shared = accelerator.prepare_model(build(detector, *settings))
+    terms, gradients = step(shared, *arguments)
+    accelerator._models.clear()
+    return {name: accelerator.reduce(value.clone(), "mean") for name, value in terms.items()}, gradients
+
+
+def assert_same_step(terms, gradients, expected, single):
+    """Assert that two steps have the same loss terms and gradients."""
+    assert terms.keys() == expected.keys()
+    for name, value in terms.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=f"{name}: {value}")
+    for name, gradient in gradients.items():
+        difference = (gradient - single[name]).norm()
+        assert difference <= 1e-4 * single[name].norm() + 1e-6, (name, difference)
+
+
+def check_score(accelerator, detector):
+    """By a score-based loss, divided by the mean number of positives, the step is that of one process with both images.
+
+    Nothing is sampled, since each process draws anchors and regions of its own. PAA counts at least a positive per
+    image, as published, but over the images of a process: where one has no objects its step is another.
+    """
+    own_settings = FOCAL if detector in TWO_STAGES else DETECTORS[detector][1]  # focal in both stages samples nothing
+    settings = [*own_settings, "model.backbone.norm=group"]
+    for counts in ((3, 1), (0, 2)) if detector != "paa" else ((3, 1),):
+        expected = step(build(detector, *settings), *batch(*counts))
+        own = batch(counts[accelerator.process_index])
+        assert_same_step(*shared_step(accelerator, detector, settings, *own), *expected)
+
+
+def check_rows(accelerator, detector):
+    """By a loss over the number of rows, which each process counts for itself, the step is the mean of two.
+
+    So is Faster R-CNN trained in the released code. It is not the step of one process with both images, where an image
+    with fewer valid anchors or regions has less weight.
+    """
+    unsampled = [s for s in SOFTMAX if ".sample=" not in s]
+    settings = [*unsampled, "model.backbone.norm=group"]
+    alone = [step(build(detector, *settings), *batch(count)) for count in (3, 1)]
+    expected, single = ({n: (a + b) / 2 for (n, a), b in zip(x.items(), y.values())} for x, y in zip(*alone))
+    own = batch((3, 1)[accelerator.process_index])
+    assert_same_step(*shared_step(accelerator, detector, settings, *own), expected, single)
 
 
 def check_empty(accelerator, detector):
@@ -116,7 +160,7 @@ def check_empty(accelerator, detector):
 def main():
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
-    checks = {"step": check_step, "empty": check_empty}
+    checks = {"step": check_step, "score": check_score, "rows": check_rows, "empty": check_empty}
     for name in sys.argv[1:]:
         check, detector = name.split("/")
         checks[check](accelerator, detector)

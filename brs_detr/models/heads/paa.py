@@ -98,7 +98,11 @@ class PAAHead(TowerHead):
         return cost.new_full(candidates.assigned.shape, torch.inf).index_copy(0, rows, cost)
 
     def normalizer(self, assignment: HeadAssignment) -> SharedCount:
-        """Count the positives, at least one an image on average, as in the published code."""
+        """Count the positives, at least one an image on average, as in the published code.
+
+        The average is over the images of this process: where another one has no objects, the normalizer of both is
+        larger than that of one process with all images.
+        """
         return SharedCount(max(len(assignment.rows), len(assignment.references)))
 
     @torch.no_grad()
