@@ -11,7 +11,9 @@ from brs_detr.cli import COMMANDS
 from brs_detr.config import Config
 from brs_detr.config_io import leaves
 from brs_detr.data.issues import POLICY
+from brs_detr.engine.config import EvalConfig
 from brs_detr.models.cnn_config import MODELS
+from brs_detr.models.config import HardNMS
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDES = [p for p in sorted((ROOT / "docs").glob("*.md")) if p.name != "mutations.md"]  # written by a run of the tool
@@ -28,6 +30,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 def settings():
     """Names of all settings and of the sections that hold them."""
     names = {name for model in MODELS for name, _ in leaves(Config(model=model))}
+    names |= {name for name, _ in leaves(Config(eval=EvalConfig(nms=HardNMS())))}
     names |= {f"model.{name.rpartition('.')[2]}" for name in names if ".objective." in name}  # of all heads
     return names | {".".join(name.split(".")[:n]) for name in names for n in range(1, 4)}
 

@@ -215,11 +215,12 @@ def unlike_suppression(
     boxes, scores, groups = (found[name][real] for name in ("boxes", "scores", "groups"))
     if len(boxes) == 0 or len(possible.boxes) == 0:
         return Differences(0.0 if len(boxes) == len(certain.boxes) == 0 else math.inf, 0.0)
-    same_score = (scores[:, None] - possible.scores).abs() <= MAX_SCORE_DIFFERENCE
-    alike = same_score & (groups[:, None] == possible.groups)
+    score_apart = (scores[:, None] - possible.scores).abs()
+    alike = (score_apart <= MAX_SCORE_DIFFERENCE) & (groups[:, None] == possible.groups)
     apart = (boxes[:, None] - possible.boxes).abs().amax(-1).masked_fill(~alike, torch.inf)
-    nearest, index = apart.min(dim=1)
-    moved = float((scores - possible.scores[index]).abs().max())
+    # the candidate whose distance is the smallest part of what is allowed
+    index = torch.maximum(apart / MAX_BOX_DIFFERENCE, score_apart / MAX_SCORE_DIFFERENCE).argmin(dim=1, keepdim=True)
+    nearest, moved = (float(x.gather(1, index).max()) for x in (apart, score_apart))
 
     together = (groups[:, None] == groups) & (box_iou(boxes, boxes) > nms_iou + MAX_IOU_DIFFERENCE)
     floor = scores.min() + MAX_SCORE_DIFFERENCE if len(boxes) == limit else -math.inf
@@ -228,8 +229,8 @@ def unlike_suppression(
     itself = (boxes[:, None] - certain.boxes).abs().amax(-1) <= MAX_BOX_DIFFERENCE
     explained = ((groups[:, None] == certain.groups) & better & (overlapped | itself)).any(dim=0)
     if together.triu(diagonal=1).any() or not (explained | (certain.scores <= floor)).all():
-        return Differences(math.inf, moved)
-    return Differences(float(nearest.max()), moved)
+        nearest = math.inf
+    return Differences(nearest, moved)
 
 
 def largest_differences(

@@ -80,7 +80,9 @@ def test_onnxruntime_finds_what_an_auxiliary_head_finds(detector, tmp_path, head
     assert [output.name for output in exported.session.get_outputs()][:3] == ["boxes", "scores", "labels"]
     for sizes in [(150, 210)], [(96, 131), (70, 131), (96, 99)], [(65, 300), (66, 40)]:
         found = compare(model, exported, batch(*sizes))
-        assert found.boxes < 0.02 and found.scores < 5e-4, (sizes, found)
+        # where much of the input is padding, which dense heads see too, rounding is a hundred times as large
+        limits = (1e-3, 1e-5) if len(sizes) == 1 else (0.02, 5e-4)
+        assert found.boxes < limits[0] and found.scores < limits[1], (sizes, found)
     other = copy.deepcopy(model)
     with torch.no_grad():
         getattr(other, head).delta.bias.add_(0.3)
