@@ -120,9 +120,8 @@ def test_boxes_are_those_of_training_and_of_its_json(tmp_path):
     path = root / "annotations" / "train.json"
     packed = CocoDetection(path, root / "images" / "train", train=True).packed
     ours, theirs = boxes_of(packed), boxes_of_json(load_json(path, 2**30))
-    order, other = (
-        torch.argsort(boxes.boxes.double() @ torch.tensor([1.0, 3, 7, 11]).double()) for boxes in (ours, theirs)
-    )
+    weights = torch.tensor([1.0, 3, 7, 11], dtype=torch.float64)
+    order, other = (torch.argsort(boxes.boxes.double() @ weights) for boxes in (ours, theirs))
     torch.testing.assert_close(ours.boxes[order], theirs.boxes[other], rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(ours.sizes[order], theirs.sizes[other])
     data = load_config("demo").data
