@@ -105,12 +105,12 @@ def _refuse_other_kinds(path: Path) -> None:
     if ".json" in endings:
         raise ConfigError(
             f"{path}: this is a dataset, not a recipe. Name a recipe first, e.g. "
-            f"brs_detr_r50_small_dataset data.train_json={path.absolute()}"
+            f"brs_detr_small data.train_json={path.absolute()}"
         )
     if endings[-1:] and endings[-1] in _WEIGHTS:
         raise ConfigError(
             f"{path}: these are weights, not a recipe. Name a recipe first, e.g. "
-            f"brs_detr_r50_small_dataset train.init_from={path}; `brs-detr eval {path}` evaluates them"
+            f"brs_detr_small train.init_from={path}; `brs-detr eval {path}` evaluates them"
         )
 
 
@@ -118,9 +118,7 @@ def _about_folder(path: Path) -> str:
     if any((path / name).is_file() for name in _WEIGHTS_OF_RUN) or (path / "state").is_dir():
         again = f"{path / 'config.yaml'} --resume goes on with it"
         return f"{path}: this is the folder of a run, not a recipe: {again}, `brs-detr eval {path}` evaluates it"
-    return (
-        f"{path}: this is a folder, not a recipe. Name a recipe first, e.g. brs_detr_r50_small_dataset data.root={path}"
-    )
+    return f"{path}: this is a folder, not a recipe. Name a recipe first, e.g. brs_detr_small data.root={path}"
 
 
 def _about_unknown_name(name: str) -> str:

@@ -7,11 +7,10 @@ import json
 import os
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from brs_detr.data.config import Limits
 from brs_detr.data.formats.base import Notes, hold_out, pick_train_val, read_lines, to_coco, validate
@@ -22,7 +21,6 @@ from brs_detr.data.issues import DataError
 from brs_detr.user_files import UserFileError, printable, read_start
 
 NOTES_FILE = "convert-notes.txt"
-RECIPE = "brs_detr_r50_small_dataset"
 _BEGINNING = '{"info": {"description": "converted by brs_detr'  # first characters of every json that is written here
 
 
@@ -65,7 +63,8 @@ def _convert(args: argparse.Namespace) -> int:
         counts = (len(data["images"]), len(data["annotations"]), len(data["categories"]))
         print("{}: {:,} images, {:,} objects, {} classes".format(printable(path), *counts))
     print_notes(imported.notes, out / NOTES_FILE)
-    print(next_steps(out, images, *pick_train_val(imported)))
+    train, val = pick_train_val(imported)
+    print(next_steps(out, images, train, val, datasets[train]))
     return 0
 
 
@@ -119,8 +118,8 @@ def write_dataset(data: dict[str, Any], path: Path) -> dict[str, Any]:
     return data
 
 
-def next_steps(out: Path, images: str, train: str, val: str | None) -> str:
-    """Format the command lines that check the dataset and train on it."""
+def next_steps(out: Path, images: str, train: str, val: str | None, data: dict[str, Any]) -> str:
+    """Format the command lines that check the dataset and train on it; `data` are the annotations of split `train`."""
     lines = ["next:"]
     for split in filter(None, (train, val)):
         words = ["python", "-m", "brs_detr", "check-data", str(out / f"{split}.json"), "--images", images]
@@ -128,16 +127,11 @@ def next_steps(out: Path, images: str, train: str, val: str | None) -> str:
     if val is None:
         hint = "training needs a train and a val split; --val-fraction 0.1 splits val off train"
         return "\n".join([*lines, hint])
-    settings = {"data.root": images, "data.train_json": str(out / f"{train}.json"), "data.train_images": "."}
-    settings |= {"data.val_json": str(out / f"{val}.json"), "data.val_images": ".", "output_dir": "runs/mine"}
-    words = [f"{key}={_as_yaml(value)}" for key, value in settings.items()]
-    return "\n".join([*lines, printable(shlex.join(["python", "-m", "brs_detr", "train", RECIPE, *words]))])
+    from brs_detr.commands.first_recipe import Dataset, first_recipe  # torch takes seconds, the conversion often less
+    from brs_detr.data.anchor_fit import boxes_of_json
 
-
-def _as_yaml(text: str) -> str:
-    """Quote a string, if necessary, for the command line of train.py, which parses values as YAML."""
-    try:
-        plain = yaml.safe_load(text) == text
-    except yaml.YAMLError:
-        plain = False
-    return text if plain else json.dumps(text)
+    paths = {"data.root": images, "data.train_json": str(out / f"{train}.json"), "data.train_images": "."}
+    paths |= {"data.val_json": str(out / f"{val}.json"), "data.val_images": "."}
+    per_image = Counter(annotation["image_id"] for annotation in data["annotations"])
+    fullest = max(per_image.values(), default=0)
+    return "\n".join([*lines, first_recipe(Dataset(boxes_of_json(data), len(data["images"]), fullest, paths))])

@@ -34,7 +34,8 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     resume, overwrite = options.resume or config.train.resume, options.overwrite or config.train.overwrite
     config = replace(config, train=replace(config.train, resume=resume, overwrite=overwrite))
-    require_training_inputs(config)
+    trial = "dry-run" if options.dry_run else "profile" if options.profile else None
+    require_training_inputs(config, is_trial=trial is not None)
     from brs_detr.train import run_training  # torch takes seconds to import: only once all this is right
 
-    return run_training(config, "dry-run" if options.dry_run else "profile" if options.profile else None)
+    return run_training(config, trial)

@@ -185,6 +185,7 @@ def run(
     args: argparse.Namespace,
     resolve: Callable[[str], Sequence[Source]] | None = None,
     limits: Limits | None = None,
+    describe: Callable[[CocoDetection], str] | None = None,
 ) -> int:
     """Run `check-data`: print the results and write the contact sheet.
 
@@ -192,6 +193,7 @@ def run(
         args: as made by `add_arguments`.
         resolve: returns the datasets of a config; the command line reads configs, this package does not.
         limits: for a json that is checked without a config.
+        describe: what else to print of a dataset to train on.
 
     Returns:
         exit code: 0 if the dataset is trainable (and, with `--strict`, nothing is dropped), else 1.
@@ -220,6 +222,8 @@ def run(
             continue
         note_shared_images(datasets, dataset, log)
         print(report(dataset, log, args.show))
+        if describe is not None and source.train:
+            print(f"\n{describe(dataset)}")
         code = max(code, _write_files(args, dataset, log, number))
         datasets.append(dataset)
     return max(code, _compare_classes(datasets))

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from brs_detr.config_fields import Count, Counts, Fraction, NotEmpty, Positive, one_of
 from brs_detr.models.config import (
     CNN_RANKING,
+    Anchors,
     ATSSHeadConfig,
     BackboneConfig,
     BRSDETRConfig,
@@ -182,6 +183,7 @@ class RetinaNetConfig(OneStageConfig):
     """RetinaNet."""
 
     name: Literal["retinanet"] = "retinanet"  # type: ignore[assignment]
+    anchors: Anchors = "fixed"
     head: RetinaNetHeadConfig = RetinaNetHeadConfig()
 
 
@@ -198,6 +200,7 @@ class ATSSConfig(OneStageConfig):
     """ATSS."""
 
     name: Literal["atss"] = "atss"  # type: ignore[assignment]
+    anchors: Anchors = "fixed"
     norm_groups: Count = 32  # of the towers; must divide dim
     head: ATSSHeadConfig = ATSSHeadConfig()
 
@@ -207,6 +210,7 @@ class PAAConfig(OneStageConfig):
     """PAA."""
 
     name: Literal["paa"] = "paa"  # type: ignore[assignment]
+    anchors: Anchors = "fixed"
     norm_groups: Count = 32  # of the towers; must divide dim
     head: PAAHeadConfig = PAAHeadConfig()
 
@@ -216,6 +220,7 @@ class YOLACTConfig(OneStageConfig):
     """YOLACT."""
 
     name: Literal["yolact"] = "yolact"  # type: ignore[assignment]
+    anchors: Anchors = "fixed"
     head: YOLACTHeadConfig = YOLACTHeadConfig()
 
     has_masks: ClassVar[bool] = True
@@ -275,6 +280,7 @@ class TwoStageConfig:
 
     name: str = ""
     backbone: BackboneConfig = BackboneConfig(levels=(4, 8, 16, 32))
+    anchors: Anchors = "fixed"
     dim: Count = 256
     levels: Count = 5  # maps of the feature pyramid; regions are pooled from those of the backbone
     rpn: ProposalConfig = ProposalConfig()

@@ -9,6 +9,8 @@ from typing import Annotated, ClassVar, Literal
 from brs_detr.config_fields import Count, Counts, Fraction, NotEmpty, Null, Positive, Range, one_of
 
 Stds = tuple[Positive, Positive, Positive, Positive]
+# auto: when a training begins, anchor_scale of every head is chosen from the boxes it is trained on
+Anchors = Literal["fixed", "auto"]
 
 
 @dataclass(frozen=True)
@@ -307,6 +309,7 @@ class BRSDETRConfig:
         RankingConfig(weight=2.0), ScoreConfig(weights=TermWeights(cls=2.0, l1=5.0, giou=2.0))
     )
     backbone: BackboneConfig = BackboneConfig()
+    anchors: Anchors = "fixed"
     dim: Count = 256
     heads: Count = 8
     points: Count = 4

@@ -10,8 +10,12 @@ from brs_detr.config import Config, ConfigError
 _DEMO = "datasets/demo"  # data.root of configs/demo.yaml
 
 
-def require_training_inputs(config: Config) -> None:
-    """Refuse a training whose annotation files or weights to start from are missing.
+def require_training_inputs(config: Config, is_trial: bool = False) -> None:
+    """Refuse a training whose annotation files or weights to start from are missing, or whose backbone cannot learn.
+
+    Args:
+        config: of the training.
+        is_trial: a few steps to see what they cost; its backbone need not learn.
 
     Raises:
         ConfigError: naming the file and the setting.
@@ -35,6 +39,34 @@ def require_training_inputs(config: Config) -> None:
         raise ConfigError(f"model.backbone.checkpoint: there is no file {backbone.checkpoint}")
     if train.init_from is not None:
         require_weights(Path(train.init_from), "train.init_from=")
+    if not is_trial:
+        require_learning_backbone(config)
+
+
+def require_learning_backbone(config: Config) -> None:
+    """Refuse to start a training from a random backbone with frozen norms or stages, which would stay random.
+
+    Raises:
+        ConfigError: naming the settings to change.
+    """
+    if not is_random_and_frozen(config):
+        return
+    backbone = config.model.backbone
+    frozen = ["model.backbone.norm=frozen"] if backbone.norm == "frozen" else []
+    frozen += [f"model.backbone.frozen_stages={backbone.frozen_stages}"] if backbone.frozen_stages else []
+    raise ConfigError(
+        f"model.backbone.pretrained=false: its weights are random, and {' and '.join(frozen)} would keep part of them "
+        "so. Set model.backbone.norm=batch (or group) and model.backbone.frozen_stages=0, or give it weights: "
+        "model.backbone.pretrained=true, model.backbone.checkpoint=FILE or train.init_from=FILE. The recipe "
+        "brs_detr_small_cpu starts from random weights."
+    )
+
+
+def is_random_and_frozen(config: Config) -> bool:
+    """Check whether a fresh start would have a random backbone of which norms or stages are frozen."""
+    backbone = config.model.backbone
+    is_random = not (backbone.pretrained or backbone.checkpoint or config.train.init_from)
+    return is_random and (backbone.norm == "frozen" or backbone.frozen_stages > 0)
 
 
 def require_weights(path: Path, setting: str = "") -> None:

@@ -40,6 +40,8 @@ from brs_detr.models.build import build_model, sampling_here
 from brs_detr.models.cnn_config import MaskRCNNConfig, ModelConfig
 from brs_detr.models.detector import Detector
 from brs_detr.models.ensemble import Ensemble
+from brs_detr.run.anchors import require_chosen_anchors
+from brs_detr.run.inputs import is_random_and_frozen
 
 
 def run_metadata(config: Config, plan: BatchPlan, train_set: CocoDetection, val_set: CocoDetection) -> dict[str, Any]:
@@ -134,6 +136,7 @@ def restore(path: Path, overrides: Sequence[str] = ()) -> tuple[Detector, Weight
     file = find_weights(path)
     weights = load_weights(file)
     config = configuration.apply_overrides(configuration.from_dict(weights.config, str(file)), overrides)
+    require_chosen_anchors(config, file)
     if not any(text.lstrip("-").startswith("model.backbone.name=") for text in overrides):
         require_known_backbone(config, file)
     model = build_detector(config, len(weights.classes), initial_weights=False)
@@ -308,11 +311,9 @@ def describe_model(config: Config, model: nn.Module, transfer: Transfer | None) 
     if transfer is not None:
         lines.append(f"{config.train.init_from}: {transfer}")
     backbone = config.model.backbone
-    random = not (backbone.pretrained or backbone.checkpoint or config.train.init_from)
-    if random and (backbone.norm == "frozen" or backbone.frozen_stages):
+    if is_random_and_frozen(config):  # a trial, or a run of before such starts were refused
         lines.append(
-            "warning: the backbone starts from random weights with frozen parts, which will not learn. "
-            "Set model.backbone.norm=group and model.backbone.frozen_stages=0, or give it weights."
+            "warning: parts of the random backbone are frozen and will not learn. A training is not started so."
         )
     # Weights of a classifier have no offsets, only those of a detector may.
     if min(backbone.deformable_stages, default=math.inf) <= backbone.frozen_stages and transfer is None:

@@ -31,6 +31,8 @@ from brs_detr.engine.trainer import Trainer
 from brs_detr.losses.balance import set_epoch_length
 from brs_detr.ops.targets import check_targets
 from brs_detr.run import setup
+from brs_detr.run.anchors import choose_anchors
+from brs_detr.run.inputs import require_learning_backbone
 from brs_detr.run.launch import describe_machine, start_accelerator
 from brs_detr.run.output_dir import (
     check_output_dir,
@@ -104,26 +106,31 @@ def open_run(config: Config, trial: str | None = None) -> Run:
     check_output_dir(config)
     accelerator = start_accelerator(config, trackers=trial is None)
     plan = setup.plan_batches(config, accelerator)
-    state, log = _open_log(config, plan, accelerator)
+    config, state, log = _open_log(config, plan, accelerator, is_trial=trial is not None)
     return Run(setup.with_subset(config, accelerator), accelerator, plan, log, state)
 
 
-def _open_log(config: Config, plan: BatchPlan, accelerator: Accelerator) -> tuple[Path | None, RunLog]:
-    """Open the run's log and find the saved state to resume from (None for a fresh start): (state, log)."""
+def _open_log(
+    config: Config, plan: BatchPlan, accelerator: Accelerator, is_trial: bool
+) -> tuple[Config, Path | None, RunLog]:
+    """Open the run's log, find the saved state to resume from (None for a fresh start) and choose the anchors."""
     folder = Path(config.output_dir)
     require_shared_folder(config, accelerator)
     state, notes = agreed_state(folder / "state", accelerator) if config.train.resume else (None, [])
+    if state is None and not is_trial:  # a trial shows the cost of a step, which weights do not change
+        require_learning_backbone(config)
+    config, chosen = choose_anchors(config, None if state is None else read_facts(state), accelerator)
     if state is not None:
         changes = check_resumable(config, plan, read_facts(state), state, is_sharded(accelerator))
         notes += [f"resumed from {state}", *(f"changed since: {change}" for change in changes)]
     accelerator.wait_for_everyone()
     log = RunLog(folder, accelerator, None if state is None else read_facts(state))
-    for note in [describe_machine(accelerator), str(plan), *notes]:
+    for note in [describe_machine(accelerator), str(plan), *notes, *chosen]:
         log.say(note)
     if accelerator.is_main_process:
         remove_partials(folder)
         write_text(folder / "config.yaml", configuration.dump(config))
-    return state, log
+    return config, state, log
 
 
 def open_data(run: Run) -> Data:

@@ -9,10 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType, compare_versions
+from safetensors.torch import save_file
 
 from brs_detr.config import Config, ConfigError, apply_overrides, load_config
 from brs_detr.data.synthetic import make_dataset
@@ -37,9 +39,9 @@ BASE = [
     "train.save_every=null",
 ]
 ACCUMULATED = ["train.per_device_batch_size=1", "train.epochs=2", "train.save_every=1"]
-SWIN = ["model.backbone.name=swin_tiny_patch4_window7_224", "model.backbone.frozen_stages=1", "model.loss=rs"]
+SWIN = ["model.backbone.name=swin_tiny_patch4_window7_224", "train.freeze=[backbone.patch_embed]", "model.loss=rs"]
 CO_DETR = ["model.name=co_detr", "model.backbone.norm=frozen", "model.backbone.frozen_stages=1"]
-CO_DETR += ["train.freeze=[encoder, decoder.layers.0]"]
+CO_DETR += ["train.freeze=[encoder, decoder.layers.0]", "model.backbone.checkpoint=WEIGHTS"]
 GLOBAL = ["model.scope=global", "train.freeze=[backbone]"]
 BF16 = ["train.precision=bf16"]
 PAIRS = {  # settings of the run without and of the run with sharded weights
@@ -87,12 +89,17 @@ class Runs:
         return (self.folder / f"{name}.{process}.txt").read_text()
 
 
+def with_weights(settings, folder):
+    """The settings, with the path of the backbone's weights; without any, frozen parts are refused."""
+    return [setting.replace("WEIGHTS", str(folder / "backbone.safetensors")) for setting in settings]
+
+
 def jobs_of(folder, data):
     """Every run that a test below looks at, in order."""
 
     def job(name, *settings, environment=SHARDED, out=None, flags=("--overwrite",), **more):
         place = [f"data.root={data}", f"output_dir={folder / (out or name)}"]
-        arguments = [DEMO, *BASE, *place, *settings, *flags]
+        arguments = [DEMO, *BASE, *place, *with_weights(settings, folder), *flags]
         return {"name": name, "arguments": arguments, "environment": environment, **more}
 
     jobs = []
@@ -147,6 +154,7 @@ def runs(tmp_path_factory):
         pytest.skip("FSDP needs accelerate 1.13 or newer")
     folder = tmp_path_factory.mktemp("runs")
     data = make_data(folder)
+    save_file(timm.create_model("resnet10t", pretrained=False).state_dict(), folder / "backbone.safetensors")
     (folder / "jobs.json").write_text(json.dumps(jobs_of(folder, data)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(Path(__file__).with_name("many_runs.py")), str(folder / "jobs.json")]
@@ -178,7 +186,7 @@ def flat(tensors, names):
 @pytest.mark.parametrize("name", [name for name in PAIRS if name not in ("bf16", "swin")])
 def test_sharded_weights_go_where_the_unsharded_ones_go(runs, name):
     """AdamW divides a gradient by its size, so rounding may turn a step whose gradient is 0."""
-    config = apply_overrides(load_config(DEMO), [*BASE, *PAIRS[name][0]])
+    config = apply_overrides(load_config(DEMO), [*BASE, *with_weights(PAIRS[name][0], runs.folder)])
     start = setup.build_detector(config, 5).state_dict()
     plain, sharded = runs.weights(f"{name}-plain"), runs.weights(name)
     assert {key: t.shape for key, t in sharded.items()} == {key: t.shape for key, t in plain.items()}

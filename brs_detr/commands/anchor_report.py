@@ -1,0 +1,117 @@
+"""How well a recipe's anchors fit the boxes of a dataset, and what would fit better: lines that `check-data` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from brs_detr.config import Config
+from brs_detr.config_io import problems
+from brs_detr.data.anchor_fit import Boxes, Fit, at_training_size, fit
+from brs_detr.data.config import AugmentConfig, DataConfig, SSDConfig
+from brs_detr.run.anchors import fit_heads, is_automatic, layouts
+
+WORTH_SAYING = 0.02  # gain in the mean of both shares from which another setting is proposed
+
+
+def describe_anchors(config: Config, stored: Boxes) -> str:
+    """Describe the fit of every head's anchors, and the settings that raise it most.
+
+    Args:
+        config: of the recipe.
+        stored: objects of the training set at the size of their images.
+    """
+    heads = layouts(config.model)
+    if not heads:
+        return f"anchors: {config.model.name} has none"
+    boxes = at_training_size(stored, config.data)
+    lines = [f"anchors at the training resolution ({training_size(config.data)}), {side_lengths(boxes)}:"]
+    now = {name: fit(boxes, layout) for name, layout in heads.items()}
+    for name, (at_50, at_70) in now.items():
+        shares = f"{at_50:.1%} of the objects have an anchor at IoU >= .5, {at_70:.1%} at IoU >= .7"
+        lines.append(f"  model.{name}.anchor_scale={heads[name].scale:g}: {shares}")
+    chosen = fit_heads(config.model, boxes)
+    better = "; ".join(_with_scale(name, layout.scale, best) for name, (layout, best) in chosen.items())
+    if is_automatic(config):
+        lines.append(f"  model.anchors=auto (in this recipe) sets {better}")
+    elif max(best.both - now[name].both for name, (_, best) in chosen.items()) >= WORTH_SAYING:
+        lines.append(f"  model.anchors=auto raises the mean of both: {better}")
+    else:
+        lines.append("  no other scale fits clearly better")
+    return "\n".join([*lines, *further_settings(config, stored, chosen[next(iter(heads))][1])])
+
+
+def further_settings(config: Config, stored: Boxes, reached: Fit) -> Iterator[str]:
+    """Yield a line on the one of finer maps and larger images with which the first head's anchors fit best.
+
+    Args:
+        config: of the recipe.
+        stored: objects of the training set at the size of their images.
+        reached: the fit of the first head with the best scale.
+    """
+    options = {}
+    if (finer := with_finer_maps(config)) is not None:
+        options[f"model.backbone.levels={list(finer.model.backbone.levels)}"] = finer
+    options["images 1.5 times as large (the sizes in data.augment and data.test_*)"] = with_sizes(config, 1.5)
+    fits = {}
+    for text, changed in options.items():
+        name, (layout, best) = next(iter(fit_heads(changed.model, at_training_size(stored, changed.data)).items()))
+        fits[text] = (best, _with_scale(name, layout.scale, best))
+    text = max(fits, key=lambda text: fits[text][0].both)
+    if fits[text][0].both - reached.both >= WORTH_SAYING:
+        yield f"  with {text} and model.anchors=auto: {fits[text][1]}"
+
+
+def _with_scale(name: str, scale: float, fitted: Fit) -> str:
+    return f"model.{name}.anchor_scale={scale:g}: {fitted.at_50:.1%}, {fitted.at_70:.1%}"
+
+
+def training_size(data: DataConfig) -> str:
+    """Format the sizes that images are trained at."""
+    if isinstance(data.augment, SSDConfig):
+        return f"{data.augment.size}x{data.augment.size} pixels"
+    low, high = min(data.augment.short_sides), max(data.augment.short_sides)
+    return f"short side {low} to {high} pixels" if low < high else f"short side {low} pixels"
+
+
+def side_lengths(boxes: Boxes) -> str:
+    """Format how large objects are."""
+    sides = (boxes.boxes[:, 2:] - boxes.boxes[:, :2]).prod(dim=1).sqrt()
+    low, high = (float(sides.quantile(share)) if len(sides) else 0.0 for share in (0.1, 0.9))
+    return f"objects of {low:.0f} to {high:.0f} pixels (square root of the area, 10th to 90th percentile)"
+
+
+def with_finer_maps(config: Config) -> Config | None:
+    """Return the config with a map of half the finest stride, in place of the coarsest where there would be too many.
+
+    None where the finest map is that of stride 4: no backbone has finer ones after its stem.
+    """
+    model = config.model
+    levels = model.backbone.levels
+    if levels[0] <= 4:
+        return None
+    finer = (levels[0] // 2, *levels)[: model.levels]
+    changed: Any = replace(model, backbone=replace(model.backbone, levels=finer))
+    result = replace(config, model=changed)
+    return None if next(problems(result), None) else result
+
+
+def with_sizes(config: Config, factor: float) -> Config:
+    """Return the config with all image sizes of training and evaluation multiplied."""
+    data = config.data
+
+    def times(side: int) -> int:
+        return max(1, round(side * factor))
+
+    if isinstance(data.augment, AugmentConfig):
+        sides = tuple(map(times, data.augment.short_sides))
+        augment: AugmentConfig | SSDConfig = replace(
+            data.augment, short_sides=sides, long_side=times(data.augment.long_side)
+        )
+    else:
+        augment = replace(data.augment, size=times(data.augment.size))
+    square = None if data.test_square is None else times(data.test_square)
+    short, long = times(data.test_short_side), times(data.test_long_side)
+    sized = replace(data, augment=augment, test_square=square, test_short_side=short, test_long_side=long)
+    return replace(config, data=sized)

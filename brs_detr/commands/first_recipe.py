@@ -1,0 +1,190 @@
+"""Which recipe to start from on this machine with this dataset, and why: what `convert-dataset` and `check-data` print.
+
+The choice depends on what is there: a GPU, pretrained weights in timm's cache or a network that has them, and the
+number of images. Image size, strides and anchors are proposed from the boxes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+import yaml
+
+from brs_detr.commands.anchor_report import side_lengths, with_finer_maps, with_sizes
+from brs_detr.config import Config, load_config
+from brs_detr.config_io import leaves
+from brs_detr.data.anchor_fit import Boxes, Fit, at_training_size
+from brs_detr.models.backbones.availability import where_weights_are
+from brs_detr.models.config import BRSDETRConfig
+from brs_detr.run.anchors import fit_heads, is_automatic
+from brs_detr.user_files import printable
+
+SMALL, SMALL_CPU, LARGE = "brs_detr_small", "brs_detr_small_cpu", "brs_detr_r50_12e_coco"
+MANY_IMAGES = 10_000  # from here on twelve epochs are more steps than `SMALL` has
+ENOUGH = 0.85  # mean of both shares from which nothing costlier is looked for
+# settings that limit the objects of an image
+_PER_IMAGE = (
+    "model.queries",
+    "model.detections_per_image",
+    "model.rpn.proposals_before_nms",
+    "model.rpn.proposals",
+    "model.rpn.test_proposals_before_nms",
+    "model.rpn.test_proposals",
+    "model.roi.max_detections",
+    "model.atss.max_detections",
+)
+WORTH_IT = 0.05  # gain in the mean of both shares from which a costlier proposal replaces a cheaper one
+
+
+class Surroundings(NamedTuple):
+    """What is there: the name of the first GPU or None, and where the weights of `SMALL`'s backbone are or None."""
+
+    gpu: str | None
+    weights: str | None
+
+
+class Dataset(NamedTuple):
+    """What is known of a training set.
+
+    Attributes:
+        boxes: its objects at the size of their images.
+        images: their number.
+        fullest: objects of the image that has most.
+        paths: settings of section `data` that name it; without a validation set the command has capitals to replace.
+    """
+
+    boxes: Boxes
+    images: int
+    fullest: int
+    paths: Mapping[str, str]
+
+
+def look_around() -> Surroundings:
+    """Look for a GPU and, if there is one, for pretrained weights; takes two seconds where no network answers."""
+    if not torch.cuda.is_available():
+        return Surroundings(None, None)
+    return Surroundings(torch.cuda.get_device_name(0), where_weights_are(load_config(SMALL).model.backbone.name))
+
+
+def choose_recipe(images: int, here: Surroundings) -> tuple[str, str]:
+    """Choose a recipe for so many images, and say why: (name, reason)."""
+    if here.gpu is None:
+        return SMALL_CPU, "no GPU was found"
+    backbone = load_config(SMALL).model.backbone.name
+    if here.weights is None:
+        return SMALL_CPU, (
+            f"there is a GPU ({here.gpu}), but the pretrained weights of {backbone} are neither in timm's cache nor "
+            f"within reach of the network; with a file of them: {SMALL} model.backbone.checkpoint=FILE"
+        )
+    place = "in timm's cache" if here.weights == "cache" else "downloaded once"
+    if images >= MANY_IMAGES:
+        return LARGE, f"there are a GPU ({here.gpu}), pretrained weights ({place}) and enough images for its epochs"
+    return SMALL, f"there are a GPU ({here.gpu}) and pretrained weights ({place})"
+
+
+def first_recipe(dataset: Dataset, here: Surroundings | None = None) -> str:
+    """Format the recipe to start from, why, what is proposed from the boxes, and the command line that trains it.
+
+    Args:
+        dataset: to train on.
+        here: what is there; None: look.
+    """
+    name, reason = choose_recipe(dataset.images, look_around() if here is None else here)
+    recipe = load_config(name)
+    config = recipe if name == LARGE else propose(recipe, dataset.boxes)
+    room = _room_for(config, dataset.fullest)
+    changed = dict(_differences(recipe, config)) | room
+    lines = [
+        f"start from configs/{name}.yaml: {reason}",
+        f"{dataset.images:,} images: {describe_length(config, dataset.images)}",
+        *([f"up to {dataset.fullest:,} objects an image: limits are raised to {max(room.values())}"] if room else []),
+        *_describe_boxes(config, dataset.boxes),
+    ]
+    settings = {**dataset.paths, **changed, "output_dir": "runs/mine"}
+    words = [f"{key}={as_yaml(value)}" for key, value in settings.items()]
+    lines.append(printable(shlex.join(["python", "-m", "brs_detr", "train", name, *words])))
+    return "\n".join(lines)
+
+
+def propose(recipe: Config, stored: Boxes) -> Config:
+    """Adapt image size and strides of a recipe to the objects: the cheapest with which anchors fit most of them.
+
+    Images are made no larger than they are stored before finer maps have been tried, and never more than 1.5 times as
+    large as the recipe's. Where no proposal reaches `ENOUGH`, a costlier one counts if it fits clearly better.
+    """
+    chosen, best = None, Fit(0.0, 0.0)
+    for config in _by_cost(recipe, stored):
+        fits = fit_heads(config.model, at_training_size(stored, config.data))
+        fitted = next(iter(fits.values()))[1]  # of the RPN: the ATSS head's single anchor fits fewer
+        if chosen is None or fitted.both >= best.both + WORTH_IT:
+            chosen, best = config, fitted
+        if fitted.both >= ENOUGH:
+            break
+    assert chosen is not None
+    return chosen
+
+
+def _by_cost(recipe: Config, stored: Boxes) -> Iterator[Config]:
+    """Yield a recipe at rising costs: with images as they are or smaller, with finer maps, with larger images."""
+    short = float(stored.sizes.amin(dim=1).median()) if len(stored.sizes) else math.inf
+    smaller = min(1.0, short / recipe.data.test_short_side)
+    for factor in (smaller, 1.5 * smaller):
+        sized = recipe if factor == 1 else with_sizes(recipe, factor)
+        if factor == smaller:
+            yield sized
+        finer = with_finer_maps(sized)
+        yield sized if finer is None else finer
+
+
+def _differences(recipe: Config, config: Config) -> Iterator[tuple[str, object]]:
+    """Yield (name, value) of each setting in which a proposal differs from its recipe."""
+    before = dict(leaves(recipe))
+    yield from ((name, value) for name, value in leaves(config) if before[name] != value)
+
+
+def _room_for(config: Config, fullest: int) -> dict[str, int]:
+    """Return settings for images with more objects than the recipe can propose and detect."""
+    if not isinstance(config.model, BRSDETRConfig):
+        return {}
+    settings = dict(leaves(config.model, "model."))
+    return {name: math.ceil(fullest / 50) * 50 for name in _PER_IMAGE if settings[name] < fullest}
+
+
+def describe_length(config: Config, images: int) -> str:
+    """Format how long a recipe trains on so many images."""
+    train = config.train
+    an_epoch = max(1, math.ceil(images / train.total_batch_size))
+    epochs = train.epochs if train.steps is None else math.ceil(train.steps / an_epoch)
+    plural = "epoch" if epochs == 1 else "epochs"
+    return f"{epochs * an_epoch:,} steps of {train.total_batch_size} images are {epochs:,} {plural}"
+
+
+def _describe_boxes(config: Config, stored: Boxes) -> Iterator[str]:
+    """Yield lines on the objects at the size they are trained at, and on the anchors chosen for them."""
+    boxes = at_training_size(stored, config.data)
+    if not len(boxes.boxes):
+        return
+    short, strides = config.data.test_short_side, ", ".join(map(str, config.model.backbone.levels))
+    yield f"at a short side of {short} pixels: {side_lengths(boxes)}; strides {strides}"
+    if is_automatic(config):
+        fits = ", ".join(
+            f"{fitted.at_50:.0%} and {fitted.at_70:.0%} ({name}, anchor_scale {layout.scale:g})"
+            for name, (layout, fitted) in fit_heads(config.model, boxes).items()
+        )
+        yield f"anchors are chosen from them; share of the objects with one at IoU >= .5 and at >= .7: {fits}"
+
+
+def as_yaml(value: object) -> str:
+    """Write a value for the command line of train.py, which parses values as YAML; strings quoted where necessary."""
+    if not isinstance(value, str):
+        return json.dumps(value)
+    try:
+        plain = yaml.safe_load(value) == value
+    except yaml.YAMLError:
+        plain = False
+    return value if plain else json.dumps(value)

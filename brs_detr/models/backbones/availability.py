@@ -1,0 +1,70 @@
+"""Whether the pretrained weights of a backbone can be had here: in timm's cache, or from a network that answers."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import threading
+import urllib.request
+from typing import Literal
+
+import torch
+from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
+from timm.models import PretrainedCfg, get_pretrained_cfg
+
+PATIENCE = 2.0  # seconds
+_NAMES = ("model.safetensors", "pytorch_model.bin")  # the files of the hub that timm looks for, in its order
+
+
+def where_weights_are(name: str, patience: float = PATIENCE) -> Literal["cache", "network"] | None:
+    """Look for the pretrained weights of a timm model, without downloading them.
+
+    Args:
+        name: timm's, with or without the tag of the weights.
+        patience: seconds after which a network that does not answer counts as none.
+
+    Returns:
+        Where they are; None if they are out of reach, or there are none of that name.
+    """
+    config = get_pretrained_cfg(name)
+    if config is None:
+        return None
+    if is_cached(config):
+        return "cache"
+    if config.hf_hub_id:
+        if constants.HF_HUB_OFFLINE:
+            return None
+        url = hf_hub_url(config.hf_hub_id, config.hf_hub_filename or _NAMES[0])
+    else:
+        url = str(config.url or "")
+    return "network" if url and answers(url, patience) else None
+
+
+def is_cached(config: PretrainedCfg) -> bool:
+    """Check whether the weights of a timm model were downloaded before, from the hub or from their own address."""
+    if config.hf_hub_id:
+        names = (config.hf_hub_filename,) if config.hf_hub_filename else _NAMES
+        return any(isinstance(try_to_load_from_cache(config.hf_hub_id, file), str) for file in names)
+    return bool(config.url) and os.path.isfile(
+        os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(str(config.url)))
+    )
+
+
+def answers(url: str, patience: float = PATIENCE) -> bool:
+    """Ask a server for the head of a file; False if it refuses, or does not answer in time.
+
+    In a thread that is left behind: the look-up of a name has no timeout, and can take minutes without a network.
+    """
+    answered = threading.Event()
+
+    def ask() -> None:
+        with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
+            request = urllib.request.Request(url, method="HEAD")
+            with urllib.request.urlopen(request, timeout=patience):  # raises for every answer but a success
+                answered.set()
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(patience)
+    return answered.is_set()

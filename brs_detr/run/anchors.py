@@ -1,0 +1,127 @@
+"""The anchors of a detector's heads, and `model.anchors=auto`: their scales chosen from the boxes of the training set.
+
+They are chosen once, when a training begins, and from then on are settings like any other: the run's config, its states
+and its weights hold the numbers, so evaluation, prediction, export and a resumed run need no dataset for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from brs_detr.config import Config, ConfigError, from_dict
+from brs_detr.data.anchor_fit import Boxes, Fit, Layout, at_training_size, best_scale, boxes_of
+from brs_detr.data.build import open_train_set
+from brs_detr.engine.checkpoint import find_weights, load_weights
+from brs_detr.models.cnn_config import ModelConfig, YOLACTHeadConfig
+from brs_detr.models.config import BRSDETRConfig, DenseHeadConfig, RPNConfig
+from brs_detr.models.neck import pyramid_strides
+
+
+def layouts(model: ModelConfig) -> dict[str, Layout]:
+    """Return the anchors of each head of a detector by the name of its section; empty for one without anchors."""
+    strides = pyramid_strides(model.backbone.levels, model.levels + isinstance(model, BRSDETRConfig))
+    found = {}
+    for name in ("rpn", "atss", "head"):
+        head = getattr(model, name, None)
+        if isinstance(head, YOLACTHeadConfig):
+            found[name] = Layout(strides, head.anchor_scale, 1, head.anchor_ratios, offset=0.5, even=True)
+        elif isinstance(head, (RPNConfig, DenseHeadConfig)):
+            border = head.allowed_border if isinstance(head, RPNConfig) else None
+            found[name] = Layout(strides, head.anchor_scale, head.scales_per_octave, head.anchor_ratios, border=border)
+    return found
+
+
+def scales_of(model: ModelConfig) -> dict[str, float]:
+    """Return the `anchor_scale` of each head by the name of its section."""
+    return {name: layout.scale for name, layout in layouts(model).items()}
+
+
+def with_scales(model: ModelConfig, scales: Mapping[str, float]) -> ModelConfig:
+    """Return the settings with fixed anchors of the given scales, for the heads that it has."""
+    own = layouts(model)
+    heads: dict[str, Any] = {
+        name: replace(getattr(model, name), anchor_scale=scale) for name, scale in scales.items() if name in own
+    }
+    return replace(model, **{"anchors": "fixed", **heads}) if own else model
+
+
+def fit_heads(model: ModelConfig, boxes: Boxes) -> dict[str, tuple[Layout, Fit]]:
+    """Choose the scale of each head for boxes at their training size: its anchors with it, and how they fit."""
+    return {name: best_scale(boxes, layout) for name, layout in layouts(model).items()}
+
+
+def is_automatic(config: Config) -> bool:
+    """Check whether the anchors have yet to be chosen."""
+    return getattr(config.model, "anchors", "fixed") == "auto"
+
+
+def choose_anchors(
+    config: Config, facts: Mapping[str, Any] | None, accelerator: Accelerator
+) -> tuple[Config, list[str]]:
+    """Replace `model.anchors=auto` by numbers.
+
+    A resumed run takes those that it began with, and one that starts from other weights those that they were trained
+    with, if they are of the same detector. Else they are chosen from the training set, by the main process alone: other
+    processors round differently, and all have to build the same detector.
+
+    Args:
+        config: of the run.
+        facts: metadata of the state to resume from; None for a fresh start.
+        accelerator: of the launch.
+
+    Returns:
+        The config, unchanged if its anchors are fixed, and lines for the log.
+
+    Raises:
+        DataError: there is nothing to train on.
+        CheckpointError: the weights to start from cannot be read.
+    """
+    if not is_automatic(config):
+        return config, []
+    if facts is not None:
+        source, model = "the resumed run", from_dict(facts["config"], "the state to resume from").model
+        return _taken_over(config, model, source)
+    if config.train.init_from is not None:
+        file = find_weights(Path(config.train.init_from))
+        model = from_dict(load_weights(file).config, str(file)).model
+        if model.name == config.model.name:
+            return _taken_over(config, model, str(file))
+    chosen: list[Any] = [None]
+    if accelerator.is_main_process:
+        dataset = open_train_set(config.data, config.seed)
+        heads = fit_heads(config.model, at_training_size(boxes_of(dataset.packed), config.data))
+        count = dataset.report["objects"]
+        chosen = [{name: (layout.scale, tuple(fit)) for name, (layout, fit) in heads.items()}, count]
+    chosen = broadcast_object_list([chosen])[0]
+    heads, count = chosen
+    shown = ", ".join(
+        f"model.{name}.anchor_scale={scale:g} (IoU >= .5 for {at_50:.0%} of the objects, >= .7 for {at_70:.0%})"
+        for name, (scale, (at_50, at_70)) in heads.items()
+    )
+    model = with_scales(config.model, {name: scale for name, (scale, _) in heads.items()})
+    return replace(config, model=model), [f"anchors chosen from {count:,} objects: {shown}"]
+
+
+def _taken_over(config: Config, model: ModelConfig, source: str) -> tuple[Config, list[str]]:
+    """Take the scales of other settings of a detector."""
+    scales = scales_of(model)
+    shown = ", ".join(f"model.{name}.anchor_scale={scale:g}" for name, scale in scales.items())
+    return replace(config, model=with_scales(config.model, scales)), [f"anchors of {source}: {shown}"]
+
+
+def require_chosen_anchors(config: Config, file: Path) -> None:
+    """Refuse `model.anchors=auto` for the weights of a file: their anchors have been chosen.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if is_automatic(config):
+        raise ConfigError(
+            f"model.anchors=auto: anchors are chosen when a training begins, and {file} holds its own. Leave it out."
+        )

@@ -1,0 +1,149 @@
+"""`model.anchors=auto`: chosen from the boxes, stored as numbers; and the anchors of every detector by its settings."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from support import DEMO, SMALL_BACKBONE, SMALL_DETECTOR, SMALL_IMAGES, reset_accelerate, script
+
+from brs_detr import cli
+from brs_detr.config import Config, ConfigError, apply_overrides, load_config, to_dict
+from brs_detr.data.anchor_fit import at_training_size, best_scale, boxes_of
+from brs_detr.data.build import open_train_set
+from brs_detr.data.synthetic import make_dataset
+from brs_detr.engine.checkpoint import Weights, load_weights, save_weights
+from brs_detr.engine.logging import read_metrics
+from brs_detr.models.build import build_model
+from brs_detr.models.cnn_config import MODELS
+from brs_detr.models.heads.dense import DenseHead
+from brs_detr.ops.anchors import base_anchors, octave_scales
+from brs_detr.run.anchors import choose_anchors, layouts, scales_of, with_scales
+from brs_detr.run.setup import restore
+
+WITHOUT = ("foveabox", "solov2")
+train = script("train")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    reset_accelerate()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data"), train=10, val=3, image_size=72)
+
+
+def automatic(data, *overrides):
+    return load_config(DEMO, [f"data.root={data}", "model.anchors=auto", *overrides])
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_the_anchors_of_the_settings_are_those_of_the_detector(model):
+    backbone = replace(SMALL_BACKBONE, levels=model.backbone.levels)
+    found = layouts(model)
+    detector = build_model(replace(model, backbone=backbone, dim=64), 2)
+    heads = {
+        name: part
+        for name, part in detector.named_children()
+        if isinstance(part, DenseHead) and model.name not in WITHOUT
+    }
+    assert set(found) == set(heads) and bool(heads) == (model.name not in WITHOUT)
+    for name, head in heads.items():
+        layout, grid = found[name], head.anchors
+        assert layout.strides == grid.strides and layout.offset == grid.offset
+        scales = octave_scales(layout.scale, layout.per_octave)
+        bases = [base_anchors(stride, scales, layout.ratios) for stride in layout.strides]
+        torch.testing.assert_close(torch.stack(bases), grid.bases)
+        assert layout.border == getattr(head, "allowed_border", None)
+        assert layout.even == (model.name == "yolact")
+
+
+@pytest.mark.parametrize("name", [model.name for model in MODELS])
+def test_anchors_are_automatic_where_there_are_any(name):
+    overrides = [f"model.name={name}", "model.anchors=auto"]
+    if name not in WITHOUT:
+        assert apply_overrides(Config(), overrides).model.anchors == "auto"
+        return
+    with pytest.raises(
+        ConfigError, match=rf"model\.anchors is not a setting of model\.name={name}; .*brs_detr, .*atss"
+    ):
+        apply_overrides(Config(), overrides)
+
+
+@pytest.mark.parametrize("name", ["brs_detr", "atss", "retinanet", "paa", "faster_rcnn", "cascade_rcnn", "yolact"])
+def test_the_scales_chosen_are_the_best_for_the_boxes_of_training(data, name):
+    config = automatic(data, f"model.name={name}")
+    chosen, [line] = choose_anchors(config, None, Accelerator(cpu=True))
+    boxes = at_training_size(boxes_of(open_train_set(config.data, 0).packed), config.data)
+    wanted = {head: best_scale(boxes, layout)[0].scale for head, layout in layouts(config.model).items()}
+    assert scales_of(chosen.model) == wanted and chosen.model.anchors == "fixed"
+    for head, scale in wanted.items():
+        assert f"model.{head}.anchor_scale={scale:g}" in line
+    assert choose_anchors(config, None, Accelerator(cpu=True)) == (chosen, [line])
+    assert with_scales(config.model, wanted) == chosen.model  # nothing else has changed
+    assert choose_anchors(chosen, None, Accelerator(cpu=True)) == (chosen, [])
+
+
+def test_a_resumed_run_keeps_the_anchors_that_it_began_with():
+    began = load_config(DEMO, ["model.rpn.anchor_scale=3.25", "model.atss.anchor_scale=5.5"])
+    config = load_config(DEMO, ["model.anchors=auto", "data.root=nowhere"])
+    resumed, [line] = choose_anchors(config, {"config": to_dict(began)}, Accelerator(cpu=True))
+    assert resumed.model == began.model and "of the resumed run: model.rpn.anchor_scale=3.25" in line
+
+
+def test_weights_to_start_from_keep_theirs_if_they_are_of_the_same_detector(data, tmp_path):
+    def weights(config):
+        tensors = {"x": torch.zeros(1)}
+        save_weights(tmp_path / "w.safetensors", Weights(tensors, ["a"], [1], to_dict(config), {}))
+        return f"train.init_from={tmp_path / 'w.safetensors'}"
+
+    file = weights(load_config(DEMO, ["model.rpn.anchor_scale=6.5"]))
+    started, [line] = choose_anchors(automatic(data, file), None, Accelerator(cpu=True))
+    assert scales_of(started.model) == {"rpn": 6.5, "atss": 4.0} and "w.safetensors" in line
+    file = weights(load_config(DEMO, ["model.name=atss", "model.head.anchor_scale=6.5"]))
+    started, [line] = choose_anchors(automatic(data, file), None, Accelerator(cpu=True))
+    assert "anchors chosen from" in line
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """The command line of a run with automatic anchors that has trained for an epoch."""
+    folder = tmp_path_factory.mktemp("run")
+    settings = [*SMALL_DETECTOR, *SMALL_IMAGES, "train.total_batch_size=4", "train.epochs=2", "model.anchors=auto"]
+    command = [DEMO, *settings, f"data.root={data}", f"output_dir={folder}"]
+    reset_accelerate()
+    assert train(command) == 0
+    return folder, command
+
+
+def test_a_run_stores_the_numbers_and_not_where_they_came_from(run):
+    folder, _ = run
+    config = load_config(folder / "config.yaml")
+    assert config.model.anchors == "fixed" and scales_of(config.model) != scales_of(load_config(DEMO).model)
+    assert "anchors chosen from" in (folder / "log.txt").read_text()
+    stored = load_weights(folder / "best.safetensors").config["model"]
+    assert {name: stored[name]["anchor_scale"] for name in ("rpn", "atss")} == scales_of(config.model)
+    model, built = restore(folder)[0], build_model(config.model, 5)  # as eval, predict and export load it
+    for head in ("rpn", "atss"):
+        ours, theirs = (detector.get_submodule(head).anchors.bases for detector in (model, built))
+        assert torch.equal(ours, theirs)
+
+
+def test_a_run_is_resumed_with_the_same_command_or_its_own_config(run, capsys):
+    folder, command = run
+    assert train([*command, "--resume", "train.epochs=3", "train.allow_changes=true"]) == 0
+    said = (folder / "log.txt").read_text()
+    assert "anchors of the resumed run: model.rpn.anchor_scale=" in said and "model.anchors: " not in said
+    assert "changed since: train.epochs: 2 -> 3" in said and "anchor_scale: " not in said
+    reset_accelerate()
+    own = [str(folder / "config.yaml"), "--resume", "train.epochs=4", "train.allow_changes=true"]
+    assert train(own) == 0
+    assert [line["epoch"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "val"] == [1, 2, 3, 4]
+
+
+def test_weights_have_anchors_that_are_not_chosen_again(run, capsys):
+    folder, _ = run
+    assert cli.main(["eval", str(folder), "model.anchors=auto"]) == 2
+    assert "model.anchors=auto: anchors are chosen when a training begins" in capsys.readouterr().err
