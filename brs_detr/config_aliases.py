@@ -60,6 +60,7 @@ ALIASES: dict[str, str] = {
         "data.workers": "num_workers n_workers workers_per_gpu dataloader_num_workers",
         "eval.score_threshold": "score_thr score_thresh conf confidence threshold",
         "eval.max_detections": "max_dets max_per_img",
+        "eval.nms.kind": "eval.nms nms",
         "output_dir": "out out_dir output outdir work_dir save_dir log_dir logdir checkpoint_dir",
         "seed": "random_seed manual_seed",
         _CLASSES: "num_classes classes nc n_classes class_names names num_labels",

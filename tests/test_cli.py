@@ -382,7 +382,7 @@ def test_a_storage_that_fails_has_a_code_of_its_own_in_every_command(run, data, 
     assert said.count("the storage does not give this file: Input/output error.") == 3 and "Traceback" not in said
 
 
-@pytest.mark.parametrize("head", ["roi", "atss"])
+@pytest.mark.parametrize("head", ["roi", "atss", "ensemble"])
 def test_the_boxes_of_an_auxiliary_head_can_be_evaluated(run, tmp_path, head):
     found = {}
     for name in ("decoder", head):

@@ -53,7 +53,7 @@ def further_settings(config: Config, stored: Boxes, reached: Fit) -> Iterator[st
     options = {}
     if (finer := with_finer_maps(config)) is not None:
         options[f"model.backbone.levels={list(finer.model.backbone.levels)}"] = finer
-    options["images 1.5 times as large (the sizes in data.augment and data.test_*)"] = with_sizes(config, 1.5)
+    options["images 1.5 times as large (all sizes of section data)"] = with_sizes(config, 1.5)
     fits = {}
     for text, changed in options.items():
         name, (layout, best) = next(iter(fit_heads(changed.model, at_training_size(stored, changed.data)).items()))

@@ -237,3 +237,24 @@ def test_what_is_written_and_drawn_are_the_detections_of_the_chosen_head_above_i
         expected = [score for score in scores[head] if score >= limits[head]["a"]]
         assert sorted((one["score"] for one in entry["objects"]), reverse=True) == expected
         assert len(drawn[-1]["scores"]) == len(expected) >= 3
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({}, "needs weights whose validation scored all heads. Train with eval.predict_with=auto or ensemble, or use"),
+        ({"ensemble": {"ap": {}, "levels": {}}}, "is damaged or of another detector. Use one of decoder, roi, atss as"),
+        ({"ensemble": 3}, "what it says of the heads' scores cannot be read. Use one of decoder, roi, atss as"),
+    ],
+)
+def test_heads_that_no_validation_has_compared_are_not_joined(weights, tmp_path, capsys, extra, said):
+    save_weights(tmp_path / "own.safetensors", replace(load_weights(weights), extra=extra))
+    command = [
+        "predict",
+        str(tmp_path / "own.safetensors"),
+        str(image(tmp_path / "a.png")),
+        "eval.predict_with=ensemble",
+    ]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
