@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from brs_detr.export.suppression import NOTHING, best_of_any_number, best_rows, clip, keep_best, suppress_within
+from brs_detr.export.suppression import (
+    NOTHING,
+    best_of_any_number,
+    best_rows,
+    clip,
+    keep_best,
+    keep_in_order,
+    suppress_within,
+)
 from brs_detr.models.brs_detr import BRSDETR
 from brs_detr.models.config import HardNMS
 from brs_detr.models.detector import Detector
@@ -26,6 +34,7 @@ from brs_detr.models.rcnn import TwoStageDetector
 from brs_detr.models.transformer.attention import use_sampling
 from brs_detr.models.transformer.decoder import Predictions, best_pairs
 from brs_detr.models.transformer.encoder import Memory
+from brs_detr.models.transformer.two_stage import TwoStageHead
 from brs_detr.ops.deform_attn_gather import gathered_sampling
 
 
@@ -77,6 +86,8 @@ class DetectorGraph(nn.Module):
         for module in self.model.modules():
             if isinstance(module, DenseHead):
                 module.best = best_of_any_number
+            elif isinstance(module, TwoStageHead):
+                module.keep = keep_in_order
         self.eval()
 
     def forward(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:

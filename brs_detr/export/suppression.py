@@ -87,6 +87,12 @@ def suppress_within(boxes: Tensor, scores: Tensor, groups: Tensor, num_groups: i
     return torch.where(keep_best(boxes, of_group, nms_iou).any(dim=1), scores, NOTHING)
 
 
+def keep_in_order(boxes: Tensor, nms_iou: float) -> Tensor:
+    """Return which boxes (B, n, 4) xyxy of each image, best first, overlap no better one by more: (B, n)."""
+    falling = torch.arange(boxes.shape[1], 0, -1, device=boxes.device, dtype=boxes.dtype)
+    return keep_best(boxes, falling.expand(boxes.shape[:2])[:, None], nms_iou)[:, 0]
+
+
 def best_rows(scores: Tensor, count: int, *columns: Tensor) -> tuple[Tensor, ...]:
     """Choose the `count` best entries of each image.
 

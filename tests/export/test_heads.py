@@ -58,6 +58,16 @@ def test_the_graph_of_an_auxiliary_head_finds_what_the_head_finds(detector, head
     assert all(one["scores"][0] - one["scores"][-1] > 0.1 for one in found)  # scores that mean something
 
 
+def test_the_graph_begins_with_proposals_that_do_not_overlap_where_the_detector_does(detector):
+    model, images = copy.deepcopy(detector), batch((96, 130), (80, 131))
+    before = expect_the_same(model, images)
+    with torch.no_grad():
+        model.proposals.regressor[-1].bias[2:] += 1  # larger proposals, which overlap
+    model.proposals.nms_iou = 0.3
+    after = expect_the_same(model, images)
+    assert not torch.equal(before[0]["boxes"], after[0]["boxes"])
+
+
 @pytest.mark.parametrize("name", ["atss", "retinanet", "foveabox", "faster_rcnn"])
 def test_the_graph_of_a_cnn_detector_finds_what_it_finds(build_cnn, name):
     expect_the_same(build_cnn(name), batch((96, 130), (64, 131)))

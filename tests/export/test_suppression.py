@@ -3,8 +3,17 @@
 import torch
 from torchvision.ops import batched_nms
 
-from brs_detr.export.suppression import NOTHING, best_of_any_number, best_rows, clip, keep_best, suppress_within
+from brs_detr.export.suppression import (
+    NOTHING,
+    best_of_any_number,
+    best_rows,
+    clip,
+    keep_best,
+    keep_in_order,
+    suppress_within,
+)
 from brs_detr.models.heads.dense import best_scores
+from brs_detr.models.transformer.two_stage import kept_by_nms
 
 
 def boxes_and_scores(seed, *shape):
@@ -24,6 +33,12 @@ def test_boxes_are_kept_as_in_torchvision_in_every_image_and_group():
         kept[batched_nms(own_boxes, own_scores, own_groups, 0.4)] = True
         assert 3 < kept.sum() < 60
         assert torch.equal(own, torch.where(kept, own_scores, NOTHING))
+
+
+def test_proposals_in_order_are_kept_as_in_eager_mode():
+    boxes, _ = boxes_and_scores(1, 3, 40)
+    kept = keep_in_order(boxes, 0.3)
+    assert 3 < kept.sum() < 120 and torch.equal(kept, kept_by_nms(boxes, 0.3))
 
 
 def test_what_takes_no_part_is_not_kept_and_suppresses_nothing():

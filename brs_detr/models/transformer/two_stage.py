@@ -6,6 +6,7 @@ learned. Tokens are ranked by the class-0 logit alone, since the proposals' targ
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from brs_detr.models.transformer.decoder import Predictions, box_regressor, clas
 from brs_detr.models.transformer.encoder import Memory, cell_centers
 from brs_detr.ops.anchors import take_rows
 
+Keep = Callable[[Tensor, float], Tensor]
 CANDIDATES = 10  # tokens a query among which overlapping ones are looked for
 
 
@@ -52,7 +54,15 @@ def token_anchors(memory: Memory) -> tuple[Tensor, Tensor]:
     return anchors, valid
 
 
-def demote_overlapping(scores: Tensor, boxes: Tensor, iou: float, candidates: int) -> Tensor:
+def kept_by_nms(boxes: Tensor, iou: float) -> Tensor:
+    """Return which boxes (B, n, 4) xyxy of each image, best first, overlap no better one by more than `iou`: (B, n)."""
+    images = torch.arange(len(boxes), device=boxes.device)[:, None].expand(boxes.shape[:2]).flatten()
+    falling = torch.arange(boxes.shape[1], 0, -1, device=boxes.device, dtype=boxes.dtype).repeat(len(boxes))
+    kept = batched_nms(boxes.flatten(0, 1), falling, images, iou)
+    return torch.zeros_like(images, dtype=torch.bool).index_fill(0, kept, True).view(boxes.shape[:2])
+
+
+def demote_overlapping(scores: Tensor, boxes: Tensor, iou: float, candidates: int, keep: Keep = kept_by_nms) -> Tensor:
     """Lower the scores of boxes that overlap a better one, as NMS finds them, below those of all other candidates.
 
     Without it most queries of a detector that has not been trained for long start at the same few objects: several
@@ -64,18 +74,16 @@ def demote_overlapping(scores: Tensor, boxes: Tensor, iou: float, candidates: in
         boxes: (B, N, 4) cxcywh in [0, 1].
         iou: overlap from which a box is suppressed.
         candidates: the best tokens of each image that take part; the others become -inf.
+        keep: finds the boxes that stay.
 
     Returns:
         (B, N) scores whose order is: the kept candidates, then the suppressed ones, both as before; then the rest.
     """
     best, index = scores.topk(min(candidates, scores.shape[1]), dim=1)
     corners = box_convert(take_rows(boxes, index), "cxcywh", "xyxy").float()
-    images = torch.arange(len(scores), device=scores.device)[:, None].expand_as(index)
-    kept = batched_nms(corners.flatten(0, 1), best.flatten().float(), images.flatten(), iou)
-    suppressed = torch.ones_like(images.flatten(), dtype=torch.bool).index_fill(0, kept, False).view_as(images)
     # Ranks and not scores: nothing is lost to rounding, whatever the range of the logits.
     length = index.shape[1]
-    rank = torch.arange(length, device=scores.device) + length * suppressed
+    rank = torch.arange(length, device=scores.device) + length * ~keep(corners, iou)
     lowered = torch.full_like(scores, -torch.inf)
     return lowered.scatter(1, index, torch.where(best.isneginf(), best, -rank.to(scores)))
 
@@ -96,6 +104,7 @@ class TwoStageHead(nn.Module):
     def __init__(self, dim: int, num_classes: int, queries: int = 300, nms_iou: float | None = None) -> None:
         super().__init__()
         self.queries, self.nms_iou = queries, nms_iou
+        self.keep: Keep = kept_by_nms  # an exported detector has another one
         self.projection = nn.Linear(dim, dim)
         nn.init.xavier_uniform_(self.projection.weight)
         self.norm = nn.LayerNorm(dim)
@@ -112,7 +121,7 @@ class TwoStageHead(nn.Module):
         boxes = (self.regressor(tokens).to(unsquashed.dtype) + unsquashed).sigmoid()
         scores = logits[..., 0].detach().masked_fill(~valid, -torch.inf)
         if self.nms_iou is not None:
-            scores = demote_overlapping(scores, boxes.detach(), self.nms_iou, CANDIDATES * self.queries)
+            scores = demote_overlapping(scores, boxes.detach(), self.nms_iou, CANDIDATES * self.queries, self.keep)
         chosen = scores.topk(min(self.queries, scores.shape[1]), dim=1).indices
         references = take_rows(boxes.detach(), chosen)
         return Proposals(Predictions(logits, boxes), references, valid, chosen)
