@@ -31,6 +31,8 @@ MAX_BLOCKS = 200
 PLATT_KNOTS = 33
 MIN_SLOPE = 1e-4
 """Share of the raw score in every map. Without it scores within a step of the regression would become equal."""
+END_SLOPE = 0.1
+"""Share by which a map approaches 0 and 1 between its first or last knot and the least or largest score seen."""
 NEVER = 1.0
 """Threshold of a class without a true positive in the validation."""
 
@@ -186,7 +188,7 @@ def fit_isotonic(scores: np.ndarray, matched: np.ndarray) -> Curve:
     number = _merged(blocks, counts, max(MIN_BLOCK, len(scores) // MAX_BLOCKS))
     total = np.bincount(number, counts)
     knots = np.bincount(number, x * counts) / total, np.bincount(number, y * counts) / total
-    return _curve(*knots, "isotonic", matched)
+    return _curve(*knots, (x[0], x[-1]), "isotonic", matched)
 
 
 def _merged(blocks: np.ndarray, counts: np.ndarray, least: int) -> np.ndarray:
@@ -222,7 +224,8 @@ def fit_platt(scores: np.ndarray, matched: np.ndarray) -> Curve:
     # The bound keeps the order of the scores even where the worse ones are right more often.
     a, b = minimize(loss, np.array([1.0, 0.0]), jac=True, bounds=[(1e-3, None), (None, None)], method="L-BFGS-B").x
     grid = np.linspace(logits.min(), logits.max(), PLATT_KNOTS)
-    return _curve(1 / (1 + np.exp(-grid)), 1 / (1 + np.exp(-(a * grid + b))), "platt", matched)
+    x, y = 1 / (1 + np.exp(-grid)), 1 / (1 + np.exp(-(a * grid + b)))
+    return _curve(x, y, (x[0], x[-1]), "platt", matched)
 
 
 def _logit(scores: np.ndarray) -> np.ndarray:
@@ -240,9 +243,23 @@ def _smoothed(matched: np.ndarray) -> np.ndarray:
     return np.where(matched, (true + 1) / (true + 2), 1 / (len(matched) - true + 2))
 
 
-def _curve(x: np.ndarray, y: np.ndarray, method: str, matched: np.ndarray) -> Curve:
-    """Build a map from knots with ascending x: constant beyond them, then with the least slope added."""
-    x, y = np.concatenate([[0.0], x, [1.0]]), np.concatenate([y[:1], y, y[-1:]])
+def _curve(x: np.ndarray, y: np.ndarray, ends: tuple[float, float], method: str, matched: np.ndarray) -> Curve:
+    """Build a map from knots with ascending x, nearly constant beyond them.
+
+    Args:
+        x: (K,) scores.
+        y: (K,) precisions.
+        ends: least and largest score of the detections.
+        method: of the map.
+        matched: (n,) bool, of the detections.
+    """
+    # Not quite constant, since half of the best detections lie beyond the last knot, and float32, which an exported
+    # file uses, would make their scores equal.
+    low, high = y[0] * (1 - END_SLOPE), y[-1] + (1 - y[-1]) * END_SLOPE
+    # where the first knot is the least score, the knot counts
+    inside = [min(ends[0], x[0] * (1 - 1e-6)), *x, max(ends[1], x[-1] * (1 + 1e-6))]
+    x = np.array([0.0, *inside, 1.0])
+    y = np.array([low * (1 - END_SLOPE), low, *y, high, high + (1 - high) * END_SLOPE])
     y = (1 - MIN_SLOPE) * y + MIN_SLOPE * x
     # nine digits are more than float32 has, and a third of the text of seventeen
     points = [(float(f"{a:.9g}"), float(f"{b:.9g}")) for a, b in zip(x, y, strict=True)]
