@@ -216,6 +216,7 @@ def score(
     if config.eval.predict_with == "ensemble":
         assert detector.ensemble is not None  # of the weights, where it is not learned here
         joined = join_heads(by_head, detector.ensemble, detector.join_iou)
+        options |= {"name": "ensemble", "calibration": maps.get("ensemble")}
         scored["ensemble"] = score_detections(limited(joined, **limits), *shared, **options)
         head = "ensemble"
     chosen = head or max(summaries, key=lambda name: summaries[name].stats["AP"])

@@ -78,8 +78,8 @@ class Data:
         length: of the training.
         metadata: stored with every state.
         thresholds: minimum score of each class, written by the validation and stored with the weights.
-        chosen: likewise "calibration", the map of scores of each head; of several heads "predict_with", the best one, the
-            "head_thresholds" of each, and "ensemble", how their scores compare.
+        chosen: likewise "calibration", the map of scores of each head; of several heads "predict_with", the best one,
+            the "head_thresholds" of each, and "ensemble", how their scores compare.
     """
 
     train_set: CocoDetection
