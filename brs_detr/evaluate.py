@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -31,29 +30,35 @@ from brs_detr.cli import run_command
 from brs_detr.config import Config
 from brs_detr.data.build import open_val_set
 from brs_detr.data.coco import CocoDetection
-from brs_detr.data.image_io import ImageError
 from brs_detr.data.issues import DROPPED, POLICY, DataError
 from brs_detr.data.loader import build_eval_loader
 from brs_detr.engine.checkpoint import write_text
 from brs_detr.engine.predict import join_heads, limited, predict, predict_with_all_heads, require_all
 from brs_detr.engine.storage import writing
-from brs_detr.evaluation.coco_eval import GroundTruth, detections_to_results, evaluate_coco, finite_results
+from brs_detr.evaluation.calibration import Calibration, calibrated, fit_calibration
+from brs_detr.evaluation.coco_eval import (
+    GroundTruth,
+    detections_to_results,
+    evaluate_coco,
+    finite_results,
+    match_folds,
+)
+from brs_detr.evaluation.reliability import assess, cross_fitted, merge
 from brs_detr.evaluation.summary import Summary
 from brs_detr.exit_codes import ExitCode, Failure
 from brs_detr.models.detector import Detector
 from brs_detr.models.ensemble import MAX_JOINED, Ensemble
-from brs_detr.ops.masks import decode_masks
 from brs_detr.run import setup
+from brs_detr.run.drawings import write_curves, write_images
 from brs_detr.run.launch import start_accelerator
 from brs_detr.run.output_dir import require_writable
 from brs_detr.run.training import Data, Run
 from brs_detr.user_files import complain, printable
-from brs_detr.viz.boxes import contact_sheet, draw_detections
 
 FIGURES = ("model.", "eval.", "data.test_", "data.antialias")  # beginnings of the settings that figures depend on
 OPTIONAL = (
     "confusion.csv confusion.png precision_recall.csv precision_recall.png detections.png curves.png "
-    "score_thresholds.csv score_thresholds.png"
+    "score_thresholds.csv score_thresholds.png reliability.csv reliability.png"
 )
 
 
@@ -116,10 +121,15 @@ def evaluate(
             accelerator,
             listed,
             model.predict_with,  # and not the one that is best on these images, which would be chosen on the test set
+            calibrations=setup.stored_calibrations(weights, file) if config.eval.calibrate else None,
             score_thresholds=score_thresholds,
         )
     if summary is None:
         return
+    calibration, uncalibrated = setup.calibration_of(model, weights, config, file)
+    known = weights.extra.get("validated_on") == dataset.fingerprint()
+    summary.reliability = assess(summary.folds[model.predict_with], calibration, known)
+    summary.notes += [f"{uncalibrated}."] if uncalibrated else []
     stored = configuration.from_dict(weights.config, str(file))
     summary.notes += [*dataset_notes(dataset), *changed_settings(stored, config)]
     epoch = weights.extra.get("epoch", "?")
@@ -137,7 +147,7 @@ def evaluate(
 def changed_settings(stored: configuration.Config, used: configuration.Config) -> list[str]:
     """List the settings that bear on the figures and differ from those that the weights were validated with."""
     changes = [change for change in configuration.differences(stored, used) if change.startswith(FIGURES)]
-    changes = [change for change in changes if not change.startswith("eval.batch_size")]
+    changes = [change for change in changes if not change.startswith(("eval.batch_size", "eval.calibrate"))]
     return [f"not as in the training: {'; '.join(changes)}"] if changes else []
 
 
@@ -154,6 +164,7 @@ def score(
     images_listed: int = 0,
     head: str | None = None,
     learn: bool = False,
+    calibrations: Mapping[str, Calibration] | None = None,
     **options: Any,
 ) -> tuple[Summary | None, list[dict]]:
     """Predict a dataset and evaluate the detections; with `eval.predict_with=auto` or `ensemble` those of every head.
@@ -169,6 +180,7 @@ def score(
         head: the one of several heads whose figures are returned; None: the one with the highest AP. With `ensemble`
             they are those of all heads joined.
         learn: learn from these images how the scores of the heads compare, as a training's validation does.
+        calibrations: maps of the scores to precision by head; scores of a head without one stay raw.
         options: handed to `evaluate_coco`.
 
     Returns:
@@ -182,15 +194,18 @@ def score(
         "score_threshold": config.eval.score_threshold,
         "max_detections": config.eval.max_detections,
     }
+    maps = calibrations or {}
     if config.eval.predict_with not in ("auto", "ensemble") or len(getattr(model, "heads", ())) < 2:
         detections = predict(model, loader, accelerator, **limits, progress=True)
+        own = getattr(model, "predict_with", "detector")
+        options |= {"name": own, "calibration": maps.get(own)}
         return score_detections(detections, category_ids, truth, config, accelerator, images_listed, **options)
     detector, shared = cast(Detector, model), (category_ids, truth, config, accelerator, images_listed)
     # what `join_heads` needs, limited below
     most = max(MAX_JOINED, config.eval.max_detections)
     by_head = predict_with_all_heads(detector, loader, accelerator, max_detections=most, progress=True)
     scored = {
-        name: score_detections(limited(detections, **limits), *shared, **options)
+        name: score_detections(limited(detections, **limits), *shared, name=name, calibration=maps.get(name), **options)
         for name, detections in by_head.items()
     }
     summaries = {name: summary for name, (summary, _) in scored.items() if summary is not None}
@@ -201,6 +216,7 @@ def score(
     if config.eval.predict_with == "ensemble":
         assert detector.ensemble is not None  # of the weights, where it is not learned here
         joined = join_heads(by_head, detector.ensemble, detector.join_iou)
+        options |= {"name": "ensemble", "calibration": maps.get("ensemble")}
         scored["ensemble"] = score_detections(limited(joined, **limits), *shared, **options)
         head = "ensemble"
     chosen = head or max(summaries, key=lambda name: summaries[name].stats["AP"])
@@ -209,6 +225,7 @@ def score(
     every = {name: one for name, (one, _) in scored.items() if one is not None}
     summary.head, summary.heads = chosen, {name: one.stats for name, one in every.items()}
     summary.head_thresholds = {name: one.thresholds() for name, one in every.items()}
+    summary.folds = {name: one.folds[name] for name, one in every.items()}
     return summary, results
 
 
@@ -230,9 +247,15 @@ def score_detections(
     config: Config,
     accelerator: Accelerator,
     images_listed: int = 0,
+    name: str = "detector",
+    calibration: Calibration | None = None,
     **options: Any,
 ) -> tuple[Summary | None, list[dict]]:
-    """Evaluate the detections of a dataset, those of all processes; arguments and result as for `score`."""
+    """Evaluate the detections of a dataset, those of all processes; arguments and result as for `score`.
+
+    `calibration` is the map of the head `name`. It is applied here, after the cut to the best detections of an image,
+    which compares classes: AP stays.
+    """
     max_detections = config.eval.max_detections
     unreadable = [image["image_id"] for image in detections if image["unreadable"]]
     if len(unreadable) == len(detections):  # in every process, so that none waits for the others
@@ -240,13 +263,17 @@ def score_detections(
     if not accelerator.is_main_process:
         return None, []
     require_all(detections, truth.image_ids)
-    results = [
-        result for image in detections for result in detections_to_results(image["image_id"], image, category_ids)
-    ]
+
+    def as_results(images: Sequence[Mapping[str, Any]]) -> list[dict]:
+        return [result for image in images for result in detections_to_results(image["image_id"], image, category_ids)]
+
+    raw = as_results(detections)
+    results = raw if calibration is None else as_results(calibrated(detections, calibration))
     counted = (*(limit for limit in (1, 10) if limit < max_detections), max_detections)
     readable = sorted(set(truth.image_ids) - set(unreadable))
     masks = truth.masks and all("masks" in found for found in detections)
     summary = evaluate_coco(truth, results, image_ids=readable, max_detections=counted, masks=masks, **options)
+    summary.folds = {name: match_folds(truth, raw, category_ids, readable, max_detections)}
     summary.images_listed = max(images_listed, len(truth.image_ids))
     if unreadable:
         shown = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")
@@ -302,7 +329,8 @@ def validator(run: Run, data: Data) -> Callable[[nn.Module], dict[str, float]]:
     """Build what the trainer calls after an epoch: detector -> its figures, {} outside the main process.
 
     Besides COCO's figures these are "images" and "images_left_out", the numbers of images measured and not. Each note
-    of an evaluation is logged the first time it occurs; `data.thresholds` gets the score of every class's best F1.
+    of an evaluation is logged the first time it occurs; `data.thresholds` gets the score of every class's best F1,
+    and `data.chosen` the best head and the map of scores to precision of each.
 
     Raises:
         DataError: the dataset holds no object, so that no validation could tell good weights from bad ones.
@@ -334,80 +362,16 @@ def validator(run: Run, data: Data) -> Callable[[nn.Module], dict[str, float]]:
         ensemble = getattr(module, "ensemble", None)
         if ensemble is not None:
             data.chosen["ensemble"] = ensemble.as_dict()
+        chosen = summary.head or next(iter(summary.folds))
+        maps = {head: fit_calibration(merge(folds), summary.images) for head, folds in summary.folds.items()}
+        if stored := {head: one.as_dict() for head, one in maps.items() if one is not None}:
+            data.chosen["calibration"] = stored
         heads = {f"{head}_AP": stats["AP"] for head, stats in summary.heads.items()}
-        return summary.stats | heads | {"images": summary.images, "images_left_out": summary.images_left_out}
+        images = {"images": summary.images, "images_left_out": summary.images_left_out}
+        measured = cross_fitted(summary.folds[chosen])
+        return summary.stats | heads | (measured.as_metrics() if measured else {}) | images
 
     return validate
-
-
-def write_images(
-    out: Path, dataset: CocoDetection, results: list[dict[str, Any]], count: int, thresholds: Mapping[str, float]
-) -> list[Path]:
-    """Draw evenly spaced images of a dataset with their detections and ground truth.
-
-    Args:
-        out: folder; gets `detections/IMAGE_ID.png` and one sheet of them all, `detections.png`.
-        dataset: opened with `train=False`.
-        results: detections in COCO's format.
-        count: number of images; 0 for none.
-        thresholds: by class name the lowest score that is drawn; nothing of a class without one.
-
-    Returns:
-        The sheet's path and those of the images; empty for none.
-    """
-    step = max(1, len(dataset) // count) if count else 0
-    chosen = range(0, len(dataset), step)[:count] if step else range(0)
-    labels = {category: label for label, category in enumerate(dataset.category_ids)}
-    score_thresholds = {
-        category: thresholds.get(name, math.inf) for category, name in zip(dataset.category_ids, dataset.classes)
-    }
-    results = [result for result in results if result["score"] >= score_thresholds[result["category_id"]]]
-    paths, drawn = [], []
-    for index in chosen:
-        try:
-            image, target = dataset.load(index)
-        except ImageError:  # the evaluation has counted it
-            continue
-        own = [result for result in results if result["image_id"] == target["image_id"]]
-        boxes = torch.tensor([result["bbox"] for result in own]).reshape(-1, 4)
-        detections: dict[str, Any] = {
-            "boxes": torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1),
-            "scores": torch.tensor([result["score"] for result in own]),
-            "labels": torch.tensor([labels[result["category_id"]] for result in own], dtype=torch.long),
-        }
-        # a detection is in the frame of the json, which may have another size than the file
-        if own and "segmentation" in own[0] and target["original_size"] == tuple(image.shape[1:]):
-            detections["masks"] = decode_masks([result["segmentation"] for result in own], target["original_size"])
-        title = dataset.file_name(index)
-        drawn.append(draw_detections(image, detections, target, dataset.classes, threshold=0.0, title=title))
-        paths.append(out / "detections" / f"{target['image_id']}.png")
-        paths[-1].parent.mkdir(parents=True, exist_ok=True)
-        drawn[-1].save(paths[-1])
-    if drawn:
-        paths.insert(0, out / "detections.png")
-        contact_sheet(drawn).save(paths[0])
-    return paths
-
-
-def write_curves(out: Path, summary: Summary, metrics: Path) -> list[Path]:
-    """Draw the confusion matrix, precision over recall, AP over scores and, from metrics.jsonl, the training curves."""
-    # here, since a training needs no matplotlib
-    from brs_detr.viz.plots import draw_confusion, draw_curves, draw_precision_recall, draw_score_study
-
-    paths = []
-    if summary.confusion is not None:
-        paths.append(out / "confusion.png")
-        draw_confusion(summary.confusion, paths[-1])
-    if summary.curves:
-        paths.append(out / "precision_recall.png")
-        draw_precision_recall(summary.curves, paths[-1])
-    if summary.score_study:
-        paths.append(out / "score_thresholds.png")
-        draw_score_study(summary.score_study, paths[-1])
-    if metrics.is_file():
-        paths.append(out / "curves.png")
-        draw_curves(metrics, paths[-1])
-    return paths
 
 
 main = partial(run_command, "eval")  # the command line

@@ -31,6 +31,7 @@ ALLOWED = {
         "config_io",
         "data",
         "engine",
+        "evaluation",
         "exit_codes",
         "losses",
         "models",

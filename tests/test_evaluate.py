@@ -1,5 +1,6 @@
 """What of an evaluation counts, what is said of it, and what is kept of it for later."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,9 @@ from brs_detr.config import Config
 from brs_detr.data.issues import DataError
 from brs_detr.engine.config import EvalConfig
 from brs_detr.engine.predict import join_heads, limited
+from brs_detr.evaluation.calibration import Calibration
 from brs_detr.evaluation.coco_eval import GroundTruth
+from brs_detr.evaluation.reliability import assess
 from brs_detr.models.ensemble import Ensemble
 from brs_detr.ops.images import ImageBatch
 
@@ -157,3 +160,87 @@ def test_a_validation_keeps_the_best_head_for_the_weights(monkeypatch):
     monkeypatch.setattr(TwoHeads, "shift", 90.0)  # later weights of which the other head is no worse
     evaluate.validator(run, data)(TwoHeads())
     assert data.chosen["predict_with"] == "late"
+
+
+def many(classes=2, images=40):
+    """Images of which every one holds an object of each class, and detections whose raw scores stay below 0.06."""
+    random = np.random.default_rng(0)
+    content = {
+        "images": [{"id": i, "width": 90, "height": 90, "file_name": f"{i}.png"} for i in range(1, images + 1)],
+        "annotations": [],
+        "categories": [{"id": 5 + label, "name": f"class {label}"} for label in range(classes)],
+    }
+    detections = []
+    for image in range(1, images + 1):
+        own = {"image_id": image, "category_id": 5, "bbox": [10, 10, 40, 30], "area": 1200}
+        for label in range(classes):
+            number = len(content["annotations"]) + 1
+            content["annotations"].append({**own, "id": number, "category_id": 5 + label})
+        hits = random.random(2 * classes) < 0.6
+        boxes = np.where(hits[:, None], BOX, [60, 60, 80, 80]).astype(np.float32)
+        scores = np.where(hits, random.uniform(0.02, 0.05, 2 * classes), random.uniform(0.01, 0.03, 2 * classes))
+        order = np.argsort(-scores)
+        detections.append(
+            {"image_id": image, "boxes": boxes[order], "scores": scores[order].astype(np.float32), "unreadable": False}
+            | {"labels": np.repeat(np.arange(classes), 2)[order]}
+        )
+    return content, detections
+
+
+def validated(monkeypatch, content, detections, **settings):
+    """Validate; returns (metrics, data)."""
+    monkeypatch.setattr(evaluate, "predict", lambda *_, **__: detections)
+    dataset = SimpleNamespace(
+        ground_truth=lambda: content, json_path="val.json", report={"images_listed": 40}, masks=False
+    )
+    config = Config(eval=EvalConfig(**settings))
+    run = SimpleNamespace(config=config, accelerator=Accelerator(cpu=True), log=SimpleNamespace(say=print))
+    train_set = SimpleNamespace(category_ids=[category["id"] for category in content["categories"]])
+    data = SimpleNamespace(train_set=train_set, val_set=dataset, val_loader=None, thresholds={}, chosen={})
+    return evaluate.validator(run, data)(SimpleNamespace(predict_with="head")), data
+
+
+def test_a_validation_stores_the_map_of_its_scores_and_measures_it_held_out(monkeypatch):
+    content, detections = many()
+    metrics, data = validated(monkeypatch, content, detections)
+    assert metrics["D-ECE"] < 0.2 < 0.5 < metrics["D-ECE_raw"]
+    (head, stored), thresholds = *data.chosen["calibration"].items(), list(data.thresholds.values())
+    maps = Calibration.from_dict(stored, 2)
+    assert head == "head" and maps.images == 40
+    # the threshold of the raw scores, and the same of the calibrated ones
+    assert max(thresholds) < 0.05 and min(maps.thresholds) > 0.2
+    assert maps.apply(np.array(thresholds), np.arange(2)).tolist() == list(maps.thresholds)
+    assert validated(monkeypatch, content, detections)[1].chosen == data.chosen  # as a resumed run stores it
+
+
+def test_calibrated_results_have_the_same_ap_although_the_cut_compares_classes(monkeypatch):
+    content, detections = many()
+    stored = validated(monkeypatch, content, detections)[1].chosen["calibration"]["head"]
+    # a map under which the second class is always ahead of the first: before the cut it would change what is kept
+    curves = [{**stored["curves"][0], "scores": [0, 1], "precisions": ends} for ends in ([0, 0.5], [0.98, 0.99])]
+    stored |= {"curves": curves, "of_label": [0, 1]}
+    maps, truth = Calibration.from_dict(stored, 2), GroundTruth.read(content)
+    config, shared = Config(eval=EvalConfig(max_detections=2)), Accelerator(cpu=True)
+    cut = [{**image, **{key: image[key][:2] for key in ("boxes", "scores", "labels")}} for image in detections]
+    raw, results = evaluate.score_detections(cut, [5, 6], truth, config, shared)
+    same, mapped = evaluate.score_detections(cut, [5, 6], truth, config, shared, calibration=maps)
+    assert same.stats == pytest.approx(raw.stats, abs=1e-9)
+    assert [row["bbox"] for row in results] == [row["bbox"] for row in mapped]
+    assert {row["category_id"] for row in mapped if row["score"] > 0.97} == {6}
+    # errors are of the raw scores before and after, whichever are evaluated
+    (first,), (second,) = raw.folds.values(), same.folds.values()
+    assert all(np.array_equal(a.scores, b.scores) for x, y in zip(first, second) for a, b in zip(x, y))
+
+
+def test_the_report_says_what_the_figures_are_held_out_from(monkeypatch, tmp_path):
+    content, detections = many()
+    summary, _ = evaluate.score_detections(
+        detections, [5, 6], GroundTruth.read(content), Config(), Accelerator(cpu=True)
+    )
+    assert "calibration errors" not in summary.table()
+    summary.reliability = assess(summary.folds["detector"], None, same_images=True)
+    assert "held out: 5 folds of the images" in summary.table() and "D-ECE" in summary.table()
+    names = {path.name for path in summary.save(tmp_path)}
+    assert "reliability.csv" in names
+    written = json.loads((tmp_path / "evaluation.json").read_text())["calibration"]
+    assert written["D-ECE"]["raw"] == summary.reliability.dece[0] and written["bins"][0]["scores"] == "raw"

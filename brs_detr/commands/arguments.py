@@ -33,6 +33,7 @@ def predict(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="minimum score (default: the one of each class's best F1 in validation)",
     )
+    parser.add_argument("--raw-scores", action="store_true", help="scores as the detector's, not calibrated")
     parser.add_argument("--device", help="default: a GPU if there is one")
 
 

@@ -11,19 +11,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from brs_detr.data.build import build_eval_transforms
 from brs_detr.data.image_io import ImageError, is_image_name, read_image
 from brs_detr.engine.checkpoint import Weights, write_text
+from brs_detr.evaluation.calibration import Calibration
 from brs_detr.models.detector import Detector
 from brs_detr.ops.images import ImageBatch
 from brs_detr.ops.masks import as_rles, decode_masks
 from brs_detr.ops.rle import as_text
 from brs_detr.run.launch import choose_device
 from brs_detr.run.output_dir import require_writable
-from brs_detr.run.setup import restore
+from brs_detr.run.setup import calibration_of, restore
 from brs_detr.user_files import printable
 from brs_detr.viz.boxes import draw_detections
 
@@ -33,10 +35,15 @@ MAX_NAME_BYTES = 255  # of a file name on common file systems
 @torch.inference_mode()
 def run(options: argparse.Namespace) -> int:
     """Predict every image and return the exit code: 1 if no image could be read."""
-    model, weights, config, _ = restore(options.weights, options.overrides)
+    overrides = [*options.overrides, *(["eval.calibrate=false"] if options.raw_scores else [])]
+    model, weights, config, file = restore(options.weights, overrides)
     device = choose_device(options.device)
     model.to(device)
-    thresholds = torch.tensor(score_thresholds(model, weights, options.threshold), device=device)
+    calibration, uncalibrated = calibration_of(model, weights, config, file)
+    if uncalibrated and not options.raw_scores:
+        print(printable(f"{uncalibrated}."))
+    own = None if calibration is None or options.threshold is not None else calibration.thresholds
+    thresholds = np.array(score_thresholds(model, weights, options.threshold) if own is None else own)
     transforms = build_eval_transforms(config.data)
     files = image_files(options.images)
     root = options.images if options.images.is_dir() else options.images.parent
@@ -55,18 +62,14 @@ def run(options: argparse.Namespace) -> int:
                 empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
                 resized, _ = transforms(image, empty)
                 output = model(ImageBatch.from_list([resized], [(image.shape[1], image.shape[2])]).to(device), None)[0]
-                keep = (output["scores"] >= thresholds[output["labels"]]).cpu()
-                masks = as_rles(output.pop("masks")) if "masks" in output else None
-                kept: dict[str, Any] = {key: value.cpu()[keep] for key, value in output.items()}
-                if masks is not None:
-                    kept["masks"] = [rle for rle, use in zip(masks, keep.tolist(), strict=True) if use]
+                kept, missed = select(output, calibration, thresholds, weights.classes)
                 name = path.relative_to(root).as_posix()
                 entry = {"file_name": name, "objects": describe(kept, weights.classes, weights.category_ids)}
                 lines.write(json.dumps(entry) + "\n")
                 lines.flush()
                 predictions.append(entry)
-                print(f"{printable(path)}: {len(kept['scores'])} objects")
-                if masks is not None:
+                print(f"{printable(path)}: {len(kept['scores'])} objects{printable(missed)}")
+                if "masks" in kept:
                     kept["masks"] = decode_masks(kept["masks"], (image.shape[1], image.shape[2]))
                 drawing_image = Image.fromarray(image.permute(1, 2, 0).numpy())
                 target = options.out / "detections" / drawing
@@ -77,6 +80,42 @@ def run(options: argparse.Namespace) -> int:
     return 0 if predictions else 1
 
 
+def select(
+    output: dict[str, Any], calibration: Calibration | None, thresholds: np.ndarray, classes: list[str]
+) -> tuple[dict[str, Any], str]:
+    """Select the detections of an image from the threshold of their class on, the best first.
+
+    Args:
+        output: of the detector: `boxes` (n, 4), `scores` (n,) raw, `labels` (n,) and perhaps `masks`.
+        calibration: map of the scores; None keeps them raw.
+        thresholds: (K,) minimum score of each label.
+        classes: names of the labels.
+
+    Returns:
+        The selected ones on the CPU, `scores` float64 and `masks` compressed; and, where none is, the best score there
+        was, as the end of a sentence.
+    """
+    # float64 as the map and the thresholds: a detection at the threshold is selected
+    scores, labels = output["scores"].double().cpu().numpy(), output["labels"].cpu().numpy()
+    scores = scores if calibration is None else calibration.apply(scores, labels)
+    order = np.argsort(-scores, kind="stable")
+    chosen = order[scores[order] >= thresholds[labels[order]]]
+    kept: dict[str, Any] = {key: output[key].cpu()[torch.from_numpy(chosen)] for key in ("boxes", "labels")}
+    kept["scores"] = torch.from_numpy(scores[chosen])
+    if "masks" in output:
+        masks = as_rles(output["masks"])
+        kept["masks"] = [masks[index] for index in chosen.tolist()]
+    if len(chosen):
+        return kept, ""
+    if not len(order):
+        return kept, "; the detector returned none"
+    best = labels[order[0]]
+    return kept, (
+        f"; the best score is {scores[order[0]]:.3g}, of {classes[best]}, below its threshold {thresholds[best]:.3g}. "
+        "--threshold sets another"
+    )
+
+
 def save(predictions: list[dict], out: Path, partial: Path) -> None:
     """Write predictions.json, remove the partial file, and print the folder."""
     write_text(out / "predictions.json", json.dumps(predictions, indent=1))
@@ -85,7 +124,7 @@ def save(predictions: list[dict], out: Path, partial: Path) -> None:
 
 
 def score_thresholds(model: Detector, weights: Weights, threshold: float | None) -> list[float]:
-    """Return the minimum score of each class: `threshold`, or that of the best F1 of the head that predicts.
+    """Return the minimum raw score of each class: `threshold`, or that of the best F1 of the head that predicts.
 
     The F1 is that of the last validation. A head that it did not score, and weights without a validation (converted
     ones), get 0.3; a class without a true positive in validation gets 1.

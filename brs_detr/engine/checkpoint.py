@@ -33,7 +33,8 @@ class Weights:
         classes: name of label 0, 1, ...
         category_ids: the dataset's id of label 0, 1, ...
         config: the resolved config as nested plain values; empty if the file has no config.
-        extra: further metadata: "epoch", "step", "metrics", "thresholds" (score of each class's best F1); of
+        extra: further metadata: "epoch", "step", "metrics", "thresholds" (raw score of each class's best F1),
+            "calibration" (by head, see `evaluation.calibration`), "validated_on" (fingerprint of the dataset); of
             several heads "head_thresholds", the same of each, "predict_with", the best one, and "ensemble".
     """
 

@@ -85,3 +85,4 @@ class EvalConfig:
     # the head whose boxes count; auto: the best one of the validation, where BRS-DETR has three; ensemble: all of them
     predict_with: Literal["auto", "decoder", "roi", "atss", "head", "ensemble"] = "auto"
     nms: NMSConfig = one_of(NoNMS(), HardNMS())  # of the decoder's detections; the other heads have their `nms_iou`
+    calibrate: bool = True  # scores are precisions, by the map that the validation stores; false: as the detector's

@@ -23,10 +23,11 @@ from pycocotools import mask as coco_mask
 from brs_detr.evaluation.federated import countable, frequency_means, incomplete_pairs
 from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.evaluation.matching import ClassMatches, confusion_matrix, match_classes, optimal_lrp
+from brs_detr.evaluation.reliability import FOLDS, fold_of_images
 from brs_detr.evaluation.results import Result, check_results, detections_to_results, finite_results
 from brs_detr.evaluation.summary import MASK, Summary
 
-__all__ = ["GroundTruth", "Summary", "detections_to_results", "evaluate_coco", "finite_results"]
+__all__ = ["GroundTruth", "Summary", "detections_to_results", "evaluate_coco", "finite_results", "match_folds"]
 
 LRP_NAMES = ("oLRP", "oLRPloc", "oLRPfp", "oLRPfn")
 DESCRIPTION = ("name", "category_id", "images", "objects")  # entries of a class's row that are no measures
@@ -88,6 +89,38 @@ def evaluate_coco(
         study.append(row | measure(kept, extended=False)[0])
     notes = _notes(truth, chosen, max_dets[-1], num_invalid, len(detections))
     return Summary(stats, per_class, notes, curves, len(chosen), 0, len(detections), confusion, study)
+
+
+def match_folds(
+    annotations: GroundTruth,
+    results: Sequence[Result],
+    category_ids: Sequence[int],
+    image_ids: Sequence[int],
+    max_detections: int,
+) -> list[list[ClassMatches]]:
+    """Match the boxes of detections at IoU 0.5, for each fold of the images and each class of `category_ids`.
+
+    Args:
+        annotations: the ground truth.
+        results: COCO results with original category ids.
+        category_ids: the classes, in the order of the result.
+        image_ids: the images that count.
+        max_detections: maximum number of detections per image and class, the best ones.
+    """
+    detections, _ = check_results(results, annotations.image_ids, annotations.names)
+    if annotations.federated:
+        detections = countable(annotations, detections, max_detections)
+    folds = fold_of_images(image_ids)
+    sides: list[list[list[dict]]] = []
+    for rows in (annotations.dataset["annotations"], detections):
+        parts: list[list[dict]] = [[] for _ in range(FOLDS)]
+        for row in rows:
+            if row["image_id"] in folds:
+                parts[folds[row["image_id"]]].append(row)
+        sides.append(parts)
+    options: dict[str, Any] = {"max_detections": max_detections, "incomplete": incomplete_pairs(annotations)}
+    matched = [match_classes(own, found, category_ids, **options) for own, found in zip(*sides, strict=True)]
+    return [[fold[category] for category in category_ids] for fold in matched]
 
 
 Figures = tuple[dict[str, float], list[dict[str, Any]], dict[str, list[float]]]  # overall, of each class, curves

@@ -33,7 +33,7 @@ def detections_to_results(image_id: int, detections: Mapping[str, Any], category
     boxes = torch.as_tensor(detections["boxes"]).detach().double().cpu().reshape(-1, 4)
     xywh = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
     labels = torch.as_tensor(detections["labels"]).tolist()
-    scores = torch.as_tensor(detections["scores"]).float().tolist()
+    scores = torch.as_tensor(detections["scores"]).double().tolist()
     if labels and not 0 <= min(labels) <= max(labels) < len(category_ids):
         raise ValueError(
             f"image {image_id}: labels {min(labels)}..{max(labels)} for {len(category_ids)} category ids. "

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from brs_detr.evaluation.matching import Confusion
+from brs_detr.evaluation.matching import ClassMatches, Confusion
+from brs_detr.evaluation.reliability import Reliability
 
 MASK = "mask_"  # begins the names of the figures of masks
 HEADLINE = ("AP", "AP50", "AP75", "AP90", "APs", "APm", "APl", "APr", "APc", "APf")
@@ -58,6 +59,9 @@ class Summary:
         head_thresholds: what `thresholds` returns, of every head likewise.
         score_study: one row per score threshold: the threshold `score`, the mean number of `detections` per image above
             it, and the overall figures of these.
+        folds: by head, for each fold of the images, the matches of each label with raw scores, to fit and measure a
+            calibration; not saved.
+        reliability: how far scores are from precision; None where it was not measured.
     """
 
     stats: dict[str, float]
@@ -72,6 +76,8 @@ class Summary:
     head: str | None = None
     heads: dict[str, dict[str, float]] = field(default_factory=dict)
     head_thresholds: dict[str, dict[str, float]] = field(default_factory=dict)
+    folds: dict[str, list[list[ClassMatches]]] = field(default_factory=dict)
+    reliability: Reliability | None = None
 
     @property
     def images_left_out(self) -> int:
@@ -111,6 +117,8 @@ class Summary:
                 for row in self.score_study
             ]
             blocks.append("by score threshold, with detections per image\n" + text_table(header, rows))
+        if self.reliability is not None:
+            blocks.append(reliability_table(self.reliability))
         if self.heads:
             names = [name for name in HEADLINE if name in self.stats]
             rows = [[head, *(percent(stats[name]) for name in names)] for head, stats in self.heads.items()]
@@ -131,8 +139,8 @@ class Summary:
     def thresholds(self) -> dict[str, float]:
         """Return by class name the score of the best F1 at IoU 0.5, without classes that have no true positive.
 
-        Ranking losses order detections but do not calibrate them: a good score may be 0.03, so the threshold is
-        measured. Two classes of the same name share the lower score.
+        They are of the scores that were evaluated; a good raw score of a ranking loss may be 0.03. Two classes of the
+        same name share the lower score.
         """
         score_thresholds: dict[str, float] = {}
         for row in self.per_class:
@@ -145,7 +153,7 @@ class Summary:
 
         Args:
             folder: for `evaluation.json`, `per_class.csv` (with empty cells for undefined measures) and, if there are
-                any, `precision_recall.csv`, `confusion.csv` and `score_thresholds.csv`.
+                any, `precision_recall.csv`, `confusion.csv`, `reliability.csv` and `score_thresholds.csv`.
             about: further entries of the json, such as the evaluated weights.
         """
         folder = Path(folder)
@@ -165,6 +173,10 @@ class Summary:
         if self.confusion is not None:
             tables["confusion.csv"] = [*self.confusion.table()]
             content["confusion"] = self.confusion.as_dict()
+        if self.reliability is not None:
+            content["calibration"] = self.reliability.as_dict()
+            columns = list(self.reliability.bins[0]) if self.reliability.bins else ["scores"]
+            tables["reliability.csv"] = [columns, *([row[c] for c in columns] for row in self.reliability.bins)]
         if self.score_study:
             content["score_study"] = self.score_study
             columns = list(self.score_study[0])
@@ -175,6 +187,19 @@ class Summary:
             with (folder / name).open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows(table)
         return [folder / name for name in ("evaluation.json", *tables)]
+
+
+def reliability_table(reliability: Reliability) -> str:
+    """Format the calibration errors of raw and calibrated scores."""
+    rows = [
+        [name, *(f"{value:.2f}" for value in (*pair, exact))]
+        for name, pair, exact in zip(
+            ("D-ECE", "LaECE"), (reliability.dece, reliability.laece), reliability.exact, strict=True
+        )
+    ]
+    table = text_table(["", "raw", "calibrated", "if exact"], rows)
+    title = f"calibration errors of {reliability.detections:,} detections, from the score of their class's best F1 on"
+    return f"{title}\n{table}\nheld out: {reliability.source}"
 
 
 def _cell(value: Any, column: str) -> Any:

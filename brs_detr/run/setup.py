@@ -35,6 +35,7 @@ from brs_detr.engine.checkpoint import (
     write_text,
 )
 from brs_detr.engine.optim import count_parameters
+from brs_detr.evaluation.calibration import Calibration
 from brs_detr.models.backbones.timm_backbone import plain_name
 from brs_detr.models.build import build_model, sampling_here
 from brs_detr.models.cnn_config import MaskRCNNConfig, ModelConfig
@@ -180,6 +181,33 @@ def restore_ensemble(model: Detector, weights: Weights, file: Path) -> None:
         model.ensemble = Ensemble.restore(weights.extra["ensemble"], model.heads)
     except ValueError as error:
         raise ConfigError(f"{file}: {error}. Use one of {', '.join(model.heads)} as eval.predict_with.") from None
+
+
+def stored_calibrations(weights: Weights, file: Path) -> dict[str, Calibration]:
+    """Read the maps of scores to precision that a validation has stored with its weights, by head; none if it did not.
+
+    Raises:
+        ConfigError: they are damaged.
+    """
+    stored = weights.extra.get("calibration", {})
+    try:
+        if not isinstance(stored, dict):
+            raise ValueError("the calibration is not one of this program")
+        return {head: Calibration.from_dict(content, len(weights.classes)) for head, content in stored.items()}
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}. Use raw scores: eval.calibrate=false.") from None
+
+
+def calibration_of(model: Detector, weights: Weights, config: Config, file: Path) -> tuple[Calibration | None, str]:
+    """Choose the map for the head that predicts; with None, the second value says why scores are not calibrated."""
+    if not config.eval.calibrate:
+        return None, "scores are raw, as eval.calibrate=false asks"
+    if found := stored_calibrations(weights, file).get(model.predict_with):
+        return found, ""
+    return None, (
+        f"scores are not calibrated: {file} holds no map for head {model.predict_with}. Compare them with each other "
+        "only; a validation with enough true positives stores the map"
+    )
 
 
 def require_known_backbone(config: Config, file: Path) -> None:

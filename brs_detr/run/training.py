@@ -78,8 +78,8 @@ class Data:
         length: of the training.
         metadata: stored with every state.
         thresholds: minimum score of each class, written by the validation and stored with the weights.
-        chosen: of several heads likewise: "predict_with", the best one, the "head_thresholds" of each, and "ensemble",
-            how their scores compare.
+        chosen: likewise "calibration", the map of scores of each head; of several heads "predict_with", the best one,
+            the "head_thresholds" of each, and "ensemble", how their scores compare.
     """
 
     train_set: CocoDetection
@@ -221,7 +221,7 @@ def build_trainer(
     stored = configuration.to_dict(setup.for_weights_file(config))
 
     def save(name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        facts = {**facts, "thresholds": data.thresholds, **data.chosen}
+        facts = {**facts, "thresholds": data.thresholds, **data.chosen, "validated_on": data.metadata["data"]["val"]}
         save_weights(run.folder / name, Weights(tensors, train_set.classes, train_set.category_ids, stored, facts))
 
     set_epoch_length(model, len(data.batches))

@@ -162,6 +162,37 @@ def draw_score_study(rows: Sequence[Mapping[str, float]], out_png: str | Path | 
 
 
 @_styled
+def draw_reliability(bins: Sequence[Mapping[str, Any]], out_png: str | Path | None = None) -> Figure:
+    """Draw precision over the score, raw and calibrated: on the diagonal a score of 0.8 means 80 in 100 are right.
+
+    Args:
+        bins: as `Reliability.bins`. A point's area grows with the number of its detections.
+        out_png: where to save the image, if anywhere.
+
+    Returns:
+        The figure.
+    """
+    figure = Figure((6.0, 5.6), layout="constrained")
+    axes = figure.add_subplot(
+        xlabel="mean score of the bin", ylabel="precision at IoU 0.5", xlim=(0, 1), ylim=(0, 1.02)
+    )
+    axes.set_title("reliability of the scores, on images that the map was not fitted on")
+    axes.grid()
+    axes.plot([0, 1], [0, 1], color="gray", linestyle="--", linewidth=1, label="exact")
+    for index, (name, text) in enumerate((("raw", "raw scores"), ("calibrated", "calibrated scores"))):
+        rows = [row for row in bins if row["scores"] == name]
+        total = max(sum(row["detections"] for row in rows), 1)
+        x, y = [row["confidence"] for row in rows], [row["precision"] for row in rows]
+        axes.plot(x, y, color=_rgb(index), label=text)
+        axes.scatter(x, y, s=[20 + 400 * row["detections"] / total for row in rows], color=_rgb(index), alpha=0.6)
+        if name == "calibrated":
+            quality = [row["quality"] for row in rows]
+            axes.plot(x, quality, color=_rgb(index), linestyle=":", label="precision x IoU, LaECE's target")
+    axes.legend(loc="upper left")
+    return _save(figure, out_png)
+
+
+@_styled
 def draw_confusion(confusion: Confusion, out_png: str | Path | None = None) -> Figure:
     """Draw a confusion matrix: a row for each true class and the background, a column for each found class and missed.
 

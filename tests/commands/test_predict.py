@@ -258,3 +258,69 @@ def test_heads_that_no_validation_has_compared_are_not_joined(weights, tmp_path,
     assert cli.main([*command, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+CURVES = [{"method": "platt", "detections": 9, "true_positives": 9, "scores": [0, 0.1, 1], "precisions": [0, 0.9, 1]}]
+STORED = {"images": 3, "of_label": [0, 0], "thresholds": [0.5, 0.8], "curves": CURVES}
+
+
+def predicted(weights, tmp_path, monkeypatch, extra, *options):
+    """Predict one image with stored metadata; raw scores are 0.06 (class a), 0.08 (b), 0.01 (b)."""
+
+    def detect(images, targets):
+        boxes = torch.tensor([[2.0, 2, 12, 6], [0, 0, 9, 9], [20, 10, 40, 30]])
+        return [{"boxes": boxes, "scores": torch.tensor([0.06, 0.08, 0.01]), "labels": torch.tensor([0, 1, 1])}]
+
+    stored = load_weights(weights)
+    path = tmp_path / "y.safetensors"
+    save_weights(path, Weights(stored.tensors, stored.classes, stored.category_ids, stored.config, extra))
+
+    def restored(file, overrides):
+        model, *rest = restore(file, overrides)
+        model.forward = detect
+        return model, *rest
+
+    restore = predict.restore
+    monkeypatch.setattr(predict, "restore", restored)
+    out = tmp_path / "out"
+    assert cli.main(["predict", str(path), str(image(tmp_path / "a.png")), "--out", str(out), *options]) == 0
+    (entry,) = json.loads((out / "predictions.json").read_text())
+    return [(thing["name"], thing["score"]) for thing in entry["objects"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], [("a", 0.54)]),
+        (["--threshold", "0.5"], [("b", 0.72), ("a", 0.54)]),
+        (["--raw-scores"], [("b", 0.08), ("a", 0.06)]),
+        (["eval.calibrate=false"], [("b", 0.08), ("a", 0.06)]),
+        (["--raw-scores", "--threshold", "0.07"], [("b", 0.08)]),
+    ],
+)
+def test_scores_are_calibrated_unless_raw_ones_are_asked_for(weights, tmp_path, monkeypatch, options, expected):
+    extra = {"calibration": {"decoder": STORED}, "thresholds": {"a": 0.05, "b": 0.07}}
+    assert predicted(weights, tmp_path, monkeypatch, extra, *options) == expected
+
+
+def test_weights_without_a_map_say_so_once(weights, tmp_path, monkeypatch, capsys):
+    extra = {"calibration": {"roi": STORED}, "thresholds": {"a": 0.05, "b": 0.07}}  # of another head
+    assert predicted(weights, tmp_path, monkeypatch, extra) == [("b", 0.08), ("a", 0.06)]
+    assert capsys.readouterr().out.count("scores are not calibrated") == 1
+
+
+def test_no_object_above_the_threshold_names_the_best_score(weights, tmp_path, monkeypatch, capsys):
+    extra = {"calibration": {"decoder": STORED}}
+    assert predicted(weights, tmp_path, monkeypatch, extra, "--threshold", "0.75") == []
+    assert "0 objects; the best score is 0.72, of b, below its threshold 0.75" in capsys.readouterr().out
+
+
+def test_a_damaged_map_names_the_way_around_it(weights, tmp_path, monkeypatch, capsys):
+    stored = load_weights(weights)
+    path = tmp_path / "z.safetensors"
+    extra = {"calibration": {"decoder": {**STORED, "of_label": [0]}}}
+    save_weights(path, Weights(stored.tensors, stored.classes, stored.category_ids, stored.config, extra))
+    file = str(image(tmp_path / "a.png"))
+    assert cli.main(["predict", str(path), file, "--out", str(tmp_path / "out")]) == 2
+    assert "the calibration is of 1 classes, not 2. Use raw scores: eval.calibrate=false." in capsys.readouterr().err
+    assert cli.main(["predict", str(path), file, "--out", str(tmp_path / "out"), "eval.calibrate=false"]) == 0

@@ -10,7 +10,14 @@ from PIL import Image, ImageChops
 
 from brs_detr.evaluation.matching import Confusion
 from brs_detr.viz.boxes import color, contact_sheet, draw_boxes, draw_detections, ink_on
-from brs_detr.viz.plots import draw_confusion, draw_curves, draw_precision_recall, draw_score_study, smoothed
+from brs_detr.viz.plots import (
+    draw_confusion,
+    draw_curves,
+    draw_precision_recall,
+    draw_reliability,
+    draw_score_study,
+    smoothed,
+)
 
 GRAY = Image.new("RGB", (200, 100), (120, 120, 120))
 PLAIN = {"min_side": 1, "legend": False}
@@ -270,3 +277,17 @@ def test_score_study_has_a_line_for_each_ap_and_one_for_the_detections(tmp_path,
     left, right = figure.axes
     assert len(left.lines) == 1 + masks and len(right.lines) == 1
     assert left.lines[0].get_ydata().tolist() == [row["AP"] for row in rows]
+
+
+def test_the_reliability_diagram_shows_raw_and_calibrated_scores_beside_the_diagonal(tmp_path):
+    row = {"low": 0.1, "high": 0.2, "detections": 5, "quality": 0.4}
+    raw = [{**row, "scores": "raw", "confidence": c, "precision": p} for c, p in ((0.1, 0.4), (0.2, 0.9))]
+    after = [{**row, "scores": "calibrated", "confidence": c, "precision": p} for c, p in ((0.4, 0.4), (0.9, 0.9))]
+    (axes,) = draw_reliability([*raw, *after], tmp_path / "reliability.png").axes
+    assert (tmp_path / "reliability.png").stat().st_size > 1000
+    diagonal, of_raw, of_calibrated, quality = axes.lines
+    assert diagonal.get_xydata().tolist() == [[0, 0], [1, 1]]
+    assert of_raw.get_xydata().tolist() == [[0.1, 0.4], [0.2, 0.9]]
+    assert of_calibrated.get_xydata().tolist() == [[0.4, 0.4], [0.9, 0.9]]
+    assert quality.get_ydata().tolist() == [0.4, 0.4]
+    draw_reliability([], tmp_path / "empty.png")

@@ -1,0 +1,95 @@
+"""Images of an evaluation: some of the dataset's with detections and ground truth, and diagrams of the figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from brs_detr.data.coco import CocoDetection
+from brs_detr.data.image_io import ImageError
+from brs_detr.evaluation.summary import Summary
+from brs_detr.ops.masks import decode_masks
+from brs_detr.viz.boxes import contact_sheet, draw_detections
+
+
+def write_images(
+    out: Path, dataset: CocoDetection, results: list[dict[str, Any]], count: int, thresholds: Mapping[str, float]
+) -> list[Path]:
+    """Draw evenly spaced images of a dataset with their detections and ground truth.
+
+    Args:
+        out: folder; gets `detections/IMAGE_ID.png` and one sheet of them all, `detections.png`.
+        dataset: opened with `train=False`.
+        results: detections in COCO's format.
+        count: number of images; 0 for none.
+        thresholds: by class name the lowest score that is drawn; nothing of a class without one.
+
+    Returns:
+        The sheet's path and those of the images; empty for none.
+    """
+    step = max(1, len(dataset) // count) if count else 0
+    chosen = range(0, len(dataset), step)[:count] if step else range(0)
+    labels = {category: label for label, category in enumerate(dataset.category_ids)}
+    score_thresholds = {
+        category: thresholds.get(name, math.inf) for category, name in zip(dataset.category_ids, dataset.classes)
+    }
+    results = [result for result in results if result["score"] >= score_thresholds[result["category_id"]]]
+    paths, drawn = [], []
+    for index in chosen:
+        try:
+            image, target = dataset.load(index)
+        except ImageError:  # the evaluation has counted it
+            continue
+        own = [result for result in results if result["image_id"] == target["image_id"]]
+        boxes = torch.tensor([result["bbox"] for result in own]).reshape(-1, 4)
+        detections: dict[str, Any] = {
+            "boxes": torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1),
+            "scores": torch.tensor([result["score"] for result in own]),
+            "labels": torch.tensor([labels[result["category_id"]] for result in own], dtype=torch.long),
+        }
+        # a detection is in the frame of the json, which may have another size than the file
+        if own and "segmentation" in own[0] and target["original_size"] == tuple(image.shape[1:]):
+            detections["masks"] = decode_masks([result["segmentation"] for result in own], target["original_size"])
+        title = dataset.file_name(index)
+        drawn.append(draw_detections(image, detections, target, dataset.classes, threshold=0.0, title=title))
+        paths.append(out / "detections" / f"{target['image_id']}.png")
+        paths[-1].parent.mkdir(parents=True, exist_ok=True)
+        drawn[-1].save(paths[-1])
+    if drawn:
+        paths.insert(0, out / "detections.png")
+        contact_sheet(drawn).save(paths[0])
+    return paths
+
+
+def write_curves(out: Path, summary: Summary, metrics: Path) -> list[Path]:
+    """Draw the confusion matrix, precision over recall, AP over scores and, from metrics.jsonl, the training curves."""
+    # here, since a training needs no matplotlib
+    from brs_detr.viz.plots import (
+        draw_confusion,
+        draw_curves,
+        draw_precision_recall,
+        draw_reliability,
+        draw_score_study,
+    )
+
+    paths = []
+    if summary.confusion is not None:
+        paths.append(out / "confusion.png")
+        draw_confusion(summary.confusion, paths[-1])
+    if summary.curves:
+        paths.append(out / "precision_recall.png")
+        draw_precision_recall(summary.curves, paths[-1])
+    if summary.score_study:
+        paths.append(out / "score_thresholds.png")
+        draw_score_study(summary.score_study, paths[-1])
+    if summary.reliability is not None:
+        paths.append(out / "reliability.png")
+        draw_reliability(summary.reliability.bins, paths[-1])
+    if metrics.is_file():
+        paths.append(out / "curves.png")
+        draw_curves(metrics, paths[-1])
+    return paths
