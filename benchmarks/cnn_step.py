@@ -28,7 +28,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cnn_overfit import SCORE_BASED as OVERFIT
+from cnn_overfit import SCORE_BASED
 
 from brs_detr.config import Config, apply_overrides
 from brs_detr.engine.optim import build_optimizer
@@ -37,7 +37,6 @@ from brs_detr.models.build import build_model
 from brs_detr.ops.images import ImageBatch
 
 CLASSES, OBJECTS = 80, 7
-SCORE_BASED = {**OVERFIT, "yolact": "model.loss=focal", "solov2": "model.loss=focal"}
 FORMS = ("score", "brs", "rs", "pairwise")
 TITLES = ("score-based", "BRS (bucketed)", "RS (exact)", "RS (pairwise)")
 
