@@ -104,6 +104,7 @@ def first_recipe(dataset: Dataset, here: Surroundings | None = None) -> str:
         f"{dataset.images:,} images: {describe_length(config, dataset.images)}",
         *([f"up to {dataset.fullest:,} objects an image: limits are raised to {max(room.values())}"] if room else []),
         *_describe_boxes(config, dataset.boxes),
+        *_describe_cost(recipe, config),
     ]
     settings = {**dataset.paths, **changed, "output_dir": "runs/mine"}
     words = [f"{key}={as_yaml(value)}" for key, value in settings.items()]
@@ -177,6 +178,19 @@ def _describe_boxes(config: Config, stored: Boxes) -> Iterator[str]:
             for name, (layout, fitted) in fit_heads(config.model, boxes).items()
         )
         yield f"anchors are chosen from them; share of the objects with one at IoU >= .5 and at >= .7: {fits}"
+
+
+def _describe_cost(recipe: Config, config: Config) -> Iterator[str]:
+    """Yield a line on what the proposed image size and strides cost, where that is much."""
+    before, after = (
+        sum((settings.data.test_short_side / stride) ** 2 for stride in settings.model.backbone.levels)
+        for settings in (recipe, config)
+    )
+    if after >= 2 * before:
+        yield (
+            f"the maps have {after / before:.0f} times as many cells as the recipe's, and take longer; for its own "
+            "sizes, leave out model.backbone.levels and those of section data"
+        )
 
 
 def as_yaml(value: object) -> str:

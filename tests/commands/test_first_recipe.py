@@ -189,6 +189,15 @@ def test_a_dataset_without_objects_at_hand_has_a_recipe_all_the_same():
     assert "start from configs/brs_detr_small_cpu.yaml" in text
 
 
+def test_what_costs_much_more_than_the_recipe_is_said():
+    def printed(side):
+        return first_recipe(Dataset(objects(side), 100, 3, {}), Surroundings(None, None))
+
+    assert "times as many cells" not in printed(150)
+    assert "the maps have 4 times as many cells as the recipe's" in printed(40)  # half the strides
+    assert "the maps have 9 times as many cells" in printed(22)  # and 1.5 times the sides
+
+
 def test_values_are_written_as_the_command_line_reads_them():
     for value in ("plain", "/my data", "12", "null", "a: b"):
         assert load_config("demo", [f"data.root={module.as_yaml(value)}"]).data.root == value
