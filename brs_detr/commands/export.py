@@ -19,7 +19,7 @@ from brs_detr.config import Config, ConfigError
 from brs_detr.data.image_io import read_image
 from brs_detr.data.transforms import resized_size
 from brs_detr.engine.checkpoint import Weights, publish
-from brs_detr.evaluation.calibration import Calibration
+from brs_detr.evaluation.calibration import NEVER, Calibration
 from brs_detr.export.graphs import ExportError, require_exportable
 from brs_detr.export.onnx import write_onnx
 from brs_detr.export.parity import MAX_BOX_DIFFERENCE, MAX_SCORE_DIFFERENCE, ExportedDetector, compare
@@ -110,11 +110,14 @@ def metadata(
     model: Detector, weights: Weights, config: Config, size: Size | None, calibration: Calibration | None
 ) -> dict[str, Any]:
     """Return what the file's user needs to know: the meaning of the labels, and how to resize an image."""
+    thresholds = score_thresholds(model, weights, None)
+    if calibration is not None:  # slightly lower, as the graph maps scores in float32
+        thresholds = [value if value >= NEVER else value * (1 - 1e-6) for value in calibration.thresholds]
     return {
         "classes": weights.classes,
         "category_ids": weights.category_ids,
         "head": model.predict_with,
-        "thresholds": calibration.thresholds if calibration else score_thresholds(model, weights, None),
+        "thresholds": thresholds,
         "calibration": calibration.as_dict() if calibration else None,
         "size": size,
         "short_side": config.data.test_short_side,
