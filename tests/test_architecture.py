@@ -25,7 +25,7 @@ ALLOWED = {
     "recipes": {"config_io", "user_files"},
     "config": {"config_aliases", "config_fields", "config_io", "config_legacy", "data", "engine", "models", "recipes"},
     "checkpoints": {"config", "config_io", "engine", "models", "ops", "parsing", "user_files"},
-    "export": {"models", "ops", "user_files"},
+    "export": {"evaluation", "models", "ops", "user_files"},
     "run": {
         "config",
         "config_io",

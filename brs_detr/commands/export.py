@@ -19,13 +19,14 @@ from brs_detr.config import Config, ConfigError
 from brs_detr.data.image_io import read_image
 from brs_detr.data.transforms import resized_size
 from brs_detr.engine.checkpoint import Weights, publish
+from brs_detr.evaluation.calibration import NEVER, Calibration
 from brs_detr.export.graphs import ExportError, require_exportable
 from brs_detr.export.onnx import write_onnx
 from brs_detr.export.parity import MAX_BOX_DIFFERENCE, MAX_SCORE_DIFFERENCE, ExportedDetector, compare
 from brs_detr.models.detector import Detector
 from brs_detr.ops.images import ImageBatch, Size
 from brs_detr.run.output_dir import require_writable
-from brs_detr.run.setup import restore
+from brs_detr.run.setup import calibration_of, restore
 from brs_detr.user_files import printable
 
 PIXELS = {"uint8": torch.uint8, "float32": torch.float32}
@@ -44,6 +45,9 @@ def run(options: argparse.Namespace) -> int:
         require_exportable(model)
     except ExportError as error:
         raise ExportError(f"{file}: {error}") from None
+    calibration, uncalibrated = calibration_of(model, weights, config, file)
+    if uncalibrated:
+        print(printable(f"{uncalibrated}."))
     size = input_size(config, options)
     images = {str(path): read_image(path, limits=config.data) for path in options.image}
     shape = "any size" if options.any_size else f"{size[0]}x{size[1]} (height x width)"
@@ -57,9 +61,10 @@ def run(options: argparse.Namespace) -> int:
             any_size=options.any_size,
             opset=options.opset,
             pixels=PIXELS[options.pixels],
-            metadata=metadata(model, weights, config, None if options.any_size else size),
+            metadata=metadata(model, weights, config, None if options.any_size else size, calibration),
+            calibration=calibration,
         )
-        check(model, partial, config, options, size, images)
+        check(model, partial, config, options, size, images, calibration)
         publish(partial, options.out)
     finally:
         partial.unlink(missing_ok=True)
@@ -101,13 +106,19 @@ def input_size(config: Config, options: argparse.Namespace) -> Size:
     return (short, long) if options.any_size else (options.height or long, options.width or long)
 
 
-def metadata(model: Detector, weights: Weights, config: Config, size: Size | None) -> dict[str, Any]:
+def metadata(
+    model: Detector, weights: Weights, config: Config, size: Size | None, calibration: Calibration | None
+) -> dict[str, Any]:
     """Return what the file's user needs to know: the meaning of the labels, and how to resize an image."""
+    thresholds = score_thresholds(model, weights, None)
+    if calibration is not None:  # slightly lower, as the graph maps scores in float32
+        thresholds = [value if value >= NEVER else value * (1 - 1e-6) for value in calibration.thresholds]
     return {
         "classes": weights.classes,
         "category_ids": weights.category_ids,
         "head": model.predict_with,
-        "thresholds": score_thresholds(model, weights, None),
+        "thresholds": thresholds,
+        "calibration": calibration.as_dict() if calibration else None,
         "size": size,
         "short_side": config.data.test_short_side,
         "long_side": config.data.test_long_side,
@@ -116,7 +127,13 @@ def metadata(model: Detector, weights: Weights, config: Config, size: Size | Non
 
 
 def check(
-    model: Detector, path: Path, config: Config, options: argparse.Namespace, size: Size, samples: dict[str, Tensor]
+    model: Detector,
+    path: Path,
+    config: Config,
+    options: argparse.Namespace,
+    size: Size,
+    samples: dict[str, Tensor],
+    calibration: Calibration | None = None,
 ) -> None:
     """Compare the file in onnxruntime with the detector in torch, on noise and on (3, h, w) images by name.
 
@@ -140,7 +157,7 @@ def check(
     for name, image in cases.items():
         canvas = (image.shape[1], image.shape[2]) if options.any_size else size
         images = padded(image.to(PIXELS[options.pixels]), canvas)
-        differences = compare(model, exported, images)
+        differences = compare(model, exported, images, calibration)
         shape = f"{image.shape[-2]}x{image.shape[-1]}"
         print(f"  {printable(name)} ({shape}): boxes {differences.boxes:.1g} pixels, scores {differences.scores:.1g}")
         if not differences.small:

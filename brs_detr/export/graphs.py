@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from brs_detr.evaluation.calibration import Calibration
+from brs_detr.export.calibration import CalibratedScores
 from brs_detr.export.suppression import (
     NOTHING,
     best_of_any_number,
@@ -73,13 +75,15 @@ class DetectorGraph(nn.Module):
 
     Args:
         model: the detector; a copy of it is used, in eval mode and with sampling by Gathers.
+        calibration: maps of the scores to precision; None keeps them raw.
 
     Raises:
         ExportError: see `require_exportable`.
     """
 
-    def __init__(self, model: Detector) -> None:
+    def __init__(self, model: Detector, calibration: Calibration | None = None) -> None:
         super().__init__()
+        self.calibrated = None if calibration is None else CalibratedScores(calibration)
         require_exportable(model)
         self.model = copy.deepcopy(model)
         use_sampling(self.model, gathered_sampling)
@@ -98,10 +102,18 @@ class DetectorGraph(nn.Module):
             sizes: (B, 2) int64 (height, width) of each image without its padding.
 
         Returns:
-            boxes (B, n, 4) xyxy in pixels of the input, scores (B, n), labels (B, n), best first; entries of score -1
-            are no detections. Also, of two-stage heads, what their second stage looks at: the indices (B, Q) of the
-            proposals that the decoder begins with, or the proposals (B, m, 6) of the RoI head: box, score, level.
+            boxes (B, n, 4) xyxy in pixels of the input, scores (B, n), labels (B, n), best raw score first; entries of
+            score -1 are no detections. Also, of two-stage heads, what their second stage looks at: the indices (B, Q)
+            of the proposals that the decoder begins with, or the proposals (B, m, 6) of the RoI head: box, score,
+            level. Then, where scores are calibrated, the raw ones (B, n).
         """
+        boxes, scores, labels, *rest = self.detect(pixels, sizes)
+        if self.calibrated is None:
+            return boxes, scores, labels, *rest
+        return boxes, self.calibrated(scores, labels), labels, *rest, scores
+
+    def detect(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        """Detect objects with raw scores; arguments and the rest of the result as for `forward`."""
         model: Any = self.model
         height, width = pixels.shape[-2:]
         # the mask by comparison rather than by slices, whose bounds would be constants of the graph

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.export import Dim
 
+from brs_detr.evaluation.calibration import Calibration
 from brs_detr.export.graphs import DetectorGraph, ExportError
 from brs_detr.export.suppression import translations
 from brs_detr.models.backbones.deformable import DeformableConv
@@ -30,13 +31,16 @@ pixels (batch, 3, height, width): RGB, 0..255, each image resized with its aspec
 long_side in the metadata) and padded at the right and at the bottom, with any values.
 sizes (batch, 2): height and width of each image without its padding.
 boxes (batch, n, 4): x1, y1, x2, y2 in pixels of the input; divide by the resizing factor.
-scores (batch, n), descending; labels (batch, n), indices into classes and category_ids in the metadata.
+scores (batch, n), of each class descending, and labels (batch, n), indices into classes and category_ids in the
+metadata. Where the metadata has a calibration, a score is the precision at IoU 0.5 of such detections.
 An entry of score -1 is no detection: an image may have fewer than n. Non-maximum suppression is not needed after this
 graph. Detections below their label's entry of thresholds are rarely correct."""
 
 OUTPUTS = ("boxes", "scores", "labels")
 PROPOSALS = "proposals"
 """Name of the value inside the graph that the second stage of a two-stage head looks at (see `DetectorGraph`)."""
+RAW_SCORES = "raw_scores"
+"""Name of the value inside the graph that calibrated scores are computed from; its order is that of the outputs."""
 TWO_STAGE = ("decoder", "roi")  # heads that have one
 MIN_OPSET = 18  # the oldest that torch's dynamo-based exporter writes
 
@@ -50,6 +54,7 @@ def write_onnx(
     opset: int = MIN_OPSET,
     pixels: torch.dtype = torch.uint8,
     metadata: Mapping[str, Any] | None = None,
+    calibration: Calibration | None = None,
 ) -> None:
     """Write a detector as an ONNX file with inputs `pixels`, `sizes` and outputs `boxes`, `scores`, `labels`.
 
@@ -61,6 +66,7 @@ def write_onnx(
         opset: ONNX opset version.
         pixels: dtype of the input, torch.uint8 or torch.float32.
         metadata: entries to store in the file, each as JSON.
+        calibration: maps of the scores to precision, applied in the graph; None keeps them raw.
 
     Raises:
         ExportError: the detector has no graph, torch cannot trace it, or cannot write it in that opset.
@@ -75,7 +81,8 @@ def write_onnx(
             "--any-size: a Swin backbone divides its maps into windows, which fixes the size of the graph. "
             "Give --height and --width instead."
         )
-    graph = DetectorGraph(model)
+    graph, inside = DetectorGraph(model, calibration), [PROPOSALS] if model.predict_with in TWO_STAGE else []
+    inside += [RAW_SCORES] if calibration is not None else []
     # two images: torch.export specializes on dimensions of size 1
     example = torch.zeros(2, 3, *size, dtype=pixels), torch.tensor([size, size])
     batch, dynamic = Dim("batch"), {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if any_size else {}
@@ -93,7 +100,7 @@ def write_onnx(
                 dynamo=True,
                 opset_version=opset,
                 input_names=["pixels", "sizes"],
-                output_names=[*OUTPUTS, *([PROPOSALS] if model.predict_with in TWO_STAGE else [])],
+                output_names=[*OUTPUTS, *inside],
                 custom_translation_table=translations(),
                 dynamic_shapes=names,
                 verbose=False,
@@ -112,7 +119,7 @@ def write_onnx(
         raise ExportError(
             f"--opset={opset}: torch {torch.__version__} could only write opset {actual}. Leave out --opset."
         )
-    del written.model.graph.outputs[len(OUTPUTS) :]  # the proposals keep their name, by which `parity.py` reads them
+    del written.model.graph.outputs[len(OUTPUTS) :]  # what is inside keeps its name, by which `parity.py` reads it
     for node in written.model.graph:
         node.metadata_props.clear()  # stack traces with paths of this machine
     written.model.doc_string = DESCRIPTION

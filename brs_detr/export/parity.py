@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou, clip_boxes_to_image
 
-from brs_detr.export.onnx import OUTPUTS, PROPOSALS
+from brs_detr.evaluation.calibration import Calibration
+from brs_detr.export.onnx import OUTPUTS, PROPOSALS, RAW_SCORES
 from brs_detr.models.brs_detr import BRSDETR
 from brs_detr.models.config import HardNMS
 from brs_detr.models.detector import Detector
@@ -55,7 +56,7 @@ class Differences(NamedTuple):
 
 
 class ExportedDetector:
-    """An ONNX file of `onnx.write_onnx` in onnxruntime on the CPU, with its selected proposals as a further output.
+    """An ONNX file of `onnx.write_onnx` in onnxruntime on the CPU; its proposals and raw scores are outputs too.
 
     Args:
         path: path of the file. onnx and onnxruntime must be installed.
@@ -66,8 +67,9 @@ class ExportedDetector:
         import onnxruntime
 
         model = onnx.load(path)
-        if any(PROPOSALS in node.output for node in model.graph.node):
-            model.graph.output.add().CopyFrom(onnx.ValueInfoProto(name=PROPOSALS))
+        for name in (PROPOSALS, RAW_SCORES):
+            if any(name in node.output for node in model.graph.node):
+                model.graph.output.add().CopyFrom(onnx.ValueInfoProto(name=name))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         self.session = onnxruntime.InferenceSession(
@@ -75,22 +77,36 @@ class ExportedDetector:
         )
 
     def __call__(self, images: ImageBatch) -> dict[str, Tensor]:
-        """Run a batch of the file's size: boxes (B, n, 4), scores (B, n), labels (B, n) and, if any, proposals."""
+        """Run a batch of the file's size: boxes (B, n, 4), scores and labels (B, n); proposals, raw scores if any."""
         inputs = {"pixels": images.pixels.numpy(), "sizes": torch.tensor(images.sizes).numpy()}
-        outputs = map(torch.from_numpy, self.session.run(None, inputs))
-        return dict(zip((*OUTPUTS, PROPOSALS), outputs))
+        names = [output.name for output in self.session.get_outputs()]
+        return dict(zip(names, map(torch.from_numpy, self.session.run(None, inputs)), strict=True))
 
 
 @torch.no_grad()
-def compare(model: Detector, exported: ExportedDetector, images: ImageBatch) -> Differences:
+def compare(
+    model: Detector, exported: ExportedDetector, images: ImageBatch, calibration: Calibration | None = None
+) -> Differences:
     """Compute the largest differences between an exported file and the detector it was made from.
 
     Args:
         model: the detector, in eval mode on the CPU.
         exported: the exported file.
         images: a batch of the file's size and dtype.
+        calibration: the maps that the file was exported with.
     """
-    found, features = exported(images), model.encode_batch(images)
+    found = exported(images)
+    if calibration is None:
+        return compare_raw(model, found, images)
+    scores, raw, labels = found["scores"].double(), found.pop(RAW_SCORES), found["labels"]
+    expected = torch.from_numpy(calibration.apply(raw.flatten().numpy(), labels.flatten().numpy())).view_as(scores)
+    mapped = (scores - torch.where(raw < 0, raw.double(), expected)).abs().max()
+    return compare_raw(model, {**found, "scores": raw}, images).and_those(Differences(0.0, float(mapped)))
+
+
+def compare_raw(model: Detector, found: dict[str, Tensor], images: ImageBatch) -> Differences:
+    """Compare a file's detections with raw scores; the other arguments as for `compare`."""
+    features = model.encode_batch(images)
     if isinstance(model, BRSDETR) and model.predict_with == "decoder":
         return compare_decoder(model, features, images, found)
     detector: Any = model

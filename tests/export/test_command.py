@@ -26,6 +26,11 @@ CLASSES = ["ring", "disc", "star"]
 TINY = ["model.decoder_layers=1", "model.ffn_dim=32", "model.queries=12", "model.detections_per_image=10"]
 
 
+CURVE = {"method": "platt", "detections": 20, "true_positives": 10, "scores": [0, 0.3, 1], "precisions": [0, 0.8, 0.9]}
+MAPS = {"images": 9, "of_label": [0, 0, 0], "thresholds": [0.05, 0.05, 1.0], "curves": [CURVE]}
+CALIBRATED = {"calibration": {"decoder": MAPS}}
+
+
 @pytest.fixture(scope="module")
 def weights(spread, tmp_path_factory):
     """A weights file of a small detector with random weights."""
@@ -53,14 +58,16 @@ def no_export(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head", ["decoder", "roi"])
-def test_what_is_exported_is_checked_and_the_example_finds_what_predict_finds(weights, image, tmp_path, capsys, head):
+@pytest.mark.parametrize(("head", "extra"), [("decoder", {}), ("roi", {}), ("decoder", CALIBRATED)])
+def test_what_is_exported_is_checked_and_the_example_finds_what_predict_finds(
+    weights, image, tmp_path, capsys, head, extra
+):
     """The head is the one that the weights name as the best."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     loaded, out = load_weights(weights), tmp_path / "new" / "model.onnx"
     weights = tmp_path / "best.safetensors"
-    save_weights(weights, replace(loaded, extra={**loaded.extra, "predict_with": head}))
+    save_weights(weights, replace(loaded, extra={**loaded.extra, "predict_with": head, **extra}))
     command = ["export", str(weights), "--out", str(out), "--height", "70", "--width", "70", "--image", str(image)]
     assert cli.main(command) == 0
     said = capsys.readouterr().out
@@ -72,6 +79,7 @@ def test_what_is_exported_is_checked_and_the_example_finds_what_predict_finds(we
     assert cli.main(["predict", str(weights), str(image), "--out", str(tmp_path / "torch")]) == 0
     (expected,) = json.loads((tmp_path / "torch" / "predictions.json").read_text())
     assert len(printed) == len(expected["objects"]) > 0
+    assert ("scores are not calibrated" in said) == (not extra)
     for line, one in zip(printed, expected["objects"]):
         found = re.fullmatch(r"(\S+)  x (\S+) y (\S+) width (\S+) height (\S+)  (\w+) \(category (\d+)\)", line)
         assert (found[6], int(found[7])) == (one["name"], one["category_id"])
