@@ -233,12 +233,6 @@ def test_info_and_a_dry_run_know_the_detector(detector, runs, tmp_path, capsys):
 def test_what_only_the_detr_family_can_do_is_refused_in_a_sentence(runs, tmp_path, capsys):
     run = runs.finished("atss")
     commands = {
-        "atss cannot be exported, only brs_detr and co_detr can.": [
-            "export",
-            str(run),
-            "--out",
-            str(tmp_path / "model.onnx"),
-        ],
         "Only detectors of the released architecture can be converted.": [
             "convert",
             str(run / "best.safetensors"),
