@@ -87,7 +87,7 @@ def test_the_figures_are_those_of_the_training_to_the_last_digit_whatever_the_pr
         assert evaluate([str(run / "last.safetensors"), override, "--out", str(tmp_path), "--images", "0"]) == 0
         ours = report(tmp_path)
         assert ours["stats"] == {name: logged[name] for name in ours["stats"]}
-        assert ours["notes"] == []
+        assert [note for note in ours["notes"] if "not calibrated" not in note] == []  # of too few true positives
     assert ours["stats"]["AR100"] > 0  # else the same could be said of any figures
 
 
