@@ -17,27 +17,24 @@ import argparse
 import fcntl
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-import torchvision
 from accelerate import Accelerator
 from scipy.stats import t as student
 from torchvision.ops import batched_nms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cnn_overfit import machine
 from cnn_overfit import settings as cnn_settings
 
 from brs_detr.data.build import open_val_set
@@ -150,13 +147,6 @@ def run(case: Case, data: Path, settings: list[str], work: Path) -> dict[str, An
     shutil.rmtree(folder)
     folder.with_suffix(".seconds").unlink()
     return {"heads": figures, "cpu_seconds": round(seconds), "steps": steps, "settings": settings, "machine": machine()}
-
-
-def machine() -> str:
-    """Cores, versions and date."""
-    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, torchvision, timm))
-    today = time.strftime("%Y-%m-%d", time.gmtime())
-    return f"{os.cpu_count()} {platform.machine()} cores, Python {platform.python_version()}, {versions}; {today}"
 
 
 def interval(values: list[float]) -> str:

@@ -13,8 +13,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator
-from itertools import count
+from itertools import chain, count, islice
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from accuracy import machine
+from cnn_overfit import machine
 
 from brs_detr.config import Config, load_config
 from brs_detr.data.build import open_train_set
@@ -30,7 +29,6 @@ from brs_detr.data.loader import EpochBatches, build_train_loader
 from brs_detr.engine.optim import Schedule, build_optimizer, set_learning_rate
 from brs_detr.losses import rank_sort_loss
 from brs_detr.losses.objective import PredictionSet, RankingObjective
-from brs_detr.ops.images import Batch
 from brs_detr.run import setup
 
 RESULTS = Path(__file__).resolve().parent / "results" / "bucketing_in_training.md"
@@ -95,12 +93,6 @@ def distance(value: Tensor, reference: Tensor) -> float:
     return ((value - reference).abs().sum() / total).item() if total > 0 else 0.0
 
 
-def forever(batches: EpochBatches) -> Iterator[Batch]:
-    """All epochs after each other."""
-    for epoch in count():
-        yield from batches.epoch(epoch)
-
-
 def train(config: Config, steps: int, every: int) -> list[dict]:
     """Train a recipe on one thread, measuring every so many steps."""
     torch.manual_seed(config.seed)
@@ -110,7 +102,8 @@ def train(config: Config, steps: int, every: int) -> list[dict]:
     optimizer = build_optimizer(config.optim, model)
     schedule = Schedule(config.train.schedule, steps, warmup_steps=config.train.warmup_steps)
     loader = build_train_loader(data, config.train.total_batch_size, seed=config.seed)
-    for step, batch in zip(range(steps), forever(EpochBatches(loader)), strict=False):
+    batches = chain.from_iterable(map(EpochBatches(loader).epoch, count()))
+    for step, batch in enumerate(islice(batches, steps)):
         meter.step, meter.on = step, step % every == 0
         set_learning_rate(optimizer, schedule.factor(step))
         loss = sum(model(*batch).values())

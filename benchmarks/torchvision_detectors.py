@@ -14,8 +14,7 @@ import math
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,8 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from accuracy import FIGURES, RECIPES, RESULTS, ROOT, keep, machine, stored
+from accuracy import FIGURES, RECIPES, RESULTS, ROOT, keep, stored
+from cnn_overfit import machine
 
 from brs_detr.config import Config, load_config
 from brs_detr.data.build import open_train_set, open_val_set
@@ -39,7 +39,7 @@ from brs_detr.evaluate import score_detections
 from brs_detr.evaluation.coco_eval import GroundTruth
 from brs_detr.models.backbones.timm_backbone import build_backbone
 from brs_detr.models.detector import PIXEL_MEAN, PIXEL_STD, to_stored_images
-from brs_detr.ops.images import Batch, ImageBatch
+from brs_detr.ops.images import ImageBatch
 
 WIDTH = 64  # of the pyramid, as `model.dim` in the small recipes; torchvision's 256 would be several times slower
 WARMUP = 0.06  # share of the time in which the learning rate rises, about that of the small recipes
@@ -115,12 +115,6 @@ class TorchvisionDetector(nn.Module):
         return to_stored_images([{**one, "labels": one["labels"] - self.background} for one in found], images)
 
 
-def forever(batches: EpochBatches) -> Iterator[Batch]:
-    """All epochs after each other."""
-    for epoch in count():
-        yield from batches.epoch(epoch)
-
-
 def train_and_score(name: str, config: Config, seconds: float) -> dict[str, Any]:
     """Train for some CPU seconds of this process, then evaluate on the val split."""
     torch.manual_seed(config.seed)
@@ -129,7 +123,7 @@ def train_and_score(name: str, config: Config, seconds: float) -> dict[str, Any]
     optimizer = build_optimizer(config.optim, model)
     loader = build_train_loader(train_set, config.train.total_batch_size, seed=config.seed)
     started, steps = time.process_time(), 0
-    for images, targets in forever(EpochBatches(loader)):
+    for images, targets in chain.from_iterable(map(EpochBatches(loader).epoch, count())):
         share = (time.process_time() - started) / seconds
         if share >= 1:
             break
