@@ -95,6 +95,7 @@ def train(case: Case, data: Path, settings: list[str], folder: Path) -> float:
         f"seed={case.seed}",
         "data.workers=0",
         "train.eval_every=1000",
+        "eval.report=false",
         *settings,
     ]
     command += [*settings, "--resume" if (folder / "state").exists() else "--overwrite"]

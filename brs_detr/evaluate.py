@@ -49,17 +49,13 @@ from brs_detr.exit_codes import ExitCode, Failure
 from brs_detr.models.detector import Detector
 from brs_detr.models.ensemble import MAX_JOINED, Ensemble
 from brs_detr.run import setup
-from brs_detr.run.drawings import write_curves, write_images
+from brs_detr.run.drawings import EVALUATION, report_path, write_evaluation
 from brs_detr.run.launch import start_accelerator
 from brs_detr.run.output_dir import require_writable
-from brs_detr.run.training import Data, Run
+from brs_detr.run.training import Data, Run, Validated
 from brs_detr.user_files import complain, printable
 
 FIGURES = ("model.", "eval.", "data.test_", "data.antialias")  # beginnings of the settings that figures depend on
-OPTIONAL = (
-    "confusion.csv confusion.png precision_recall.csv precision_recall.png detections.png curves.png "
-    "score_thresholds.csv score_thresholds.png reliability.csv reliability.png"
-)
 
 
 def run_evaluation(
@@ -95,7 +91,7 @@ def evaluate(
         score_thresholds: also evaluate the detections above each of these scores.
     """
     model, weights, config, file = setup.restore(weights_path, overrides)
-    out = out or file.parent / "evaluation"
+    out = out or file.parent / EVALUATION
     require_writable(out, "--out")
     # prediction is in float32 whatever the training's precision, which this machine may not have
     accelerator = start_accelerator(replace(config, train=replace(config.train, precision="no")))
@@ -134,12 +130,11 @@ def evaluate(
     summary.notes += [*dataset_notes(dataset), *changed_settings(stored, config)]
     epoch = weights.extra.get("epoch", "?")
     with writing(out):
-        for name in OPTIONAL.split():  # of an evaluation before, which may have had more to draw
-            (out / name).unlink(missing_ok=True)
         write_text(out / "results.json", json.dumps(finite_results(results), allow_nan=False))
-        summary.save(out, {"weights": str(file), "epoch": epoch, "annotations": dataset.json_path})
-        write_images(out, dataset, results, images, summary.thresholds())
-        write_curves(out, summary, file.parent / "metrics.jsonl")
+    about = {"weights": str(file), "epoch": epoch, "annotations": dataset.json_path}
+    write_evaluation(
+        out, summary, results, dataset, about, run=file.parent, report=report_path(out, file.parent), images=images
+    )
     print(f"{printable(file)} (epoch {printable(epoch)}) on {printable(dataset.json_path)}\n")
     print(f"{summary.table()}\n\nsaved in {printable(out)}")
 
@@ -330,7 +325,7 @@ def validator(run: Run, data: Data) -> Callable[[nn.Module], dict[str, float]]:
 
     Besides COCO's figures these are "images" and "images_left_out", the numbers of images measured and not. Each note
     of an evaluation is logged the first time it occurs; `data.thresholds` gets the score of every class's best F1,
-    and `data.chosen` the best head and the map of scores to precision of each.
+    `data.chosen` the best head and the map of scores to precision of each, `data.validated` what was found.
 
     Raises:
         DataError: the dataset holds no object, so that no validation could tell good weights from bad ones.
@@ -344,8 +339,9 @@ def validator(run: Run, data: Data) -> Callable[[nn.Module], dict[str, float]]:
         )
 
     def validate(module: nn.Module) -> dict[str, float]:
+        data.validated.clear()  # the detections of a large dataset are not kept twice
         listed = dataset.report["images_listed"]
-        summary, _ = score(
+        summary, results = score(
             module, category_ids, truth, data.val_loader, run.config, run.accelerator, listed, learn=True
         )
         thresholds.clear()
@@ -366,10 +362,12 @@ def validator(run: Run, data: Data) -> Callable[[nn.Module], dict[str, float]]:
         maps = {head: fit_calibration(merge(folds), summary.images) for head, folds in summary.folds.items()}
         if stored := {head: one.as_dict() for head, one in maps.items() if one is not None}:
             data.chosen["calibration"] = stored
+        summary.reliability = cross_fitted(summary.folds[chosen])
+        data.validated[:] = [Validated(summary, results, maps[chosen])]
         heads = {f"{head}_AP": stats["AP"] for head, stats in summary.heads.items()}
         images = {"images": summary.images, "images_left_out": summary.images_left_out}
-        measured = cross_fitted(summary.folds[chosen])
-        return summary.stats | heads | (measured.as_metrics() if measured else {}) | images
+        errors = summary.reliability.as_metrics() if summary.reliability else {}
+        return summary.stats | heads | errors | images
 
     return validate
 

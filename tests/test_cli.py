@@ -460,14 +460,38 @@ def test_trackers_get_what_metrics_gets(data, tmp_path):
         f"output_dir={tmp_path}",
         "train.epochs=1",
         "train.trackers=[tensorboard]",
+        "eval.report=true",
     ]
     assert train(command) == 0
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(next(tmp_path.rglob("events.*")).parent)).Reload()
     assert {"train/loss", "train/lr", "train/terms/decoder.0.rank", "val/AP"} <= set(events.Tags()["scalars"])
+    assert {"detections", "precision_recall"} <= set(events.Tags()["images"])
     settings = yaml.safe_load(next(tmp_path.rglob("hparams.yml")).read_text())
     assert settings["optim.lr"] == 0.001 and settings["model.objective.loss"] == "brs"
+
+
+def test_the_best_validation_leaves_figures_images_and_a_report(data, tmp_path):
+    assert train([DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}", "eval.report=true"]) == 0
+    best = max(
+        (line["AP"], -line["epoch"]) for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "val"
+    )
+    stored = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert stored["stats"]["AP"] == best[0] and stored["about"]["epoch"] == -best[1]
+    assert len(list((tmp_path / "evaluation" / "detections").iterdir())) == 7
+    assert f"<td>{100 * best[0]:.1f}</td>" in (tmp_path / "report.html").read_text()
+
+
+def test_a_report_that_cannot_be_drawn_is_a_warning(data, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("brs_detr.run.training.write_evaluation", fail)
+    command = [DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}", "eval.report=true", "train.epochs=1"]
+    assert train(command) == 0
+    assert "the report of the best validation is incomplete" in (tmp_path / "log.txt").read_text()
+    assert (tmp_path / "best.safetensors").is_file() and not (tmp_path / "report.html").exists()
 
 
 def test_a_reader_that_has_read_enough_is_no_error():

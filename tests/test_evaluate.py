@@ -62,7 +62,12 @@ def test_a_validation_keeps_the_scores_of_the_best_f1_and_says_a_note_once(monke
     config = Config(eval=EvalConfig(max_detections=10))
     run = SimpleNamespace(config=config, accelerator=Accelerator(cpu=True), log=SimpleNamespace(say=said.append))
     data = SimpleNamespace(
-        train_set=SimpleNamespace(category_ids=[5]), val_set=dataset, val_loader=None, thresholds=thresholds, chosen={}
+        train_set=SimpleNamespace(category_ids=[5]),
+        val_set=dataset,
+        val_loader=None,
+        thresholds=thresholds,
+        chosen={},
+        validated=[],
     )
     validate = evaluate.validator(run, data)
     for score in (0.25, 0.75):
@@ -150,7 +155,12 @@ def test_a_validation_keeps_the_best_head_for_the_weights(monkeypatch):
     loader = [(images, [{"image_id": image}]) for image in (1, 2, 3)]
     run = SimpleNamespace(config=Config(), accelerator=Accelerator(cpu=True), log=SimpleNamespace(say=print))
     data = SimpleNamespace(
-        train_set=SimpleNamespace(category_ids=[5]), val_set=dataset, val_loader=loader, thresholds={}, chosen={}
+        train_set=SimpleNamespace(category_ids=[5]),
+        val_set=dataset,
+        val_loader=loader,
+        thresholds={},
+        chosen={},
+        validated=[],
     )
     metrics = evaluate.validator(run, data)(TwoHeads())
     ensemble = data.chosen.pop("ensemble")
@@ -196,7 +206,9 @@ def validated(monkeypatch, content, detections, **settings):
     config = Config(eval=EvalConfig(**settings))
     run = SimpleNamespace(config=config, accelerator=Accelerator(cpu=True), log=SimpleNamespace(say=print))
     train_set = SimpleNamespace(category_ids=[category["id"] for category in content["categories"]])
-    data = SimpleNamespace(train_set=train_set, val_set=dataset, val_loader=None, thresholds={}, chosen={})
+    data = SimpleNamespace(
+        train_set=train_set, val_set=dataset, val_loader=None, thresholds={}, chosen={}, validated=[]
+    )
     return evaluate.validator(run, data)(SimpleNamespace(predict_with="head")), data
 
 

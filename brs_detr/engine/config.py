@@ -86,3 +86,5 @@ class EvalConfig:
     predict_with: Literal["auto", "decoder", "roi", "atss", "head", "ensemble"] = "auto"
     nms: NMSConfig = one_of(NoNMS(), HardNMS())  # of the decoder's detections; the other heads have their `nms_iou`
     calibrate: bool = True  # scores are precisions, by the map that the validation stores; false: as the detector's
+    # a training writes the files of its best validation, their images to the trackers too, and report.html
+    report: bool = True

@@ -11,10 +11,12 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -85,6 +87,18 @@ class RunLog:
             inner = value.items() if isinstance(value, dict) else [("", value)]
             flat |= {f"{kind}/{name}{'/' if key else ''}{key}": v for key, v in inner if isinstance(v, (int, float))}
         self._track(lambda: self.accelerator.log(flat, step=step))
+
+    def images(self, images: Mapping[str, np.ndarray], step: int) -> None:
+        """Send images, by name (H, W, 3) uint8, to the trackers that take some: TensorBoard, Weights & Biases."""
+        if not self.main:
+            return
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                batches = {name: image[None] for name, image in images.items()}
+                self._track(partial(tracker.log_images, batches, step, dataformats="NHWC"))
+            elif tracker.name == "wandb":
+                lists = {name: [image] for name, image in images.items()}
+                self._track(partial(tracker.log_images, lists, step))
 
     def end(self) -> None:
         """Flush and close the trackers; every process calls it."""

@@ -1,19 +1,65 @@
-"""Images of an evaluation: some of the dataset's with detections and ground truth, and diagrams of the figures."""
+"""Files of an evaluation: its figures, images with detections and ground truth, diagrams, and the report of the run."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.image_io import ImageError
+from brs_detr.engine.storage import writing
+from brs_detr.evaluation.calibration import Calibration
 from brs_detr.evaluation.summary import Summary
 from brs_detr.ops.masks import decode_masks
+from brs_detr.run.report import write_report
 from brs_detr.viz.boxes import contact_sheet, draw_detections
+
+EVALUATION = "evaluation"  # folder in that of a run
+OPTIONAL = (
+    "confusion.csv confusion.png precision_recall.csv precision_recall.png detections.png curves.png "
+    "score_thresholds.csv score_thresholds.png reliability.csv reliability.png"
+)
+
+
+def write_evaluation(
+    out: Path,
+    summary: Summary,
+    results: list[dict[str, Any]],
+    dataset: CocoDetection,
+    about: Mapping[str, Any],
+    *,
+    run: Path,
+    report: Path,
+    images: int,
+) -> None:
+    """Write figures, tables, images, diagrams and the report of an evaluation, in place of those of an earlier one.
+
+    Args:
+        out: folder for all but the report.
+        summary: the figures.
+        results: the detections in COCO's format; those from the scores of `summary.thresholds()` on are drawn.
+        dataset: opened with `train=False`.
+        about: which weights and data these are of, for the json.
+        run: folder of the training.
+        report: the HTML file.
+        images: number of images to draw.
+
+    Raises:
+        StorageError: a file cannot be written.
+    """
+    with writing(out):
+        for name in OPTIONAL.split():  # of an evaluation before, which may have had more to draw
+            (out / name).unlink(missing_ok=True)
+        summary.save(out, about)
+        write_images(out, dataset, results, images, summary.thresholds())
+        write_curves(out, summary, run / "metrics.jsonl")
+        write_report(run, out, report)
 
 
 def write_images(
@@ -93,3 +139,27 @@ def write_curves(out: Path, summary: Summary, metrics: Path) -> list[Path]:
         paths.append(out / "curves.png")
         draw_curves(metrics, paths[-1])
     return paths
+
+
+def report_path(out: Path, run: Path) -> Path:
+    """Return where the report of an evaluation goes: into the run's folder, or beside figures that went elsewhere."""
+    return (run if out == run / EVALUATION else out) / "report.html"
+
+
+def calibrated_results(
+    summary: Summary, results: Sequence[dict[str, Any]], calibration: Calibration, category_ids: Sequence[int]
+) -> tuple[Summary, list[dict[str, Any]]]:
+    """Return an evaluation of raw scores with the scores of its detections and of its thresholds mapped to precisions.
+
+    Args:
+        summary: of the raw scores; its order-based figures stay.
+        results: detections in COCO's format.
+        calibration: the map.
+        category_ids: the dataset's id of each label.
+    """
+    labels = {category: label for label, category in enumerate(category_ids)}
+    numbers = np.array([labels[result["category_id"]] for result in results], int)
+    scores = calibration.apply(np.array([result["score"] for result in results]), numbers)
+    mapped = [result | {"score": score} for result, score in zip(results, scores.tolist(), strict=True)]
+    rows = [row | {"score": calibration.thresholds[labels[row["category_id"]]]} for row in summary.per_class]
+    return replace(summary, per_class=rows), mapped

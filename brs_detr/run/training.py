@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from brs_detr import config as configuration
 from brs_detr.config import Config, ConfigError
 from brs_detr.data.build import open_train_set, open_val_set
 from brs_detr.data.coco import CocoDetection
+from brs_detr.data.image_io import read_image
 from brs_detr.data.loader import EpochBatches, build_eval_loader, build_train_loader
 from brs_detr.data.watched_loader import WatchedLoader
 from brs_detr.engine.batch_plan import BatchPlan, TrainingLength, plan_length
@@ -27,11 +28,14 @@ from brs_detr.engine.logging import RunLog
 from brs_detr.engine.optim import build_optimizer, build_schedule
 from brs_detr.engine.state import agreed_state, read_facts
 from brs_detr.engine.storage import remove_partials
-from brs_detr.engine.trainer import Trainer
+from brs_detr.engine.trainer import BEST, Trainer
+from brs_detr.evaluation.calibration import Calibration
+from brs_detr.evaluation.summary import Summary
 from brs_detr.losses.balance import set_epoch_length
 from brs_detr.ops.targets import check_targets
 from brs_detr.run import setup
 from brs_detr.run.anchors import choose_anchors
+from brs_detr.run.drawings import EVALUATION, calibrated_results, write_evaluation
 from brs_detr.run.inputs import require_learning_backbone
 from brs_detr.run.launch import describe_machine, start_accelerator
 from brs_detr.run.output_dir import (
@@ -44,6 +48,8 @@ from brs_detr.run.output_dir import (
 from brs_detr.viz.boxes import write_samples
 
 Validate = Callable[[nn.Module], dict[str, float]]
+EXAMPLES = 12  # images drawn of a validation
+SHOWN_IN_TRACKERS = ("detections", "confusion", "precision_recall", "reliability")
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,21 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Validated:
+    """A validation that has ended, in the main process.
+
+    Attributes:
+        summary: its figures.
+        results: the detections in COCO's format, with the detector's own scores.
+        calibration: the map of their scores that was fitted to them; None where there is too little to fit.
+    """
+
+    summary: Summary
+    results: list[dict[str, Any]]
+    calibration: Calibration | None
+
+
+@dataclass(frozen=True)
 class Data:
     """The datasets of a training, their loaders in this process, and what follows from them.
 
@@ -80,6 +101,7 @@ class Data:
         thresholds: minimum score of each class, written by the validation and stored with the weights.
         chosen: likewise "calibration", the map of scores of each head; of several heads "predict_with", the best one,
             the "head_thresholds" of each, and "ensemble", how their scores compare.
+        validated: the last validation, for its report; empty before it and outside the main process.
     """
 
     train_set: CocoDetection
@@ -91,6 +113,7 @@ class Data:
     metadata: dict[str, Any]
     thresholds: dict[str, float] = field(default_factory=dict)
     chosen: dict[str, Any] = field(default_factory=dict)
+    validated: list[Validated] = field(default_factory=list)
 
 
 def open_run(config: Config, trial: str | None = None) -> Run:
@@ -208,6 +231,31 @@ def dry_run(run: Run, data: Data, model: nn.Module, optimizer: AcceleratedOptimi
     return largest_step(model, optimizer, run.accelerator, **shape)
 
 
+def report_best(run: Run, data: Data, facts: Mapping[str, Any]) -> None:
+    """Write the figures, images and report of the last validation; whatever fails is a warning, the weights are safe.
+
+    Args:
+        run, data: of the training.
+        facts: stored with the weights: "epoch" and "step".
+    """
+    found, out = data.validated[-1], run.folder / EVALUATION
+    summary, results = found.summary, found.results
+    if found.calibration is not None and run.config.eval.calibrate:
+        summary, results = calibrated_results(summary, results, found.calibration, data.val_set.category_ids)
+    report = run.folder / "report.html"
+    if not report.exists():
+        run.log.say(f"each best validation: figures and images in {out}, all in one page in {report}")
+    about = {"weights": BEST, "epoch": facts["epoch"], "annotations": data.val_set.json_path}
+    try:
+        write_evaluation(out, summary, results, data.val_set, about, run=run.folder, report=report, images=EXAMPLES)
+        drawn = {name: out / f"{name}.png" for name in SHOWN_IN_TRACKERS}
+        images = {name: read_image(path).permute(1, 2, 0).numpy() for name, path in drawn.items() if path.is_file()}
+        run.log.images(images, facts["step"])
+    except Exception as error:  # an image is no reason to end a training
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        run.log.say(f"warning: {out}: the report of the best validation is incomplete ({reason}). The run continues.")
+
+
 def build_trainer(
     run: Run,
     data: Data,
@@ -223,6 +271,8 @@ def build_trainer(
     def save(name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         facts = {**facts, "thresholds": data.thresholds, **data.chosen, "validated_on": data.metadata["data"]["val"]}
         save_weights(run.folder / name, Weights(tensors, train_set.classes, train_set.category_ids, stored, facts))
+        if name == BEST and config.eval.report and data.validated:
+            report_best(run, data, facts)
 
     set_epoch_length(model, len(data.batches))
     trainer = Trainer(
