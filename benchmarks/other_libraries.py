@@ -1,15 +1,17 @@
-"""torchvision's Faster R-CNN and RetinaNet with a recipe's backbone, data and augmentation, for equal CPU seconds.
+"""Detectors of other libraries with a recipe's backbone, data and augmentation, for equal CPU seconds.
 
-    python benchmarks/torchvision_detectors.py demo=datasets/demo --seconds 300
+    python benchmarks/other_libraries.py demo=datasets/demo --seconds 300
 
-The networks, their losses, samplers and post-processing are torchvision's own, on a feature pyramid over the same
-strides. Trained with the recipe's optimizer, a cosine schedule over the CPU seconds, and evaluated as in `accuracy.py`,
-to whose json the results are added (detector `torchvision_faster_rcnn`, loss `score`).
+torchvision's Faster R-CNN and RetinaNet on a feature pyramid over the same strides and, where transformers is
+installed, its two-stage Deformable DETR of the recipe's sizes. The networks, their losses, samplers and post-processing
+are the libraries' own. Trained with the recipe's optimizer, a cosine schedule over the CPU seconds, and evaluated as in
+`accuracy.py`, to whose json the results are added (detector `torchvision_faster_rcnn`, loss `score`).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import sys
 import time
@@ -23,7 +25,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_convert
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -115,11 +117,86 @@ class TorchvisionDetector(nn.Module):
         return to_stored_images([{**one, "labels": one["labels"] - self.background} for one in found], images)
 
 
+class TransformersDetector(nn.Module):
+    """transformers' two-stage Deformable DETR with box refinement, in the sizes of a recipe.
+
+    Its own backbone has frozen norms, which random weights cannot start from, so it gets the one of the recipe.
+    """
+
+    def __init__(self, config: Config, num_classes: int) -> None:
+        super().__init__()
+        from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, TimmBackboneConfig
+
+        model = config.model
+        indices = tuple(round(math.log2(stride)) - 1 for stride in model.backbone.levels)  # of timm's ResNets
+        self.detector = DeformableDetrForObjectDetection(
+            DeformableDetrConfig(
+                backbone_config=TimmBackboneConfig(backbone=model.backbone.name, out_indices=indices),
+                num_labels=num_classes,
+                num_queries=model.queries,
+                two_stage_num_proposals=model.queries,
+                d_model=model.dim,
+                encoder_layers=model.encoder_layers,
+                decoder_layers=model.decoder_layers,
+                encoder_ffn_dim=model.ffn_dim,
+                decoder_ffn_dim=model.ffn_dim,
+                encoder_attention_heads=model.heads,
+                decoder_attention_heads=model.heads,
+                num_feature_levels=model.levels,
+                dropout=0.0,
+                two_stage=True,
+                with_box_refine=True,
+                auxiliary_loss=True,
+            )
+        )
+        self.detector.model.backbone.model = build_backbone(model.backbone)
+
+    def forward(self, images: ImageBatch, targets: list[dict[str, Any]] | None = None) -> Any:
+        """Compute the loss in training mode, else the detections in the frame of the stored images."""
+        mean, std = (images.pixels.new_tensor(v, dtype=torch.float32)[:, None, None] for v in (PIXEL_MEAN, PIXEL_STD))
+        inside = ~images.padding_mask()
+        pixels = (images.pixels.float() - mean) / std * inside[:, None]
+        if not self.training:
+            return self.detections(self.detector(pixels, pixel_mask=inside), images)
+        assert targets is not None
+        labels = [
+            {
+                "class_labels": one["labels"],
+                "boxes": box_convert(one["boxes"].float(), "xyxy", "cxcywh") / torch.tensor([w, h, w, h]),
+            }
+            for one, (h, w) in zip(targets, images.sizes, strict=True)
+        ]
+        return {"loss": self.detector(pixels, pixel_mask=inside, labels=labels).loss}
+
+    def detections(self, outputs: Any, images: ImageBatch) -> list[dict[str, Tensor]]:
+        """Convert the best 100 pairs of query and class to boxes, as the library's image processor does."""
+        scores, index = outputs.logits.sigmoid().flatten(1).topk(min(100, outputs.logits[0].numel()))
+        classes = outputs.logits.shape[-1]
+        found = []
+        for row, (h, w) in enumerate(images.original_sizes):
+            boxes = box_convert(outputs.pred_boxes[row, index[row] // classes], "cxcywh", "xyxy")
+            found.append(
+                {
+                    "boxes": boxes * boxes.new_tensor([w, h, w, h]),
+                    "scores": scores[row],
+                    "labels": index[row] % classes,
+                }
+            )
+        return found
+
+
+def build_detector(name: str, config: Config, num_classes: int) -> nn.Module:
+    """Build the detector of a name of the command line."""
+    if name == "transformers_deformable_detr":
+        return TransformersDetector(config, num_classes)
+    return TorchvisionDetector(name.removeprefix("torchvision_"), config, num_classes)
+
+
 def train_and_score(name: str, config: Config, seconds: float) -> dict[str, Any]:
     """Train for some CPU seconds of this process, then evaluate on the val split."""
     torch.manual_seed(config.seed)
     train_set, val_set = open_train_set(config.data, config.seed), open_val_set(config.data)
-    model = TorchvisionDetector(name, config, train_set.num_classes)
+    model = build_detector(name, config, train_set.num_classes)
     optimizer = build_optimizer(config.optim, model)
     loader = build_train_loader(train_set, config.train.total_batch_size, seed=config.seed)
     started, steps = time.process_time(), 0
@@ -148,7 +225,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="+", help="NAME=FOLDER, as in accuracy.py")
     parser.add_argument("--seconds", type=float, required=True, help="CPU seconds of a training")
-    parser.add_argument("--detectors", nargs="+", default=["faster_rcnn", "retinanet"])
+    names = ["torchvision_faster_rcnn", "torchvision_retinanet"]
+    names += ["transformers_deformable_detr"] * (importlib.util.find_spec("transformers") is not None)
+    parser.add_argument("--detectors", nargs="+", choices=names, default=names)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--lr", type=float, help="instead of the recipe's")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the json of accuracy.py")
@@ -162,7 +241,7 @@ def main() -> None:
         for dataset, folder in (item.split("=", 1) for item in args.data):
             for name in args.detectors:
                 variant = "recipe" if args.lr is None else f"lr{args.lr:g}"
-                case = f"{dataset} torchvision_{name} score {variant} {seed}"
+                case = f"{dataset} {name} score {variant} {seed}"
                 if case in stored(args.out):
                     continue
                 settings = [f"data.root={folder}", f"seed={seed}", "data.workers=0"]
