@@ -171,7 +171,8 @@ def ignore_signals(_: int) -> None:
     """Ignore the signals of the process group in a worker (`worker_init_fn`), and end it together with its parent."""
     for number in _GROUP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _GROUP_SIGNALS)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _GROUP_SIGNALS)
     if sys.platform == "linux":  # torch checks for the parent only between two batches
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
         parent = multiprocessing.parent_process()
@@ -181,6 +182,9 @@ def ignore_signals(_: int) -> None:
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
     former = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
     try:
         yield
@@ -203,7 +207,7 @@ def _work(tasks: queue.SimpleQueue, results: queue.SimpleQueue, device: int | No
 
 
 def _cause_of_death(code: int | None) -> str:
-    if code is None or code >= 0:
+    if code is None or code >= 0 or sys.platform == "win32":
         return f"has ended with exit code {code}. See its output."
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     reasons: dict[int, str] = {

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import resource
 import shutil
+import sys
 import time
 from itertools import chain, count, islice
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -107,7 +108,13 @@ def peak_memory_gb(device: torch.device) -> float:
     """Return the peak memory so far in GB: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux reports kB
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return float(memory.peak_wset) / 2**30
+    import resource  # which Windows lacks
+
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux kB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 WARM_UP, RECORDED = 3, 5  # steps; the first ones compile kernels and fill caches

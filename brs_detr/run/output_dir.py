@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import os
 import shutil
 import socket
@@ -19,6 +18,11 @@ from brs_detr.config import Config, ConfigError, differences, from_dict
 from brs_detr.engine.batch_plan import BatchPlan
 from brs_detr.engine.storage import CheckpointError
 from brs_detr.models.cnn_config import MaskRCNNConfig
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # Settings in which a resumed run may differ, since they do not change the training's numbers.
 _FREE_TO_CHANGE = (
@@ -146,11 +150,13 @@ def remove_run(folder: Path) -> None:
 def lock_output_dir(folder: Path) -> None:
     """Lock a folder against other trainings until this process ends in any way; for the main process only.
 
-    A killed launcher may leave its processes training.
+    A killed launcher may leave its processes training. Windows has no such locks: there nothing is locked.
 
     Raises:
         ConfigError: another process trains there.
     """
+    if fcntl is None:
+        return
     file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (closing it would release the lock)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
