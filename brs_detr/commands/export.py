@@ -14,7 +14,6 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from brs_detr.commands.predict import score_thresholds
 from brs_detr.config import Config, ConfigError
 from brs_detr.data.image_io import read_image
 from brs_detr.data.transforms import resized_size
@@ -25,6 +24,7 @@ from brs_detr.export.onnx import write_onnx
 from brs_detr.export.parity import MAX_BOX_DIFFERENCE, MAX_SCORE_DIFFERENCE, ExportedDetector, compare
 from brs_detr.models.detector import Detector
 from brs_detr.ops.images import ImageBatch, Size
+from brs_detr.predictor import score_thresholds
 from brs_detr.run.output_dir import require_writable
 from brs_detr.run.setup import calibration_of, restore
 from brs_detr.user_files import printable

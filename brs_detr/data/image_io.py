@@ -104,6 +104,30 @@ def _decode(content: bytes, expected_size: Size | None, path: str | Path, limits
         return np.array(_to_rgb(image, path))
 
 
+def image_pixels(image: Image.Image, name: str = "image") -> Tensor:
+    """Convert an image that Pillow has opened, as `read_image` converts the same file.
+
+    Args:
+        image: of any mode; an EXIF rotation is not applied.
+        name: names it in errors.
+
+    Returns:
+        (3, h, w) uint8.
+
+    Raises:
+        ImageError: it cannot be decoded, or has values without an 8-bit equivalent.
+    """
+    try:
+        pixels = np.array(_to_rgb(image, name))
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow decodes only now, and its decoders raise many types
+        raise ImageError(
+            f"{name}: this image cannot be read: {str(error).rstrip('.') or type(error).__name__}."
+        ) from None
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
 def read_integers(path: str | Path, limits: Limits | None = None) -> np.ndarray:
     """Read an image of one channel whose values are numbers, not brightness, such as object ids.
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from support import DEMO, SMALL_DETECTOR
 
-from brs_detr import cli
+from brs_detr import cli, predictor
 from brs_detr.commands import predict
 from brs_detr.config import load_config, to_dict
 from brs_detr.engine.checkpoint import Weights, load_weights, save_weights
@@ -168,9 +168,9 @@ def test_masks_are_written_and_drawn_with_their_objects(weights, tmp_path, monke
         masks = encode_masks(bitmaps) if encoded else bitmaps
         return [{"boxes": boxes, "scores": scores, "labels": labels, "masks": masks}]
 
-    restored = predict.restore(weights)
+    restored = predictor.restore(weights)
     monkeypatch.setattr(restored[0], "forward", detect)
-    monkeypatch.setattr(predict, "restore", lambda *_: restored)
+    monkeypatch.setattr(predictor, "restore", lambda *_: restored)
     file = image(tmp_path / "a.png")
     out = tmp_path / "out"
     assert cli.main(["predict", str(weights), str(file), "--out", str(out), "--threshold", "0.5"]) == 0
@@ -187,9 +187,9 @@ def of_head(name, *heads):
 
 def test_objects_begin_at_the_score_that_was_best_in_validation():
     validated, one = Weights({}, CLASSES, *LABELS, {"thresholds": {"ring": 0.04}}), of_head("head", "head")
-    assert predict.score_thresholds(one, validated, None) == [1.0, 0.04]
-    assert predict.score_thresholds(one, validated, 0.2) == [0.2, 0.2]
-    assert predict.score_thresholds(one, Weights({}, CLASSES, *LABELS), None) == [0.3, 0.3]
+    assert predictor.score_thresholds(one, validated, None) == [1.0, 0.04]
+    assert predictor.score_thresholds(one, validated, 0.2) == [0.2, 0.2]
+    assert predictor.score_thresholds(one, Weights({}, CLASSES, *LABELS), None) == [0.3, 0.3]
 
 
 def test_each_head_has_the_thresholds_of_its_own():
@@ -197,15 +197,15 @@ def test_each_head_has_the_thresholds_of_its_own():
     own = {"decoder": {"disc": 0.03, "ring": 0.04}, "roi": {"ring": 0.6}, "atss": {"disc": 0.1, "ring": 0.1}}
     extra = {"thresholds": own["roi"], "predict_with": "roi", "head_thresholds": own}
     weights = Weights({}, CLASSES, *LABELS, extra)
-    found = {head: predict.score_thresholds(of_head(head), weights, None) for head in (*own, "ensemble")}
+    found = {head: predictor.score_thresholds(of_head(head), weights, None) for head in (*own, "ensemble")}
     assert found == {"decoder": [0.03, 0.04], "roi": [1.0, 0.6], "atss": [0.1, 0.1], "ensemble": [0.3, 0.3]}
 
 
 @pytest.mark.parametrize(("extra", "config"), [({"predict_with": "roi"}, {}), ({}, {"eval": {"predict_with": "roi"}})])
 def test_thresholds_of_files_with_those_of_one_head_are_not_taken_for_another_head(extra, config):
     weights = Weights({}, CLASSES, [7, 3], config, {"thresholds": {"ring": 0.6}, **extra})
-    assert predict.score_thresholds(of_head("roi"), weights, None) == [1.0, 0.6]
-    assert predict.score_thresholds(of_head("decoder"), weights, None) == [0.3, 0.3]
+    assert predictor.score_thresholds(of_head("roi"), weights, None) == [1.0, 0.6]
+    assert predictor.score_thresholds(of_head("decoder"), weights, None) == [0.3, 0.3]
 
 
 def test_what_is_written_and_drawn_are_the_detections_of_the_chosen_head_above_its_thresholds(
@@ -280,8 +280,8 @@ def predicted(weights, tmp_path, monkeypatch, extra, *options):
         model.forward = detect
         return model, *rest
 
-    restore = predict.restore
-    monkeypatch.setattr(predict, "restore", restored)
+    restore = predictor.restore
+    monkeypatch.setattr(predictor, "restore", restored)
     out = tmp_path / "out"
     assert cli.main(["predict", str(path), str(image(tmp_path / "a.png")), "--out", str(out), *options]) == 0
     (entry,) = json.loads((out / "predictions.json").read_text())

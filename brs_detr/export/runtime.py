@@ -1,0 +1,158 @@
+"""Run an exported file on images: onnxruntime, and the file's own metadata. Needs no weights file and no onnx."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from brs_detr.evaluation.calibration import NEVER, Calibration
+from brs_detr.export.graphs import ExportError
+from brs_detr.export.onnx import RAW_SCORES
+from brs_detr.ops.images import ImageBatch, Size
+
+FACTS = ("classes", "category_ids", "thresholds", "calibration", "size", "short_side", "long_side", "antialias")
+
+
+class ExportedFile:
+    """A file of `brs-detr export` as a detector of the stored images.
+
+    Args:
+        path: of the file.
+        device: "cpu" or "cuda", where onnxruntime has it; None: a GPU if this onnxruntime has one.
+
+    Attributes:
+        classes, category_ids: of label 0, 1, ...
+        size: (H, W) of the input; None: images may have any size.
+        short_side, long_side: limits of an image's sides before it is padded.
+        antialias: how it is resized.
+        calibration: the maps in the graph; None: scores are raw.
+
+    Raises:
+        ExportError: onnxruntime is not installed, has no such device, or the file is not one of `brs-detr export`.
+    """
+
+    def __init__(self, path: Path, device: str | None = None) -> None:
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise ExportError(f"{path}: needs the package onnxruntime. Install it with: pip install onnxruntime")
+        self.path, self.providers = path, _providers(device)
+        self.session = self._open(str(path))
+        self._raw_session: Any = None
+        facts = self._facts()
+        self.classes: list[str] = facts["classes"]
+        self.category_ids: list[int] = facts["category_ids"]
+        self.size: Size | None = None if facts["size"] is None else (int(facts["size"][0]), int(facts["size"][1]))
+        self.short_side, self.long_side = float(facts["short_side"]), float(facts["long_side"])
+        self.antialias = bool(facts["antialias"])
+        self._thresholds = [float(value) for value in facts["thresholds"]]
+        stored = facts["calibration"]
+        try:
+            self.calibration = None if stored is None else Calibration.from_dict(stored, len(self.classes))
+        except ValueError as error:
+            raise ExportError(f"{path}: {error}. Export it again.") from None
+        self.dtype = np.uint8 if self.session.get_inputs()[0].type == "tensor(uint8)" else np.float32
+
+    def thresholds(self, raw_scores: bool = False) -> np.ndarray:
+        """Return the minimum score (K,) of each class, calibrated as the file's scores are, or raw."""
+        values = np.array(self._thresholds)
+        if self.calibration is None or not raw_scores:
+            return values
+        curves = [self.calibration.curves[number] for number in self.calibration.of_label]
+        raw = [np.interp(value, curve.precisions, curve.scores) for value, curve in zip(values, curves, strict=True)]
+        return np.where(values >= NEVER, NEVER, raw)
+
+    def __call__(self, batch: ImageBatch, raw_scores: bool = False) -> list[dict[str, Any]]:
+        """Detect objects in a batch; returns for each image `boxes` in pixels of the stored image, `scores`, `labels`.
+
+        Args:
+            batch: of images that fit into the file's input.
+            raw_scores: scores as the detector's, where the file's are calibrated.
+        """
+        pixels = _on_canvas(batch.pixels, self.size).numpy().astype(self.dtype, copy=False)
+        inputs = {"pixels": pixels, "sizes": np.array(batch.sizes, np.int64)}
+        names = ["boxes", "scores", "labels"]
+        session = self.session
+        if raw_scores and self.calibration is not None:
+            session, names[1] = self._with_raw_scores(), RAW_SCORES
+        results = []
+        for boxes, scores, labels, (h, w), (full_h, full_w) in zip(
+            *session.run(names, inputs), batch.sizes, batch.original_sizes, strict=True
+        ):
+            found = scores >= 0  # -1 fills up an image with fewer detections
+            scale = np.array([full_w / w, full_h / h] * 2, np.float32)
+            columns = {"boxes": boxes[found] * scale, "scores": scores[found], "labels": labels[found]}
+            results.append({name: torch.from_numpy(value) for name, value in columns.items()})
+        return results
+
+    def _facts(self) -> dict[str, Any]:
+        """Read the metadata."""
+        stored = self.session.get_modelmeta().custom_metadata_map
+        try:
+            facts = {name: json.loads(stored[name]) for name in FACTS}
+            count = len(facts["classes"])
+            if not len(facts["category_ids"]) == len(facts["thresholds"]) == count > 0:
+                raise ValueError
+        except (KeyError, ValueError, TypeError, RecursionError):
+            raise ExportError(
+                f"{self.path}: lacks the metadata that `brs-detr export` writes (classes, thresholds, image size). "
+                "Export the weights again."
+            ) from None
+        return facts
+
+    def _with_raw_scores(self) -> Any:
+        """Open the file a second time, with the scores before the calibration as an output."""
+        if self._raw_session is None:
+            try:
+                import onnx
+            except ImportError:
+                raise ExportError(
+                    f"{self.path}: raw scores need the package onnx. Install it with: pip install onnx"
+                ) from None
+            model = onnx.load(self.path)
+            model.graph.output.add().CopyFrom(onnx.ValueInfoProto(name=RAW_SCORES))
+            self._raw_session = self._open(model.SerializeToString())
+        return self._raw_session
+
+    def _open(self, model: str | bytes) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3  # errors only
+        try:
+            return onnxruntime.InferenceSession(model, options, providers=self.providers)
+        except Exception as error:  # onnxruntime's own types, one per cause
+            reason = " ".join(str(error).split())[:160]
+            raise ExportError(
+                f"{self.path}: onnxruntime cannot open it ({reason}). Export the weights again."
+            ) from None
+
+
+def _providers(device: str | None) -> list[str]:
+    """Return onnxruntime's names of a device and of the CPU.
+
+    Raises:
+        ExportError: this onnxruntime lacks the device.
+    """
+    import onnxruntime
+
+    known, cuda = onnxruntime.get_available_providers(), "CUDAExecutionProvider"
+    if device in (None, "cpu"):
+        return [*([cuda] if device is None and cuda in known else []), "CPUExecutionProvider"]
+    if device == "cuda" and cuda in known:
+        return [cuda, "CPUExecutionProvider"]
+    raise ExportError(f"--device {device}: this onnxruntime has {', '.join(known)}. Leave it out, or write cpu.")
+
+
+def _on_canvas(pixels: Tensor, size: Size | None) -> Tensor:
+    """Pad (B, 3, h, w) at the right and at the bottom to the size of the input."""
+    if size is None or tuple(pixels.shape[-2:]) == size:
+        return pixels
+    canvas = pixels.new_zeros(*pixels.shape[:2], *size)
+    canvas[..., : pixels.shape[-2], : pixels.shape[-1]] = pixels
+    return canvas
