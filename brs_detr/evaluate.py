@@ -14,7 +14,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
+from brs_detr import CallableModule
 from brs_detr import config as configuration
 from brs_detr.cli import run_command
 from brs_detr.config import Config
@@ -58,6 +59,36 @@ from brs_detr.user_files import complain, printable
 FIGURES = ("model.", "eval.", "data.test_", "data.antialias")  # beginnings of the settings that figures depend on
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """The results of an evaluation, and where they are saved; as text, what the command prints.
+
+    Attributes:
+        summary: every figure and table; None in all but the main process.
+        folder: that was written to.
+        weights: file of the weights.
+        epoch: of the weights, "?" if unknown.
+        annotations: file of the ground truth.
+    """
+
+    summary: Summary | None
+    folder: Path
+    weights: Path
+    epoch: Any = "?"
+    annotations: Path | None = None
+
+    @property
+    def stats(self) -> dict[str, float]:
+        """Return COCO's figures and oLRP, each in [0, 1], or -1 where the dataset has no such object."""
+        return {} if self.summary is None else self.summary.stats
+
+    def __str__(self) -> str:
+        if self.summary is None:
+            return f"{self.weights}: the results are in the main process"
+        head = f"{printable(self.weights)} (epoch {printable(self.epoch)}) on {printable(self.annotations)}"
+        return f"{head}\n\n{self.summary.table()}\n\nsaved in {printable(self.folder)}"
+
+
 def run_evaluation(
     weights: Path,
     overrides: list[str],
@@ -67,10 +98,12 @@ def run_evaluation(
 ) -> int:
     """Call `evaluate` with its arguments; turn what ends it early into a message and an exit code."""
     try:
-        evaluate(weights, overrides, out, images, score_thresholds)
+        results = evaluate(weights, overrides, out, images, score_thresholds)
     except Failure as error:
         complain(error)
         return error.code
+    if results.summary is not None:
+        print(results)
     return ExitCode.OK
 
 
@@ -80,7 +113,7 @@ def evaluate(
     out: Path | None = None,
     images: int = 0,
     score_thresholds: Sequence[float] = (),
-) -> None:
+) -> Evaluation:
     """Evaluate a run folder's best weights, or a weights file, on the val split of its config.
 
     Args:
@@ -121,7 +154,7 @@ def evaluate(
             score_thresholds=score_thresholds,
         )
     if summary is None:
-        return
+        return Evaluation(None, out, file)
     calibration, uncalibrated = setup.calibration_of(model, weights, config, file)
     known = weights.extra.get("validated_on") == dataset.fingerprint()
     summary.reliability = assess(summary.folds[model.predict_with], calibration, known)
@@ -135,8 +168,7 @@ def evaluate(
     write_evaluation(
         out, summary, results, dataset, about, run=file.parent, report=report_path(out, file.parent), images=images
     )
-    print(f"{printable(file)} (epoch {printable(epoch)}) on {printable(dataset.json_path)}\n")
-    print(f"{summary.table()}\n\nsaved in {printable(out)}")
+    return Evaluation(summary, out, file, epoch, Path(dataset.json_path))
 
 
 def changed_settings(stored: configuration.Config, used: configuration.Config) -> list[str]:
@@ -373,6 +405,7 @@ def validator(run: Run, data: Data) -> Callable[[nn.Module], dict[str, float]]:
 
 
 main = partial(run_command, "eval")  # the command line
+sys.modules[__name__].__class__ = CallableModule  # brs_detr.evaluate(...) is api.evaluate
 
 if __name__ == "__main__":  # accelerate launch -m brs_detr.evaluate
     sys.exit(main())

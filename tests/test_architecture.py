@@ -92,7 +92,7 @@ def test_the_losses_can_be_lifted_out():
 
 def test_only_scripts_and_commands_put_parts_together():
     """Every module of the package belongs to a part with rules, or is one of those that assemble parts."""
-    assembling = {"train", "evaluate", "commands", "cli", "__main__", "__init__"}
+    assembling = {"api", "predictor", "detections", "train", "evaluate", "commands", "cli", "__main__", "__init__"}
     parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()} - {"__pycache__"}
     assert parts <= set(ALLOWED) | assembling
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from brs_detr.engine.storage import CheckpointError, publish, write_text
@@ -88,6 +89,19 @@ def load_weights(path: Path) -> Weights:
     if not all(isinstance(own, dict) and _is_list_of(list(own.values()), float, int) for own in all_scores):
         raise CheckpointError(f"{path}: its thresholds are not numbers by class name. Use an earlier file.")
     return Weights(tensors, classes, category_ids, config, extra)
+
+
+def read_extra(path: Path) -> dict[str, Any]:
+    """Read only the further metadata of a weights file (see `Weights.extra`).
+
+    Raises:
+        CheckpointError: the file is missing, or no weights file of this project.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _parse(path, (file.metadata() or {})["extra"], "extra")
+    except (OSError, SafetensorError, KeyError) as error:
+        raise CheckpointError(f"{path}: not a weights file ({error}). Use a file of a training.") from None
 
 
 def find_weights(path: Path) -> Path:
