@@ -66,8 +66,7 @@ def load(source: str | PathLike[str], *, device: str | None = None, overrides: O
     Raises:
         Failure: there is no such file, it cannot be used, or a setting cannot.
     """
-    if Path(source).suffix.lower() != ".onnx":
-        require_weights(Path(source))
+    require_weights(Path(source))
     from brs_detr.predictor import Predictor
 
     return Predictor.load(source, device=device, overrides=as_words(overrides))

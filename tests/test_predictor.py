@@ -17,6 +17,7 @@ from brs_detr.config_io import ConfigError
 from brs_detr.data.image_io import ImageError, read_image
 from brs_detr.detections import Detections, MissingPackageError
 from brs_detr.engine.checkpoint import Weights, load_weights, save_weights
+from brs_detr.export.graphs import ExportError
 from brs_detr.predictor import Predictor
 from brs_detr.run.setup import build_detector, restore
 
@@ -28,7 +29,8 @@ MAP = {"images": 3, "of_label": [0, 0, 0], "thresholds": [0.5, 0.6, 0.7], "curve
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A detector with random weights whose scores lie apart, with calibrated scores for its decoder."""
-    words = [*SMALL_DETECTOR, "model.rpn.test_proposals=20", "data.test_short_side=64", "data.test_long_side=100"]
+    words = [*SMALL_DETECTOR, "model.rpn.test_proposals=20", "model.proposal_nms_iou=null"]
+    words += ["data.test_short_side=64", "data.test_long_side=100"]
     config = load_config(DEMO, words)
     config = replace(config, model=replace(config.model, backbone=SMALL_BACKBONE))
     model = build_detector(config, 3, initial_weights=False)
@@ -38,7 +40,10 @@ def weights(tmp_path_factory):
     for head in (*model.decoder.regressors, model.proposals.regressor):
         torch.nn.init.normal_(head[-1].weight, std=0.1)
     path = tmp_path_factory.mktemp("weights") / "x.safetensors"
-    extra = {"calibration": {"decoder": MAP}, "thresholds": {"cat": 0.1, "dog": 0.2}}
+    extra = {
+        "calibration": {"decoder": MAP},
+        "thresholds": {"cat": 1 / 7, "dog": 6 / 35},
+    }  # which the map makes 0.5 and 0.6
     save_weights(path, Weights(model.state_dict(), ["cat", "dog", "eel"], [7, 9, 40], to_dict(config), extra))
     return path
 
@@ -163,7 +168,7 @@ def test_scores_are_mapped_in_order_and_cut_at_the_threshold_of_their_class(pred
     mapped = predictor.predict(images[0], threshold=0.0)
     np.testing.assert_allclose(mapped.scores, np.interp(raw.scores, [0, 0.2, 1], [0, 0.7, 1]), atol=1e-9)
     assert predictor.calibrated and predictor.thresholds().tolist() == [0.5, 0.6, 0.7]
-    assert predictor.thresholds(raw_scores=True).tolist() == [0.1, 0.2, 1.0]  # nothing of class eel was right
+    assert predictor.thresholds(raw_scores=True).tolist() == [1 / 7, 6 / 35, 1.0]  # nothing of class eel was right
     own = predictor.predict(images[0])
     expected = [score for score, label in zip(mapped.scores, mapped.labels) if score >= [0.5, 0.6, 0.7][label]]
     assert own.scores.tolist() == expected and 0 < len(own) < 30
@@ -261,6 +266,7 @@ def exported(weights, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("raw_scores", [False, True])
 def test_an_exported_file_finds_what_its_weights_find(predictor, exported, images, raw_scores):
     file = Predictor.load(exported / "any.onnx", device="cpu")
@@ -273,6 +279,7 @@ def test_an_exported_file_finds_what_its_weights_find(predictor, exported, image
             assert_alike(found, own, pixels=1e-3)
 
 
+@pytest.mark.slow
 def test_an_exported_file_of_one_size_shrinks_what_does_not_fit(exported, images):
     file = Predictor.load(exported / "one.onnx", device="cpu")
     alone = [file.predict(image, threshold=0.0) for image in images]
@@ -282,6 +289,7 @@ def test_an_exported_file_of_one_size_shrinks_what_does_not_fit(exported, images
     assert large.image_size == (900, 400) and large.boxes[:, 2].max() > 100
 
 
+@pytest.mark.slow
 def test_the_command_predicts_with_an_exported_file(exported, images, tmp_path):
     Image.fromarray(images[0]).save(tmp_path / "a.png")
     command = ["predict", str(exported / "any.onnx"), str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]
@@ -308,7 +316,7 @@ def test_a_graph_of_others_lacks_our_metadata(tmp_path):
     )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
     onnx.save(model, tmp_path / "x.onnx")
-    with pytest.raises(RuntimeError, match=r"x\.onnx: lacks the metadata that `brs-detr export` writes"):
+    with pytest.raises(ExportError, match=r"x\.onnx: lacks the metadata that `brs-detr export` writes"):
         Predictor.load(tmp_path / "x.onnx")
 
 
