@@ -86,6 +86,12 @@ COMMANDS = {
         arguments.export,
         arguments.check_weights,
     ),
+    "push": Command(
+        "brs_detr.commands.push",
+        "upload a run to the Hugging Face hub, with a model card",
+        arguments.push,
+        arguments.check_push,
+    ),
     "replay": Command(
         "brs_detr.commands.replay",
         "run a batch again that a training saved because something was not finite",

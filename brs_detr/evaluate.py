@@ -50,10 +50,11 @@ from brs_detr.exit_codes import ExitCode, Failure
 from brs_detr.models.detector import Detector
 from brs_detr.models.ensemble import MAX_JOINED, Ensemble
 from brs_detr.run import setup
-from brs_detr.run.drawings import EVALUATION, report_path, write_evaluation
+from brs_detr.run.drawings import report_path, write_evaluation
 from brs_detr.run.launch import start_accelerator
 from brs_detr.run.output_dir import require_writable
 from brs_detr.run.training import Data, Run, Validated
+from brs_detr.run.weights import folder_for_results
 from brs_detr.user_files import complain, printable
 
 FIGURES = ("model.", "eval.", "data.test_", "data.antialias")  # beginnings of the settings that figures depend on
@@ -124,7 +125,7 @@ def evaluate(
         score_thresholds: also evaluate the detections above each of these scores.
     """
     model, weights, config, file = setup.restore(weights_path, overrides)
-    out = out or file.parent / EVALUATION
+    out = out or folder_for_results(file)
     require_writable(out, "--out")
     # prediction is in float32 whatever the training's precision, which this machine may not have
     accelerator = start_accelerator(replace(config, train=replace(config.train, precision="no")))

@@ -13,6 +13,10 @@ from brs_detr.data.config import Limits
 from brs_detr.recipes import ENDINGS
 from brs_detr.run.inputs import require_weights
 
+WEIGHTS = (
+    "run folder (its best weights), .safetensors, official .pth, or a name: of a published checkpoint, hf://user/repo"
+)
+
 
 def info(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `info`."""
@@ -24,7 +28,7 @@ def info(parser: argparse.ArgumentParser) -> None:
 
 def predict(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `predict`."""
-    parser.add_argument("weights", type=Path, help="run folder (its best weights) or .safetensors file")
+    parser.add_argument("weights", type=Path, help=WEIGHTS)
     parser.add_argument("images", type=Path, help="image, or folder of images")
     parser.add_argument("overrides", nargs="*", default=[], help="settings to change, e.g. data.test_short_side=640")
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder to write to")
@@ -39,7 +43,7 @@ def predict(parser: argparse.ArgumentParser) -> None:
 
 def export(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `export`."""
-    parser.add_argument("weights", type=Path, help="run folder (its best weights) or .safetensors file")
+    parser.add_argument("weights", type=Path, help=WEIGHTS)
     parser.add_argument(
         "overrides", nargs="*", default=[], help="settings to change, e.g. model.detections_per_image=50"
     )
@@ -104,6 +108,20 @@ def convert(parser: argparse.ArgumentParser) -> None:
         help="COCO json that the checkpoint was trained on, for checkpoints of other classes than COCO's 80",
     )
     parser.add_argument("--to-official", action="store_true", help="write official names instead")
+
+
+def push(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `push`."""
+    parser.add_argument("weights", type=Path, help="run folder (its best weights) or weights file")
+    parser.add_argument("repository", metavar="USER/REPOSITORY", help="created if it does not exist")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--license", help="for the card, e.g. apache-2.0 (default: none is stated)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="only write what would be uploaded to this folder")
+
+
+def check_push(options: argparse.Namespace) -> None:
+    """Refuse weights that do not exist."""
+    require_weights(options.weights)
 
 
 def replay(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from brs_detr.commands.arguments import WEIGHTS
 from brs_detr.config import Config, update_from_command_line
 from brs_detr.run.inputs import require_weights
 
@@ -19,7 +20,7 @@ Exit codes: 0 evaluated; 2 a setting, dataset or checkpoint cannot be used; 74 t
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `eval`."""
-    parser.add_argument("weights", type=Path, help="run folder (its best weights) or .safetensors file")
+    parser.add_argument("weights", type=Path, help=WEIGHTS)
     parser.add_argument("overrides", nargs="*", default=[], help="settings to change, e.g. data.root=/data/coco")
     parser.add_argument("--out", type=Path, help="folder to write to (default: evaluation/ beside the weights)")
     parser.add_argument(

@@ -17,10 +17,10 @@ from accelerate.utils import broadcast_object_list
 from brs_detr.config import Config, ConfigError, from_dict
 from brs_detr.data.anchor_fit import Boxes, Fit, Layout, at_training_size, best_scale, boxes_of
 from brs_detr.data.build import open_train_set
-from brs_detr.engine.checkpoint import find_weights, load_weights
 from brs_detr.models.cnn_config import ModelConfig, YOLACTHeadConfig
 from brs_detr.models.config import BRSDETRConfig, DenseHeadConfig, RPNConfig
 from brs_detr.models.neck import pyramid_strides
+from brs_detr.run.weights import locate, read
 
 
 def layouts(model: ModelConfig) -> dict[str, Layout]:
@@ -88,8 +88,8 @@ def choose_anchors(
         source, model = "the resumed run", from_dict(facts["config"], "the state to resume from").model
         return _taken_over(config, model, source)
     if config.train.init_from is not None:
-        file = find_weights(Path(config.train.init_from))
-        model = from_dict(load_weights(file).config, str(file)).model
+        file = locate(config.train.init_from)
+        model = from_dict(read(file).config, str(file)).model
         if model.name == config.model.name:
             return _taken_over(config, model, str(file))
     chosen: list[Any] = [None]

@@ -18,9 +18,9 @@ from brs_detr.evaluation.calibration import Calibration
 from brs_detr.evaluation.summary import Summary
 from brs_detr.ops.masks import decode_masks
 from brs_detr.run.report import write_report
+from brs_detr.run.weights import EVALUATION
 from brs_detr.viz.boxes import contact_sheet, draw_detections
 
-EVALUATION = "evaluation"  # folder in that of a run
 OPTIONAL = (
     "confusion.csv confusion.png precision_recall.csv precision_recall.png detections.png curves.png "
     "score_thresholds.csv score_thresholds.png reliability.csv reliability.png"

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from brs_detr.config import Config, ConfigError
+from brs_detr.hub.sources import require_source
 
 _DEMO = "datasets/demo"  # data.root of configs/demo.yaml
 
@@ -38,7 +39,7 @@ def require_training_inputs(config: Config, is_trial: bool = False) -> None:
     if backbone.checkpoint is not None and _is_missing(Path(backbone.checkpoint)):
         raise ConfigError(f"model.backbone.checkpoint: there is no file {backbone.checkpoint}")
     if train.init_from is not None:
-        require_weights(Path(train.init_from), "train.init_from=")
+        require_weights(train.init_from, "train.init_from=")
     if not is_trial:
         require_learning_backbone(config)
 
@@ -69,20 +70,17 @@ def is_random_and_frozen(config: Config) -> bool:
     return is_random and (backbone.norm == "frozen" or backbone.frozen_stages > 0)
 
 
-def require_weights(path: Path, setting: str = "") -> None:
-    """Refuse a path of weights where nothing is.
+def require_weights(source: str | os.PathLike[str], setting: str = "") -> None:
+    """Refuse weights that are neither a path that exists, the name of a published checkpoint, nor of a hub.
 
     Args:
-        path: of a run folder or weights file.
+        source: run folder, weights file, or name.
         setting: beginning of the error, for a path that a setting gives.
 
     Raises:
-        ConfigError: naming the path.
+        SourceError: naming the path.
     """
-    if _is_missing(path):
-        raise ConfigError(
-            f"{setting}{path}: neither a weights file nor a run folder with best.safetensors or last.safetensors"
-        )
+    require_source(source, setting)
 
 
 def _is_missing(path: Path) -> bool:

@@ -28,9 +28,7 @@ from brs_detr.engine.batch_plan import FEW_STEPS, BatchPlan, TrainingLength, spl
 from brs_detr.engine.checkpoint import (
     Transfer,
     Weights,
-    find_weights,
     load_matching,
-    load_weights,
     rows_per_class,
     write_text,
 )
@@ -43,6 +41,7 @@ from brs_detr.models.detector import Detector
 from brs_detr.models.ensemble import Ensemble
 from brs_detr.run.anchors import require_chosen_anchors
 from brs_detr.run.inputs import is_random_and_frozen
+from brs_detr.run.weights import locate, read
 
 
 def run_metadata(config: Config, plan: BatchPlan, train_set: CocoDetection, val_set: CocoDetection) -> dict[str, Any]:
@@ -113,18 +112,18 @@ def load_initial_weights(model: Detector, config: Config, classes: Sequence[str]
     """
     if config.train.init_from is None:
         return None
-    weights = load_weights(find_weights(Path(config.train.init_from)))
+    weights = read(locate(config.train.init_from))
     rows: dict[str, int] = {}
     if weights.classes != list(classes):
         rows = rows_per_class(model, build_detector(config, len(classes) + 1, initial_weights=False))
     return load_matching(model, weights.tensors, weights.classes, classes, rows, model.objectness, model.by_anchor)
 
 
-def restore(path: Path, overrides: Sequence[str] = ()) -> tuple[Detector, Weights, Config, Path]:
+def restore(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tuple[Detector, Weights, Config, Path]:
     """Load the detector of a run folder or weights file, ready to predict.
 
     Args:
-        path: run folder (its best weights, else its last) or weights file.
+        path: run folder (its best weights, else its last), weights file, official `.pth`, or a name of weights.
         overrides: `a.b=value` applied to the stored config.
 
     Returns:
@@ -132,10 +131,11 @@ def restore(path: Path, overrides: Sequence[str] = ()) -> tuple[Detector, Weight
 
     Raises:
         CheckpointError: there is no usable file.
+        SourceError, DownloadError: the name is not known, or its file cannot be downloaded.
         ConfigError: the overrides are invalid, the backbone is not in timm's list, or the weights do not match.
     """
-    file = find_weights(path)
-    weights = load_weights(file)
+    file = locate(path)
+    weights = read(file)
     config = configuration.apply_overrides(configuration.from_dict(weights.config, str(file)), overrides)
     require_chosen_anchors(config, file)
     if not any(text.lstrip("-").startswith("model.backbone.name=") for text in overrides):

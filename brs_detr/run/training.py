@@ -35,7 +35,7 @@ from brs_detr.losses.balance import set_epoch_length
 from brs_detr.ops.targets import check_targets
 from brs_detr.run import setup
 from brs_detr.run.anchors import choose_anchors
-from brs_detr.run.drawings import EVALUATION, calibrated_results, write_evaluation
+from brs_detr.run.drawings import calibrated_results, write_evaluation
 from brs_detr.run.inputs import require_learning_backbone
 from brs_detr.run.launch import describe_machine, start_accelerator
 from brs_detr.run.output_dir import (
@@ -45,6 +45,7 @@ from brs_detr.run.output_dir import (
     require_same_data,
     require_shared_folder,
 )
+from brs_detr.run.weights import EVALUATION
 from brs_detr.viz.boxes import write_samples
 
 Validate = Callable[[nn.Module], dict[str, float]]

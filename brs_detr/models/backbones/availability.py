@@ -14,6 +14,7 @@ from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
 from timm.models import PretrainedCfg, get_pretrained_cfg
 
 PATIENCE = 2.0  # seconds
+LONG_PATIENCE = 4.0  # where no answer ends the run; below five seconds altogether
 _NAMES = ("model.safetensors", "pytorch_model.bin")  # the files of the hub that timm looks for, in its order
 
 
@@ -39,6 +40,24 @@ def where_weights_are(name: str, patience: float = PATIENCE) -> Literal["cache",
     else:
         url = str(config.url or "")
     return "network" if url and answers(url, patience) else None
+
+
+def require_reachable(name: str) -> None:
+    """Raise at once if pretrained weights are out of reach: timm's client would retry for most of a minute.
+
+    Args:
+        name: timm's; names of a hub or a folder (`hf-hub:...`) are not checked.
+
+    Raises:
+        RuntimeError: they are neither in the cache, nor does the network answer.
+    """
+    if ":" in name or get_pretrained_cfg(name) is None or where_weights_are(name, LONG_PATIENCE) is not None:
+        return
+    raise RuntimeError(
+        f"the pretrained weights of {name} cannot be downloaded (the network does not answer). Connect to the network "
+        "once, after which they are in the cache. Or set model.backbone.checkpoint=PATH to a local file, or start from "
+        "random weights: model.backbone.pretrained=false model.backbone.norm=batch model.backbone.frozen_stages=0."
+    )
 
 
 def is_cached(config: PretrainedCfg) -> bool:

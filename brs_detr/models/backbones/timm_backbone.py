@@ -18,6 +18,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from brs_detr.models.backbones.availability import require_reachable
 from brs_detr.models.backbones.deformable import make_deformable
 from brs_detr.models.backbones.norms import freeze_batch_norm, group_norm_for_batch_norm
 from brs_detr.models.backbones.swin import SwinBackbone, rename_official_swin
@@ -111,6 +112,8 @@ def build_backbone(config: BackboneConfig) -> SwinBackbone | TimmBackbone:
     check_name(name)
     strides, checkpointing = sorted(config.levels), config.activation_checkpointing
     download = config.pretrained and config.checkpoint is None
+    if download:
+        require_reachable(name)
     if timm.models.is_model_in_modules(plain_name(name).partition(".")[0], ["swin_transformer"]):
         settings = {"num_classes": 0, **SwinBackbone.TIMM_SETTINGS}
         network = cast(SwinTransformer, _create(name, download, config.drop_path, **settings))
