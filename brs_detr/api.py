@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from brs_detr.config import Config, ConfigError, apply_overrides, load_config
-from brs_detr.run.inputs import require_training_inputs, require_weights
+from brs_detr.hub.sources import local_path
+from brs_detr.run.inputs import require_training_inputs
 
 if TYPE_CHECKING:  # torch takes seconds to import: only once settings and paths are right
     from brs_detr.evaluate import Evaluation
@@ -59,17 +60,18 @@ def load(source: str | PathLike[str], *, device: str | None = None, overrides: O
     """Load a detector to predict with.
 
     Args:
-        source: run folder (its best weights, else its last), weights file, official Co-DETR `.pth`, or `.onnx`.
+        source: run folder (its best weights, else its last), weights file, official Co-DETR `.pth`, `.onnx`, the name
+            of a published checkpoint (`hub/published.py`), or `hf://user/repository`.
         device: such as "cpu" or "cuda:1"; None: a GPU if there is one.
         overrides: settings to change, as `["eval.predict_with=roi"]` or `{"eval.predict_with": "roi"}`.
 
     Raises:
         Failure: there is no such file, it cannot be used, or a setting cannot.
     """
-    require_weights(Path(source))
+    path = local_path(source)
     from brs_detr.predictor import Predictor
 
-    return Predictor.load(source, device=device, overrides=as_words(overrides))
+    return Predictor.load(path, device=device, overrides=as_words(overrides))
 
 
 def train(
@@ -120,7 +122,7 @@ def evaluate(
     """Evaluate weights on the val split of their config, or on that of `overrides`.
 
     Args:
-        source: run folder or weights file.
+        source: as for `load`, except an exported file.
         overrides: settings to change, as `["data.root=/data/coco"]` or `{"data.root": "/data/coco"}`.
         out: folder to write tables and curves to; None: `evaluation` beside the weights.
         images: number of images to draw there.
@@ -132,13 +134,11 @@ def evaluate(
     Raises:
         Failure: the weights, a setting or the dataset cannot be used.
     """
-    require_weights(Path(source))
+    path = local_path(source)
     from brs_detr.evaluate import evaluate as evaluate_here
 
     with _own_accelerator():
-        return evaluate_here(
-            Path(source), as_words(overrides), None if out is None else Path(out), images, score_thresholds
-        )
+        return evaluate_here(path, as_words(overrides), None if out is None else Path(out), images, score_thresholds)
 
 
 def as_words(overrides: Overrides) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from brs_detr.config import Config, apply_overrides, load_config, update_from_command_line
 from brs_detr.data.config import Limits
+from brs_detr.hub.sources import local_path
 from brs_detr.recipes import ENDINGS
 from brs_detr.run.inputs import require_weights
 
@@ -136,9 +137,13 @@ def check_info(options: argparse.Namespace) -> None:
 
 
 def check_weights(options: argparse.Namespace) -> None:
-    """Refuse weights that do not exist and settings with a wrong name or type, as `predict` and `export` get them."""
+    """Refuse weights that do not exist and settings with a wrong name or type, as `predict` and `export` get them.
+
+    Weights that are given by name are downloaded at their first use.
+    """
     require_weights(options.weights)
     update_from_command_line(Config(), options.overrides)
+    options.weights = local_path(options.weights)
 
 
 def check_dataset(options: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from brs_detr.commands.arguments import WEIGHTS
 from brs_detr.config import Config, update_from_command_line
+from brs_detr.hub.sources import local_path
 from brs_detr.run.inputs import require_weights
 
 DESCRIPTION = """Evaluate trained weights: `brs-detr eval RUN_OR_CHECKPOINT [a.b=value ...] [--out FOLDER]`.
@@ -48,6 +49,7 @@ def run(options: argparse.Namespace) -> int:
     """Check names and paths, then evaluate; returns the exit code."""
     require_weights(options.weights)
     update_from_command_line(Config(), options.overrides)  # whether the values fit, the stored config has to say
+    weights = local_path(options.weights)
     from brs_detr.evaluate import run_evaluation  # torch takes seconds to import: only once all this is right
 
-    return run_evaluation(options.weights, options.overrides, options.out, options.images, options.score_thresholds)
+    return run_evaluation(weights, options.overrides, options.out, options.images, options.score_thresholds)

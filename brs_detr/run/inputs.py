@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from brs_detr.config import Config, ConfigError
-from brs_detr.hub.sources import require_source
+from brs_detr.hub.sources import local_path, require_source
 
 _DEMO = "datasets/demo"  # data.root of configs/demo.yaml
 
@@ -40,6 +40,7 @@ def require_training_inputs(config: Config, is_trial: bool = False) -> None:
         raise ConfigError(f"model.backbone.checkpoint: there is no file {backbone.checkpoint}")
     if train.init_from is not None:
         require_weights(train.init_from, "train.init_from=")
+        local_path(train.init_from)  # downloads a name at its first use
     if not is_trial:
         require_learning_backbone(config)
 
