@@ -171,3 +171,13 @@ def test_no_network_names_the_page_and_the_place(monkeypatch, capsys, cache):
     said = capsys.readouterr().err
     assert "drive.google.com cannot be reached" in said and f"put it at {cache / 'weights' / NAME}.pth" in said
     assert said.count("\n") == 1 and not (cache / "weights").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("results.json", "is a json"), ("a.yaml", "is a recipe"), ("a.onnx", "is an exp")]
+)
+def test_files_of_another_kind_are_called_what_they_are(tmp_path, capsys, name, said):
+    (tmp_path / name).write_text("[]")
+    assert cli.main(["eval", str(tmp_path / name)]) == 2
+    text = capsys.readouterr().err
+    assert f"{name}: this {said}" in text and "damaged" not in text and text.count("\n") == 1
