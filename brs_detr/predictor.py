@@ -25,7 +25,6 @@ from brs_detr.data.config import Limits
 from brs_detr.data.image_io import ImageError, image_pixels, read_image
 from brs_detr.data.transforms import EvalTransforms, resized_size
 from brs_detr.detections import Detections
-from brs_detr.engine.checkpoint import Weights
 from brs_detr.engine.predict import full_float32
 from brs_detr.evaluation.calibration import Calibration
 from brs_detr.export.runtime import ExportedFile
@@ -34,9 +33,9 @@ from brs_detr.ops.images import ImageBatch, Size
 from brs_detr.ops.masks import as_rles, decode_masks
 from brs_detr.run.launch import choose_device
 from brs_detr.run.setup import calibration_of, restore
+from brs_detr.run.weights import score_thresholds
 
 ImageInput: TypeAlias = "str | PathLike[str] | Image.Image | np.ndarray | Tensor"
-DEFAULT_THRESHOLD = 0.3  # of raw scores, where no validation has found a better one
 WINDOW = 8  # batches of images that are held at once, to find some of one size among them
 
 
@@ -344,25 +343,3 @@ def _pixels_of_array(image: np.ndarray) -> Tensor:
         )
     pixels = np.repeat(image[..., None], 3, axis=2) if gray else image
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # a copy: torch takes neither reversed nor locked arrays
-
-
-def score_thresholds(model: Detector, weights: Weights, threshold: float | None) -> list[float]:
-    """Return the minimum raw score of each class: `threshold`, or that of the best F1 of the head that predicts.
-
-    The F1 is that of the last validation. A head that it did not score, and weights without a validation (converted
-    ones), get 0.3; a class without a true positive in validation gets 1.
-    """
-    stored = None if threshold is not None else stored_thresholds(model, weights)
-    if not stored:
-        return [DEFAULT_THRESHOLD if threshold is None else threshold] * len(weights.classes)
-    return [stored.get(name, 1.0) for name in weights.classes]
-
-
-def stored_thresholds(model: Detector, weights: Weights) -> dict[str, float] | None:
-    """Return what the validation of the weights stored for the head that predicts; None if it did not score it."""
-    extra = weights.extra
-    by_head: dict[str, dict[str, float]] = extra.get("head_thresholds", {})
-    # of a validation of one head, which is then not named, or of the best one
-    scored = extra.get("predict_with", weights.config.get("eval", {}).get("predict_with", "auto"))
-    alone = {model.heads[0] if scored == "auto" else scored: extra.get("thresholds")}
-    return by_head.get(model.predict_with, alone.get(model.predict_with))

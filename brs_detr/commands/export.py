@@ -24,9 +24,9 @@ from brs_detr.export.onnx import write_onnx
 from brs_detr.export.parity import MAX_BOX_DIFFERENCE, MAX_SCORE_DIFFERENCE, ExportedDetector, compare
 from brs_detr.models.detector import Detector
 from brs_detr.ops.images import ImageBatch, Size
-from brs_detr.predictor import score_thresholds
 from brs_detr.run.output_dir import require_writable
 from brs_detr.run.setup import calibration_of, restore
+from brs_detr.run.weights import score_thresholds
 from brs_detr.user_files import printable
 
 PIXELS = {"uint8": torch.uint8, "float32": torch.float32}

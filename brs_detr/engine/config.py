@@ -52,7 +52,7 @@ class TrainConfig:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_skipped: Count = 20  # steps skipped in a row after which the training stops all the same
     freeze: tuple[str, ...] = ()  # parts that stay as they are, by the beginning of their parameters' names
-    init_from: str | None = None  # run folder, weights file, official .pth or a name of weights; other classes are allowed
+    init_from: str | None = None  # run, file, official .pth or name of weights; other classes are allowed
     resume: bool = False  # go on with the run in `output_dir`
     overwrite: bool = False  # start over although `output_dir` holds a run
     allow_changes: bool = False  # resume although settings have changed

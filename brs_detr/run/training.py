@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from brs_detr.data.image_io import read_image
 from brs_detr.data.loader import EpochBatches, build_eval_loader, build_train_loader
 from brs_detr.data.watched_loader import WatchedLoader
 from brs_detr.engine.batch_plan import BatchPlan, TrainingLength, plan_length
-from brs_detr.engine.checkpoint import Weights, save_weights, write_text
+from brs_detr.engine.checkpoint import Transfer, Weights, save_weights, write_text
 from brs_detr.engine.diagnostics import largest_step
 from brs_detr.engine.distributed import is_sharded, keep_known_layers, keep_scalars_whole
 from brs_detr.engine.logging import RunLog
@@ -32,6 +32,7 @@ from brs_detr.engine.trainer import BEST, Trainer
 from brs_detr.evaluation.calibration import Calibration
 from brs_detr.evaluation.summary import Summary
 from brs_detr.losses.balance import set_epoch_length
+from brs_detr.models.detector import Detector
 from brs_detr.ops.targets import check_targets
 from brs_detr.run import setup
 from brs_detr.run.anchors import choose_anchors
@@ -209,8 +210,7 @@ def prepare_model(run: Run, train_set: CocoDetection) -> tuple[nn.Module, Accele
     """
     config, accelerator, log = run.config, run.accelerator, run.log
     fresh = run.state is None
-    model = setup.build_detector(config, train_set.num_classes, initial_weights=fresh)
-    transfer = setup.load_initial_weights(model, config, train_set.classes) if fresh else None
+    model, transfer = initial_detector(config, train_set.classes, fresh)
     setup.freeze(model, config)
     for line in setup.describe_model(config, model, transfer):
         log.say(line)
@@ -224,6 +224,24 @@ def prepare_model(run: Run, train_set: CocoDetection) -> tuple[nn.Module, Accele
     ema = None if decay is None else ModelEmaV3(model, decay=decay, use_warmup=True)
     prepared, optimizer = accelerator.prepare(model, build_optimizer(config.optim, model))
     return prepared, optimizer, ema
+
+
+def initial_detector(config: Config, classes: Sequence[str], fresh: bool = True) -> tuple[Detector, Transfer | None]:
+    """Build the detector of a training with the weights it starts from, and report what `train.init_from` gave.
+
+    Args:
+        config: of the run.
+        classes: names of the classes.
+        fresh: False for a resumed run, whose weights are those of its state.
+    """
+    # Weights of a detector hold the backbone's, so its pretrained ones need not be fetched: there may be no network.
+    own = fresh and config.train.init_from is None
+    model = setup.build_detector(config, len(classes), initial_weights=own)
+    transfer = setup.load_initial_weights(model, config, classes) if fresh else None
+    if transfer is not None and any(name.startswith("backbone.") for name in transfer.fresh):  # another backbone
+        model = setup.build_detector(config, len(classes))
+        transfer = setup.load_initial_weights(model, config, classes)
+    return model, transfer
 
 
 def dry_run(run: Run, data: Data, model: nn.Module, optimizer: AcceleratedOptimizer) -> str:

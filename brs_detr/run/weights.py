@@ -1,4 +1,4 @@
-"""Find and read the weights that a user names: of this project, or an official checkpoint, converted in memory."""
+"""Find and read the weights that a user names, official checkpoints too, and what a validation stored with them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from brs_detr.checkpoints.official import from_official
 from brs_detr.engine.checkpoint import CheckpointError, Weights, find_weights, load_weights
 from brs_detr.hub.sources import in_cache, local_path
 from brs_detr.models.backbones.weights_io import read_official
+from brs_detr.models.detector import Detector
 from brs_detr.user_files import read_start
 
 EVALUATION = "evaluation"  # folder of an evaluation in that of a run
+DEFAULT_THRESHOLD = 0.3  # of raw scores, where no validation has found a better one
 PICKLES = (".pth", ".pt", ".pkl", ".bin")
 OTHERS = {
     ".json": "this is a json, not a weights file. Give a run folder, a .safetensors or an official .pth.",
@@ -48,3 +50,25 @@ def read(file: Path) -> Weights:
 def folder_for_results(file: Path) -> Path:
     """Return where an evaluation is written: beside the weights, or in the working directory for downloaded ones."""
     return Path(EVALUATION) if in_cache(file) else file.parent / EVALUATION
+
+
+def score_thresholds(model: Detector, weights: Weights, threshold: float | None) -> list[float]:
+    """Return the minimum raw score of each class: `threshold`, or that of the best F1 of the head that predicts.
+
+    The F1 is that of the last validation. A head that it did not score, and weights without a validation (converted
+    ones), get 0.3; a class without a true positive in validation gets 1.
+    """
+    stored = None if threshold is not None else stored_thresholds(model, weights)
+    if not stored:
+        return [DEFAULT_THRESHOLD if threshold is None else threshold] * len(weights.classes)
+    return [stored.get(name, 1.0) for name in weights.classes]
+
+
+def stored_thresholds(model: Detector, weights: Weights) -> dict[str, float] | None:
+    """Return what the validation of the weights stored for the head that predicts; None if it did not score it."""
+    extra = weights.extra
+    by_head: dict[str, dict[str, float]] = extra.get("head_thresholds", {})
+    # of a validation of one head, which is then not named, or of the best one
+    scored = extra.get("predict_with", weights.config.get("eval", {}).get("predict_with", "auto"))
+    alone = {model.heads[0] if scored == "auto" else scored: extra.get("thresholds")}
+    return by_head.get(model.predict_with, alone.get(model.predict_with))

@@ -19,6 +19,7 @@ from brs_detr.config import load_config, to_dict
 from brs_detr.engine.checkpoint import Weights, load_weights, save_weights
 from brs_detr.ops.masks import decode_masks, encode_masks
 from brs_detr.run.setup import build_detector
+from brs_detr.run.weights import score_thresholds
 
 CLASSES, LABELS = ["disc", "ring"], ([7, 3], {})
 SMALL = [*SMALL_DETECTOR, "model.rpn.test_proposals=20", "data.test_short_side=64"]
@@ -187,9 +188,9 @@ def of_head(name, *heads):
 
 def test_objects_begin_at_the_score_that_was_best_in_validation():
     validated, one = Weights({}, CLASSES, *LABELS, {"thresholds": {"ring": 0.04}}), of_head("head", "head")
-    assert predictor.score_thresholds(one, validated, None) == [1.0, 0.04]
-    assert predictor.score_thresholds(one, validated, 0.2) == [0.2, 0.2]
-    assert predictor.score_thresholds(one, Weights({}, CLASSES, *LABELS), None) == [0.3, 0.3]
+    assert score_thresholds(one, validated, None) == [1.0, 0.04]
+    assert score_thresholds(one, validated, 0.2) == [0.2, 0.2]
+    assert score_thresholds(one, Weights({}, CLASSES, *LABELS), None) == [0.3, 0.3]
 
 
 def test_each_head_has_the_thresholds_of_its_own():
@@ -197,15 +198,15 @@ def test_each_head_has_the_thresholds_of_its_own():
     own = {"decoder": {"disc": 0.03, "ring": 0.04}, "roi": {"ring": 0.6}, "atss": {"disc": 0.1, "ring": 0.1}}
     extra = {"thresholds": own["roi"], "predict_with": "roi", "head_thresholds": own}
     weights = Weights({}, CLASSES, *LABELS, extra)
-    found = {head: predictor.score_thresholds(of_head(head), weights, None) for head in (*own, "ensemble")}
+    found = {head: score_thresholds(of_head(head), weights, None) for head in (*own, "ensemble")}
     assert found == {"decoder": [0.03, 0.04], "roi": [1.0, 0.6], "atss": [0.1, 0.1], "ensemble": [0.3, 0.3]}
 
 
 @pytest.mark.parametrize(("extra", "config"), [({"predict_with": "roi"}, {}), ({}, {"eval": {"predict_with": "roi"}})])
 def test_thresholds_of_files_with_those_of_one_head_are_not_taken_for_another_head(extra, config):
     weights = Weights({}, CLASSES, [7, 3], config, {"thresholds": {"ring": 0.6}, **extra})
-    assert predictor.score_thresholds(of_head("roi"), weights, None) == [1.0, 0.6]
-    assert predictor.score_thresholds(of_head("decoder"), weights, None) == [0.3, 0.3]
+    assert score_thresholds(of_head("roi"), weights, None) == [1.0, 0.6]
+    assert score_thresholds(of_head("decoder"), weights, None) == [0.3, 0.3]
 
 
 def test_what_is_written_and_drawn_are_the_detections_of_the_chosen_head_above_its_thresholds(

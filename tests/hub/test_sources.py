@@ -13,13 +13,14 @@ import brs_detr
 from brs_detr import cli
 from brs_detr.checkpoints.keys import to_official
 from brs_detr.checkpoints.official import expected_shapes
-from brs_detr.config import load_config
+from brs_detr.config import ConfigError, load_config
 from brs_detr.engine.checkpoint import CheckpointError
 from brs_detr.hub import published, sources
 from brs_detr.hub.download import DownloadError
 from brs_detr.hub.published import TABLE, find, nearest, supported_names
 from brs_detr.hub.sources import SourceError, address_in_folder, local_path, require_source
-from brs_detr.run.setup import build_detector, load_initial_weights
+from brs_detr.models.backbones import availability, timm_backbone
+from brs_detr.run.training import initial_detector
 from brs_detr.run.weights import folder_for_results, locate, read
 
 NAME = "co_deformable_detr_r50_1x_coco"
@@ -133,12 +134,13 @@ def test_the_command_predicts_with_a_name(served, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("by_name", [True, False])
-def test_a_training_begins_from_a_name_or_an_official_file(served, official, by_name):
+def test_a_training_begins_from_a_name_or_an_official_file(served, official, monkeypatch, by_name):
     reset_accelerate()
     source = NAME if by_name else str(official)
-    config = load_config("co_detr_r50_12e_coco", [*NARROW, f"train.init_from={source}"])
-    model = build_detector(config, 2, initial_weights=False)
-    transfer = load_initial_weights(model, config, ["dog", "unicorn"])
+    config = load_config("co_detr_r50_12e_coco", [*NARROW[:-1], f"train.init_from={source}"])
+    assert config.model.backbone.pretrained  # which need not be fetched, as the weights hold the backbone's
+    monkeypatch.setattr(timm_backbone, "require_reachable", lambda _: pytest.fail("looked for pretrained weights"))
+    model, transfer = initial_detector(config, ["dog", "unicorn"])
     assert not transfer.fresh or all("score" in name or "classif" in name for name in transfer.fresh)
     assert len(transfer.kept) > 300 and transfer.by_class
     weights = read(locate(source)).tensors
@@ -181,3 +183,13 @@ def test_files_of_another_kind_are_called_what_they_are(tmp_path, capsys, name, 
     assert cli.main(["eval", str(tmp_path / name)]) == 2
     text = capsys.readouterr().err
     assert f"{name}: this {said}" in text and "damaged" not in text and text.count("\n") == 1
+
+
+def test_another_backbone_starts_from_its_own_weights(served, monkeypatch):
+    """And so pretrained ones are looked for, with an answer of one sentence where there is no network."""
+    monkeypatch.setattr(availability, "where_weights_are", lambda *_: None)
+    words = [*NARROW[:-1], "model.backbone.name=resnet34.tv_in1k", f"train.init_from={NAME}"]
+    with pytest.raises(
+        ConfigError, match=r"pretrained weights of resnet34\.tv_in1k cannot be downloaded .*checkpoint=PATH"
+    ):
+        initial_detector(load_config("co_detr_r50_12e_coco", words), ["dog"])
