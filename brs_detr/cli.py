@@ -77,7 +77,7 @@ COMMANDS = {
     ),
     "convert-dataset": Command(
         "brs_detr.commands.convert_dataset",
-        "turn a Pascal VOC, YOLO or Cityscapes folder into COCO jsons",
+        "turn a Pascal VOC, YOLO or Cityscapes folder into COCO jsons, or split a json",
         arguments.convert_dataset,
     ),
     "export": Command(

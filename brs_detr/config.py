@@ -8,6 +8,7 @@ classes is no setting: it is read from the data.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     config = Config()
     for source, layer in read_layers(path):
-        config = update(config, migrate(layer), source, ALIASES)
+        config = update(config, _one_dataset(migrate(layer)), source, ALIASES)
     return apply_overrides(config, overrides)
 
 
@@ -85,12 +86,47 @@ def update_from_command_line(config: Config, overrides: Sequence[str]) -> Config
         if not equals or not key:
             raise ConfigError(f"command line: {text!r} is not of the form section.setting=value{_written_out(text)}")
         path = key.split(".")
+        if key == "data" and value and value[0] not in "{[":
+            path = ["data", "source"]
+            if value[0] not in "\"'" and value != "null":  # a path may hold what YAML would read otherwise
+                value = json.dumps(value)
         setting = nested(path, parse_yaml(value, f"command line, {key}") if value else None)
         if len(path) == 1:
             update(config, setting, "command line", ALIASES)  # a value in the place of a section would be merged over
         merge(layer, setting)
     # at once, so that the order of model.name and of that detector's settings does not matter
-    return update(config, layer, "command line", ALIASES)
+    _refuse_two_datasets(layer)
+    return update(config, _one_dataset(layer), "command line", ALIASES)
+
+
+_PATHS = ("root", "train_json", "train_images", "val_json", "val_images")
+
+
+def _one_dataset(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Let `data.source` and the paths of section `data` replace each other: the later recipe or command line wins.
+
+    Also reads `data: FOLDER` as `data: {source: FOLDER}`.
+    """
+    data = layer.get("data")
+    if isinstance(data, str):
+        data = {"source": data}
+    if not isinstance(data, Mapping):
+        return dict(layer)
+    if data.get("source") is not None:
+        data = {"val_fraction": None, **data}  # that of another dataset
+    elif any(name in data for name in _PATHS):
+        data = {"source": None, "val_fraction": None, **data}
+    return {**layer, "data": data}
+
+
+def _refuse_two_datasets(layer: Mapping[str, Any]) -> None:
+    data = layer.get("data")
+    given = [f"data.{name}" for name in _PATHS if name in data] if isinstance(data, Mapping) else []
+    if isinstance(data, Mapping) and data.get("source") is not None and given:
+        raise ConfigError(
+            f"command line: data={data['source']} stands for all paths of the dataset, and {given[0]} is one of them. "
+            f"Leave out {' and '.join(given)}, or leave out data= and give the paths one by one."
+        )
 
 
 def _written_out(word: str) -> str:
@@ -106,7 +142,7 @@ def option_as_setting(option: str, value: str) -> str:
         ConfigError: it is not; says which setting was probably meant and how that is written.
     """
     name, written = option.lstrip("-").replace("-", "_"), f"{option} {value}".strip()
-    exact = name in setting_names(Config())
+    exact = name in setting_names(Config()) or name == "data"
     if exact and value:
         return f"{name}={value}"
     near = name if exact else nearest_setting(name, Config(), ALIASES)

@@ -50,6 +50,7 @@ from brs_detr.exit_codes import ExitCode, Failure
 from brs_detr.models.detector import Detector
 from brs_detr.models.ensemble import MAX_JOINED, Ensemble
 from brs_detr.run import setup
+from brs_detr.run.dataset import with_source
 from brs_detr.run.drawings import report_path, write_evaluation
 from brs_detr.run.launch import start_accelerator
 from brs_detr.run.output_dir import require_writable
@@ -129,6 +130,9 @@ def evaluate(
     require_writable(out, "--out")
     # prediction is in float32 whatever the training's precision, which this machine may not have
     accelerator = start_accelerator(replace(config, train=replace(config.train, precision="no")))
+    config, recognized = with_source(config, out, accelerator, ("val",))
+    if accelerator.is_main_process and recognized:
+        print("\n".join(recognized))
     dataset = open_val_set(config.data, config.model.has_masks)
     setup.require_same_categories(weights.classes, weights.category_ids, dataset, str(file))
     loader = build_eval_loader(

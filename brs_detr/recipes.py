@@ -92,6 +92,10 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: the recipe cannot be read ({error.strerror}); recipes lie in configs/") from None
     recipe = parse_yaml(text, str(path))
+    if isinstance(recipe, dict) and ("names" in recipe or isinstance(recipe.get("train"), (str, list))):
+        raise ConfigError(
+            f"{path}: this describes a YOLO dataset, not a recipe. Name a recipe first, e.g. brs_detr_small data={path}"
+        )
     if recipe is None:
         return {}
     if not isinstance(recipe, dict):
@@ -105,7 +109,7 @@ def _refuse_other_kinds(path: Path) -> None:
     if ".json" in endings:
         raise ConfigError(
             f"{path}: this is a dataset, not a recipe. Name a recipe first, e.g. "
-            f"brs_detr_small data.train_json={path.absolute()}"
+            f"brs_detr_small data={path} data.val_fraction=0.1"
         )
     if endings[-1:] and endings[-1] in _WEIGHTS:
         raise ConfigError(
@@ -118,7 +122,7 @@ def _about_folder(path: Path) -> str:
     if any((path / name).is_file() for name in _WEIGHTS_OF_RUN) or (path / "state").is_dir():
         again = f"{path / 'config.yaml'} --resume goes on with it"
         return f"{path}: this is the folder of a run, not a recipe: {again}, `brs-detr eval {path}` evaluates it"
-    return f"{path}: this is a folder, not a recipe. Name a recipe first, e.g. brs_detr_small data.root={path}"
+    return f"{path}: this is a folder, not a recipe. Name a recipe first, e.g. brs_detr_small data={path}"
 
 
 def _about_unknown_name(name: str) -> str:

@@ -6,10 +6,12 @@ So a misspelt setting, a missing file and `--help` are answered at once; `cli.py
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from brs_detr.config import Config, apply_overrides, load_config, update_from_command_line
 from brs_detr.data.config import Limits
+from brs_detr.data.layouts import is_yolo_yaml, recognize
 from brs_detr.hub.sources import local_path
 from brs_detr.recipes import ENDINGS
 from brs_detr.run.inputs import require_weights
@@ -63,7 +65,11 @@ def export(parser: argparse.ArgumentParser) -> None:
 
 def check_data(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `check-data`."""
-    parser.add_argument("target", metavar="CONFIG_OR_JSON", help="recipe (.yaml) or COCO annotation file (.json)")
+    parser.add_argument(
+        "target",
+        metavar="CONFIG_OR_DATASET",
+        help="recipe (.yaml), COCO annotation file (.json), or what data= takes: a dataset's folder or data.yaml",
+    )
     parser.add_argument("--images", help="image folder of a json (default: searched in the usual places)")
     parser.add_argument("--sheet", default="check-data.png", help="contact sheet to write (default check-data.png)")
     parser.add_argument("--samples", type=int, default=16, help="images on the contact sheet (default 16; 0: no sheet)")
@@ -85,13 +91,16 @@ def make_dataset(parser: argparse.ArgumentParser) -> None:
 
 def convert_dataset(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `convert-dataset`."""
-    parser.add_argument("format", choices=("voc", "yolo", "cityscapes"), help="format of the dataset")
-    parser.add_argument("source", help="folder of the dataset; for YOLO also its data.yaml or obj.data")
-    parser.add_argument("out", help="folder to write SPLIT.json to")
+    parser.add_argument("format", choices=("voc", "yolo", "cityscapes", "coco"), help="format; coco: split a json")
+    parser.add_argument("source", help="folder of the dataset; for YOLO also its data.yaml or obj.data; a COCO json")
+    parser.add_argument("out", nargs="?", help="folder to write SPLIT.json to (coco, default: beside the json)")
+    parser.add_argument("--out", dest="out_option", metavar="OUT", help="the same as an option")
     names = "class names in the desired order: a text file with one name per line, or names separated by commas"
     parser.add_argument("--classes", metavar="NAMES", help=f"{names} (default: VOC alphabetically, YOLO as numbered)")
     fraction = "split this fraction of train off as val, always the same images; only if there is no val split"
-    parser.add_argument("--val-fraction", type=float, metavar="F", help=fraction)
+    parser.add_argument("--val-fraction", type=float, metavar="F", help=f"{fraction} (coco, default: 0.1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of these images (default 0)")
+    parser.add_argument("--images", help="coco: image folder (default: searched in the usual places)")
     max_bytes = "maximum size of an image file (default: that of data.max_image_bytes); only headers are read"
     parser.add_argument("--max-image-bytes", type=int, metavar="N", default=Limits.max_image_bytes, help=max_bytes)
     parser.add_argument("--one-based", action="store_true", help="VOC: corners count from 1 and are both included")
@@ -146,10 +155,22 @@ def check_weights(options: argparse.Namespace) -> None:
     options.weights = local_path(options.weights)
 
 
+def dataset_setting(path: Path) -> str:
+    """Write a path as the dataset argument of a command line, quoted."""
+    return f"data={json.dumps(str(path))}"
+
+
 def check_dataset(options: argparse.Namespace) -> None:
     """Refuse settings that cannot be used with the recipe or json of `check-data`."""
     target = Path(options.target)
-    if target.suffix in ENDINGS or not (target.suffix or target.exists()):
-        load_config(target, options.overrides)
+    if target.is_dir() or is_yolo_yaml(target):
+        apply_overrides(Config(), [*options.overrides, dataset_setting(target)])
+        recognize(target)
+    elif target.suffix in ENDINGS or not (target.suffix or target.exists()):
+        config = load_config(target, options.overrides)
+        if config.data.source is not None:
+            recognize(config.data.source)
+    elif any(word.lstrip("-").startswith("data.val_fraction=") for word in options.overrides):
+        apply_overrides(Config(), [*options.overrides, dataset_setting(target)])
     else:
         apply_overrides(Config(), options.overrides)

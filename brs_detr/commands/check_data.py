@@ -6,44 +6,100 @@ import argparse
 import contextlib
 import os
 import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from brs_detr.commands.anchor_report import describe_anchors
+from brs_detr.commands.arguments import dataset_setting
 from brs_detr.commands.first_recipe import Dataset, first_recipe
 from brs_detr.config import Config, ConfigError, apply_overrides, load_config
 from brs_detr.data import check
 from brs_detr.data.anchor_fit import boxes_of
 from brs_detr.data.build import build_eval_transforms, build_train_transforms
-from brs_detr.data.check import Source
+from brs_detr.data.check import Source, source_of_json
 from brs_detr.data.coco import CocoDetection
-from brs_detr.data.config import Limits
+from brs_detr.data.config import DataConfig, Limits
+from brs_detr.data.dataset_source import open_source
 from brs_detr.data.image_search import usual_folder
 from brs_detr.data.issues import DataError
+from brs_detr.data.layouts import is_yolo_yaml, recognize
+from brs_detr.data.transforms import EvalTransforms
 from brs_detr.recipes import ENDINGS, find_recipe
-from brs_detr.user_files import printable
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check a json, or the training and validation sets of a config, and return the exit code."""
+    """Check a dataset, or the training and validation sets of a config, and return the exit code."""
     target = Path(options.target)
-    if target.is_dir():
-        raise ConfigError(about_folder(target))
     if not target.suffix and not target.exists():
         options.target = str(find_recipe(target))
-    if Path(options.target).suffix in ENDINGS:
-        config = load_config(options.target, options.overrides)
-        return check.run(options, lambda _: sources_of(config), describe=partial(anchors_of, config))
+        target = Path(options.target)
+    with tempfile.TemporaryDirectory(prefix="brs-detr-") as folder:  # for jsons of a dataset of another format
+        if is_dataset(target, options.overrides):
+            return check_folder(options, target, Path(folder))
+        if target.suffix in ENDINGS:
+            config = with_paths(load_config(options.target, options.overrides), Path(folder))
+            return check.run(options, lambda _: sources_of(config), describe=partial(anchors_of, config))
     limits = apply_overrides(Config(), options.overrides).data
     return check.run(options, limits=limits, describe=recipe_for)
+
+
+def is_dataset(target: Path, overrides: Sequence[str]) -> bool:
+    """Check for what `data=` takes: no recipe, and no json to be checked alone."""
+    to_divide = any(word.lstrip("-").startswith("data.val_fraction=") for word in overrides)
+    is_yolo = target.suffix == ".data" or (target.suffix in ENDINGS and is_yolo_yaml(target))
+    return target.is_dir() or is_yolo or (to_divide and target.suffix not in ENDINGS)
+
+
+def check_folder(options: argparse.Namespace, target: Path, folder: Path) -> int:
+    """Check what a dataset argument names; jsons are written to `folder` where it is of another format."""
+    if options.images:
+        raise ConfigError(f"--images: the images of {target} are found with it. Leave it out.")
+    data = apply_overrides(Config(), [*options.overrides, dataset_setting(target)]).data
+    try:
+        opened = open_source(data, folder)
+    except DataError:  # perhaps a split is missing: what is there can be checked all the same
+        only = "val" if set(recognize(target).jsons) & {"val", "test"} else "train"
+        opened = open_source(data, folder, (only,))
+    print("\n".join(opened.describe()) + "\n")
+    sources = []
+    for purpose, split in opened.splits.items():
+        source = source_of_json(str(split.json), str(split.images), data)
+        sources.append(source if purpose == "train" else replace(source, transforms=EvalTransforms(), train=False))
+    describe = partial(recipe_for_folder, data, "val" in opened.splits)
+    return check.run(options, lambda _: sources, describe=describe)
+
+
+def with_paths(config: Config, folder: Path) -> Config:
+    """Replace the dataset argument of a config, if it has one, by the paths that it stands for."""
+    if config.data.source is None:
+        return config
+    opened = open_source(config.data, folder)
+    print("\n".join(opened.describe()) + "\n")
+    return replace(config, data=opened.settings(config.data))
 
 
 def anchors_of(config: Config, dataset: CocoDetection) -> str:
     """Describe how well the anchors of a recipe fit its training set."""
     return describe_anchors(config, boxes_of(dataset.packed))
+
+
+def recipe_for_folder(config: DataConfig, has_val: bool, dataset: CocoDetection) -> str:
+    """Describe the recipe to start from with a dataset argument, and the command line that trains it."""
+    paths: dict[str, object] = {"data": str(config.source)}
+    if config.val_fraction is not None or not has_val:
+        paths["data.val_fraction"] = config.val_fraction or 0.1
+    return first_recipe(facts_of(dataset, paths))
+
+
+def facts_of(dataset: CocoDetection, paths: Mapping[str, object]) -> Dataset:
+    """Return what the choice of a recipe needs to know of a training set."""
+    packed = dataset.packed
+    return Dataset(boxes_of(packed), len(packed), int(np.diff(packed.offsets).max(initial=0)), paths)
 
 
 def recipe_for(dataset: CocoDetection) -> str:
@@ -57,9 +113,7 @@ def recipe_for(dataset: CocoDetection) -> str:
         val = ("VAL.json", "VAL_IMAGES")
         notes = ["no validation json was found beside it: replace VAL.json and VAL_IMAGES by yours"]
     paths |= {"data.val_json": val[0], "data.val_images": val[1]}
-    packed = dataset.packed
-    fullest = int(np.diff(packed.offsets).max(initial=0))
-    return "\n".join([first_recipe(Dataset(boxes_of(packed), len(packed), fullest, paths)), *notes])
+    return "\n".join([first_recipe(facts_of(dataset, paths)), *notes])
 
 
 def held_out(name: str) -> bool:
@@ -76,24 +130,6 @@ def validation_of(train: Path, limits: Limits) -> tuple[str, str] | None:
             with contextlib.suppress(DataError):  # its images may be anywhere: then it is left to the user
                 return str(path), os.path.abspath(usual_folder(path, check.file_names(path, limits)))
     return None
-
-
-def about_folder(folder: Path) -> str:
-    """Say what to write instead of a folder: the json in it, the conversion of another format, or a recipe."""
-    jsons = sorted(
-        path for pattern in ("*.json", "*/*.json", "*/*.json.gz") for path in islice(folder.glob(pattern), 99)
-    )
-    if jsons:
-        shown = ", ".join(printable(path) for path in jsons[:3]) + (", ..." if len(jsons) > 3 else "")
-        return f"{folder}: this is a folder. Name an annotation file (there is {shown}), its images with --images."
-    formats = {"voc": ("Annotations", "*.xml", "*/*.xml"), "yolo": ("labels", "data.yaml", "*/labels", "obj.data")}
-    for name, patterns in formats.items():
-        if any(next(folder.glob(pattern), None) for pattern in patterns):
-            return (
-                f"{folder}: this is a folder, perhaps of a {name.upper()} dataset. Convert it first: "
-                f"`brs-detr convert-dataset {name} {folder} OUT`"
-            )
-    return f"{folder}: this is a folder. Name the annotation file (COCO json) and give this folder with --images."
 
 
 def sources_of(config: Config) -> list[Source]:

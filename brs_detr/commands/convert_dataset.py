@@ -1,27 +1,32 @@
-"""The `convert-dataset` command: convert Pascal VOC, YOLO and Cityscapes to COCO annotations; images are not moved."""
+"""The `convert-dataset` command: convert Pascal VOC, YOLO and Cityscapes to COCO annotations, or split a COCO json.
+
+Images are not moved.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from brs_detr.data.annotations import image_name
 from brs_detr.data.config import Limits
-from brs_detr.data.formats.base import Notes, hold_out, pick_train_val, read_lines, to_coco, validate
+from brs_detr.data.formats.base import ImportedDataset, Notes, hold_out, pick_train_val, read_lines, to_coco, validate
 from brs_detr.data.formats.cityscapes import read_cityscapes
+from brs_detr.data.formats.coco import require_free, split_coco, write_dataset
 from brs_detr.data.formats.voc import read_voc
 from brs_detr.data.formats.yolo import read_yolo
+from brs_detr.data.image_search import usual_folder
 from brs_detr.data.issues import DataError
-from brs_detr.user_files import UserFileError, printable, read_start
+from brs_detr.data.json_file import load_json
+from brs_detr.user_files import printable
 
 NOTES_FILE = "convert-notes.txt"
-_BEGINNING = '{"info": {"description": "converted by brs_detr'  # first characters of every json that is written here
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,35 +42,86 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
+    if args.format == "coco":
+        return _split(args)
+    if args.images:
+        raise DataError("--images: this option is for COCO jsons only. Leave it out.")
+    out = _out_folder(args)
+    imported = _read(args)
+    if args.val_fraction is not None:
+        hold_out(imported, args.val_fraction, args.seed)
+    validate(imported, args.source)
+    datasets, images = to_coco(imported)
+    write_all(datasets, out)
+    print_notes(imported.notes, out / NOTES_FILE)
+    train, val = pick_train_val(imported)
+    print(next_steps(out, images, train, val, datasets[train]))
+    return 0
+
+
+def _read(args: argparse.Namespace) -> ImportedDataset:
+    """Read a dataset of another format than COCO's."""
     classes = _class_names(args.classes)
     # only headers are read here, so the number of pixels does not matter
     limits = Limits(max_image_pixels=sys.maxsize, max_image_bytes=args.max_image_bytes)
     if args.format == "voc":
         options = {"one_based": args.one_based, "keep_difficult": args.keep_difficult}
-        imported = read_voc(args.source, classes=classes, limits=limits, **options)
-    elif args.one_based or args.keep_difficult:
+        return read_voc(args.source, classes=classes, limits=limits, **options)
+    if args.one_based or args.keep_difficult:
         raise DataError("--one-based, --keep-difficult: these options are for VOC only. Leave them out.")
-    elif args.format == "cityscapes":
+    if args.format == "cityscapes":
         if classes:
             raise DataError("--classes: those of Cityscapes are fixed. Leave it out.")
-        imported = read_cityscapes(args.source, args.max_image_bytes)
-    else:
-        imported = read_yolo(args.source, classes=classes, limits=limits)
-    if args.val_fraction is not None:
-        hold_out(imported, args.val_fraction)
-    validate(imported, args.source)
-    datasets, images = to_coco(imported)
-    out = Path(args.out).absolute()
+        return read_cityscapes(args.source, args.max_image_bytes)
+    return read_yolo(args.source, classes=classes, limits=limits)
+
+
+def _split(args: argparse.Namespace) -> int:
+    """Split a COCO json into train.json and val.json."""
+    if args.classes or args.one_based or args.keep_difficult:
+        raise DataError("--classes, --one-based, --keep-difficult: a COCO json says these itself. Leave them out.")
+    source = Path(args.source)
+    if source.is_dir():
+        raise DataError(f"{source}: this is a folder. Name the annotation file to split.")
+    data = load_json(source, masks="keep")
+    names = [str(image_name(entry) or "") for entry in data["images"] if isinstance(entry, dict)]
+    images = os.path.abspath(args.images or usual_folder(source, names))
+    out = _out_folder(args)
+    if os.path.realpath(source) in (os.path.realpath(out / "train.json"), os.path.realpath(out / "val.json")):
+        raise DataError(f"{source}: its own split would take its place. Give another folder with --out.")
+    fraction = 0.1 if args.val_fraction is None else args.val_fraction
+    parts = split_coco(data, fraction, args.seed, "--val-fraction")
+    write_all(parts, out)
+    print(next_steps(out, images, "train", "val"))
+    return 0
+
+
+def _out_folder(args: argparse.Namespace) -> Path:
+    """Return the folder to write to: for a COCO json by default its own.
+
+    Raises:
+        DataError: it is given twice, or not at all.
+    """
+    if args.out and args.out_option:
+        raise DataError(f"--out {args.out_option}: the folder to write to is given twice ({args.out}). Leave one out.")
+    out = args.out or args.out_option or (Path(args.source).parent if args.format == "coco" else None)
+    if out is None:
+        raise DataError(f"{args.source}: name a folder to write to: convert-dataset {args.format} {args.source} OUT.")
+    return Path(out).absolute()
+
+
+def write_all(datasets: Mapping[str, dict[str, Any]], out: Path) -> None:
+    """Write the json of every split and print what it has, or write none.
+
+    Raises:
+        DataError: a file was not made by this command.
+    """
     paths = {split: out / f"{split}.json" for split in datasets}
     require_free(paths.values())  # before the first one is written: all splits are replaced, or none
     for split, path in paths.items():
         data = write_dataset(datasets[split], path)
         counts = (len(data["images"]), len(data["annotations"]), len(data["categories"]))
         print("{}: {:,} images, {:,} objects, {} classes".format(printable(path), *counts))
-    print_notes(imported.notes, out / NOTES_FILE)
-    train, val = pick_train_val(imported)
-    print(next_steps(out, images, train, val, datasets[train]))
-    return 0
 
 
 def print_notes(notes: Notes, path: Path) -> None:
@@ -93,33 +149,11 @@ def _class_names(text: str | None) -> list[str]:
     return names
 
 
-def require_free(paths: Iterable[Path]) -> None:
-    """Refuse to overwrite a json that was not written by this command; earlier conversions are replaced.
+def next_steps(out: Path, images: str, train: str, val: str | None, data: dict[str, Any] | None = None) -> str:
+    """Format the command lines that check the dataset and, with the annotations of split `train`, that train on it.
 
-    Raises:
-        DataError: the message names the file.
+    Those of a json of the user's may have faults: then `check-data` prints the line to train with.
     """
-    for path in filter(Path.exists, paths):
-        try:
-            is_conversion = read_start(path, len(_BEGINNING)) == _BEGINNING.encode()
-        except UserFileError:
-            is_conversion = False
-        if not is_conversion:
-            raise DataError(f"{path}: this file exists and was not made by this command. Choose another folder.")
-
-
-def write_dataset(data: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Write a COCO json atomically, and return the data."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    info = {"description": _BEGINNING.rpartition('"')[2]}
-    temporary = path.with_suffix(".json.partial")
-    temporary.write_text(json.dumps({"info": info, **data}, ensure_ascii=False), encoding="utf-8")
-    temporary.replace(path)
-    return data
-
-
-def next_steps(out: Path, images: str, train: str, val: str | None, data: dict[str, Any]) -> str:
-    """Format the command lines that check the dataset and train on it; `data` are the annotations of split `train`."""
     lines = ["next:"]
     for split in filter(None, (train, val)):
         words = ["python", "-m", "brs_detr", "check-data", str(out / f"{split}.json"), "--images", images]
@@ -127,6 +161,8 @@ def next_steps(out: Path, images: str, train: str, val: str | None, data: dict[s
     if val is None:
         hint = "training needs a train and a val split; --val-fraction 0.1 splits val off train"
         return "\n".join([*lines, hint])
+    if data is None:
+        return "\n".join(lines)
     from brs_detr.commands.first_recipe import Dataset, first_recipe  # torch takes seconds, the conversion often less
     from brs_detr.data.anchor_fit import boxes_of_json
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from brs_detr.commands.arguments import WEIGHTS
 from brs_detr.config import Config, update_from_command_line
+from brs_detr.data.layouts import recognize
 from brs_detr.hub.sources import local_path
 from brs_detr.run.inputs import require_weights
 
@@ -48,7 +49,10 @@ def score_list(text: str) -> tuple[float, ...]:
 def run(options: argparse.Namespace) -> int:
     """Check names and paths, then evaluate; returns the exit code."""
     require_weights(options.weights)
-    update_from_command_line(Config(), options.overrides)  # whether the values fit, the stored config has to say
+    # whether the values fit, the stored config has to say
+    data = update_from_command_line(Config(), options.overrides).data
+    if data.source is not None:
+        recognize(data.source)
     weights = local_path(options.weights)
     from brs_detr.evaluate import run_evaluation  # torch takes seconds to import: only once all this is right
 

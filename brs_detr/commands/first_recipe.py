@@ -61,7 +61,7 @@ class Dataset(NamedTuple):
     boxes: Boxes
     images: int
     fullest: int
-    paths: Mapping[str, str]
+    paths: Mapping[str, object]
 
 
 def look_around() -> Surroundings:

@@ -9,6 +9,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import tempfile
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 from brs_detr.config import Config, dump, load_config
 from brs_detr.data.config import SSDConfig
+from brs_detr.data.dataset_source import open_source
 from brs_detr.data.json_file import load_json
 from brs_detr.engine.optim import count_parameters
 from brs_detr.evaluation.coco_eval import fast_backend_installed
@@ -40,9 +42,14 @@ def run(options: argparse.Namespace) -> int:
 
 def count_classes(config: Config, num_classes: int | None) -> tuple[int, str]:
     """Return the number of classes and where it comes from."""
-    path = Path(config.data.root, config.data.train_json)
     if num_classes is not None:
         return num_classes, "from --classes"
+    if config.data.source is not None:
+        with tempfile.TemporaryDirectory(prefix="brs-detr-") as folder:
+            opened = open_source(config.data, Path(folder), ("train",))
+            data = load_json(opened.splits["train"].json, config.data.max_json_bytes)
+        return len(data["categories"]), f"from {opened.layout.source}"
+    path = Path(config.data.root, config.data.train_json)
     if path.is_file():
         return len(load_json(path, config.data.max_json_bytes)["categories"]), f"from {path}"
     return COCO_CLASSES, f"as in COCO; {path} does not exist"

@@ -191,7 +191,7 @@ def run(
 
     Args:
         args: as made by `add_arguments`.
-        resolve: returns the datasets of a config; the command line reads configs, this package does not.
+        resolve: returns the datasets of a config or folder; the command line reads configs, this package does not.
         limits: for a json that is checked without a config.
         describe: what else to print of a dataset to train on.
 
@@ -200,10 +200,7 @@ def run(
     """
     sources: Sequence[Source]
     try:
-        if Path(args.target).suffix in (".yaml", ".yml") and resolve is not None:
-            sources = resolve(args.target)
-        else:
-            sources = [source_of_json(args.target, args.images, limits)]
+        sources = resolve(args.target) if resolve else [source_of_json(args.target, args.images, limits)]
     except DataError as error:
         return _refuse(error)
     code = EXIT_TRAINABLE

@@ -53,8 +53,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class DataConfig(Limits):
-    """Where images and annotations are; the four paths are relative to `root`."""
+    """Where images and annotations are; the four paths are relative to `root`.
 
+    `data=PATH` is short for `data.source=PATH`: a folder or file that is recognized (`layouts.py`) and stands for all.
+    """
+
+    # folder in COCO's, Roboflow's, YOLO's or VOC's layout, a data.yaml or a COCO json, instead of the paths below
+    source: Annotated[str | None, Null("the paths")] = None
+    # of the images of a source without a validation split, held out for validation
+    val_fraction: Annotated[float | None, Range(above=0, below=1), Null("it has such a split")] = None
     root: str = "datasets/coco"
     train_json: str = "annotations/instances_train2017.json"
     train_images: str = "train2017"
@@ -76,6 +83,11 @@ class DataConfig(Limits):
 
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
+        if self.val_fraction is not None and self.source is None:
+            yield (
+                f"{name}.val_fraction={self.val_fraction:g} divides the dataset of the argument data=. Write "
+                f"{name}=FOLDER_OR_JSON {name}.val_fraction={self.val_fraction:g}, without the paths"
+            )
         if (self.timeout or math.inf) <= self.retry_seconds:
             # Else a storage that recovers in time would still end the run.
             yield f"{name}.timeout={self.timeout} must be above {name}.retry_seconds={self.retry_seconds}"

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from brs_detr.config import Config, ConfigError
+from brs_detr.data.layouts import recognize
 from brs_detr.hub.sources import local_path, require_source
 
 _DEMO = "datasets/demo"  # data.root of configs/demo.yaml
@@ -20,9 +21,13 @@ def require_training_inputs(config: Config, is_trial: bool = False) -> None:
 
     Raises:
         ConfigError: naming the file and the setting.
+        DataError: `data.source` is no dataset.
     """
     data, train, backbone = config.data, config.train, config.model.backbone
-    splits = ("train",) if train.overfit_batches is not None else ("train", "val")
+    splits = ["train"] if train.overfit_batches is not None else ["train", "val"]
+    if data.source is not None:
+        recognize(data.source)
+        splits = []
     for split in splits:
         path = Path(data.root, getattr(data, f"{split}_json"))
         if _is_missing(path):

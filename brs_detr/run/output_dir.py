@@ -27,6 +27,7 @@ except ImportError:  # Windows
 # Settings in which a resumed run may differ, since they do not change the training's numbers.
 _FREE_TO_CHANGE = (
     "output_dir",
+    "data.source",
     "data.root",  # its content is compared instead, as are the annotations and the file names of the images
     "data.train_",
     "data.val_",

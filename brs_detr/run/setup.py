@@ -291,7 +291,9 @@ def with_subset(config: Config, accelerator: Accelerator) -> Config:
         content = load_json(path, limit, "keep" if config.model.has_masks else "drop")
         write_subset(content, target, images)
     accelerator.wait_for_everyone()
-    subset = dataclasses.replace(data, train_json=str(target), val_json=str(target), val_images=data.train_images)
+    # an evaluation of its weights reads the subset, and not the dataset it was taken from
+    own = dataclasses.replace(data, source=None, val_fraction=None)
+    subset = dataclasses.replace(own, train_json=str(target), val_json=str(target), val_images=data.train_images)
     return dataclasses.replace(config, data=subset)
 
 

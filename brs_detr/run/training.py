@@ -36,6 +36,7 @@ from brs_detr.models.detector import Detector
 from brs_detr.ops.targets import check_targets
 from brs_detr.run import setup
 from brs_detr.run.anchors import choose_anchors
+from brs_detr.run.dataset import with_source
 from brs_detr.run.drawings import calibrated_results, write_evaluation
 from brs_detr.run.inputs import require_learning_backbone
 from brs_detr.run.launch import describe_machine, start_accelerator
@@ -141,6 +142,8 @@ def _open_log(
     """Open the run's log, find the saved state to resume from (None for a fresh start) and choose the anchors."""
     folder = Path(config.output_dir)
     require_shared_folder(config, accelerator)
+    purposes = ("train",) if config.train.overfit_batches is not None else ("train", "val")
+    config, recognized = with_source(config, folder, accelerator, purposes)
     state, notes = agreed_state(folder / "state", accelerator) if config.train.resume else (None, [])
     if state is None and not is_trial:  # a trial shows the cost of a step, which weights do not change
         require_learning_backbone(config)
@@ -150,7 +153,7 @@ def _open_log(
         notes += [f"resumed from {state}", *(f"changed since: {change}" for change in changes)]
     accelerator.wait_for_everyone()
     log = RunLog(folder, accelerator, None if state is None else read_facts(state))
-    for note in [describe_machine(accelerator), str(plan), *notes, *chosen]:
+    for note in [describe_machine(accelerator), str(plan), *recognized, *notes, *chosen]:
         log.say(note)
     if accelerator.is_main_process:
         remove_partials(folder)

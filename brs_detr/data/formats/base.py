@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from brs_detr.data.issues import DataError
+from brs_detr.data.split import hold_out_images, require_fraction, short_names
 from brs_detr.user_files import MODEST_BYTES, TEXT_BYTES, UserFileError, printable, read_file
 
 IMAGE_FOLDERS = ("images", "jpegimages", "image", "imgs", "img")
@@ -194,22 +194,27 @@ def clean_boxes(
     return kept
 
 
-def hold_out(imported: ImportedDataset, fraction: float) -> None:
-    """Split a fraction of train off as val: always the same images, chosen by a hash of their names.
+def hold_out(imported: ImportedDataset, fraction: float, seed: int = 0, setting: str = "--val-fraction") -> None:
+    """Split a fraction of train off as val, with all classes on both sides as far as possible: see `split.py`.
+
+    Args:
+        imported: its train split is divided.
+        fraction: of the images.
+        seed: another one gives another choice.
+        setting: what gives the fraction, for errors.
 
     Raises:
         DataError: there is a val split already, there is no train split, or it is too small.
     """
-    samples = imported.splits.get("train", [])
-    if "val" in imported.splits or len(samples) < 2 or not 0 < fraction < 1:
-        needed = "a number between 0 and 1, a train split of at least two images, and no val split"
-        splits = ", ".join(f"{name} ({len(group):,})" for name, group in imported.splits.items())
-        raise DataError(f"--val-fraction {fraction:g}: it needs {needed}. The splits are {splits}.")
-    # a hash rather than a random number: images added later do not move others between the splits
-    by_hash = sorted(samples, key=lambda sample: hashlib.sha256(sample.path.stem.encode()).digest())
-    held = {sample.path for sample in by_hash[: min(max(1, round(len(samples) * fraction)), len(samples) - 1)]}
-    imported.splits["train"] = [sample for sample in samples if sample.path not in held]
-    imported.splits["val"] = [sample for sample in samples if sample.path in held]
+    require_fraction(fraction, {name: len(group) for name, group in imported.splits.items()}, setting)
+    samples = imported.splits["train"]
+    names = short_names([str(sample.path) for sample in samples])
+    classes: dict[str, set[Hashable]] = {name: set() for name in names}
+    for name, sample in zip(names, samples, strict=True):
+        classes[name] |= {item["category_id"] for item in sample.objects if not item.get("iscrowd")}
+    held = hold_out_images(classes, fraction, seed)
+    imported.splits["train"] = [sample for name, sample in zip(names, samples, strict=True) if name not in held]
+    imported.splits["val"] = [sample for name, sample in zip(names, samples, strict=True) if name in held]
 
 
 def pick_train_val(imported: ImportedDataset) -> tuple[str, str | None]:
