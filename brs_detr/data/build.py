@@ -6,12 +6,26 @@ from pathlib import Path
 
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.config import DataConfig, SSDConfig
+from brs_detr.data.custom_augment import CustomTransform
+from brs_detr.data.presets import PRESETS, PresetTransforms
 from brs_detr.data.ssd_transforms import SSDTransforms
 from brs_detr.data.transforms import EvalTransforms, TrainTransforms
 
 
-def build_train_transforms(config: DataConfig) -> TrainTransforms | SSDTransforms:
-    """Build the training augmentation."""
+def build_train_transforms(config: DataConfig) -> TrainTransforms | SSDTransforms | PresetTransforms:
+    """Build the training augmentation: the policy of the recipe, with the preset and the user's own around it.
+
+    Raises:
+        CustomAugmentError: `data.augment.custom` cannot be imported.
+    """
+    policy, augment = _build_policy(config), config.augment
+    if augment.preset == "none" and augment.custom is None:
+        return policy
+    custom = None if augment.custom is None else CustomTransform(augment.custom)
+    return PresetTransforms(policy, PRESETS[augment.preset], custom)
+
+
+def _build_policy(config: DataConfig) -> TrainTransforms | SSDTransforms:
     augment = config.augment
     if isinstance(augment, SSDConfig):
         return SSDTransforms(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from brs_detr.config_fields import Count, Counts, Fraction, Null, Positive, Range, one_of
+
+Preset = Literal["none", "light", "strong", "aerial", "industrial"]
+_CUSTOM = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,20 @@ class AugmentConfig:
     crop_min: Count = 384
     crop_max: Count = 600
     flip: Fraction = 0.5
+    preset: Preset = "none"  # colors, blur, noise and turns on top; what and why: docs/data.md
+    # package.module:name of a transform of one's own, applied first
+    custom: Annotated[str | None, Null("none")] = None
 
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
         if self.crop_min > self.crop_max:
             yield f"{name}.crop_min={self.crop_min} is above {name}.crop_max={self.crop_max}"
+        yield from _custom_problems(self.custom, name)
+
+
+def _custom_problems(custom: str | None, name: str) -> Iterator[str]:
+    if custom is not None and not _CUSTOM.fullmatch(custom):
+        yield f"{name}.custom={custom} is not of the form package.module:name, e.g. my_augment:transform"
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,12 @@ class SSDConfig:
     max_expand: Annotated[float, Range(min=1)] = 4.0  # largest factor of the canvas's sides, 1: no zooming out
     crop_ious: tuple[Fraction, ...] = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # minimum IoUs of crops; []: no crops
     flip: Fraction = 0.5
+    preset: Preset = "none"  # as of `AugmentConfig`
+    custom: Annotated[str | None, Null("none")] = None
+
+    def problems(self, name: str) -> Iterator[str]:
+        """Yield what is wrong with the settings; `name` is that of the section."""
+        yield from _custom_problems(self.custom, name)
 
 
 @dataclass(frozen=True)

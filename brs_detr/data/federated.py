@@ -6,12 +6,14 @@ of the classes only. Of the others nothing is known, so detections of them are n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from brs_detr.data.json_file import as_int
 from brs_detr.data.packed import PackedAnnotations
+from brs_detr.user_files import printable
 
 LISTS = ("neg_category_ids", "not_exhaustive_category_ids")  # of an image: absent from it; not all objects annotated
 
@@ -44,6 +46,22 @@ def read_federated(data: dict[str, Any]) -> tuple[dict[int, dict[str, list[int]]
 def _ids(value: Any) -> list[int]:
     """Return the integers of a list."""
     return [key for key in map(as_int, value if isinstance(value, list) else []) if key is not None]
+
+
+def describe_repeats(packed: PackedAnnotations, classes: Sequence[str], threshold: float) -> str:
+    """Describe in a line what `repeat_factors` does to an epoch, with the class that is repeated most."""
+    factors = repeat_factors(packed, threshold)
+    head = f"data.repeat_threshold={threshold:g}: {len(packed):,} images are shown {factors.sum():,.0f} times an epoch"
+    if factors.max() <= 1:
+        return f"{head}: every class is in a larger share of them"
+    objects = np.repeat(factors == factors.max(), np.diff(packed.offsets)) & ~packed.iscrowd
+    rows = np.repeat(np.arange(len(packed)), np.diff(packed.offsets))
+    images_of = {
+        label: len(np.unique(rows[~packed.iscrowd & (packed.labels == label)]))
+        for label in np.unique(packed.labels[objects])
+    }
+    rarest = min(images_of, key=lambda label: images_of[label])
+    return f"{head}, those of {printable(classes[rarest])} (in {images_of[rarest]:,}) {factors.max():.1f} times each"
 
 
 def repeat_factors(packed: PackedAnnotations, threshold: float) -> np.ndarray:

@@ -17,6 +17,7 @@ from brs_detr import config as configuration
 from brs_detr.config import Config, ConfigError
 from brs_detr.data.build import open_train_set, open_val_set
 from brs_detr.data.coco import CocoDetection
+from brs_detr.data.federated import describe_repeats
 from brs_detr.data.image_io import read_image
 from brs_detr.data.loader import EpochBatches, build_eval_loader, build_train_loader
 from brs_detr.data.watched_loader import WatchedLoader
@@ -198,6 +199,8 @@ def open_data(run: Run) -> Data:
         workers=workers,
         timeout=config.data.timeout,
     )
+    if config.data.repeat_threshold is not None:
+        log.say(describe_repeats(train_set.packed, train_set.classes, config.data.repeat_threshold))
     batches = EpochBatches(train_loader)
     length = plan_length(len(batches), run.plan, config.train)
     log.say(setup.describe_length(config, length))
