@@ -28,14 +28,14 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from brs_detr.data.coco import Target
-from brs_detr.data.issues import DataError
+from brs_detr.exit_codes import Failure
 
 _SETTING = "data.augment.custom"
 _ROUNDING = 0.5  # pixels that a box may stick out: it is clipped then; more is a box that did not follow its image
 _OBJECTS = ("boxes", "labels", "masks")
 
 
-class CustomAugmentError(DataError):
+class CustomAugmentError(Failure, ValueError):
     """A custom augmentation that cannot be imported or returns what cannot be trained on.
 
     A data loader passes on a worker's error as its traceback with the message at the end: only the message is kept.

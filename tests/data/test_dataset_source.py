@@ -1,0 +1,245 @@
+"""Opening a dataset argument: the splits of each purpose, what is written where, and what is refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from brs_detr import cli
+from brs_detr.config import Config, ConfigError, load_config
+from brs_detr.data import dataset_source
+from brs_detr.data.dataset_source import open_source
+from brs_detr.data.issues import DataError
+
+BOXES = [[(1, 2, 3, 20, 20)], [(17, 2, 3, 20, 20)], [(1, 2, 3, 9, 9), (90, 9, 9, 9, 9)]] * 4
+
+
+@pytest.fixture
+def single(tmp_path, write_dataset):
+    """Twelve images and a json of all of them."""
+    return write_dataset(tmp_path / "data", sizes=[(40, 60)] * 12, boxes=BOXES)
+
+
+def opened(source, folder, fraction=None, purposes=("train", "val")):
+    return open_source(replace(Config().data, source=str(source), val_fraction=fraction), folder, purposes)
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.fixture
+def split(single, tmp_path):
+    """The same as train.json and val.json in a folder of their own, beside the images."""
+    source = opened(single, tmp_path / "made", 0.25)
+    (single.parent / "annotations").mkdir()
+    for part in source.splits.values():
+        part.json.rename(single.parent / "annotations" / part.json.name)
+    single.unlink()
+    return single.parent
+
+
+def test_a_single_json_is_divided_by_image_and_keeps_what_it_has(single, tmp_path):
+    source = opened(single, tmp_path / "out", 0.25)
+    whole, parts = read(single), {name: read(part.json) for name, part in source.splits.items()}
+    for key in ("images", "annotations"):
+        assert sorted(e["id"] for part in parts.values() for e in part[key]) == sorted(e["id"] for e in whole[key])
+    for part in parts.values():
+        own = {image["id"] for image in part["images"]}
+        assert part["categories"] == whole["categories"] and {a["image_id"] for a in part["annotations"]} <= own
+    assert (source.splits["train"].number, source.splits["val"].number) == (9, 3)
+    line, written = source.describe()
+    assert line == (
+        f"data={single}: COCO json; train 9 images (set.json, images in images), "
+        "val 3 images (set.json, images in images)"
+    )
+    assert written == f"  written: {tmp_path}/out/train.json, {tmp_path}/out/val.json"
+    config = source.settings(Config().data)
+    assert (config.root, config.train_images) == (str(single.parent), "images") and config.source == str(single)
+
+
+def test_without_a_fraction_it_can_be_evaluated_on_but_not_trained_on(single, tmp_path):
+    with pytest.raises(DataError, match=r"no validation split .one annotation file for all images.. Set data.val_fra"):
+        opened(single, tmp_path / "out")
+    source = opened(single, tmp_path / "out", purposes=("val",))
+    assert source.splits["val"].json == single and source.splits["val"].number == 12
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_sees_the_images_that_training_holds_out(single, tmp_path):
+    first, second = opened(single, tmp_path / "a", 0.25), opened(single, tmp_path / "b", 0.25, ("val",))
+    assert read(first.splits["val"].json) == read(second.splits["val"].json)
+
+
+def test_two_jsons_are_used_where_they_lie(split, tmp_path):
+    source = opened(split, tmp_path / "out")
+    assert source.splits["train"].json == split / "annotations" / "train.json" and not (tmp_path / "out").exists()
+    with pytest.raises(DataError, match=r"data.val_fraction=0.1: .* has a val split already. Leave it out."):
+        opened(split, tmp_path / "out", 0.1)
+    (split / "annotations" / "val.json").rename(split / "annotations" / "test.json")
+    assert opened(split, tmp_path / "out").splits["val"].json.name == "test.json"
+    (split / "annotations" / "train.json").unlink()
+    with pytest.raises(DataError, match=r"there is no training split .found: test."):
+        opened(split, tmp_path / "out")
+    with pytest.raises(DataError, match="has no train split to divide"):
+        opened(split, tmp_path / "out", 0.1)
+
+
+def test_a_large_json_is_not_read_twice(split, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_source, "_LARGE", 100)
+    monkeypatch.setattr(dataset_source, "load_json", None)
+    source = opened(split, tmp_path / "out")
+    assert source.splits["train"].number is None and source.splits["train"].images == split / "images"
+    assert "; train (annotations/train.json, images in images), val (" in source.describe()[0]
+
+
+def test_images_that_are_not_near_are_asked_for(split, tmp_path):
+    (split / "images").rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"none of its images was found near it. Name both: data.root"):
+        opened(split, tmp_path / "out")
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_the_grouping_category_of_roboflow_is_no_class_unless_it_is_used(single, tmp_path, used):
+    data = read(single)
+    for entry in data["categories"]:
+        entry["supercategory"] = "things"
+    data["categories"].insert(0, {"id": 0, "name": "things", "supercategory": "none"})
+    data["annotations"][0]["category_id"] = 0 if used else data["annotations"][0]["category_id"]
+    data["annotations"][0]["segmentation"] = [[2, 3, 22, 3, 22, 23]]
+    folder = tmp_path / "export" / "train"
+    folder.parent.mkdir()
+    (single.parent / "images").rename(folder)
+    (folder / "_annotations.coco.json").write_text(json.dumps(data))
+    source = opened(folder.parent, tmp_path / "out", 0.25)
+    names = [entry["name"] for entry in read(source.splits["train"].json)["categories"]]
+    assert names == (["things"] if used else []) + ["c", "a", "b"]
+    assert any("category 0, things, is no class" in line for line in source.describe()) != used
+    both = [a for part in source.splits.values() for a in read(part.json)["annotations"]]
+    assert sum("segmentation" in annotation for annotation in both) == 1
+
+
+def test_the_held_out_images_are_the_same_in_every_format(tmp_path, write_image):
+    for i in range(9):
+        for folder in ("yolo/images", "voc"):
+            write_image(tmp_path / folder / f"{i}.jpg")
+        label = tmp_path / "yolo" / "labels" / f"{i}.txt"
+        label.parent.mkdir(exist_ok=True)
+        label.write_text(f"{i % 2} 0.5 0.5 0.5 0.5\n")
+        box = "<bndbox><xmin>20</xmin><ymin>10</ymin><xmax>60</xmax><ymax>30</ymax></bndbox>"
+        xml = f"<annotation><object><name>{'ab'[i % 2]}</name>{box}</object></annotation>"
+        (tmp_path / "voc" / f"{i}.xml").write_text(xml)
+    found = []
+    for kind in ("yolo", "voc"):
+        part = opened(tmp_path / kind, tmp_path / "out", 0.3).splits["val"]
+        found.append({(image["file_name"], image["width"]) for image in read(part.json)["images"]})
+    assert found[0] == found[1] and len(found[0]) == 3
+
+
+def test_notes_of_a_conversion_are_counted_and_kept(tmp_path, write_image):
+    for i in range(4):
+        write_image(tmp_path / "data" / f"{i}.jpg")
+        (tmp_path / "data" / f"{i}.txt").write_text("0 0.5 0.5 0.5 0.5\n" if i else "")
+    lines = opened(tmp_path / "data", tmp_path / "out", 0.25).describe()
+    assert any("1 x images with an empty label file: kept as background" in line for line in lines)
+    assert f"  every case: {tmp_path / 'out' / 'notes.txt'}" in lines and (tmp_path / "out" / "notes.txt").is_file()
+
+
+# the argument beside the paths
+
+
+def test_the_argument_and_the_paths_replace_each_other(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("data: {source: there, val_fraction: 0.2}\n")
+    assert load_config(recipe).data.val_fraction == 0.2
+    other = load_config(recipe, ["data=here"]).data
+    assert (other.source, other.val_fraction) == ("here", None)
+    paths = load_config(recipe, ["data.root=x"]).data
+    assert (paths.source, paths.val_fraction, paths.root) == (None, None, "x")
+    recipe.write_text("data: there\n")
+    assert load_config(recipe).data.source == "there"
+    assert load_config("demo", ["data=12"]).data.source == "12"
+    assert load_config("demo", ["data=C:\\my data: #1"]).data.source == "C:\\my data: #1"
+    assert load_config("demo", ['data="a b"']).data.source == "a b"
+
+
+def test_what_makes_no_sense_together_is_refused(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"data=x stands for all paths of the dataset, and data.val_json is one of them"
+    ):
+        load_config("demo", ["data=x", "data.val_json=y"])
+    with pytest.raises(ConfigError, match=r"Write data=FOLDER_OR_JSON data.val_fraction=0.1, without the paths"):
+        load_config("demo", ["data.val_fraction=0.1"])
+    for value in ("0", "1", "1.5"):
+        with pytest.raises(ConfigError, match="val_fraction"):
+            load_config("demo", ["data=x", f"data.val_fraction={value}"])
+
+
+# check-data and convert-dataset coco
+
+
+def test_check_data_takes_a_folder_and_prints_the_command_that_trains_on_it(split, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["check-data", str(split)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"data={split}: COCO json; train 9 images") and "val.json: 3 of 3 images" in said
+    assert f" brs_detr train brs_detr_small_cpu data={split} " in said
+    assert (tmp_path / "check-data.png").is_file() and (tmp_path / "check-data-2.png").is_file()
+    (split / "annotations" / "val.json").unlink()
+    assert cli.main(["check-data", str(split), "--samples", "0"]) == 0
+    assert f"data={split} data.val_fraction=0.1" in capsys.readouterr().out
+    (split / "annotations" / "train.json").unlink()
+    assert cli.main(["check-data", str(split)]) == 2
+    assert "no dataset was recognized here" in capsys.readouterr().err
+
+
+def test_check_data_takes_a_yolo_yaml_and_a_recipe_does_not(tmp_path, write_image, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_image(tmp_path / "y" / "images" / "a.jpg")
+    (tmp_path / "y" / "labels").mkdir()
+    (tmp_path / "y" / "labels" / "a.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    (tmp_path / "y" / "data.yaml").write_text("train: images\nnames: [cat]\n")
+    assert cli.main(["check-data", "y/data.yaml", "--samples", "0"]) == 0
+    assert "YOLO; train 1 images" in capsys.readouterr().out
+    assert cli.main(["train", "y/data.yaml"]) == 2
+    assert "this describes a YOLO dataset, not a recipe. Name a recipe first, e.g. brs_detr_small data=y/data.yaml" in (
+        capsys.readouterr().err
+    )
+
+
+def test_convert_dataset_coco_splits_a_json(single, tmp_path, capsys):
+    words = ["convert-dataset", "coco", str(single)]
+    assert cli.main([*words, "--val-fraction", "0.25"]) == 0
+    said = capsys.readouterr().out
+    assert f"{single.parent}/train.json: 9 images, 12 objects, 3 classes" in said
+    assert f"check-data {single.parent}/val.json --images {single.parent}/images" in said
+    first = read(single.parent / "val.json")
+    assert cli.main([*words, "--val-fraction", "0.25", "--out", str(tmp_path / "again")]) == 0
+    assert read(tmp_path / "again" / "val.json") == first
+    assert cli.main([*words, str(tmp_path / "seeded"), "--val-fraction", "0.25", "--seed", "5"]) == 0
+    assert read(tmp_path / "seeded" / "val.json")["images"] != first["images"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--val-fraction", "2"], "--val-fraction 2: it needs a number between 0 and 1"),
+        (["--classes", "a,b"], "a COCO json says these itself"),
+        (["out", "--out", "other"], "given twice (out)"),
+        (["--images", "nowhere", "--one-based"], "Leave them out"),
+    ],
+)
+def test_a_split_that_cannot_be_is_refused(single, tmp_path, capsys, monkeypatch, words, sentence):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["convert-dataset", "coco", str(single), *words]) == 2
+    assert sentence in capsys.readouterr().err and not (single.parent / "train.json").exists()
+
+
+def test_a_split_does_not_take_the_place_of_its_source_nor_of_another_json(single, capsys):
+    single.rename(single.parent / "train.json")
+    assert cli.main(["convert-dataset", "coco", str(single.parent / "train.json")]) == 2
+    assert "its own split would take its place" in capsys.readouterr().err
+    (single.parent / "train.json").rename(single)
+    (single.parent / "val.json").write_text("{}")
+    assert cli.main(["convert-dataset", "coco", str(single)]) == 2
+    assert "was not made by this command" in capsys.readouterr().err and not (single.parent / "train.json").exists()
