@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from brs_detr import cli
-from brs_detr.commands.check_data import about_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -29,6 +28,13 @@ ANSWERS = [
     ),
     (["train", "demo", "data.root=half"], "half/annotations/val.json: this annotation file does not exist"),
     (["train", "demo", "data.root=half", "data.val_json=."], "half: this is a folder, not an annotation file"),
+    (["train", "demo", "data=nowhere"], "nowhere: there is no such file or folder. Set data= to"),
+    (["train", "demo", "--data", "nowhere"], "nowhere: there is no such file or folder"),
+    (["train", "demo", "data=.", "data.val_json=x"], "data=. stands for all paths of the dataset"),
+    (["train", "demo", "data=."], "no dataset was recognized here. Known are COCO"),
+    (["check-data", "."], "no dataset was recognized here. Known are COCO"),
+    (["train", "demo", "dataset=half"], "did you mean data.source?"),
+    (["train", "demo", "data.augment.preset=arial"], "did you mean aerial?"),
     (["train", "demo", "data.root=full", "train.init_from=gone"], "train.init_from=gone: neither a weights file"),
     (["train", "demo", "data.root=full", "model.backbone.checkpoint=gone"], "there is no file gone"),
     (["train", "demo", "--epochs", "3"], "Write train.epochs=3."),
@@ -110,20 +116,6 @@ def test_an_option_before_the_command_is_refused(capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["--seed", "train"])
     assert end.value.code == 2 and "--seed" in capsys.readouterr().err
-
-
-def test_a_folder_to_check_is_answered_with_the_file_in_it(tmp_path, capsys):
-    assert "give this folder with --images" in about_folder(tmp_path)
-    (tmp_path / "labels").mkdir()
-    assert f"`brs-detr convert-dataset yolo {tmp_path} OUT`" in about_folder(tmp_path)
-    (tmp_path / "annotations").mkdir()
-    for name in ("a", "b", "c", "d"):
-        (tmp_path / "annotations" / f"{name}.json").write_text("{}")
-    assert cli.main(["check-data", str(tmp_path)]) == 2
-    said = capsys.readouterr().err
-    assert f"there is {tmp_path / 'annotations' / 'a.json'}, " in said and "d.json" not in said
-    (tmp_path / "voc" / "Annotations").mkdir(parents=True)
-    assert "convert-dataset voc" in about_folder(tmp_path / "voc")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from brs_detr.data.coco import CocoDetection
-from brs_detr.data.federated import repeat_factors
+from brs_detr.data.federated import describe_repeats, repeat_factors
 from brs_detr.evaluation.coco_eval import GroundTruth
 
 
@@ -49,3 +49,12 @@ def test_factors_by_hand(lvis):
     packed = CocoDetection(lvis, lvis.parent, train=True).packed
     assert repeat_factors(packed, 0.2).tolist() == [1, 1, 1, 1]
     np.testing.assert_allclose(repeat_factors(packed, 1.0), [2, np.sqrt(2), 2, 1])
+
+
+def test_a_line_says_how_often_images_are_shown(lvis):
+    """By hand as above: 2 + sqrt(2) + 2 + 1 times; both rare classes are in one image."""
+    dataset = CocoDetection(lvis, lvis.parent, train=True)
+    line = describe_repeats(dataset.packed, dataset.classes, 1.0)
+    assert line.startswith("data.repeat_threshold=1: 4 images are shown 6 times an epoch, those of ")
+    assert line.endswith(" (in 1) 2.0 times each")
+    assert "every class is in a larger share" in describe_repeats(dataset.packed, dataset.classes, 0.2)

@@ -116,7 +116,7 @@ def test_a_json_of_all_images_beside_its_splits_is_passed_over(tmp_path):
     [
         (
             ["data.yaml", "annotations/train.json"],
-            "annotations of 2 formats are here. Name one of them (COCO json: data={}/annotations; YOLO: data={}/data.yaml)",
+            "annotations of 2 formats are here. Name one of them (COCO json: data={}/annotations; YOLO: data={}/data.y",
         ),
         (
             ["Annotations/a.xml", "labels/a.txt"],
