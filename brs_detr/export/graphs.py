@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import roi_align
+from torchvision.ops import box_convert, roi_align
 
 from brs_detr.evaluation.calibration import Calibration
 from brs_detr.export.calibration import CalibratedScores
@@ -104,8 +104,9 @@ class DetectorGraph(nn.Module):
         Returns:
             boxes (B, n, 4) xyxy in pixels of the input, scores (B, n), labels (B, n), best raw score first; entries of
             score -1 are no detections. Also, of two-stage heads, what their second stage looks at: the indices (B, Q)
-            of the proposals that the decoder begins with, or the proposals (B, m, 6) of the RoI head: box, score,
-            level. Then, where scores are calibrated, the raw ones (B, n).
+            of the proposals that the decoder begins with, or with `query_boxes=rpn` their boxes (B, Q, 4); or the
+            proposals (B, m, 6) of the RoI head: box, score, level. Then, where scores are calibrated, the raw
+            ones (B, n).
         """
         boxes, scores, labels, *rest = self.detect(pixels, sizes)
         if self.calibrated is None:
@@ -131,16 +132,22 @@ class DetectorGraph(nn.Module):
 
 
 def decoder_detections(model: BRSDETR, memory: Memory, sizes: Tensor) -> tuple[Tensor, ...]:
-    """Return the detections of the decoder, and the indices of its proposals."""
+    """Return the detections of the decoder, and the indices or, with `query_boxes=rpn`, the boxes of its proposals."""
     proposals = model.proposals(memory)
-    layers = model.decode(memory, proposals.references)
+    references, looked_at = proposals.references, proposals.chosen
+    if model.query_boxes == "rpn":
+        rois, objectness, *_ = dense_detections(model.rpn, model.rpn(model.pyramid(memory)), sizes)
+        extents = sizes.flip(1).repeat(1, 2).to(rois.dtype)[:, None]
+        regions = box_convert(rois, "xyxy", "cxcywh") / extents
+        references = looked_at = model.proposals.with_regions(regions, objectness >= 0, references)
+    layers = model.decode(memory, references)
     last = Predictions(layers.logits[-1], layers.boxes[-1])
     boxes, scores, labels = best_pairs(last, model.detections_per_image)
     boxes = boxes * sizes.flip(1).repeat(1, 2).to(boxes.dtype)[:, None]
     if isinstance(model.nms, HardNMS):
         scores = suppress_within(boxes, scores, labels, model.num_classes, model.nms.iou)
         scores, boxes, labels = best_rows(scores, scores.shape[1], boxes, labels)
-    return boxes, scores, labels, proposals.chosen
+    return boxes, scores, labels, looked_at
 
 
 def dense_detections(head: DenseHead, output: DenseOutput, sizes: Tensor) -> tuple[Tensor, ...]:

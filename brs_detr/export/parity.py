@@ -25,6 +25,8 @@ from brs_detr.models.config import HardNMS
 from brs_detr.models.detector import Detector
 from brs_detr.models.heads.dense import DenseHead, DenseOutput
 from brs_detr.models.transformer.decoder import Predictions, best_pairs
+from brs_detr.models.transformer.encoder import Memory
+from brs_detr.models.transformer.two_stage import Proposals
 from brs_detr.ops.anchors import take_rows
 from brs_detr.ops.boxes import Candidates
 from brs_detr.ops.images import ImageBatch, Size
@@ -119,16 +121,21 @@ def compare_raw(model: Detector, found: dict[str, Tensor], images: ImageBatch) -
 
 def compare_decoder(model: BRSDETR, memory: Any, images: ImageBatch, found: dict[str, Tensor]) -> Differences:
     """Compare the decoder's detections; `memory` is torch's."""
-    chosen = found[PROPOSALS]
     proposals = model.proposals(memory)
-    of_tokens = proposals.predictions.logits[..., 0].masked_fill(~proposals.valid, -torch.inf).sigmoid()
-    # rank by rank: small only if the file's selection has the top scores, in order
-    choice = (of_tokens.gather(1, chosen) - of_tokens.gather(1, proposals.chosen)).abs().max()
-    layers = model.decode(memory, take_rows(proposals.predictions.boxes, chosen))
+    if model.query_boxes == "rpn":
+        references, choice = found[PROPOSALS], 0.0
+        beginnings = unlike_references(model, memory, proposals, images, references)
+    else:
+        chosen, beginnings = found[PROPOSALS], 0.0
+        of_tokens = proposals.predictions.logits[..., 0].masked_fill(~proposals.valid, -torch.inf).sigmoid()
+        # rank by rank: small only if the file's selection has the top scores, in order
+        choice = float((of_tokens.gather(1, chosen) - of_tokens.gather(1, proposals.chosen)).abs().max())
+        references = take_rows(proposals.predictions.boxes, chosen)
+    layers = model.decode(memory, references)
     last = Predictions(layers.logits[-1], layers.boxes[-1])
     if not isinstance(model.nms, HardNMS):
         differences = largest_differences(last, images, *(found[name] for name in OUTPUTS))
-        return differences.and_those(Differences(0.0, float(choice)))
+        return differences.and_those(Differences(beginnings, choice))
 
     def best(count: int) -> Candidates:
         boxes, scores, labels = best_pairs(last, count)
@@ -138,7 +145,24 @@ def compare_decoder(model: BRSDETR, memory: Any, images: ImageBatch, found: dict
     limit = model.detections_per_image
     grouped = {"groups": found["labels"], **found}
     differences = compare_suppressed(grouped, best, images, before=limit, nms_iou=model.nms.iou, limit=limit)
-    return differences.and_those(Differences(0.0, float(choice)))
+    return differences.and_those(Differences(beginnings, choice))
+
+
+def unlike_references(
+    model: BRSDETR, memory: Memory, proposals: Proposals, images: ImageBatch, references: Tensor
+) -> float:
+    """Return how far, in pixels, the farthest of a file's references (B, Q, 4) is from any that torch may choose.
+
+    Rounding may put an overlap on the other side of the threshold, which changes the choice: so the choice itself is
+    not compared.
+    """
+    extents = torch.tensor(images.sizes).flip(1).repeat(1, 2)[:, None].float()
+    regions = model.rpn.candidates(model.rpn(model.pyramid(memory)), model.rpn.limits()[0] + SPARE).boxes
+    regions = torch.stack([clip_boxes_to_image(own, size) for own, size in zip(regions, images.sizes, strict=True)])
+    tokens = box_convert(proposals.predictions.boxes * extents, "cxcywh", "xyxy")
+    boxes = box_convert(references * extents, "cxcywh", "xyxy")
+    apart = torch.cdist(boxes, torch.cat([regions, tokens], dim=1), p=torch.inf).amin(dim=2)
+    return float(apart.max())
 
 
 def compare_dense(head: DenseHead, output: DenseOutput, images: ImageBatch, found: dict[str, Tensor]) -> Differences:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert
 
 from brs_detr.assign.assignment import HeadAssignment
@@ -30,10 +31,10 @@ from brs_detr.models.neck import ChannelMapper
 from brs_detr.models.transformer.collaborative import AuxQueryEmbedding, aux_samples, select_queries
 from brs_detr.models.transformer.decoder import Predictions, QueryDecoder, best_pairs
 from brs_detr.models.transformer.encoder import DeformableEncoder, Memory
-from brs_detr.models.transformer.two_stage import BoxEmbedding, TwoStageHead
+from brs_detr.models.transformer.two_stage import BoxEmbedding, Proposals, TwoStageHead
 from brs_detr.ops.anchors import cell_features
 from brs_detr.ops.images import ImageBatch, Size
-from brs_detr.ops.targets import PackedTargets
+from brs_detr.ops.targets import PackedTargets, pixel_scales
 
 MAX_ROI_SAMPLES = 2000  # regions of an image among which auxiliary queries are chosen
 
@@ -104,6 +105,7 @@ class BRSDETR(Detector):
         self.objective, self.matcher = objective, matcher
         self.max_aux_queries = config.max_aux_queries
         self.detections_per_image = config.detections_per_image
+        self.query_boxes = config.query_boxes
         self.strides = rpn.strides[:-1]
         # The released code ranks all K columns of the class-agnostic encoder proposals, of which K - 1 only ever serve
         # as negatives; "first" ranks column 0 alone.
@@ -121,6 +123,20 @@ class BRSDETR(Detector):
         maps = memory.maps()
         return [*maps, self.coarsest(maps[-1])]
 
+    def references(self, proposals: Proposals, regions: Sequence[Tensor], sizes: Sequence[Size]) -> Tensor:
+        """Return the boxes (B, Q, 4) cxcywh in [0, 1] that the decoder's queries begin with.
+
+        Args:
+            proposals: of the encoder.
+            regions: (n, 4) xyxy pixels of each image, best first: the RPN's proposals.
+            sizes: (h, w) of the images.
+        """
+        padded = pad_sequence(list(regions), batch_first=True)
+        inside = box_convert(padded, "xyxy", "cxcywh") / pixel_scales(sizes, padded.device)[:, None]
+        lengths = torch.tensor([len(own) for own in regions], device=padded.device)
+        valid = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
+        return self.proposals.with_regions(inside, valid, proposals.references)
+
     def decode(self, memory: Memory, references: Tensor) -> Predictions:
         """Run the decoder from (B, Q, 4) references; returns the predictions of every layer."""
         position, _ = self.box_embedding(references)
@@ -132,7 +148,12 @@ class BRSDETR(Detector):
         """Return the detections of the decoder's last layer, or of the dense head that is named."""
         head = head or self.predict_with
         if head == "decoder":
-            layers = self.decode(memory, self.proposals(memory).references)
+            proposals = self.proposals(memory)
+            references = proposals.references
+            if self.query_boxes == "rpn":
+                regions = self.rpn.proposals(self.rpn(self.pyramid(memory)), images.sizes)
+                references = self.references(proposals, regions, images.sizes)
+            layers = self.decode(memory, references)
             last = Predictions(layers.logits[-1], layers.boxes[-1])
             detections = detections_from(last, images.original_sizes, self.detections_per_image)
             return without_overlaps(detections, images.original_sizes, self.nms)
@@ -147,13 +168,15 @@ class BRSDETR(Detector):
         """Compute all loss terms of a step, weighted; their sum is the training loss (Eq. 17 of the BRS paper)."""
         packed = PackedTargets.pack(targets, sizes)
         proposals = self.proposals(memory)
-        layers = self.decode(memory, proposals.references)
         maps = self.pyramid(memory)
-
-        regions = self.rpn(maps)
+        anchors = self.rpn(maps)
+        regions = self.rpn.proposals(anchors, sizes)
+        from_rpn = self.query_boxes == "rpn"
+        references = self.references(proposals, regions, sizes) if from_rpn else proposals.references
+        layers = self.decode(memory, references)
         heads = {
-            "rpn": self.rpn.losses(regions, sizes, targets),
-            "roi": self.roi.losses(maps[:4], self.rpn.proposals(regions, sizes), sizes, targets),
+            "rpn": self.rpn.losses(anchors, sizes, targets),
+            "roi": self.roi.losses(maps[:4], regions, sizes, targets),
             "atss": self.atss.losses(self.atss(maps), sizes, targets),
         }
         losses = {f"{name}.{term}": value for name, head in heads.items() for term, value in head.terms.items()}

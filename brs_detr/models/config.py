@@ -319,7 +319,9 @@ class BRSDETRConfig:
     decoder_layers: Count = 6
     ffn_dim: Count = 2048
     queries: Count = 300
-    # IoU from which a box among the encoder's proposals gives way to a better one; null: the best become queries
+    # whose boxes the decoder's queries begin with; rpn: its proposals, and those of encoder tokens where they are few
+    query_boxes: Literal["encoder", "rpn"] = "encoder"
+    # IoU from which such a box gives way to a better one; null: the best become queries
     proposal_nms_iou: Annotated[Fraction | None, Null("no suppression")] = None
     max_aux_queries: Count = 300
     encoder_ranking: Literal["all", "first"] = "all"  # columns of the encoder proposals' logits that are ranked

@@ -83,7 +83,9 @@ def demote_overlapping(scores: Tensor, boxes: Tensor, iou: float, candidates: in
     corners = box_convert(take_rows(boxes, index), "cxcywh", "xyxy").float()
     # Ranks and not scores: nothing is lost to rounding, whatever the range of the logits.
     length = index.shape[1]
-    rank = torch.arange(length, device=scores.device) + length * ~keep(corners, iou)
+    rank = torch.arange(length, device=scores.device)
+    # no product with `length`, a symbol in an exported graph of any size, which ONNX could not write
+    rank = torch.where(keep(corners, iou), rank, rank + length)
     lowered = torch.full_like(scores, -torch.inf)
     return lowered.scatter(1, index, torch.where(best.isneginf(), best, -rank.to(scores)))
 
@@ -125,6 +127,28 @@ class TwoStageHead(nn.Module):
         chosen = scores.topk(min(self.queries, scores.shape[1]), dim=1).indices
         references = take_rows(boxes.detach(), chosen)
         return Proposals(Predictions(logits, boxes), references, valid, chosen)
+
+    def with_regions(self, regions: Tensor, valid: Tensor, references: Tensor) -> Tensor:
+        """Choose references among regions first and then among those of the tokens, in this order.
+
+        With `nms_iou` those that overlap an earlier one are chosen last.
+
+        Args:
+            regions: (B, m, 4) cxcywh in [0, 1], best first.
+            valid: (B, m) bool, False where there is none.
+            references: (B, Q, 4) of the tokens.
+
+        Returns:
+            (B, Q, 4), detached.
+        """
+        boxes = torch.cat([regions, references], dim=1).detach()
+        number, count = boxes.shape[1], references.shape[1]
+        scores = torch.arange(number, 0, -1, device=boxes.device, dtype=boxes.dtype).expand(boxes.shape[:2])
+        missing = torch.cat([~valid, torch.zeros_like(valid[:, :1]).expand(-1, count)], dim=1)
+        scores = scores.masked_fill(missing, -torch.inf)
+        if self.nms_iou is not None:
+            scores = demote_overlapping(scores, boxes, self.nms_iou, number, self.keep)
+        return take_rows(boxes, scores.topk(count, dim=1).indices)
 
 
 class BoxEmbedding(nn.Module):

@@ -75,3 +75,25 @@ def test_with_as_many_queries_as_tokens_all_are_chosen_once():
     chosen = head(memory()).chosen
     assert chosen.shape == (2, 80) and CANDIDATES > 1
     assert all(sorted(row.tolist()) == list(range(80)) for row in chosen)
+
+
+def test_regions_come_first_then_tokens_and_overlapping_ones_last():
+    head = TwoStageHead(16, 3, 3, nms_iou=0.5)
+    far = torch.tensor([[0.2, 0.2, 0.1, 0.1], [0.5, 0.5, 0.1, 0.1], [0.8, 0.8, 0.1, 0.1], [0.2, 0.8, 0.1, 0.1]])
+    near = far + torch.tensor([0.01, 0.0, 0.0, 0.0])  # IoU 0.8
+    regions = torch.stack([torch.stack([far[0], near[0], far[1]]), torch.stack([far[3], far[0], far[0]])])
+    valid = torch.tensor([[True, True, True], [True, False, False]])
+    tokens = torch.stack([torch.stack([near[1], far[2], far[3]]), torch.stack([near[3], far[1], near[1]])])
+    chosen = head.with_regions(regions, valid, tokens)
+    assert torch.equal(chosen[0], torch.stack([far[0], far[1], far[2]]))
+    # two places of the second image: the third reference overlaps one of them, and padding is never one
+    assert torch.equal(chosen[1], torch.stack([far[3], far[1], near[3]]))
+
+
+def test_without_suppression_regions_and_tokens_keep_their_order():
+    head = TwoStageHead(16, 3, 4)
+    regions, tokens = torch.rand(2, 3, 4), torch.rand(2, 4, 4)
+    valid = torch.tensor([[True, True, False], [False, False, False]])
+    chosen = head.with_regions(regions, valid, tokens.requires_grad_())
+    assert torch.equal(chosen[0], torch.cat([regions[0, :2], tokens[0, :2]])) and torch.equal(chosen[1], tokens[1])
+    assert not chosen.requires_grad
