@@ -41,8 +41,8 @@ def model_card(
     parts = [
         _front_matter(weights, repository, figures, license),
         f"# {_plain(repository.rpartition('/')[2])}",
-        f"A {_plain(_detector(weights))} that finds {_classes_in_words(weights.classes)}, trained with "
-        "[BRS-DETR](https://arxiv.org/abs/2407.14204).",
+        f"A detector (`{_detector(weights)}`{_backbone(weights)}) that finds {_classes_in_words(weights.classes)}, "
+        "trained with brs-detr.",
         _usage(repository, weights),
         _figures(figures, epoch),
         _scores(weights),
@@ -102,7 +102,7 @@ def _scores(weights: Weights) -> str:
 def _per_class(weights: Weights, run: Path | None) -> str:
     """Write the table of classes, with AP where an evaluation of the run has it."""
     found = _evaluated(None if run is None else run / "evaluation" / "per_class.csv")
-    lines = ["## Classes", ""]
+    lines = ["## Classes", "", "With AP of the run's last evaluation:" if found else "Not evaluated one by one:", ""]
     lines += ["| class | category id | AP | AP50 |", "|---|---|---|---|"]
     for name, number in list(zip(weights.classes, weights.category_ids, strict=True))[:MAX_CLASSES]:
         row = found.get(name, {})
@@ -129,6 +129,12 @@ def _settings(config: Mapping[str, Any]) -> str:
 def _detector(weights: Weights) -> str:
     model = weights.config.get("model", {})
     return str(model.get("name", "detector")) if isinstance(model, Mapping) else "detector"
+
+
+def _backbone(weights: Weights) -> str:
+    model = weights.config.get("model", {})
+    backbone = model.get("backbone", {}) if isinstance(model, Mapping) else {}
+    return f", backbone `{backbone['name']}`" if isinstance(backbone, Mapping) and "name" in backbone else ""
 
 
 def _classes_in_words(classes: Sequence[str], most: int = 8) -> str:
