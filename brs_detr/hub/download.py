@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import http.client
 import os
+import socket
 import sys
 import threading
 import time
@@ -24,8 +25,8 @@ from tqdm import tqdm
 
 from brs_detr.exit_codes import ExitCode, Failure
 
-PATIENCE = 4.0  # seconds for a server to begin its answer: no network is reported in less than five
-STALL = 30.0  # seconds without a byte after which the connection is given up
+PATIENCE = 4.0  # seconds for the connection: no network is reported in less than five
+STALL = 30.0  # seconds without an answer, or a byte of it, after which the connection is given up
 ATTEMPTS = 5  # in a row without a further byte
 _CHUNK = 2**20
 _LOCK_AGE = 120.0  # seconds after which the lock of a process that was killed no longer counts; renewed each chunk
@@ -65,7 +66,7 @@ def download(url: str, target: Path, sha256: str = "", *, advice: str = "", pati
         target: where it appears when it is complete and checked.
         sha256: its checksum or the first digits of it; "" if unknown.
         advice: what else the user can do, for the errors.
-        patience: seconds for the server to begin its answer.
+        patience: seconds for the connection.
 
     Returns:
         Its SHA-256; "" if it was there.
@@ -162,19 +163,27 @@ def _opened(url: str, headers: dict[str, str], patience: float, advice: str) -> 
         DownloadError: no answer in time, or a refusal.
     """
     outcome: list[Any] = []
+    address, connected, answered = urllib.parse.urlsplit(url), threading.Event(), threading.Event()
 
     def ask() -> None:
         try:
+            if not urllib.request.getproxies():  # a proxy is asked by the request itself
+                port = address.port or (80 if address.scheme == "http" else 443)
+                socket.create_connection((address.hostname or "", port), timeout=patience).close()
+            connected.set()
             request = urllib.request.Request(url, headers={"User-Agent": _AGENT, **headers})
             outcome.append(urllib.request.urlopen(request, timeout=STALL))
         except Exception as error:
             outcome.append(error)
+        connected.set()
+        answered.set()
 
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(patience)
+    threading.Thread(target=ask, daemon=True).start()
+    if connected.wait(patience):
+        answered.wait(STALL)
     host = urllib.parse.urlsplit(url).hostname or url
-    answer = outcome[0] if outcome else TimeoutError(f"no answer within {patience:g} s")
+    waited = STALL if connected.is_set() else patience
+    answer = outcome[0] if outcome else TimeoutError(f"no answer within {waited:g} s")
     if isinstance(answer, urllib.error.HTTPError):
         raise DownloadError(
             f"{url}: {host} refuses ({answer.code} {answer.reason}).{_after(advice)}", status=answer.code

@@ -2,6 +2,7 @@
 
 import http.server
 import threading
+import urllib.request
 
 import pytest
 
@@ -54,6 +55,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """The cache folder."""
+    """The cache folder; and no proxy, which would be asked in place of the test's server."""
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
     monkeypatch.setenv("BRS_DETR_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"

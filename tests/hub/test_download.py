@@ -117,11 +117,24 @@ def test_a_refusal_is_named(server, tmp_path, status):
 
 def test_no_network_is_said_within_five_seconds(tmp_path, monkeypatch):
     """A machine without a network can take minutes to look up a name."""
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(30))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(30) or [])
     start = time.monotonic()
     with pytest.raises(DownloadError, match=r"nowhere\.example cannot be reached \(no answer within 4 s\)\. Connect"):
         download("https://nowhere.example/x.pth", tmp_path / "x.pth")
     assert time.monotonic() - start < 5 and leftovers(tmp_path) == []
+
+
+def test_a_server_that_never_answers_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "STALL", 0.5)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/x.pth"
+        with pytest.raises(
+            DownloadError, match=r"cannot be reached \((no answer within 0\.5 s|timed out)\)"
+        ):
+            download(url, tmp_path / "x.pth")
+    assert leftovers(tmp_path) == []
 
 
 def test_a_closed_port_does_not_answer_and_a_refusal_does(server):

@@ -187,7 +187,8 @@ def test_files_of_another_kind_are_called_what_they_are(tmp_path, capsys, name, 
 
 def test_another_backbone_starts_from_its_own_weights(served, monkeypatch):
     """And so pretrained ones are looked for, with an answer of one sentence where there is no network."""
-    monkeypatch.setattr(availability, "where_weights_are", lambda *_: None)
+    monkeypatch.setattr(availability, "is_cached", lambda _: False)
+    monkeypatch.setattr(availability, "connects", lambda *_: False)
     words = [*NARROW[:-1], "model.backbone.name=resnet34.tv_in1k", f"train.init_from={NAME}"]
     with pytest.raises(
         ConfigError, match=r"pretrained weights of resnet34\.tv_in1k cannot be downloaded .*checkpoint=PATH"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import socket
 import threading
 import urllib.request
 from typing import Literal
+from urllib.parse import urlsplit
 
 import torch
 from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
@@ -49,15 +51,38 @@ def require_reachable(name: str) -> None:
         name: timm's; names of a hub or a folder (`hf-hub:...`) are not checked.
 
     Raises:
-        RuntimeError: they are neither in the cache, nor does the network answer.
+        RuntimeError: they are not in the cache, and their server cannot be connected to.
     """
-    if ":" in name or get_pretrained_cfg(name) is None or where_weights_are(name, LONG_PATIENCE) is not None:
+    config = None if ":" in name else get_pretrained_cfg(name)
+    if config is None or is_cached(config):
         return
-    raise RuntimeError(
-        f"the pretrained weights of {name} cannot be downloaded (the network does not answer). Connect to the network "
-        "once, after which they are in the cache. Or set model.backbone.checkpoint=PATH to a local file, or start from "
-        "random weights: model.backbone.pretrained=false model.backbone.norm=batch model.backbone.frozen_stages=0."
-    )
+    url = constants.ENDPOINT if config.hf_hub_id else str(config.url or "")
+    reason = "HF_HUB_OFFLINE is set" if config.hf_hub_id and constants.HF_HUB_OFFLINE else ""
+    # with a proxy nothing is known before the proxy is asked, which the client does
+    if not reason and url and not urllib.request.getproxies() and not connects(url, LONG_PATIENCE):
+        reason = f"{url} cannot be reached"
+    if reason:
+        raise RuntimeError(
+            f"the pretrained weights of {name} cannot be downloaded ({reason}). Connect to the network once, after "
+            "which they are in the cache. Or set model.backbone.checkpoint=PATH to a local file, or start from random "
+            "weights: model.backbone.pretrained=false model.backbone.norm=batch model.backbone.frozen_stages=0."
+        )
+
+
+def connects(url: str, patience: float) -> bool:
+    """Check whether a server can be connected to within so many seconds; in a thread, as in `answers`."""
+    connected, address = threading.Event(), urlsplit(url)
+
+    def connect() -> None:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        with contextlib.suppress(OSError, ValueError):
+            socket.create_connection((address.hostname or "", port), timeout=patience).close()
+            connected.set()
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(patience)
+    return connected.is_set()
 
 
 def is_cached(config: PretrainedCfg) -> bool:

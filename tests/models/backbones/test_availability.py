@@ -4,6 +4,7 @@ import http.server
 import socket
 import threading
 import time
+import urllib.request
 
 import pytest
 from huggingface_hub import constants
@@ -104,3 +105,33 @@ def test_offline_is_taken_at_its_word(monkeypatch):
 
 def test_a_network_without_published_weights_has_none():
     assert where_weights_are("no_such_network") is None
+
+
+def test_weights_out_of_reach_are_an_error_at_once(monkeypatch):
+    """timm's client would try for most of a minute."""
+    monkeypatch.setattr(availability, "is_cached", lambda _: False)
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(30) or [])
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"weights of resnet50.* cannot be downloaded \(https?://.* cannot be"):
+        availability.require_reachable("resnet50.a1_in1k")
+    assert time.monotonic() - start < 5
+    monkeypatch.setattr(urllib.request, "getproxies", lambda: {"https": "http://proxy:1"})
+    availability.require_reachable("resnet50.a1_in1k")  # only the proxy knows
+
+
+def test_weights_in_the_cache_and_other_places_are_not_looked_for(monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("asked the network"))
+    for name in ("hf-hub:me/net", "local-dir:/tmp/net", "no_such_network"):
+        availability.require_reachable(name)
+    monkeypatch.setattr(availability, "is_cached", lambda _: True)
+    availability.require_reachable("resnet50.a1_in1k")
+
+
+def test_a_server_that_listens_can_be_connected_to():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/x"
+        assert not availability.connects(url, 2.0)
+        server.listen()
+        assert availability.connects(url, 2.0)
