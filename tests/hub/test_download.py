@@ -130,9 +130,7 @@ def test_a_server_that_never_answers_is_given_up(tmp_path, monkeypatch):
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/x.pth"
-        with pytest.raises(
-            DownloadError, match=r"cannot be reached \((no answer within 0\.5 s|timed out)\)"
-        ):
+        with pytest.raises(DownloadError, match=r"cannot be reached \((no answer within 0\.5 s|timed out)\)"):
             download(url, tmp_path / "x.pth")
     assert leftovers(tmp_path) == []
 
