@@ -52,7 +52,7 @@ ALIASES: dict[str, str] = {
         "model.encoder_layers": "enc_layers num_encoder_layers",
         "model.decoder_layers": "dec_layers num_decoder_layers",
         "model.ffn_dim": "dim_feedforward feedforward_channels",
-        "data.source": "data dataset dataset_path data_yaml",
+        "data.source": "dataset dataset_path data_yaml",
         "data.root": "data_root data_path data_dir dataset_dir coco_path",
         "data.train_json": "ann_file annotations train_ann train_annotations train_ann_file",
         "data.val_json": "val_ann val_annotations val_ann_file",
