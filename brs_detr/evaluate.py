@@ -133,7 +133,7 @@ def evaluate(
     config, recognized = with_source(config, out, accelerator, ("val",))
     if accelerator.is_main_process and recognized:
         print("\n".join(recognized))
-    dataset = open_val_set(config.data, config.model.has_masks)
+    dataset = open_val_set(config.data, config.model.has_masks, config.eval.test_scales)
     setup.require_same_categories(weights.classes, weights.category_ids, dataset, str(file))
     loader = build_eval_loader(
         dataset,

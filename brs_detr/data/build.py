@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from brs_detr.data.coco import CocoDetection
@@ -9,7 +10,7 @@ from brs_detr.data.config import DataConfig, SSDConfig
 from brs_detr.data.custom_augment import CustomTransform
 from brs_detr.data.presets import PRESETS, PresetTransforms
 from brs_detr.data.ssd_transforms import SSDTransforms
-from brs_detr.data.transforms import EvalTransforms, TrainTransforms
+from brs_detr.data.transforms import EvalTransforms, MultiScaleTransforms, TrainTransforms
 
 
 def build_train_transforms(config: DataConfig) -> TrainTransforms | SSDTransforms | PresetTransforms:
@@ -47,10 +48,23 @@ def _build_policy(config: DataConfig) -> TrainTransforms | SSDTransforms:
     )
 
 
-def build_eval_transforms(config: DataConfig) -> EvalTransforms:
-    """Build the test resizing."""
-    size = None if config.test_square is None else (config.test_square, config.test_square)
-    return EvalTransforms(config.test_short_side, config.test_long_side, config.antialias, size=size)
+def build_eval_transforms(config: DataConfig, scales: Sequence[int] = ()) -> EvalTransforms | MultiScaleTransforms:
+    """Build the test resizing.
+
+    Args:
+        config: section `data`.
+        scales: short sides in pixels to resize to instead of `test_short_side`, or sides of squares instead of
+            `test_square`; with several, an image is resized to each.
+    """
+    resizing = [_resizing(config, scale) for scale in scales or (config.test_square or config.test_short_side,)]
+    return resizing[0] if len(resizing) == 1 else MultiScaleTransforms(resizing)
+
+
+def _resizing(config: DataConfig, side: int) -> EvalTransforms:
+    """Build the resizing to one scale; the limit of the long side is in proportion to the short side."""
+    long_side = round(config.test_long_side * side / config.test_short_side)
+    size = None if config.test_square is None else (side, side)
+    return EvalTransforms(side, long_side, config.antialias, size=size)
 
 
 def open_train_set(config: DataConfig, seed: int, masks: bool = False) -> CocoDetection:
@@ -73,8 +87,10 @@ def open_train_set(config: DataConfig, seed: int, masks: bool = False) -> CocoDe
     )
 
 
-def open_val_set(config: DataConfig, masks: bool = False) -> CocoDetection:
+def open_val_set(config: DataConfig, masks: bool = False, scales: Sequence[int] = ()) -> CocoDetection:
     """Open the validation set with its test resizing, and with instance masks if they are wanted.
+
+    `scales` are those of `build_eval_transforms`.
 
     Raises:
         DataError: there is nothing to evaluate on.
@@ -82,7 +98,7 @@ def open_val_set(config: DataConfig, masks: bool = False) -> CocoDetection:
     return CocoDetection(
         Path(config.root, config.val_json),
         Path(config.root, config.val_images),
-        transforms=build_eval_transforms(config),
+        transforms=build_eval_transforms(config, scales),
         train=False,
         limits=config,
         retry_seconds=config.retry_seconds,

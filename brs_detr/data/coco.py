@@ -35,7 +35,8 @@ from brs_detr.ops.rle import RLE
 from brs_detr.user_files import printable
 
 Target = dict[str, Any]
-Transform = Callable[[Tensor, Target, torch.Generator], tuple[Tensor, Target]]
+# returns an image, or for evaluation a list of several sizes of it
+Transform = Callable[[Tensor, Target, torch.Generator], tuple[Any, Target]]
 
 _UNREADABLE, _MISMATCH = 1, 2  # states of an image that only decoding can tell; 0: nothing unusual so far
 _MAX_WORKERS = 1024  # slots for the files being read; more workers than that share slots
@@ -182,10 +183,10 @@ class CocoDetection(Dataset):
                 augmentation depends on the seed and these alone.
 
         Returns:
-            (3, h, w) uint8 RGB and {"boxes": (n, 4) float32 xyxy pixels, "labels": (n,) int64, "image_id": int,
-            "original_size": (h, w) of the frame that detections are reported in}; in training with `masks` also
-            "masks" (n, h, w) uint8, 1 inside the object; for evaluation also "unreadable": True if the image is damaged
-            and a black one is returned instead.
+            (3, h, w) uint8 RGB, or what the transforms make of it, and {"boxes": (n, 4) float32 xyxy pixels, "labels":
+            (n,) int64, "image_id": int, "original_size": (h, w) of the frame that detections are reported in}; in
+            training with `masks` also "masks" (n, h, w) uint8, 1 inside the object; for evaluation also "unreadable":
+            True if the image is damaged and a black one is returned instead.
 
         Raises:
             ImageError: in training, if neither the image nor the next ones can be decoded.

@@ -7,7 +7,7 @@ assignment without communication, and a run resumes in the middle of an epoch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -20,17 +20,19 @@ from brs_detr.data.coco import CocoDetection, Target
 from brs_detr.data.federated import repeat_factors
 from brs_detr.data.shared_memory import move_to_shared_memory
 from brs_detr.data.watched_loader import WatchedLoader
-from brs_detr.ops.images import Batch, ImageBatch
+from brs_detr.ops.images import Batch, ImageBatch, ImageViews, Size
 
 
-def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[ImageBatch, list[Target]]:
+def collate(
+    samples: Sequence[tuple[Tensor | list[Tensor], Target]],
+) -> tuple[ImageBatch | ImageViews, list[Target]]:
     """Pad images to a batch and keep the targets as a list.
 
     Args:
-        samples: pairs of a (3, h, w) uint8 image and its target.
+        samples: pairs of a (3, h, w) uint8 image, or a list of several sizes of it, and its target.
 
     Returns:
-        the padded batch, and one target per image.
+        the padded batch, or one for each size, and one target per image.
     """
     images, targets = [image for image, _ in samples], [target for _, target in samples]
     counts = [len(target["labels"]) for target in targets]
@@ -42,10 +44,22 @@ def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[ImageBatch, list[
         shapes = [target["masks"].shape for target in targets]
         masks = torch.cat([target["masks"].flatten() for target in targets]).split([s.numel() for s in shapes])
         targets = [{**t, "masks": m.view(s)} for t, m, s in zip(targets, masks, shapes, strict=True)]
-    return ImageBatch.from_list(images, [target["original_size"] for target in targets]), targets
+    return to_batch(images, [target["original_size"] for target in targets]), targets
 
 
-def _collate_for_transfer(samples: Sequence[tuple[Tensor, Target]]) -> Any:
+def to_batch(images: Sequence[Tensor | list[Tensor]], original_sizes: Sequence[Size]) -> ImageBatch | ImageViews:
+    """Pad images (3, h, w) to a batch; of lists of several sizes of each image, pad each size to a batch.
+
+    Args:
+        images: at least one; all lists have the same length.
+        original_sizes: (height, width) of each image as stored on disk.
+    """
+    views = [[image] if isinstance(image, Tensor) else image for image in images]
+    batches = [ImageBatch.from_list(scale, original_sizes) for scale in zip(*views, strict=True)]
+    return batches[0] if len(batches) == 1 else ImageViews(batches)
+
+
+def _collate_for_transfer(samples: Sequence[tuple[Tensor | list[Tensor], Target]]) -> Any:
     """Collate, and in a worker convert the batch to what can be sent to the training process."""
     batch = collate(samples)
     return batch if get_worker_info() is None else move_to_shared_memory(batch)
@@ -102,7 +116,8 @@ def build_eval_loader(
     """
     shapes = None
     if group_equal_shapes:
-        resize = getattr(dataset.transforms, "output_size", lambda height, width: (height, width))
+        # of every scale: two images of one shape in one of them may differ in another, by rounding
+        resize = getattr(dataset.transforms, "output_sizes", lambda height, width: (height, width))
         shapes = [resize(h, w) for h, w in dataset.packed.image_sizes.tolist()]
     batches = EvalBatches(len(dataset), batch_size, rank, world_size, shapes)
     return _loader(dataset, batches, workers, pin_memory, timeout)
@@ -227,8 +242,8 @@ class EvalBatches:
         count: number of images.
         batch_size: maximum number of images in a batch.
         rank, world_size: rank of this process and number of processes; ranks may differ by one batch.
-        shapes: (h, w) of each image as the model sees it; if given, a batch has images of one shape only, so that no
-            image is padded and its detections do not depend on the rest of the batch.
+        shapes: (h, w) of each image as the model sees it, or of each scale of it; if given, a batch has images of one
+            shape only, so that no image is padded and its detections do not depend on the rest of the batch.
     """
 
     def __init__(
@@ -237,9 +252,9 @@ class EvalBatches:
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
-        shapes: Sequence[tuple[int, int]] | None = None,
+        shapes: Sequence[Hashable] | None = None,
     ) -> None:
-        groups: dict[tuple[int, int] | None, list[int]] = {}
+        groups: dict[Hashable, list[int]] = {}
         for index in range(count):
             groups.setdefault(shapes[index] if shapes is not None else None, []).append(index)
         batches = [

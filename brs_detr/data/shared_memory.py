@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from brs_detr.data.storage import StorageError
-from brs_detr.ops.images import ImageBatch
+from brs_detr.ops.images import ImageBatch, ImageViews
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFETCHED = 2  # batches that each worker prepares in advance, torch's default
@@ -48,10 +48,12 @@ def shared_zeros(count: int, dtype: torch.dtype) -> Tensor:
         raise StorageError(f"{SHARED_MEMORY}: {reason}. {_ADVICE}") from error
 
 
-def move_to_shared_memory(batch: tuple[ImageBatch, list[dict[str, Any]]]) -> Any:
+def move_to_shared_memory(batch: tuple[ImageBatch | ImageViews, list[dict[str, Any]]]) -> Any:
     """Move a batch's tensors to shared memory; if it is full, return a `ThroughPipe` instead."""
     images, targets = batch
-    tensors = [images.pixels, *(value for target in targets for value in target.values() if isinstance(value, Tensor))]
+    scales = images.scales if isinstance(images, ImageViews) else [images]
+    tensors = [*(scale.pixels for scale in scales)]
+    tensors += [value for target in targets for value in target.values() if isinstance(value, Tensor)]
     try:
         for tensor in tensors:
             tensor.share_memory_()

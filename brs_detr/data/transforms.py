@@ -154,6 +154,41 @@ class EvalTransforms:
         size = self.output_size(image.shape[-2], image.shape[-1])
         return resize_sample(image, target, size, self.antialias, clip=False)
 
+    def output_sizes(self, height: int, width: int) -> tuple[Size, ...]:
+        """Return (h, w) of each view of an image: here there is one."""
+        return (self.output_size(height, width),)
+
+    def views(self, image: Tensor) -> list[Tensor]:
+        """Resize a (3, h, w) uint8 image to each size that the detector is to see it in: here one."""
+        size = self.output_size(image.shape[-2], image.shape[-1])
+        return [_resize_image(image, size, self.antialias)]
+
+
+class MultiScaleTransforms:
+    """Resize an image to several sizes, one after the other; boxes and masks follow the first.
+
+    Args:
+        scales: the resizing to each size.
+    """
+
+    def __init__(self, scales: Sequence[EvalTransforms]) -> None:
+        self.scales = tuple(scales)
+
+    def output_sizes(self, height: int, width: int) -> tuple[Size, ...]:
+        """Return (h, w) of an image of this size in each scale."""
+        return tuple(scale.output_size(height, width) for scale in self.scales)
+
+    def views(self, image: Tensor) -> list[Tensor]:
+        """Resize a (3, h, w) uint8 image to each size."""
+        return [view for scale in self.scales for view in scale.views(image)]
+
+    def __call__(
+        self, image: Tensor, target: Target, generator: torch.Generator | None = None
+    ) -> tuple[list[Tensor], Target]:
+        """Resize a (3, h, w) uint8 image to each size, and its target to the first; `generator` is unused."""
+        first, resized = self.scales[0](image, target)
+        return [first, *(view for scale in self.scales[1:] for view in scale.views(image))], resized
+
 
 def flip_sample(image: Tensor, target: Target) -> tuple[Tensor, Target]:
     """Mirror an image (3, h, w), its boxes and its masks horizontally."""

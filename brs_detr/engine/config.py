@@ -85,6 +85,10 @@ class EvalConfig:
     # the head whose boxes count; auto: the best one of the validation, where BRS-DETR has three; ensemble: all of them
     predict_with: Literal["auto", "decoder", "roi", "atss", "head", "ensemble"] = "auto"
     nms: NMSConfig = one_of(NoNMS(), HardNMS())  # of the decoder's detections; the other heads have their `nms_iou`
+    # short sides in pixels that every image is resized to, one after the other, instead of data.test_short_side; the
+    # long side's limit, data.test_long_side, grows in proportion. []: one size
+    test_scales: tuple[Count, ...] = ()
+    test_flip: bool = False  # detect in the mirrored image, too; boxes of all views are joined by class-wise NMS
     calibrate: bool = True  # scores are precisions, by the map that the validation stores; false: as the detector's
     # a training writes the files of its best validation, their images to the trackers too, and report.html
     report: bool = True

@@ -6,7 +6,7 @@ A detector adds `encode` (normalized images to feature maps), `losses` and `dete
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from brs_detr.models.config import HardNMS, NMSConfig, NoNMS
 from brs_detr.models.ensemble import Ensemble
+from brs_detr.models.views import detect_in_views
 from brs_detr.ops.boxes import suppress
-from brs_detr.ops.images import ImageBatch, Size
+from brs_detr.ops.images import ImageBatch, ImageViews, Size
 from brs_detr.ops.targets import check_targets
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -52,6 +53,7 @@ class Detector(nn.Module):
         self._predict_with = self.heads[0]
         self._nms: NMSConfig = NoNMS()
         self.ensemble: Ensemble | None = None  # what a validation has learned of the heads
+        self.test_flip = False  # detect in mirrored images, too
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
 
@@ -91,12 +93,13 @@ class Detector(nn.Module):
         self._nms = nms
 
     def forward(
-        self, images: ImageBatch | Sequence[Tensor], targets: Sequence[dict[str, Any]] | None = None
+        self, images: ImageBatch | ImageViews | Sequence[Tensor], targets: Sequence[dict[str, Any]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """Compute the losses in training mode, the detections in eval mode.
 
         Args:
-            images: a padded batch, or a list of (3, h, w) RGB tensors in 0..255.
+            images: a padded batch, or a list of (3, h, w) RGB tensors in 0..255; in eval mode also several sizes of a
+                batch.
             targets: in training one dict an image: `boxes` (n, 4) xyxy pixels, `labels` (n,) in 0..K-1.
 
         Returns:
@@ -106,11 +109,13 @@ class Detector(nn.Module):
         Raises:
             ValueError: in training without targets, or where `check_targets` refuses them.
         """
-        batch = images if isinstance(images, ImageBatch) else ImageBatch.from_list(images)
+        batch = images if isinstance(images, ImageBatch | ImageViews) else ImageBatch.from_list(images)
         if not self.training:
             return self.predict(batch)
         if targets is None:
             raise ValueError("training needs targets: call model(images, targets), or model.eval() to predict")
+        if isinstance(batch, ImageViews):
+            raise ValueError("training has one size of each image: several are for model.eval()")
         check_targets(targets, self.num_classes)
         return self.losses(self.encode_batch(batch), batch.sizes, targets)
 
@@ -148,14 +153,17 @@ class Detector(nn.Module):
             head: whose detections; None: that of `predict_with`, which is not "ensemble".
         """
 
-    def predict(self, images: ImageBatch) -> list[dict[str, Tensor]]:
+    def predict(self, images: ImageBatch | ImageViews) -> list[dict[str, Tensor]]:
         """Return the detections of the head of `predict_with`, or those of all heads joined.
+
+        They are those of all sizes of the images, and with `test_flip` of the mirrored ones, too.
 
         Raises:
             ValueError: all heads are wanted, but no validation has learned how to compare their scores.
         """
         if self.predict_with != "ensemble":
-            return self.detect(self.encode_batch(images), images)
+            detections = self._in_views(lambda view: {"": self.detect(self.encode_batch(view), view)}, images)
+            return detections[""]
         if self.ensemble is None:
             raise ValueError("eval.predict_with=ensemble: no validation has scored the heads of these weights")
         by_head = self.detect_with_all_heads(images)
@@ -166,13 +174,22 @@ class Detector(nn.Module):
 
     @property
     def join_iou(self) -> float:
-        """Overlap above which detections of several heads are one: that of `nms`, or its default."""
+        """Overlap above which detections of several heads or views are one: that of `nms`, or its default."""
         return self.nms.iou if isinstance(self.nms, HardNMS) else HardNMS().iou
 
-    def detect_with_all_heads(self, images: ImageBatch) -> dict[str, list[dict[str, Tensor]]]:
+    def detect_with_all_heads(self, images: ImageBatch | ImageViews) -> dict[str, list[dict[str, Tensor]]]:
         """Return the detections of every head by its name, as in eval mode, from features that are computed once."""
-        features = self.encode_batch(images)
-        return {head: self.detect(features, images, head) for head in self.heads}
+
+        def detect(view: ImageBatch) -> dict[str, list[dict[str, Tensor]]]:
+            features = self.encode_batch(view)
+            return {head: self.detect(features, view, head) for head in self.heads}
+
+        return self._in_views(detect, images)
+
+    def _in_views(
+        self, detect: Callable[[ImageBatch], dict[str, list[dict[str, Tensor]]]], images: ImageBatch | ImageViews
+    ) -> dict[str, list[dict[str, Tensor]]]:
+        return detect_in_views(detect, images, flip=self.test_flip, nms_iou=self.join_iou)
 
 
 def to_stored_images(detections: Sequence[dict[str, Tensor]], images: ImageBatch) -> list[dict[str, Tensor]]:

@@ -73,5 +73,39 @@ class ImageBatch:
             row[:h, :w] = False
         return mask.to(self.pixels.device, non_blocking=True)
 
+    def flipped(self) -> ImageBatch:
+        """Mirror each image horizontally inside its own size; the padding stays at the right."""
+        pixels = torch.zeros_like(self.pixels)
+        for row, image, (h, w) in zip(pixels, self.pixels, self.sizes, strict=True):
+            row[:, :h, :w] = image[:, :h, :w].flip(-1)
+        return replace(self, pixels=pixels)
+
+
+@dataclass(frozen=True)
+class ImageViews:
+    """The same images resized to several sizes, as a detector sees them in multi-scale testing.
+
+    Attributes:
+        scales: one batch for each size; their `original_sizes` are equal.
+    """
+
+    scales: list[ImageBatch]
+
+    def __len__(self) -> int:
+        return len(self.scales[0])
+
+    @property
+    def original_sizes(self) -> list[Size]:
+        """Return (height, width) of each image as stored on disk."""
+        return self.scales[0].original_sizes
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> ImageViews:
+        """Move the pixels; the sizes stay on the host."""
+        return ImageViews([scale.to(device, non_blocking) for scale in self.scales])
+
+    def pin_memory(self) -> ImageViews:
+        """Pin the pixels; called by `DataLoader(pin_memory=True)`."""
+        return ImageViews([scale.pin_memory() for scale in self.scales])
+
 
 Batch = tuple[ImageBatch, list[dict[str, Any]]]

@@ -99,6 +99,7 @@ def build_detector(config: Config, num_classes: int, *, initial_weights: bool = 
         raise ConfigError(subject + reason) from error
     try:
         model.predict_with, model.nms = config.eval.predict_with, config.eval.nms
+        model.test_flip = config.eval.test_flip
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return model
@@ -302,13 +303,14 @@ def shared_memory_warning(
 ) -> str | None:
     """Return a warning if this machine has less shared memory than the loader workers may need, else None."""
     shape = largest_shape(config, plan, train_set)
-    resize = build_eval_transforms(config.data)
-    resized = [resize.output_size(h, w) for h, w in np.unique(val_set.packed.image_sizes, axis=0)]
+    resize = build_eval_transforms(config.data, config.eval.test_scales)
+    # of an image all scales are in its batch
+    resized = [sum(map(math.prod, resize.output_sizes(h, w))) for h, w in np.unique(val_set.packed.image_sizes, axis=0)]
     # In bytes: images reach the main process as uint8 RGB, and in training with a bitmap of each object.
     fullest = np.sort(np.diff(train_set.packed.offsets))[-shape["batch_size"] :].sum() if shape["masks"] else 0
     batches = (
         (3 * shape["batch_size"] + int(fullest)) * math.prod(shape["size"]),
-        3 * config.eval.batch_size * max(math.prod(size) for size in resized),
+        3 * config.eval.batch_size * max(resized),
     )
     return shortage(worker_count(config), max(batches), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 

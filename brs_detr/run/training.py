@@ -170,7 +170,8 @@ def open_data(run: Run) -> Data:
         ConfigError: the datasets' categories differ, or the data are not those of the run that is resumed.
     """
     config, log, masks = run.config, run.log, run.config.model.has_masks
-    train_set, val_set = open_train_set(config.data, config.seed, masks), open_val_set(config.data, masks)
+    train_set = open_train_set(config.data, config.seed, masks)
+    val_set = open_val_set(config.data, masks, config.eval.test_scales)
     log.say(f"{train_set.summary()}\n{val_set.summary()}")
     setup.require_same_categories(train_set.classes, train_set.category_ids, val_set, train_set.json_path)
     metadata = setup.run_metadata(config, run.plan, train_set, val_set)
