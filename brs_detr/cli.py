@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from brs_detr.commands import arguments, evaluate, train
+from brs_detr.commands.arguments import is_setting
 from brs_detr.config import option_as_setting
 from brs_detr.config_io import ConfigError
 from brs_detr.exit_codes import ExitCode, Interruption
@@ -56,9 +57,9 @@ COMMANDS = {
     ),
     "predict": Command(
         "brs_detr.commands.predict",
-        "find objects in a folder of images",
+        "find objects in images, videos and cameras",
         arguments.predict,
-        arguments.check_weights,
+        arguments.check_predict,
     ),
     "info": Command(
         "brs_detr.commands.info",
@@ -188,11 +189,6 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Nam
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return options
-
-
-def is_setting(word: str) -> bool:
-    """Check whether a word of the command line has the form section.setting=value."""
-    return re.match(r"[a-z_]+(\.[a-z_0-9]+)*=", word) is not None
 
 
 def _rewrite(

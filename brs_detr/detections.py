@@ -8,11 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from brs_detr.exit_codes import Failure
-
-
-class MissingPackageError(Failure, ImportError):
-    """An optional package is not installed; the message has the command that installs it."""
+from brs_detr.exit_codes import MissingPackageError
 
 
 @dataclass(frozen=True, eq=False)

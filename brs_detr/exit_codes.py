@@ -25,6 +25,10 @@ class Failure(Exception):  # noqa: N818 (a base, which never names an error itse
     code = ExitCode.REFUSED
 
 
+class MissingPackageError(Failure, ImportError):
+    """An optional package is not installed; the message has the command that installs it."""
+
+
 class Interruption(Failure):
     """An event that ends the run, which the same command with `--resume` may continue later.
 

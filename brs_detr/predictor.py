@@ -23,17 +23,20 @@ from brs_detr.config import Config, ConfigError
 from brs_detr.data.build import build_eval_transforms
 from brs_detr.data.config import Limits
 from brs_detr.data.image_io import ImageError, image_pixels, read_image
-from brs_detr.data.transforms import EvalTransforms, resized_size
+from brs_detr.data.loader import to_batch
+from brs_detr.data.transforms import EvalTransforms, MultiScaleTransforms, resized_size
 from brs_detr.detections import Detections
 from brs_detr.engine.predict import full_float32
 from brs_detr.evaluation.calibration import Calibration
 from brs_detr.export.runtime import ExportedFile
 from brs_detr.models.detector import Detector
-from brs_detr.ops.images import ImageBatch, Size
+from brs_detr.ops.images import ImageBatch, ImageViews, Size
 from brs_detr.ops.masks import as_rles, decode_masks
+from brs_detr.ops.tiles import Tile, tile_grid
 from brs_detr.run.launch import choose_device
 from brs_detr.run.setup import calibration_of, restore
 from brs_detr.run.weights import score_thresholds
+from brs_detr.tiled import join_outputs
 
 ImageInput: TypeAlias = "str | PathLike[str] | Image.Image | np.ndarray | Tensor"
 WINDOW = 8  # batches of images that are held at once, to find some of one size among them
@@ -42,13 +45,13 @@ WINDOW = 8  # batches of images that are held at once, to find some of one size 
 class Engine(Protocol):
     """What runs a detector: torch, or onnxruntime on an exported file."""
 
-    def resize(self, image: Tensor) -> Tensor:
-        """Resize a (3, h, w) uint8 image to its test size."""
+    def resize(self, image: Tensor) -> list[Tensor]:
+        """Resize a (3, h, w) uint8 image to its test size, or to each of them."""
 
     def thresholds(self, raw_scores: bool = False) -> np.ndarray:
         """Return the minimum score (K,) of each class."""
 
-    def __call__(self, batch: ImageBatch, raw_scores: bool = False) -> list[dict[str, Any]]:
+    def __call__(self, batch: ImageBatch | ImageViews, raw_scores: bool = False) -> list[dict[str, Any]]:
         """Detect objects: of each image `boxes` (n, 4) in the stored image's pixels, `scores`, `labels`, `masks`."""
 
 
@@ -102,7 +105,8 @@ class Predictor:
         model, weights, config, file = restore(path, overrides)
         calibration, note = calibration_of(model, weights, config, file)
         thresholds = score_thresholds(model, weights, None)
-        engine = TorchEngine(model, choose_device(device), build_eval_transforms(config.data), calibration, thresholds)
+        transforms = build_eval_transforms(config.data, config.eval.test_scales)
+        engine = TorchEngine(model, choose_device(device), transforms, calibration, thresholds)
         return cls(engine, weights.classes, weights.category_ids, config.data, file, note, config)
 
     @classmethod
@@ -186,6 +190,49 @@ class Predictor:
             for image, output in zip(window, self._detect(window, batch_size, raw_scores), strict=True):
                 yield self._select(output, (image.shape[1], image.shape[2]), threshold, raw_scores)
 
+    def predict_tiles(
+        self,
+        image: ImageInput,
+        tile: tuple[int, int],
+        *,
+        overlap: float = 0.2,
+        whole_image: bool = False,
+        threshold: float | None = None,
+        batch_size: int = 1,
+        raw_scores: bool = False,
+    ) -> Detections:
+        """Detect objects in the tiles of a large image, and join them; an image smaller than a tile is predicted as is.
+
+        Args:
+            image: as for `predict`.
+            tile: (width, height) of a tile in pixels of the image.
+            overlap: share of a tile's side that neighbors have in common; objects of that size are seen completely.
+            whole_image: also look at the image as a whole, for objects larger than a tile.
+            threshold, batch_size, raw_scores: as for `predict`; the batches are of tiles.
+
+        Raises:
+            ImageError: the image cannot be read or used.
+            ValueError: the tile is too small, or the overlap too large.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: must be at least 1.")
+        pixels = self.pixels(image)
+        size = (pixels.shape[1], pixels.shape[2])
+        grid = tile_grid(size, (tile[1], tile[0]), overlap)
+        if whole_image and len(grid) > 1:
+            grid.append(Tile(0, 0, size[1], size[0]))
+        found: list[dict[str, Any]] = []
+        for start in range(0, len(grid), batch_size * WINDOW):
+            chunk = grid[start : start + batch_size * WINDOW]
+            views = [pixels[:, one.y1 : one.y2, one.x1 : one.x2] for one in chunk]
+            found += self._detect(views, batch_size, raw_scores)
+        output = found[0] if len(grid) == 1 else join_outputs(found, grid, size, self._least(threshold, raw_scores))
+        return self._select(output, size, threshold, raw_scores)
+
+    def _least(self, threshold: float | None, raw_scores: bool) -> np.ndarray:
+        """Return the minimum score (K,) of each class: `threshold`, or that of the best F1 in validation."""
+        return self.thresholds(raw_scores) if threshold is None else np.full(len(self.classes), float(threshold))
+
     def pixels(self, image: ImageInput) -> Tensor:
         """Return the (3, h, w) uint8 RGB pixels of an image of any kind that `predict` takes.
 
@@ -211,15 +258,15 @@ class Predictor:
     def _detect(self, images: Sequence[Tensor], batch_size: int, raw_scores: bool) -> list[dict[str, Any]]:
         """Run the detector on images, in batches of one resized size."""
         resized = [self.engine.resize(image) for image in images]
-        groups: dict[Size, list[int]] = {}
-        for index, image in enumerate(resized):
-            groups.setdefault((image.shape[1], image.shape[2]), []).append(index)
+        groups: dict[tuple[torch.Size, ...], list[int]] = {}
+        for index, views in enumerate(resized):
+            groups.setdefault(tuple(view.shape for view in views), []).append(index)
         outputs: dict[int, dict[str, Any]] = {}
         for group in groups.values():
             for start in range(0, len(group), batch_size):
                 part = group[start : start + batch_size]
                 stored = [(images[index].shape[1], images[index].shape[2]) for index in part]
-                batch = ImageBatch.from_list([resized[index] for index in part], stored)
+                batch = to_batch([resized[index] for index in part], stored)
                 outputs.update(zip(part, self.engine(batch, raw_scores), strict=True))
         return [outputs[index] for index in range(len(images))]
 
@@ -227,7 +274,7 @@ class Predictor:
         self, output: dict[str, Any], size: Size, threshold: float | None, raw_scores: bool = False
     ) -> Detections:
         """Select the detections from the threshold of their class on, the best first."""
-        thresholds = self.thresholds(raw_scores) if threshold is None else np.full(len(self.classes), float(threshold))
+        thresholds = self._least(threshold, raw_scores)
         # float64 as the map and the thresholds: a detection at the threshold is selected
         scores, labels = output["scores"].cpu().double().numpy(), output["labels"].cpu().numpy()
         order = np.argsort(-scores, kind="stable")
@@ -273,17 +320,16 @@ class TorchEngine:
         self,
         model: Detector,
         device: torch.device,
-        transforms: EvalTransforms,
+        transforms: EvalTransforms | MultiScaleTransforms,
         calibration: Calibration | None,
         raw_thresholds: Sequence[float],
     ) -> None:
         self.model, self.device, self.transforms = model.to(device), device, transforms
         self.calibration, self.raw_thresholds = calibration, np.array(raw_thresholds)
 
-    def resize(self, image: Tensor) -> Tensor:
-        """Resize a (3, h, w) uint8 image to its test size."""
-        empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
-        return self.transforms(image, empty)[0]
+    def resize(self, image: Tensor) -> list[Tensor]:
+        """Resize a (3, h, w) uint8 image to its test size, or to each of them."""
+        return self.transforms.views(image)
 
     def thresholds(self, raw_scores: bool = False) -> np.ndarray:
         """Return the minimum score (K,) of each class."""
@@ -291,7 +337,7 @@ class TorchEngine:
         return self.raw_thresholds if is_raw else np.array(self.calibration.thresholds)  # type: ignore[union-attr]
 
     @torch.inference_mode()
-    def __call__(self, batch: ImageBatch, raw_scores: bool = False) -> list[dict[str, Any]]:
+    def __call__(self, batch: ImageBatch | ImageViews, raw_scores: bool = False) -> list[dict[str, Any]]:
         """Detect objects in a batch of resized images."""
         with full_float32():
             outputs: Any = self.model(batch.to(self.device), None)
@@ -314,18 +360,18 @@ class OnnxEngine:
     def __init__(self, file: ExportedFile) -> None:
         self.file, self.thresholds = file, file.thresholds
 
-    def resize(self, image: Tensor) -> Tensor:
+    def resize(self, image: Tensor) -> list[Tensor]:
         """Resize a (3, h, w) uint8 image to its test size, or smaller if the file's input is."""
         height, width = image.shape[-2:]
         short_side, size = self.file.short_side, self.file.size
         if size is not None:
             short_side = min(short_side, min(height, width) * min(size[0] / height, size[1] / width))
         test_size = resized_size(height, width, short_side, self.file.long_side)
-        empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
-        return EvalTransforms(antialias=self.file.antialias, size=test_size)(image, empty)[0]
+        return EvalTransforms(antialias=self.file.antialias, size=test_size).views(image)
 
-    def __call__(self, batch: ImageBatch, raw_scores: bool = False) -> list[dict[str, Any]]:
+    def __call__(self, batch: ImageBatch | ImageViews, raw_scores: bool = False) -> list[dict[str, Any]]:
         """Detect objects in a batch of resized images."""
+        assert isinstance(batch, ImageBatch)  # `resize` makes one size
         return self.file(batch, raw_scores)
 
 

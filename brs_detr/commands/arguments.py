@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 from pathlib import Path
 
-from brs_detr.config import Config, apply_overrides, load_config, update_from_command_line
+from brs_detr.config import Config, ConfigError, apply_overrides, load_config, update_from_command_line
 from brs_detr.data.config import Limits
 from brs_detr.data.layouts import is_yolo_yaml, recognize
+from brs_detr.data.sources import require_sources
 from brs_detr.hub.sources import local_path
 from brs_detr.recipes import ENDINGS
 from brs_detr.run.inputs import require_weights
@@ -19,6 +22,7 @@ from brs_detr.run.inputs import require_weights
 WEIGHTS = (
     "run folder (its best weights), .safetensors, official .pth, or a name: of a published checkpoint, hf://user/repo"
 )
+MIN_TILE, MAX_OVERLAP = 32, 0.9  # as `ops/tiles.py`, which needs torch
 
 
 def info(parser: argparse.ArgumentParser) -> None:
@@ -30,18 +34,57 @@ def info(parser: argparse.ArgumentParser) -> None:
 
 
 def predict(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `predict`."""
+    """Add the arguments of `predict`; settings are among the sources until `check_predict` takes them out."""
     parser.add_argument("weights", type=Path, help=WEIGHTS)
-    parser.add_argument("images", type=Path, help="image, or folder of images")
-    parser.add_argument("overrides", nargs="*", default=[], help="settings to change, e.g. data.test_short_side=640")
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="images, folders, patterns in quotes, videos, http(s) and rtsp URLs, number of a camera or /dev/videoN; "
+        "and settings to change, e.g. data.test_short_side=640",
+    )
+    parser.set_defaults(overrides=[])
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder to write to")
+    parser.add_argument(
+        "--format",
+        choices=("json", "coco", "yolo", "csv"),
+        default="json",
+        help="of the predictions (default json; videos: a line for each frame in NAME.jsonl)",
+    )
+    parser.add_argument(
+        "--annotations", type=Path, metavar="JSON", help="COCO json with the ids of the images, for --format coco"
+    )
+    parser.add_argument("--no-images", action="store_true", help="write no drawings, and no drawn videos")
     parser.add_argument(
         "--threshold",
         type=float,
         help="minimum score (default: the one of each class's best F1 in validation)",
     )
     parser.add_argument("--raw-scores", action="store_true", help="scores as the detector's, not calibrated")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images, or tiles, at once (default 1)")
+    parser.add_argument("--max-frames", type=int, metavar="N", help="end a video or camera after N frames")
+    parser.add_argument(
+        "--tiles", type=_size, metavar="WxH", help="look at large images in tiles of so many pixels, e.g. 1024x1024"
+    )
+    parser.add_argument(
+        "--tile-overlap",
+        type=float,
+        default=0.2,
+        metavar="F",
+        help="share of a tile's side that neighbors have in common (default 0.2): objects of that size are seen whole",
+    )
+    parser.add_argument(
+        "--whole-image", action="store_true", help="with --tiles, look at the image as a whole, too: for large objects"
+    )
     parser.add_argument("--device", help="default: a GPU if there is one")
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Read (width, height) from WxH, or from one number for a square."""
+    match = re.fullmatch(r"(\d{1,6})(?:[xX×](\d{1,6}))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text}: not of the form WxH, e.g. 1024x1024")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def export(parser: argparse.ArgumentParser) -> None:
@@ -158,6 +201,37 @@ def check_weights(options: argparse.Namespace) -> None:
 def dataset_setting(path: Path) -> str:
     """Write a path as the dataset argument of a command line, quoted."""
     return f"data={json.dumps(str(path))}"
+
+
+def check_predict(options: argparse.Namespace) -> None:
+    """Take the settings out of the sources of `predict`, and refuse what cannot be used.
+
+    Raises:
+        ConfigError: an option or setting, or a video without PyAV.
+        FileNotFoundError: a source names nothing.
+    """
+    is_override = {word: is_setting(word) and not os.path.lexists(word) for word in options.sources}
+    options.overrides = [*options.overrides, *(word for word in options.sources if is_override[word])]
+    options.sources = [word for word in options.sources if not is_override[word]]
+    if options.batch < 1:
+        raise ConfigError(f"--batch={options.batch}: must be at least 1.")
+    if options.max_frames is not None and options.max_frames < 1:
+        raise ConfigError(f"--max-frames={options.max_frames}: must be at least 1.")
+    if not 0 <= options.tile_overlap <= MAX_OVERLAP:
+        raise ConfigError(f"--tile-overlap={options.tile_overlap:g}: must lie between 0 and {MAX_OVERLAP}.")
+    if options.tiles is not None and min(options.tiles) < MIN_TILE:
+        raise ConfigError(f"--tiles={'x'.join(map(str, options.tiles))}: a side needs at least {MIN_TILE} pixels.")
+    if options.whole_image and options.tiles is None:
+        raise ConfigError("--whole-image: without --tiles, an image is looked at as a whole already. Add --tiles.")
+    if options.annotations is not None and options.format != "coco":
+        raise ConfigError("--annotations: only --format coco has ids of images. Add it, or leave this out.")
+    require_sources(options.sources)
+    check_weights(options)  # last, as it may download them
+
+
+def is_setting(word: str) -> bool:
+    """Check whether a word of the command line has the form section.setting=value."""
+    return re.match(r"[a-z_]+(\.[a-z_0-9]+)*=", word) is not None
 
 
 def check_dataset(options: argparse.Namespace) -> None:

@@ -1,65 +1,190 @@
-"""The `predict` command: detect objects in a folder of images; write a json and images with boxes."""
+"""The `predict` command: detect objects in images, videos and cameras; write what is found and draw it."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
-from collections import Counter
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
-from brs_detr.data.image_io import ImageError, is_image_name, read_image
+from brs_detr.data.frames import read_sources
+from brs_detr.data.image_io import ImageError
+from brs_detr.data.sources import Source, expand
+from brs_detr.data.video import Frame, VideoWriter
 from brs_detr.detections import Detections
-from brs_detr.engine.checkpoint import write_text
 from brs_detr.ops.masks import encode_masks
 from brs_detr.ops.rle import as_text
 from brs_detr.predictor import Predictor
 from brs_detr.run.output_dir import require_writable
+from brs_detr.run.prediction_files import Labels, convert, drawing_names, id_of, read_image_ids
 from brs_detr.user_files import printable
 from brs_detr.viz.boxes import draw_detections
 
-MAX_NAME_BYTES = 255  # of a file name on common file systems
+REPORT_EVERY = 100  # frames of a video
 
 
 def run(options: argparse.Namespace) -> int:
-    """Predict every image and return the exit code: 1 if no image could be read."""
+    """Predict every image and frame and return the exit code: 1 if none could be read."""
+    sources = expand(options.sources)
     predictor = Predictor.load(options.weights, device=options.device, overrides=options.overrides)
     if predictor.note and not options.raw_scores:
         print(printable(f"{predictor.note}."))
-    files = image_files(options.images)
-    root = options.images if options.images.is_dir() else options.images.parent
-    predictions: list[dict] = []
-    drawings = drawing_names([path.relative_to(root) for path in files])
+    drawings = dict(zip(sources, drawing_names([Path(one.stem) for one in sources]), strict=True))
+    stems = {one.name: drawing.with_suffix("") for one, drawing in drawings.items()}
+    labels = Labels(predictor.classes, predictor.category_ids, stems)
+    if options.annotations is not None:
+        image_ids = read_image_ids(options.annotations, labels, predictor.limits.max_json_bytes)
+        labels = labels._replace(image_ids=image_ids)
     require_writable(options.out, "--out")
     partial = options.out / "predictions.partial.jsonl"  # remains if this process is killed
+    drawer = None if options.no_images else Drawer(options.out / "detections", drawings, predictor.classes)
+    report = Report(labels)
     with open(partial, "w", encoding="utf-8") as lines:
         try:
-            for path, drawing in zip(files, drawings, strict=True):
-                try:
-                    image = read_image(path, limits=predictor.limits)
-                except ImageError as error:
-                    print(f"skipped: {error}")
-                    continue
-                found = predictor.predict(image, threshold=options.threshold, raw_scores=options.raw_scores)
-                entry = {"file_name": path.relative_to(root).as_posix(), "objects": describe(found)}
-                lines.write(json.dumps(entry) + "\n")
+            items = read_sources(sources, predictor.limits, options.max_frames)
+            for frame, found in detect(predictor, items, options):
+                lines.write(json.dumps(record(frame, found)) + "\n")
                 lines.flush()
-                predictions.append(entry)
-                missed = f"; {found.note}" if found.note else ""
-                missed += ". --threshold sets another" if "its threshold" in found.note else ""
-                print(f"{printable(path)}: {len(found)} objects{printable(missed)}")
-                target = options.out / "detections" / drawing
-                target.parent.mkdir(parents=True, exist_ok=True)
-                canvas = Image.fromarray(image.permute(1, 2, 0).numpy())
-                draw_detections(canvas, as_tensors(found), None, predictor.classes, threshold=0.0).save(target)
+                report.add(frame, found)
+                if drawer is not None:
+                    drawer.draw(frame, found)
+        except KeyboardInterrupt:
+            if not any(one.kind == "camera" for one in sources):
+                raise
         finally:  # also on an error or Ctrl-C: keep the predictions made so far
-            save(predictions, options.out, partial)
-    return 0 if predictions else 1
+            report.close()
+            if drawer is not None:
+                drawer.close()
+            convert(partial, options.out, options.format, labels)
+            partial.unlink(missing_ok=True)
+            print(f"saved in {printable(options.out)}")
+    return 0 if report.count else 1
+
+
+def detect(
+    predictor: Predictor, items: Iterable[Frame | ImageError], options: argparse.Namespace
+) -> Iterator[tuple[Frame, Detections]]:
+    """Detect objects in frames, in batches; print the errors among them."""
+    shared: dict[str, Any] = {
+        "threshold": options.threshold,
+        "batch_size": options.batch,
+        "raw_scores": options.raw_scores,
+    }
+    frames = _readable(items)
+    # with tiles, a batch is of tiles
+    while group := list(islice(frames, 1 if options.tiles else options.batch)):
+        if options.tiles is None:
+            yield from zip(group, predictor.predict([frame.pixels for frame in group], **shared), strict=True)
+            continue
+        tiling = {"overlap": options.tile_overlap, "whole_image": options.whole_image}
+        for frame in group:
+            yield frame, predictor.predict_tiles(frame.pixels, options.tiles, **tiling, **shared)
+
+
+def _readable(items: Iterable[Frame | ImageError]) -> Iterator[Frame]:
+    for item in items:
+        if isinstance(item, ImageError):
+            print(f"skipped: {item}")
+        else:
+            yield item
+
+
+class Report:
+    """The lines on the terminal: one for each image, and for each video some.
+
+    Args:
+        labels: with `image_ids`, an image that has none is named.
+    """
+
+    def __init__(self, labels: Labels) -> None:
+        self.labels, self.count = labels, 0
+        self._video: Source | None = None
+        self._frames = self._objects = 0
+        self._note, self._start = "", 0.0
+
+    def add(self, frame: Frame, found: Detections) -> None:
+        """Report an image, or count a frame."""
+        self.count += 1
+        note = f"; {found.note}" if found.note else ""
+        note += ". --threshold sets another" if "its threshold" in found.note else ""
+        if frame.index is None:
+            self.close()
+            known = self.labels.image_ids is None or id_of(frame.source.name, self.labels.image_ids) is not None
+            note += "" if known else "; it has no id in --annotations, so its objects are left out"
+            print(f"{printable(_shown(frame.source))}: {len(found)} objects{printable(note)}")
+            return
+        if frame.source != self._video:
+            self.close()
+            self._video, self._frames, self._objects, self._start = frame.source, 0, 0, time.monotonic()
+        self._frames, self._objects, self._note = self._frames + 1, self._objects + len(found), note
+        if self._frames % REPORT_EVERY == 0:
+            print(f"{printable(_shown(frame.source))}: {self._frames} frames, {self._objects} objects ...", flush=True)
+
+    def close(self) -> None:
+        """Report the video whose frames were counted, if there is one."""
+        if self._video is None:
+            return
+        rate = self._frames / max(time.monotonic() - self._start, 1e-3)
+        note = f" In the last frame{self._note.replace(';', '', 1)}" if not self._objects and self._note else ""
+        print(
+            f"{printable(_shown(self._video))}: {self._frames} frames, {self._objects} objects, {rate:.1f} frames/s"
+            f"{printable(f'.{note}' if note else '')}"
+        )
+        self._video = None
+
+
+class Drawer:
+    """Writes drawings of the detections: of an image a png, of a video an mp4 at its frame rate.
+
+    Args:
+        folder: to write to.
+        names: path of each source's drawing in the folder; that of a video gets another ending.
+        classes: names of the labels.
+    """
+
+    def __init__(self, folder: Path, names: Mapping[Source, Path], classes: list[str]) -> None:
+        self.folder, self.names, self.classes = folder, names, classes
+        self._video: Source | None = None
+        self._writer: VideoWriter | None = None
+
+    def draw(self, frame: Frame, found: Detections) -> None:
+        """Draw the detections of an image, or append a frame with them to its video."""
+        canvas = Image.fromarray(frame.pixels.permute(1, 2, 0).numpy())
+        target = self.folder / self.names[_known(frame.source, self.names)]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if frame.index is None:
+            self.close()
+            draw_detections(canvas, as_tensors(found), None, self.classes, threshold=0.0).save(target)
+            return
+        if self._writer is None or frame.source != self._video:
+            self.close()
+            self._video = frame.source
+            self._writer = VideoWriter(target.with_suffix(".mp4"), frame.rate)
+        # as large as the frame: players show a video in its own size
+        drawn = draw_detections(canvas, as_tensors(found), None, self.classes, threshold=0.0, min_side=1, legend=False)
+        self._writer.write(drawn)
+
+    def close(self) -> None:
+        """Finish the video that is being written, if there is one."""
+        if self._writer is not None:
+            writer, self._writer, self._video = self._writer, None, None
+            writer.close()
+
+
+def _known(source: Source, names: Mapping[Source, Any]) -> Source:
+    """Return the source as it was listed: a URL may have turned out to be a video."""
+    return source if source in names else source._replace(kind="url")
+
+
+def _shown(source: Source) -> str:
+    """Name a source on the terminal: a file as it was given."""
+    return source.address if source.kind == "image" or "://" not in source.address else source.name
 
 
 def as_tensors(found: Detections) -> dict[str, torch.Tensor]:
@@ -68,55 +193,13 @@ def as_tensors(found: Detections) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(getattr(found, name)) for name in names}
 
 
-def save(predictions: list[dict], out: Path, partial: Path) -> None:
-    """Write predictions.json, remove the partial file, and print the folder."""
-    write_text(out / "predictions.json", json.dumps(predictions, indent=1))
-    partial.unlink(missing_ok=True)
-    print(f"saved in {printable(out)}")
-
-
-def image_files(path: Path) -> list[Path]:
-    """Return the image itself, or every file under a folder with an image's ending, sorted by name.
-
-    Raises:
-        FileNotFoundError: there is no such file or folder, or no image in it.
-    """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such image or folder")
-    Image.init()
-    files = sorted(file for file in path.rglob("*") if is_image_name(file.name))
-    if not files:
-        raise FileNotFoundError(f"{path}: no image in this folder")
-    return files
-
-
-def drawing_names(files: list[Path]) -> list[Path]:
-    """Choose a unique name for the drawing of each file; the same files always get the same names.
-
-    a/b.jpg -> a/b.png, or a/b.jpg.png if there is also a/b.gif. A name that is too long for the file system or already
-    taken is truncated and ends in a hash of the file name.
-    """
-    stems = Counter(file.with_suffix("") for file in files)
-    plain = [file.with_suffix(".png") if stems[file.with_suffix("")] == 1 else Path(f"{file}.png") for file in files]
-    uses = Counter(plain)
-    taken: set[Path] = set()
-    names: list[Path] = []
-    for file, name in zip(files, plain, strict=True):
-        if uses[name] > 1 or len(os.fsencode(name.name)) > MAX_NAME_BYTES:
-            name = next(name for name in _hashed_names(file) if name not in uses and name not in taken)
-        taken.add(name)
-        names.append(name)
-    return names
-
-
-def _hashed_names(file: Path) -> Iterable[Path]:
-    """Iterate over truncated names that end in a hash, another one in each attempt."""
-    for attempt in range(1000):
-        digest = hashlib.sha256(os.fsencode(file) + b"\0" * attempt).hexdigest()[:16]
-        start = os.fsencode(file.name)[: MAX_NAME_BYTES - len(digest) - len("-.png")].decode("utf-8", "ignore")
-        yield file.with_name(f"{start}-{digest}.png")
+def record(frame: Frame, found: Detections) -> dict[str, Any]:
+    """Convert the detections of an image or frame to a record of `run/prediction_files.py`."""
+    width, height = found.image_size
+    entry: dict[str, Any] = {"file_name": frame.source.name, "width": width, "height": height}
+    if frame.index is not None:
+        entry |= {"frame": frame.index, "time": frame.time}
+    return entry | {"objects": describe(found)}
 
 
 def describe(found: Detections) -> list[dict]:

@@ -94,6 +94,24 @@ def read_image(
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
+def decode_image(content: bytes, name: str, limits: Limits | None = None) -> Tensor:
+    """Decode the content of an image file that was not read from a disk; `name` names it in errors.
+
+    Returns:
+        (3, h, w) uint8.
+
+    Raises:
+        ImageError: it is damaged, truncated, too large or not an image.
+    """
+    try:
+        pixels = _decode(content, None, name, limits or Limits())
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many types, some of them from C code
+        raise ImageError(f"{name}: this image cannot be read: {_reason(error, name, content[:24])}.") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
 def _decode(content: bytes, expected_size: Size | None, path: str | Path, limits: Limits) -> np.ndarray:
     """Decode to (h, w, 3) uint8; a separate function, so that Pillow's copy is freed before the result is copied."""
     with _strict_pillow(), open_image(io.BytesIO(content), limits) as image:
@@ -216,9 +234,10 @@ def is_image_name(name: str) -> bool:
     return ending in IMAGE_ENDINGS or Image.registered_extensions().get(ending) in FORMATS
 
 
-def _reason(error: Exception, path: str | Path) -> str:
+def _reason(error: Exception, path: str | Path, start: bytes | None = None) -> str:
+    """Say why an image cannot be read; `start` are its first bytes, None: they are read from the path."""
     if isinstance(error, Image.UnidentifiedImageError):
-        start = read_start(path, 24)
+        start = read_start(path, 24) if start is None else start
         return f"it begins with {str(start)[1:]}, which is not an image" if start else "the file is empty"
     if isinstance(error, FileNotFoundError):
         return "the file does not exist"

@@ -1,0 +1,182 @@
+"""What a user names to detect objects in: images, folders, patterns, addresses, videos, cameras.
+
+Nothing here imports torch or opens a file, so that a word that names nothing is refused at once; `frames.py` reads.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from brs_detr.exit_codes import MissingPackageError
+
+VIDEO_ENDINGS = (
+    ".mp4",
+    ".m4v",
+    ".mov",
+    ".avi",
+    ".mkv",
+    ".webm",
+    ".mpg",
+    ".mpeg",
+    ".mts",
+    ".m2ts",
+    ".wmv",
+    ".flv",
+    ".3gp",
+    ".ogv",
+)
+MISSING = "videos and cameras need PyAV. Install it with: pip install av"
+Kind = Literal["image", "url", "video", "camera"]
+
+
+class Source(NamedTuple):
+    """One thing to read.
+
+    Attributes:
+        kind: an image file; an address whose server says what it is; a video; or a camera, which does not end by
+            itself.
+        address: path or URL, or number of a camera.
+        name: of the source in results: the path relative to what was named, or the URL without password.
+        stem: path without drive and ".." to name files by, as `name` for a path.
+    """
+
+    kind: Kind
+    address: str
+    name: str
+    stem: str
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it has frames, as far as that is known before it is opened."""
+        return self.kind in ("video", "camera")
+
+
+def require_sources(words: Sequence[str]) -> None:
+    """Refuse words that name nothing, or a video or camera without PyAV; neither opens a file nor lists a folder.
+
+    Raises:
+        FileNotFoundError: naming the first one.
+        MissingPackageError: PyAV is not installed.
+    """
+    if not words:
+        raise FileNotFoundError("predict needs what to look at: images, folders, patterns, URLs, videos or a camera.")
+    for word in words:
+        if _scheme(word) or _camera(word) is not None or os.path.lexists(word):
+            continue
+        if not _matches(word):
+            pattern = "no file matches this pattern" if glob.has_magic(word) else "no such image, video or folder"
+            raise FileNotFoundError(f"{word}: {pattern}.")
+        is_stream = _scheme(word).startswith("rt")
+        if (is_stream or _camera(word) is not None or is_video_name(word)) and not has_pyav():
+            raise MissingPackageError(f"{word}: {MISSING}.")
+
+
+def expand(words: Sequence[str]) -> list[Source]:
+    """List what the words name, each file once, files of a folder or pattern sorted by name.
+
+    Raises:
+        FileNotFoundError: a word names nothing, or a folder without an image or video.
+    """
+    require_sources(words)
+    found: list[Path | Source] = []
+    for word in words:
+        path = Path(word)
+        camera = _camera(word)
+        if scheme := _scheme(word):
+            found.append(_of_url(word, scheme))
+        elif camera is not None:
+            found.append(Source("camera", camera, camera, f"camera_{re.sub('[^0-9a-zA-Z]+', '_', camera).strip('_')}"))
+        elif path.is_dir():
+            found += _files_in(path)
+        elif os.path.lexists(word):
+            found.append(path)
+        else:
+            found += _matches(word)
+    root = _root(words, [entry for entry in found if isinstance(entry, Path)])
+    sources = [entry if isinstance(entry, Source) else _of_file(entry, root) for entry in found]
+    return list(dict.fromkeys(sources))
+
+
+def has_pyav() -> bool:
+    """Return True if PyAV is installed, without importing it."""
+    return importlib.util.find_spec("av") is not None
+
+
+def is_video_name(name: str) -> bool:
+    """Return True if a file name has the ending of a video."""
+    return os.path.splitext(name)[1].lower() in VIDEO_ENDINGS
+
+
+def _scheme(word: str) -> str:
+    """Return the scheme of a URL in lower case, "" for anything else, also for a Windows drive."""
+    match = re.match(r"(https?|rtsps?|rtmps?)://", word, re.IGNORECASE)
+    return match[1].lower() if match else ""
+
+
+def _camera(word: str) -> str | None:
+    """Return the number or device of a camera, None for anything else; a file of that name is a file."""
+    if word.isascii() and word.isdigit() and not os.path.lexists(word):
+        return word
+    return word if re.fullmatch(r"/dev/video\d+", word) else None
+
+
+def _of_url(url: str, scheme: str) -> Source:
+    parts = urlsplit(url)
+    name = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))  # results must not spread a password
+    last = unquote(parts.path.rstrip("/").rpartition("/")[2]) or parts.hostname or "url"
+    stem = re.sub(r'[\x00-\x1f<>:"/\\|?*]', "_", last).strip(". ") or "url"
+    if not scheme.startswith("http"):
+        return Source("camera", url, name, stem)
+    return Source("video" if is_video_name(stem) else "url", url, name, stem)
+
+
+def _of_file(path: Path, root: Path) -> Source:
+    absolute = Path(os.path.abspath(path))
+    relative = absolute.relative_to(root).as_posix()
+    return Source("video" if is_video_name(path.name) else "image", str(path), relative, relative)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """List the images and videos under a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    # here, since it imports torch
+    from PIL import Image
+
+    from brs_detr.data.image_io import is_image_name
+
+    Image.init()
+    files = sorted(file for file in folder.rglob("*") if is_image_name(file.name) or is_video_name(file.name))
+    if not files:
+        raise FileNotFoundError(f"{folder}: no image or video in this folder.")
+    return files
+
+
+def _matches(pattern: str) -> list[Path]:
+    """List the files that match a pattern, `**` any number of folders, sorted by name."""
+    if not glob.has_magic(pattern):
+        return []
+    return sorted(Path(name) for name in glob.iglob(pattern, recursive=True) if not os.path.isdir(name))
+
+
+def _root(words: Sequence[str], files: Sequence[Path]) -> Path:
+    """Return the folder that names are relative to: a folder that alone was named, else the deepest of all files."""
+    if len(words) == 1 and os.path.isdir(words[0]):
+        return Path(os.path.abspath(words[0]))
+    if not files:
+        return Path(os.path.abspath("."))
+    try:
+        return Path(os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files]))
+    except ValueError:  # on two Windows drives
+        raise FileNotFoundError(
+            f"{files[0]}, {files[-1]}: files of two drives have no common folder. Name those of one drive."
+        ) from None
