@@ -27,6 +27,7 @@ from brs_detr.data.loader import to_batch
 from brs_detr.data.transforms import EvalTransforms, MultiScaleTransforms, resized_size
 from brs_detr.detections import Detections
 from brs_detr.engine.predict import full_float32
+from brs_detr.engine.tiled import join_outputs
 from brs_detr.evaluation.calibration import Calibration
 from brs_detr.export.runtime import ExportedFile
 from brs_detr.models.detector import Detector
@@ -36,7 +37,6 @@ from brs_detr.ops.tiles import Tile, tile_grid
 from brs_detr.run.launch import choose_device
 from brs_detr.run.setup import calibration_of, restore
 from brs_detr.run.weights import score_thresholds
-from brs_detr.tiled import join_outputs
 
 ImageInput: TypeAlias = "str | PathLike[str] | Image.Image | np.ndarray | Tensor"
 WINDOW = 8  # batches of images that are held at once, to find some of one size among them

@@ -141,7 +141,7 @@ def test_a_path_that_cannot_be_used_is_named_in_one_sentence(data, tmp_path, cap
 
 def test_what_holds_no_image_and_no_json_is_refused_in_one_sentence(run, tmp_path, capsys):
     assert cli.main(["predict", str(run), str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path}: no image in this folder\n"
+    assert capsys.readouterr().err == f"error: {tmp_path}: no image or video in this folder.\n"
     (tmp_path / "train.json").write_text("<html>")
     assert cli.main(["info", DEMO, *TINY, f"data.root={tmp_path}", "data.train_json=train.json"]) == 2
     assert "this is not a JSON file" in capsys.readouterr().err
@@ -372,7 +372,7 @@ def test_a_storage_that_fails_has_a_code_of_its_own_in_every_command(run, data, 
         raise StorageError(f"{path}: the storage does not give this file: Input/output error.")
 
     monkeypatch.setattr("brs_detr.data.coco.read_image", gone)
-    monkeypatch.setattr("brs_detr.commands.predict.read_image", gone)
+    monkeypatch.setattr("brs_detr.data.frames.read_image", gone)
     out = ["--out", str(tmp_path / "out")]
     assert train([DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path / 'run'}"]) == 74
     reset_accelerate()

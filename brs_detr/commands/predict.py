@@ -35,8 +35,8 @@ def run(options: argparse.Namespace) -> int:
     predictor = Predictor.load(options.weights, device=options.device, overrides=options.overrides)
     if predictor.note and not options.raw_scores:
         print(printable(f"{predictor.note}."))
-    drawings = dict(zip(sources, drawing_names([Path(one.stem) for one in sources]), strict=True))
-    stems = {one.name: drawing.with_suffix("") for one, drawing in drawings.items()}
+    drawings = dict(zip((one.name for one in sources), drawing_names([Path(one.stem) for one in sources]), strict=True))
+    stems = {name: drawing.with_suffix("") for name, drawing in drawings.items()}
     labels = Labels(predictor.classes, predictor.category_ids, stems)
     if options.annotations is not None:
         image_ids = read_image_ids(options.annotations, labels, predictor.limits.max_json_bytes)
@@ -106,7 +106,7 @@ class Report:
         self.labels, self.count = labels, 0
         self._video: Source | None = None
         self._frames = self._objects = 0
-        self._note, self._start = "", 0.0
+        self._note, self._start = "", time.monotonic()
 
     def add(self, frame: Frame, found: Detections) -> None:
         """Report an image, or count a frame."""
@@ -121,7 +121,7 @@ class Report:
             return
         if frame.source != self._video:
             self.close()
-            self._video, self._frames, self._objects, self._start = frame.source, 0, 0, time.monotonic()
+            self._video, self._frames, self._objects = frame.source, 0, 0
         self._frames, self._objects, self._note = self._frames + 1, self._objects + len(found), note
         if self._frames % REPORT_EVERY == 0:
             print(f"{printable(_shown(frame.source))}: {self._frames} frames, {self._objects} objects ...", flush=True)
@@ -129,6 +129,7 @@ class Report:
     def close(self) -> None:
         """Report the video whose frames were counted, if there is one."""
         if self._video is None:
+            self._start = time.monotonic()
             return
         rate = self._frames / max(time.monotonic() - self._start, 1e-3)
         note = f" In the last frame{self._note.replace(';', '', 1)}" if not self._objects and self._note else ""
@@ -136,7 +137,7 @@ class Report:
             f"{printable(_shown(self._video))}: {self._frames} frames, {self._objects} objects, {rate:.1f} frames/s"
             f"{printable(f'.{note}' if note else '')}"
         )
-        self._video = None
+        self._video, self._start = None, time.monotonic()
 
 
 class Drawer:
@@ -144,11 +145,11 @@ class Drawer:
 
     Args:
         folder: to write to.
-        names: path of each source's drawing in the folder; that of a video gets another ending.
+        names: by name of a source the path of its drawing in the folder; that of a video gets another ending.
         classes: names of the labels.
     """
 
-    def __init__(self, folder: Path, names: Mapping[Source, Path], classes: list[str]) -> None:
+    def __init__(self, folder: Path, names: Mapping[str, Path], classes: list[str]) -> None:
         self.folder, self.names, self.classes = folder, names, classes
         self._video: Source | None = None
         self._writer: VideoWriter | None = None
@@ -156,7 +157,7 @@ class Drawer:
     def draw(self, frame: Frame, found: Detections) -> None:
         """Draw the detections of an image, or append a frame with them to its video."""
         canvas = Image.fromarray(frame.pixels.permute(1, 2, 0).numpy())
-        target = self.folder / self.names[_known(frame.source, self.names)]
+        target = self.folder / self.names[frame.source.name]
         target.parent.mkdir(parents=True, exist_ok=True)
         if frame.index is None:
             self.close()
@@ -175,11 +176,6 @@ class Drawer:
         if self._writer is not None:
             writer, self._writer, self._video = self._writer, None, None
             writer.close()
-
-
-def _known(source: Source, names: Mapping[Source, Any]) -> Source:
-    """Return the source as it was listed: a URL may have turned out to be a video."""
-    return source if source in names else source._replace(kind="url")
 
 
 def _shown(source: Source) -> str:

@@ -43,7 +43,8 @@ class Source(NamedTuple):
         kind: an image file; an address whose server says what it is; a video; or a camera, which does not end by
             itself.
         address: path or URL, or number of a camera.
-        name: of the source in results: the path relative to what was named, or the URL without password.
+        name: of the source in results, each another one: of a file its name, or its path relative to the folder that
+            was named or to the one that all files have in common; of a URL the URL without password.
         stem: path without drive and ".." to name files by, as `name` for a path.
     """
 
@@ -51,11 +52,6 @@ class Source(NamedTuple):
     address: str
     name: str
     stem: str
-
-    @property
-    def is_video(self) -> bool:
-        """Whether it has frames, as far as that is known before it is opened."""
-        return self.kind in ("video", "camera")
 
 
 def require_sources(words: Sequence[str]) -> None:
@@ -68,14 +64,14 @@ def require_sources(words: Sequence[str]) -> None:
     if not words:
         raise FileNotFoundError("predict needs what to look at: images, folders, patterns, URLs, videos or a camera.")
     for word in words:
-        if _scheme(word) or _camera(word) is not None or os.path.lexists(word):
-            continue
-        if not _matches(word):
+        if _scheme(word):
+            _require_url(word)
+        is_live = _scheme(word).startswith("rt") or _camera(word) is not None
+        if (is_live or is_video_name(word)) and not has_pyav():
+            raise MissingPackageError(f"{word}: {MISSING}.")
+        if not (_scheme(word) or is_live or os.path.lexists(word) or _matches(word)):
             pattern = "no file matches this pattern" if glob.has_magic(word) else "no such image, video or folder"
             raise FileNotFoundError(f"{word}: {pattern}.")
-        is_stream = _scheme(word).startswith("rt")
-        if (is_stream or _camera(word) is not None or is_video_name(word)) and not has_pyav():
-            raise MissingPackageError(f"{word}: {MISSING}.")
 
 
 def expand(words: Sequence[str]) -> list[Source]:
@@ -85,7 +81,7 @@ def expand(words: Sequence[str]) -> list[Source]:
         FileNotFoundError: a word names nothing, or a folder without an image or video.
     """
     require_sources(words)
-    found: list[Path | Source] = []
+    found: list[Source | tuple[Path, str]] = []
     for word in words:
         path = Path(word)
         camera = _camera(word)
@@ -94,14 +90,18 @@ def expand(words: Sequence[str]) -> list[Source]:
         elif camera is not None:
             found.append(Source("camera", camera, camera, f"camera_{re.sub('[^0-9a-zA-Z]+', '_', camera).strip('_')}"))
         elif path.is_dir():
-            found += _files_in(path)
+            above = Path(os.path.abspath(path)).name if len(words) > 1 else ""
+            found += [(file, Path(above, file.relative_to(path)).as_posix()) for file in _files_in(path)]
         elif os.path.lexists(word):
-            found.append(path)
+            found.append((path, path.name))
         else:
-            found += _matches(word)
-    root = _root(words, [entry for entry in found if isinstance(entry, Path)])
-    sources = [entry if isinstance(entry, Source) else _of_file(entry, root) for entry in found]
-    return list(dict.fromkeys(sources))
+            found += [(file, file.name) for file in _matches(word)]
+    files = {os.path.abspath(entry[0]): entry for entry in found if not isinstance(entry, Source)}
+    if len({name for _, name in files.values()}) < len(files):  # files of one name in several folders
+        root = _common_folder(list(files))
+        files = {path: (file, Path(path).relative_to(root).as_posix()) for path, (file, _) in files.items()}
+    entries = [entry if isinstance(entry, Source) else _of_file(*files[os.path.abspath(entry[0])]) for entry in found]
+    return list(dict.fromkeys(entries))
 
 
 def has_pyav() -> bool:
@@ -118,6 +118,20 @@ def _scheme(word: str) -> str:
     """Return the scheme of a URL in lower case, "" for anything else, also for a Windows drive."""
     match = re.match(r"(https?|rtsps?|rtmps?)://", word, re.IGNORECASE)
     return match[1].lower() if match else ""
+
+
+def _require_url(word: str) -> None:
+    """Refuse a URL that cannot be taken apart.
+
+    Raises:
+        FileNotFoundError: naming it.
+    """
+    try:
+        host = urlsplit(word).hostname
+    except ValueError:
+        host = None
+    if not host:
+        raise FileNotFoundError(f"{word}: this URL names no server.")
 
 
 def _camera(word: str) -> str | None:
@@ -137,10 +151,8 @@ def _of_url(url: str, scheme: str) -> Source:
     return Source("video" if is_video_name(stem) else "url", url, name, stem)
 
 
-def _of_file(path: Path, root: Path) -> Source:
-    absolute = Path(os.path.abspath(path))
-    relative = absolute.relative_to(root).as_posix()
-    return Source("video" if is_video_name(path.name) else "image", str(path), relative, relative)
+def _of_file(path: Path, name: str) -> Source:
+    return Source("video" if is_video_name(path.name) else "image", str(path), name, name)
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -168,14 +180,10 @@ def _matches(pattern: str) -> list[Path]:
     return sorted(Path(name) for name in glob.iglob(pattern, recursive=True) if not os.path.isdir(name))
 
 
-def _root(words: Sequence[str], files: Sequence[Path]) -> Path:
-    """Return the folder that names are relative to: a folder that alone was named, else the deepest of all files."""
-    if len(words) == 1 and os.path.isdir(words[0]):
-        return Path(os.path.abspath(words[0]))
-    if not files:
-        return Path(os.path.abspath("."))
+def _common_folder(files: Sequence[str]) -> str:
+    """Return the deepest folder that holds all files."""
     try:
-        return Path(os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files]))
+        return os.path.commonpath([os.path.dirname(file) for file in files])
     except ValueError:  # on two Windows drives
         raise FileNotFoundError(
             f"{files[0]}, {files[-1]}: files of two drives have no common folder. Name those of one drive."

@@ -150,17 +150,17 @@ def _write_csv(lines: Path, out: Path, labels: Labels) -> None:
     """Write predictions.csv, a row for each object; boxes are corners in pixels."""
 
     def write(file: BinaryIO) -> None:
-        with io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="") as text:
-            writer = csv.writer(text)
-            writer.writerow(CSV_COLUMNS)
-            for record in read_records(lines):
-                about = [record.get(key, "") for key in CSV_COLUMNS[:5]]
-                for one in record["objects"]:
-                    x, y, w, h = one["bbox"]
-                    corners = [round(value, 2) for value in (x, y, x + w, y + h)]
-                    writer.writerow([*about, one["name"], one["category_id"], one["score"], *corners])
-            text.flush()
-            text.detach()  # the file is closed by who opened it
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+        writer = csv.writer(text)
+        writer.writerow(CSV_COLUMNS)
+        for record in read_records(lines):
+            about = [record.get(key, "") for key in CSV_COLUMNS[:5]]
+            for one in record["objects"]:
+                x, y, w, h = one["bbox"]
+                corners = [round(value, 2) for value in (x, y, x + w, y + h)]
+                writer.writerow([*about, one["name"], one["category_id"], one["score"], *corners])
+        text.flush()
+        text.detach()  # else it would close the file
 
     write_file(out / "predictions.csv", write)
 
