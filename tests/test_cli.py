@@ -109,6 +109,37 @@ def test_the_figures_do_not_depend_on_the_batch_size(run, tmp_path):
         assert other == pytest.approx(found[0], abs=1e-6)
 
 
+def test_several_scales_and_a_flip_in_eval_and_predict(run, data, tmp_path):
+    """One scale is no change; several do not depend on the batch size, and `predict` finds what `eval` counts."""
+    views = ["eval.test_scales=[48,64]", "eval.test_flip=true"]
+    raw, short = ["eval.calibrate=false", "--images", "0"], "eval.test_scales=[64]"
+    cases = {"plain": [], "one": [short], "views": views, "batch": [*views, "eval.batch_size=7"]}
+    for name, settings in cases.items():
+        assert evaluate([str(run), *settings, *raw, "--out", str(tmp_path / name)]) == 0
+    assert figures(tmp_path / "one") == figures(tmp_path / "plain") != figures(tmp_path / "views")
+    assert figures(tmp_path / "batch") == pytest.approx(figures(tmp_path / "views"), abs=1e-6)
+    words = ["--annotations", str(data / "annotations" / "val.json"), "--format", "coco", "--no-images", "--raw-scores"]
+    command = ["predict", str(run), str(data / "images" / "val"), *views, *words, "--threshold", "0"]
+    assert cli.main([*command, "--out", str(tmp_path / "predict")]) == 0
+    counted = json.loads((tmp_path / "views" / "results.json").read_text())
+    found = json.loads((tmp_path / "predict" / "predictions.json").read_text())
+    for image in {result["image_id"] for result in counted}:
+        ours, theirs = ([r for r in results if r["image_id"] == image][:20] for results in (found, counted))
+        assert len(ours) == len(theirs) == 20
+        for one, other in zip(ours, theirs, strict=True):
+            assert one["score"] == pytest.approx(other["score"], abs=1e-4)
+        best, same = ours[0]["bbox"], [r["bbox"] for r in theirs if abs(r["score"] - ours[0]["score"]) < 2e-4]
+        assert min(max(abs(a - b) for a, b in zip(best, box, strict=True)) for box in same) < 0.02
+
+
+def test_a_graph_has_one_view(run, tmp_path, capsys):
+    pytest.importorskip("onnxscript")
+    for setting in ("eval.test_flip=true", "eval.test_scales=[64]"):
+        assert cli.main(["export", str(run), setting, "--out", str(tmp_path / "x.onnx")]) == 2
+        assert "a graph has one view of an image" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
+
 def test_a_run_killed_in_the_middle_of_an_epoch_ends_the_same(run, data, tmp_path, monkeypatch):
     """With the real detector and loader, and with another number of workers after the kill."""
     step = Trainer.step

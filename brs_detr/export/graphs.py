@@ -55,6 +55,11 @@ def require_exportable(model: Detector) -> None:
             "eval.predict_with=ensemble: one head can be exported, not several. "
             f"Set eval.predict_with to one of {', '.join(model.heads)}."
         )
+    if model.test_flip or model.test_scales:
+        raise ExportError(
+            "eval.test_scales and eval.test_flip: a graph has one view of an image, not several. "
+            "Add eval.test_scales=[] eval.test_flip=false."
+        )
     if isinstance(model, BRSDETR):
         return
     if isinstance(model, OneStageDetector):

@@ -99,7 +99,7 @@ def build_detector(config: Config, num_classes: int, *, initial_weights: bool = 
         raise ConfigError(subject + reason) from error
     try:
         model.predict_with, model.nms = config.eval.predict_with, config.eval.nms
-        model.test_flip = config.eval.test_flip
+        model.test_flip, model.test_scales = config.eval.test_flip, config.eval.test_scales
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return model
