@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "requirements.txt", "requirements-dev.txt"]
+REQUIREMENTS = ["requirements.txt", "requirements-dev.txt", "requirements-video.txt"]
+FILES = ["pyproject.toml", "setup.py", "README.md", "LICENSE", *REQUIREMENTS]
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 
 
@@ -63,6 +64,8 @@ def test_the_wheel_says_what_it_needs_and_what_it_installs(wheel):
         assert f"Requires-Dist: {line}\n" in stated
     for line in (ROOT / "requirements-dev.txt").read_text().split():
         assert f'Requires-Dist: {line}; extra == "dev"\n' in stated
+    for line in (ROOT / "requirements-video.txt").read_text().split():
+        assert f'Requires-Dist: {line}; extra == "video"\n' in stated
     assert "brs-detr = brs_detr.cli:main" in entry_points
 
 

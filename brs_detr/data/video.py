@@ -94,7 +94,8 @@ def read_video(source: Source, limits: Limits, max_frames: int | None = None) ->
         reason = (getattr(error, "strerror", None) or str(error)).rstrip(".")
         if count:
             raise VideoError(f"{source.name}: it breaks off after {count} frames: {reason}.") from None
-        raise VideoError(f"{source.name}: this video cannot be read: {reason}.") from None
+        what = "video" if source.kind != "camera" else "stream" if "://" in source.address else "camera"
+        raise VideoError(f"{source.name}: this {what} cannot be read: {reason}.") from None
     if not count:
         raise VideoError(f"{source.name}: this video has no frames.")
 

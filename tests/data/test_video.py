@@ -114,7 +114,7 @@ def test_frames_above_the_limit_are_refused(tmp_path):
 
 
 def test_a_camera_that_is_absent_is_named():
-    with pytest.raises(VideoError, match="7654: this video cannot be read"):
+    with pytest.raises(VideoError, match="7654: this camera cannot be read: No such file"):
         list(read_video(Source("camera", "7654", "7654", "camera_7654"), Limits()))
 
 
