@@ -58,12 +58,14 @@ def run(options: argparse.Namespace) -> int:
             if not any(one.kind == "camera" for one in sources):
                 raise
         finally:  # also on an error or Ctrl-C: keep the predictions made so far
-            report.close()
-            if drawer is not None:
-                drawer.close()
-            convert(partial, options.out, options.format, labels)
-            partial.unlink(missing_ok=True)
-            print(f"saved in {printable(options.out)}")
+            try:
+                report.close()
+                if drawer is not None:
+                    drawer.close()
+            finally:  # also if a video cannot be finished
+                convert(partial, options.out, options.format, labels)
+                partial.unlink(missing_ok=True)
+                print(f"saved in {printable(options.out)}")
     return 0 if report.count else 1
 
 

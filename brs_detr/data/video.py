@@ -95,7 +95,9 @@ def read_video(source: Source, limits: Limits, max_frames: int | None = None) ->
         if count:
             raise VideoError(f"{source.name}: it breaks off after {count} frames: {reason}.") from None
         what = "video" if source.kind != "camera" else "stream" if "://" in source.address else "camera"
-        raise VideoError(f"{source.name}: this {what} cannot be read: {reason}.") from None
+        # a server may send files from their begin only, and the index of an mp4 is often at its end
+        advice = " If players show it, download it and name the file." if source.address.startswith("http") else ""
+        raise VideoError(f"{source.name}: this {what} cannot be read: {reason}.{advice}") from None
     if not count:
         raise VideoError(f"{source.name}: this video has no frames.")
 
@@ -173,7 +175,14 @@ class VideoWriter:
         size = (self._stream.width, self._stream.height)
         near = all(0 <= own - side <= 1 for own, side in zip(image.size, size, strict=True))
         image = image.crop((0, 0, *size)) if near else image.resize(size)
-        self._container.mux(self._stream.encode(av.VideoFrame.from_image(image)))
+        try:
+            self._container.mux(self._stream.encode(av.VideoFrame.from_image(image)))
+        except OSError:  # of the disk
+            raise
+        except av.FFmpegError as error:
+            self._stream = None  # there is nothing to finish
+            reason = (error.strerror or str(error)).rstrip(".")
+            raise VideoError(f"{self.path}: this video cannot be written: {reason}. Add --no-images.") from None
 
     def close(self) -> None:
         """Finish the file and give it its name."""

@@ -52,6 +52,14 @@ def test_sides_are_made_even_and_names_may_be_as_long_as_names_can_be(tmp_path):
     assert frame.pixels.shape == (3, 48, 62)
 
 
+def test_a_video_that_no_encoder_takes_leaves_nothing(tmp_path):
+    writer = VideoWriter(tmp_path / "wide.mp4", Fraction(5))
+    with pytest.raises(VideoError, match=r"wide\.mp4: this video cannot be written: .* Add --no-images\."):
+        writer.write(Image.new("RGB", (70_000, 64)))
+    writer.close()
+    assert not os.listdir(tmp_path)
+
+
 def test_a_video_that_breaks_off_gives_the_frames_before(tmp_path):
     whole = tmp_path / "whole.mkv"
     with av.open(str(whole), "w") as container:  # Matroska can be read without its end

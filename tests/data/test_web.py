@@ -1,5 +1,6 @@
 """Images from a web server, and everything else that a server may send."""
 
+import functools
 import http.server
 import io
 import threading
@@ -133,3 +134,21 @@ def test_a_server_that_sends_a_video_is_asked_for_its_frames(server):
     pytest.importorskip("av", reason="PyAV is not installed")
     with pytest.raises(ImageError, match="live: this video cannot be read"):
         read(f"{server}/live")
+
+
+def test_a_video_is_read_from_a_server_frame_by_frame(tmp_path):
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    with av.open(str(tmp_path / "clip.mkv"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_image(Image.new("RGB", (64, 48), (50 * number, 0, 0)))))
+        container.mux(stream.encode(None))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        (source,) = expand([f"http://127.0.0.1:{running.server_port}/clip.mkv"])
+        frames = list(read_source(source, Limits()))
+        running.shutdown()
+    assert [frame.index for frame in frames] == list(range(5)) and frames[0].pixels.shape == (3, 48, 64)
+    assert frames[4].pixels[0].float().mean() == pytest.approx(200, abs=12)
