@@ -354,15 +354,18 @@ def _full_name(name: str, value: Any) -> str:
     return name
 
 
-def _coerce(value: Any, hint: Any, name: str, source: str) -> Any:
-    """Convert `value` to the annotated type, or raise a ConfigError.
+def _coerce(value: Any, hint: Any, name: str, source: str, words: Sequence[str] = ()) -> Any:
+    """Convert `value` to the annotated type, or raise a ConfigError, which names the `words` that are allowed too.
 
     Strings are parsed as numbers or booleans only where the field's type asks for it.
     """
     hint = _bare(hint)
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else _coerce(value, options[0], name, source)
+        words = [word for option in options if typing.get_origin(option) is Literal for word in typing.get_args(option)]
+        if value is None or value in words:
+            return value
+        return _coerce(value, options[0], name, source, words)
     if origin is Literal:
         if value in options:
             return value
@@ -378,6 +381,7 @@ def _coerce(value: Any, hint: Any, name: str, source: str) -> Any:
     converted = _scalar(value, hint)
     if converted is None:
         kind = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}[hint]
+        kind = " or ".join([kind, *words])
         raise ConfigError(f"{source}: {name} must be {kind}, not {_short(value)}")
     return converted
 

@@ -38,7 +38,8 @@ class TrainConfig:
     warmup_steps: int = 0  # optimizer steps
     warmup_start: Fraction = 0.0  # factor of the learning rate from which it rises
     total_batch_size: Count = 16  # images an optimizer step, over all processes and accumulated batches
-    per_device_batch_size: Count | None = None  # at most, at once; null: the full share of a process
+    # at most, at once; null: the full share of a process; auto: as many as fit, found before the first epoch
+    per_device_batch_size: Count | Literal["auto"] | None = None
     precision: Literal["no", "bf16", "fp16"] = "no"
     ema_decay: BelowOne | None = None
     eval_every: Count | None = 1  # epochs; null: about twenty validations altogether

@@ -54,9 +54,7 @@ def largest_step(
     device, batches = accelerator.device, min(accumulate, 2)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    images, targets = _noise(batch_size, size, objects, num_classes, device)
-    if masks:
-        targets = [{**target, "masks": filled_masks(target["boxes"], size)} for target in targets]
+    images, targets = noise_batch(batch_size, size, objects, num_classes, device, masks)
     model.train()
     done = 0
     for _ in range(20):  # under fp16 the scaler skips steps until its scale fits
@@ -82,8 +80,10 @@ def largest_step(
     )
 
 
-def _noise(batch_size: int, size: tuple[int, int], objects: int, num_classes: int, device: torch.device) -> Batch:
-    """Make a batch of random pixels with random boxes and labels, always the same ones."""
+def noise_batch(
+    batch_size: int, size: tuple[int, int], objects: int, num_classes: int, device: torch.device, masks: bool = False
+) -> Batch:
+    """Make a batch of random pixels with random boxes and labels, always the same ones; arguments as above."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (batch_size, 3, *size), dtype=torch.uint8, generator=generator)
     images = ImageBatch(pixels, [size] * batch_size, [size] * batch_size).to(device)
@@ -93,6 +93,8 @@ def _noise(batch_size: int, size: tuple[int, int], objects: int, num_classes: in
         boxes = torch.cat([corners.amin(1), corners.amax(1) + 1], dim=1).to(device)
         labels = torch.randint(0, num_classes, (objects,), generator=generator).to(device)
         targets.append({"boxes": boxes, "labels": labels, "image_id": index})
+        if masks:
+            targets[-1]["masks"] = filled_masks(boxes, size)
     return images, targets
 
 

@@ -1,15 +1,30 @@
 """Rankings over one process or over all processes of a distributed run."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 SCOPES = ("process", "global")
+_alone = False
 
 
 def world_size() -> int:
-    """Return the number of processes; 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """Return the number of processes; 1 without torch.distributed, and inside `without_other_processes`."""
+    return dist.get_world_size() if not _alone and dist.is_available() and dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def without_other_processes() -> Iterator[None]:
+    """Compute losses inside as if there were one process: for trials that may fail in some processes only."""
+    global _alone
+    former, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = former
 
 
 def process_sum(value: Tensor) -> Tensor:

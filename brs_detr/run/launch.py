@@ -59,7 +59,8 @@ def start_accelerator(config: Config, *, trackers: bool = False) -> Accelerator:
 
 def _longest_collective(config: Config) -> timedelta:
     """Return how long a process waits for the others: half an hour plus the time those may wait for their data."""
-    accumulated = config.train.total_batch_size // (config.train.per_device_batch_size or config.train.total_batch_size)
+    total, most = config.train.total_batch_size, config.train.per_device_batch_size
+    accumulated = total if most == "auto" else total // (most or total)  # auto: one image at once, at worst
     return timedelta(minutes=30, seconds=(config.data.timeout or 0) * max(1, accumulated))
 
 

@@ -260,15 +260,21 @@ def freeze(model: nn.Module, config: Config) -> None:
             parameter.requires_grad_(False)
 
 
-def plan_batches(config: Config, accelerator: Accelerator) -> BatchPlan:
+def plan_batches(config: Config, accelerator: Accelerator, chosen: int | None = None) -> BatchPlan:
     """Split the total batch over the processes of the launch.
+
+    Args:
+        config: of the run.
+        accelerator: of the launch.
+        chosen: images of a process at once where the config says auto; None: not yet known, as many as there are.
 
     Raises:
         ConfigError: it cannot be split evenly.
     """
+    most = config.train.per_device_batch_size
     try:
         return split_batch_size(
-            config.train.total_batch_size, config.train.per_device_batch_size, accelerator.num_processes
+            config.train.total_batch_size, chosen if most == "auto" else most, accelerator.num_processes
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None

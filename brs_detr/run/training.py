@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from brs_detr import config as configuration
 from brs_detr.config import Config, ConfigError
@@ -22,6 +23,7 @@ from brs_detr.data.image_io import read_image
 from brs_detr.data.loader import EpochBatches, build_eval_loader, build_train_loader
 from brs_detr.data.watched_loader import WatchedLoader
 from brs_detr.engine.batch_plan import BatchPlan, TrainingLength, plan_length
+from brs_detr.engine.batch_search import free_memory, search_batch_size
 from brs_detr.engine.checkpoint import Transfer, Weights, save_weights, write_text
 from brs_detr.engine.diagnostics import largest_step
 from brs_detr.engine.distributed import is_sharded, keep_known_layers, keep_scalars_whole
@@ -132,16 +134,15 @@ def open_run(config: Config, trial: str | None = None) -> Run:
         config = replace(config, output_dir=f"{config.output_dir}/{trial}", train=fresh)
     check_output_dir(config)
     accelerator = start_accelerator(config, trackers=trial is None)
-    plan = setup.plan_batches(config, accelerator)
-    config, state, log = _open_log(config, plan, accelerator, is_trial=trial is not None)
+    config, plan, state, log = _open_log(config, accelerator, is_trial=trial is not None)
     return Run(setup.with_subset(config, accelerator), accelerator, plan, log, state)
 
 
 def _open_log(
-    config: Config, plan: BatchPlan, accelerator: Accelerator, is_trial: bool
-) -> tuple[Config, Path | None, RunLog]:
+    config: Config, accelerator: Accelerator, is_trial: bool
+) -> tuple[Config, BatchPlan, Path | None, RunLog]:
     """Open the run's log, find the saved state to resume from (None for a fresh start) and choose the anchors."""
-    folder = Path(config.output_dir)
+    folder, plan = Path(config.output_dir), setup.plan_batches(config, accelerator)
     require_shared_folder(config, accelerator)
     purposes = ("train",) if config.train.overfit_batches is not None else ("train", "val")
     config, recognized = with_source(config, folder, accelerator, purposes)
@@ -150,16 +151,68 @@ def _open_log(
         require_learning_backbone(config)
     config, chosen = choose_anchors(config, None if state is None else read_facts(state), accelerator)
     if state is not None:
+        plan = setup.plan_batches(config, accelerator, stored_batch_size(read_facts(state)))
         changes = check_resumable(config, plan, read_facts(state), state, is_sharded(accelerator))
         notes += [f"resumed from {state}", *(f"changed since: {change}" for change in changes)]
     accelerator.wait_for_everyone()
     log = RunLog(folder, accelerator, None if state is None else read_facts(state))
-    for note in [describe_machine(accelerator), str(plan), *recognized, *notes, *chosen]:
+    searched = state is None and config.train.per_device_batch_size == "auto"
+    split = f"total batch {plan.total}, its split is searched for below" if searched else str(plan)
+    for note in [describe_machine(accelerator), split, *recognized, *notes, *chosen]:
         log.say(note)
     if accelerator.is_main_process:
         remove_partials(folder)
         write_text(folder / "config.yaml", configuration.dump(config))
-    return config, state, log
+    return config, plan, state, log
+
+
+def stored_batch_size(facts: dict[str, Any]) -> int | None:
+    """Return the images that a process of a saved run held at once; None where its state does not say."""
+    launch = facts.get("launch")
+    stored = launch.get("per_device") if isinstance(launch, dict) else None
+    return stored if isinstance(stored, int) and stored > 0 else None
+
+
+def choose_batch_size(run: Run) -> Run:
+    """Search for the batch size of a process where the config says auto; a resumed run keeps the one that it had.
+
+    Raises:
+        ConfigError: not even one image fits, or the launch shards the detector.
+        DataError: there is nothing to train on.
+    """
+    config, accelerator = run.config, run.accelerator
+    if config.train.per_device_batch_size != "auto" or run.state is not None:
+        return run
+    if is_sharded(accelerator):
+        raise ConfigError(
+            "train.per_device_batch_size=auto: a detector that FSDP shards cannot be tried. Give a number, from "
+            "--dry-run."
+        )
+    train_set = open_train_set(config.data, config.seed, config.model.has_masks)
+
+    def build() -> tuple[nn.Module, Optimizer]:
+        model = setup.build_detector(config, train_set.num_classes, initial_weights=False)
+        setup.freeze(model, config)
+        model.to(accelerator.device).train()
+        return model, build_optimizer(config.optim, model)
+
+    def shape(size: int) -> dict[str, Any]:
+        largest = setup.largest_shape(config, setup.plan_batches(config, accelerator, size), train_set)
+        return {name: value for name, value in largest.items() if name != "accumulate"}
+
+    share, averaged = run.plan.total // run.plan.processes, config.train.ema_decay is not None
+    found = search_batch_size(build, shape, accelerator, share, averaged=averaged)
+    free_memory(accelerator.device)  # of the detector that was tried
+    if found == 0:
+        height, width = shape(1)["size"]
+        raise ConfigError(
+            f"train.per_device_batch_size=auto: not even one image of {width}x{height} fits into the memory of every "
+            "device. Use smaller images (data.augment), a smaller model, or train.precision=bf16."
+        )
+    plan = setup.plan_batches(config, accelerator, found)
+    how = "by the memory that one step saves" if accelerator.device.type == "cpu" else "by trying"
+    run.log.say(f"{plan} (auto: {found} image(s) fit at once, found {how})")
+    return replace(run, plan=plan)
 
 
 def open_data(run: Run) -> Data:
