@@ -83,9 +83,15 @@ COMMANDS = {
     ),
     "export": Command(
         "brs_detr.commands.export",
-        "write a detector as an ONNX file and check it in onnxruntime",
+        "write a detector as an ONNX or torch.export file and check it",
         arguments.export,
         arguments.check_weights,
+    ),
+    "benchmark": Command(
+        "brs_detr.commands.benchmark",
+        "time a detector or an exported file, and count its parameters and operations",
+        arguments.benchmark,
+        arguments.check_benchmark,
     ),
     "push": Command(
         "brs_detr.commands.push",

@@ -93,7 +93,22 @@ def export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], help="settings to change, e.g. model.detections_per_image=50"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.onnx", help="file to write")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write: .onnx, or torch's .pt2")
+    parser.add_argument(
+        "--format", choices=("onnx", "torch"), help="ONNX, or torch.export (default: by the ending of --out)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "fp16", "int8"),
+        default="fp32",
+        help="of layers with weights in an ONNX file; int8 needs images to measure ranges on (default: fp32)",
+    )
+    parser.add_argument(
+        "--calibration-images",
+        type=Path,
+        metavar="FOLDER",
+        help="images for --precision int8 (default: data.train_images)",
+    )
     parser.add_argument("--height", type=int, help="input height in pixels (default: data.test_long_side)")
     parser.add_argument("--width", type=int, help="input width in pixels (default: data.test_long_side)")
     parser.add_argument("--any-size", action="store_true", help="export with dynamic height and width")
@@ -104,6 +119,35 @@ def export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image", type=Path, action="append", default=[], help="check with this image too; may be repeated"
     )
+
+
+def benchmark(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `benchmark`."""
+    parser.add_argument("target", type=Path, help="run folder, .safetensors file, recipe or exported .onnx")
+    parser.add_argument("overrides", nargs="*", default=[], help="settings to change, e.g. eval.predict_with=roi")
+    parser.add_argument(
+        "--size", type=height_and_width, metavar="HxW", help="of the images (default: the largest test size, landscape)"
+    )
+    parser.add_argument("--batch", type=positive, default=1, help="images at once (default 1)")
+    parser.add_argument("--threads", type=positive, help="threads of the CPU (default: as torch chooses)")
+    parser.add_argument("--runs", type=positive, default=20, help="runs that are timed (default 20)")
+    parser.add_argument("--warmup", type=positive, default=3, help="runs before them (default 3)")
+    parser.add_argument("--device", help="default: a GPU if there is one")
+
+
+def positive(text: str) -> int:
+    """Parse a positive integer."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
+    return int(text)
+
+
+def height_and_width(text: str) -> tuple[int, int]:
+    """Parse a size as 800x1333, height first."""
+    height, times, width = text.lower().partition("x")
+    if not times:
+        raise argparse.ArgumentTypeError(f"{text} is no size. Write height and width, e.g. 800x1333.")
+    return positive(height), positive(width)
 
 
 def check_data(parser: argparse.ArgumentParser) -> None:
@@ -232,6 +276,14 @@ def check_predict(options: argparse.Namespace) -> None:
 def is_setting(word: str) -> bool:
     """Check whether a word of the command line has the form section.setting=value."""
     return re.match(r"[a-z_]+(\.[a-z_0-9]+)*=", word) is not None
+
+
+def check_benchmark(options: argparse.Namespace) -> None:
+    """Refuse a recipe that cannot be used, and weights that do not exist."""
+    if options.target.suffix in ENDINGS or not (options.target.suffix or options.target.exists()):
+        load_config(options.target, options.overrides)
+    else:
+        check_weights(argparse.Namespace(weights=options.target, overrides=options.overrides))
 
 
 def check_dataset(options: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from brs_detr.commands.arguments import WEIGHTS
-from brs_detr.config import Config, update_from_command_line
+from brs_detr.config import Config, ConfigError, update_from_command_line
 from brs_detr.data.layouts import recognize
 from brs_detr.hub.sources import local_path
 from brs_detr.run.inputs import require_weights
@@ -14,10 +14,25 @@ from brs_detr.run.inputs import require_weights
 DESCRIPTION = """Evaluate trained weights: `brs-detr eval RUN_OR_CHECKPOINT [a.b=value ...] [--out FOLDER]`.
 
 `python eval.py` and, for several devices, `accelerate launch eval.py` or `accelerate launch -m brs_detr.evaluate` take
-the same arguments. Nothing but the weights file is needed: classes and config travel inside it.
+the same arguments. Nothing but the weights file is needed: classes and config travel inside it. An exported .onnx is
+evaluated in onnxruntime and its figures are set beside those of the detector it was made from.
 
 Exit codes: 0 evaluated; 2 a setting, dataset or checkpoint cannot be used; 74 the storage failed.
 """
+
+FREE_IN_EXPORTS = (
+    *(
+        "data.root",
+        "data.source",
+        "data.val_",
+        "data.workers",
+        "data.timeout",
+        "data.retry_seconds",
+        "data.max_",
+        "data.allow_",
+    ),
+    *("eval.batch_size", "eval.max_detections", "eval.score_threshold"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +64,10 @@ def score_list(text: str) -> tuple[float, ...]:
 def run(options: argparse.Namespace) -> int:
     """Check names and paths, then evaluate; returns the exit code."""
     require_weights(options.weights)
+    if options.weights.suffix == ".onnx":
+        return evaluate_export(options)
+    if options.weights.suffix == ".pt2":
+        raise ConfigError(f"{options.weights}: a file of torch.export is not evaluated. Give its weights, or an .onnx.")
     # whether the values fit, the stored config has to say
     data = update_from_command_line(Config(), options.overrides).data
     if data.source is not None:
@@ -57,3 +76,24 @@ def run(options: argparse.Namespace) -> int:
     from brs_detr.evaluate import run_evaluation  # torch takes seconds to import: only once all this is right
 
     return run_evaluation(weights, options.overrides, options.out, options.images, options.score_thresholds)
+
+
+def evaluate_export(options: argparse.Namespace) -> int:
+    """Check the settings of an evaluation of an exported file, then evaluate it.
+
+    Raises:
+        ConfigError: a setting is fixed in the file.
+    """
+    update_from_command_line(Config(), options.overrides)
+    for text in options.overrides:
+        name = text.lstrip("-").partition("=")[0].strip()
+        if name != "data" and not name.startswith(FREE_IN_EXPORTS):
+            raise ConfigError(
+                f"{name}: is fixed in an exported file. Leave it out, or export again with this setting; "
+                "data=FOLDER, data.root, data.val_*, eval.batch_size and eval.max_detections can be chosen."
+            )
+    if options.score_thresholds:
+        raise ConfigError("--score-thresholds: is for weights files. Leave it out.")
+    from brs_detr.commands.evaluate_export import run_evaluation
+
+    return run_evaluation(options.weights, options.overrides, options.out, options.images)

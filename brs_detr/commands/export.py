@@ -11,17 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import resize
 
-from brs_detr.config import Config, ConfigError
+from brs_detr.commands.export_precision import PIXELS, as_input, calibration_files, narrow, padded
+from brs_detr.config import Config, ConfigError, differences, from_dict, to_dict
 from brs_detr.data.image_io import read_image
-from brs_detr.data.transforms import resized_size
 from brs_detr.engine.checkpoint import Weights, publish
 from brs_detr.evaluation.calibration import NEVER, Calibration
 from brs_detr.export.graphs import ExportError, require_exportable
 from brs_detr.export.onnx import write_onnx
 from brs_detr.export.parity import MAX_BOX_DIFFERENCE, MAX_SCORE_DIFFERENCE, ExportedDetector, compare
+from brs_detr.export.torch_file import TorchFile, inner_outputs, write_torch
 from brs_detr.models.detector import Detector
 from brs_detr.ops.images import ImageBatch, Size
 from brs_detr.run.output_dir import require_writable
@@ -29,16 +28,13 @@ from brs_detr.run.setup import calibration_of, restore
 from brs_detr.run.weights import score_thresholds
 from brs_detr.user_files import printable
 
-PIXELS = {"uint8": torch.uint8, "float32": torch.float32}
+FIGURES = ("model.", "eval.nms", "eval.max_detections", "eval.score_threshold", "data.test_", "data.antialias")
+"""Beginnings of the settings that the figures of a validation depend on, besides the head."""
 
 
 def run(options: argparse.Namespace) -> int:
     """Export a detector, check the file, rename it to --out only then, and return the exit code."""
-    require_packages("onnx", "onnxscript")
-    if options.out.suffix != ".onnx":
-        raise ConfigError(f"--out={options.out}: the file name must end in .onnx")
-    if options.any_size and (options.height or options.width):
-        raise ConfigError("--any-size: height and width are dynamic. Leave out --height and --width, or --any-size.")
+    to_torch = check_options(options)
     require_writable(options.out.parent, "--out")
     model, weights, config, file = restore(options.weights, options.overrides)
     try:
@@ -48,28 +44,60 @@ def run(options: argparse.Namespace) -> int:
     calibration, uncalibrated = calibration_of(model, weights, config, file)
     if uncalibrated:
         print(printable(f"{uncalibrated}."))
+    if options.precision == "int8":
+        calibration_files(options, config)  # before a minute of exporting
     size = input_size(config, options)
+    canvas = None if options.any_size else size
     images = {str(path): read_image(path, limits=config.data) for path in options.image}
     shape = "any size" if options.any_size else f"{size[0]}x{size[1]} (height x width)"
     print(f"{printable(file)}: exporting head {model.predict_with} for {shape}")
     partial = options.out.with_name(f".{options.out.name}.partial")
+    written: dict[str, Any] = {
+        "any_size": options.any_size,
+        "pixels": PIXELS[options.pixels],
+        "metadata": metadata(model, weights, config, canvas, calibration),
+        "calibration": calibration,
+    }
     try:
-        write_onnx(
-            model,
-            partial,
-            size,
-            any_size=options.any_size,
-            opset=options.opset,
-            pixels=PIXELS[options.pixels],
-            metadata=metadata(model, weights, config, None if options.any_size else size, calibration),
-            calibration=calibration,
-        )
-        check(model, partial, config, options, size, images, calibration)
+        if to_torch:
+            write_torch(model, partial, size, **written)
+        else:
+            write_onnx(model, partial, size, opset=options.opset, **written)
+        cases = sample_inputs(images, config, options, size)
+        check(model, partial, options, cases, calibration)
+        if options.precision != "fp32":
+            narrow(partial, options, config, canvas, cases)
         publish(partial, options.out)
     finally:
         partial.unlink(missing_ok=True)
-    print(f"{printable(options.out)}: {options.out.stat().st_size / 1e6:.1f} MB, opset {options.opset}")
+    kind = f"torch.export of torch {torch.__version__}" if to_torch else f"opset {options.opset}, {options.precision}"
+    print(f"{printable(options.out)}: {options.out.stat().st_size / 1e6:.1f} MB, {kind}")
     return 0
+
+
+def check_options(options: argparse.Namespace) -> bool:
+    """Refuse options that do not fit each other or lack a package; return True for a file of torch.export.
+
+    Raises:
+        ConfigError: naming the options.
+        ExportError: naming the packages.
+    """
+    ending = {None: options.out.suffix, "onnx": ".onnx", "torch": ".pt2"}[options.format]
+    to_torch = ending == ".pt2"
+    if not to_torch:
+        require_packages("onnx", "onnxscript")
+    if options.precision != "fp32":
+        if to_torch:
+            raise ConfigError(
+                f"--precision={options.precision}: is for ONNX files. Leave it out, or use --format onnx."
+            )
+        require_packages("onnxruntime")
+    if options.out.suffix != ending or ending not in (".onnx", ".pt2"):
+        wanted = ".pt2" if options.format == "torch" else ".onnx" if options.format else ".onnx, or in .pt2 for torch"
+        raise ConfigError(f"--out={options.out}: the file name must end in {wanted}")
+    if options.any_size and (options.height or options.width):
+        raise ConfigError("--any-size: height and width are dynamic. Leave out --height and --width, or --any-size.")
+    return to_torch
 
 
 def require_packages(*names: str) -> None:
@@ -123,62 +151,83 @@ def metadata(
         "short_side": config.data.test_short_side,
         "long_side": config.data.test_long_side,
         "antialias": config.data.antialias,
+        "precision": "fp32",
+        "validation": validation(model, weights, config),
+        "config": portable_settings(config),
     }
+
+
+def validation(model: Detector, weights: Weights, config: Config) -> dict[str, Any] | None:
+    """Return the figures of the head in the validation of the weights, and the fingerprint of the images.
+
+    None where there was no validation, or a setting that they depend on has changed since.
+    """
+    metrics, stored = weights.extra.get("metrics"), from_dict(weights.config, "the weights file")
+    changed = any(change.startswith(FIGURES) for change in differences(stored, config))
+    if not isinstance(metrics, dict) or changed:
+        return None
+    own = stored.eval.predict_with
+    best = weights.extra.get("predict_with", model.heads[0] if own == "auto" else own)
+    figures = {name: value for name, value in metrics.items() if name.startswith(("AP", "AR"))}
+    if model.predict_with != best:
+        figures = {"AP": metrics[name]} if (name := f"{model.predict_with}_AP") in metrics else {}
+    if not figures:
+        return None
+    return {"figures": figures, "epoch": weights.extra.get("epoch"), "images": weights.extra.get("validated_on")}
+
+
+def portable_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that an evaluation of the file needs, without absolute paths of this machine."""
+    names = ("root", "val_json", "val_images", "test_short_side", "test_long_side", "antialias")
+    data = {name: value for name, value in to_dict(config.data).items() if name in names}
+    data = {name: value for name, value in data.items() if not Path(str(value)).is_absolute()}
+    return {"data": data, "model": {"name": config.model.name}, "eval": {"max_detections": config.eval.max_detections}}
+
+
+def sample_inputs(
+    images: dict[str, Tensor], config: Config, options: argparse.Namespace, size: Size
+) -> dict[str, ImageBatch]:
+    """Return inputs of the file to check it with, by name: noise, and (3, h, w) images by name."""
+    # images smaller than the input, in both orientations, so that padding is checked at the bottom and at the right
+    (height, width), part = size, 0.75
+    portrait = (width, math.ceil(height * part)) if options.any_size else (height, math.ceil(width * part))
+    shapes = {"noise": (math.ceil(height * part), width), "noise, upright": portrait}
+    canvas, pixels = None if options.any_size else size, PIXELS[options.pixels]
+    cases = {}
+    for name, shape in shapes.items():
+        noise = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
+        cases[name] = padded(noise.to(pixels), canvas or shape)
+    return cases | {name: as_input(image, config, canvas, pixels) for name, image in images.items()}
 
 
 def check(
     model: Detector,
     path: Path,
-    config: Config,
     options: argparse.Namespace,
-    size: Size,
-    samples: dict[str, Tensor],
+    cases: dict[str, ImageBatch],
     calibration: Calibration | None = None,
 ) -> None:
-    """Compare the file in onnxruntime with the detector in torch, on noise and on (3, h, w) images by name.
+    """Compare the file, in onnxruntime or loaded by torch, with the detector in torch.
 
     Raises:
         ExportError: the outputs differ by more than rounding.
     """
-    if not installed("onnxruntime"):
+    exported: ExportedDetector | TorchFile
+    if options.out.suffix == ".pt2":
+        exported, runtime = TorchFile(path, inner_outputs(model, calibration)), "the file loaded again"
+    elif not installed("onnxruntime"):
         print("not checked: onnxruntime is not installed (pip install onnxruntime)")
         return
-    exported = ExportedDetector(path)
-    # images smaller than the input, in both orientations, so that padding is checked at the bottom and at the right
-    (height, width), part = size, 0.75
-    portrait = (width, math.ceil(height * part)) if options.any_size else (height, math.ceil(width * part))
-    shapes = {"noise": (math.ceil(height * part), width), "noise, upright": portrait}
-    cases = {name: torch.randint(0, 256, (3, *shape), dtype=torch.uint8) for name, shape in shapes.items()}
-    for name, sample in samples.items():
-        fitted = list(fitted_size((sample.shape[1], sample.shape[2]), config, None if options.any_size else size))
-        cases[name] = resize(sample, fitted, InterpolationMode.BILINEAR, antialias=config.data.antialias)
-    version = importlib.metadata.version("onnxruntime")
-    print(f"onnxruntime {version} against torch {torch.__version__}, largest differences:")
-    for name, image in cases.items():
-        canvas = (image.shape[1], image.shape[2]) if options.any_size else size
-        images = padded(image.to(PIXELS[options.pixels]), canvas)
-        differences = compare(model, exported, images, calibration)
-        shape = f"{image.shape[-2]}x{image.shape[-1]}"
-        print(f"  {printable(name)} ({shape}): boxes {differences.boxes:.1g} pixels, scores {differences.scores:.1g}")
-        if not differences.small:
+    else:
+        exported, runtime = ExportedDetector(path), f"onnxruntime {importlib.metadata.version('onnxruntime')}"
+    print(f"{runtime} against torch {torch.__version__}, largest differences:")
+    for name, images in cases.items():
+        apart = compare(model, exported, images, calibration)
+        shape = "x".join(map(str, images.sizes[0]))
+        print(f"  {printable(name)} ({shape}): boxes {apart.boxes:.1g} pixels, scores {apart.scores:.1g}")
+        if not apart.small:
             raise ExportError(
-                f"{options.out} was not written: onnxruntime differs from torch by {differences.boxes:.2g} pixels and "
-                f"{differences.scores:.2g} in scores; at most {MAX_BOX_DIFFERENCE} and {MAX_SCORE_DIFFERENCE} are "
+                f"{options.out} was not written: {runtime} differs from torch by {apart.boxes:.2g} pixels and "
+                f"{apart.scores:.2g} in scores; at most {MAX_BOX_DIFFERENCE} and {MAX_SCORE_DIFFERENCE} are "
                 "rounding"
             )
-
-
-def fitted_size(size: Size, config: Config, max_size: Size | None) -> Size:
-    """Return (h, w) of an image at its test size, or smaller if it does not fit into the input."""
-    short_side: float = config.data.test_short_side
-    if max_size is not None:
-        short_side = min(short_side, min(size) * min(max_size[0] / size[0], max_size[1] / size[1]))
-    return resized_size(*size, short_side, config.data.test_long_side)
-
-
-def padded(image: Tensor, canvas: Size) -> ImageBatch:
-    """Make a batch of one (3, h, w) image in the top left corner of a (H, W) canvas."""
-    height, width = image.shape[-2:]
-    pixels = image.new_zeros(1, 3, *canvas)
-    pixels[0, :, :height, :width] = image
-    return ImageBatch(pixels, [(height, width)], [(height, width)])

@@ -76,25 +76,12 @@ def write_onnx(
     # torch's exporter would write DeformConv, which came with opset 19, into a file of opset 18
     if opset < 19 and any(isinstance(module, DeformableConv) for module in model.modules()):
         raise ExportError(f"--opset={opset}: has no deformable convolutions. Give --opset 19 or a newer one.")
-    if any_size and isinstance(model.backbone, SwinBackbone):
-        raise ExportError(
-            "--any-size: a Swin backbone divides its maps into windows, which fixes the size of the graph. "
-            "Give --height and --width instead."
-        )
     graph, inside = DetectorGraph(model, calibration), [PROPOSALS] if model.predict_with in TWO_STAGE else []
     inside += [RAW_SCORES] if calibration is not None else []
-    # two images: torch.export specializes on dimensions of size 1
-    example = torch.zeros(2, 3, *size, dtype=pixels), torch.tensor([size, size])
-    batch, dynamic = Dim("batch"), {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if any_size else {}
     names = {"pixels": {0: "batch", 2: "height", 3: "width"}, "sizes": {0: "batch"}}
+    program = trace(graph, size, any_size=any_size, pixels=pixels)
     try:
         with torch.no_grad(), quiet():
-            program = torch.export.export(
-                graph,
-                example,
-                dynamic_shapes={"pixels": {0: batch, **dynamic}, "sizes": {0: batch}},
-                strict=False,
-            )
             written = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -105,13 +92,8 @@ def write_onnx(
                 dynamic_shapes=names,
                 verbose=False,
             )
-    except Exception as error:  # the exporters raise a dozen types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        advice = "Give --height and --width instead of --any-size" if any_size else "Try another --height and --width"
-        raise ExportError(
-            f"torch {torch.__version__}: cannot export this detector ({reason}). "
-            f"{advice}, or newer onnx and onnxscript."
-        ) from error
+    except Exception as error:  # the exporter raises a dozen types
+        raise _refusal(error, any_size) from error
     if written is None:
         raise ExportError(f"torch {torch.__version__}: its exporter returned no program. Try another version of torch.")
     # the exporter falls back to another opset with no more than a log line
@@ -125,6 +107,36 @@ def write_onnx(
     written.model.doc_string = DESCRIPTION
     written.model.metadata_props.update({key: json.dumps(value) for key, value in (metadata or {}).items()})
     written.save(path, external_data=False)
+
+
+def trace(graph: DetectorGraph, size: Size, *, any_size: bool, pixels: torch.dtype) -> torch.export.ExportedProgram:
+    """Trace a detector's graph for batches of any number; arguments and errors as for `write_onnx`."""
+    if any_size and isinstance(graph.model.backbone, SwinBackbone):
+        raise ExportError(
+            "--any-size: a Swin backbone divides its maps into windows, which fixes the size of the graph. "
+            "Give --height and --width instead."
+        )
+    # two images: torch.export specializes on dimensions of size 1
+    example = torch.zeros(2, 3, *size, dtype=pixels), torch.tensor([size, size])
+    batch, dynamic = Dim("batch"), {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if any_size else {}
+    try:
+        with torch.no_grad(), quiet():
+            return torch.export.export(
+                graph,
+                example,
+                dynamic_shapes={"pixels": {0: batch, **dynamic}, "sizes": {0: batch}},
+                strict=False,
+            )
+    except Exception as error:  # the exporter raises a dozen types
+        raise _refusal(error, any_size) from error
+
+
+def _refusal(error: Exception, any_size: bool) -> ExportError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    advice = "Give --height and --width instead of --any-size" if any_size else "Try another --height and --width"
+    return ExportError(
+        f"torch {torch.__version__}: cannot export this detector ({reason}). {advice}, or newer onnx and onnxscript."
+    )
 
 
 @contextmanager

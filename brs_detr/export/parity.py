@@ -57,6 +57,15 @@ class Differences(NamedTuple):
         return Differences(max(self.boxes, others.boxes), max(self.scores, others.scores))
 
 
+class Match(NamedTuple):
+    """How many of the best detections of one file another one has too, and how far the farthest of these are."""
+
+    total: int
+    matched: int
+    boxes: float
+    scores: float
+
+
 class ExportedDetector:
     """An ONNX file of `onnx.write_onnx` in onnxruntime on the CPU; its proposals and raw scores are outputs too.
 
@@ -87,7 +96,10 @@ class ExportedDetector:
 
 @torch.no_grad()
 def compare(
-    model: Detector, exported: ExportedDetector, images: ImageBatch, calibration: Calibration | None = None
+    model: Detector,
+    exported: Callable[[ImageBatch], dict[str, Tensor]],
+    images: ImageBatch,
+    calibration: Calibration | None = None,
 ) -> Differences:
     """Compute the largest differences between an exported file and the detector it was made from.
 
@@ -295,3 +307,30 @@ def largest_differences(
     apart = (all_boxes[:, :, None] - boxes[:, None]).abs().amax(-1)
     apart = apart.masked_fill((of_label - scores[:, None]).abs() > MAX_SCORE_DIFFERENCE, torch.inf)
     return Differences(float(apart.amin(1).max()), float((scores - best).abs().max()))
+
+
+def match_best(exact: dict[str, Tensor], found: dict[str, Tensor], count: int, min_iou: float = 0.5) -> Match:
+    """Compare the best detections of a batch with those of a file of lower precision, which may rank otherwise.
+
+    Args:
+        exact, found: boxes (B, n, 4) xyxy pixels, scores and labels (B, n), of which those of score `NOTHING` are none.
+        count: number of detections of an image that are looked for.
+        min_iou: overlap with a detection of the same label from which on it is the same.
+
+    Returns:
+        The largest differences, in pixels and in scores, of those that are there.
+    """
+    total, matched, boxes_apart, scores_apart = 0, 0, 0.0, 0.0
+    for image in range(len(exact["scores"])):
+        own, other = ({name: part[name][image] for name in OUTPUTS} for part in (exact, found))
+        best = own["scores"].topk(min(count, len(own["scores"]))).indices
+        best = best[own["scores"][best] >= 0]
+        overlap = box_iou(own["boxes"][best], other["boxes"])
+        alike = (own["labels"][best][:, None] == other["labels"]) & (other["scores"] >= 0)
+        iou, index = overlap.masked_fill(~alike, -1.0).max(dim=1)
+        there = iou >= min_iou
+        total, matched = total + len(best), matched + int(there.sum())
+        if there.any():
+            apart = [(own[name][best][there] - other[name][index[there]]).abs().max() for name in ("boxes", "scores")]
+            boxes_apart, scores_apart = max(boxes_apart, float(apart[0])), max(scores_apart, float(apart[1]))
+    return Match(total, matched, boxes_apart, scores_apart)

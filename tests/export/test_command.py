@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,10 +16,11 @@ from support import module_from
 
 from brs_detr import cli
 from brs_detr.commands import export
+from brs_detr.commands.export_precision import fitted_size
 from brs_detr.config import apply_overrides, load_config, to_dict
 from brs_detr.data.transforms import EvalTransforms
 from brs_detr.engine.checkpoint import Weights, load_weights, save_weights
-from brs_detr.export.parity import Differences
+from brs_detr.export.parity import Differences, Match
 from brs_detr.run.setup import build_detector
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,7 +110,7 @@ def test_a_file_that_computes_something_else_is_not_written(weights, tmp_path, c
     monkeypatch.setattr(export, "compare", lambda *arguments: Differences(3.5, 0.0))
     monkeypatch.setattr(export.importlib.metadata, "version", lambda name: "1")
     assert cli.main(["export", str(weights), "--out", str(tmp_path / "model.onnx")]) == 2
-    assert "was not written: onnxruntime differs from torch by 3.5 pixels" in capsys.readouterr().err
+    assert "was not written: onnxruntime 1 differs from torch by 3.5 pixels" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -129,7 +131,10 @@ def test_without_the_exporters_packages_nothing_begins(weights, tmp_path, capsys
     ("arguments", "said"),
     [
         (["eval.predict_with=ensemble", "--out", "model.onnx"], "needs weights whose validation scored all heads"),
-        (["--out", "model.pt"], "must end in .onnx"),
+        (["--out", "model.pt"], "must end in .onnx, or in .pt2 for torch"),
+        (["--out", "model.onnx", "--format", "torch"], "must end in .pt2"),
+        (["--out", "model.pt2", "--precision", "fp16"], "--precision=fp16: is for ONNX files"),
+        (["--out", "model.onnx", "--precision", "int8"], "there is none in datasets/demo/images/train. Give --calib"),
         (["--out", "model.onnx", "--any-size", "--width", "64"], "Leave out --height and --width"),
         (["--out", "model.onnx", "--height", "12"], "--height=12: the coarsest feature map of this detector needs"),
         (["--out", "model.onnx", "--opset", "9"], "--opset=9"),
@@ -161,7 +166,45 @@ def test_every_image_fits_the_default_input_at_its_test_size(weights, tmp_path, 
 
 def test_a_image_larger_than_the_input_is_shrunk_to_fit():
     config = apply_overrides(load_config(ROOT / "configs" / "demo.yaml"), ["data.test_short_side=60"])
-    assert export.fitted_size((120, 120), config, None) == (60, 60)
-    assert export.fitted_size((120, 120), config, (60, 80)) == (60, 60)
-    assert export.fitted_size((120, 120), config, (60, 45)) == (45, 45)
-    assert export.fitted_size((240, 120), config, (160, 160)) == (80, 40)  # data.test_long_side is 80
+    assert fitted_size((120, 120), config, None) == (60, 60)
+    assert fitted_size((120, 120), config, (60, 80)) == (60, 60)
+    assert fitted_size((120, 120), config, (60, 45)) == (45, 45)
+    assert fitted_size((240, 120), config, (160, 160)) == (80, 40)  # data.test_long_side is 80
+
+
+@pytest.mark.parametrize(("precision", "found"), [("fp16", 10), ("int8", 5), ("int8", 4)])
+def test_a_file_is_narrowed_after_its_check_and_only_kept_if_it_finds_the_same(
+    weights, image, tmp_path, capsys, monkeypatch, no_export, precision, found
+):
+    """Ten detections, of which half must be found again; both files are replaced by fakes."""
+    module, order = export.narrow.__globals__, []
+    monkeypatch.setattr(export, "installed", lambda name: True)
+    monkeypatch.setattr(export, "check", lambda *arguments: order.append("checked"))
+    monkeypatch.setitem(module, "write_float16", lambda source, target, kept: target.write_bytes(b"fp16"))
+
+    def write_int8(source, target, batches):
+        order.extend(batch["pixels"].shape for batch in batches)
+        target.write_bytes(b"int8")
+
+    monkeypatch.setitem(module, "write_int8", write_int8)
+    monkeypatch.setitem(module, "ExportedDetector", lambda path: lambda batch: order.append(path.suffix))
+    monkeypatch.setitem(module, "match_best", lambda *arguments: Match(10, found, 0.5, 0.01))
+    out = tmp_path / "out" / "model.onnx"
+    command = ["export", str(weights), "--out", str(out), "--height", "72", "--width", "90", "--precision", precision]
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    shutil.copy(image, tmp_path / "good.png")
+    code = cli.main([*command, "--calibration-images", str(tmp_path)])
+    said = capsys.readouterr()
+    assert order[0] == "checked" and f"{precision} against fp32" in said.out
+    assert f"noise (54x90): {found} of 10 found, boxes 0.5 pixels, scores 0.01" in said.out
+    if precision == "int8":
+        assert order[1] == (1, 3, 72, 90) and "good.png (70x70)" in said.out and "skipped: " in said.out
+    if found < 5:
+        assert code == 2 and f"only {found * 3} of the 30 best detections" in said.err
+        assert not list(out.parent.iterdir())
+    else:
+        assert (
+            code == 0
+            and out.read_bytes() == precision.encode()
+            and [p.name for p in out.parent.iterdir()] == [out.name]
+        )

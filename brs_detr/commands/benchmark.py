@@ -1,0 +1,185 @@
+"""The `benchmark` command: how long an image takes, and what it costs, for a detector in torch or an exported file."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from brs_detr.commands.export import installed
+from brs_detr.commands.info import count_classes
+from brs_detr.config import ConfigError, load_config
+from brs_detr.engine.optim import count_parameters
+from brs_detr.export.graphs import ExportError
+from brs_detr.export.onnx_file import OnnxDetector
+from brs_detr.models.detector import Detector
+from brs_detr.ops.images import ImageBatch, Size
+from brs_detr.recipes import ENDINGS
+from brs_detr.run.inputs import require_weights
+from brs_detr.run.launch import choose_device
+from brs_detr.run.setup import build_detector, restore
+from brs_detr.user_files import printable
+
+COUNTED = "convolutions and products of matrices of one image; a multiplication with its addition as two"
+NOT_COUNTED = (
+    "sampling of deformable attention (grid_sample or its kernel), RoIAlign, suppression, elementwise operations"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is timed.
+
+    Attributes:
+        name: for the report.
+        detect: called with a batch on its device.
+        size: (H, W) of the images.
+        device: of the batch.
+        facts: further lines of the report.
+    """
+
+    name: str
+    detect: Callable[[ImageBatch], object]
+    size: Size
+    device: torch.device
+    facts: list[str]
+
+
+@torch.inference_mode()
+def run(options: argparse.Namespace) -> int:
+    """Time a detector and print the report; returns the exit code."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    subject = exported(options) if options.target.suffix == ".onnx" else in_torch(options)
+    height, width = subject.size
+    images = noise(options.batch, subject.size).to(subject.device)
+    print(f"{printable(subject.name)}: batches of {options.batch} image(s) of {height}x{width} (height x width), noise")
+    for line in [*subject.facts, *timing(subject, images, options)]:
+        print(line)
+    return 0
+
+
+def in_torch(options: argparse.Namespace) -> Subject:
+    """Build the detector of a run, a weights file or a recipe (with random weights)."""
+    if is_recipe(options.target):
+        config = load_config(options.target, options.overrides)
+        classes, source = count_classes(config, None)
+        model: Detector = build_detector(config, classes, initial_weights=False).eval()
+        name = f"{options.target}, random weights, {classes} classes ({source})"
+    else:
+        require_weights(options.target)
+        model, _, config, file = restore(options.target, options.overrides)
+        name = str(file)
+    device = choose_device(options.device)
+    size = options.size or landscape(config.data.test_short_side, config.data.test_long_side)
+    if config.data.test_square is not None and options.size is None:
+        size = (config.data.test_square, config.data.test_square)
+    model.to(device)
+    total, _ = count_parameters(model)
+    with FlopCounterMode(display=False) as counter:
+        model(noise(1, size).to(device))
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} thread(s)"
+    facts = [
+        f"torch {torch.__version__} on {describe(device)}{threads}, float32, head {model.predict_with}",
+        f"parameters: {total:,}",
+        f"GFLOPs: {counter.get_total_flops() / 1e9:.2f} ({COUNTED})",
+        f"not counted: {NOT_COUNTED}",
+    ]
+    return Subject(name, model, size, device, facts)
+
+
+def exported(options: argparse.Namespace) -> Subject:
+    """Open an exported file in onnxruntime, on its best device here unless the CPU is asked for."""
+    if options.overrides:
+        raise ConfigError(f"{options.overrides[0]}: an exported file has no settings to change. Leave it out.")
+    providers = None
+    if options.device != "cpu" and installed("onnxruntime"):
+        import onnxruntime
+
+        known = onnxruntime.get_available_providers()
+        providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in known]
+        if options.device is not None and options.device.startswith("cuda") and "CUDAExecutionProvider" not in known:
+            raise ExportError(f"--device {options.device}: onnxruntime has no CUDA. Run `pip install onnxruntime-gpu`.")
+    detector = OnnxDetector(options.target, providers=providers, threads=options.threads or 0)
+    if options.size and detector.canvas and options.size != detector.canvas:
+        height, width = detector.canvas
+        raise ConfigError(f"--size: this file takes {height}x{width} only. Leave it out, or export with --any-size.")
+    facts = detector.facts
+    size = options.size or detector.canvas or landscape(facts["short_side"], facts["long_side"])
+    used = detector.session.get_providers()[0].removesuffix("ExecutionProvider")
+    lines = [
+        f"onnxruntime on {used}, {options.threads or torch.get_num_threads()} thread(s), "
+        f"{facts.get('precision', 'fp32')}, head {facts['head']}",
+        f"parameters: {stored_numbers(options.target)} in the file, {options.target.stat().st_size / 1e6:.1f} MB",
+        "GFLOPs: not counted in a file; `brs-detr benchmark` counts those of the weights it was made from",
+    ]
+    return Subject(str(options.target), detector.run, size, torch.device("cpu"), lines)
+
+
+def stored_numbers(path: Path) -> str:
+    """Count the weights of a file; those of 8 bits come with a scale for each channel. "?" without onnx."""
+    if not installed("onnx"):
+        return "? (pip install onnx)"
+    import onnx
+
+    kinds = onnx.TensorProto
+    weights = (kinds.FLOAT, kinds.FLOAT16, kinds.INT8, kinds.INT32)
+    tensors = onnx.load(path).graph.initializer
+    return f"{sum(int(np.prod(tensor.dims)) for tensor in tensors if tensor.data_type in weights):,}"
+
+
+def timing(subject: Subject, images: ImageBatch, options: argparse.Namespace) -> list[str]:
+    """Time the batches one by one; return the lines of the report."""
+    cuda = subject.device.type == "cuda"
+    for _ in range(options.warmup):
+        subject.detect(images)
+    if cuda:
+        torch.cuda.synchronize(subject.device)
+        torch.cuda.reset_peak_memory_stats(subject.device)
+    seconds = []
+    for _ in range(options.runs):
+        start = time.perf_counter()
+        subject.detect(images)
+        if cuda:
+            torch.cuda.synchronize(subject.device)
+        seconds.append(time.perf_counter() - start)
+    each = 1000 * np.array(seconds) / options.batch
+    median, slow = np.median(each), np.quantile(each, 0.9)
+    lines = [
+        f"ms per image: median {median:.2f}, 90 % of the runs below {slow:.2f} "
+        f"({options.runs} runs after {options.warmup} to warm up)",
+        f"images/s: {1000 / median:.1f}",
+    ]
+    if cuda:
+        peak = torch.cuda.max_memory_allocated(subject.device) / 2**30
+        lines.append(f"peak memory: {peak:.2f} GB allocated by torch")
+    lines.append("from pixels in memory to detections; reading and resizing images is not included")
+    return lines
+
+
+def noise(count: int, size: Size) -> ImageBatch:
+    """Make a batch of random pixels, always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8, generator=generator)
+    return ImageBatch(pixels, [size] * count, [size] * count)
+
+
+def landscape(short: int, long: int) -> Size:
+    """Return (H, W) of the largest image that the two limits of the resizing allow."""
+    return short, max(short, long)
+
+
+def is_recipe(target: Path) -> bool:
+    """Check whether the target is a recipe: its file, or its name."""
+    return target.suffix in ENDINGS or not (target.exists() or target.suffix)
+
+
+def describe(device: torch.device) -> str:
+    """Return the name of a device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

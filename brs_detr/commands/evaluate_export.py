@@ -1,0 +1,192 @@
+"""`eval FILE.onnx`: the figures of an exported file, beside those of the detector that it was made from.
+
+The images are those of the validation set, resized as the file's metadata says and run in onnxruntime. AP needs the
+order of the raw scores, which the file holds: where its calibration is flat, float32 rounds different scores to one.
+They are mapped here, in float64 and with the file's own map, as the evaluation of weights does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from brs_detr import config as configuration
+from brs_detr.config import Config, ConfigError
+from brs_detr.data.build import open_val_set
+from brs_detr.data.coco import CocoDetection
+from brs_detr.data.loader import build_eval_loader
+from brs_detr.data.transforms import EvalTransforms
+from brs_detr.engine.checkpoint import write_text
+from brs_detr.engine.predict import predict
+from brs_detr.engine.storage import writing
+from brs_detr.evaluate import dataset_notes, score_detections
+from brs_detr.evaluation.calibration import Calibration
+from brs_detr.evaluation.coco_eval import GroundTruth, finite_results
+from brs_detr.evaluation.reliability import assess
+from brs_detr.evaluation.summary import Summary, text_table
+from brs_detr.exit_codes import ExitCode, Failure
+from brs_detr.export.onnx_file import OnnxDetector
+from brs_detr.run import setup
+from brs_detr.run.dataset import with_source
+from brs_detr.run.drawings import write_evaluation
+from brs_detr.run.launch import start_accelerator
+from brs_detr.run.output_dir import require_writable
+from brs_detr.user_files import complain, printable
+
+COMPARED = ("AP", "AP50", "AP75", "AP90", "APs", "APm", "APl", "AR100")
+
+
+class FileTransforms(EvalTransforms):
+    """Resizing as an exported file asks for it, which has a size of its own where it was not exported for any."""
+
+    def __init__(self, detector: OnnxDetector) -> None:
+        facts = detector.facts
+        super().__init__(facts["short_side"], facts["long_side"], facts["antialias"])
+        self.detector = detector
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return (h, w) of an image of this size after resizing."""
+        return self.detector.input_size((height, width))
+
+
+def run_evaluation(path: Path, overrides: list[str], out: Path | None, images: int) -> int:
+    """Call `evaluate_file` with its arguments; turn what ends it early into a message and an exit code."""
+    try:
+        evaluate_file(path, overrides, out, images)
+    except Failure as error:
+        complain(error)
+        return error.code
+    return ExitCode.OK
+
+
+def evaluate_file(path: Path, overrides: list[str], out: Path | None = None, images: int = 0) -> Summary | None:
+    """Evaluate an exported file on the val split of its settings, or of the command line's.
+
+    Args:
+        path: ONNX file.
+        overrides: `data.root=...` and what else is not fixed in the file.
+        out: folder to write to; by default `NAME-evaluation` beside the file.
+        images: number of images to draw.
+
+    Returns:
+        The figures; None in all but the main process.
+
+    Raises:
+        ConfigError: the dataset is missing, or its categories are not the file's.
+    """
+    detector = OnnxDetector(path, raw_scores=True)
+    config = settings(path, detector.facts, overrides)
+    out = out or path.with_name(f"{path.stem}-evaluation")
+    require_writable(out, "--out")
+    accelerator = start_accelerator(config)
+    config, recognized = with_source(config, out, accelerator, ("val",))
+    if accelerator.is_main_process and recognized:
+        print("\n".join(recognized))
+    dataset = open_val_set(config.data)
+    dataset.transforms = FileTransforms(detector)
+    classes, category_ids = detector.facts["classes"], detector.facts["category_ids"]
+    setup.require_same_categories(classes, category_ids, dataset, str(path))
+    loader = build_eval_loader(
+        dataset,
+        config.eval.batch_size,
+        workers=setup.worker_count(config),
+        timeout=config.data.timeout,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    limits: dict[str, Any] = {
+        "score_threshold": config.eval.score_threshold,
+        "max_detections": config.eval.max_detections,
+    }
+    with contextlib.closing(loader):
+        detections = predict(detector.eval(), loader, accelerator, **limits, progress=True)
+    truth, listed = GroundTruth.read(dataset.ground_truth(), dataset.masks), dataset.report["images_listed"]
+    head, map_of_file = detector.facts["head"], calibration(path, detector.facts)
+    summary, results = score_detections(
+        detections, category_ids, truth, config, accelerator, listed, name=head, calibration=map_of_file
+    )
+    if summary is None:
+        return None
+    validated_on = (detector.facts.get("validation") or {}).get("images")
+    summary.reliability = assess(summary.folds[head], map_of_file, validated_on == dataset.fingerprint())
+    summary.notes = [note for note in summary.notes if "the detector returns" not in note]
+    summary.notes += [*dataset_notes(dataset), *file_notes(detector, dataset)]
+    table = comparison(detector.facts, summary, dataset)
+    about = {"file": str(path), "precision": detector.facts.get("precision"), "annotations": dataset.json_path}
+    about["original"] = detector.facts.get("validation")
+    with writing(out):
+        write_text(out / "results.json", json.dumps(finite_results(results), allow_nan=False))
+    write_evaluation(out, summary, results, dataset, about, run=out, report=out / "report.html", images=images)
+    precision = detector.facts.get("precision", "fp32")
+    print(f"{printable(path)} ({precision}, head {head}) on {printable(dataset.json_path)}\n")
+    print(f"{summary.table()}\n\n{table}\n\nsaved in {printable(out)}")
+    return summary
+
+
+def settings(path: Path, facts: dict[str, Any], overrides: Sequence[str]) -> Config:
+    """Return the settings of an evaluation: the file's, changed as the command line says.
+
+    Raises:
+        ConfigError: neither says where the images are.
+    """
+    stored = facts.get("config", {})
+    config = configuration.apply_overrides(configuration.from_dict(stored, str(path)), overrides)
+    given = {text.lstrip("-").partition("=")[0].strip() for text in overrides}
+    held = {f"data.{name}" for name in stored.get("data", {})}
+    missing = [name for name in ("data.root", "data.val_json", "data.val_images") if name not in given | held]
+    if missing and config.data.source is None:
+        raise ConfigError(
+            f"{path}: does not hold {' and '.join(missing)}: an exported file carries no absolute path of the machine "
+            f"it was made on. Add {' '.join(f'{name}=...' for name in missing)}, or data=FOLDER."
+        )
+    return config
+
+
+def calibration(path: Path, facts: dict[str, Any]) -> Calibration | None:
+    """Return the map of scores to precision that the file applies; None where its scores are raw.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    if not facts.get("calibration"):
+        return None
+    try:
+        return Calibration.from_dict(facts["calibration"], len(facts["classes"]))
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}. Export the detector again.") from None
+
+
+def file_notes(detector: OnnxDetector, dataset: CocoDetection) -> list[str]:
+    """List what makes the figures others than those of the detector in torch."""
+    if detector.canvas is None:
+        return []
+    height, width = detector.canvas
+    sizes = [detector.input_size((h, w)) for h, w in dataset.packed.image_sizes.tolist()]
+    padded = sum(size != detector.canvas for size in sizes)
+    return [
+        f"{padded:,} images are padded to the file's {height}x{width}, which torch did not do (--any-size does not)"
+    ]
+
+
+def comparison(facts: dict[str, Any], summary: Summary, dataset: CocoDetection) -> str:
+    """Format the figures in percent below those of the original, or say why there are none."""
+    validation = facts.get("validation")
+    if not validation:
+        return "The file holds no figures of the original: its weights had no validation with these settings."
+    original = validation["figures"]
+    names = [name for name in COMPARED if name in original and name in summary.stats and original[name] >= 0]
+    own = [summary.stats[name] for name in names]
+    rows = [
+        ["original", *(f"{100 * original[name]:.2f}" for name in names)],
+        ["this file", *(f"{100 * value:.2f}" for value in own)],
+        ["difference", *(f"{100 * (value - original[name]):+.2f}" for name, value in zip(names, own))],
+    ]
+    table = text_table(["", *names], rows)
+    if validation["images"] is None:
+        table += "\nThe weights do not say on which images the original's figures are."
+    elif validation["images"] != dataset.fingerprint():
+        table += "\nThe original's figures are of other images or annotations: they cannot be compared."
+    return table
