@@ -49,7 +49,7 @@ def test_every_path_exists(page):
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_every_setting_exists(page):
     named = set(SETTING.findall(page.read_text(encoding="utf-8")))
-    endings = ("py", "yaml", "json", "md", "data", "onnx", "safetensors")
+    endings = ("py", "yaml", "json", "md", "data", "onnx", "safetensors", "pt2")
     files = {name for name in named if name.rpartition(".")[2] in endings}
     assert named - files <= settings()
 

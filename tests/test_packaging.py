@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-REQUIREMENTS = ["requirements.txt", "requirements-dev.txt", "requirements-video.txt"]
-FILES = ["pyproject.toml", "setup.py", "README.md", "LICENSE", *REQUIREMENTS]
+EXTRAS = ("dev", "export", "openvino", "video")
+FILES = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "requirements.txt"]
+FILES += [f"requirements-{extra}.txt" for extra in EXTRAS]
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 
 
@@ -62,10 +63,9 @@ def test_the_wheel_says_what_it_needs_and_what_it_installs(wheel):
         entry_points = archive.read(path.replace("METADATA", "entry_points.txt")).decode()
     for line in (ROOT / "requirements.txt").read_text().split():
         assert f"Requires-Dist: {line}\n" in stated
-    for line in (ROOT / "requirements-dev.txt").read_text().split():
-        assert f'Requires-Dist: {line}; extra == "dev"\n' in stated
-    for line in (ROOT / "requirements-video.txt").read_text().split():
-        assert f'Requires-Dist: {line}; extra == "video"\n' in stated
+    for extra in EXTRAS:
+        for line in (ROOT / f"requirements-{extra}.txt").read_text().split():
+            assert f'Requires-Dist: {line}; extra == "{extra}"\n' in stated
     assert "brs-detr = brs_detr.cli:main" in entry_points
 
 
