@@ -70,11 +70,9 @@ class TorchvisionDetector(nn.Module):
         super().__init__()
         self.background = int(name == "faster_rcnn")  # its class 0
         pyramid = Pyramid(config)
-        # The images come resized and augmented; `_skip_resize` leaves only normalizing and padding.
         options: dict[str, Any] = {
             "image_mean": [value / 255 for value in PIXEL_MEAN],
             "image_std": [value / 255 for value in PIXEL_STD],
-            "_skip_resize": True,
         }
         # Anchors from two strides, as the small recipes have for the same objects.
         sides = [2.0 * stride for stride in pyramid.backbone.strides]
@@ -103,6 +101,9 @@ class TorchvisionDetector(nn.Module):
                 detections_per_img=100,
                 **options,
             )
+
+        # The images come resized. The library's own `_skip_resize` holds for training alone.
+        self.detector.transform.resize = lambda image, target=None: (image, target)
 
     def forward(self, images: ImageBatch, targets: list[dict[str, Any]] | None = None) -> Any:
         """Compute the loss terms in training mode, else the detections in the frame of the stored images."""

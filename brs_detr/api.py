@@ -1,10 +1,10 @@
-"""The project from Python: `load`, `train` and `evaluate`, all three also as `brs_detr.load` and so on.
+"""The project from Python: `load`, which is also `brs_detr.load`, `train` and `evaluate`.
 
-    import brs_detr
+    from brs_detr.api import evaluate, load, train
 
-    result = brs_detr.train("demo", {"train.epochs": 3})
-    print(brs_detr.evaluate(result.folder).stats["AP50"])
-    found = brs_detr.load(result.folder).predict("image.jpg")
+    result = train("demo", {"train.epochs": 3})
+    print(evaluate(result.folder).stats["AP50"])
+    found = load(result.folder).predict("image.jpg")
 
 What a command refuses with exit code 2 raises here: `exit_codes.Failure` is the base of these errors.
 """

@@ -25,7 +25,6 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from brs_detr import CallableModule
 from brs_detr import config as configuration
 from brs_detr.cli import run_command
 from brs_detr.config import Config
@@ -410,7 +409,6 @@ def validator(run: Run, data: Data) -> Callable[[nn.Module], dict[str, float]]:
 
 
 main = partial(run_command, "eval")  # the command line
-sys.modules[__name__].__class__ = CallableModule  # brs_detr.evaluate(...) is api.evaluate
 
 if __name__ == "__main__":  # accelerate launch -m brs_detr.evaluate
     sys.exit(main())

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from brs_detr import CallableModule
 from brs_detr.cli import run_command
 from brs_detr.config import Config
 from brs_detr.engine.diagnostics import profile_steps
@@ -96,7 +95,6 @@ def _ready_to_stop() -> Iterator[None]:
 
 
 main = partial(run_command, "train")  # the command line
-sys.modules[__name__].__class__ = CallableModule  # brs_detr.train(...) is api.train
 
 if __name__ == "__main__":  # accelerate launch -m brs_detr.train
     sys.exit(main())

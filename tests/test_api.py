@@ -1,6 +1,5 @@
 """`brs_detr.load`, `train` and `evaluate`: what a user writes in a notebook."""
 
-import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +27,7 @@ def run(tmp_path_factory):
     small = ["train.epochs=2", "train.total_batch_size=4", *SMALL_DETECTOR, *SMALL_IMAGES]
     config = load_config(DEMO, small)
     overrides = {"data.root": folder / "data", "output_dir": folder / "run", "model.backbone.pretrained": False}
-    yield config, overrides, brs_detr.train(config, overrides)
+    yield config, overrides, api.train(config, overrides)
     reset_accelerate()
 
 
@@ -44,11 +43,11 @@ def test_a_training_returns_its_folder_and_its_best_figures(run):
 @pytest.mark.slow
 def test_an_evaluation_returns_the_figures_of_the_validation(run, tmp_path):
     result = run[2]
-    found = brs_detr.evaluate(result.folder, out=tmp_path / "out")
+    found = api.evaluate(result.folder, out=tmp_path / "out")
     assert found.stats["AP"] == pytest.approx(result.metrics["AP"], abs=1e-9)
     assert found.folder == tmp_path / "out" and (found.folder / "evaluation.json").exists()
     assert "oLRP" in found.stats and f"saved in {found.folder}" in str(found)
-    again = brs_detr.evaluate(result.weights, ["eval.max_detections=1"], out=tmp_path / "one")
+    again = api.evaluate(result.weights, ["eval.max_detections=1"], out=tmp_path / "one")
     assert again.summary.detections == 8 < found.summary.detections
 
 
@@ -56,12 +55,10 @@ def test_an_evaluation_returns_the_figures_of_the_validation(run, tmp_path):
 def test_a_run_is_not_overwritten_but_resumed_or_begun_again(run):
     config, overrides, result = run
     with pytest.raises(ConfigError, match="holds a run already"):
-        brs_detr.train(config, overrides)
-    assert brs_detr.train(config, overrides, resume=True).metrics == result.metrics
+        api.train(config, overrides)
+    assert api.train(config, overrides, resume=True).metrics == result.metrics
     # in other settings of the process's Accelerator than the training before
-    assert (
-        brs_detr.train(config, {**overrides, "train.precision": "bf16", "train.epochs": 1}, overwrite=True).epoch == 1
-    )
+    assert api.train(config, {**overrides, "train.precision": "bf16", "train.epochs": 1}, overwrite=True).epoch == 1
 
 
 @pytest.mark.slow
@@ -77,15 +74,7 @@ def test_the_package_imports_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 
 
-def test_modules_and_functions_of_one_name_are_one_thing(monkeypatch):
-    """A module becomes an attribute of its package when it is imported, whatever was there."""
-    calls = []
-    monkeypatch.setattr(api, "train", lambda *words, **options: calls.append((words, options)) or "done")
-    import brs_detr.train
-    from brs_detr.train import fit
-
-    assert brs_detr.train("demo", resume=True) == "done" and calls == [(("demo",), {"resume": True})]
-    assert brs_detr.train.fit is fit and callable(brs_detr.evaluate) and inspect.ismodule(brs_detr.evaluate)
+def test_load_is_all_that_the_package_itself_has():
     assert brs_detr.load is api.load
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = brs_detr.nothing
@@ -110,12 +99,12 @@ def test_overrides_are_words_or_a_mapping():
     ("call", "said"),
     [
         (lambda path: brs_detr.load(path / "nothing"), "neither a weights file nor a run folder"),
-        (lambda path: brs_detr.evaluate(path / "nothing"), "neither a weights file nor a run folder"),
+        (lambda path: api.evaluate(path / "nothing"), "neither a weights file nor a run folder"),
         (lambda path: brs_detr.load(path), "neither a weights file nor a run folder"),
         (lambda path: brs_detr.load(path / "nothing.onnx"), r"nothing\.onnx"),
-        (lambda path: brs_detr.train("demmo"), "Did you mean demo"),
-        (lambda path: brs_detr.train("demo", {"train.epoch": 3}), r"did you mean train\.epochs"),
-        (lambda path: brs_detr.train("demo", {"data.root": path}), "this annotation file does not exist"),
+        (lambda path: api.train("demmo"), "Did you mean demo"),
+        (lambda path: api.train("demo", {"train.epoch": 3}), r"did you mean train\.epochs"),
+        (lambda path: api.train("demo", {"data.root": path}), "this annotation file does not exist"),
     ],
 )
 def test_what_cannot_be_used_is_refused_in_a_sentence(tmp_path, call, said):

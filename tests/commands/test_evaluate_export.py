@@ -37,7 +37,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     (folder / "images").mkdir()
     random, images, annotations = np.random.default_rng(1), [], []
-    config = load_config(DEMO, [*SMALL_DETECTOR, "model.detections_per_image=20", "model.proposal_nms_iou=null"])
+    config = load_config(DEMO, [*SMALL_DETECTOR, "model.detections_per_image=20"])
     model = spread(build_detector(config, len(CLASSES), initial_weights=False))
     model.predict_with = "decoder"
     for number, (height, width) in enumerate(SIZES):
@@ -66,9 +66,7 @@ def test_a_file_has_the_figures_of_its_weights_and_prints_both(world, tmp_path, 
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     weights, data = tmp_path / "w.safetensors", [*DATA, f"data.root={world.folder}"]
-    stored = load_config(
-        DEMO, [*SMALL_DETECTOR, "model.detections_per_image=20", "model.proposal_nms_iou=null", *SAME_SIZE, *data]
-    )
+    stored = load_config(DEMO, [*SMALL_DETECTOR, "model.detections_per_image=20", *SAME_SIZE, *data])
     save_weights(weights, Weights(world.model.state_dict(), CLASSES, IDS, to_dict(stored), {}))
     assert cli.main(["eval", str(weights), "--images", "0", "--out", str(tmp_path / "torch")]) == 0
     stats = json.loads((tmp_path / "torch" / "evaluation.json").read_text())["stats"]

@@ -66,7 +66,7 @@ def test_a_typo_names_the_nearest(typed, meant, capsys):
     assert nearest(typed)[0] == meant
     with pytest.raises(SourceError, match=f"run folder .*Did you mean {meant}"):
         require_source(typed)
-    for command in (["eval", typed], ["predict", typed, "a.jpg"], ["train", "demo", f"train.init_from={typed}"]):
+    for command in (["eval", typed], ["predict", typed, __file__], ["train", "demo", f"train.init_from={typed}"]):
         assert cli.main(command) == 2
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and (f"Did you mean {meant}" in said or command[0] == "train")
