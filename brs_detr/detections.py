@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from brs_detr.exit_codes import MissingPackageError
 
@@ -57,6 +59,11 @@ class Detections:
         arrays = {name: getattr(self, name)[chosen] for name in ("boxes", "scores", "labels", "category_ids")}
         masks = None if self.masks is None else self.masks[chosen]
         return replace(self, **arrays, class_names=[self.class_names[index] for index in chosen], masks=masks)
+
+    def as_tensors(self) -> dict[str, Tensor]:
+        """Return `boxes`, `scores`, `labels` and, if there are any, `masks` as tensors."""
+        names = ("boxes", "scores", "labels", *(["masks"] if self.masks is not None else []))
+        return {name: torch.from_numpy(getattr(self, name)) for name in names}
 
     def to_supervision(self) -> Any:
         """Return `supervision.Detections`, with class names and category ids in its `data`.

@@ -37,6 +37,7 @@ from brs_detr.ops.tiles import Tile, tile_grid
 from brs_detr.run.launch import choose_device
 from brs_detr.run.setup import calibration_of, restore
 from brs_detr.run.weights import score_thresholds
+from brs_detr.viz.boxes import draw_detections
 
 ImageInput: TypeAlias = "str | PathLike[str] | Image.Image | np.ndarray | Tensor"
 WINDOW = 8  # batches of images that are held at once, to find some of one size among them
@@ -232,6 +233,14 @@ class Predictor:
     def _least(self, threshold: float | None, raw_scores: bool) -> np.ndarray:
         """Return the minimum score (K,) of each class: `threshold`, or that of the best F1 in validation."""
         return self.thresholds(raw_scores) if threshold is None else np.full(len(self.classes), float(threshold))
+
+    def draw(self, image: ImageInput, found: Detections) -> Image.Image:
+        """Draw the detections of an image into a copy of it; small images are enlarged.
+
+        Raises:
+            ImageError: the image cannot be read or used.
+        """
+        return draw_detections(self.pixels(image), found.as_tensors(), None, self.classes, threshold=0.0)
 
     def pixels(self, image: ImageInput) -> Tensor:
         """Return the (3, h, w) uint8 RGB pixels of an image of any kind that `predict` takes.

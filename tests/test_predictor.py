@@ -29,7 +29,7 @@ MAP = {"images": 3, "of_label": [0, 0, 0], "thresholds": [0.5, 0.6, 0.7], "curve
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A detector with random weights whose scores lie apart, with calibrated scores for its decoder."""
-    words = [*SMALL_DETECTOR, "model.rpn.test_proposals=20", "model.proposal_nms_iou=null"]
+    words = [*SMALL_DETECTOR, "model.rpn.test_proposals=20"]
     words += ["data.test_short_side=64", "data.test_long_side=100"]
     config = load_config(DEMO, words)
     config = replace(config, model=replace(config.model, backbone=SMALL_BACKBONE))

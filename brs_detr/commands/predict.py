@@ -163,14 +163,14 @@ class Drawer:
         target.parent.mkdir(parents=True, exist_ok=True)
         if frame.index is None:
             self.close()
-            draw_detections(canvas, as_tensors(found), None, self.classes, threshold=0.0).save(target)
+            draw_detections(canvas, found.as_tensors(), None, self.classes, threshold=0.0).save(target)
             return
         if self._writer is None or frame.source != self._video:
             self.close()
             self._video = frame.source
             self._writer = VideoWriter(target.with_suffix(".mp4"), frame.rate)
         # as large as the frame: players show a video in its own size
-        drawn = draw_detections(canvas, as_tensors(found), None, self.classes, threshold=0.0, min_side=1, legend=False)
+        drawn = draw_detections(canvas, found.as_tensors(), None, self.classes, threshold=0.0, min_side=1, legend=False)
         self._writer.write(drawn)
 
     def close(self) -> None:
@@ -183,12 +183,6 @@ class Drawer:
 def _shown(source: Source) -> str:
     """Name a source on the terminal: a file as it was given."""
     return source.address if source.kind == "image" or "://" not in source.address else source.name
-
-
-def as_tensors(found: Detections) -> dict[str, torch.Tensor]:
-    """Return detections as `draw_detections` takes them."""
-    names = ("boxes", "scores", "labels", *(["masks"] if found.masks is not None else []))
-    return {name: torch.from_numpy(getattr(found, name)) for name in names}
 
 
 def record(frame: Frame, found: Detections) -> dict[str, Any]:

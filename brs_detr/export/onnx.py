@@ -23,6 +23,7 @@ from brs_detr.export.suppression import translations
 from brs_detr.models.backbones.deformable import DeformableConv
 from brs_detr.models.backbones.swin import SwinBackbone
 from brs_detr.models.detector import Detector
+from brs_detr.models.heads.dense import DenseHead
 from brs_detr.ops.images import Size
 
 DESCRIPTION = """\
@@ -116,7 +117,10 @@ def trace(graph: DetectorGraph, size: Size, *, any_size: bool, pixels: torch.dty
             "--any-size: a Swin backbone divides its maps into windows, which fixes the size of the graph. "
             "Give --height and --width instead."
         )
-    # two images: torch.export specializes on dimensions of size 1
+    # two images, and two cells a side of the coarsest map: torch.export specializes on dimensions of size 1
+    if any_size:
+        strides = [stride for head in graph.modules() if isinstance(head, DenseHead) for stride in head.strides]
+        size = max(size[0], 2 * max(strides)), max(size[1], 2 * max(strides))
     example = torch.zeros(2, 3, *size, dtype=pixels), torch.tensor([size, size])
     batch, dynamic = Dim("batch"), {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if any_size else {}
     try:
