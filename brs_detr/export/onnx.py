@@ -80,6 +80,9 @@ def write_onnx(
     graph, inside = DetectorGraph(model, calibration), [PROPOSALS] if model.predict_with in TWO_STAGE else []
     inside += [RAW_SCORES] if calibration is not None else []
     names = {"pixels": {0: "batch", 2: "height", 3: "width"}, "sizes": {0: "batch"}}
+    if any_size:  # a map with one cell a side would be written as one of that size
+        strides = [stride for head in graph.modules() if isinstance(head, DenseHead) for stride in head.strides]
+        size = max(size[0], 2 * max(strides)), max(size[1], 2 * max(strides))
     program = trace(graph, size, any_size=any_size, pixels=pixels)
     try:
         with torch.no_grad(), quiet():
@@ -117,10 +120,7 @@ def trace(graph: DetectorGraph, size: Size, *, any_size: bool, pixels: torch.dty
             "--any-size: a Swin backbone divides its maps into windows, which fixes the size of the graph. "
             "Give --height and --width instead."
         )
-    # two images, and two cells a side of the coarsest map: torch.export specializes on dimensions of size 1
-    if any_size:
-        strides = [stride for head in graph.modules() if isinstance(head, DenseHead) for stride in head.strides]
-        size = max(size[0], 2 * max(strides)), max(size[1], 2 * max(strides))
+    # two images: torch.export specializes on dimensions of size 1
     example = torch.zeros(2, 3, *size, dtype=pixels), torch.tensor([size, size])
     batch, dynamic = Dim("batch"), {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if any_size else {}
     try:

@@ -97,3 +97,9 @@ def test_without_suppression_regions_and_tokens_keep_their_order():
     chosen = head.with_regions(regions, valid, tokens.requires_grad_())
     assert torch.equal(chosen[0], torch.cat([regions[0, :2], tokens[0, :2]])) and torch.equal(chosen[1], tokens[1])
     assert not chosen.requires_grad
+
+
+def test_where_there_are_no_regions_the_tokens_stay():
+    tokens = torch.rand(2, 3, 4) * 0.1 + torch.arange(3)[:, None] * 0.3
+    nothing = torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.bool)
+    assert torch.equal(TwoStageHead(16, 3, 3, nms_iou=0.5).with_regions(*nothing, tokens), tokens)
