@@ -37,7 +37,7 @@ $(DATA)/annotations/val.json: $(VENV)/installed brs_detr/data/synthetic.py
 demo: $(DATA)/annotations/val.json
 	$(LAUNCH) train.py configs/demo.yaml output_dir=$(RUN) seed=$(SEED) $(ARGS) --overwrite
 	$(BIN)/python eval.py $(RUN)
-	@echo "images: $(RUN)/evaluation/detections.png, curves: $(RUN)/evaluation/curves.png"
+	@echo "images: $(RUN)/evaluation/detections.png, all on one page: $(RUN)/report.html"
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
