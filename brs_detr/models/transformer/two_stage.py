@@ -144,7 +144,7 @@ class TwoStageHead(nn.Module):
         boxes = torch.cat([regions, references], dim=1).detach()
         number, count = boxes.shape[1], references.shape[1]
         scores = torch.arange(number, 0, -1, device=boxes.device, dtype=boxes.dtype).expand(boxes.shape[:2])
-        missing = torch.cat([~valid, torch.zeros(len(valid), count, dtype=torch.bool, device=valid.device)], dim=1)
+        missing = torch.cat([~valid, valid.new_zeros(valid.shape[0], count)], dim=1)
         scores = scores.masked_fill(missing, -torch.inf)
         if self.nms_iou is not None:
             scores = demote_overlapping(scores, boxes, self.nms_iou, number, self.keep)
