@@ -14,6 +14,8 @@ ARGS ?=
 FAST := $(addprefix tests/,losses ops assign models test_architecture.py test_config.py test_docs.py test_measure.py)
 # threads of the training: the machine's cores, up to the number from which small batches no longer get faster
 THREADS ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() or 1))')
+# processes of the test suite, about 2.5 GB each
+WORKERS ?= $(THREADS)
 # every question that accelerate would ask or warn about is answered here
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --quiet \
 	--num_cpu_threads_per_process $(THREADS)
@@ -40,7 +42,7 @@ demo: $(DATA)/annotations/val.json
 	@echo "images: $(RUN)/evaluation/detections.png, all on one page: $(RUN)/report.html"
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-fast: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(FAST)

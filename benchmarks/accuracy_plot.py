@@ -1,0 +1,96 @@
+"""Draw the results of `accuracy.py`: the AP of every loss, each seed as a dot, the mean as a line.
+
+    python benchmarks/accuracy_plot.py --out docs/images/study.png
+
+A panel is a dataset, a detector and one of its heads, with three losses or more. Only runs of one variant are drawn
+(by default the recipe as it is; for datasets without such runs, the variant that has most of them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+RESULTS = Path(__file__).resolve().parent / "results" / "accuracy.json"
+ORDER = ("brs", "rs", "bap", "ap", "balrp", "alrp", "bndcg", "ndcg", "focal", "quality_focal", "score")
+SCORE_BASED = ("focal", "quality_focal", "score")
+HEADS = ("decoder", "roi", "atss", "head")  # of which panels are drawn, in this order
+PANEL, COLUMNS = (3.6, 2.8), 3  # inches
+
+Panels = dict[tuple[str, str], dict[str, list[float]]]  # (detector, head) -> loss -> AP of each seed, in points
+
+
+def panels_of(results: dict[str, dict], dataset: str) -> tuple[str, Panels]:
+    """Collect the runs of a dataset.
+
+    Returns:
+        the variant that is drawn, and the panels.
+    """
+    cases = {tuple(name.split()): result for name, result in results.items() if name.split()[0] == dataset}
+    variants = Counter(variant for _, _, _, variant, _ in cases)
+    variant = "recipe" if "recipe" in variants else variants.most_common(1)[0][0]
+    panels: Panels = defaultdict(lambda: defaultdict(list))
+    for (_, detector, loss, used, _), result in sorted(cases.items()):
+        if used != variant:
+            continue
+        for head, figures in result["heads"].items():
+            if head in HEADS:
+                panels[detector, head][loss].append(100 * figures["AP"])
+    comparisons = {key: losses for key, losses in panels.items() if len(losses) > 2}
+    return variant, dict(sorted(comparisons.items(), key=lambda item: (item[0][0], HEADS.index(item[0][1]))))
+
+
+def draw_panel(axes: Axes, title: str, losses: dict[str, list[float]]) -> None:
+    """Draw the seeds and the mean of each loss; score-based losses are gray."""
+    shown = [loss for loss in ORDER if loss in losses]
+    for x, loss in enumerate(shown):
+        color = "#6b7280" if loss in SCORE_BASED else "#1d4ed8"
+        axes.plot([x] * len(losses[loss]), losses[loss], "o", color=color, alpha=0.6, markersize=4, clip_on=False)
+        axes.hlines(statistics.mean(losses[loss]), x - 0.3, x + 0.3, color=color, linewidth=2)
+    axes.set_xticks(range(len(shown)), [f"{loss.replace('_', ' ')} ({len(losses[loss])})" for loss in shown])
+    axes.tick_params(axis="x", labelrotation=45, labelsize=7)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_title(title, fontsize=8, loc="left")
+    axes.grid(axis="y", color="#e6e9ed")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw(results: dict[str, dict]) -> Figure:
+    """Draw the panels of all datasets, line by line."""
+    drawn: list[tuple[str, dict[str, list[float]]]] = []
+    for dataset in dict.fromkeys(name.split()[0] for name in results):
+        variant, panels = panels_of(results, dataset)
+        for (detector, head), losses in panels.items():
+            settings = "" if variant == "recipe" else f" ({variant})"
+            name = detector if head == "head" else f"{detector}, {head}"
+            drawn.append((f"{dataset}{settings}: {name}", losses))
+    lines = math.ceil(len(drawn) / COLUMNS)
+    figure = Figure(figsize=(PANEL[0] * COLUMNS, PANEL[1] * lines), dpi=110, layout="constrained")
+    for axes, (title, losses) in zip(figure.subplots(lines, COLUMNS, squeeze=False).flat, drawn, strict=False):
+        draw_panel(axes, title, losses)
+    for axes in figure.axes[len(drawn) :]:
+        axes.set_visible(False)
+    figure.supylabel("AP of the last epoch, points", fontsize=8)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS.with_suffix(".png"))
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    draw(json.loads(args.results.read_text())).savefig(args.out)
+    print(f"written: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
