@@ -47,7 +47,9 @@ from brs_detr.run import setup
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy.json"
 RANKING = ("brs", "rs", "bap", "ap", "balrp", "alrp", "bndcg", "ndcg")
-LOSSES = (*RANKING, "focal", "quality_focal", "score")  # score: the published score-based loss of a CNN detector
+LOSSES = (*RANKING, "focal", "quality_focal", "score")  # score: the detector's published score-based losses
+# Co-DETR with its samplers, and with the matching costs of BRS-DETR: what is compared are the losses
+PUBLISHED = ["model.name=co_detr", "model.matcher.cls=4"]
 FIGURES = ("AP", "AP50", "AP75", "mask_AP")
 NMS_IOU = 0.6  # as in the ATSS head
 # Recipes by dataset and detector. "*" is any CNN detector; the settings are what a detector needs on the dataset.
@@ -80,7 +82,10 @@ def recipe_of(case: Case) -> str:
 
 def settings_of(case: Case, variants: dict[str, list[str]]) -> list[str]:
     """What a case changes in its recipe."""
-    loss = [f"model.loss={case.loss}"] if case.detector == "brs_detr" else cnn_settings(case.detector, case.loss)
+    if case.detector == "brs_detr":
+        loss = PUBLISHED if case.loss == "score" else [f"model.loss={case.loss}"]
+    else:
+        loss = cnn_settings(case.detector, case.loss)
     return [*loss, *variants[case.variant]]
 
 

@@ -73,7 +73,8 @@ def test_an_image_that_has_become_a_pipe_is_the_storages_fault_but_not_one_from_
 
 
 def test_a_file_that_comes_back_is_read(tmp_path):
-    threading.Timer(0.3, (tmp_path / "a").write_bytes, (b"content",)).start()
+    (tmp_path / "b").write_bytes(b"content")  # renamed, so that it appears with its content
+    threading.Timer(0.3, (tmp_path / "b").rename, (tmp_path / "a",)).start()
     assert read_bytes(tmp_path / "a", None, "", retry_seconds=60) == b"content"
 
 
