@@ -250,10 +250,12 @@ def test_a_loss_given_once_is_that_of_every_head():
 
 
 def test_score_based_losses_have_the_published_weights_of_their_head():
-    """Co-DETR's: 2, 5, 2 in the decoder, twelvefold in the dense heads, whose boxes weigh ten and two times as much."""
+    """Co-DETR's: 2, 5, 2 in the decoder, twelvefold in the dense heads; boxes ten times as much beside a softmax only."""
     model = apply_overrides(Config(), ["model.loss=focal"]).model
     weights = [head.objective.weights for head in (model, model.roi, model.atss)]
-    assert [(w.cls, w.l1, w.giou) for w in weights] == [(2, 5, 2), (12, 0, 120), (12, 0, 24)]
+    assert [(w.cls, w.l1, w.giou) for w in weights] == [(2, 5, 2), (12, 0, 24), (12, 0, 24)]
+    published = apply_overrides(Config(), ["model.name=co_detr"]).model.roi.objective
+    assert (published.loss, published.weights.cls, published.weights.giou) == ("cross_entropy", 12, 120)
     with pytest.raises(ConfigError, match="scope is not a setting"):
         apply_overrides(Config(), ["model.loss=focal", "model.scope=global"])
 
