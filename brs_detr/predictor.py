@@ -24,7 +24,7 @@ from brs_detr.data.build import build_eval_transforms
 from brs_detr.data.config import Limits
 from brs_detr.data.image_io import ImageError, image_pixels, read_image
 from brs_detr.data.loader import to_batch
-from brs_detr.data.transforms import EvalTransforms, MultiScaleTransforms, resized_size
+from brs_detr.data.transforms import EvalTransforms, MultiScaleTransforms
 from brs_detr.detections import Detections
 from brs_detr.engine.predict import full_float32
 from brs_detr.engine.tiled import join_outputs
@@ -368,15 +368,7 @@ class OnnxEngine:
 
     def __init__(self, file: ExportedFile) -> None:
         self.file, self.thresholds = file, file.thresholds
-
-    def resize(self, image: Tensor) -> list[Tensor]:
-        """Resize a (3, h, w) uint8 image to its test size, or smaller if the file's input is."""
-        height, width = image.shape[-2:]
-        short_side, size = self.file.short_side, self.file.size
-        if size is not None:
-            short_side = min(short_side, min(height, width) * min(size[0] / height, size[1] / width))
-        test_size = resized_size(height, width, short_side, self.file.long_side)
-        return EvalTransforms(antialias=self.file.antialias, size=test_size).views(image)
+        self.resize = EvalTransforms(file.short_side, file.long_side, file.antialias, within=file.size).views
 
     def __call__(self, batch: ImageBatch | ImageViews, raw_scores: bool = False) -> list[dict[str, Any]]:
         """Detect objects in a batch of resized images."""

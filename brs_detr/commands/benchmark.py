@@ -16,8 +16,7 @@ from brs_detr.commands.export import installed
 from brs_detr.commands.info import count_classes
 from brs_detr.config import ConfigError, load_config
 from brs_detr.engine.optim import count_parameters
-from brs_detr.export.graphs import ExportError
-from brs_detr.export.onnx_file import OnnxDetector
+from brs_detr.export.runtime import ExportedFile
 from brs_detr.models.detector import Detector
 from brs_detr.ops.images import ImageBatch, Size
 from brs_detr.recipes import ENDINGS
@@ -98,28 +97,18 @@ def exported(options: argparse.Namespace) -> Subject:
     """Open an exported file in onnxruntime, on its best device here unless the CPU is asked for."""
     if options.overrides:
         raise ConfigError(f"{options.overrides[0]}: an exported file has no settings to change. Leave it out.")
-    providers = None
-    if options.device != "cpu" and installed("onnxruntime"):
-        import onnxruntime
-
-        known = onnxruntime.get_available_providers()
-        providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in known]
-        if options.device is not None and options.device.startswith("cuda") and "CUDAExecutionProvider" not in known:
-            raise ExportError(f"--device {options.device}: onnxruntime has no CUDA. Run `pip install onnxruntime-gpu`.")
-    detector = OnnxDetector(options.target, providers=providers, threads=options.threads or 0)
-    if options.size and detector.canvas and options.size != detector.canvas:
-        height, width = detector.canvas
+    file = ExportedFile(options.target, options.device, options.threads or 0)
+    if options.size and file.size and options.size != file.size:
+        height, width = file.size
         raise ConfigError(f"--size: this file takes {height}x{width} only. Leave it out, or export with --any-size.")
-    facts = detector.facts
-    size = options.size or detector.canvas or landscape(facts["short_side"], facts["long_side"])
-    used = detector.session.get_providers()[0].removesuffix("ExecutionProvider")
+    size = options.size or file.size or landscape(file.short_side, file.long_side)
+    used = file.session.get_providers()[0].removesuffix("ExecutionProvider")
     lines = [
-        f"onnxruntime on {used}, {options.threads or torch.get_num_threads()} thread(s), "
-        f"{facts.get('precision', 'fp32')}, head {facts['head']}",
+        f"onnxruntime on {used}, {file.threads} thread(s), {file.precision}, head {file.head}",
         f"parameters: {stored_numbers(options.target)} in the file, {options.target.stat().st_size / 1e6:.1f} MB",
         "GFLOPs: not counted in a file; `brs-detr benchmark` counts those of the weights it was made from",
     ]
-    return Subject(str(options.target), detector.run, size, torch.device("cpu"), lines)
+    return Subject(str(options.target), file.run, size, torch.device("cpu"), lines)
 
 
 def stored_numbers(path: Path) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from brs_detr import config as configuration
 from brs_detr.config import Config, ConfigError
 from brs_detr.data.build import open_val_set
@@ -23,12 +25,12 @@ from brs_detr.engine.checkpoint import write_text
 from brs_detr.engine.predict import predict
 from brs_detr.engine.storage import writing
 from brs_detr.evaluate import dataset_notes, score_detections
-from brs_detr.evaluation.calibration import Calibration
 from brs_detr.evaluation.coco_eval import GroundTruth, finite_results
 from brs_detr.evaluation.reliability import assess
 from brs_detr.evaluation.summary import Summary, text_table
 from brs_detr.exit_codes import ExitCode, Failure
-from brs_detr.export.onnx_file import OnnxDetector
+from brs_detr.export.runtime import ExportedFile
+from brs_detr.ops.images import ImageBatch, resized_size
 from brs_detr.run import setup
 from brs_detr.run.dataset import with_source
 from brs_detr.run.drawings import write_evaluation
@@ -39,17 +41,18 @@ from brs_detr.user_files import complain, printable
 COMPARED = ("AP", "AP50", "AP75", "AP90", "APs", "APm", "APl", "AR100")
 
 
-class FileTransforms(EvalTransforms):
-    """Resizing as an exported file asks for it, which has a size of its own where it was not exported for any."""
+class RawDetector(nn.Module):
+    """An exported file as `engine.predict.predict` calls a detector, with its raw scores."""
 
-    def __init__(self, detector: OnnxDetector) -> None:
-        facts = detector.facts
-        super().__init__(facts["short_side"], facts["long_side"], facts["antialias"])
-        self.detector = detector
+    def __init__(self, file: ExportedFile) -> None:
+        super().__init__()
+        self.file = file
+        if file.calibration is not None:
+            file.open_raw_scores()  # now, and not after the images have been opened
 
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return (h, w) of an image of this size after resizing."""
-        return self.detector.input_size((height, width))
+    def forward(self, images: ImageBatch, targets: None = None) -> list[dict[str, Any]]:
+        """Return the detections of each image in pixels of the stored image."""
+        return self.file(images, raw_scores=True)
 
 
 def run_evaluation(path: Path, overrides: list[str], out: Path | None, images: int) -> int:
@@ -77,8 +80,9 @@ def evaluate_file(path: Path, overrides: list[str], out: Path | None = None, ima
     Raises:
         ConfigError: the dataset is missing, or its categories are not the file's.
     """
-    detector = OnnxDetector(path, raw_scores=True)
-    config = settings(path, detector.facts, overrides)
+    file = ExportedFile(path, "cpu")
+    detector = RawDetector(file)
+    config = settings(path, file.metadata, overrides)
     out = out or path.with_name(f"{path.stem}-evaluation")
     require_writable(out, "--out")
     accelerator = start_accelerator(config)
@@ -86,9 +90,8 @@ def evaluate_file(path: Path, overrides: list[str], out: Path | None = None, ima
     if accelerator.is_main_process and recognized:
         print("\n".join(recognized))
     dataset = open_val_set(config.data)
-    dataset.transforms = FileTransforms(detector)
-    classes, category_ids = detector.facts["classes"], detector.facts["category_ids"]
-    setup.require_same_categories(classes, category_ids, dataset, str(path))
+    dataset.transforms = EvalTransforms(file.short_side, file.long_side, file.antialias, within=file.size)
+    setup.require_same_categories(file.classes, file.category_ids, dataset, str(path))
     loader = build_eval_loader(
         dataset,
         config.eval.batch_size,
@@ -102,26 +105,31 @@ def evaluate_file(path: Path, overrides: list[str], out: Path | None = None, ima
         "max_detections": config.eval.max_detections,
     }
     with contextlib.closing(loader):
-        detections = predict(detector.eval(), loader, accelerator, **limits, progress=True)
+        detections = predict(detector, loader, accelerator, **limits, progress=True)
     truth, listed = GroundTruth.read(dataset.ground_truth(), dataset.masks), dataset.report["images_listed"]
-    head, map_of_file = detector.facts["head"], calibration(path, detector.facts)
     summary, results = score_detections(
-        detections, category_ids, truth, config, accelerator, listed, name=head, calibration=map_of_file
+        detections,
+        file.category_ids,
+        truth,
+        config,
+        accelerator,
+        listed,
+        name=file.head,
+        calibration=file.calibration,
     )
     if summary is None:
         return None
-    validated_on = (detector.facts.get("validation") or {}).get("images")
-    summary.reliability = assess(summary.folds[head], map_of_file, validated_on == dataset.fingerprint())
+    validated_on = (file.metadata.get("validation") or {}).get("images")
+    summary.reliability = assess(summary.folds[file.head], file.calibration, validated_on == dataset.fingerprint())
     summary.notes = [note for note in summary.notes if "the detector returns" not in note]
-    summary.notes += [*dataset_notes(dataset), *file_notes(detector, dataset)]
-    table = comparison(detector.facts, summary, dataset)
-    about = {"file": str(path), "precision": detector.facts.get("precision"), "annotations": dataset.json_path}
-    about["original"] = detector.facts.get("validation")
+    summary.notes += [*dataset_notes(dataset), *file_notes(file, dataset)]
+    table = comparison(file.metadata, summary, dataset)
+    about: dict[str, Any] = {"file": str(path), "precision": file.precision, "annotations": dataset.json_path}
+    about["original"] = file.metadata.get("validation")
     with writing(out):
         write_text(out / "results.json", json.dumps(finite_results(results), allow_nan=False))
     write_evaluation(out, summary, results, dataset, about, run=out, report=out / "report.html", images=images)
-    precision = detector.facts.get("precision", "fp32")
-    print(f"{printable(path)} ({precision}, head {head}) on {printable(dataset.json_path)}\n")
+    print(f"{printable(path)} ({file.precision}, head {file.head}) on {printable(dataset.json_path)}\n")
     print(f"{summary.table()}\n\n{table}\n\nsaved in {printable(out)}")
     return summary
 
@@ -145,27 +153,15 @@ def settings(path: Path, facts: dict[str, Any], overrides: Sequence[str]) -> Con
     return config
 
 
-def calibration(path: Path, facts: dict[str, Any]) -> Calibration | None:
-    """Return the map of scores to precision that the file applies; None where its scores are raw.
-
-    Raises:
-        ConfigError: it is damaged.
-    """
-    if not facts.get("calibration"):
-        return None
-    try:
-        return Calibration.from_dict(facts["calibration"], len(facts["classes"]))
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}. Export the detector again.") from None
-
-
-def file_notes(detector: OnnxDetector, dataset: CocoDetection) -> list[str]:
+def file_notes(file: ExportedFile, dataset: CocoDetection) -> list[str]:
     """List what makes the figures others than those of the detector in torch."""
-    if detector.canvas is None:
+    if file.size is None:
         return []
-    height, width = detector.canvas
-    sizes = [detector.input_size((h, w)) for h, w in dataset.packed.image_sizes.tolist()]
-    padded = sum(size != detector.canvas for size in sizes)
+    height, width = file.size
+    sizes = [
+        resized_size(h, w, file.short_side, file.long_side, file.size) for h, w in dataset.packed.image_sizes.tolist()
+    ]
+    padded = sum(size != file.size for size in sizes)
     return [
         f"{padded:,} images are padded to the file's {height}x{width}, which torch did not do (--any-size does not)"
     ]

@@ -15,13 +15,12 @@ from torchvision.transforms.v2.functional import resize
 
 from brs_detr.config import Config, ConfigError
 from brs_detr.data.image_io import ImageError, is_image_name, read_image
-from brs_detr.data.transforms import resized_size
 from brs_detr.engine.checkpoint import publish
 from brs_detr.export.graphs import ExportError
 from brs_detr.export.onnx import PROPOSALS, RAW_SCORES
 from brs_detr.export.parity import ExportedDetector, match_best
 from brs_detr.export.precision import write_float16, write_int8
-from brs_detr.ops.images import ImageBatch, Size
+from brs_detr.ops.images import ImageBatch, Size, resized_size
 from brs_detr.user_files import printable
 
 PIXELS = {"uint8": torch.uint8, "float32": torch.float32}
@@ -132,17 +131,10 @@ def read_inputs(
 
 def as_input(image: Tensor, config: Config, canvas: Size | None, pixels: torch.dtype) -> ImageBatch:
     """Resize and pad an image (3, h, w) to what a file takes."""
-    size = fitted_size((image.shape[1], image.shape[2]), config, canvas)
+    sides = config.data.test_short_side, config.data.test_long_side
+    size = resized_size(image.shape[1], image.shape[2], *sides, canvas)
     resized = resize(image, list(size), InterpolationMode.BILINEAR, antialias=config.data.antialias)
     return padded(resized.to(pixels), canvas or size)
-
-
-def fitted_size(size: Size, config: Config, max_size: Size | None) -> Size:
-    """Return (h, w) of an image at its test size, or smaller if it does not fit into the input."""
-    short_side: float = config.data.test_short_side
-    if max_size is not None:
-        short_side = min(short_side, min(size) * min(max_size[0] / size[0], max_size[1] / size[1]))
-    return resized_size(*size, short_side, config.data.test_long_side)
 
 
 def padded(image: Tensor, canvas: Size) -> ImageBatch:

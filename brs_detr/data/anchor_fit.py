@@ -107,7 +107,7 @@ def at_training_size(stored: Boxes, data: DataConfig) -> Boxes:
 
 
 def resized_sizes(sizes: Tensor, short_side: int, long_side: int) -> Tensor:
-    """Compute `transforms.resized_size` of many images: (N, 2) (h, w) pixels."""
+    """Compute `ops.images.resized_size` of many images: (N, 2) (h, w) pixels."""
     scale = torch.minimum(long_side / sizes.amax(dim=1), short_side / sizes.amin(dim=1))
     return (sizes * scale[:, None] + 0.5).floor().clamp(min=1)
 

@@ -18,15 +18,8 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from brs_detr.data.coco import Target
+from brs_detr.ops.images import Size, resized_size
 from brs_detr.ops.masks import resize_masks
-
-Size = tuple[int, int]
-
-
-def resized_size(height: float, width: float, short_side: float, long_side: float) -> Size:
-    """Return (h, w) with the same aspect ratio: short side `short_side`, unless the long side exceeds `long_side`."""
-    scale = min(long_side / max(height, width), short_side / min(height, width))
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 class TrainTransforms:
@@ -136,16 +129,24 @@ class EvalTransforms:
         short_side, long_side: as `TrainTransforms.short_sides` and `long_side`.
         antialias: as there.
         size: (h, w) pixels to resize to whatever the aspect ratio, instead of the two limits.
+        within: (H, W) pixels that a resized image must fit into besides.
     """
 
     def __init__(
-        self, short_side: int = 800, long_side: int = 1333, antialias: bool = True, *, size: Size | None = None
+        self,
+        short_side: int = 800,
+        long_side: int = 1333,
+        antialias: bool = True,
+        *,
+        size: Size | None = None,
+        within: Size | None = None,
     ) -> None:
-        self.short_side, self.long_side, self.antialias, self.size = short_side, long_side, antialias, size
+        self.short_side, self.long_side, self.antialias = short_side, long_side, antialias
+        self.size, self.within = size, within
 
     def output_size(self, height: int, width: int) -> Size:
         """Return (h, w) of an image of this size after resizing."""
-        return self.size or resized_size(height, width, self.short_side, self.long_side)
+        return self.size or resized_size(height, width, self.short_side, self.long_side, self.within)
 
     def __call__(
         self, image: Tensor, target: Target, generator: torch.Generator | None = None

@@ -16,7 +16,17 @@ from brs_detr.export.graphs import ExportError
 from brs_detr.export.onnx import RAW_SCORES
 from brs_detr.ops.images import ImageBatch, Size
 
-FACTS = ("classes", "category_ids", "thresholds", "calibration", "size", "short_side", "long_side", "antialias")
+FACTS = (
+    "classes",
+    "category_ids",
+    "head",
+    "thresholds",
+    "calibration",
+    "size",
+    "short_side",
+    "long_side",
+    "antialias",
+)
 
 
 class ExportedFile:
@@ -24,10 +34,14 @@ class ExportedFile:
 
     Args:
         path: of the file.
-        device: "cpu" or "cuda", where onnxruntime has it; None: a GPU if this onnxruntime has one.
+        device: "cpu", or "cuda" or "cuda:1" where onnxruntime has it; None: a GPU if this onnxruntime has one.
+        threads: that one operation may use; 0: torch's number.
 
     Attributes:
+        metadata: all of it; the most used entries are attributes of their own.
         classes, category_ids: of label 0, 1, ...
+        head: the one that was exported.
+        precision: fp32, fp16 or int8.
         size: (H, W) of the input; None: images may have any size.
         short_side, long_side: limits of an image's sides before it is padded.
         antialias: how it is resized.
@@ -37,17 +51,18 @@ class ExportedFile:
         ExportError: onnxruntime is not installed, has no such device, or the file is not one of `brs-detr export`.
     """
 
-    def __init__(self, path: Path, device: str | None = None) -> None:
+    def __init__(self, path: Path, device: str | None = None, threads: int = 0) -> None:
         if importlib.util.find_spec("onnxruntime") is None:
             raise ExportError(f"{path}: needs the package onnxruntime. Install it with: pip install onnxruntime")
-        self.path, self.providers = path, _providers(device)
+        self.path, self.providers, self.threads = path, _providers(device), threads or torch.get_num_threads()
         self.session = self._open(str(path))
         self._raw_session: Any = None
-        facts = self._facts()
+        self.metadata = facts = self._read_metadata()
         self.classes: list[str] = facts["classes"]
         self.category_ids: list[int] = facts["category_ids"]
+        self.head, self.precision = str(facts["head"]), str(facts.get("precision", "fp32"))
         self.size: Size | None = None if facts["size"] is None else (int(facts["size"][0]), int(facts["size"][1]))
-        self.short_side, self.long_side = float(facts["short_side"]), float(facts["long_side"])
+        self.short_side, self.long_side = int(facts["short_side"]), int(facts["long_side"])
         self.antialias = bool(facts["antialias"])
         self._thresholds = [float(value) for value in facts["thresholds"]]
         stored = facts["calibration"]
@@ -73,15 +88,9 @@ class ExportedFile:
             batch: of images that fit into the file's input.
             raw_scores: scores as the detector's, where the file's are calibrated.
         """
-        pixels = _on_canvas(batch.pixels, self.size).numpy().astype(self.dtype, copy=False)
-        inputs = {"pixels": pixels, "sizes": np.array(batch.sizes, np.int64)}
-        names = ["boxes", "scores", "labels"]
-        session = self.session
-        if raw_scores and self.calibration is not None:
-            session, names[1] = self._with_raw_scores(), RAW_SCORES
         results = []
         for boxes, scores, labels, (h, w), (full_h, full_w) in zip(
-            *session.run(names, inputs), batch.sizes, batch.original_sizes, strict=True
+            *self.run(batch, raw_scores), batch.sizes, batch.original_sizes, strict=True
         ):
             found = scores >= 0  # -1 fills up an image with fewer detections
             scale = np.array([full_w / w, full_h / h] * 2, np.float32)
@@ -89,23 +98,22 @@ class ExportedFile:
             results.append({name: torch.from_numpy(value) for name, value in columns.items()})
         return results
 
-    def _facts(self) -> dict[str, Any]:
-        """Read the metadata."""
-        stored = self.session.get_modelmeta().custom_metadata_map
-        try:
-            facts = {name: json.loads(stored[name]) for name in FACTS}
-            count = len(facts["classes"])
-            if not len(facts["category_ids"]) == len(facts["thresholds"]) == count > 0:
-                raise ValueError
-        except (KeyError, ValueError, TypeError, RecursionError):
-            raise ExportError(
-                f"{self.path}: lacks the metadata that `brs-detr export` writes (classes, thresholds, image size). "
-                "Export the weights again."
-            ) from None
-        return facts
+    def run(self, batch: ImageBatch, raw_scores: bool = False) -> list[np.ndarray]:
+        """Return boxes (B, n, 4) in pixels of the input, scores (B, n) and labels (B, n) as the file has them."""
+        pixels = _on_canvas(batch.pixels.cpu(), self.size).numpy().astype(self.dtype, copy=False)
+        inputs = {"pixels": pixels, "sizes": np.array(batch.sizes, np.int64)}
+        if raw_scores and self.calibration is not None:
+            outputs: list[np.ndarray] = self.open_raw_scores().run(["boxes", RAW_SCORES, "labels"], inputs)
+        else:
+            outputs = self.session.run(["boxes", "scores", "labels"], inputs)
+        return outputs
 
-    def _with_raw_scores(self) -> Any:
-        """Open the file a second time, with the scores before the calibration as an output."""
+    def open_raw_scores(self) -> Any:
+        """Open a calibrated file a second time, with the scores before the calibration as an output.
+
+        Raises:
+            ExportError: onnx is not installed.
+        """
         if self._raw_session is None:
             try:
                 import onnx
@@ -118,11 +126,27 @@ class ExportedFile:
             self._raw_session = self._open(model.SerializeToString())
         return self._raw_session
 
+    def _read_metadata(self) -> dict[str, Any]:
+        stored = self.session.get_modelmeta().custom_metadata_map
+        try:
+            facts: dict[str, Any] = {name: json.loads(text) for name, text in stored.items()}
+            if any(name not in facts for name in FACTS):
+                raise KeyError
+            count = len(facts["classes"])
+            if not len(facts["category_ids"]) == len(facts["thresholds"]) == count > 0:
+                raise ValueError
+        except (KeyError, ValueError, TypeError, RecursionError):
+            raise ExportError(
+                f"{self.path}: lacks the metadata that `brs-detr export` writes (classes, thresholds, image size). "
+                "Export the weights again."
+            ) from None
+        return facts
+
     def _open(self, model: str | bytes) -> Any:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = self.threads
         options.log_severity_level = 3  # errors only
         try:
             return onnxruntime.InferenceSession(model, options, providers=self.providers)
@@ -133,7 +157,7 @@ class ExportedFile:
             ) from None
 
 
-def _providers(device: str | None) -> list[str]:
+def _providers(device: str | None) -> list[Any]:
     """Return onnxruntime's names of a device and of the CPU.
 
     Raises:
@@ -144,8 +168,9 @@ def _providers(device: str | None) -> list[str]:
     known, cuda = onnxruntime.get_available_providers(), "CUDAExecutionProvider"
     if device in (None, "cpu"):
         return [*([cuda] if device is None and cuda in known else []), "CPUExecutionProvider"]
-    if device == "cuda" and cuda in known:
-        return [cuda, "CPUExecutionProvider"]
+    kind, _, number = str(device).partition(":")
+    if kind == "cuda" and cuda in known and (not number or number.isdecimal()):
+        return [(cuda, {"device_id": number or "0"}), "CPUExecutionProvider"]
     raise ExportError(f"--device {device}: this onnxruntime has {', '.join(known)}. Leave it out, or write cpu.")
 
 

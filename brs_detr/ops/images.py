@@ -16,6 +16,24 @@ from torch import Tensor
 Size = tuple[int, int]
 
 
+def resized_size(height: float, width: float, short_side: float, long_side: float, within: Size | None = None) -> Size:
+    """Compute the size of an image after resizing with its aspect ratio kept.
+
+    Args:
+        height, width: pixels of the image.
+        short_side: of the result, unless its long side would exceed `long_side`.
+        long_side: largest long side.
+        within: (H, W) that the result must fit into; None for no such limit.
+
+    Returns:
+        (h, w), each at least 1.
+    """
+    scale = min(long_side / max(height, width), short_side / min(height, width))
+    if within is not None:
+        scale = min(scale, within[0] / height, within[1] / width)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
 def level_sizes(shapes: Sequence[Size], like: Tensor) -> Tensor:
     """Convert (h, w) of L feature levels to (L, 2) as (w, h), in dtype and on device of `like`, without waiting."""
     sizes = torch.tensor([(w, h) for h, w in shapes], dtype=like.dtype)

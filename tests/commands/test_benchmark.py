@@ -67,7 +67,7 @@ def exported_file(tmp_path_factory):
     small = module_from(__file__.replace("commands/test_benchmark", "export/conftest"))
     path = tmp_path_factory.mktemp("file") / "small.onnx"
     facts = {"classes": ["a", "b", "c"], "category_ids": [1, 2, 3], "head": "decoder", "size": None}
-    facts |= {"short_side": 96, "long_side": 131, "antialias": True}
+    facts |= {"short_side": 96, "long_side": 131, "antialias": True, "thresholds": [0.5] * 3, "calibration": None}
     write_onnx(small.spread_weights(build_model(small.SMALL, 3)), path, (96, 131), any_size=True, metadata=facts)
     assert onnx.load(path)
     return path
@@ -95,6 +95,6 @@ def test_a_file_of_something_else_is_refused(tmp_path, capsys):
     (tmp_path / "page.onnx").write_text("<html>not found</html>")
     assert cli.main(["benchmark", str(tmp_path / "page.onnx")]) == 2
     error = capsys.readouterr().err
-    assert "page.onnx: onnxruntime cannot read this file" in error and error.count("\n") == 1
+    assert "page.onnx: onnxruntime cannot open it" in error and error.count("\n") == 1
     assert cli.main(["benchmark", str(tmp_path / "page.onnx"), "eval.predict_with=roi"]) == 2
     assert "an exported file has no settings to change" in capsys.readouterr().err

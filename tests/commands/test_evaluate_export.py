@@ -13,9 +13,8 @@ from support import DEMO, SMALL_DETECTOR, module_from, reset_accelerate
 from brs_detr import cli
 from brs_detr.commands import evaluate_export
 from brs_detr.commands.export import portable_settings, validation
-from brs_detr.config import Config, ConfigError, load_config, to_dict
+from brs_detr.config import ConfigError, load_config, to_dict
 from brs_detr.engine.checkpoint import Weights, load_weights, save_weights
-from brs_detr.export.onnx_file import OnnxDetector
 from brs_detr.run.setup import build_detector
 
 CLASSES, IDS = ["disc", "ring", "star"], [3, 7, 12]
@@ -142,16 +141,6 @@ def test_figures_are_stored_for_the_head_that_is_exported_unless_settings_have_c
     model.predict_with = "roi"
     assert validation(model, weights, replace(config, data=replace(config.data, test_short_side=99))) is None
     assert validation(model, replace(weights, extra={}), config) is None
-
-
-@pytest.mark.parametrize("canvas", [None, (800, 1333), (640, 640)])
-def test_images_are_resized_as_the_example_and_the_export_do(canvas):
-    from brs_detr.commands.export_precision import fitted_size
-
-    detector = SimpleNamespace(facts=facts(), canvas=canvas)
-    config = Config()
-    for size in [(480, 640), (640, 480), (1000, 300), (33, 35)]:
-        assert OnnxDetector.input_size(detector, size) == fitted_size(size, config, canvas)
 
 
 def test_the_comparison_says_where_there_is_nothing_to_compare():

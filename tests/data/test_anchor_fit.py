@@ -23,8 +23,8 @@ from brs_detr.data.anchor_fit import (
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.json_file import load_json
 from brs_detr.data.synthetic import make_dataset
-from brs_detr.data.transforms import resized_size
 from brs_detr.ops.anchors import AnchorGrid, inside_image, octave_scales, valid_extents, valid_rows
+from brs_detr.ops.images import resized_size
 
 LAYOUTS = {
     "rpn": Layout((4, 8, 16, 32), 2.0, 3, (0.5, 1.0, 2.0)),

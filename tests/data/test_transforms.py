@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brs_detr.data.transforms import EvalTransforms, TrainTransforms, resized_size
+from brs_detr.data.transforms import EvalTransforms, TrainTransforms
+from brs_detr.ops.images import resized_size
 
 
 def painted(h=160, w=240, box=(40, 30, 130, 110)):
@@ -72,6 +73,15 @@ def test_published_sizes():
     assert resized_size(640, 480, 800, 1333) == (1067, 800)
     assert resized_size(427, 640, 800, 1333) == (800, 1199)
     assert resized_size(375, 1242, 800, 1333) == (402, 1333)
+
+
+def test_an_image_larger_than_what_it_must_fit_into_is_shrunk():
+    assert resized_size(120, 120, 60, 80, None) == (60, 60)
+    assert resized_size(120, 120, 60, 80, (60, 80)) == (60, 60)
+    assert resized_size(120, 120, 60, 80, (60, 45)) == (45, 45)
+    assert resized_size(240, 120, 60, 80, (160, 160)) == (80, 40)  # the long side's limit
+    assert EvalTransforms(800, 1333, within=(640, 640)).output_size(480, 640) == (480, 640)
+    assert EvalTransforms(800, 1333, within=(800, 1333)).output_size(640, 480) == (800, 600)
 
 
 def test_policies_are_drawn_equally_often_and_all_sizes_occur():

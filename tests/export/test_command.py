@@ -16,7 +16,6 @@ from support import module_from
 
 from brs_detr import cli
 from brs_detr.commands import export
-from brs_detr.commands.export_precision import fitted_size
 from brs_detr.config import apply_overrides, load_config, to_dict
 from brs_detr.data.transforms import EvalTransforms
 from brs_detr.engine.checkpoint import Weights, load_weights, save_weights
@@ -162,14 +161,6 @@ def test_every_image_fits_the_default_input_at_its_test_size(weights, tmp_path, 
     assert facts["classes"] == CLASSES and facts["category_ids"] == [7, 3, 12]
     assert facts["thresholds"] == [0.2, 0.1, 1.0]  # star: never found right in validation
     assert (facts["short_side"], facts["long_side"], facts["antialias"]) == (60, 90, True)
-
-
-def test_a_image_larger_than_the_input_is_shrunk_to_fit():
-    config = apply_overrides(load_config(ROOT / "configs" / "demo.yaml"), ["data.test_short_side=60"])
-    assert fitted_size((120, 120), config, None) == (60, 60)
-    assert fitted_size((120, 120), config, (60, 80)) == (60, 60)
-    assert fitted_size((120, 120), config, (60, 45)) == (45, 45)
-    assert fitted_size((240, 120), config, (160, 160)) == (80, 40)  # data.test_long_side is 80
 
 
 @pytest.mark.parametrize(("precision", "found"), [("fp16", 10), ("int8", 5), ("int8", 4)])
