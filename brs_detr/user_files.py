@@ -38,6 +38,17 @@ class NotRegularFileError(UserFileError):
     """The file is a pipe, a device or a socket."""
 
 
+def is_missing(path: Path) -> bool:
+    """Check that a path does not exist; one that cannot be looked at is left to the reader, who says why."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
+
+
 def open_regular(path: str | Path, max_bytes: int | None = None, setting: str = "") -> BinaryIO:
     """Open a file for reading if it is regular, after following links; a pipe is refused without blocking.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from brs_detr.exit_codes import Failure
 from brs_detr.hub.download import DownloadError, cache_folder, download, read_page
 from brs_detr.hub.published import PAGE, Published, find, nearest, unsupported
-from brs_detr.user_files import printable
+from brs_detr.user_files import is_missing, printable
 
 HUB = re.compile(r"hf:/{1,2}(?P<repository>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?$")
 """hf://user/repository, perhaps with @revision; `Path` makes one slash of two."""
@@ -37,7 +37,7 @@ def require_source(source: str | os.PathLike[str], setting: str = "") -> None:
         SourceError: naming what may have been meant.
     """
     text = printable(Path(source).as_posix())
-    if not _is_missing(Path(source)):
+    if not is_missing(Path(source)):
         return
     if is_hub(source):
         if HUB.match(text) is None:
@@ -63,7 +63,7 @@ def local_path(source: str | os.PathLike[str]) -> Path:
     """
     require_source(source)
     path = Path(source)
-    if not _is_missing(path):
+    if not is_missing(path):
         return path
     if is_hub(source):
         from brs_detr.hub.huggingface import fetch
@@ -106,14 +106,3 @@ def address_in_folder(entry: Published, advice: str) -> str:
 def in_cache(path: Path) -> bool:
     """Check whether a file is one of the cache, beside which no results should be written."""
     return cache_folder() in path.absolute().parents or "/hub/models--" in path.as_posix()
-
-
-def _is_missing(path: Path) -> bool:
-    """Check that a path does not exist; one that cannot be looked at is left to the reader, who says why."""
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except (OSError, ValueError):
-        return False
-    return False

@@ -8,6 +8,7 @@ from pathlib import Path
 from brs_detr.config import Config, ConfigError
 from brs_detr.data.layouts import recognize
 from brs_detr.hub.sources import local_path, require_source
+from brs_detr.user_files import is_missing
 
 _DEMO = "datasets/demo"  # data.root of configs/demo.yaml
 
@@ -30,7 +31,7 @@ def require_training_inputs(config: Config, is_trial: bool = False) -> None:
         splits = []
     for split in splits:
         path = Path(data.root, getattr(data, f"{split}_json"))
-        if _is_missing(path):
+        if is_missing(path):
             make = f", or make it with `brs-detr make-dataset {_DEMO}`" if data.root == _DEMO else ""
             raise ConfigError(
                 f"{path}: this annotation file does not exist. Set data.root and data.{split}_json{make}."
@@ -41,7 +42,7 @@ def require_training_inputs(config: Config, is_trial: bool = False) -> None:
             )
     if train.resume:  # a saved state is read instead, if there is one
         return
-    if backbone.checkpoint is not None and _is_missing(Path(backbone.checkpoint)):
+    if backbone.checkpoint is not None and is_missing(Path(backbone.checkpoint)):
         raise ConfigError(f"model.backbone.checkpoint: there is no file {backbone.checkpoint}")
     if train.init_from is not None:
         require_weights(train.init_from, "train.init_from=")
@@ -87,14 +88,3 @@ def require_weights(source: str | os.PathLike[str], setting: str = "") -> None:
         SourceError: naming the path.
     """
     require_source(source, setting)
-
-
-def _is_missing(path: Path) -> bool:
-    """Check that a path does not exist; one that cannot be looked at is left to the reader, who says why."""
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except (OSError, ValueError):
-        return False
-    return False
