@@ -38,6 +38,7 @@ from brs_detr.evaluation.coco_eval import GroundTruth
 from brs_detr.losses.balance import set_epoch_length
 from brs_detr.ops.images import Batch
 from brs_detr.run import setup
+from brs_detr.run.dataset import write_subset
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cnn_overfit_cpu.md"
@@ -76,7 +77,7 @@ def read_batches(
     content = json.loads(Path(data.root, data.train_json).read_text())
     if max_side is not None:
         content["images"] = [image for image in content["images"] if max(image["height"], image["width"]) <= max_side]
-    setup.write_subset(content, target, num_images)
+    write_subset(content, target, num_images)
     subset = replace(data, val_json=str(target.resolve()), val_images=data.train_images)
     dataset = open_val_set(subset, config.model.has_masks)
     resize = build_eval_transforms(subset)

@@ -11,7 +11,6 @@ The arguments and the checks that need no torch are in `commands/evaluate.py`.
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,16 +30,12 @@ from brs_detr.config import Config
 from brs_detr.data.build import open_val_set
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.issues import DROPPED, POLICY, DataError
-from brs_detr.data.loader import build_eval_loader
-from brs_detr.engine.checkpoint import write_text
 from brs_detr.engine.predict import join_heads, limited, predict, predict_with_all_heads, require_all
-from brs_detr.engine.storage import writing
 from brs_detr.evaluation.calibration import Calibration, calibrated, fit_calibration
 from brs_detr.evaluation.coco_eval import (
     GroundTruth,
     detections_to_results,
     evaluate_coco,
-    finite_results,
     match_folds,
 )
 from brs_detr.evaluation.reliability import assess, cross_fitted, merge
@@ -49,7 +44,7 @@ from brs_detr.exit_codes import ExitCode, Failure
 from brs_detr.models.detector import Detector
 from brs_detr.models.ensemble import MAX_JOINED, Ensemble
 from brs_detr.run import setup
-from brs_detr.run.dataset import with_source
+from brs_detr.run.dataset import require_same_categories, val_loader, with_source_of_evaluation
 from brs_detr.run.drawings import report_path, write_evaluation
 from brs_detr.run.launch import start_accelerator
 from brs_detr.run.output_dir import require_writable
@@ -129,19 +124,10 @@ def evaluate(
     require_writable(out, "--out")
     # prediction is in float32 whatever the training's precision, which this machine may not have
     accelerator = start_accelerator(replace(config, train=replace(config.train, precision="no")))
-    config, recognized = with_source(config, out, accelerator, ("val",))
-    if accelerator.is_main_process and recognized:
-        print("\n".join(recognized))
+    config = with_source_of_evaluation(config, out, accelerator)
     dataset = open_val_set(config.data, config.model.has_masks, config.eval.test_scales)
-    setup.require_same_categories(weights.classes, weights.category_ids, dataset, str(file))
-    loader = build_eval_loader(
-        dataset,
-        config.eval.batch_size,
-        workers=setup.worker_count(config),
-        timeout=config.data.timeout,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
+    require_same_categories(weights.classes, weights.category_ids, dataset, str(file))
+    loader = val_loader(dataset, config, accelerator)
     truth, listed = GroundTruth.read(dataset.ground_truth(), dataset.masks), dataset.report["images_listed"]
     with contextlib.closing(loader):
         model.to(accelerator.device)
@@ -161,16 +147,16 @@ def evaluate(
         return Evaluation(None, out, file)
     calibration, uncalibrated = setup.calibration_of(model, weights, config, file)
     known = weights.extra.get("validated_on") == dataset.fingerprint()
-    summary.reliability = assess(summary.folds[model.predict_with], calibration, known)
+    if summary.folds:
+        summary.reliability = assess(summary.folds[model.predict_with], calibration, known)
     summary.notes += [f"{uncalibrated}."] if uncalibrated else []
     stored = configuration.from_dict(weights.config, str(file))
     summary.notes += [*dataset_notes(dataset), *changed_settings(stored, config)]
     epoch = weights.extra.get("epoch", "?")
-    with writing(out):
-        write_text(out / "results.json", json.dumps(finite_results(results), allow_nan=False))
     about = {"weights": str(file), "epoch": epoch, "annotations": dataset.json_path}
+    report = report_path(out, file.parent)
     write_evaluation(
-        out, summary, results, dataset, about, run=file.parent, report=report_path(out, file.parent), images=images
+        out, summary, results, dataset, about, run=file.parent, report=report, images=images, with_results=True
     )
     return Evaluation(summary, out, file, epoch, Path(dataset.json_path))
 
@@ -212,7 +198,7 @@ def score(
             they are those of all heads joined.
         learn: learn from these images how the scores of the heads compare, as a training's validation does.
         calibrations: maps of the scores to precision by head; scores of a head without one stay raw.
-        options: handed to `evaluate_coco`.
+        options: handed to `score_detections`.
 
     Returns:
         The figures and the detections in COCO's result format; (None, []) in all but the main process.
@@ -226,6 +212,7 @@ def score(
         "max_detections": config.eval.max_detections,
     }
     maps = calibrations or {}
+    options["match"] = learn or config.eval.calibrate
     if config.eval.predict_with not in ("auto", "ensemble") or len(getattr(model, "heads", ())) < 2:
         detections = predict(model, loader, accelerator, **limits, progress=True)
         own = getattr(model, "predict_with", "detector")
@@ -256,7 +243,7 @@ def score(
     every = {name: one for name, (one, _) in scored.items() if one is not None}
     summary.head, summary.heads = chosen, {name: one.stats for name, one in every.items()}
     summary.head_thresholds = {name: one.thresholds() for name, one in every.items()}
-    summary.folds = {name: one.folds[name] for name, one in every.items()}
+    summary.folds = {name: folds for one in every.values() for name, folds in one.folds.items()}
     return summary, results
 
 
@@ -280,12 +267,13 @@ def score_detections(
     images_listed: int = 0,
     name: str = "detector",
     calibration: Calibration | None = None,
+    match: bool = True,
     **options: Any,
 ) -> tuple[Summary | None, list[dict]]:
     """Evaluate the detections of a dataset, those of all processes; arguments and result as for `score`.
 
     `calibration` is the map of the head `name`. It is applied here, after the cut to the best detections of an image,
-    which compares classes: AP stays.
+    which compares classes: AP stays. `match` fills `Summary.folds`, from which calibration is learned and measured.
     """
     max_detections = config.eval.max_detections
     unreadable = [image["image_id"] for image in detections if image["unreadable"]]
@@ -304,7 +292,8 @@ def score_detections(
     readable = sorted(set(truth.image_ids) - set(unreadable))
     masks = truth.masks and all("masks" in found for found in detections)
     summary = evaluate_coco(truth, results, image_ids=readable, max_detections=counted, masks=masks, **options)
-    summary.folds = {name: match_folds(truth, raw, category_ids, readable, max_detections)}
+    if match:
+        summary.folds = {name: match_folds(truth, raw, category_ids, readable, max_detections)}
     summary.images_listed = max(images_listed, len(truth.image_ids))
     if unreadable:
         shown = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")

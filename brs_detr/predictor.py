@@ -40,7 +40,18 @@ from brs_detr.run.weights import score_thresholds
 from brs_detr.viz.boxes import draw_detections
 
 ImageInput: TypeAlias = "str | PathLike[str] | Image.Image | np.ndarray | Tensor"
-WINDOW = 8  # batches of images that are held at once, to find some of one size among them
+WINDOW = 8  # batches
+
+
+def images_at_once(batch_size: int) -> int:
+    """Return how many images are held at once, to find some of one size among them for a batch.
+
+    Raises:
+        ValueError: the batch size is not positive.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be at least 1.")
+    return batch_size * WINDOW
 
 
 class Engine(Protocol):
@@ -184,10 +195,8 @@ class Predictor:
         raw_scores: bool = False,
     ) -> Iterator[Detections]:
         """Iterate over the detections of images that need not fit into memory, in their order; as for `predict`."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: must be at least 1.")
-        remaining = iter(images)
-        while window := [self.pixels(image) for image in islice(remaining, batch_size * WINDOW)]:
+        count, remaining = images_at_once(batch_size), iter(images)
+        while window := [self.pixels(image) for image in islice(remaining, count)]:
             for image, output in zip(window, self._detect(window, batch_size, raw_scores), strict=True):
                 yield self._select(output, (image.shape[1], image.shape[2]), threshold, raw_scores)
 
@@ -215,16 +224,14 @@ class Predictor:
             ImageError: the image cannot be read or used.
             ValueError: the tile is too small, or the overlap too large.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: must be at least 1.")
-        pixels = self.pixels(image)
+        count, pixels = images_at_once(batch_size), self.pixels(image)
         size = (pixels.shape[1], pixels.shape[2])
         grid = tile_grid(size, (tile[1], tile[0]), overlap)
         if whole_image and len(grid) > 1:
             grid.append(Tile(0, 0, size[1], size[0]))
         found: list[dict[str, Any]] = []
-        for start in range(0, len(grid), batch_size * WINDOW):
-            chunk = grid[start : start + batch_size * WINDOW]
+        for start in range(0, len(grid), count):
+            chunk = grid[start : start + count]
             views = [pixels[:, one.y1 : one.y2, one.x1 : one.x2] for one in chunk]
             found += self._detect(views, batch_size, raw_scores)
         output = found[0] if len(grid) == 1 else join_outputs(found, grid, size, self._least(threshold, raw_scores))

@@ -8,7 +8,6 @@ They are mapped here, in float64 and with the file's own map, as the evaluation 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,20 +18,16 @@ from brs_detr import config as configuration
 from brs_detr.config import Config, ConfigError
 from brs_detr.data.build import open_val_set
 from brs_detr.data.coco import CocoDetection
-from brs_detr.data.loader import build_eval_loader
 from brs_detr.data.transforms import EvalTransforms
-from brs_detr.engine.checkpoint import write_text
 from brs_detr.engine.predict import predict
-from brs_detr.engine.storage import writing
 from brs_detr.evaluate import dataset_notes, score_detections
-from brs_detr.evaluation.coco_eval import GroundTruth, finite_results
+from brs_detr.evaluation.coco_eval import GroundTruth
 from brs_detr.evaluation.reliability import assess
 from brs_detr.evaluation.summary import Summary, text_table
 from brs_detr.exit_codes import ExitCode, Failure
 from brs_detr.export.runtime import ExportedFile
 from brs_detr.ops.images import ImageBatch, resized_size
-from brs_detr.run import setup
-from brs_detr.run.dataset import with_source
+from brs_detr.run.dataset import require_same_categories, val_loader, with_source_of_evaluation
 from brs_detr.run.drawings import write_evaluation
 from brs_detr.run.launch import start_accelerator
 from brs_detr.run.output_dir import require_writable
@@ -86,20 +81,11 @@ def evaluate_file(path: Path, overrides: list[str], out: Path | None = None, ima
     out = out or path.with_name(f"{path.stem}-evaluation")
     require_writable(out, "--out")
     accelerator = start_accelerator(config)
-    config, recognized = with_source(config, out, accelerator, ("val",))
-    if accelerator.is_main_process and recognized:
-        print("\n".join(recognized))
+    config = with_source_of_evaluation(config, out, accelerator)
     dataset = open_val_set(config.data)
     dataset.transforms = EvalTransforms(file.short_side, file.long_side, file.antialias, within=file.size)
-    setup.require_same_categories(file.classes, file.category_ids, dataset, str(path))
-    loader = build_eval_loader(
-        dataset,
-        config.eval.batch_size,
-        workers=setup.worker_count(config),
-        timeout=config.data.timeout,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
+    require_same_categories(file.classes, file.category_ids, dataset, str(path))
+    loader = val_loader(dataset, config, accelerator)
     limits: dict[str, Any] = {
         "score_threshold": config.eval.score_threshold,
         "max_detections": config.eval.max_detections,
@@ -126,9 +112,8 @@ def evaluate_file(path: Path, overrides: list[str], out: Path | None = None, ima
     table = comparison(file.metadata, summary, dataset)
     about: dict[str, Any] = {"file": str(path), "precision": file.precision, "annotations": dataset.json_path}
     about["original"] = file.metadata.get("validation")
-    with writing(out):
-        write_text(out / "results.json", json.dumps(finite_results(results), allow_nan=False))
-    write_evaluation(out, summary, results, dataset, about, run=out, report=out / "report.html", images=images)
+    report = out / "report.html"
+    write_evaluation(out, summary, results, dataset, about, run=out, report=report, images=images, with_results=True)
     print(f"{printable(path)} ({file.precision}, head {file.head}) on {printable(dataset.json_path)}\n")
     print(f"{summary.table()}\n\n{table}\n\nsaved in {printable(out)}")
     return summary

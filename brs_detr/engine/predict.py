@@ -156,12 +156,9 @@ def limited(detections: Sequence[Detections], score_threshold: float, max_detect
     """Return the best `max_detections` of each image, without those at or below a threshold, unless it is 0."""
     kept = []
     for own in detections:
-        count = (
-            max_detections
-            if score_threshold <= 0
-            else min(max_detections, int((own["scores"] > score_threshold).sum()))
-        )
-        kept.append({**own, **{key: own[key][:count] for key in ("boxes", "scores", "labels")}})
+        keep = _above(own["scores"][:max_detections], score_threshold)
+        cut = {key: own[key][:max_detections][keep] for key in ("boxes", "scores", "labels")}
+        kept.append({**own, **cut})
     return kept
 
 
@@ -191,12 +188,17 @@ def _to_host(output: dict[str, Any], threshold: float, max_detections: int) -> D
     order = order[:max_detections]
     boxes, labels = output["boxes"].float()[order].cpu().numpy(), output["labels"][order].cpu().numpy()
     scores = sorted_scores[:max_detections].cpu().numpy()
-    keep = scores > threshold if threshold > 0 else np.ones(len(scores), dtype=bool)
+    keep = _above(scores, threshold)
     detections = {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
     if "masks" in output:
         kept, masks = order[torch.from_numpy(keep).to(order.device)], output["masks"]
         detections["masks"] = as_rles(masks[kept] if isinstance(masks, Tensor) else [masks[i] for i in kept.tolist()])
     return detections
+
+
+def _above(scores: np.ndarray, threshold: float) -> np.ndarray:
+    """Return (n,) bool, True for scores above a threshold, or for all if it is 0."""
+    return scores > threshold if threshold > 0 else np.ones(len(scores), dtype=bool)
 
 
 def require_all(detections: Sequence[Detections], image_ids: Iterable[int]) -> None:

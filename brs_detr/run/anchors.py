@@ -16,10 +16,10 @@ from accelerate.utils import broadcast_object_list
 
 from brs_detr.config import Config, ConfigError, from_dict
 from brs_detr.data.anchor_fit import Boxes, Fit, Layout, at_training_size, best_scale, boxes_of
-from brs_detr.data.build import open_train_set
 from brs_detr.models.cnn_config import ModelConfig, YOLACTHeadConfig
 from brs_detr.models.config import BRSDETRConfig, DenseHeadConfig, RPNConfig
 from brs_detr.models.neck import pyramid_strides
+from brs_detr.run.dataset import TrainSet
 from brs_detr.run.weights import locate, read
 
 
@@ -62,7 +62,7 @@ def is_automatic(config: Config) -> bool:
 
 
 def choose_anchors(
-    config: Config, facts: Mapping[str, Any] | None, accelerator: Accelerator
+    config: Config, facts: Mapping[str, Any] | None, accelerator: Accelerator, train_set: TrainSet
 ) -> tuple[Config, list[str]]:
     """Replace `model.anchors=auto` by numbers.
 
@@ -74,6 +74,7 @@ def choose_anchors(
         config: of the run.
         facts: metadata of the state to resume from; None for a fresh start.
         accelerator: of the launch.
+        train_set: opens the training set.
 
     Returns:
         The config, unchanged if its anchors are fixed, and lines for the log.
@@ -94,7 +95,7 @@ def choose_anchors(
             return _taken_over(config, model, str(file))
     chosen: list[Any] = [None]
     if accelerator.is_main_process:
-        dataset = open_train_set(config.data, config.seed)
+        dataset = train_set(config)
         heads = fit_heads(config.model, at_training_size(boxes_of(dataset.packed), config.data))
         count = dataset.report["objects"]
         chosen = [{name: (layout.scale, tuple(fit)) for name, (layout, fit) in heads.items()}, count]

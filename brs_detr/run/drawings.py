@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,8 +14,9 @@ import torch
 
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.image_io import ImageError
-from brs_detr.engine.storage import writing
+from brs_detr.engine.storage import write_text, writing
 from brs_detr.evaluation.calibration import Calibration
+from brs_detr.evaluation.coco_eval import finite_results
 from brs_detr.evaluation.summary import Summary
 from brs_detr.ops.masks import decode_masks
 from brs_detr.run.report import write_report
@@ -37,6 +39,7 @@ def write_evaluation(
     run: Path,
     report: Path,
     images: int,
+    with_results: bool = False,
 ) -> None:
     """Write figures, tables, images, diagrams and the report of an evaluation, in place of those of an earlier one.
 
@@ -49,6 +52,7 @@ def write_evaluation(
         run: folder of the training.
         report: the HTML file.
         images: number of images to draw.
+        with_results: also write the detections, as `results.json`.
 
     Raises:
         StorageError: a file cannot be written.
@@ -56,6 +60,8 @@ def write_evaluation(
     with writing(out):
         for name in OPTIONAL.split():  # of an evaluation before, which may have had more to draw
             (out / name).unlink(missing_ok=True)
+        if with_results:
+            write_text(out / "results.json", json.dumps(finite_results(results), allow_nan=False))
         summary.save(out, about)
         write_images(out, dataset, results, images, summary.thresholds())
         write_curves(out, summary, run / "metrics.jsonl")

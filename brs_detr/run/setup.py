@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -19,10 +18,8 @@ from torch import nn
 from brs_detr import config as configuration
 from brs_detr.config import Config, ConfigError
 from brs_detr.config_io import leaves
-from brs_detr.data.annotations import categories_differ
 from brs_detr.data.build import build_eval_transforms, build_train_transforms
 from brs_detr.data.coco import CocoDetection
-from brs_detr.data.json_file import load_json
 from brs_detr.data.shared_memory import shortage
 from brs_detr.engine.batch_plan import FEW_STEPS, BatchPlan, TrainingLength, split_batch_size
 from brs_detr.engine.checkpoint import (
@@ -30,7 +27,6 @@ from brs_detr.engine.checkpoint import (
     Weights,
     load_matching,
     rows_per_class,
-    write_text,
 )
 from brs_detr.engine.optim import count_parameters
 from brs_detr.evaluation.calibration import Calibration
@@ -40,6 +36,7 @@ from brs_detr.models.cnn_config import MaskRCNNConfig, ModelConfig
 from brs_detr.models.detector import Detector
 from brs_detr.models.ensemble import Ensemble
 from brs_detr.run.anchors import require_chosen_anchors
+from brs_detr.run.dataset import worker_count
 from brs_detr.run.inputs import is_random_and_frozen
 from brs_detr.run.weights import locate, read
 
@@ -53,29 +50,6 @@ def run_metadata(config: Config, plan: BatchPlan, train_set: CocoDetection, val_
         "data": {"train": train_set.fingerprint(), "val": val_set.fingerprint()},
         "classes": train_set.classes,
     }
-
-
-def worker_count(config: Config) -> int:
-    """Return the number of loader workers: that of the config, but at most one per core."""
-    # Of the cores that this process may use, which a scheduler can restrict; batches do not depend on the number.
-    return min(
-        config.data.workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-
-
-def require_same_categories(
-    classes: Sequence[str], category_ids: Sequence[int], dataset: CocoDetection, owner: str
-) -> None:
-    """Raise if a dataset's categories differ from those of `owner` (the training set, a checkpoint).
-
-    Raises:
-        ConfigError: naming the ids that differ.
-    """
-    differ = categories_differ((category_ids, classes), (dataset.category_ids, dataset.classes))
-    if differ:
-        raise ConfigError(
-            f"{dataset.json_path}: its categories are not those of {owner}: {differ}. Give both the same `categories`."
-        )
 
 
 def build_detector(config: Config, num_classes: int, *, initial_weights: bool = True) -> Detector:
@@ -280,30 +254,6 @@ def plan_batches(config: Config, accelerator: Accelerator, chosen: int | None = 
         raise ConfigError(str(error)) from None
 
 
-def with_subset(config: Config, accelerator: Accelerator) -> Config:
-    """Apply `train.overfit_batches`: train and validate on the first images of the training set.
-
-    A detector that cannot overfit a few batches has a bug; without the setting the config is returned unchanged.
-
-    Raises:
-        DataError: the annotation file is missing or is not a dataset.
-    """
-    if config.train.overfit_batches is None:
-        return config
-    data = config.data
-    target = Path(config.output_dir, "overfit.json").resolve()
-    if accelerator.is_main_process:
-        images = config.train.overfit_batches * config.train.total_batch_size
-        path, limit = Path(data.root, data.train_json), data.max_json_bytes
-        content = load_json(path, limit, "keep" if config.model.has_masks else "drop")
-        write_subset(content, target, images)
-    accelerator.wait_for_everyone()
-    # an evaluation of its weights reads the subset, and not the dataset it was taken from
-    own = dataclasses.replace(data, source=None, val_fraction=None)
-    subset = dataclasses.replace(own, train_json=str(target), val_json=str(target), val_images=data.train_images)
-    return dataclasses.replace(config, data=subset)
-
-
 def shared_memory_warning(
     config: Config, plan: BatchPlan, train_set: CocoDetection, val_set: CocoDetection
 ) -> str | None:
@@ -370,23 +320,3 @@ def describe_detector(config: ModelConfig) -> str:
         text += f", masks by {config.mask.resolved(config.roi.objective).loss}"
     attention = getattr(config, "deformable_attention", None)
     return text if attention is None else f"{text}, deformable attention by {sampling_here(attention)}"
-
-
-def write_subset(data: dict[str, Any], target: Path, count: int) -> int:
-    """Write a COCO json with the first images of another that have objects.
-
-    Args:
-        data: content of a COCO json.
-        target: file to write.
-        count: largest number of images.
-
-    Returns:
-        The number of images written.
-    """
-    entries = {key: [entry for entry in data[key] if isinstance(entry, dict)] for key in ("images", "annotations")}
-    occupied = {annotation.get("image_id") for annotation in entries["annotations"] if not annotation.get("iscrowd")}
-    images = [image for image in entries["images"] if image.get("id") in occupied][:count]
-    ids = {image["id"] for image in images}
-    annotations = [annotation for annotation in entries["annotations"] if annotation.get("image_id") in ids]
-    write_text(target, json.dumps({**data, "images": images, "annotations": annotations}))
-    return len(images)

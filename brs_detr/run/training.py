@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 
 from brs_detr import config as configuration
 from brs_detr.config import Config, ConfigError
-from brs_detr.data.build import open_train_set, open_val_set
+from brs_detr.data.build import open_val_set
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.federated import describe_repeats
 from brs_detr.data.image_io import read_image
-from brs_detr.data.loader import EpochBatches, build_eval_loader, build_train_loader
+from brs_detr.data.loader import EpochBatches, build_train_loader
 from brs_detr.data.watched_loader import WatchedLoader
 from brs_detr.engine.batch_plan import BatchPlan, TrainingLength, plan_length
 from brs_detr.engine.batch_search import free_memory, search_batch_size
@@ -39,7 +39,14 @@ from brs_detr.models.detector import Detector
 from brs_detr.ops.targets import check_targets
 from brs_detr.run import setup
 from brs_detr.run.anchors import choose_anchors
-from brs_detr.run.dataset import with_source
+from brs_detr.run.dataset import (
+    TrainSet,
+    require_same_categories,
+    val_loader,
+    with_source,
+    with_subset,
+    worker_count,
+)
 from brs_detr.run.drawings import calibrated_results, write_evaluation
 from brs_detr.run.inputs import require_learning_backbone
 from brs_detr.run.launch import describe_machine, start_accelerator
@@ -68,6 +75,7 @@ class Run:
         plan: how the total batch is split.
         log: to the console and to files.
         state: the saved state to resume from; None for a fresh start.
+        train_set: opens the training set.
     """
 
     config: Config
@@ -75,6 +83,7 @@ class Run:
     plan: BatchPlan
     log: RunLog
     state: Path | None
+    train_set: TrainSet = field(default_factory=TrainSet)
 
     @property
     def folder(self) -> Path:
@@ -134,12 +143,13 @@ def open_run(config: Config, trial: str | None = None) -> Run:
         config = replace(config, output_dir=f"{config.output_dir}/{trial}", train=fresh)
     check_output_dir(config)
     accelerator = start_accelerator(config, trackers=trial is None)
-    config, plan, state, log = _open_log(config, accelerator, is_trial=trial is not None)
-    return Run(setup.with_subset(config, accelerator), accelerator, plan, log, state)
+    train_set = TrainSet()
+    config, plan, state, log = _open_log(config, accelerator, train_set, is_trial=trial is not None)
+    return Run(with_subset(config, accelerator), accelerator, plan, log, state, train_set)
 
 
 def _open_log(
-    config: Config, accelerator: Accelerator, is_trial: bool
+    config: Config, accelerator: Accelerator, train_set: TrainSet, is_trial: bool
 ) -> tuple[Config, BatchPlan, Path | None, RunLog]:
     """Open the run's log, find the saved state to resume from (None for a fresh start) and choose the anchors."""
     folder, plan = Path(config.output_dir), setup.plan_batches(config, accelerator)
@@ -149,7 +159,7 @@ def _open_log(
     state, notes = agreed_state(folder / "state", accelerator) if config.train.resume else (None, [])
     if state is None and not is_trial:  # a trial shows the cost of a step, which weights do not change
         require_learning_backbone(config)
-    config, chosen = choose_anchors(config, None if state is None else read_facts(state), accelerator)
+    config, chosen = choose_anchors(config, None if state is None else read_facts(state), accelerator, train_set)
     if state is not None:
         plan = setup.plan_batches(config, accelerator, stored_batch_size(read_facts(state)))
         changes = check_resumable(config, plan, read_facts(state), state, is_sharded(accelerator))
@@ -188,7 +198,7 @@ def choose_batch_size(run: Run) -> Run:
             "train.per_device_batch_size=auto: a detector that FSDP shards cannot be tried. Give a number, from "
             "--dry-run."
         )
-    train_set = open_train_set(config.data, config.seed, config.model.has_masks)
+    train_set = run.train_set(config)
 
     def build() -> tuple[nn.Module, Optimizer]:
         model = setup.build_detector(config, train_set.num_classes, initial_weights=False)
@@ -223,10 +233,10 @@ def open_data(run: Run) -> Data:
         ConfigError: the datasets' categories differ, or the data are not those of the run that is resumed.
     """
     config, log, masks = run.config, run.log, run.config.model.has_masks
-    train_set = open_train_set(config.data, config.seed, masks)
+    train_set = run.train_set(config)
     val_set = open_val_set(config.data, masks, config.eval.test_scales)
     log.say(f"{train_set.summary()}\n{val_set.summary()}")
-    setup.require_same_categories(train_set.classes, train_set.category_ids, val_set, train_set.json_path)
+    require_same_categories(train_set.classes, train_set.category_ids, val_set, train_set.json_path)
     metadata = setup.run_metadata(config, run.plan, train_set, val_set)
     if run.state is not None:
         require_same_data(config, metadata["data"], read_facts(run.state), run.state)
@@ -234,23 +244,14 @@ def open_data(run: Run) -> Data:
         if config.train.overwrite and not config.train.resume:
             remove_run(run.folder)
         write_samples(train_set, run.folder / "train_samples.png", 16)
-    rank, world_size, workers = run.accelerator.process_index, run.plan.processes, setup.worker_count(config)
     train_loader = build_train_loader(
         train_set,
         run.plan.per_device,
         seed=config.seed,
         repeat_threshold=config.data.repeat_threshold,
-        rank=rank,
-        world_size=world_size,
-        workers=workers,
-        timeout=config.data.timeout,
-    )
-    val_loader = build_eval_loader(
-        val_set,
-        config.eval.batch_size,
-        rank=rank,
-        world_size=world_size,
-        workers=workers,
+        rank=run.accelerator.process_index,
+        world_size=run.plan.processes,
+        workers=worker_count(config),
         timeout=config.data.timeout,
     )
     if config.data.repeat_threshold is not None:
@@ -260,7 +261,8 @@ def open_data(run: Run) -> Data:
     log.say(setup.describe_length(config, length))
     if warning := setup.shared_memory_warning(config, run.plan, train_set, val_set):
         log.say(warning)
-    return Data(train_set, val_set, train_loader, val_loader, batches, length, metadata)
+    loader = val_loader(val_set, config, run.accelerator)
+    return Data(train_set, val_set, train_loader, loader, batches, length, metadata)
 
 
 def prepare_model(run: Run, train_set: CocoDetection) -> tuple[nn.Module, AcceleratedOptimizer, ModelEmaV3 | None]:

@@ -19,6 +19,7 @@ from brs_detr.models.cnn_config import MODELS
 from brs_detr.models.heads.dense import DenseHead
 from brs_detr.ops.anchors import base_anchors, octave_scales
 from brs_detr.run.anchors import choose_anchors, layouts, scales_of, with_scales
+from brs_detr.run.dataset import TrainSet
 from brs_detr.run.setup import restore
 
 WITHOUT = ("foveabox", "solov2")
@@ -75,21 +76,21 @@ def test_anchors_are_automatic_where_there_are_any(name):
 @pytest.mark.parametrize("name", ["brs_detr", "atss", "retinanet", "paa", "faster_rcnn", "cascade_rcnn", "yolact"])
 def test_the_scales_chosen_are_the_best_for_the_boxes_of_training(data, name):
     config = automatic(data, f"model.name={name}")
-    chosen, [line] = choose_anchors(config, None, Accelerator(cpu=True))
+    chosen, [line] = choose_anchors(config, None, Accelerator(cpu=True), TrainSet())
     boxes = at_training_size(boxes_of(open_train_set(config.data, 0).packed), config.data)
     wanted = {head: best_scale(boxes, layout)[0].scale for head, layout in layouts(config.model).items()}
     assert scales_of(chosen.model) == wanted and chosen.model.anchors == "fixed"
     for head, scale in wanted.items():
         assert f"model.{head}.anchor_scale={scale:g}" in line
-    assert choose_anchors(config, None, Accelerator(cpu=True)) == (chosen, [line])
+    assert choose_anchors(config, None, Accelerator(cpu=True), TrainSet()) == (chosen, [line])
     assert with_scales(config.model, wanted) == chosen.model  # nothing else has changed
-    assert choose_anchors(chosen, None, Accelerator(cpu=True)) == (chosen, [])
+    assert choose_anchors(chosen, None, Accelerator(cpu=True), TrainSet()) == (chosen, [])
 
 
 def test_a_resumed_run_keeps_the_anchors_that_it_began_with():
     began = load_config(DEMO, ["model.rpn.anchor_scale=3.25", "model.atss.anchor_scale=5.5"])
     config = load_config(DEMO, ["model.anchors=auto", "data.root=nowhere"])
-    resumed, [line] = choose_anchors(config, {"config": to_dict(began)}, Accelerator(cpu=True))
+    resumed, [line] = choose_anchors(config, {"config": to_dict(began)}, Accelerator(cpu=True), TrainSet())
     assert resumed.model == began.model and "of the resumed run: model.rpn.anchor_scale=3.25" in line
 
 
@@ -100,10 +101,10 @@ def test_weights_to_start_from_keep_theirs_if_they_are_of_the_same_detector(data
         return f"train.init_from={tmp_path / 'w.safetensors'}"
 
     file = weights(load_config(DEMO, ["model.rpn.anchor_scale=6.5"]))
-    started, [line] = choose_anchors(automatic(data, file), None, Accelerator(cpu=True))
+    started, [line] = choose_anchors(automatic(data, file), None, Accelerator(cpu=True), TrainSet())
     assert scales_of(started.model) == {"rpn": 6.5, "atss": 4.0} and "w.safetensors" in line
     file = weights(load_config(DEMO, ["model.name=atss", "model.head.anchor_scale=6.5"]))
-    started, [line] = choose_anchors(automatic(data, file), None, Accelerator(cpu=True))
+    started, [line] = choose_anchors(automatic(data, file), None, Accelerator(cpu=True), TrainSet())
     assert "anchors chosen from" in line
 
 
