@@ -58,12 +58,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         overrides: settings to change.
 
     Raises:
-        ConfigError: unknown key, wrong type, impossible pair, unreadable file.
+        ConfigError: unknown key, wrong type, impossible pair, unreadable file; or code of the recipe's to import, which
+            `overrides` do not name.
     """
-    config = Config()
+    recipe = Config()
     for source, layer in read_layers(path):
-        config = update(config, _one_dataset(migrate(layer)), source, ALIASES)
-    return apply_overrides(config, overrides)
+        recipe = update(recipe, _one_dataset(migrate(layer)), source, ALIASES)
+    config = apply_overrides(recipe, overrides)
+    _require_named_code(config, recipe, overrides, path)
+    return config
+
+
+def _require_named_code(config: Config, recipe: Config, overrides: Sequence[str], path: str | Path) -> None:
+    """Refuse to import what only a recipe names: recipes are passed on, and no file may choose the code that runs.
+
+    Raises:
+        ConfigError: with the setting that allows it.
+    """
+    setting, custom = "data.augment.custom", config.data.augment.custom
+    named = any(text.partition("=")[0].strip().lstrip("-") == setting for text in overrides)
+    if custom is not None and custom == recipe.data.augment.custom and not named:
+        raise ConfigError(
+            f"{path}: {setting}={custom} is code to import, and a recipe may come from anyone. If you trust it, add "
+            f"{setting}={custom} to the command line, else {setting}=null."
+        )
 
 
 def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
@@ -164,7 +182,7 @@ def from_dict(values: Mapping[str, Any], source: str) -> Config:
 
 
 def dump(config: Config) -> str:
-    """Format the resolved config as YAML that `load_config` reads back to an equal config."""
+    """Format the resolved config as YAML; `load_config` reads an equal config from it, if it names no code to import."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=120)
 
 

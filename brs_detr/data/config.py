@@ -28,7 +28,7 @@ class AugmentConfig:
     crop_max: Count = 600
     flip: Fraction = 0.5
     preset: Preset = "none"  # colors, blur, noise and turns on top; what and why: docs/data.md
-    # package.module:name of a transform of one's own, applied first
+    # package.module:name of a transform of one's own, applied first; from a recipe only if the command line repeats it
     custom: Annotated[str | None, Null("none")] = None
 
     def problems(self, name: str) -> Iterator[str]:

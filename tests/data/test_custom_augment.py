@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from brs_detr import cli
-from brs_detr.config import ConfigError, load_config
-from brs_detr.data.build import build_train_transforms, open_train_set
+from brs_detr.api import train
+from brs_detr.config import Config, ConfigError, apply_overrides, from_dict, load_config, to_dict
+from brs_detr.data.build import build_train_transforms, open_train_set, open_val_set
 from brs_detr.data.config import AugmentConfig, DataConfig
 from brs_detr.data.custom_augment import CustomAugmentError, CustomTransform
 from brs_detr.data.loader import build_train_loader
@@ -208,6 +210,41 @@ def test_an_error_in_a_worker_stays_one_sentence(own, tmp_path, write_dataset):
     said = str(error.value)
     assert said.startswith(f"data.augment.custom={own}:bad: on image ") and "KeyError: 'no such thing'" in said
     assert "\n" not in said
+
+
+def test_code_that_only_a_recipe_names_is_refused_and_not_imported(tmp_path, monkeypatch, capsys):
+    (tmp_path / "theirs.py").write_text(
+        "open('imported', 'w').close()\ntransform = lambda image, target: (image, target)"
+    )
+    (tmp_path / "recipe.yaml").write_text("data: {augment: {custom: 'theirs:transform'}}\n")
+    monkeypatch.chdir(tmp_path)
+    setting = "data.augment.custom=theirs:transform"
+    for command in (["train", "recipe.yaml"], ["train", "recipe.yaml", "--resume"], ["check-data", "recipe.yaml"]):
+        assert cli.main(command) == 2
+        said = capsys.readouterr().err
+        assert f"recipe.yaml: {setting} is code to import" in said and f"add {setting} to the command line" in said
+        assert said.count("\n") == 1
+    with pytest.raises(ConfigError, match="is code to import"):
+        train("recipe.yaml", {"train.epochs": 1})
+    assert load_config("recipe.yaml", [setting]).data.augment.custom == "theirs:transform"
+    assert load_config("recipe.yaml", [f"--{setting}"]).data.augment.custom == "theirs:transform"
+    assert load_config("recipe.yaml", ["data.augment.custom=null"]).data.augment.custom is None
+    assert not (tmp_path / "imported").exists()
+
+
+def test_the_settings_of_weights_import_nothing_unless_one_trains_with_them(tmp_path, write_dataset, monkeypatch):
+    (tmp_path / "theirs.py").write_text(
+        "open('imported', 'w').close()\ntransform = lambda image, target: (image, target)"
+    )
+    path = write_dataset(tmp_path, sizes=[(40, 60)], boxes=[[(1, 2, 3, 20, 20)]])
+    monkeypatch.chdir(tmp_path)
+    stored = to_dict(apply_overrides(Config(), ["data.augment.custom=theirs:transform"]))
+    config = from_dict(stored, "weights")
+    data = replace(config.data, root=str(tmp_path), val_json=path.name, val_images="images", train_json=path.name)
+    open_val_set(data)
+    assert not (tmp_path / "imported").exists()
+    open_train_set(replace(data, train_images="images"), 0)
+    assert (tmp_path / "imported").exists()
 
 
 def test_check_data_answers_a_wrong_name_in_a_line(own, tmp_path, write_dataset, capsys):
