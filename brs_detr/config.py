@@ -182,7 +182,7 @@ def from_dict(values: Mapping[str, Any], source: str) -> Config:
 
 
 def dump(config: Config) -> str:
-    """Format the resolved config as YAML; `load_config` reads an equal config from it, if it names no code to import."""
+    """Format the resolved config as YAML that `load_config` reads back to an equal config."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=120)
 
 

@@ -24,17 +24,35 @@ def resize(image: Image.Image, facts: dict) -> Image.Image:
     return image.transform(size, Image.Transform.AFFINE, stretch, Image.Resampling.BILINEAR)
 
 
-def detect(session: onnxruntime.InferenceSession, facts: dict, image: Image.Image) -> tuple:
-    """boxes (n, 4) x1, y1, x2, y2 in pixels of the image, scores (n,), labels (n,); best first."""
+def as_input(image: Image.Image, facts: dict, kind: type) -> tuple:
+    """What the detector takes: pixels (1, 3, H, W), the resized image in the top left corner, and its size (1, 2)."""
     resized = resize(image, facts)
     width, height = resized.size
-    wanted = np.uint8 if session.get_inputs()[0].type == "tensor(uint8)" else np.float32
-    pixels = np.zeros((1, 3, *(facts["size"] or (height, width))), wanted)
+    pixels = np.zeros((1, 3, *(facts["size"] or (height, width))), kind)
     pixels[0, :, :height, :width] = np.asarray(resized).transpose(2, 0, 1)
-    sizes = np.array([[height, width]], np.int64)
+    return pixels, np.array([[height, width]], np.int64)
+
+
+def to_image(boxes: np.ndarray, image: Image.Image, sizes: np.ndarray) -> np.ndarray:
+    """The boxes (n, 4) of a resized image in pixels of the image itself."""
+    height, width = sizes[0]
+    return boxes * np.array([image.width / width, image.height / height] * 2, np.float32)
+
+
+def show(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, facts: dict, threshold: float | None) -> None:
+    """Print what is found from a score on, or from that of each class's best F1 in validation."""
+    for (x1, y1, x2, y2), score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist()):
+        if score >= (facts["thresholds"][label] if threshold is None else threshold):
+            name = f"{facts['classes'][label]} (category {facts['category_ids'][label]})"
+            print(f"{score:.4f}  x {x1:.2f} y {y1:.2f} width {x2 - x1:.2f} height {y2 - y1:.2f}  {name}")
+
+
+def detect(session: onnxruntime.InferenceSession, facts: dict, image: Image.Image) -> tuple:
+    """boxes (n, 4) x1, y1, x2, y2 in pixels of the image, scores (n,), labels (n,); best first."""
+    kind = np.uint8 if session.get_inputs()[0].type == "tensor(uint8)" else np.float32
+    pixels, sizes = as_input(image, facts, kind)
     boxes, scores, labels = (array[0] for array in session.run(None, {"pixels": pixels, "sizes": sizes}))
-    scale = np.array([image.width / width, image.height / height] * 2, np.float32)
-    return boxes * scale, scores, labels
+    return to_image(boxes, image, sizes), scores, labels
 
 
 def main() -> None:
@@ -47,10 +65,7 @@ def main() -> None:
     session = onnxruntime.InferenceSession(options.model, providers=onnxruntime.get_available_providers())
     facts = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
     boxes, scores, labels = detect(session, facts, Image.open(options.image, formats=["JPEG", "PNG"]).convert("RGB"))
-    for (x1, y1, x2, y2), score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist()):
-        if score >= (facts["thresholds"][label] if options.threshold is None else options.threshold):
-            name = f"{facts['classes'][label]} (category {facts['category_ids'][label]})"
-            print(f"{score:.4f}  x {x1:.2f} y {y1:.2f} width {x2 - x1:.2f} height {y2 - y1:.2f}  {name}")
+    show(boxes, scores, labels, facts, options.threshold)
 
 
 if __name__ == "__main__":

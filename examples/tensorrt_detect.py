@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from onnx_detect import resize
+from onnx_detect import as_input, show, to_image
 from PIL import Image
 
 
@@ -142,16 +142,9 @@ def main() -> None:
     run = make_runner(trt, torch, engine, options.engine or options.model)
 
     image = Image.open(options.image, formats=["JPEG", "PNG"]).convert("RGB")
-    resized = resize(image, facts)
-    width, height = resized.size
-    pixels = np.zeros((1, 3, *(facts["size"] or (height, width))), np.float32)
-    pixels[0, :, :height, :width] = np.asarray(resized).transpose(2, 0, 1)
-    boxes, scores, labels = (array[0] for array in run(pixels, np.array([[height, width]], np.int64)))
-    boxes = boxes * np.array([image.width / width, image.height / height] * 2, np.float32)
-    for (x1, y1, x2, y2), score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist()):
-        if score >= (facts["thresholds"][label] if options.threshold is None else options.threshold):
-            name = f"{facts['classes'][label]} (category {facts['category_ids'][label]})"
-            print(f"{score:.4f}  x {x1:.2f} y {y1:.2f} width {x2 - x1:.2f} height {y2 - y1:.2f}  {name}")
+    pixels, sizes = as_input(image, facts, np.float32)
+    boxes, scores, labels = (array[0] for array in run(pixels, sizes))
+    show(to_image(boxes, image, sizes), scores, labels, facts, options.threshold)
 
 
 if __name__ == "__main__":
