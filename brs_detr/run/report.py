@@ -26,12 +26,8 @@ IMAGES = (
     ("Training", "curves.png", "Losses, AP and learning rate over the training."),
     ("Precision over recall", "precision_recall.png", "At IoU 0.5, as COCO interpolates it."),
     ("Confusion", "confusion.png", "What the objects of each class were taken for, at IoU 0.5."),
-    (
-        "Calibration",
-        "reliability.png",
-        "Precision of the detections in each range of scores; exact scores lie on the diagonal.",
-    ),
 )
+RELIABILITY = "Precision of the detections in each range of scores; exact scores lie on the diagonal."
 OVERALL = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mask_AP", "mask_AP50", "oLRP")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2em auto; padding: 0 1em; }
@@ -63,9 +59,8 @@ def write_report(run: Path, evaluation: Path, out: Path) -> Path:
         _overview(content),
         *(_image(title, evaluation / name, caption) for title, name, caption in IMAGES[:1]),
         _classes(content),
-        *(_image(title, evaluation / name, caption) for title, name, caption in IMAGES[1:4]),
-        _calibration(content),
-        *(_image(title, evaluation / name, caption) for title, name, caption in IMAGES[4:]),
+        *(_image(title, evaluation / name, caption) for title, name, caption in IMAGES[1:]),
+        _calibration(content, evaluation / "reliability.png"),
         _validations(run / "metrics.jsonl"),
         _image("Training images", run / "train_samples.png", "As the detector sees them, after augmentation."),
         _settings(run / "config.yaml"),
@@ -146,8 +141,8 @@ def _classes(content: Mapping[str, Any]) -> str:
     return "<h2>Classes</h2>\n" + html_table(["class", "objects", *(title for _, title, _ in columns)], cells)
 
 
-def _calibration(content: Mapping[str, Any]) -> str:
-    """Return the calibration errors."""
+def _calibration(content: Mapping[str, Any], diagram: Path) -> str:
+    """Return the calibration errors and their diagram."""
     errors = content.get("calibration")
     if not isinstance(errors, dict):
         return ""
@@ -157,8 +152,9 @@ def _calibration(content: Mapping[str, Any]) -> str:
         if name in errors
     ]
     header = ["error", "raw scores", "calibrated", "exact scores would show"]
-    held_out = f"<p>{escape(str(errors.get('held_out', '')))}</p>"
-    return "<h2>Are the scores precisions?</h2>\n" + html_table(header, rows) + held_out
+    held_out = f"<p>Held out: {escape(str(errors.get('held_out', '')))}.</p>\n"
+    table = html_table(header, rows) + held_out
+    return "<h2>Calibration: are the scores precisions?</h2>\n" + table + _figure("Calibration", diagram, RELIABILITY)
 
 
 def _validations(metrics: Path) -> str:
@@ -174,16 +170,19 @@ def _validations(metrics: Path) -> str:
 
 
 def _image(title: str, path: Path, caption: str) -> str:
-    """Return an image of a file, held by the page itself."""
+    """Return a section with an image of a file; "" without the file."""
+    figure = _figure(title, path, caption)
+    return figure and f"<h2>{escape(title)}</h2>\n{figure}"
+
+
+def _figure(title: str, path: Path, caption: str) -> str:
+    """Return an image of a file, held by the page itself; "" without the file."""
     try:
         data = base64.b64encode(path.read_bytes()).decode()
     except OSError:
         return ""
     source = f"data:image/png;base64,{data}"
-    return (
-        f'<h2>{escape(title)}</h2>\n<figure><img alt="{escape(title)}" src="{source}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
+    return f'<figure><img alt="{escape(title)}" src="{source}"><figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def _settings(path: Path) -> str:

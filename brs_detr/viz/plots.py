@@ -32,6 +32,7 @@ from brs_detr.viz.boxes import color, ink_on, short_name
 DPI = 100
 PANEL = (6.4, 4.0)  # inches
 MAX_LEGEND = 12  # entries
+FEW_CURVES = 4  # whose legend has room inside the panel
 MAX_FLOAT32 = 3.4e38
 # DejaVu Sans comes with matplotlib; glyphs that it lacks are taken from these where they are installed
 OTHER_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC", "SimHei")
@@ -62,7 +63,7 @@ class Panel:
         title: over it.
         curves: those without points are left out.
         top: upper end of the y axis (default: that of the curves); the lower end is 0.
-        legend: where it is; a single curve gets one only in "lower right".
+        legend: where it is; a single curve gets one only in "lower right", one of many curves is beside the panel.
     """
 
     title: str
@@ -302,12 +303,16 @@ def _plot_panel(axes: Axes, panel: Panel, x_name: str) -> None:
         axes.plot(*zip(*points, strict=True), **(dot | options))
     x, y = np.array([point for _, points, _ in curves for point in points] or [(0.0, 0.0)], float).T
     axes.set_ylim(0, panel.top or _positive(1.06 * y.max()))
-    if 0 < x.min() < 0.1 * x.max():
+    if x.min() > 0:
         axes.set_xlim(left=0)
     if len(curves) > 1 or (curves and panel.legend == "lower right"):
         more = f"and {len(curves) - MAX_LEGEND} more" if len(curves) > MAX_LEGEND else None
         lines, names = axes.lines[:MAX_LEGEND], [short_name(name) for name, _, _ in curves[:MAX_LEGEND]]
-        _set_names(axes.legend(lines, [str(i) for i in range(len(lines))], loc=panel.legend, title=more), names)
+        # inside, many entries would cover the curves
+        place: dict[str, Any] = {"loc": panel.legend}
+        if len(curves) > FEW_CURVES:
+            place = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+        _set_names(axes.legend(lines, [str(i) for i in range(len(lines))], title=more, **place), names)
 
 
 def _set_names(legend: Legend, names: Sequence[str]) -> None:
