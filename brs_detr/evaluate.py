@@ -333,6 +333,11 @@ def setting_notes(config: Config, truth: GroundTruth, image_ids: Sequence[int]) 
 def dataset_notes(dataset: CocoDetection) -> list[str]:
     """List what of the annotation file is not evaluated, and why; not the crowds, which COCO leaves out too."""
     report, notes = dataset.report, []
+    if not report["annotations_listed"]:
+        notes.append(
+            f"{printable(dataset.json_path)} has no annotations, so there are no figures; results.json has the "
+            "detections to submit"
+        )
     if report["images"] < report["images_listed"]:
         missing = report["images_listed"] - report["images"]
         notes.append(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = ("dev", "export", "openvino", "video")
+EXTRAS = ("dev", "export", "openvino", "track", "video")
 FILES = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "requirements.txt"]
 FILES += [f"requirements-{extra}.txt" for extra in EXTRAS]
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -41,6 +41,7 @@ class Source:
         transforms: applied to the images of the contact sheet.
         train: True if it is trained on, False if it is evaluated on.
         options: further arguments of `CocoDetection`.
+        content: of the json, if it has been read; who opens the dataset takes it out, so that it is freed in time.
     """
 
     json_path: str
@@ -48,6 +49,7 @@ class Source:
     transforms: Transform
     train: bool = True
     options: dict[str, Any] = field(default_factory=dict)
+    content: list[dict[str, Any]] = field(default_factory=list)
 
 
 def check_dataset(source: Source, log: IssueLog, listed: Collection[str] | None = None) -> CocoDetection:
@@ -71,6 +73,10 @@ def check_dataset(source: Source, log: IssueLog, listed: Collection[str] | None 
         "draw_all": True,
         **source.options,
     }
+    if listed is None:
+        listed = listed_files(source)
+    if source.content:
+        options["read"] = source.content.pop
     dataset = CocoDetection(source.json_path, source.image_dir, log=log, **options)
     readable = [inspect_image(dataset, index, log) for index in range(len(dataset))]
     if not any(readable):
@@ -78,18 +84,21 @@ def check_dataset(source: Source, log: IssueLog, listed: Collection[str] | None 
     if not dataset.report["objects"]:
         reasons = "; ".join(log.lines((WARNED, DROPPED))) or "the list is empty"
         raise DataError(f"{source.json_path}: none of its annotations can be evaluated: {reasons}.")
-    _find_unlisted(dataset, listed_files(source) if listed is None else listed, log)
+    _find_unlisted(dataset, listed, log)
     return dataset
 
 
 def listed_files(source: Source) -> set[str]:
-    """Return the absolute paths of the images that a json lists.
+    """Return the absolute paths of the images that a json lists; its content is kept for who opens the dataset.
 
     Raises:
         DataError: the json cannot be read.
     """
-    names = file_names(source.json_path, source.options.get("limits"))
-    return {os.path.abspath(os.path.join(source.image_dir, name)) for name in names}
+    if not source.content:
+        limits: Limits = source.options.get("limits") or Limits()
+        masks: Literal["pack", "drop"] = "pack" if source.options.get("masks") else "drop"
+        source.content.append(load_json(source.json_path, limits.max_json_bytes, masks, annotated=source.train))
+    return {os.path.abspath(os.path.join(source.image_dir, name)) for name in _names(source.content[0])}
 
 
 def file_names(json_path: str | Path, limits: Limits | None = None) -> list[str]:
@@ -117,7 +126,7 @@ def source_of_json(json_path: str, images: str | None, limits: Limits | None = N
     data = load_json(json_path, limits.max_json_bytes, masks="pack")
     masks = any(isinstance(entry, dict) and "segmentation" in entry for entry in data["annotations"])
     folder = images or str(usual_folder(json_path, _names(data)))
-    return Source(json_path, folder, TrainTransforms(), options={"limits": limits, "masks": masks})
+    return Source(json_path, folder, TrainTransforms(), options={"limits": limits, "masks": masks}, content=[data])
 
 
 def _find_unlisted(dataset: CocoDetection, listed: Collection[str], log: IssueLog) -> None:

@@ -65,6 +65,7 @@ class CocoDetection(Dataset):
         draw_all: also draw every mask when opening the dataset, to log those that are empty or do not fit their boxes.
         retry_seconds: how long to retry a file when the storage fails; None does not retry, and a file that the storage
             does not return counts as damaged.
+        read: returns the content of the json, where it has been read already, with masks packed if they are wanted.
 
     Attributes:
         classes, category_ids: names and ids of the json's categories, ascending by id; label k is the k-th.
@@ -90,12 +91,13 @@ class CocoDetection(Dataset):
         masks: bool = False,
         draw_all: bool = False,
         retry_seconds: float | None = None,
+        read: Callable[[], dict[str, Any]] | None = None,
     ) -> None:
         self.json_path, self.image_dir, self.masks = str(json_path), str(image_dir), masks
         self.transforms, self.train, self.seed = transforms, train, seed
         self.limits, self.retry_seconds = limits or Limits(), retry_seconds
         self._log = IssueLog() if log is None else log
-        images, objects, self._listed = self._read(not train if inspect is None else inspect, draw_all)
+        images, objects, self._listed = self._read(not train if inspect is None else inspect, draw_all, read)
         if train:
             images, objects = self._filter_for_training(images, objects, keep_empty, min_side)
         self.packed = pack(images, objects)
@@ -292,11 +294,14 @@ class CocoDetection(Dataset):
         positions = np.argsort(np.argsort(self._exact.rows, kind="stable"))
         return [encoded[position] for position in positions]
 
-    def _read(self, inspect: bool, draw_all: bool) -> tuple[reading.Images, reading.Objects, tuple[int, int]]:
-        log, data = (
-            self._log,
-            load_json(self.json_path, self.limits.max_json_bytes, masks="pack" if self.masks else "drop"),
-        )
+    def _read(
+        self, inspect: bool, draw_all: bool, read: Callable[[], dict[str, Any]] | None
+    ) -> tuple[reading.Images, reading.Objects, tuple[int, int]]:
+        log, most = self._log, self.limits.max_json_bytes
+        if read is None:
+            data = load_json(self.json_path, most, masks="pack" if self.masks else "drop", annotated=self.train)
+        else:
+            data = read()
         self.category_ids, self.classes = read_categories(data, self.json_path, log)
         images = reading.read_images(data, self.json_path, log)
         # in training every class that is not annotated is background, as in the published trainings

@@ -30,6 +30,7 @@ def load_json(
     path: str | Path,
     max_bytes: int = Limits.max_json_bytes,
     masks: Literal["drop", "pack", "keep"] = "drop",
+    annotated: bool = True,
 ) -> dict[str, Any]:
     """Read a COCO json.
 
@@ -41,6 +42,7 @@ def load_json(
         max_bytes: maximum size after unpacking (`data.max_json_bytes`).
         masks: what becomes of `segmentation`: "drop"; "pack" as by `ops.rle.pack_segmentation`, bytes that are empty
             if it is malformed; or "keep" as it stands.
+        annotated: refuse a json without `annotations`; else the list is empty then, as for COCO's test images.
 
     Raises:
         DataError: the file cannot be opened, is too large, is not JSON, gives a key two values, or is not a detection
@@ -60,6 +62,8 @@ def load_json(
     except (ValueError, RecursionError) as error:  # bad syntax, numbers of thousands of digits, endless nesting
         raise DataError(f"{path}: this is not a JSON file ({error}; {start}).") from None
     del text
+    if not annotated and isinstance(data, dict):
+        data.setdefault("annotations", [])
     _require_lists(data, path)
     return data
 

@@ -72,7 +72,7 @@ def read_image_ids(path: Path, labels: Labels, max_bytes: int) -> dict[str, int]
         DataError: it is not a COCO json.
         ConfigError: its categories are not those of the weights.
     """
-    content = load_json(path, max_bytes)
+    content = load_json(path, max_bytes, annotated=False)
     own = ([one.get("id") for one in content["categories"]], [one.get("name") for one in content["categories"]])
     if differ := categories_differ((labels.category_ids, labels.classes), own):
         raise ConfigError(f"--annotations={path}: its categories are not those of the weights: {differ}.")

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 from brs_detr.commands.arguments import check_data
-from brs_detr.data import check
+from brs_detr.data import check, coco
 from brs_detr.data.check import blank_bottom_fraction, inspect_image
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.issues import POLICY, IssueLog
+from brs_detr.data.json_file import load_json
 from brs_detr.data.transforms import EvalTransforms
 from brs_detr.viz.boxes import color, write_contact_sheet
 
@@ -75,6 +76,15 @@ def test_each_dirty_file_has_its_fault_named(shared_data, number):
     kinds = set(log.counts) - beside
     assert EXPECTED[number] in kinds and kinds <= {EXPECTED[number], "image_converted"}
     assert [issue.where for issue in log.issues if issue.kind == EXPECTED[number]] != []
+
+
+def test_a_json_is_read_once(shared_data, tmp_path, monkeypatch):
+    path, reads = shared_data / "dirty" / "annotations" / "control.json", []
+    for module in (check, coco):
+        monkeypatch.setattr(module, "load_json", lambda name, *a, **k: reads.append(name) or load_json(name, *a, **k))
+    folder = shared_data / "dirty" / "images"
+    assert check.run(arguments(path, "--images", folder, "--sheet", tmp_path / "sheet.png", "--samples", "0")) == 0
+    assert reads == [str(path)]
 
 
 def test_the_clean_control_has_none(shared_data):

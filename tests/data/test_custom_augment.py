@@ -225,7 +225,7 @@ def test_code_that_only_a_recipe_names_is_refused_and_not_imported(tmp_path, mon
         assert f"recipe.yaml: {setting} is code to import" in said and f"add {setting} to the command line" in said
         assert said.count("\n") == 1
     with pytest.raises(ConfigError, match="is code to import"):
-        train("recipe.yaml", {"train.epochs": 1})
+        train("recipe.yaml", {"seed": 1})
     assert load_config("recipe.yaml", [setting]).data.augment.custom == "theirs:transform"
     assert load_config("recipe.yaml", [f"--{setting}"]).data.augment.custom == "theirs:transform"
     assert load_config("recipe.yaml", ["data.augment.custom=null"]).data.augment.custom is None

@@ -208,3 +208,15 @@ def test_masks_are_dropped_packed_or_kept(tmp_path):
     assert entries["drop"] == [{"bbox": [1, 2, 8, 5]}] * 3
     assert [e.get("segmentation") for e in entries["pack"]] == [pack_segmentation(polygon), b"", None]
     assert [e.get("segmentation") for e in entries["keep"]] == [polygon, damaged, None]
+
+
+def test_a_json_without_annotations_is_one_to_predict_and_not_to_train_on(tmp_path):
+    """COCO's test images come so."""
+    path = tmp_path / "image_info.json"
+    path.write_text('{"images": [{"id": 1}], "categories": [{"id": 1, "name": "a"}]}')
+    with pytest.raises(DataError, match="it has no list `annotations`"):
+        load_json(path)
+    assert load_json(path, annotated=False)["annotations"] == []
+    path.write_text('{"images": [{"id": 1}], "categories": [{"id": 1, "name": "a"}], "annotations": {}}')
+    with pytest.raises(DataError, match="its `annotations` is an object, not a list"):
+        load_json(path, annotated=False)

@@ -148,3 +148,11 @@ def test_weights_have_anchors_that_are_not_chosen_again(run, capsys):
     folder, _ = run
     assert cli.main(["eval", str(folder), "model.anchors=auto"]) == 2
     assert "model.anchors=auto: anchors are chosen when a training begins" in capsys.readouterr().err
+
+
+def test_the_training_set_of_a_run_is_read_once(data):
+    config, train_set = automatic(data), TrainSet()
+    chosen, _ = choose_anchors(config, None, Accelerator(cpu=True), train_set)
+    opened = train_set(chosen)
+    assert train_set(chosen) is opened is train_set(config)
+    assert train_set(replace(config, seed=config.seed + 1)) is not opened
