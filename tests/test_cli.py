@@ -403,7 +403,7 @@ def test_a_storage_that_fails_has_a_code_of_its_own_in_every_command(run, data, 
         raise StorageError(f"{path}: the storage does not give this file: Input/output error.")
 
     monkeypatch.setattr("brs_detr.data.coco.read_image", gone)
-    monkeypatch.setattr("brs_detr.data.frames.read_image", gone)
+    monkeypatch.setattr("brs_detr.data.video.read_image", gone)
     out = ["--out", str(tmp_path / "out")]
     assert train([DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path / 'run'}"]) == 74
     reset_accelerate()

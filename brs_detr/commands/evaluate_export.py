@@ -158,8 +158,11 @@ def comparison(facts: dict[str, Any], summary: Summary, dataset: CocoDetection) 
     if not validation:
         return "The file holds no figures of the original: its weights had no validation with these settings."
     original = validation["figures"]
-    names = [name for name in COMPARED if name in original and name in summary.stats and original[name] >= 0]
-    own = [summary.stats[name] for name in names]
+    own_stats = summary.stats
+    names = [name for name in COMPARED if min(original.get(name, -1), own_stats.get(name, -1)) >= 0]
+    if not names:
+        return "There are no figures to compare."
+    own = [own_stats[name] for name in names]
     rows = [
         ["original", *(f"{100 * original[name]:.2f}" for name in names)],
         ["this file", *(f"{100 * value:.2f}" for value in own)],

@@ -13,17 +13,16 @@ from typing import Any
 import torch
 from PIL import Image
 
-from brs_detr.data.frames import read_sources
 from brs_detr.data.image_io import ImageError
 from brs_detr.data.sources import Source, expand
-from brs_detr.data.video import Frame, VideoWriter
+from brs_detr.data.video import Frame, VideoWriter, read_sources
 from brs_detr.detections import Detections
 from brs_detr.ops.masks import encode_masks
 from brs_detr.ops.rle import as_text
 from brs_detr.predictor import Predictor
 from brs_detr.run.output_dir import require_writable
 from brs_detr.run.prediction_files import Labels, convert, drawing_names, id_of, read_image_ids
-from brs_detr.user_files import printable
+from brs_detr.user_files import complain, printable
 from brs_detr.viz.boxes import draw_detections
 
 REPORT_EVERY = 100  # frames of a video
@@ -63,10 +62,14 @@ def run(options: argparse.Namespace) -> int:
                 if drawer is not None:
                     drawer.close()
             finally:  # also if a video cannot be finished
-                convert(partial, options.out, options.format, labels)
+                if report.count:
+                    convert(partial, options.out, options.format, labels)
+                    print(f"saved in {printable(options.out)}")
                 partial.unlink(missing_ok=True)
-                print(f"saved in {printable(options.out)}")
-    return 0 if report.count else 1
+    if not report.count:
+        complain(f"nothing was written: none of the {len(sources)} source(s) could be read, for the reasons above.")
+        return 1
+    return 0
 
 
 def detect(

@@ -1,4 +1,4 @@
-"""Read frames of videos and cameras, and write videos, through PyAV, which is optional.
+"""Read what `sources.py` lists, frame by frame, and write videos; videos and cameras need PyAV, which is optional.
 
 Frames are decoded one after the other and never kept. A video file is opened here and handed to the decoder, which may
 use none but the formats named below: a playlist that calls itself .mp4 could make it read any other file.
@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -22,9 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from brs_detr.data.config import Limits
-from brs_detr.data.image_io import ImageError
+from brs_detr.data.image_io import ImageError, decode_image, read_image
 from brs_detr.data.sources import MISSING, Source, has_pyav
-from brs_detr.data.web import TIMEOUT
+from brs_detr.data.web import TIMEOUT, fetch
 from brs_detr.user_files import UserFileError, open_regular, require_at_most
 
 # of FFmpeg: containers of video, and what cameras send
@@ -56,6 +56,44 @@ class Frame:
     index: int | None = None
     time: float | None = None
     rate: Fraction = DEFAULT_RATE
+
+
+def read_sources(
+    sources: Iterable[Source], limits: Limits, max_frames: int | None = None
+) -> Iterator[Frame | ImageError]:
+    """Iterate over the images and frames of all sources.
+
+    Args:
+        sources: in the order to read them.
+        limits: on the sizes of files and images.
+        max_frames: of each video or camera; None: all.
+
+    Yields:
+        A frame; or the error of a source that cannot be read, or of a video that breaks off after its last frame.
+    """
+    for source in sources:
+        try:
+            yield from read_source(source, limits, max_frames)
+        except ImageError as error:
+            yield error
+
+
+def read_source(source: Source, limits: Limits, max_frames: int | None = None) -> Iterator[Frame]:
+    """Iterate over the frames of one source; an image is one.
+
+    Raises:
+        ImageError: it cannot be read, or not to its end.
+    """
+    if source.kind == "image":
+        yield Frame(source, read_image(source.address, limits=limits))
+        return
+    if source.kind == "url":
+        content = fetch(source.address, source.name, limits)
+        if content is not None:
+            yield Frame(source, decode_image(content, source.name, limits))
+            return
+        source = source._replace(kind="video")
+    yield from read_video(source, limits, max_frames)
 
 
 def read_video(source: Source, limits: Limits, max_frames: int | None = None) -> Iterator[Frame]:
@@ -112,6 +150,8 @@ def _open(source: Source, stack: contextlib.ExitStack) -> Any:
         options = {"protocol_whitelist": STREAM_PROTOCOLS, "format_whitelist": STREAM_FORMATS, "rtsp_transport": "tcp"}
         return stack.enter_context(av.open(source.address, options=options, timeout=(TIMEOUT, TIMEOUT)))
     file = stack.enter_context(open_regular(source.address))
+    if not os.fstat(file.fileno()).st_size:
+        raise UserFileError("the file is empty")
     return stack.enter_context(av.open(file, options={"format_whitelist": FORMATS}))
 
 

@@ -23,7 +23,7 @@ class SourceError(Failure, ValueError):
 
 def is_hub(source: str | os.PathLike[str]) -> bool:
     """Check whether this is meant as a repository of the Hugging Face hub."""
-    return Path(source).as_posix().startswith("hf:/")
+    return Path(source).as_posix().startswith("hf:")
 
 
 def require_source(source: str | os.PathLike[str], setting: str = "") -> None:
@@ -41,7 +41,8 @@ def require_source(source: str | os.PathLike[str], setting: str = "") -> None:
         return
     if is_hub(source):
         if HUB.match(text) is None:
-            raise SourceError(f"{setting}{text}: not the name of a repository. Write hf://user/repository.")
+            written = text.replace("hf:", "hf://").replace(":///", "://")
+            raise SourceError(f"{setting}{written}: not the name of a repository. Write hf://user/repository.")
         return
     entry = find(text)
     if entry is not None and not entry.supported:

@@ -10,6 +10,12 @@ from brs_detr.data.layouts import recognize
 from brs_detr.hub.sources import local_path, require_source
 from brs_detr.user_files import is_missing
 
+OTHERS = {
+    ".json": "this is a json, not a weights file. Give a run folder, a .safetensors or an official .pth.",
+    ".yaml": "this is a recipe, not a weights file. Give a run folder, a .safetensors or an official .pth.",
+    ".onnx": "this is an exported file, not a weights file. Give the weights that it was made from.",
+}
+"""What the user has probably mixed up, by the ending of a file."""
 _DEMO = "datasets/demo"  # data.root of configs/demo.yaml
 
 
@@ -46,6 +52,8 @@ def require_training_inputs(config: Config, is_trial: bool = False) -> None:
         raise ConfigError(f"model.backbone.checkpoint: there is no file {backbone.checkpoint}")
     if train.init_from is not None:
         require_weights(train.init_from, "train.init_from=")
+        if advice := OTHERS.get(Path(train.init_from).suffix.lower()):
+            raise ConfigError(f"train.init_from={train.init_from}: {advice}")
         local_path(train.init_from)  # downloads a name at its first use
     if not is_trial:
         require_learning_backbone(config)

@@ -10,17 +10,12 @@ from brs_detr.engine.checkpoint import CheckpointError, Weights, find_weights, l
 from brs_detr.hub.sources import in_cache, local_path
 from brs_detr.models.backbones.weights_io import read_official
 from brs_detr.models.detector import Detector
-from brs_detr.user_files import read_start
+from brs_detr.run.inputs import OTHERS
+from brs_detr.user_files import UserFileError, read_start
 
 EVALUATION = "evaluation"  # folder of an evaluation in that of a run
 DEFAULT_THRESHOLD = 0.3  # of raw scores, where no validation has found a better one
 PICKLES = (".pth", ".pt", ".pkl", ".bin")
-OTHERS = {
-    ".json": "this is a json, not a weights file. Give a run folder, a .safetensors or an official .pth.",
-    ".yaml": "this is a recipe, not a weights file. Give a run folder, a .safetensors or an official .pth.",
-    ".onnx": "this is an exported file, not a weights file. Give the weights that it was made from.",
-}
-"""What the user has probably mixed up, by the ending of a file."""
 
 
 def locate(source: str | os.PathLike[str]) -> Path:
@@ -42,7 +37,13 @@ def read(file: Path) -> Weights:
     """
     if advice := OTHERS.get(file.suffix.lower()):
         raise CheckpointError(f"{file}: {advice}")
-    if file.suffix.lower() in PICKLES or read_start(file, 2) == b"PK":
+    try:
+        start = read_start(file, 15)
+    except (OSError, UserFileError):  # the readers below say why
+        start = b""
+    if start.lower().startswith((b"<!doctype html", b"<html")):
+        raise CheckpointError(f"{file}: this is a web page, not a weights file. Download the file itself.")
+    if file.suffix.lower() in PICKLES or start[:2] == b"PK":
         return from_official(read_official(file), str(file))[0]
     return load_weights(file)
 

@@ -1,4 +1,4 @@
-"""Draw boxes on images: detections beside ground truth, training samples, and contact sheets of them.
+"""Draw boxes and masks on images: detections beside ground truth, training samples, and contact sheets of them.
 
 torchvision draws the boxes and their tags; the colors are those of the plots, too.
 """
@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
 from brs_detr.user_files import printable
-from brs_detr.viz.masks import tint
 
 Color = tuple[int, int, int]
 
@@ -41,6 +41,7 @@ INK, GRAY, PAPER = (38, 42, 48), (130, 136, 144), (255, 255, 255)
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 TEXT = 14  # height of letters on images of up to 640 pixels
 CROWDED = 40  # boxes from which tags would hide the image
+OPACITY = 0.45  # of the tint: the object's own texture stays visible
 MAX_NAME = 24  # characters of a class name
 
 
@@ -327,3 +328,28 @@ def _with_legend(
             left += round(1.5 * size)
         draw.text((left, middle), text, fill=GRAY if tone is None else INK, font=_font(size), anchor="lm")
     return sheet
+
+
+def tint(image: Image.Image, masks: Tensor, colors: Sequence[tuple[int, int, int]]) -> Image.Image:
+    """Blend each mask's color into a copy of an image, and outline it, so that touching objects can be told apart.
+
+    Args:
+        image: RGB, of any size.
+        masks: (n, h, w) bitmaps, which are resized to the image; later ones cover earlier ones.
+        colors: of each mask.
+
+    Returns:
+        An RGB image of the same size.
+    """
+    pixels = np.array(image, np.float32)
+    size = pixels.shape[:2]
+    for mask, color in zip(masks.cpu(), colors, strict=True):
+        if not mask.any():
+            continue
+        inside = F.interpolate(mask[None, None].float(), size, mode="bilinear", align_corners=False)[0, 0] >= 0.5
+        # pixels of the object with a neighbor outside: a minimum over 3 x 3 erodes it
+        eroded = -F.max_pool2d(-inside[None].float(), 3, stride=1, padding=1)[0] > 0
+        area, border = inside.numpy(), (inside & ~eroded).numpy()
+        pixels[area] += OPACITY * (np.array(color, np.float32) - pixels[area])
+        pixels[border] = color
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))

@@ -150,6 +150,8 @@ def test_the_comparison_says_where_there_is_nothing_to_compare():
     held = {"validation": {"figures": {"AP": 0.51, "AP50": 0.75, "APl": -1.0}, "images": "a"}}
     table = evaluate_export.comparison(held, summary, dataset)
     assert "-1.00" in table and "+0.00" in table and "of other images" in table
+    unannotated = SimpleNamespace(stats={"AP": -1.0, "AP50": -1.0})
+    assert evaluate_export.comparison(held, unannotated, dataset) == "There are no figures to compare."
     held["validation"]["images"] = "b"
     assert "images" not in evaluate_export.comparison(held, summary, dataset)
     held["validation"]["images"] = None

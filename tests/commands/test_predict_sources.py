@@ -290,14 +290,14 @@ def test_a_video_among_images_in_the_other_formats(weights, clip, folder, tmp_pa
 
 def test_a_camera_ends_by_ctrl_c_and_keeps_its_frames(weights, clip, tmp_path, monkeypatch):
     """A camera whose fourth frame does not come before Ctrl-C."""
-    import brs_detr.data.frames
+    import brs_detr.data.video
 
     def frames_of(source, limits, max_frames):
         yield from read_video(source._replace(kind="video", address=str(clip)), limits, 3)
         raise KeyboardInterrupt
 
-    read_video = brs_detr.data.frames.read_video
-    monkeypatch.setattr(brs_detr.data.frames, "read_video", frames_of)
+    read_video = brs_detr.data.video.read_video
+    monkeypatch.setattr(brs_detr.data.video, "read_video", frames_of)
     monkeypatch.chdir(tmp_path)
     predict(weights, tmp_path / "out", "0")
     assert written(tmp_path / "out") == ["camera_0.jsonl", "detections/camera_0.mp4"]
@@ -308,5 +308,7 @@ def test_nothing_that_can_be_read_is_exit_code_1(weights, tmp_path, capsys):
     pytest.importorskip("av", reason="PyAV is not installed")
     (tmp_path / "empty.mp4").write_bytes(b"")
     assert cli.main(["predict", str(weights), str(tmp_path / "empty.mp4"), "--out", str(tmp_path / "out")]) == 1
-    assert "skipped: empty.mp4: this video cannot be read" in capsys.readouterr().out
-    assert written(tmp_path / "out") == ["predictions.json"]
+    said = capsys.readouterr()
+    assert "skipped: empty.mp4: this video cannot be read: the file is empty." in said.out
+    assert "error: nothing was written: none of the 1 source(s) could be read" in said.err
+    assert written(tmp_path / "out") == []

@@ -12,9 +12,9 @@ from PIL import Image
 
 from brs_detr.data import web
 from brs_detr.data.config import Limits
-from brs_detr.data.frames import read_source, read_sources
 from brs_detr.data.image_io import ImageError
 from brs_detr.data.sources import expand
+from brs_detr.data.video import read_source, read_sources
 
 
 def png(size=(40, 30)):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from brs_detr.evaluation.calibration import Calibration, Curve, fit_isotonic, fit_platt
-from brs_detr.export.calibration import CalibratedScores
+from brs_detr.export.graphs import CalibratedScores
 from brs_detr.export.onnx import write_onnx
 from brs_detr.export.parity import ExportedDetector, compare
 from brs_detr.ops.images import ImageBatch

@@ -7,7 +7,9 @@ from support import DEMO, ROOT, SMALL_DETECTOR, SMALL_IMAGES, reset_accelerate, 
 from brs_detr import cli
 from brs_detr.config import ConfigError, load_config
 from brs_detr.data.synthetic import make_dataset
+from brs_detr.engine.checkpoint import CheckpointError
 from brs_detr.run.inputs import is_random_and_frozen, require_learning_backbone
+from brs_detr.run.weights import read
 
 RECIPES = [*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs" / "cnn").glob("*.yaml")]
 FROZEN = ["model.backbone.norm=frozen", "model.backbone.frozen_stages=1"]
@@ -86,3 +88,21 @@ def test_weights_from_elsewhere_start_continue_and_are_used(command, tmp_path, c
     assert cli.main(["info", DEMO, *FROZEN, "--classes", "3"]) == 0
     torch.manual_seed(0)
     assert cli.main(["eval", str(second)]) == 0 and "warning: parts" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "said"), [("a.json", "this is a json"), ("a.onnx", "this is an exported file")])
+def test_a_file_of_another_kind_is_no_weights_to_start_from_and_no_folder_is_begun(
+    command, tmp_path, capsys, name, said
+):
+    (tmp_path / name).write_text("{}")
+    assert train([*command, f"train.init_from={tmp_path / name}", f"output_dir={tmp_path / 'run'}"]) == 2
+    error = capsys.readouterr().err
+    assert f"train.init_from={tmp_path / name}: {said}" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
+def test_a_web_page_in_place_of_weights_is_named(tmp_path, name):
+    (tmp_path / name).write_text("<!DOCTYPE html><html><body>Too many requests</body></html>")
+    with pytest.raises(CheckpointError, match="this is a web page, not a weights file. Download the file itself"):
+        read(tmp_path / name)

@@ -4,8 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from brs_detr.viz.boxes import color, draw_detections, write_contact_sheet
-from brs_detr.viz.masks import tint
+from brs_detr.viz.boxes import color, draw_detections, tint, write_contact_sheet
 
 
 def test_a_tint_stays_inside_its_mask_and_has_an_outline():
