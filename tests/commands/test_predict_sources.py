@@ -12,7 +12,8 @@ from support import DEMO, SMALL_DETECTOR
 
 from brs_detr import cli
 from brs_detr.config import load_config, to_dict
-from brs_detr.data import frames, sources
+from brs_detr.data import sources, video
+from brs_detr.data.config import Limits
 from brs_detr.engine.checkpoint import Weights, save_weights
 from brs_detr.engine.tiled import join_outputs
 from brs_detr.ops.masks import decode_masks, encode_masks
@@ -259,7 +260,7 @@ def test_a_video_has_the_boxes_of_its_frames_one_by_one(weights, clip, tmp_path,
     assert [line["frame"] for line in lines] == list(range(30))
     assert [line["time"] for line in lines] == pytest.approx([number / 12 for number in range(30)], abs=1e-4)
     assert "clip.mp4: 30 frames, " in capsys.readouterr().out
-    for number, frame in enumerate(frames.read_sources(sources.expand([str(clip)]), frames.Limits())):
+    for number, frame in enumerate(video.read_sources(sources.expand([str(clip)]), Limits())):
         Image.fromarray(frame.pixels.permute(1, 2, 0).numpy()).save(tmp_path / f"{number:02d}.png")
     alone = predict(weights, tmp_path / "alone", tmp_path / "*.png", "--no-images")
     assert_same([{**line, "file_name": ""} for line in lines], [{**one, "file_name": ""} for one in alone])
