@@ -16,7 +16,7 @@ from support import DEMO, SMALL_DETECTOR
 from brs_detr import cli, predictor
 from brs_detr.commands import predict
 from brs_detr.config import load_config, to_dict
-from brs_detr.data import frames
+from brs_detr.data import video
 from brs_detr.engine.checkpoint import Weights, load_weights, save_weights
 from brs_detr.ops.masks import decode_masks, encode_masks
 from brs_detr.run.setup import build_detector
@@ -129,7 +129,7 @@ def test_what_was_found_before_the_end_came_is_kept(weights, tmp_path, monkeypat
             raise error
         return torch.zeros(3, 30, 40, dtype=torch.uint8)
 
-    monkeypatch.setattr(frames, "read_image", read)
+    monkeypatch.setattr(video, "read_image", read)
     with pytest.raises(error):
         cli.main(["predict", str(weights), str(folder), "--out", str(out)])
     assert names_found(out) == ["a.png", "b.png"] and not (out / "predictions.partial.jsonl").exists()
