@@ -174,7 +174,12 @@ def assess(
         folds: the matches of each class, for each fold of the images.
         stored: the maps of the weights file, if it has any.
         same_images: whether `stored` was fitted on these images; then each fold gets a map of its own.
+
+    Returns:
+        The errors; None without objects, or with too few true positives to fit a map.
     """
+    if not any(match.objects for fold in folds for match in fold):
+        return None
     return cross_fitted(folds) if stored is None or same_images else of_stored(merge(folds), stored)
 
 

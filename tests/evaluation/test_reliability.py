@@ -1,5 +1,7 @@
 """Calibration errors by hand, and no image on both sides of them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -116,6 +118,8 @@ def test_a_stored_map_is_measured_on_other_images_only():
     measured = assess(others, stored, same_images=False)
     assert "77 images" in measured.source
     assert measured.dece[1] > 0.1  # of another distribution, for which the map is wrong
+    unannotated = [[replace(match, objects=0) for match in fold] for fold in folds_of(lambda s: 0 * s)]
+    assert assess(unannotated, stored, same_images=False) is None
 
 
 def test_shown_are_the_detections_of_the_best_f1():
