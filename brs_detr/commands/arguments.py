@@ -15,9 +15,8 @@ from brs_detr.config import Config, ConfigError, apply_overrides, load_config, u
 from brs_detr.data.config import Limits
 from brs_detr.data.layouts import is_yolo_yaml, recognize
 from brs_detr.data.sources import require_sources
-from brs_detr.hub.sources import local_path
+from brs_detr.hub.sources import local_path, require_source
 from brs_detr.recipes import ENDINGS
-from brs_detr.run.inputs import require_weights
 
 WEIGHTS = (
     "run folder (its best weights), .safetensors, official .pth, or a name: of a published checkpoint, hf://user/repo"
@@ -218,7 +217,7 @@ def push(parser: argparse.ArgumentParser) -> None:
 
 def check_push(options: argparse.Namespace) -> None:
     """Refuse weights that do not exist."""
-    require_weights(options.weights)
+    require_source(options.weights)
 
 
 def replay(parser: argparse.ArgumentParser) -> None:
@@ -237,7 +236,7 @@ def check_weights(options: argparse.Namespace) -> None:
 
     Weights that are given by name are downloaded at their first use.
     """
-    require_weights(options.weights)
+    require_source(options.weights)
     update_from_command_line(Config(), options.overrides)
     options.weights = local_path(options.weights)
 

@@ -17,10 +17,10 @@ from brs_detr.commands.info import count_classes
 from brs_detr.config import ConfigError, load_config
 from brs_detr.engine.optim import count_parameters
 from brs_detr.export.runtime import ExportedFile
+from brs_detr.hub.sources import require_source
 from brs_detr.models.detector import Detector
 from brs_detr.ops.images import ImageBatch, Size
 from brs_detr.recipes import ENDINGS
-from brs_detr.run.inputs import require_weights
 from brs_detr.run.launch import choose_device
 from brs_detr.run.setup import build_detector, restore
 from brs_detr.user_files import printable
@@ -72,7 +72,7 @@ def in_torch(options: argparse.Namespace) -> Subject:
         model: Detector = build_detector(config, classes, initial_weights=False).eval()
         name = f"{options.target}, random weights, {classes} classes ({source})"
     else:
-        require_weights(options.target)
+        require_source(options.target)
         model, _, config, file = restore(options.target, options.overrides)
         name = str(file)
     device = choose_device(options.device)

@@ -8,8 +8,7 @@ from pathlib import Path
 from brs_detr.commands.arguments import WEIGHTS
 from brs_detr.config import Config, ConfigError, update_from_command_line
 from brs_detr.data.layouts import recognize
-from brs_detr.hub.sources import local_path
-from brs_detr.run.inputs import require_weights
+from brs_detr.hub.sources import local_path, require_source
 
 DESCRIPTION = """Evaluate trained weights: `brs-detr eval RUN_OR_CHECKPOINT [a.b=value ...] [--out FOLDER]`.
 
@@ -63,7 +62,7 @@ def score_list(text: str) -> tuple[float, ...]:
 
 def run(options: argparse.Namespace) -> int:
     """Check names and paths, then evaluate; returns the exit code."""
-    require_weights(options.weights)
+    require_source(options.weights)
     if options.weights.suffix == ".onnx":
         return evaluate_export(options)
     if options.weights.suffix == ".pt2":

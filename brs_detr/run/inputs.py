@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from brs_detr.config import Config, ConfigError
@@ -51,7 +50,7 @@ def require_training_inputs(config: Config, is_trial: bool = False) -> None:
     if backbone.checkpoint is not None and is_missing(Path(backbone.checkpoint)):
         raise ConfigError(f"model.backbone.checkpoint: there is no file {backbone.checkpoint}")
     if train.init_from is not None:
-        require_weights(train.init_from, "train.init_from=")
+        require_source(train.init_from, "train.init_from=")
         if advice := OTHERS.get(Path(train.init_from).suffix.lower()):
             raise ConfigError(f"train.init_from={train.init_from}: {advice}")
         local_path(train.init_from)  # downloads a name at its first use
@@ -83,16 +82,3 @@ def is_random_and_frozen(config: Config) -> bool:
     backbone = config.model.backbone
     is_random = not (backbone.pretrained or backbone.checkpoint or config.train.init_from)
     return is_random and (backbone.norm == "frozen" or backbone.frozen_stages > 0)
-
-
-def require_weights(source: str | os.PathLike[str], setting: str = "") -> None:
-    """Refuse weights that are neither a path that exists, the name of a published checkpoint, nor of a hub.
-
-    Args:
-        source: run folder, weights file, or name.
-        setting: beginning of the error, for a path that a setting gives.
-
-    Raises:
-        SourceError: naming the path.
-    """
-    require_source(source, setting)
