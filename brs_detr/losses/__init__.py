@@ -10,7 +10,8 @@ from .boxes import paired_giou_loss, paired_iou
 from .distributed import SharedCount
 from .gradient_ratio import GradientSums, watch_gradients
 from .ndcg import ndcg_loss
-from .objective import PredictionSet, RankingObjective, ScoreObjective, SubsetLoss
+from .objective import RankingObjective, ScoreObjective
+from .prediction_set import PredictionSet, SubsetLoss
 from .rank_sort import RankSort, rank_sort_loss
 
 __all__ = [

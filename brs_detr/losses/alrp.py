@@ -8,11 +8,10 @@ from torch import Tensor
 from .checks import accumulation_dtype
 from .ranking import (
     EPS,
+    Problem,
     Ranking,
     attach,
-    attached_zero,
     join_gradient,
-    negative_mask,
     pairwise_steps,
     prepare,
     rank,
@@ -21,7 +20,10 @@ from .ranking import (
 
 
 class ALRP(NamedTuple):
-    """The two parts of aLRP: classification trains the logits, localization the boxes; their sum is the loss."""
+    """The two parts of aLRP: classification trains the logits, localization the boxes; their sum is the loss.
+
+    Scalars, or (L,) for L rankings.
+    """
 
     classification: Tensor
     localization: Tensor
@@ -51,10 +53,10 @@ def alrp_loss(
     later entries first), as the official heads do. For its self-balance see `balance.EpochBalance`.
 
     Args:
-        logits: any shape, M entries, all in one ranking.
-        positives: (P,) int64, distinct indices into `logits.flatten()`.
-        localization_error: (P,) E of each positive, (1 - IoU) / (1 - tau), or GIoU loss / 2 / (1 - tau) as in the
-            paper.
+        logits: any shape, M entries, all in one ranking; or (L, ...) for L rankings of M entries each.
+        positives: (P,) int64, distinct indices into `logits.flatten()`; of L rankings (L, P), into `logits.flatten(1)`.
+        localization_error: (P,) or (L, P), E of each positive, (1 - IoU) / (1 - tau), or GIoU loss / 2 / (1 - tau) as
+            in the paper.
         valid: bool of the logits' shape; entries that are False are neither ranked nor given a gradient.
         delta: half width of the step.
         method: "pairwise", "bucketed" or "exact", as for `rank_sort_loss`.
@@ -64,34 +66,35 @@ def alrp_loss(
             processes.
 
     Returns:
-        two scalars in float32 or wider; zeros attached to the graph without positives.
+        two scalars in float32 or wider; zeros attached to the graph without positives. For L rankings (L,), what L
+        calls return; NaN in one of them makes its values NaN and no others.
 
     Raises:
         ValueError: for an unknown method, a delta that is negative or not finite, arguments whose shapes or types do
             not match, or positives that are out of range, duplicated or ignored (on a GPU: a device-side assertion).
     """
-    flat, valid, group = prepare(logits, positives, valid, delta, method, scope, localization_error=localization_error)
+    problem = prepare(logits, positives, valid, delta, method, scope, localization_error=localization_error)
+    group, dtype = problem.group, problem.logits.dtype
+    given = problem.per_positive(localization_error)
     if group.positives == 0:
-        zero = attached_zero(flat, group)
-        return ALRP(zero, localization_error.sum().to(flat.dtype) + zero)
-    with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
-        error = localization_error.detach().to(accumulation_dtype(flat.device))
+        zeros = problem.zeros()
+        return ALRP(*map(problem.shaped, (zeros, given.sum(1).to(dtype) + zeros)))
+    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+        error = given.detach().to(accumulation_dtype(logits.device))
         if method == "pairwise":
-            order = flat[positives].argsort(stable=True)
-            negative = negative_mask(flat, positives, valid)
-            value, ranks, gradient = alrp_pairwise(flat.to(error.dtype), positives, error, negative, delta)
-            share = torch.empty_like(ranks).index_copy_(0, order, _shares(ranks[order]))
+            value, share, gradient = _pairwise(problem, error, delta)
         else:
-            ranking = rank(flat, positives, valid, delta, method, group)
+            ranking = rank(problem, delta, method)
             value, ranks, gradient = _from_ranking(ranking, error)
             share = ranking.own(_shares(ranks))
         # The errors of other processes: part of the value, but not of this process's gradient.
-        others = group.total((error * share).sum()) - (error * share).sum()
-    with torch.autocast(flat.device.type, enabled=False):
-        dtype = flat.dtype
-        share = (share * group.nan_or_one).to(dtype)
-        localization = (localization_error.to(dtype) * share).sum() + others.to(dtype)
-    return ALRP(attach(flat, value, gradient, group.nan_or_one), localization)
+        own = (error * share).sum(1)
+        others = group.total(own) - own
+    with torch.autocast(logits.device.type, enabled=False):
+        share = (share * group.nan_or_one[:, None]).to(dtype)
+        localization = (given.to(dtype) * share).sum(1) + others.to(dtype)
+        classification = attach(problem.logits, value, gradient, group.nan_or_one)
+    return ALRP(*map(problem.shaped, (classification, localization)))
 
 
 def alrp_pairwise(
@@ -122,20 +125,30 @@ def _shares(ranks: Tensor) -> Tensor:
     """Return the weight of each error in the localization part: it counts at its own and all lower scores.
 
     Args:
-        ranks: (P,) in ascending order of the logits.
+        ranks: (L, P) in ascending order of the logits.
     """
-    return (1 / ranks).cumsum(0) / len(ranks)
+    return (1 / ranks).cumsum(1) / ranks.shape[1]
+
+
+def _pairwise(problem: Problem, error: Tensor, delta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return values (L,), the weight of each error (L, P), and the gradient (L, M), by definition; error (L, P)."""
+
+    def definition(logits: Tensor, positives: Tensor, negative: Tensor, error: Tensor) -> tuple[Tensor, ...]:
+        return alrp_pairwise(logits, positives, error, negative, delta)
+
+    value, ranks, gradient = problem.pairwise(definition, error)
+    order = problem.logits.gather(1, problem.positives).argsort(dim=1, stable=True)
+    return value, torch.empty_like(ranks).scatter_(1, order, _shares(ranks.gather(1, order))), gradient
 
 
 def _from_ranking(ranking: Ranking, error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the value, the ranks (P,) in ascending order of the logits, and the gradient (M,)."""
+    """Return values (L,), ranks (L, P) in ascending order of the logits, and the gradient (L, M); error (L, P)."""
     error = ranking.sort(error)
     own = ranking.positives_above() - ranking.self_step
     error_above = ranking.positives_above(error) - ranking.self_step * error
     num_fp = ranking.negatives.num_fp()
     # The positive itself counts fully in its rank (Eq. 9), not with H(0).
     position = 1 + own + num_fp
-    update = torch.where(num_fp > EPS, (num_fp + error_above) / position, 0.0) / len(error)
+    update = torch.where(num_fp > EPS, (num_fp + error_above) / position, 0.0) / ranking.count
     gradient = ranking.negatives.backprop(update / num_fp.clamp(min=EPS))
-    gradient.index_copy_(0, ranking.index, ranking.own(-update))
-    return (num_fp / position).mean(), position, gradient
+    return (num_fp / position).mean(1), position, ranking.join_gradient(gradient, -update)

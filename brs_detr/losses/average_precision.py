@@ -1,15 +1,14 @@
 """AP loss (Chen et al., CVPR 2019) and its bucketed form (Yavuz et al., ECCV 2024)."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from .checks import accumulation_dtype
 from .ranking import (
     Ranking,
     attach,
-    attached_zero,
     join_gradient,
-    negative_mask,
     pairwise_steps,
     prepare,
     rank,
@@ -39,8 +38,8 @@ def average_precision_loss(
     negatives in proportion to H.
 
     Args:
-        logits: any shape, M entries, all in one ranking.
-        positives: (P,) int64, distinct indices into `logits.flatten()`.
+        logits: any shape, M entries, all in one ranking; or (L, ...) for L rankings of M entries each.
+        positives: (P,) int64, distinct indices into `logits.flatten()`; of L rankings (L, P), into `logits.flatten(1)`.
         valid: bool of the logits' shape; entries that are False are neither ranked nor given a gradient.
         delta: half width of the step.
         method: "pairwise", "bucketed" or "exact", as for `rank_sort_loss`.
@@ -52,25 +51,24 @@ def average_precision_loss(
             processes.
 
     Returns:
-        scalar in [0, 1], float32 or wider; a zero attached to the graph without positives.
+        scalar in [0, 1], float32 or wider; a zero attached to the graph without positives. For L rankings (L,), what
+        L calls return; NaN in one of them makes that value NaN and no other.
 
     Raises:
         ValueError: for an unknown method, a delta that is negative or not finite, arguments whose shapes or types do
             not match, or positives that are out of range, duplicated or ignored (on a GPU: a device-side assertion).
     """
-    flat, valid, group = prepare(logits, positives, valid, delta, method, scope)
-    if group.positives == 0:
-        return attached_zero(flat, group)
-    with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
+    problem = prepare(logits, positives, valid, delta, method, scope)
+    if problem.group.positives == 0:
+        return problem.shaped(problem.zeros())
+    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         if method == "pairwise":
-            negative = negative_mask(flat, positives, valid)
-            terms = average_precision_pairwise(
-                flat.to(accumulation_dtype(flat.device)), positives, negative, delta, interpolate
-            )
+            definition = partial(average_precision_pairwise, delta=delta, interpolate=interpolate)
+            value, gradient = problem.pairwise(definition)
         else:
-            ranking = rank(flat, positives, valid, delta, method, group)
-            terms = _from_ranking(ranking, full_self=method != "bucketed", interpolate=interpolate)
-    return attach(flat, *terms, group.nan_or_one)
+            ranking = rank(problem, delta, method)
+            value, gradient = _from_ranking(ranking, full_self=method != "bucketed", interpolate=interpolate)
+    return problem.shaped(attach(problem.logits, value, gradient, problem.group.nan_or_one))
 
 
 def average_precision_pairwise(
@@ -99,7 +97,7 @@ def average_precision_pairwise(
 
 
 def _from_ranking(ranking: Ranking, full_self: bool, interpolate: bool) -> tuple[Tensor, Tensor]:
-    """Return the value and the gradient (M,); with `full_self` a positive counts 1 in its own rank, else H(0)."""
+    """Return values (L,) and gradient (L, M); with `full_self` a positive counts 1 in its own rank, else H(0)."""
     num_tp = ranking.positives_above()
     if full_self:
         num_tp = num_tp + (1 - ranking.self_step)
@@ -109,11 +107,11 @@ def _from_ranking(ranking: Ranking, full_self: bool, interpolate: bool) -> tuple
     # error / N_FP = 1 / rank: nothing is divided by N_FP, which may be 0.
     weight = 1 / position
     if interpolate:
-        best = (num_tp / position).cummax(0)[0]
+        best = (num_tp / position).cummax(1)[0]
         raised = best > num_tp / position
         # A precision is raised only where it is below 1, where N_FP > 0: only there is it a safe divisor.
         weight = torch.where(raised, (1 - best) / num_fp.clamp(min=torch.finfo(weight.dtype).tiny), weight)
         error = 1 - best
-    count = len(error)
-    gradient = ranking.negatives.backprop(weight / count).index_copy_(0, ranking.index, ranking.own(-error / count))
-    return error.mean(), gradient
+    count = ranking.count
+    gradient = ranking.join_gradient(ranking.negatives.backprop(weight / count), -error / count)
+    return error.mean(1), gradient

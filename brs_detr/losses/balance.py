@@ -30,15 +30,15 @@ def self_balance(
     precision of 0.9 or better with no sorting error left; above it the value is that of the papers.
 
     Args:
-        term: scalar, the localization loss, >= 0.
-        target: scalar, ranking + sorting loss; detached here.
+        term: any shape, localization losses, >= 0.
+        target: of the same shape, ranking + sorting losses; detached here.
         weight: what the balanced value is multiplied with.
         floor: smallest denominator.
         cap: largest ratio of target and term.
         least: smallest target; 0 is the papers' rule.
 
     Returns:
-        scalar, attached to the graph of `term` only.
+        of the same shape, attached to the graph of `term` only.
     """
     ratio = (target.detach().clamp(min=least) / term.detach().clamp(min=floor)).clamp(max=cap)
     return term * (ratio * weight)
@@ -48,12 +48,12 @@ def box_scores(logits: Tensor) -> Tensor:
     """Return the weight of each positive's box loss, not yet normalized: its highest class probability.
 
     Args:
-        logits: (P, C) class logits of the positives' rows.
+        logits: (..., C) class logits of the positives' rows.
 
     Returns:
-        (P,) float32, detached.
+        (...) float32, detached.
     """
-    return logits.detach().float().sigmoid().amax(1)
+    return logits.detach().float().sigmoid().amax(-1)
 
 
 class EpochBalance(nn.Module):

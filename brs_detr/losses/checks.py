@@ -42,42 +42,55 @@ def check_number(name: str, value: float, minimum: float = 0.0, below: float = f
         raise ValueError(f"{name}: {value} is out of range. Give a number that is at least {minimum:g} and {limit}.")
 
 
+def check_indices(positives: Tensor, logits: Tensor) -> None:
+    """Raise unless the positives can index one ranking (P,), or L of them (L, P), of logits (L, ...).
+
+    Raises:
+        ValueError: saying which shapes do.
+    """
+    if positives.ndim not in (1, 2) or positives.dtype != torch.int64:
+        raise ValueError(
+            f"positives: {positives.dtype} of shape {tuple(positives.shape)} cannot index the logits. Give (P,) "
+            "torch.int64 indices into logits.flatten(), or (L, P) for L rankings."
+        )
+    if positives.ndim == 2 and (logits.ndim < 2 or len(logits) != len(positives) or len(logits) == 0):
+        raise ValueError(
+            f"positives: shape {tuple(positives.shape)} names the positives of {len(positives)} rankings for logits of "
+            f"shape {tuple(logits.shape)}. Give both the same first dimension, of at least 1, or (P,) positives of one "
+            "ranking."
+        )
+
+
 def check_positives(positives: Tensor, length: int, valid: Tensor | None) -> None:
-    """Raise if an index is out of range, occurs twice, or belongs to an ignored entry.
+    """Raise if an index is out of range, occurs twice in a ranking, or belongs to an ignored entry.
 
     Args:
-        positives: indices into the flat logits.
-        length: number of logits.
-        valid: (length,) bool or None.
+        positives: (L, P) indices into the logits of each ranking.
+        length: number of logits of a ranking.
+        valid: (L, length) bool or None.
 
     Raises:
         ValueError: naming the first invalid index.
     """
-    if positives.ndim != 1 or positives.dtype != torch.int64:
-        shape = tuple(positives.shape)
-        raise ValueError(
-            f"positives: {positives.dtype} of shape {shape} cannot index the logits. "
-            "Give (P,) torch.int64 indices into logits.flatten()."
-        )
-    if len(positives) == 0:
+    if positives.numel() == 0:
         return
     ordered = positives.sort()[0]
     if positives.device.type == "cpu":  # a GPU asserts this by itself, where the index is used
-        inside = (ordered[0] >= 0) & (ordered[-1] < length)
+        low, high = ordered[:, 0].min(), ordered[:, -1].max()
         check_values(
-            inside,
+            (low >= 0) & (high < length),
             lambda: (
-                f"positives: index {int(ordered[0] if ordered[0] < 0 else ordered[-1])} is out of range for {length} "
+                f"positives: index {int(low if low < 0 else high)} is out of range for {length} "
                 "logits. Give indices into logits.flatten()."
             ),
         )
-    repeated = ordered[1:] == ordered[:-1]
+    repeated = ordered[:, 1:] == ordered[:, :-1]
     check_values(
         ~repeated.any(),
-        lambda: f"positives: index {int(ordered[1:][repeated][0])} occurs twice. Give every positive once.",
+        lambda: f"positives: index {int(ordered[:, 1:][repeated][0])} occurs twice. Give every positive once.",
     )
     if valid is not None:
-        counted = valid.index_select(0, positives)
+        counted = valid.gather(1, positives)
         check_values(
             counted.all(),
             lambda: (
@@ -91,22 +104,27 @@ def check_set(logits: Tensor, labels: Tensor, valid: Tensor | None, rows: Tensor
     """Raise if the shapes or types of a prediction set do not match.
 
     Args:
-        logits: (N, columns). labels: (N,) int64. valid: (N,) bool or None. rows: (P,) int64 or None.
+        logits: (N, columns). labels: (N,) int64. valid: (N,) bool or None. rows: (P,) int64 or None. All of them may
+            have a leading dimension L >= 1.
 
     Raises:
         ValueError: naming the argument.
     """
-    if logits.ndim != 2:
-        raise ValueError(f"logits: shape {tuple(logits.shape)} is not (N, C). Flatten images and levels into N rows.")
-    for name, value, dtype in (("labels", labels, torch.int64), ("valid", valid, torch.bool)):
-        if value is not None and (value.shape != logits.shape[:1] or value.dtype != dtype):
-            raise ValueError(
-                f"{name}: {value.dtype} of shape {tuple(value.shape)} does not match {len(logits)} rows of logits. "
-                f"Give ({len(logits)},) {dtype}."
-            )
-    if rows is not None and (rows.ndim != 1 or rows.dtype != torch.int64):
+    if logits.ndim not in (2, 3) or (logits.ndim == 3 and len(logits) == 0):
         raise ValueError(
-            f"rows: {rows.dtype} of shape {tuple(rows.shape)} cannot index rows of logits. Give (P,) torch.int64."
+            f"logits: shape {tuple(logits.shape)} is not (N, C) or (L, N, C). Flatten images and levels into N rows."
+        )
+    shape = tuple(logits.shape[:-1])
+    for name, value, dtype in (("labels", labels, torch.int64), ("valid", valid, torch.bool)):
+        if value is not None and (value.shape != shape or value.dtype != dtype):
+            raise ValueError(
+                f"{name}: {value.dtype} of shape {tuple(value.shape)} does not match logits of shape "
+                f"{tuple(logits.shape)}. Give {shape} {dtype}."
+            )
+    if rows is not None and (rows.shape[:-1] != shape[:-1] or rows.ndim != len(shape) or rows.dtype != torch.int64):
+        raise ValueError(
+            f"rows: {rows.dtype} of shape {tuple(rows.shape)} cannot index rows of logits of shape "
+            f"{tuple(logits.shape)}. Give {'(P,)' if len(shape) == 1 else f'({shape[0]}, P)'} torch.int64."
         )
 
 
@@ -114,35 +132,39 @@ def check_labels(labels: Tensor, classes: int, valid: Tensor | None, rows: Tenso
     """Raise if a label is out of range, or a row listed as positive is background or ignored.
 
     Args:
-        labels: (N,) int64; `classes` is the background.
+        labels: (L, N) int64; `classes` is the background.
         classes: number of classes.
-        valid: (N,) bool or None; ignored rows may have any label.
-        rows: (P,) int64 rows of the positives.
+        valid: (L, N) bool or None; ignored rows may have any label.
+        rows: (L, P) int64 rows of the positives.
 
     Raises:
         ValueError: naming the first such row and its label.
     """
+
+    def name(layer: Tensor, row: Tensor) -> str:
+        return f"row {int(row)}" if len(labels) == 1 else f"row {int(row)} of set {int(layer)}"
+
     known = labels.clamp(0, classes) == labels
     if valid is not None:
         known = known | ~valid
 
     def describe_unknown() -> str:
-        row = int((~known).nonzero()[0])
+        layer, row = (~known).nonzero()[0]
         return (
-            f"labels: row {row} has label {int(labels[row])}. Give 0 to {classes - 1} for {classes} classes, {classes} "
-            "for background, and mark ignored rows in valid."
+            f"labels: {name(layer, row)} has label {int(labels[layer, row])}. Give 0 to {classes - 1} for {classes} "
+            f"classes, {classes} for background, and mark ignored rows in valid."
         )
 
     check_values(known.all(), describe_unknown)
-    own = labels[rows]
+    own = labels.gather(1, rows)
     positive = own.clamp(0, classes - 1) == own
     if valid is not None:
-        positive = positive & valid[rows]
+        positive = positive & valid.gather(1, rows)
 
     def describe_negative() -> str:
-        first = int((~positive).nonzero()[0])
+        layer, place = (~positive).nonzero()[0]
         return (
-            f"rows: row {int(rows[first])} has label {int(own[first])} and is background or ignored. "
+            f"rows: {name(layer, rows[layer, place])} has label {int(own[layer, place])} and is background or ignored. "
             f"Name only rows with a label of 0 to {classes - 1} that valid does not ignore."
         )
 
@@ -157,7 +179,8 @@ def check_per_positive(name: str, values: Tensor, positives: Tensor) -> None:
     """
     if values.shape != positives.shape:
         raise ValueError(
-            f"{name} has shape {tuple(values.shape)} for {len(positives)} positives. Give one value per positive."
+            f"{name} has shape {tuple(values.shape)} for positives of shape {tuple(positives.shape)}. "
+            "Give one value per positive."
         )
 
 

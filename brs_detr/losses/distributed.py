@@ -71,8 +71,8 @@ class SharedCount:
 
 
 def sum_over(values: Tensor, scope: str) -> Tensor:
-    """Sum all values of this process or of all processes; the gradient is that of this process's values."""
-    own = values.sum()
+    """Sum values along their last dimension, of this process or of all; the gradient is that of this process's."""
+    own = values.sum(-1)
     if scope == "process" or world_size() == 1:
         return own
     return own + (process_sum(own) - own.detach())
@@ -89,17 +89,17 @@ class Group:
     """The processes that rank together, and the number of positives in each.
 
     Args:
-        scope: "process", or "global" for all processes; these exchange their numbers of positives, for which the host
-            waits.
-        positives: number of positives of this process.
-        undefined: () bool on the device where tensors are exchanged, True if this process's part of the loss is
+        scope: "process", or "global" for all processes; these exchange their numbers of positives, once for all
+            rankings, for which the host waits.
+        positives: number of positives of this process in each ranking.
+        undefined: (L,) bool on the device where tensors are exchanged, True where this process's part of the loss is
             undefined.
 
     Attributes:
         counts: number of positives of each process.
         rank: index of this process in `counts`.
-        nan_or_one: () float, NaN if the loss of any process is undefined, else 1; every value and every gradient is
-            multiplied by it, so that no process steps on a loss that is undefined in another.
+        nan_or_one: (L,) float, NaN where the loss of any process is undefined, else 1; every value and every gradient
+            is multiplied by it, so that no process steps on a loss that is undefined in another.
 
     Raises:
         ValueError: for an unknown scope.
@@ -111,19 +111,19 @@ class Group:
         self.counts = [positives]
         self.rank = 0
         if scope == "global" and world_size() > 1:
-            # Every process's count and the number of undefined parts in one all-reduce.
-            counts = torch.zeros(world_size() + 1, dtype=torch.int64, device=undefined.device)
+            # Every process's count and each ranking's number of undefined parts in one all-reduce.
+            counts = torch.zeros(world_size() + len(undefined), dtype=torch.int64, device=undefined.device)
             counts[dist.get_rank()] = positives
-            counts[-1] = undefined
+            counts[world_size() :] = undefined
             counts = process_sum(counts)
-            undefined = counts[-1] > 0
-            self.counts = counts[:-1].tolist()
+            undefined = counts[world_size() :] > 0
+            self.counts = counts[: world_size()].tolist()
             self.rank = dist.get_rank()
         self.nan_or_one = torch.where(undefined, torch.nan, 1.0)
 
     @property
     def positives(self) -> int:
-        """Return the number of positives of the group."""
+        """Return the number of positives of each ranking in the group."""
         return sum(self.counts)
 
     def total(self, value: Tensor) -> Tensor:
@@ -131,17 +131,16 @@ class Group:
         return value if len(self.counts) == 1 else process_sum(value)
 
     def gather(self, values: Tensor) -> Tensor:
-        """Concatenate the values (P,) of each process's positives in the order of the processes."""
+        """Concatenate the values (L, P) of each process's positives in the order of the processes."""
         if len(self.counts) == 1:
             return values
         # all_gather needs equal shapes: padded to the largest count, and cut again.
-        padded = values.new_zeros(max(self.counts))
-        padded[: len(values)] = values
+        padded = values.new_zeros(len(values), max(self.counts))
+        padded[:, : values.shape[1]] = values
         parts = [torch.empty_like(padded) for _ in self.counts]
         dist.all_gather(parts, padded)
-        return torch.cat([part[:count] for part, count in zip(parts, self.counts)])
+        return torch.cat([part[:, :count] for part, count in zip(parts, self.counts)], 1)
 
     def local_slice(self, values: Tensor) -> Tensor:
-        """Return this process's part (P,) of gathered values."""
-        start = sum(self.counts[: self.rank])
-        return values[start : start + self.counts[self.rank]]
+        """Return this process's part (L, P) of gathered values."""
+        return values.narrow(1, sum(self.counts[: self.rank]), self.counts[self.rank])

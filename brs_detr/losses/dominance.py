@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .by_device import choices
 from .ranking import smooth_heaviside
 
 
@@ -88,8 +89,8 @@ def _digit_tables(row: Tensor, values: Tensor, level: Level) -> tuple[Tensor, Te
     return equal.flatten(), below.flatten(1)
 
 
-# Measured on one CPU thread: above this many positives the quadrant sums are faster than the P x P matrix.
-MAX_DENSE = 400
+# Entries of the P x P matrices that exist at a time, 128 MiB: of more rankings, some are computed after others.
+MAX_ENTRIES = 1 << 24
 # A positive with less missorted mass above it than this is in order; its error would be 0 / 0.
 MIN_MASS = 1e-10
 
@@ -100,53 +101,75 @@ def sorting_terms(
     """Compute each positive's sorting error and the gradient of their sum (Bucketed Ranking-based Losses, S.3, S.4).
 
     Args:
-        scores: (P,) float64 ascending logits of the positives.
-        quality: (P,) float64 labels t_i in [0, 1].
+        scores: (L, P) float64 ascending logits of the positives of L rankings.
+        quality: (L, P) float64 labels t_i in [0, 1].
         delta: half width of the step.
-        rank: (P,) sum_j H(s_j - s_i), the rank of i among the positives.
-        inverse: (P,) sum_j H(s_j - s_i) (1 - t_j).
+        rank: (L, P) sum_j H(s_j - s_i), the rank of i among the positives.
+        inverse: (L, P) sum_j H(s_j - s_i) (1 - t_j).
 
     Returns:
-        errors l_S(i) - l_S*(i) (P,) and gradients (P,), neither divided by P.
+        errors l_S(i) - l_S*(i) (L, P) and gradients (L, P), neither divided by P.
     """
-    method = dense_missorted if len(scores) <= MAX_DENSE else quadrant_missorted
-    mass, error, spread = method(scores, quality, delta)
-    missorted = mass > MIN_MASS
-    mass = mass.clamp(min=MIN_MASS)
-    # l_S - l_S* written as M (A_M / M - A_T / R_T) / R: the difference of the two errors would lose its digits.
-    # M, A_M: sums of H and H (1 - t) over the missorted; A_T, R_T: over the others; R: rank among the positives.
-    share = (error / mass - (inverse - error) / (rank - mass)).clamp(min=0, max=1) / rank
-    share = torch.where(missorted, share, 0.0)
-    errors = share * mass
-    return errors, spread(share) - errors
+    count = scores.shape[1]
+    if count <= choices(scores.device).max_dense:
+        missorted, together = dense_missorted, max(1, MAX_ENTRIES // count**2)
+    else:
+        missorted, together = quadrant_missorted, 1
+    parts = [
+        _errors(missorted(one_scores, one_quality, delta), one_rank, one_inverse)
+        for one_scores, one_quality, one_rank, one_inverse in zip(
+            *(values.split(together) for values in (scores, quality, rank, inverse))
+        )
+    ]
+    errors, gradients = (torch.cat(part) for part in zip(*parts))
+    return errors, gradients
 
 
 # Missorted mass M and error A of each positive, and the map that distributes values over what is missorted above each.
 Missorted = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
 
 
+def _errors(missorted: Missorted, rank: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the two results of `sorting_terms` of some rankings."""
+    mass, error, spread = missorted
+    wrong = mass > MIN_MASS
+    mass = mass.clamp(min=MIN_MASS)
+    # l_S - l_S* written as M (A_M / M - A_T / R_T) / R: the difference of the two errors would lose its digits.
+    # M, A_M: sums of H and H (1 - t) over the missorted; A_T, R_T: over the others; R: rank among the positives.
+    share = (error / mass - (inverse - error) / (rank - mass)).clamp(min=0, max=1) / rank
+    share = torch.where(wrong, share, 0.0)
+    errors = share * mass
+    return errors, spread(share) - errors
+
+
 def dense_missorted(scores: Tensor, quality: Tensor, delta: float) -> Missorted:
-    """Sum, for each positive i, over the worse localized positives (t_j < t_i) above it, from the P x P matrix.
+    """Sum, for each positive i, over the worse localized positives (t_j < t_i) above it, from the P x P matrices.
+
+    Args:
+        scores, quality: (L, P).
+        delta: half width of the step.
 
     Returns:
-        mass M_i = sum_j H(s_j - s_i) [t_j < t_i]  (P,),
-        error A_i = the same sum of H (1 - t_j)  (P,),
-        the map x -> sum_i x_i H(s_j - s_i) [t_j < t_i]  (P,) to (P,).
+        mass M_i = sum_j H(s_j - s_i) [t_j < t_i]  (L, P),
+        error A_i = the same sum of H (1 - t_j)  (L, P),
+        the map x -> sum_i x_i H(s_j - s_i) [t_j < t_i]  (L, P) to (L, P).
     """
-    above = smooth_heaviside(scores[None] - scores[:, None], delta) * (quality[None] < quality[:, None])
-    mass, error = (above @ torch.stack([torch.ones_like(quality), 1 - quality], 1)).unbind(1)
-    return mass, error, lambda x: x @ above
+    above = smooth_heaviside(scores[:, None] - scores[:, :, None], delta)
+    above.mul_(quality[:, None] < quality[:, :, None])
+    mass, error = (above @ torch.stack([torch.ones_like(quality), 1 - quality], 2)).unbind(2)
+    return mass, error, lambda x: (x[:, None] @ above)[:, 0]
 
 
 def quadrant_missorted(scores: Tensor, quality: Tensor, delta: float) -> Missorted:
-    """Compute the same as `dense_missorted` from quadrant sums, in O(P log P)."""
+    """Compute the same as `dense_missorted` from quadrant sums, in O(P log P), one ranking (1, P) at a time."""
+    scores, quality = scores[0], quality[0]
     mass, error = _missorted_sums(scores, quality, torch.stack([torch.ones_like(quality), 1 - quality]), delta)
 
     def spread(x: Tensor) -> Tensor:
         # The transposed sum: with both signs flipped, i lies above j with lower quality where j lay above i.
-        return _missorted_sums(-scores.flip(0), -quality.flip(0), x.flip(0)[None], delta)[0].flip(0)
+        return _missorted_sums(-scores.flip(0), -quality.flip(0), x.flip(1), delta).flip(1)
 
-    return mass.clamp(min=0), error, spread
+    return mass.clamp(min=0)[None], error[None], spread
 
 
 def _missorted_sums(scores: Tensor, quality: Tensor, values: Tensor, delta: float) -> Tensor:

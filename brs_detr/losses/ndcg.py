@@ -1,16 +1,15 @@
 """Normalized discounted cumulative gain as a loss (aLRP supplement, Sec. S4)."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from .checks import accumulation_dtype
 from .ranking import (
     EPS,
     Ranking,
     attach,
-    attached_zero,
     join_gradient,
-    negative_mask,
     pairwise_steps,
     prepare,
     rank,
@@ -38,8 +37,8 @@ def ndcg_loss(
     G_max is distributed over the negatives in proportion to H; it is 0 for a positive without negatives above it.
 
     Args:
-        logits: any shape, M entries, all in one ranking.
-        positives: (P,) int64, distinct indices into `logits.flatten()`.
+        logits: any shape, M entries, all in one ranking; or (L, ...) for L rankings of M entries each.
+        positives: (P,) int64, distinct indices into `logits.flatten()`; of L rankings (L, P), into `logits.flatten(1)`.
         valid: bool of the logits' shape; entries that are False are neither ranked nor given a gradient.
         delta: half width of the step.
         method: "pairwise", "bucketed" or "exact", as for `rank_sort_loss`.
@@ -50,23 +49,22 @@ def ndcg_loss(
 
     Returns:
         scalar, float32 or wider; a zero attached to the graph without positives. Smoothing lets ties share a rank, so
-        it may lie slightly off 0 for a perfect ranking.
+        it may lie slightly off 0 for a perfect ranking. For L rankings (L,), what L calls return; NaN in one of them
+        makes that value NaN and no other.
 
     Raises:
         ValueError: for an unknown method, a delta that is negative or not finite, arguments whose shapes or types do
             not match, or positives that are out of range, duplicated or ignored (on a GPU: a device-side assertion).
     """
-    flat, valid, group = prepare(logits, positives, valid, delta, method, scope)
-    if group.positives == 0:
-        return attached_zero(flat, group)
-    with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
+    problem = prepare(logits, positives, valid, delta, method, scope)
+    if problem.group.positives == 0:
+        return problem.shaped(problem.zeros())
+    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         if method == "pairwise":
-            terms = ndcg_pairwise(
-                flat.to(accumulation_dtype(flat.device)), positives, negative_mask(flat, positives, valid), delta
-            )
+            value, gradient = problem.pairwise(partial(ndcg_pairwise, delta=delta))
         else:
-            terms = _from_ranking(rank(flat, positives, valid, delta, method, group))
-    return attach(flat, *terms, group.nan_or_one)
+            value, gradient = _from_ranking(rank(problem, delta, method))
+    return problem.shaped(attach(problem.logits, value, gradient, problem.group.nan_or_one))
 
 
 def ndcg_pairwise(logits: Tensor, positives: Tensor, negative: Tensor, delta: float) -> tuple[Tensor, Tensor]:
@@ -90,13 +88,13 @@ def ndcg_pairwise(logits: Tensor, positives: Tensor, negative: Tensor, delta: fl
 
 
 def _from_ranking(ranking: Ranking) -> tuple[Tensor, Tensor]:
-    """Return the value and the gradient (M,)."""
+    """Return values (L,) and gradient (L, M)."""
     num_fp = ranking.negatives.num_fp()
     position = ranking.positives_above() + (1 - ranking.self_step) + num_fp
     # The gain of a perfect ranking: positives at ranks 1 to P.
-    places = torch.arange(1, len(position) + 1, device=position.device, dtype=position.dtype)
+    places = torch.arange(1, ranking.count + 1, device=position.device, dtype=position.dtype)
     ideal = (1 / torch.log2(1 + places)).sum()
     gain = 1 / torch.log2(1 + position)
     update = torch.where(num_fp > EPS, (1 - gain) / ideal, 0.0)
     gradient = ranking.negatives.backprop(update / num_fp.clamp(min=EPS))
-    return 1 - gain.sum() / ideal, gradient.index_copy_(0, ranking.index, ranking.own(-update))
+    return 1 - gain.sum(1) / ideal, ranking.join_gradient(gradient, -update)

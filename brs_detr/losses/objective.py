@@ -2,7 +2,8 @@
 
 A set is what a decoder layer, an RPN or a dense head predicts for a batch. Both objectives take one `PredictionSet`, so
 a head does not know which one it was given. Every term comes back weighted, finite and attached to the graph, also
-without positives; the plain sum of all terms is the loss.
+without positives; the plain sum of all terms is the loss. L sets may be given as one, with a leading dimension L: all
+that follows is computed with that dimension, and one set is the case L = 1.
 """
 
 from collections.abc import Mapping
@@ -14,109 +15,25 @@ from torch import Tensor
 from .alrp import alrp_loss
 from .average_precision import average_precision_loss
 from .balance import CAP, LEAST, EpochBalance, box_scores, self_balance
-from .checks import check_labels, check_number, check_per_positive, check_set, check_subset, single_or_wider
+from .checks import check_number, single_or_wider
 from .classification import SCORE_LOSSES
 from .distributed import SCOPES, SharedCount, process_mean, scalar, scale_for_ddp, sum_over
 from .gradient_ratio import WatchedObjective
 from .ndcg import ndcg_loss
+from .prediction_set import BoxLosses, CheckedSet, PredictionSet, SubsetLoss
 from .rank_sort import rank_sort_loss
 
+__all__ = ["BoxLosses", "PredictionSet", "RankingObjective", "ScoreObjective", "SubsetLoss"]
 
-def _zero(tensor: Tensor) -> Tensor:
-    """Return a zero attached to the tensor's graph that reads no value (a logit may be infinite)."""
-    return tensor[:0].float().sum()
+
+def _zero(logits: Tensor) -> Tensor:
+    """Return a zero attached to the logits' graph that reads no value (a logit may be infinite)."""
+    return logits[:, :0].float().sum()
 
 
 def _pick(values: Tensor | None, index: Tensor) -> Tensor | None:
-    """Select entries where there are any values."""
-    return None if values is None else values[index]
-
-
-class SubsetLoss(NamedTuple):
-    """Losses of some of the positives, such as those of masks, of which a step predicts no more than its memory allows.
-
-    Attributes:
-        values: (S,), not reduced.
-        chosen: (S,) int64, the positive that each value belongs to: 0..P-1, none twice, in any order. These are
-            positions among the positives, not rows of the logits.
-    """
-
-    values: Tensor
-    chosen: Tensor
-
-
-BoxLosses = Mapping[str, Tensor | SubsetLoss]
-
-
-class PredictionSet(NamedTuple):
-    """What an objective needs to know of one set of N predictions of which P are positive.
-
-    Attributes:
-        logits: (N, C) one sigmoid logit per class; (N, C + 1) with the background last for softmax cross entropy.
-        labels: (N,) int64; 0..C-1 positive, C background.
-        quality: (P,) IoU of each positive in row order; detached.
-        box_losses: name -> (P,) box losses of the positives, not reduced; or a `SubsetLoss` of some of them.
-        rows: (P,) int64 ascending rows of the positives; None: read from the labels, for which a GPU is waited for.
-        valid: (N,) bool; False rows are ignored. None: all rows count.
-        box_weight: (P,) relative weights of the box losses, whose sum normalizes these terms; None: all weigh the same.
-        normalizer: what score-based terms are divided by in place of the objective's own number of positives or rows.
-            Sets that have as many positives may share one `SharedCount`. A ranking loss is a mean over its own
-            positives and has no other divisor.
-    """
-
-    logits: Tensor
-    labels: Tensor
-    quality: Tensor
-    box_losses: BoxLosses
-    rows: Tensor | None = None
-    valid: Tensor | None = None
-    box_weight: Tensor | None = None
-    normalizer: Tensor | SharedCount | None = None
-
-    def checked(self, classes: int) -> "CheckedSet":
-        """Check all attributes against each other, and read the `rows` from the labels where they are not given.
-
-        Args:
-            classes: C.
-
-        Raises:
-            ValueError: when shapes or types do not fit, a label is out of range, or a positive row is background or
-                ignored (on a GPU the device asserts what concerns values).
-        """
-        labels, valid, rows = self.labels, self.valid, self.rows
-        check_set(self.logits, labels, valid, rows)
-        if rows is None:
-            positive = (labels >= 0) & (labels < classes)
-            rows = (positive if valid is None else positive & valid).nonzero()[:, 0]
-        if len(rows) != len(self.quality):
-            raise ValueError(
-                f"quality has {len(self.quality)} entries for {len(rows)} positive rows: "
-                "give one per positive, in row order"
-            )
-        for name, loss in self.box_losses.items():
-            if isinstance(loss, SubsetLoss):
-                check_subset(name, loss.values, loss.chosen, len(rows))
-            else:
-                check_per_positive(name, loss, rows)
-        if self.box_weight is not None:
-            check_per_positive("box_weight", self.box_weight, rows)
-        check_labels(labels, classes, valid, rows)
-        return CheckedSet(
-            self.logits, labels, self.quality, self.box_losses, rows, valid, self.box_weight, self.normalizer
-        )
-
-
-class CheckedSet(NamedTuple):
-    """A `PredictionSet` whose attributes fit each other and whose rows are known; the attributes are the same."""
-
-    logits: Tensor
-    labels: Tensor
-    quality: Tensor
-    box_losses: BoxLosses
-    rows: Tensor
-    valid: Tensor | None
-    box_weight: Tensor | None
-    normalizer: Tensor | SharedCount | None
+    """Select positives of one set where there are any values."""
+    return None if values is None else values[:, index]
 
 
 class RankingLoss(NamedTuple):
@@ -217,49 +134,53 @@ class RankingObjective(WatchedObjective):
         """Compute the loss terms of one set.
 
         Returns:
-            {"rank", with Rank & Sort "sort", and every key of the set's `box_losses`} -> scalar.
+            {"rank", with Rank & Sort "sort", and every key of the set's `box_losses`} -> scalar, or (L,) for L sets.
 
         Raises:
             ValueError: the set is refused, see `PredictionSet.checked`, or aLRP gets no "giou", "iou" or "mask".
         """
         classes = predictions.logits.shape[-1]
-        given, labels, quality, box_losses, rows, valid, box_weight, _ = predictions.checked(classes)
-        logits = single_or_wider(given).float()
+        checked = predictions.checked(classes)
+        rows, entries, valid, box_losses = checked.rows, checked.entries, checked.valid, checked.box_losses
+        logits = single_or_wider(checked.logits).float()
         with torch.autocast(logits.device.type, enabled=False):
-            positives = rows * classes + labels[rows]
-            logits = self.watched(logits, positives)
-            mask = None if valid is None else valid[:, None].expand(-1, classes)
-            terms = self._ranking_terms(logits, positives, quality, box_losses, mask)
+            labels = checked.positive_labels()
+            logits = self.watched(logits, entries * classes + labels.flatten())
+            mask = None if valid is None else valid[..., None].expand_as(logits)
+            terms = self._ranking_terms(logits, rows * classes + labels, checked.quality, box_losses, mask)
             target = terms["rank"] + terms["sort"] if "sort" in terms else terms["rank"]
             terms = {name: scale_for_ddp(term, self.scope) * self.weight for name, term in terms.items()}
-            of_all = self._box_weights(logits[rows], box_weight)
+            of_positives = logits.detach().flatten(0, 1)[entries].view(*rows.shape, classes)
+            of_all = self._box_weights(of_positives, checked.box_weight)
             for name, loss in box_losses.items():
                 if name in terms:
                     continue
                 if isinstance(loss, SubsetLoss):
-                    values = loss.values
-                    weights, total = self._box_weights(logits[rows[loss.chosen]], _pick(box_weight, loss.chosen))
+                    values = loss.values[None]
+                    given = _pick(checked.box_weight, loss.chosen)
+                    weights, total = self._box_weights(of_positives[:, loss.chosen], given)
                 else:
                     values, (weights, total) = loss, of_all
                 mean = sum_over(values.float() * weights, self.scope) / total + _zero(logits)
                 terms[name] = scale_for_ddp(self._balance(mean, target), self.scope)
-        return terms
+        return checked.shaped(terms)
 
     def _box_weights(self, logits: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Weigh the box losses of positives with the logits (P, C).
+        """Weigh the box losses of positives with the logits (L, P, C) and weights (L, P) or None.
 
         Returns:
-            (P,) weights whose mean is 1 over all positives that are ranked together, and the number (), at least 1, of
-            these.
+            (L, P) weights whose mean is 1 over all positives that are ranked together, and the number (), at least 1,
+            of these in each set.
         """
-        total = sum_over(torch.full((1,), float(len(logits)), device=logits.device), self.scope).clamp(min=1)
+        shape = logits.shape[:2]
+        total = sum_over(torch.full((1,), float(shape[1]), device=logits.device), self.scope).clamp(min=1)
         weights = None if given is None else given.detach().float()
         if self.score_weighted:
             scores = box_scores(logits)
             weights = scores if weights is None else scores * weights
         if weights is None:
-            return logits.new_ones(len(logits)), total
-        mean = sum_over(weights, self.scope) / total
+            return logits.new_ones(shape), total
+        mean = sum_over(weights, self.scope)[:, None] / total
         tiny = torch.finfo(mean.dtype).tiny
         return torch.where(mean > 0, weights / mean.clamp(min=tiny), torch.ones_like(weights)), total
 
@@ -271,7 +192,7 @@ class RankingObjective(WatchedObjective):
         box_losses: BoxLosses,
         valid: Tensor | None,
     ) -> dict[str, Tensor]:
-        """Compute the terms of the ranking loss itself, not yet weighted."""
+        """Compute the terms (L,) of the ranking loss itself, not yet weighted."""
         delta, method, scope = self.delta, self.method, self.scope
         if self.family == "rank_sort":
             ranking, sorting = rank_sort_loss(
@@ -296,20 +217,21 @@ class RankingObjective(WatchedObjective):
         classification, localization = alrp_loss(
             logits, positives, error, valid=valid, delta=delta, method=method, scope=scope
         )
-        return {"rank": classification, name: self._balance_alrp(classification, localization, len(positives))}
+        return {"rank": classification, name: self._balance_alrp(classification, localization, positives.shape[1])}
 
     def _balance_alrp(self, classification: Tensor, localization: Tensor, positives: int) -> Tensor:
-        """Balance the two parts of aLRP over an epoch, or without a period by their values, or not at all."""
+        """Balance the two parts (L,) of aLRP over an epoch, or without a period by their values, or not at all."""
         if not self.balanced:
             return localization * self.box_weight
         if self.epoch_balance is None:
             return self_balance(localization, classification, cap=self.cap, least=self.least)
-        count = sum_over(torch.full((), float(positives), device=localization.device), self.scope)
-        balanced: Tensor = self.epoch_balance(classification, localization, count)
-        return balanced
+        count = sum_over(torch.full((1,), float(positives), device=localization.device), self.scope)
+        # One set after the other, each an iteration of its own: a factor of theirs may change between two of them.
+        parts = zip(classification.unbind(), localization.unbind())
+        return torch.stack([self.epoch_balance(*part, count) for part in parts])
 
     def _balance(self, term: Tensor, target: Tensor) -> Tensor:
-        """Weigh the mean of a box loss, by default so that it equals `target`, the value of the ranking terms."""
+        """Weigh means (L,) of a box loss, by default so that they equal `target`, the values of the ranking terms."""
         if self.family == "average_precision":
             return term * self.box_weight
         return self_balance(term, target, self.weight, cap=self.cap, least=self.least)
@@ -363,7 +285,7 @@ class ScoreObjective(WatchedObjective):
         the mean over its own values, whatever the normalizer, as Mask R-CNN's mask loss is one over the masks.
 
         Returns:
-            {"cls", and every key of the set's `box_losses`} -> scalar.
+            {"cls", and every key of the set's `box_losses`} -> scalar, or (L,) for L sets.
 
         Raises:
             ValueError: a box loss has no weight, or the set is refused, see `PredictionSet.checked`.
@@ -373,40 +295,50 @@ class ScoreObjective(WatchedObjective):
             raise ValueError(f"no weight for the box loss {missing[0]!r}: add it to the objective's weights")
         classes = predictions.logits.shape[-1] - (self.classification == "cross_entropy")
         checked = predictions.checked(classes)
-        logits, labels, quality, box_losses, rows, valid, box_weight, _ = checked
-        with torch.autocast(logits.device.type, enabled=False):
-            logits = self.watched(logits.float(), rows * logits.shape[1] + labels[rows])
+        labels, entries, valid, box_weight = checked.labels, checked.entries, checked.valid, checked.box_weight
+        columns = checked.logits.shape[2]
+        with torch.autocast(checked.logits.device.type, enabled=False):
+            logits = checked.logits.float()
+            logits = self.watched(logits, entries * columns + checked.positive_labels().flatten())
             normalizer = self._normalizer(checked)
             if valid is not None:
                 # Before the loss and not after it: an ignored infinite logit has a nan gradient otherwise.
-                logits = logits.masked_fill(~valid[:, None], 0)
+                logits = logits.masked_fill(~valid[..., None], 0)
+            # These losses compare no rows, so those of all sets are computed as one.
             row_losses = SCORE_LOSSES[self.classification](
-                logits, labels, rows, quality.detach().float(), self.alpha, self.gamma
-            )
+                logits.flatten(0, 1),
+                labels.flatten(),
+                entries,
+                checked.quality.detach().float().flatten(),
+                self.alpha,
+                self.gamma,
+            ).view_as(labels)
             if valid is not None:
                 row_losses = row_losses * valid
-            terms = {"cls": row_losses.sum() / normalizer * self.weights["cls"]}
+            terms = {"cls": row_losses.sum(1) / normalizer * self.weights["cls"]}
             if box_weight is not None:
                 box_weight = box_weight.detach().float()
                 if self.normalizer == "positives":
-                    normalizer = process_mean(box_weight.sum())
-            for name, loss in box_losses.items():
+                    normalizer = process_mean(box_weight.sum(1))
+            for name, loss in checked.box_losses.items():
                 if isinstance(loss, SubsetLoss):
-                    values, factors = loss.values.float(), _pick(box_weight, loss.chosen)
-                    divisor = process_mean(values.new_ones(len(values)).sum() if factors is None else factors.sum())
+                    values, factors = loss.values[None].float(), _pick(box_weight, loss.chosen)
+                    divisor = process_mean((torch.ones_like(values) if factors is None else factors).sum(1))
                 else:
                     values, factors, divisor = loss.float(), box_weight, normalizer
                 values = values if factors is None else values * factors
-                terms[name] = (values.sum() + _zero(logits)) / divisor * self.weights[name]
-        return terms
+                terms[name] = (values.sum(1) + _zero(logits)) / divisor * self.weights[name]
+        return checked.shaped(terms)
 
-    def _normalizer(self, predictions: CheckedSet) -> Tensor:
-        """Return what the terms are divided by: (), at least 1."""
-        logits, given, valid = predictions.logits, predictions.normalizer, predictions.valid
+    def _normalizer(self, checked: CheckedSet) -> Tensor:
+        """Return what the terms are divided by, at least 1: (), or (L,) where each set has its own valid rows."""
+        logits, given, valid = checked.logits, checked.normalizer, checked.valid
         if given is None and self.normalizer == "positives":
-            given = SharedCount(len(predictions.rows))
+            given = SharedCount(checked.rows.shape[1])
         if isinstance(given, SharedCount):
             return given.mean(logits.device)
         if given is not None:
             return scalar(given, logits.device).clamp(min=1)
-        return scalar(len(logits) if valid is None else valid.sum(), logits.device).clamp(min=1)
+        if valid is not None:
+            return valid.sum(1).float().clamp(min=1)
+        return scalar(max(1, logits.shape[1]), logits.device)

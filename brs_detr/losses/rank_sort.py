@@ -8,23 +8,23 @@ from torch import Tensor
 from .checks import accumulation_dtype
 from .dominance import sorting_terms
 from .ranking import (
+    Problem,
     Ranking,
     attach_two,
-    attached_zero,
     join_gradient,
-    negative_mask,
     pairwise_steps,
     prepare,
     rank,
     relevant_negatives,
 )
 
-# Ranking term, sorting term, gradient (M,) of the first, entries (P,) of the positives, gradient of the second there.
+# Ranking terms, sorting terms (L,), gradient (L, M) of the first, entries (L * P,) of the positives, gradient (L, P) of
+# the second there.
 Terms = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class RankSort(NamedTuple):
-    """Ranking and sorting term of Rank & Sort, scalars with a gradient each."""
+    """Ranking and sorting term of Rank & Sort, with a gradient each; scalars, or (L,) for L rankings."""
 
     ranking: Tensor
     sorting: Tensor
@@ -53,9 +53,10 @@ def rank_sort_loss(
     with both terms; scaling or leaving out one of them scales or drops its own gradient only.
 
     Args:
-        logits: any shape, M entries, all in one ranking.
-        positives: (P,) int64, distinct indices into `logits.flatten()`.
-        quality: (P,) t_i in [0, 1], e.g. the IoU of each positive; detached. A positive of quality 0 stays a positive.
+        logits: any shape, M entries, all in one ranking; or (L, ...) for L rankings of M entries each.
+        positives: (P,) int64, distinct indices into `logits.flatten()`; of L rankings (L, P), into `logits.flatten(1)`.
+        quality: (P,) or (L, P), t_i in [0, 1], e.g. the IoU of each positive; detached. A positive of quality 0 stays a
+            positive.
         valid: bool of the logits' shape; entries that are False are neither ranked nor given a gradient.
         delta: half width of the step.
         method: "pairwise" compares all pairs in O(P M), the reference; "exact" gives the same in O((P + M) log P) time
@@ -67,22 +68,24 @@ def rank_sort_loss(
             processes.
 
     Returns:
-        two scalars >= 0, in float32 or wider; zeros attached to the graph without positives.
+        two scalars >= 0, in float32 or wider; zeros attached to the graph without positives. For L rankings (L,), what
+        L calls return; NaN in one of them makes that value NaN and no other.
 
     Raises:
         ValueError: for an unknown method, a delta that is negative or not finite, arguments whose shapes or types do
             not match, or positives that are out of range, duplicated or ignored (on a GPU: a device-side assertion).
     """
-    flat, valid, group = prepare(logits, positives, valid, delta, method, scope, quality=quality)
-    if group.positives == 0:
-        return RankSort(attached_zero(flat, group), attached_zero(flat, group))
-    with torch.no_grad(), torch.autocast(flat.device.type, enabled=False):
-        quality = quality.detach().to(accumulation_dtype(flat.device))
+    problem = prepare(logits, positives, valid, delta, method, scope, quality=quality)
+    if problem.group.positives == 0:
+        zeros = problem.shaped(problem.zeros())
+        return RankSort(zeros, zeros)
+    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+        quality = problem.per_positive(quality.detach()).to(accumulation_dtype(logits.device))
         if method == "pairwise":
-            terms = _pairwise(flat, positives, quality, valid, delta)
+            terms = _pairwise(problem, quality, delta)
         else:
-            terms = _from_ranking(rank(flat, positives, valid, delta, method, group), quality)
-    return RankSort(*attach_two(flat, *terms, group.nan_or_one))
+            terms = _from_ranking(rank(problem, delta, method), quality)
+    return RankSort(*map(problem.shaped, attach_two(problem.logits, *terms, problem.group.nan_or_one)))
 
 
 def rank_sort_pairwise(
@@ -117,24 +120,27 @@ def rank_sort_pairwise(
     return ranking_errors.mean(), sorting_errors.mean(), ranking_gradient, sorting_gradient
 
 
-def _pairwise(flat: Tensor, positives: Tensor, quality: Tensor, valid: Tensor | None, delta: float) -> Terms:
-    """Arrange the result of `rank_sort_pairwise` for `attach_two`."""
-    negative = negative_mask(flat, positives, valid)
-    ranking, sorting, dense, sparse = rank_sort_pairwise(flat.to(quality.dtype), positives, quality, negative, delta)
-    return ranking, sorting, dense, positives, sparse[positives]
+def _pairwise(problem: Problem, quality: Tensor, delta: float) -> Terms:
+    """Arrange the results of `rank_sort_pairwise` for `attach_two`; quality (L, P)."""
+
+    def definition(logits: Tensor, positives: Tensor, negative: Tensor, quality: Tensor) -> tuple[Tensor, ...]:
+        return rank_sort_pairwise(logits, positives, quality, negative, delta)
+
+    ranking, sorting, dense, sparse = problem.pairwise(definition, quality)
+    return ranking, sorting, dense, problem.entries, sparse.gather(1, problem.positives)
 
 
 def _from_ranking(ranking: Ranking, quality: Tensor) -> Terms:
-    """Compute both terms by a fast method."""
-    count = len(ranking.order)
+    """Compute both terms by a fast method; quality (L, P)."""
+    count = ranking.count
     quality = ranking.sort(quality)
     above = ranking.positives_above()
     num_fp = ranking.negatives.num_fp()
     position = above + num_fp
     ranking_error = num_fp / position
     # l_R(i) H / N_FP(i) = H / rank(i): nothing is divided by N_FP, which may be 0.
-    dense = ranking.negatives.backprop(1 / (position * count))
-    dense.index_copy_(0, ranking.index, ranking.own(-ranking_error / count))
+    dense = ranking.join_gradient(ranking.negatives.backprop(1 / (position * count)), -ranking_error / count)
     inverse = ranking.positives_above(1 - quality)
     sorting_error, sparse = sorting_terms(ranking.cells.scores, quality, ranking.cells.delta, above, inverse)
-    return ranking_error.mean(), sorting_error.mean(), dense, ranking.index, ranking.own(sparse / count)
+    sparse = ranking.own(sparse / count)
+    return ranking_error.mean(1), sorting_error.mean(1), dense, ranking.problem.entries, sparse

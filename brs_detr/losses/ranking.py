@@ -2,72 +2,81 @@
 
 The identity update (Rank & Sort, Oksuz et al., ICCV 2021) attaches a given gradient to a loss value, for a ranking is
 piecewise constant and has no useful derivative.
+
+A call computes L rankings of M logits and P positives each, with a leading dimension L on every tensor; one ranking is
+the case L = 1, to which `prepare` adds that dimension and from whose results `Problem.shaped` takes it again.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checks import accumulation_dtype, check_number, check_per_positive, check_positives, single_or_wider
+from .checks import (
+    accumulation_dtype,
+    check_indices,
+    check_number,
+    check_per_positive,
+    check_positives,
+    single_or_wider,
+)
 from .distributed import Group
-from .step_sums import BucketedNegatives, Cells, ExactNegatives, locate, make_cells, sums_above, tally
+from .lookup import locate
+from .step_sums import BucketedNegatives, Cells, ExactNegatives, make_cells, offset_rows, sums_above, tally
 
 EPS = 1e-5  # a smaller N_FP counts as no negative above; the eps of the official aLRP loss
 METHODS = ("pairwise", "bucketed", "exact")
 
 
-@dataclass
-class Ranking:
-    """The sorted positives and the negatives of one loss call.
-
-    (P,) means the positives of all processes that rank together, in ascending order of their logits.
+class Problem(NamedTuple):
+    """The checked arguments that all losses have in common, of L rankings.
 
     Attributes:
-        index: entries of this process's positives in its flat logits, in the caller's order.
-        order: (P,) int64, ascending order of all positives.
-        cells: partition of the line by the positives.
-        negatives: the other valid entries.
+        logits: (L, M) in float32 or wider, on the graph; 0 where ignored, so that a NaN there has no effect.
+        positives: (L, P) int64 entries of each ranking.
+        entries: (L * P,) the same as entries of `logits.flatten()`.
+        valid: (L, M) bool or None.
         group: the processes that rank together.
+        single: whether the caller gave one ranking without the leading dimension.
     """
 
-    index: Tensor
-    order: Tensor
-    cells: Cells
-    negatives: BucketedNegatives | ExactNegatives
+    logits: Tensor
+    positives: Tensor
+    entries: Tensor
+    valid: Tensor | None
     group: Group
+    single: bool
 
-    def sort(self, values: Tensor) -> Tensor:
-        """Gather and sort values of this process's positives, in the caller's order, to (P,)."""
-        return self.group.gather(values).index_select(0, self.order)
+    def shaped(self, values: Tensor) -> Tensor:
+        """Return values (L,) as the caller expects them: a scalar for a single ranking."""
+        return values.squeeze(0) if self.single else values
 
-    def own(self, values: Tensor) -> Tensor:
-        """Select this process's positives from (P,) values, in the caller's order."""
-        return self.group.local_slice(torch.empty_like(values).index_copy_(0, self.order, values))
+    def per_positive(self, values: Tensor) -> Tensor:
+        """Return the caller's values, one per positive, as (L, P)."""
+        return values[None] if self.single else values
 
-    @property
-    def self_step(self) -> float:
-        """Return H(0), the contribution of a positive to its own rank."""
-        return 0.5 if self.cells.delta > 0 else 1.0
+    def zeros(self) -> Tensor:
+        """Return the losses without positives: zeros on the graph of the logits, NaN where the loss is undefined."""
+        # Sums over no entry: 0 * logits.sum() would turn an infinite logit into NaN.
+        return self.logits[:, :0].sum(1) * self.group.nan_or_one.to(self.logits.dtype)
 
-    def positives_above(self, weight: Tensor | None = None) -> Tensor:
-        """Compute sum_j weight_j H(s_j - s_i) over the positives j, i itself included with H(0), (P,)."""
-        scores = self.cells.scores
-        return sums_above(self.cells, tally(self.cells, locate(self.cells.points, scores), scores, weight))
+    def negative(self) -> Tensor:
+        """Return (L, M) bool, True for the entries that rank as negatives."""
+        mask = torch.ones_like(self.logits, dtype=torch.bool) if self.valid is None else self.valid.clone()
+        return mask.scatter_(1, self.positives, False)
 
+    def pairwise(self, definition: Callable[..., tuple[Tensor, ...]], *per_positive: Tensor) -> tuple[Tensor, ...]:
+        """Apply a pairwise definition to each ranking; each of its results is returned with the leading dimension.
 
-def rank(logits: Tensor, positives: Tensor, valid: Tensor | None, delta: float, method: str, group: Group) -> Ranking:
-    """Rank flat logits (M,) by a fast method; the group must have at least one positive."""
-    x = logits.detach().to(accumulation_dtype(logits.device))
-    scores, order = group.gather(x.index_select(0, positives)).sort(stable=True)
-    # Centered, so that adding a constant to all logits costs no precision.
-    center = scores.mean()
-    scores, x = scores - center, x - center
-    cells = make_cells(scores, delta)
-    negatives = BucketedNegatives if method == "bucketed" else ExactNegatives
-    return Ranking(positives, order, cells, negatives(cells, x, positives, valid, group), group)
+        Args:
+            definition: called with logits (M,), positives (P,), negative (M,) and each of `per_positive` (P,).
+            per_positive: (L, P) each.
+        """
+        logits = self.logits.detach().to(accumulation_dtype(self.logits.device))
+        rankings = zip(logits, self.positives, self.negative(), *per_positive)
+        return tuple(torch.stack(results) for results in zip(*(definition(*ranking) for ranking in rankings)))
 
 
 def prepare(
@@ -78,15 +87,11 @@ def prepare(
     method: str,
     scope: str,
     **per_positive: Tensor,
-) -> tuple[Tensor, Tensor | None, Group]:
+) -> Problem:
     """Check the arguments that all losses have in common, flatten the logits, and blank ignored entries.
 
     Args:
-        per_positive: further arguments of shape (P,), by name.
-
-    Returns:
-        logits (M,) in float32 or wider, 0 where ignored (a NaN there has no effect); valid (M,) or None; and the group
-        of processes that rank together.
+        per_positive: further arguments of the shape of `positives`, by name.
 
     Raises:
         ValueError: naming the invalid argument.
@@ -94,50 +99,114 @@ def prepare(
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
     check_number("delta", delta)
-    if valid is not None:
-        if valid.shape != logits.shape or valid.dtype != torch.bool:
-            raise ValueError(
-                f"valid: {valid.dtype} of shape {tuple(valid.shape)} does not match logits of shape "
-                f"{tuple(logits.shape)}. Give torch.bool of the logits' shape."
-            )
-        valid = valid.reshape(-1)
-    check_positives(positives, logits.numel(), valid)
+    if valid is not None and (valid.shape != logits.shape or valid.dtype != torch.bool):
+        raise ValueError(
+            f"valid: {valid.dtype} of shape {tuple(valid.shape)} does not match logits of shape "
+            f"{tuple(logits.shape)}. Give torch.bool of the logits' shape."
+        )
+    check_indices(positives, logits)
     for name, values in per_positive.items():
         check_per_positive(name, values, positives)
-    flat = single_or_wider(logits).reshape(-1)
+    single = positives.ndim == 1
+    positives = positives[None] if single else positives
+    flat = _rankings(single_or_wider(logits), single)
     if valid is not None:
+        valid = _rankings(valid, single)
         flat = flat.masked_fill(~valid, 0)
-    group = Group(scope, len(positives), _undefined(flat.detach(), positives, per_positive.values()))
+    check_positives(positives, flat.shape[1], valid)
+    entries = offset_rows(positives, flat.shape[1])
+    # Gathered by ranking and not by entry: a GPU asserts here that no index lies past its own ranking.
+    own = flat.detach().gather(1, positives)
+    group = Group(scope, positives.shape[1], _undefined(flat.detach(), own, *per_positive.values()))
     if method == "pairwise" and len(group.counts) > 1:
         raise ValueError(
             "method: pairwise ranks the logits of one process only. Use bucketed or exact with scope='global'."
         )
-    return flat, valid, group
+    return Problem(flat, positives, entries, valid, group, single)
 
 
-def _undefined(flat: Tensor, positives: Tensor, per_positive: Iterable[Tensor]) -> Tensor:
-    """Return () bool, True if the loss is undefined: a NaN logit has no rank, nor has an infinite positive (inf - inf).
+def _rankings(values: Tensor, single: bool) -> Tensor:
+    """Flatten values to (L, M); L = 1 for a single ranking."""
+    return values.reshape(1, -1) if single else values.flatten(1)
+
+
+def _undefined(flat: Tensor, own: Tensor, *per_positive: Tensor) -> Tensor:
+    """Return (L,) bool: where the loss is undefined, as a NaN logit has no rank, nor an infinite positive (inf - inf).
 
     Checked once, here, because sums of steps hide it: a NaN compares as neither above nor below. An infinite negative
     is allowed: it ranks first or last.
+
+    Args:
+        flat: (L, M) logits.
+        own: (L, P) those of the positives.
+        per_positive: further values that have to be finite, (L, P) or for a single ranking (P,).
     """
     with torch.no_grad():
-        undefined = flat.isnan().any()
-        for values in (flat.index_select(0, positives), *per_positive):
-            undefined = undefined | ~values.isfinite().all()
+        undefined = flat.isnan().any(1)
+        for values in (own, *per_positive):
+            undefined = undefined | ~values.view_as(own).isfinite().all(1)
     return undefined
 
 
-def negative_mask(logits: Tensor, positives: Tensor, valid: Tensor | None) -> Tensor:
-    """Return (M,) bool, True for the entries that rank as negatives."""
-    mask = torch.ones_like(logits, dtype=torch.bool) if valid is None else valid.clone()
-    return mask.index_fill_(0, positives, False)
+@dataclass
+class Ranking:
+    """The sorted positives and the negatives of L rankings.
+
+    (L, P) means the positives of all processes that rank together, in ascending order of their logits.
+
+    Attributes:
+        problem: the arguments, of this process.
+        order: (L, P) int64, ascending order of all positives of each ranking.
+        cells: partition of the line by the positives.
+        where: (L * P,) the cell of each positive.
+        negatives: the other valid entries.
+    """
+
+    problem: Problem
+    order: Tensor
+    cells: Cells
+    where: Tensor
+    negatives: BucketedNegatives | ExactNegatives
+
+    @property
+    def count(self) -> int:
+        """Return the number of positives of each ranking, over all processes."""
+        return self.order.shape[1]
+
+    def sort(self, values: Tensor) -> Tensor:
+        """Gather and sort values of this process's positives, in the caller's order, to (L, P)."""
+        return self.problem.group.gather(values).gather(1, self.order)
+
+    def own(self, values: Tensor) -> Tensor:
+        """Select this process's positives from (L, P) values, in the caller's order."""
+        return self.problem.group.local_slice(torch.empty_like(values).scatter_(1, self.order, values))
+
+    def join_gradient(self, of_negatives: Tensor, of_positives: Tensor) -> Tensor:
+        """Write gradients of all processes' positives (L, P), in ascending order, into those of the logits (L, M)."""
+        of_negatives.view(-1).index_copy_(0, self.problem.entries, self.own(of_positives).flatten())
+        return of_negatives
+
+    @property
+    def self_step(self) -> float:
+        """Return H(0), the contribution of a positive to its own rank."""
+        return 0.5 if self.cells.delta > 0 else 1.0
+
+    def positives_above(self, weight: Tensor | None = None) -> Tensor:
+        """Compute sum_j weight_j H(s_j - s_i) over the positives j, i itself included with H(0), (L, P)."""
+        return sums_above(self.cells, tally(self.cells, self.where, self.cells.scores, weight))
 
 
-def attached_zero(logits: Tensor, group: Group) -> Tensor:
-    """Return the loss without positives: a zero on the graph of the logits; NaN if the loss is undefined."""
-    # A sum over no entry: 0 * logits.sum() would turn an infinite logit into NaN.
-    return logits[:0].sum() * group.nan_or_one.to(logits.dtype)
+def rank(problem: Problem, delta: float, method: str) -> Ranking:
+    """Rank by a fast method; the group must have at least one positive."""
+    x = problem.logits.detach().to(accumulation_dtype(problem.logits.device))
+    scores, order = problem.group.gather(x.gather(1, problem.positives)).sort(dim=1, stable=True)
+    # Centered, so that adding a constant to all logits costs no precision.
+    center = scores.mean(1, keepdim=True)
+    scores, x = scores - center, x - center
+    cells = make_cells(scores, delta)
+    where = offset_rows(locate(cells.points, scores), cells.num_cells)
+    negatives = BucketedNegatives if method == "bucketed" else ExactNegatives
+    return Ranking(problem, order, cells, where, negatives(cells, x, problem.entries, problem.valid, problem.group))
 
 
 def smooth_heaviside(x: Tensor, delta: float) -> Tensor:
@@ -177,8 +246,8 @@ class IdentityUpdate(torch.autograd.Function):
     def backward(ctx: Any, first: Tensor, second: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
         """Scale each given gradient by the gradient that arrives at its value, and add them."""
         dense, index, sparse, nan_or_one = ctx.saved_tensors
-        gradient = dense * (first * nan_or_one)
-        gradient.index_add_(0, index, sparse * (second * nan_or_one))
+        gradient = dense * (first * nan_or_one)[:, None]
+        gradient.view(-1).index_add_(0, index, (sparse * (second * nan_or_one)[:, None]).flatten())
         return gradient, None, None, None, None, None, None
 
 
@@ -188,12 +257,12 @@ def attach_two(
     """Attach a gradient to each of two loss values; scaling or dropping one value scales or drops its gradient only.
 
     Args:
-        logits: (M,), which the gradients are of.
-        first, second: scalars.
-        dense: (M,) gradient of `first`.
-        index: (P,) distinct entries that `second` depends on.
-        sparse: (P,) gradient of `second` at those entries.
-        nan_or_one: () 1, or NaN to make both values and all gradients NaN.
+        logits: (L, M), which the gradients are of.
+        first, second: (L,).
+        dense: (L, M) gradient of `first`.
+        index: (L * P,) distinct entries of the flat logits that `second` depends on.
+        sparse: (L, P) gradient of `second` at those entries.
+        nan_or_one: (L,) 1, or NaN to make both values and all gradients of a ranking NaN.
 
     Returns:
         (first, second) in the logits' dtype, attached to their graph.
@@ -204,9 +273,9 @@ def attach_two(
 
 
 def attach(logits: Tensor, value: Tensor, gradient: Tensor, nan_or_one: Tensor) -> Tensor:
-    """Attach a gradient (M,) to one loss value; `nan_or_one` as for `attach_two`."""
+    """Attach a gradient (L, M) to one loss value (L,); `nan_or_one` as for `attach_two`."""
     no_index = torch.empty(0, dtype=torch.int64, device=logits.device)
-    return attach_two(logits, value, torch.zeros_like(value), gradient, no_index, gradient[:0], nan_or_one)[0]
+    return attach_two(logits, value, torch.zeros_like(value), gradient, no_index, gradient[:, :0], nan_or_one)[0]
 
 
 def relevant_negatives(logits: Tensor, positives: Tensor, negative: Tensor, delta: float) -> Tensor:
@@ -214,9 +283,10 @@ def relevant_negatives(logits: Tensor, positives: Tensor, negative: Tensor, delt
     return (negative & (logits >= logits[positives].min() - delta)).nonzero()[:, 0]
 
 
-# The pairwise definitions of the losses are written straight from their equations, one positive at a time, in
-# O(P M). Their common arguments: logits (M,) float64; positives (P,) int64 entries, P >= 1; negative (M,) bool, the
-# entries that rank as negatives; delta, half width of the step. They return values first, then a gradient (M,) each.
+# The pairwise definitions of the losses are written straight from their equations, one ranking and one positive at a
+# time, in O(P M). Their common arguments: logits (M,) float64; positives (P,) int64 entries, P >= 1; negative (M,)
+# bool, the entries that rank as negatives; delta, half width of the step. They return values first, then a gradient
+# (M,) each.
 def pairwise_steps(own: Tensor, others: Tensor, delta: float) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield H(x_ij) of each positive i: over the relevant negatives j (R,), and over the positives (P,)."""
     for logit in own:

@@ -18,13 +18,13 @@ def test_grid_equals_binary_search(count, spread, dtype):
     nearby = torch.nextafter(inside, torch.randn(2500).sign().to(dtype) * torch.inf)
     edges = torch.tensor([torch.inf, -torch.inf, 0.0, 1e38, -1e38], dtype=dtype)
     x = torch.cat([inside, nearby, torch.randn(2500, dtype=dtype) * spread + 3, edges])
-    assert torch.equal(locate(points, x).long(), torch.searchsorted(points, x, right=True))
+    assert torch.equal(locate(points[None], x[None])[0].long(), torch.searchsorted(points, x, right=True))
 
 
 def test_a_crowd_in_one_slot_falls_back_to_binary_search():
     points = torch.cat([torch.zeros(500), torch.rand(500) * 1e-6, torch.tensor([1e6])]).sort()[0]
     x = torch.cat([torch.rand(5000) * 1e-6, torch.tensor([0.0, 1e6, 2e6])])
-    assert torch.equal(locate(points, x).long(), torch.searchsorted(points, x, right=True))
+    assert torch.equal(locate(points[None], x[None])[0].long(), torch.searchsorted(points, x, right=True))
 
 
 @settings(max_examples=60, deadline=None)
@@ -42,9 +42,9 @@ def test_quadrant_sums_by_definition(row, data):
 @pytest.mark.parametrize("delta", [0.0, 0.5])
 @pytest.mark.parametrize("count", [1, 2, 3, 64, 700])
 def test_quadrant_sorting_equals_the_matrix(count, delta):
-    scores = (torch.randn(count, dtype=torch.float64) * 4).round().div(4).sort()[0]
-    quality = torch.rand(count, dtype=torch.float64).mul(20).round() / 20
-    weight = torch.rand(count, dtype=torch.float64)
+    scores = (torch.randn(1, count, dtype=torch.float64) * 4).round().div(4).sort()[0]
+    quality = torch.rand(1, count, dtype=torch.float64).mul(20).round() / 20
+    weight = torch.rand(1, count, dtype=torch.float64)
     mass, error, spread = dense_missorted(scores, quality, delta)
     fast_mass, fast_error, fast_spread = quadrant_missorted(scores, quality, delta)
     assert torch.allclose(fast_mass, mass, atol=1e-10)

@@ -1,0 +1,64 @@
+"""Sums over the entries of each cell: on a CPU by adding one after the other, on a GPU without hot addresses.
+
+Nearly all negatives of a trained detector lie below every positive, and with few positives there are few cells. A GPU
+adds thousands of entries at once, but those of one address one after the other: millions of entries in one cell would
+take longer than all else in the loss. `spread_sums` gives every cell many addresses, and entry j adds to number
+j mod copies, so that neighboring entries of a cell, which are added at the same time, have addresses beside each other.
+Entries of cell 0, in which nothing is ever read, have a region of their own.
+
+Counts are sums of ones and exact in any order, so a ranking at delta = 0 repeats bit for bit. Sums of logits are added
+in the order in which a GPU comes to them: they repeat up to the last bits of a float64, of which a float32 loss shows
+none as a rule, and exactly under `torch.use_deterministic_algorithms(True)`, for which torch sorts the entries.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .by_device import choices
+
+MAX_COPIES = 1024  # of each cell: 3.5 million entries of one cell are 3400 an address
+MAX_SLOTS = 1 << 20  # in all copies of all cells: 8 MiB a table, which a GPU clears in a few microseconds
+UNREACHED = 4096  # addresses of the entries in cell 0
+MIN_ENTRIES = 4096  # fewer in a ranking are not worth the operations that spread them
+
+
+def cell_sums(where: Tensor, values: Sequence[Tensor | None], x: Tensor, count: int) -> Tensor:
+    """Sum values in each cell of L rankings.
+
+    Args:
+        where: (L * n,) cell of each entry, among the L * count cells of all rankings.
+        values: V tensors (L, n), or None for ones.
+        x: (L, n), of whose type the sums are.
+        count: number of cells of each ranking.
+
+    Returns:
+        (V, L, count). What a ranking's cell 0 holds is undefined.
+    """
+    spread = choices(x.device).spread and x.shape[1] > MIN_ENTRIES
+    return (spread_sums if spread else plain_sums)(where, values, x, count)
+
+
+def plain_sums(where: Tensor, values: Sequence[Tensor | None], x: Tensor, count: int) -> Tensor:
+    """Compute `cell_sums` with one address per cell."""
+    return _add(where, values, x, len(x) * count).view(len(values), len(x), count)
+
+
+def spread_sums(where: Tensor, values: Sequence[Tensor | None], x: Tensor, count: int) -> Tensor:
+    """Compute `cell_sums` with as many addresses per cell as memory allows, and cell 0 left out."""
+    cells = len(x) * count
+    copies = min(MAX_COPIES, max(1, MAX_SLOTS // cells))
+    entry = torch.arange(len(where), device=x.device, dtype=torch.int32)
+    slot = torch.where(where % count == 0, cells * copies + entry % UNREACHED, where * copies + entry % copies)
+    sums = _add(slot, values, x, cells * copies + UNREACHED)[:, : cells * copies]
+    return sums.view(len(values), len(x), count, copies).sum(3)
+
+
+def _add(where: Tensor, values: Sequence[Tensor | None], x: Tensor, size: int) -> Tensor:
+    """Add each of V values (L, n) or ones at its entry of (V, size) zeros."""
+    table = x.new_zeros(len(values), size)
+    for row, value in zip(table, values):
+        # Ones need no memory of their own.
+        row.index_add_(0, where, x.new_ones(1).expand(len(where)) if value is None else value.flatten())
+    return table
