@@ -144,11 +144,11 @@ def _pairwise(problem: Problem, error: Tensor, delta: float) -> tuple[Tensor, Te
 def _from_ranking(ranking: Ranking, error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return values (L,), ranks (L, P) in ascending order of the logits, and the gradient (L, M); error (L, P)."""
     error = ranking.sort(error)
-    own = ranking.positives_above() - ranking.self_step
-    error_above = ranking.positives_above(error) - ranking.self_step * error
+    others, error_above = ranking.positives_above(None, error)
+    others, error_above = others - ranking.self_step, error_above - ranking.self_step * error
     num_fp = ranking.negatives.num_fp()
     # The positive itself counts fully in its rank (Eq. 9), not with H(0).
-    position = 1 + own + num_fp
+    position = 1 + others + num_fp
     update = torch.where(num_fp > EPS, (num_fp + error_above) / position, 0.0) / ranking.count
     gradient = ranking.negatives.backprop(update / num_fp.clamp(min=EPS))
     return (num_fp / position).mean(1), position, ranking.join_gradient(gradient, -update)

@@ -98,7 +98,7 @@ def average_precision_pairwise(
 
 def _from_ranking(ranking: Ranking, full_self: bool, interpolate: bool) -> tuple[Tensor, Tensor]:
     """Return values (L,) and gradient (L, M); with `full_self` a positive counts 1 in its own rank, else H(0)."""
-    num_tp = ranking.positives_above()
+    num_tp = ranking.positives_above(None)[0]
     if full_self:
         num_tp = num_tp + (1 - ranking.self_step)
     num_fp = ranking.negatives.num_fp()

@@ -121,7 +121,7 @@ def sorting_terms(
             *(values.split(together) for values in (scores, quality, rank, inverse))
         )
     ]
-    errors, gradients = (torch.cat(part) for part in zip(*parts))
+    errors, gradients = (part[0] if len(part) == 1 else torch.cat(part) for part in zip(*parts))
     return errors, gradients
 
 

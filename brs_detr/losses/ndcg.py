@@ -90,7 +90,7 @@ def ndcg_pairwise(logits: Tensor, positives: Tensor, negative: Tensor, delta: fl
 def _from_ranking(ranking: Ranking) -> tuple[Tensor, Tensor]:
     """Return values (L,) and gradient (L, M)."""
     num_fp = ranking.negatives.num_fp()
-    position = ranking.positives_above() + (1 - ranking.self_step) + num_fp
+    position = ranking.positives_above(None)[0] + (1 - ranking.self_step) + num_fp
     # The gain of a perfect ranking: positives at ranks 1 to P.
     places = torch.arange(1, ranking.count + 1, device=position.device, dtype=position.dtype)
     ideal = (1 / torch.log2(1 + places)).sum()

@@ -134,13 +134,12 @@ def _from_ranking(ranking: Ranking, quality: Tensor) -> Terms:
     """Compute both terms by a fast method; quality (L, P)."""
     count = ranking.count
     quality = ranking.sort(quality)
-    above = ranking.positives_above()
+    above, inverse = ranking.positives_above(None, 1 - quality)
     num_fp = ranking.negatives.num_fp()
     position = above + num_fp
     ranking_error = num_fp / position
     # l_R(i) H / N_FP(i) = H / rank(i): nothing is divided by N_FP, which may be 0.
     dense = ranking.join_gradient(ranking.negatives.backprop(1 / (position * count)), -ranking_error / count)
-    inverse = ranking.positives_above(1 - quality)
     sorting_error, sparse = sorting_terms(ranking.cells.scores, quality, ranking.cells.delta, above, inverse)
     sparse = ranking.own(sparse / count)
     return ranking_error.mean(1), sorting_error.mean(1), dense, ranking.problem.entries, sparse

@@ -142,10 +142,11 @@ def _undefined(flat: Tensor, own: Tensor, *per_positive: Tensor) -> Tensor:
         per_positive: further values that have to be finite, (L, P) or for a single ranking (P,).
     """
     with torch.no_grad():
-        undefined = flat.isnan().any(1)
-        for values in (own, *per_positive):
-            undefined = undefined | ~values.view_as(own).isfinite().all(1)
-    return undefined
+        # x - x is 0 for a finite x, and NaN for any other
+        differences = own - own
+        for values in per_positive:
+            differences = differences + (values - values).view_as(own)
+        return flat.isnan().any(1) | differences.isnan().any(1)
 
 
 @dataclass
@@ -191,9 +192,16 @@ class Ranking:
         """Return H(0), the contribution of a positive to its own rank."""
         return 0.5 if self.cells.delta > 0 else 1.0
 
-    def positives_above(self, weight: Tensor | None = None) -> Tensor:
-        """Compute sum_j weight_j H(s_j - s_i) over the positives j, i itself included with H(0), (L, P)."""
-        return sums_above(self.cells, tally(self.cells, self.where, self.cells.scores, weight))
+    def positives_above(self, *weights: Tensor | None) -> Tensor:
+        """Compute sum_j weight_j H(s_j - s_i) over the positives j, i itself included with H(0).
+
+        Args:
+            weights: V times (L, P), or None for ones.
+
+        Returns:
+            (V, L, P).
+        """
+        return sums_above(self.cells, tally(self.cells, self.where, self.cells.scores, *weights))
 
 
 def rank(problem: Problem, delta: float, method: str) -> Ranking:

@@ -52,11 +52,12 @@ class Cells(NamedTuple):
 
 
 def offset_rows(index: Tensor, length: int) -> Tensor:
-    """Turn indices (L, n) into rows of `length` entries into (L * n,) indices into the flattened rows."""
-    if len(index) > 1:
-        start = torch.arange(0, len(index) * length, length, device=index.device, dtype=index.dtype)
+    """Turn indices (..., L, n) into rows of `length` entries into (..., L * n) indices into the flattened L rows."""
+    layers = index.shape[-2]
+    if layers > 1:
+        start = torch.arange(0, layers * length, length, device=index.device, dtype=index.dtype)
         index = index + start[:, None]
-    return index.flatten()
+    return index.flatten(-2)
 
 
 def make_cells(scores: Tensor, delta: float) -> Cells:
@@ -68,48 +69,49 @@ def make_cells(scores: Tensor, delta: float) -> Cells:
         return Cells(scores, scores, cell, cell, delta)
     lower, upper = scores - delta, scores + delta
     # A merge of two sorted lists: each end's position in its own list is known, only that in the other is searched.
-    low = position + torch.searchsorted(upper, lower)
-    high = position + torch.searchsorted(lower, upper, right=True)
-    points = scores.new_empty(layers, 2 * count).scatter_(1, low, lower).scatter_(1, high, upper)
+    low, high = torch.searchsorted(upper, lower), torch.searchsorted(lower, upper, right=True)
+    ends = torch.stack([low, high]) + position
+    points = scores.new_empty(layers, 2 * count).scatter_(1, ends[0], lower).scatter_(1, ends[1], upper)
     # points[k] is the left end of cell k + 1
-    low, high = (offset_rows(position + 1, 2 * count + 1) for position in (low, high))
+    low, high = offset_rows(ends + 1, 2 * count + 1)
     return Cells(scores, points, low, high, delta)
 
 
-def tally(cells: Cells, where: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Sum the weights and the weighted values in each cell.
+def tally(cells: Cells, where: Tensor, x: Tensor, *weights: Tensor | None) -> Tensor:
+    """Sum weights and weighted values in each cell.
 
     Args:
         where: (L * n,) cell of each value, among those of all rankings.
         x: (L, n) finite values.
-        weight: (L, n) or None for ones.
+        weights: V times (L, n), or None for ones.
 
     Returns:
-        (2, L, K + 1) float64; at delta 0, where counts suffice, (1, L, K + 1).
+        (2, V, L, K + 1) float64; at delta 0, where the sums of the weights suffice, (1, V, L, K + 1).
     """
-    values = [weight]
+    values = list(weights)
     if cells.delta > 0:
-        values.append(x if weight is None else x * weight)
-    return cell_sums(where, values, x, cells.num_cells)
+        values += [x if weight is None else x * weight for weight in weights]
+    return cell_sums(where, values, x, cells.num_cells).view(-1, len(weights), len(x), cells.num_cells)
 
 
 def sums_above(cells: Cells, table: Tensor) -> Tensor:
     """Compute sum_j weight_j H(x_j - s_i) for every positive i, from the tally of the x_j.
 
     Args:
-        table: (2 or 1, L, K + 1) as `tally` returns it.
+        table: (2 or 1, V, L, K + 1) as `tally` returns it.
 
     Returns:
-        (L, P) float64 in the order of `cells.scores`.
+        (V, L, P) float64 in the order of `cells.scores`.
     """
-    suffix = table.flip(2).cumsum(2).flip(2).flatten(1)
+    suffix = table.flip(3).cumsum(3).flip(3).flatten(2)
     # Values past the ramp count 1 each.
-    past = suffix.index_select(1, cells.high).view(-1, *cells.scores.shape)
+    past = suffix.index_select(2, cells.high).view(*table.shape[:2], *cells.scores.shape)
     if cells.delta == 0:
         return past[0]
-    # On the ramp H = (x - s_i) / (2 delta) + 1/2, so the count and the sum of the x there suffice.
-    on_ramp = suffix.index_select(1, cells.low).view_as(past) - past
-    return past[0] + (on_ramp[1] - cells.scores * on_ramp[0]) / (2 * cells.delta) + on_ramp[0] / 2
+    # On the ramp H = (x - s_i + delta) / (2 delta), so the weights and the weighted x there suffice.
+    weight, moment = suffix.index_select(2, cells.low).view_as(past) - past
+    on_ramp = moment.addcmul(cells.delta - cells.scores, weight)
+    return torch.add(past[0], on_ramp, alpha=1 / (2 * cells.delta))
 
 
 def lines(cells: Cells, weight: Tensor) -> Tensor:
@@ -168,7 +170,7 @@ class ExactNegatives:
 
     def num_fp(self) -> Tensor:
         """Compute N_FP of every positive, (L, P)."""
-        return sums_above(self.cells, self.group.total(tally(self.cells, self.where, self.x)))
+        return sums_above(self.cells, self.group.total(tally(self.cells, self.where, self.x, None)))[0]
 
     def backprop(self, weight: Tensor) -> Tensor:
         """Compute sum_i weight_i H(s_j - s_i) of every logit, (L, M)."""
@@ -204,7 +206,7 @@ class BucketedNegatives:
 
     def num_fp(self) -> Tensor:
         """Compute N_FP of every positive, (L, P)."""
-        return sums_above(self.cells, tally(self.cells, self.where, self.prototype, self.size))
+        return sums_above(self.cells, tally(self.cells, self.where, self.prototype, self.size))[0]
 
     def backprop(self, weight: Tensor) -> Tensor:
         """Compute sum_i weight_i H(s_j - s_i) of every logit, (L, M), the same for all of a bucket."""

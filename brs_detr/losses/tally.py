@@ -49,10 +49,15 @@ def spread_sums(where: Tensor, values: Sequence[Tensor | None], x: Tensor, count
     """Compute `cell_sums` with as many addresses per cell as memory allows, and cell 0 left out."""
     cells = len(x) * count
     copies = min(MAX_COPIES, max(1, MAX_SLOTS // cells))
-    entry = torch.arange(len(where), device=x.device, dtype=torch.int32)
-    slot = torch.where(where % count == 0, cells * copies + entry % UNREACHED, where * copies + entry % copies)
-    sums = _add(slot, values, x, cells * copies + UNREACHED)[:, : cells * copies]
-    return sums.view(len(values), len(x), count, copies).sum(3)
+    sums = _add(spread(where, count, cells, copies), values, x, cells * copies + UNREACHED)
+    return sums[:, : cells * copies].view(len(values), len(x), count, copies).sum(3)
+
+
+def spread(where: Tensor, count: int, cells: int, copies: int) -> Tensor:
+    """Return the address that each entry is added to: one of its cell's `copies`, or of `UNREACHED` past all cells."""
+    entry = torch.arange(len(where), device=where.device, dtype=torch.int32)
+    reached = torch.add(entry % copies, where, alpha=copies)
+    return torch.where(where % count == 0, entry % UNREACHED + cells * copies, reached)
 
 
 def _add(where: Tensor, values: Sequence[Tensor | None], x: Tensor, size: int) -> Tensor:

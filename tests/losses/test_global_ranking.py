@@ -76,11 +76,56 @@ def objectives(part, scope: str):
     return results
 
 
+def layers(part, scope: str):
+    """Values and gradients of every loss of three rankings in one call, and the number of exchanges."""
+    logits, labels, boxes, quality, valid = part
+    rows = (labels < CLASSES).nonzero()[:, 0]
+    where = (rows * CLASSES + labels[rows]).expand(3, -1)
+    scale = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)
+    mask = valid[:, None].expand_as(logits).expand(3, -1, -1)
+    results, exchanges = [], []
+    for method in ("exact", "bucketed"):
+        for loss in (
+            rank_sort_loss,
+            alrp_loss,
+            lambda logits, where, quality, **how: [ndcg_loss(logits, where, **how)],
+        ):
+            leaf = (logits * scale[:, None, None]).requires_grad_()
+            with Exchanges() as counted:
+                terms = loss(
+                    leaf, where, torch.stack([quality, boxes, quality]), valid=mask, method=method, scope=scope
+                )
+            results += [(term.detach(), gradient_of(term.sum(), leaf)) for term in terms]
+            with Exchanges() as single:
+                loss(leaf[0], where[0], quality, valid=mask[0], method=method, scope=scope)
+            exchanges.append((counted.count, single.count))
+    return results, exchanges
+
+
+class Exchanges:
+    """Counts the exchanges between processes while it is entered."""
+
+    def __enter__(self):
+        self.count, self.given = 0, (dist.all_reduce, dist.all_gather)
+        dist.all_reduce, dist.all_gather = map(self.counting, self.given)
+        return self
+
+    def counting(self, function):
+        def call(*args):
+            self.count += 1
+            return function(*args)
+
+        return call
+
+    def __exit__(self, *error):
+        dist.all_reduce, dist.all_gather = self.given
+
+
 def work(rank: int, world: int, folder: str):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     part = shards(world)[rank]
-    torch.save((losses(part, "global"), objectives(part, "global")), f"{folder}/{rank}.pt")
+    torch.save((losses(part, "global"), objectives(part, "global"), layers(part, "global")), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -92,15 +137,21 @@ def test_equals_one_process_with_everything(world, tmp_path):
     spread = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
 
     for k, (value, gradient) in enumerate(losses(joined, "process")):
-        assert all(torch.allclose(results[k][0], value, atol=1e-12) for results, _ in spread)
-        together = torch.cat([results[k][1] for results, _ in spread])
+        assert all(torch.allclose(results[k][0], value, atol=1e-12) for results, _, _ in spread)
+        together = torch.cat([results[k][1] for results, _, _ in spread])
         assert torch.allclose(together, gradient, atol=1e-12)
 
     for k, (values, of_logits, of_boxes) in enumerate(objectives(joined, "process")):
-        assert all(torch.allclose(results[k][0], values, atol=1e-5) for _, results in spread)
+        assert all(torch.allclose(results[k][0], values, atol=1e-5) for _, results, _ in spread)
         # Data-parallel training averages over processes.
-        assert torch.allclose(torch.cat([results[k][1] for _, results in spread]) / world, of_logits, atol=1e-6)
-        assert torch.allclose(torch.cat([results[k][2] for _, results in spread]) / world, of_boxes, atol=1e-5)
+        assert torch.allclose(torch.cat([results[k][1] for _, results, _ in spread]) / world, of_logits, atol=1e-6)
+        assert torch.allclose(torch.cat([results[k][2] for _, results, _ in spread]) / world, of_boxes, atol=1e-5)
+
+    for k, (values, gradient) in enumerate(layers(joined, "process")[0]):
+        assert all(torch.allclose(results[k][0], values, atol=1e-12) for _, _, (results, _) in spread)
+        together = torch.cat([results[k][1] for _, _, (results, _) in spread], 1)
+        assert torch.allclose(together, gradient, atol=1e-12)
+    assert all(counted == single > 0 for _, _, (_, exchanges) in spread for counted, single in exchanges)
 
 
 def test_without_distribution_global_means_this_process():
