@@ -95,7 +95,7 @@ def layers(part, scope: str):
                 terms = loss(
                     leaf, where, torch.stack([quality, boxes, quality]), valid=mask, method=method, scope=scope
                 )
-            results += [(term.detach(), gradient_of(term.sum(), leaf)) for term in terms]
+            results.append((torch.stack([*terms]).detach(), gradient_of(terms[0].sum() + terms[-1].sum(), leaf)))
             with Exchanges() as single:
                 loss(leaf[0], where[0], quality, valid=mask[0], method=method, scope=scope)
             exchanges.append((counted.count, single.count))
