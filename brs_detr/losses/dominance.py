@@ -88,7 +88,7 @@ def _digit_tables(row: Tensor, values: Tensor, level: Level) -> tuple[Tensor, Te
     digit = level.digit(row).view(-1, 1 << level.bits)
     digits = torch.arange(1 << level.step, device=row.device, dtype=torch.int32)[:, None, None]
     equal = (digit == digits).cumsum(2, dtype=torch.int32)
-    below = (values.view(-1, 1, *digit.shape) * (digit < digits[1:])).cumsum(3)
+    below = (values.view(-1, 1, *digit.shape) * (digit < digits[1:])).cumsum_(3)
     return equal.flatten(), below.flatten(1)
 
 

@@ -51,6 +51,17 @@ def test_losses_read_nothing_from_the_gpu(name, method, positives, delta):
         assert loss.device.type == "cuda" and loss.requires_grad
 
 
+@needs_pretended_gpus
+@pytest.mark.parametrize("positives", [20, 5000])
+@pytest.mark.parametrize("method", ["bucketed", "exact"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_several_rankings_read_nothing_from_the_gpu(name, method, positives):
+    with FakeTensorMode():
+        where, valid = on_gpu(6, positives, dtype=torch.int64), on_gpu(6, 9000, dtype=torch.bool)
+        loss = LOSSES[name](on_gpu(6, 9000).requires_grad_(), where, on_gpu(6, positives), valid=valid, method=method)
+        assert loss.device.type == "cuda" and loss.shape == (6,) and loss.requires_grad
+
+
 def objectives():
     weights = {"cls": 1.0, "l1": 5.0, "giou": 2.0}
     yield from (RankingObjective(name, score_weighted=True) for name in ("brs", "rs", "bap", "ap", "ndcg"))
@@ -75,6 +86,23 @@ def test_objectives_read_nothing_from_the_gpu_when_rows_are_given(objective):
             )
         )
         assert all(term.device.type == "cuda" and term.requires_grad for term in terms.values())
+
+
+@needs_pretended_gpus
+@pytest.mark.parametrize("objective", objectives(), ids=lambda o: getattr(o, "loss", None) or o.classification)
+def test_objectives_of_several_sets_read_nothing_from_the_gpu(objective):
+    with FakeTensorMode():
+        boxes = {"l1": on_gpu(6, 20).requires_grad_(), "giou": on_gpu(6, 20).requires_grad_()}
+        terms = objective(
+            PredictionSet(
+                on_gpu(6, 900, 11).requires_grad_(),
+                on_gpu(6, 900, dtype=torch.int64),
+                quality=on_gpu(6, 20),
+                box_losses=boxes,
+                rows=on_gpu(6, 20, dtype=torch.int64),
+            )
+        )
+        assert all(term.device.type == "cuda" and term.shape == (6,) for term in terms.values())
 
 
 @pytest.mark.parametrize("method", ["bucketed", "exact"])
