@@ -37,7 +37,7 @@ from brs_detr.models.transformer.attention import use_sampling
 from brs_detr.models.transformer.decoder import Predictions, best_pairs
 from brs_detr.models.transformer.encoder import Memory
 from brs_detr.models.transformer.two_stage import TwoStageHead
-from brs_detr.ops.deform_attn_gather import gathered_sampling
+from brs_detr.ops.deform_attn_gather import gathered_attention
 
 
 class ExportError(ValueError):
@@ -125,7 +125,7 @@ class DetectorGraph(nn.Module):
         self.calibrated = None if calibration is None else CalibratedScores(calibration)
         require_exportable(model)
         self.model = copy.deepcopy(model)
-        use_sampling(self.model, gathered_sampling)
+        use_sampling(self.model, gathered_attention)
         for module in self.model.modules():
             if isinstance(module, DenseHead):
                 module.best = best_of_any_number

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ from brs_detr.models.transformer.attention import Sampling, use_sampling
 from brs_detr.models.transformer.decoder import QueryDecoder
 from brs_detr.models.transformer.encoder import DeformableEncoder
 from brs_detr.models.transformer.two_stage import TwoStageHead
-from brs_detr.ops.deform_attn import deformable_sampling
+from brs_detr.ops.deform_attn import deformable_attention
+from brs_detr.ops.deform_attn_op import automatic_attention, fused_attention
 
 
 def build_model(config: ModelConfig, num_classes: int) -> Detector:
@@ -47,23 +49,28 @@ def build_model(config: ModelConfig, num_classes: int) -> Detector:
 
 
 def sampling_here(name: str) -> str:
-    """Return which of "torch" and "triton" runs here where `name` is wanted: without a GPU only the first."""
-    return name if torch.cuda.is_available() else "torch"
+    """Return which of "torch" and "triton" computes deformable attention here where `name` is wanted.
+
+    "auto" and "triton" are Triton's kernels where there is a GPU, "auto" only where Triton is installed.
+    """
+    if name == "torch" or not torch.cuda.is_available():
+        return "torch"
+    return "triton" if name == "triton" or find_spec("triton") else "torch"
 
 
 def choose_sampling(name: str) -> Sampling:
-    """Choose how deformable attention reads its samples: "torch", or "triton" where there is a GPU.
+    """Choose how deformable attention is computed: "torch", "triton" or "auto"; see `sampling_here`.
+
+    "auto" tries the kernels on each GPU first, and takes plain torch with a warning where they do not work.
 
     Raises:
-        ValueError: Triton is wanted but not installed.
+        ValueError: "triton" is wanted, there is a GPU, and Triton is not installed.
     """
     if sampling_here(name) == "torch":
-        return deformable_sampling
-    try:
-        from brs_detr.ops.deform_attn_triton import fused_sampling
-    except ImportError as error:
-        raise ValueError(f"model.deformable_attention=triton: {error}; install triton, or use torch") from error
-    return fused_sampling
+        return deformable_attention
+    if find_spec("triton") is None:
+        raise ValueError("model.deformable_attention=triton: Triton is not installed. Install triton, or use auto.")
+    return automatic_attention if name == "auto" else fused_attention
 
 
 def build_brs_detr(config: BRSDETRConfig, num_classes: int) -> BRSDETR:

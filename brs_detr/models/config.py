@@ -328,7 +328,8 @@ class BRSDETRConfig:
     max_aux_queries: Count = 300
     encoder_ranking: Literal["all", "first"] = "all"  # columns of the encoder proposals' logits that are ranked
     detections_per_image: Count = 100
-    deformable_attention: Literal["torch", "triton"] = "torch"  # triton: fused kernels, where there is a GPU
+    # triton: fused kernels, where there is a GPU; auto: the same, if Triton is installed
+    deformable_attention: Literal["auto", "torch", "triton"] = "auto"
     matcher: MatcherConfig = MatcherConfig()
     rpn: RPNConfig = RPNConfig()
     roi: RoIConfig = RoIConfig()

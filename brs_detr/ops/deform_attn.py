@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention sampling (Deformable DETR, Zhu et al. 2021, Eq. 3) in plain torch.
+"""Multi-scale deformable attention (Deformable DETR, Zhu et al. 2021, Eq. 3) without its projections, in plain torch.
 
 Each query reads a few bilinear samples of every feature level and sums them with its own weights. One `grid_sample` per
 level reads them; nothing is compiled, and every floating dtype and device that torch supports works.
@@ -13,7 +13,52 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from brs_detr.ops.images import Size
+from brs_detr.ops.images import Size, level_sizes
+
+
+def deformable_attention(
+    value: Tensor, shapes: Sequence[Size], references: Tensor, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    """Attend from each query to samples around its reference.
+
+    Args:
+        value: (B, N, heads, dim) tokens of all levels, row-major, one level after the other; N = sum of h * w.
+        shapes: (h, w) of each of the L levels, host integers.
+        references: (B, Q, L, 2) points or (B, Q, L, 4) cxcywh boxes, in [0, 1] of each padded level.
+        offsets: (B, Q, heads * L * points * 2) from the references as (x, y), in cells of a level around a point;
+            around a box, one of `points` is half a side.
+        logits: (B, Q, heads * L * points) of the weights, before the softmax over a head's levels and points.
+
+    Returns:
+        (B, Q, heads * dim) in value's dtype.
+
+    Raises:
+        ValueError: the level shapes do not add up to N.
+    """
+    return deformable_sampling(value, shapes, *sampling_points(shapes, value.shape[2], references, offsets, logits))
+
+
+def sampling_points(
+    shapes: Sequence[Size], heads: int, references: Tensor, offsets: Tensor, logits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute where `deformable_attention` samples, and the weights of the samples, from its arguments.
+
+    Returns:
+        locations (B, Q, heads, L, points, 2) as (x, y) in [0, 1] of the padded maps, and weights (B, Q, heads, L,
+        points); at least float32.
+    """
+    # Float32 also under autocast: bf16 has too few digits for a coordinate on a large map.
+    compute = torch.promote_types(offsets.dtype, torch.float32)
+    sizes = {"h": heads, "l": len(shapes)}
+    offsets = rearrange(offsets.to(compute), "b q (h l p xy) -> b q h l p xy", xy=2, **sizes)
+    # The softmax is over all levels and points of a head together.
+    weights = rearrange(logits.to(compute), "b q (h samples) -> b q h samples", h=heads).softmax(-1)
+    weights = rearrange(weights, "b q h (l p) -> b q h l p", l=len(shapes))
+    centers = references[:, :, None, :, None, :2]
+    if references.shape[-1] == 2:
+        return centers + offsets / level_sizes(shapes, offsets)[:, None], weights
+    # An offset of `points` is half a box side, so the initial pattern reaches the box's border (A.4).
+    return centers + offsets / offsets.shape[4] * references[:, :, None, :, None, 2:] * 0.5, weights
 
 
 def deformable_sampling(value: Tensor, shapes: Sequence[Size], locations: Tensor, weights: Tensor) -> Tensor:

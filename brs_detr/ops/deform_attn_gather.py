@@ -11,7 +11,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from brs_detr.ops.deform_attn import sampling_points
 from brs_detr.ops.images import Size, level_sizes
+
+
+def gathered_attention(
+    value: Tensor, shapes: Sequence[Size], references: Tensor, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    """Compute the same as `deform_attn.deformable_attention`, whose arguments these are; (B, Q, heads * dim)."""
+    return gathered_sampling(value, shapes, *sampling_points(shapes, value.shape[2], references, offsets, logits))
 
 
 def gathered_sampling(value: Tensor, shapes: Sequence[Size], locations: Tensor, weights: Tensor) -> Tensor:

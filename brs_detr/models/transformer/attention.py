@@ -13,10 +13,10 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from brs_detr.ops.deform_attn import deformable_sampling
-from brs_detr.ops.images import Size, level_sizes
+from brs_detr.ops.deform_attn import deformable_attention
+from brs_detr.ops.images import Size
 
-Sampling = Callable[[Tensor, Sequence[Size], Tensor, Tensor], Tensor]
+Sampling = Callable[[Tensor, Sequence[Size], Tensor, Tensor, Tensor], Tensor]
 
 
 class DeformableAttention(nn.Module):
@@ -37,7 +37,7 @@ class DeformableAttention(nn.Module):
         if dim % heads:
             raise ValueError(f"model.dim={dim}: not a multiple of model.heads={heads}.")
         self.heads, self.levels, self.points = heads, levels, points
-        self.sampling: Sampling = deformable_sampling
+        self.sampling: Sampling = deformable_attention
         self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
         self.attention_weights = nn.Linear(dim, heads * levels * points)
         self.value_proj = nn.Linear(dim, dim)
@@ -75,28 +75,15 @@ class DeformableAttention(nn.Module):
         Returns:
             (B, Q, dim).
         """
-        sizes = {"h": self.heads, "l": self.levels, "p": self.points}
         value = self.value_proj(tokens).masked_fill(padding[..., None], 0.0)
         value = rearrange(value, "b n (h d) -> b n h d", h=self.heads)
-        # Locations in float32 also under autocast: bf16 has too few digits for a coordinate on a large map.
-        offsets = self.sampling_offsets(query).float() if query.dtype != torch.float64 else self.sampling_offsets(query)
-        offsets = rearrange(offsets, "b q (h l p xy) -> b q h l p xy", **sizes)
-        weights = self.attention_weights(query).to(offsets.dtype)
-        # The softmax is over all levels and points of a head together.
-        weights = rearrange(weights, "b q (h samples) -> b q h samples", h=self.heads).softmax(-1)
-        weights = rearrange(weights, "b q h (l p) -> b q h l p", l=self.levels)
-        centers = references[:, :, None, :, None, :2]
-        if references.shape[-1] == 2:
-            locations = centers + offsets / level_sizes(shapes, offsets)[:, None]
-        else:
-            # An offset of `points` is half a box side, so the initial pattern reaches the box's border (A.4).
-            locations = centers + offsets / self.points * references[:, :, None, :, None, 2:] * 0.5
-        out: Tensor = self.output_proj(self.sampling(value, shapes, locations, weights))
+        offsets, logits = self.sampling_offsets(query), self.attention_weights(query)
+        out: Tensor = self.output_proj(self.sampling(value, shapes, references, offsets, logits))
         return out
 
 
 def use_sampling(model: nn.Module, sampling: Sampling) -> None:
-    """Make all deformable attention in `model` use `sampling`, another implementation of `deformable_sampling`."""
+    """Make all deformable attention in `model` use `sampling`, another implementation of `deformable_attention`."""
     for module in model.modules():
         if isinstance(module, DeformableAttention):
             module.sampling = sampling

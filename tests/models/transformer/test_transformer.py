@@ -8,14 +8,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from brs_detr.checkpoints.keys import our_key
-from brs_detr.models.build import choose_sampling
+from brs_detr.models import build
+from brs_detr.models.build import choose_sampling, sampling_here
 from brs_detr.models.neck import ChannelMapper
 from brs_detr.models.transformer.attention import inverse_sigmoid, sine_of_cells, use_sampling
 from brs_detr.models.transformer.collaborative import AuxQueryEmbedding
 from brs_detr.models.transformer.decoder import QueryDecoder
 from brs_detr.models.transformer.encoder import DeformableEncoder, Memory, level_masks
 from brs_detr.models.transformer.two_stage import BoxEmbedding, TwoStageHead
-from brs_detr.ops.deform_attn import deformable_sampling
+from brs_detr.ops.deform_attn import deformable_attention
+from brs_detr.ops.deform_attn_op import automatic_attention, fused_attention
 from brs_detr.ops.images import ImageBatch
 
 DIM, CLASSES, QUERIES = 64, 5, 20
@@ -186,7 +188,7 @@ def test_every_deformable_attention_samples_as_chosen():
 
     def counted(*arguments):
         calls.append(arguments)
-        return deformable_sampling(*arguments)
+        return deformable_attention(*arguments)
 
     maps, padding = [torch.randn(1, 8, 3, 4)], torch.zeros(1, 24, 32, dtype=torch.bool)
     before = encoder(maps, padding).tokens
@@ -196,5 +198,29 @@ def test_every_deformable_attention_samples_as_chosen():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels are taken")
-def test_fused_kernels_are_left_out_without_a_gpu():
-    assert choose_sampling("triton") is choose_sampling("torch") is deformable_sampling
+@pytest.mark.parametrize("name", ["auto", "torch", "triton"])
+def test_fused_kernels_are_left_out_without_a_gpu(name):
+    assert sampling_here(name) == "torch"
+    assert choose_sampling(name) is deformable_attention
+
+
+@pytest.mark.parametrize(
+    ("name", "triton", "chosen"),
+    [
+        ("auto", True, automatic_attention),
+        ("auto", False, deformable_attention),
+        ("triton", True, fused_attention),
+        ("torch", True, deformable_attention),
+    ],
+)
+def test_with_a_gpu_the_kernels_are_taken_by_themselves(name, triton, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(build, "find_spec", lambda _: triton or None)
+    assert choose_sampling(name) is chosen
+
+
+def test_kernels_that_are_asked_for_need_triton(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(build, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"model\.deformable_attention=triton: Triton is not installed"):
+        choose_sampling("triton")
