@@ -176,15 +176,21 @@ def plain_gradients(
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@lru_cache
 def kernels_work(index: int, device_type: str = "cuda") -> bool:
+    """Try the kernels once a process on device `index` of a type; see `_trial`."""
+    # While torch.export traces, every new tensor is a fake, and nothing can be computed.
+    return type(torch.empty(0)) is not Tensor or _trial(index, device_type)
+
+
+@lru_cache
+def _trial(index: int, device_type: str) -> bool:
     """Run both kernels once on a small problem and compare them with plain torch; warn if they fail or differ.
 
     Triton compiles at run time and needs what a system may lack: a GPU that it knows, a C compiler, a writable folder.
 
     Args:
         index: of the device.
-        device_type: "cpu" where Triton interprets its kernels.
+        device_type: "cuda", or "cpu" where Triton interprets its kernels.
     """
     generator, device, shapes = torch.Generator().manual_seed(0), torch.device(device_type, index), [(6, 5), (3, 2)]
     draw = lambda *size: torch.randn(size, generator=generator).to(device)  # noqa: E731

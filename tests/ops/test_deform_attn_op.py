@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from brs_detr.models.transformer.attention import use_sampling
 from brs_detr.models.transformer.encoder import DeformableEncoder, EncoderLayer
@@ -189,23 +190,35 @@ def test_levels_that_do_not_add_up_are_refused():
 
 def test_kernels_that_do_not_work_are_named_and_left():
     """Without a GPU Triton has no driver: what a user sees whose system cannot compile or run the kernels."""
-    kernels_work.cache_clear()
+    deform_attn_op._trial.cache_clear()
     with pytest.warns(UserWarning, match="Triton's kernels do not work on cpu:0 .* Plain torch computes it"):
         assert not kernels_work(0, "cpu")
     with warnings.catch_warnings():  # once a process
         warnings.simplefilter("error")
         assert not kernels_work(0, "cpu")
-    kernels_work.cache_clear()
+    deform_attn_op._trial.cache_clear()
+
+
+def test_the_trial_of_the_kernels_is_a_constant_to_a_compiler(monkeypatch):
+    calls = []
+    monkeypatch.setattr(deform_attn_op, "_trial", lambda *device: bool(calls.append(device)))
+    compiled = torch.compile(lambda x: x + 1 if kernels_work(0) else x - 1, fullgraph=True, backend="eager")
+    assert [compiled(torch.ones(2)).sum().item() for _ in range(3)] == [0, 0, 0]
+    assert calls == [(0, "cuda")]
+    with FakeTensorMode():
+        assert kernels_work(0)  # nothing can be tried
+    assert len(calls) == 1
+    torch._dynamo.reset()
 
 
 def test_kernels_with_other_results_are_left(monkeypatch):
     module = pytest.importorskip("brs_detr.ops.deform_attn_triton", reason="Triton is not installed")
     monkeypatch.setattr(module, "launch_forward", lambda *arguments: deformable_attention(*arguments) + 0.1)
     monkeypatch.setattr(module, "launch_backward", deform_attn_op.plain_gradients)
-    kernels_work.cache_clear()
+    deform_attn_op._trial.cache_clear()
     with pytest.warns(UserWarning, match="its results differ"):
         assert not kernels_work(0, "cpu")
     monkeypatch.setattr(module, "launch_forward", deformable_attention)
-    kernels_work.cache_clear()
+    deform_attn_op._trial.cache_clear()
     assert kernels_work(0, "cpu")
-    kernels_work.cache_clear()
+    deform_attn_op._trial.cache_clear()
