@@ -63,11 +63,11 @@ def compare(problem, shapes, device, dtype, tolerance):
 
 
 def random_problem(seed):
-    """Shapes of up to five levels, with channels, heads and points of any number."""
+    """Shapes of up to three levels, with channels, heads and points of any number; few, as the interpreter is slow."""
     generator = torch.Generator().manual_seed(seed)
     pick = lambda low, high: int(torch.randint(low, high + 1, (), generator=generator))  # noqa: E731
-    shapes = [(pick(1, 9), pick(1, 9)) for _ in range(pick(1, 5))]
-    settings = (pick(1, 2), pick(1, 20), pick(1, 2), pick(1, 40), pick(1, 5), 2 * pick(1, 2))
+    shapes = [(pick(1, 9), pick(1, 9)) for _ in range(pick(1, 3))]
+    settings = (pick(1, 2), pick(1, 9), pick(1, 2), pick(1, 40), pick(1, 3), 2 * pick(1, 2))
     return shapes, problem(shapes, *settings, seed=seed)
 
 
@@ -112,7 +112,7 @@ def programs_of_several_warps_compute_the_same():
 @pytest.mark.slow
 def test_equal_plain_torch_in_float64_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
