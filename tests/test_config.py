@@ -250,7 +250,7 @@ def test_a_loss_given_once_is_that_of_every_head():
 
 
 def test_score_based_losses_have_the_published_weights_of_their_head():
-    """Co-DETR's: 2, 5, 2 in the decoder, twelvefold in dense heads; boxes weigh ten times that beside a softmax only."""
+    """Co-DETR's: 2, 5, 2 in the decoder, twelvefold in dense heads; boxes ten times that beside a softmax only."""
     model = apply_overrides(Config(), ["model.loss=focal"]).model
     weights = [head.objective.weights for head in (model, model.roi, model.atss)]
     assert [(w.cls, w.l1, w.giou) for w in weights] == [(2, 5, 2), (12, 0, 24), (12, 0, 24)]
