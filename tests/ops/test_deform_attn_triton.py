@@ -23,7 +23,7 @@ PROBLEMS = {  # (level shapes, images, queries, heads, channels of a head, point
     "boxes": ([(5, 7), (3, 2)], 2, 37, 2, 4, 2, 4),
     "channels and samples that are no power of two": ([(9, 11), (5, 6), (3, 3)], 1, 7, 2, 24, 3, 4),
     "as in the recipes": ([(13, 21), (7, 11), (4, 6), (2, 3)], 1, 11, 2, 32, 4, 2),
-    "one cell": ([(1, 1)], 1, 3, 1, 8, 1, 2),
+    "one cell": ([(1, 1)], 1, 9, 1, 8, 1, 2),
     "one channel": ([(3, 4)], 1, 3, 1, 1, 2, 4),
     "no queries": ([(3, 4), (2, 2)], 2, 0, 2, 8, 2, 2),
     "no images": ([(3, 4), (2, 2)], 0, 5, 2, 8, 2, 2),
@@ -38,11 +38,21 @@ def problem(shapes, batch, queries, heads, dim, points, coordinates, seed=0):
     samples = heads * len(shapes) * points
     references = torch.rand(batch, queries, len(shapes), coordinates, generator=generator, dtype=torch.float64)
     references[..., :2] = references[..., :2] * 1.4 - 0.2
+    references[..., 2:] = references[..., 2:] * 0.9 + 0.1
     value = draw(batch, sum(h * w for h, w in shapes), heads, dim)
     value[-1:, ::3] = 0  # padded tokens
-    return (value, references, 3 * draw(batch, queries, samples * 2), 2 * draw(batch, queries, samples)), draw(
-        batch, queries, heads * dim
-    )
+    offsets = away_from_edges(3 * draw(batch, queries, samples * 2), references, shapes, heads, points)
+    return (value, references, offsets, 2 * draw(batch, queries, samples)), draw(batch, queries, heads * dim)
+
+
+def away_from_edges(offsets, references, shapes, heads, points):
+    """Move samples 0.05 cells away from where gradients jump: on which side they are would be left to rounding."""
+    sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float64)[:, None]
+    centers, sides = references[:, :, None, :, None, :2], references[:, :, None, :, None, 2:]
+    cells = sides * sizes * 0.5 / points if references.shape[-1] == 4 else torch.ones_like(centers)
+    moved = offsets.reshape(*offsets.shape[:2], heads, len(shapes), points, 2)
+    beyond = (centers * sizes - 0.5 + moved * cells) % 1
+    return (moved + (0.05 + 0.9 * beyond - beyond) / cells).flatten(2)
 
 
 def compare(problem, shapes, device, dtype, tolerance):
@@ -134,7 +144,7 @@ class TestOnAGPU:
         compare(values, shapes, "cuda", torch.float32, 3e-6)
 
     @pytest.mark.parametrize("queries", [None, 300])
-    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=str)
     def test_sizes_of_a_recipe_equal_plain_torch(self, queries, dtype, tolerance):
         shapes = [(100, 167), (50, 84), (25, 42), (13, 21)]
         queries = sum(h * w for h, w in shapes) if queries is None else queries
