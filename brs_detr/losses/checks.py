@@ -100,6 +100,25 @@ def check_positives(positives: Tensor, length: int, valid: Tensor | None) -> Non
         )
 
 
+def check_quality(quality: Tensor) -> None:
+    """Raise if a quality is no fraction; on a CPU only, for the operations that it takes. A NaN makes the loss NaN.
+
+    Args:
+        quality: (P,) or (L, P).
+
+    Raises:
+        ValueError: naming the value that is farthest from 0.5.
+    """
+    if quality.device.type != "cpu" or quality.numel() == 0:
+        return
+    # An IoU may exceed 1 by the rounding of half precision.
+    outside = ((quality.detach().float() - 0.5).abs() - 0.5).nan_to_num(nan=0.0)
+    check_values(
+        outside.max() <= 1e-2,
+        lambda: f"quality: {quality.flatten()[outside.argmax()]:.4g} is not in [0, 1]. Give the IoU of each positive.",
+    )
+
+
 def check_set(logits: Tensor, labels: Tensor, valid: Tensor | None, rows: Tensor | None) -> None:
     """Raise if the shapes or types of a prediction set do not match.
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import accumulation_dtype
+from .checks import accumulation_dtype, check_quality
 from .dominance import sorting_terms
 from .ranking import (
     Problem,
@@ -73,9 +73,11 @@ def rank_sort_loss(
 
     Raises:
         ValueError: for an unknown method, a delta that is negative or not finite, arguments whose shapes or types do
-            not match, or positives that are out of range, duplicated or ignored (on a GPU: a device-side assertion).
+            not match, positives that are out of range, duplicated or ignored (on a GPU: a device-side assertion), or,
+            on a CPU, a quality outside [0, 1].
     """
     problem = prepare(logits, positives, valid, delta, method, scope, quality=quality)
+    check_quality(quality)
     if problem.group.positives == 0:
         zeros = problem.shaped(problem.zeros())
         return RankSort(zeros, zeros)

@@ -203,6 +203,16 @@ def test_positives_are_distinct_indices_of_logits_that_count(name):
         LOSSES[name](logits, where, quality, valid=valid)
 
 
+@pytest.mark.parametrize("method", ("pairwise", "bucketed", "exact"))
+@pytest.mark.parametrize("wrong", (1.5, -0.2, 70.0, float("inf")))
+def test_a_quality_is_a_fraction(wrong, method):
+    logits, positives = torch.randn(20), torch.tensor([3, 7])
+    with pytest.raises(ValueError, match=rf"quality: {wrong:.4g} is not in \[0, 1\]"):
+        rank_sort_loss(logits, positives, torch.tensor([0.5, wrong]), method=method)
+    rounded = torch.tensor([0.0, 1.0078125], dtype=torch.bfloat16)  # an IoU of 1 in half precision
+    assert all(term.isfinite() for term in rank_sort_loss(logits, positives, rounded, method=method))
+
+
 @pytest.mark.parametrize("value", [torch.nan, -0.5, torch.inf, -torch.inf])
 def test_settings_that_are_no_number_are_refused(value):
     logits, where, quality = problem(200)
