@@ -18,7 +18,7 @@ from brs_detr.data.image_io import read_image
 from brs_detr.engine.checkpoint import Weights, publish
 from brs_detr.evaluation.calibration import NEVER, Calibration
 from brs_detr.export.graphs import ExportError, require_exportable
-from brs_detr.export.onnx import write_onnx
+from brs_detr.export.onnx import soft_nms_of, write_onnx
 from brs_detr.export.parity import MAX_BOX_DIFFERENCE, MAX_SCORE_DIFFERENCE, ExportedDetector, compare
 from brs_detr.export.torch_file import TorchFile, inner_outputs, write_torch
 from brs_detr.models.detector import Detector
@@ -51,6 +51,10 @@ def run(options: argparse.Namespace) -> int:
     images = {str(path): read_image(path, limits=config.data) for path in options.image}
     shape = "any size" if options.any_size else f"{size[0]}x{size[1]} (height x width)"
     print(f"{printable(file)}: exporting head {model.predict_with} for {shape}")
+    if soft_nms_of(model):
+        print(
+            "eval.nms.kind=soft: is not in the file, since runtimes lack it. Its description says what to do afterwards."
+        )
     partial = options.out.with_name(f".{options.out.name}.partial")
     written: dict[str, Any] = {
         "any_size": options.any_size,
@@ -151,6 +155,7 @@ def metadata(
         "short_side": config.data.test_short_side,
         "long_side": config.data.test_long_side,
         "antialias": config.data.antialias,
+        "soft_nms": soft_nms_of(model),
         "precision": "fp32",
         "validation": validation(model, weights, config),
         "config": portable_settings(config),
@@ -160,8 +165,10 @@ def metadata(
 def validation(model: Detector, weights: Weights, config: Config) -> dict[str, Any] | None:
     """Return the figures of the head in the validation of the weights, and the fingerprint of the images.
 
-    None where there was no validation, or a setting that they depend on has changed since.
+    None where there was no validation, a setting that they depend on has changed since, or they are those of Soft-NMS.
     """
+    if soft_nms_of(model):
+        return None
     metrics, stored = weights.extra.get("metrics"), from_dict(weights.config, "the weights file")
     changed = any(change.startswith(FIGURES) for change in differences(stored, config))
     if not isinstance(metrics, dict) or changed:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from brs_detr.config_fields import BelowOne, Count, Fraction, one_of
-from brs_detr.models.config import HardNMS, NMSConfig, NoNMS
+from brs_detr.models.config import HardNMS, NMSConfig, NoNMS, SoftNMS
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class EvalConfig:
     max_detections: Count = 100
     # the head whose boxes count; auto: the best one of the validation, where BRS-DETR has three; ensemble: all of them
     predict_with: Literal["auto", "decoder", "roi", "atss", "head", "ensemble"] = "auto"
-    nms: NMSConfig = one_of(NoNMS(), HardNMS())  # of the decoder's detections; the other heads have their `nms_iou`
+    # of the decoder's detections; the other heads have their `nms_iou`
+    nms: NMSConfig = one_of(NoNMS(), SoftNMS(), HardNMS())
     # short sides in pixels that every image is resized to, one after the other, instead of data.test_short_side; the
     # long side's limit, data.test_long_side, grows in proportion. []: one size
     test_scales: tuple[Count, ...] = ()

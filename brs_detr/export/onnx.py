@@ -22,6 +22,7 @@ from brs_detr.export.graphs import DetectorGraph, ExportError
 from brs_detr.export.suppression import translations
 from brs_detr.models.backbones.deformable import DeformableConv
 from brs_detr.models.backbones.swin import SwinBackbone
+from brs_detr.models.config import SoftNMS
 from brs_detr.models.detector import Detector
 from brs_detr.models.heads.dense import DenseHead
 from brs_detr.ops.images import Size
@@ -36,6 +37,10 @@ scores (batch, n), of each class descending, and labels (batch, n), indices into
 metadata. Where the metadata has a calibration, a score is the precision at IoU 0.5 of such detections.
 An entry of score -1 is no detection: an image may have fewer than n. Non-maximum suppression is not needed after this
 graph. Detections below their label's entry of thresholds are rarely correct."""
+WITHOUT_SOFT_NMS = """
+These are the detections before Soft-NMS, which runtimes lack: afterwards, a detection of a class that overlaps a better
+one by {iou:g} or more has its score multiplied by 1 - overlap, and is dropped below a score of {min_score:g} (soft_nms
+in the metadata). Published and validated figures are those with it."""
 
 OUTPUTS = ("boxes", "scores", "labels")
 PROPOSALS = "proposals"
@@ -108,9 +113,22 @@ def write_onnx(
     del written.model.graph.outputs[len(OUTPUTS) :]  # what is inside keeps its name, by which `parity.py` reads it
     for node in written.model.graph:
         node.metadata_props.clear()  # stack traces with paths of this machine
-    written.model.doc_string = DESCRIPTION
+    written.model.doc_string = description(model)
     written.model.metadata_props.update({key: json.dumps(value) for key, value in (metadata or {}).items()})
     written.save(path, external_data=False)
+
+
+def description(model: Detector) -> str:
+    """Return what the inputs and outputs of a detector's graph are, and what of its detections is not in it."""
+    left_out = soft_nms_of(model)
+    return DESCRIPTION if left_out is None else DESCRIPTION + WITHOUT_SOFT_NMS.format(**left_out)
+
+
+def soft_nms_of(model: Detector) -> dict[str, float] | None:
+    """Return IoU and minimum score of the Soft-NMS that a detector's head applies and its graph does not, or None."""
+    if not isinstance(model.nms, SoftNMS) or model.predict_with not in model.overlapping:
+        return None
+    return {"iou": model.nms.iou, "min_score": model.nms.min_score}
 
 
 def trace(graph: DetectorGraph, size: Size, *, any_size: bool, pixels: torch.dtype) -> torch.export.ExportedProgram:

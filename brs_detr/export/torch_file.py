@@ -16,7 +16,7 @@ from torch import Tensor
 
 from brs_detr.evaluation.calibration import Calibration
 from brs_detr.export.graphs import DetectorGraph, ExportError
-from brs_detr.export.onnx import DESCRIPTION, OUTPUTS, PROPOSALS, RAW_SCORES, TWO_STAGE, quiet, trace
+from brs_detr.export.onnx import OUTPUTS, PROPOSALS, RAW_SCORES, TWO_STAGE, description, quiet, trace
 from brs_detr.models.detector import Detector
 from brs_detr.ops.images import ImageBatch, Size
 
@@ -42,7 +42,7 @@ def write_torch(
     try:
         with torch.no_grad(), quiet():
             program = program.run_decompositions({torch.ops.brs_detr.keep_best.default: keep_best_by_torchvision})
-            extra = {METADATA: json.dumps(dict(metadata or {})), DESCRIPTION_FILE: DESCRIPTION}
+            extra = {METADATA: json.dumps(dict(metadata or {})), DESCRIPTION_FILE: description(model)}
             with path.open("wb") as file:  # a path would have to end in .pt2
                 torch.export.save(program, file, extra_files=extra)
     except Exception as error:  # as in `trace`

@@ -112,7 +112,16 @@ class HardNMS:
     iou: Fraction = 0.6  # overlap above which the others are dropped
 
 
-NMSConfig = NoNMS | HardNMS
+@dataclass(frozen=True)
+class SoftNMS:
+    """Of the detections of a class that overlap, those with a lower score keep a part of it (Bodla et al. 2017)."""
+
+    kind: Literal["soft"] = "soft"
+    iou: Fraction = 0.8  # overlap from which on a score falls, to its product with 1 - overlap
+    min_score: Fraction = 0.001  # detections whose score is or falls below this are dropped
+
+
+NMSConfig = NoNMS | SoftNMS | HardNMS
 
 
 @dataclass(frozen=True)

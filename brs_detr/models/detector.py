@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import clip_boxes_to_image
 
-from brs_detr.models.config import HardNMS, NMSConfig, NoNMS
+from brs_detr.models.config import HardNMS, NMSConfig, NoNMS, SoftNMS
 from brs_detr.models.ensemble import Ensemble
 from brs_detr.models.views import detect_in_views
 from brs_detr.ops.boxes import suppress
 from brs_detr.ops.images import ImageBatch, ImageViews, Size
+from brs_detr.ops.soft_nms import decay, survives
 from brs_detr.ops.targets import check_targets
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -203,12 +206,46 @@ def to_stored_images(detections: Sequence[dict[str, Tensor]], images: ImageBatch
 
 
 def without_overlaps(
-    detections: Sequence[dict[str, Tensor]], sizes: Sequence[Size], nms: NMSConfig
+    detections: Sequence[dict[str, Tensor]], sizes: Sequence[Size], nms: NMSConfig, max_detections: int | None = None
 ) -> list[dict[str, Tensor]]:
-    """Suppress detections of a class that overlap, best first, in images of (h, w) pixels."""
-    if not isinstance(nms, HardNMS):
-        return list(detections)
+    """Drop detections of a class that overlap better ones, or lower their scores.
+
+    Args:
+        detections: of each image `boxes` (n, 4) xyxy pixels, `scores` (n,) and `labels` (n,).
+        sizes: (h, w) pixels of the images.
+        nms: what is done; nothing for `NoNMS`.
+        max_detections: most that are kept of an image; None: all.
+
+    Returns:
+        The same of those that are left; best first, but for `NoNMS`.
+    """
+    if isinstance(nms, NoNMS):
+        return [{key: value[:max_detections] for key, value in own.items()} for own in detections]
+    if isinstance(nms, SoftNMS):
+        return _softened(detections, sizes, nms, max_detections)
     return [
-        suppress(own["boxes"], own["scores"], own["labels"], size, nms_iou=nms.iou, max_detections=len(own["scores"]))
+        suppress(
+            own["boxes"],
+            own["scores"],
+            own["labels"],
+            size,
+            nms_iou=nms.iou,
+            max_detections=len(own["scores"]) if max_detections is None else max_detections,
+        )
         for own, size in zip(detections, sizes, strict=True)
+    ]
+
+
+def _softened(
+    detections: Sequence[dict[str, Tensor]], sizes: Sequence[Size], nms: SoftNMS, max_detections: int | None
+) -> list[dict[str, Tensor]]:
+    """Apply Soft-NMS to all images at once; arguments as of `without_overlaps`."""
+    clipped = [clip_boxes_to_image(own["boxes"], size) for own, size in zip(detections, sizes, strict=True)]
+    boxes, labels = pad_sequence(clipped, True), pad_sequence([own["labels"] for own in detections], True)
+    scores = pad_sequence([own["scores"] for own in detections], True, padding_value=-1.0)
+    rows, decayed = decay(boxes, scores, labels, iou=nms.iou, max_detections=max_detections)
+    kept = survives(decayed, nms.min_score)
+    return [
+        {"boxes": own_boxes[row[keep]], "scores": score[keep], "labels": own_labels[row[keep]]}
+        for own_boxes, own_labels, row, score, keep in zip(boxes, labels, rows, decayed, kept, strict=True)
     ]

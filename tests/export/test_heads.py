@@ -8,11 +8,11 @@ import torch
 from support import SMALL_BACKBONE
 
 from brs_detr.export.graphs import DetectorGraph, ExportError, require_exportable
-from brs_detr.export.onnx import write_onnx
+from brs_detr.export.onnx import DESCRIPTION, description, soft_nms_of, write_onnx
 from brs_detr.export.parity import ExportedDetector, compare
 from brs_detr.models.build import build_model
 from brs_detr.models.cnn_config import CascadeRCNNConfig, MaskRCNNConfig, PAAConfig, SOLOv2Config, YOLACTConfig
-from brs_detr.models.config import HardNMS
+from brs_detr.models.config import HardNMS, NoNMS, SoftNMS
 from brs_detr.ops.images import ImageBatch
 
 
@@ -50,6 +50,22 @@ def expect_the_same(model, images):
         torch.testing.assert_close(scores[row, :count], one["scores"], rtol=0, atol=1e-5)
         assert torch.equal(labels[row, :count], one["labels"])
     return expected
+
+
+def test_the_graph_of_the_decoder_leaves_soft_nms_out_and_says_so(detector):
+    model, images = suppressing(detector), batch((96, 130))
+    sizes = torch.tensor(images.sizes)
+    with torch.no_grad():
+        model.nms = NoNMS()
+        plain = DetectorGraph(model)(images.pixels, sizes)
+        assert soft_nms_of(model) is None and description(model) == DESCRIPTION
+        model.nms = SoftNMS(iou=0.7, min_score=0.02)
+        assert all(map(torch.equal, DetectorGraph(model)(images.pixels, sizes), plain))
+    assert soft_nms_of(model) == {"iou": 0.7, "min_score": 0.02}
+    assert "overlaps a better\none by 0.7 or more" in description(model) and "below a score of 0.02" in description(
+        model
+    )
+    assert soft_nms_of(with_head(model, "roi")) is None  # it suppresses in its own way, which its graph does too
 
 
 @pytest.mark.parametrize("head", ["roi", "atss"])

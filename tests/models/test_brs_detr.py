@@ -5,15 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 from support import SMALL_BACKBONE
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, clip_boxes_to_image
 
 from brs_detr.config import Config, apply_overrides
 from brs_detr.models.brs_detr import detections_from
 from brs_detr.models.build import build_model
-from brs_detr.models.config import BRSDETRConfig, CoDETRConfig, HardNMS, RoIConfig, RPNConfig
+from brs_detr.models.config import BRSDETRConfig, CoDETRConfig, HardNMS, NoNMS, RoIConfig, RPNConfig, SoftNMS
+from brs_detr.models.detector import without_overlaps
 from brs_detr.models.ensemble import Ensemble
 from brs_detr.models.transformer.decoder import Predictions
 from brs_detr.ops.images import ImageBatch
+from brs_detr.ops.soft_nms import soft_nms
 
 SIZE = dict(
     backbone=SMALL_BACKBONE,
@@ -140,6 +142,35 @@ def test_the_decoders_detections_are_suppressed_where_that_is_wanted():
         assert 0 < len(expected["scores"]) < len(every["scores"]) == 36
         assert all(torch.equal(one[name], expected[name]) for name in expected)
     assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(by_head["roi"], roi))  # has its own nms_iou
+
+
+def test_the_decoders_detections_keep_a_part_of_their_scores_where_that_is_wanted():
+    model = build_model(replace(SMALL, detections_per_image=36), 3).eval()
+    images = ImageBatch.from_list([image(), image(50, 70)], original_sizes=[(128, 160), (500, 700)])
+    with torch.no_grad():
+        for layer in model.decoder.regressors:  # larger boxes, which overlap
+            layer[-1].bias[2:] += 3
+        plain, roi = model.detect_with_all_heads(images)["decoder"], model.detect_with_all_heads(images)["roi"]
+        model.nms = SoftNMS(iou=0.4, min_score=0.002)
+        by_head = model.detect_with_all_heads(images)
+        assert all(torch.equal(a["scores"], b["scores"]) for a, b in zip(model(images), by_head["decoder"]))
+    for one, every, size in zip(by_head["decoder"], plain, images.original_sizes):
+        clipped = clip_boxes_to_image(every["boxes"], size)
+        kept, scores = soft_nms(clipped, every["scores"], every["labels"], iou=0.4, min_score=0.002)
+        assert torch.equal(one["boxes"], clipped[kept]) and torch.equal(one["labels"], every["labels"][kept])
+        torch.testing.assert_close(one["scores"], scores)
+        assert 0 < len(scores) < 36 and not torch.equal(scores, every["scores"][: len(scores)])
+    assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(by_head["roi"], roi))  # has its own nms_iou
+
+
+def test_of_one_image_at_most_so_many_are_kept():
+    boxes = torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 9], [20, 20, 30, 30]])
+    found = [{"boxes": boxes, "scores": torch.tensor([0.9, 0.8, 0.7]), "labels": torch.zeros(3, dtype=torch.long)}]
+    for nms, expected in ((NoNMS(), [0.9, 0.8]), (HardNMS(), [0.9, 0.7]), (SoftNMS(), [0.9, 0.7])):
+        [limited] = without_overlaps(found, [(40, 40)], nms, max_detections=2)
+        assert limited["scores"].tolist() == pytest.approx(expected)
+        [every] = without_overlaps(found, [(40, 40)], nms)
+        assert len(every["scores"]) == (2 if nms == HardNMS() else 3)
 
 
 def test_an_ensemble_has_detections_of_all_heads():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from brs_detr.models.config import HardNMS, NoNMS
+from brs_detr.models.config import HardNMS, NoNMS, SoftNMS
 from brs_detr.models.detector import Detector, to_stored_images
 from brs_detr.ops.images import ImageBatch
 
@@ -59,6 +59,8 @@ def test_suppression_of_a_detector_that_suppresses_already_is_refused():
     model.overlapping = ("first",)
     model.nms = HardNMS(iou=0.4)
     assert model.nms.iou == model.join_iou == 0.4
+    model.nms = SoftNMS(iou=0.3)
+    assert model.join_iou == HardNMS().iou  # views and heads are joined by another rule
 
 
 def test_a_box_as_large_as_the_resized_image_is_as_large_as_the_stored_one():
