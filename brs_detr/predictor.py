@@ -60,6 +60,9 @@ class Engine(Protocol):
     def resize(self, image: Tensor) -> list[Tensor]:
         """Resize a (3, h, w) uint8 image to its test size, or to each of them."""
 
+    def content_sizes(self, size: Size) -> tuple[Size, ...] | None:
+        """Return (h, w) of an image of (h, w) = `size` inside the canvas of each of them; None without a canvas."""
+
     def thresholds(self, raw_scores: bool = False) -> np.ndarray:
         """Return the minimum score (K,) of each class."""
 
@@ -282,7 +285,8 @@ class Predictor:
             for start in range(0, len(group), batch_size):
                 part = group[start : start + batch_size]
                 stored = [(images[index].shape[1], images[index].shape[2]) for index in part]
-                batch = to_batch([resized[index] for index in part], stored)
+                contents = [sizes for size in stored if (sizes := self.engine.content_sizes(size)) is not None]
+                batch = to_batch([resized[index] for index in part], stored, contents or None)
                 outputs.update(zip(part, self.engine(batch, raw_scores), strict=True))
         return [outputs[index] for index in range(len(images))]
 
@@ -347,6 +351,10 @@ class TorchEngine:
         """Resize a (3, h, w) uint8 image to its test size, or to each of them."""
         return self.transforms.views(image)
 
+    def content_sizes(self, size: Size) -> tuple[Size, ...] | None:
+        """Return (h, w) of an image of (h, w) = `size` inside the canvas of each of them; None without a canvas."""
+        return self.transforms.content_sizes(*size)
+
     def thresholds(self, raw_scores: bool = False) -> np.ndarray:
         """Return the minimum score (K,) of each class."""
         is_raw = raw_scores or self.calibration is None
@@ -376,6 +384,9 @@ class OnnxEngine:
     def __init__(self, file: ExportedFile) -> None:
         self.file, self.thresholds = file, file.thresholds
         self.resize = EvalTransforms(file.short_side, file.long_side, file.antialias, within=file.size).views
+
+    def content_sizes(self, size: Size) -> None:
+        """Return None: the file lays the image on its canvas itself, where it has one."""
 
     def __call__(self, batch: ImageBatch | ImageViews, raw_scores: bool = False) -> list[dict[str, Any]]:
         """Detect objects in a batch of resized images."""

@@ -10,10 +10,11 @@ from support import module_from
 from brs_detr.cli import COMMANDS
 from brs_detr.config import Config
 from brs_detr.config_io import leaves
+from brs_detr.data.config import DataConfig, LSJConfig
 from brs_detr.data.issues import POLICY
 from brs_detr.engine.config import EvalConfig
 from brs_detr.models.cnn_config import MODELS
-from brs_detr.models.config import HardNMS
+from brs_detr.models.config import HardNMS, SoftNMS
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDES = [p for p in sorted((ROOT / "docs").glob("*.md")) if p.name != "mutations.md"]  # written by a run of the tool
@@ -30,7 +31,9 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 def settings():
     """Names of all settings and of the sections that hold them."""
     names = {name for model in MODELS for name, _ in leaves(Config(model=model))}
-    names |= {name for name, _ in leaves(Config(eval=EvalConfig(nms=HardNMS())))}
+    for nms in (SoftNMS(), HardNMS()):
+        names |= {name for name, _ in leaves(Config(eval=EvalConfig(nms=nms)))}
+    names |= {name for name, _ in leaves(Config(data=DataConfig(augment=LSJConfig())))}
     names |= {f"model.{name.rpartition('.')[2]}" for name in names if ".objective." in name}  # of all heads
     return names | {".".join(name.split(".")[:n]) for name in names for n in range(1, 4)}
 

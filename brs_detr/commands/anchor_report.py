@@ -9,7 +9,7 @@ from typing import Any
 from brs_detr.config import Config
 from brs_detr.config_io import problems
 from brs_detr.data.anchor_fit import Boxes, Fit, at_training_size, fit
-from brs_detr.data.config import AugmentConfig, DataConfig, SSDConfig
+from brs_detr.data.config import AugmentConfig, DataConfig, LSJConfig, SSDConfig
 from brs_detr.run.anchors import fit_heads, is_automatic, layouts
 
 WORTH_SAYING = 0.02  # gain in the mean of both shares from which another setting is proposed
@@ -71,6 +71,9 @@ def training_size(data: DataConfig) -> str:
     """Format the sizes that images are trained at."""
     if isinstance(data.augment, SSDConfig):
         return f"{data.augment.size}x{data.augment.size} pixels"
+    if isinstance(data.augment, LSJConfig):
+        low, high, side = data.augment.min_scale, data.augment.max_scale, data.augment.size
+        return f"a canvas of {side}x{side} pixels, into which they fit at 1, times {low:g} to {high:g}"
     low, high = min(data.augment.short_sides), max(data.augment.short_sides)
     return f"short side {low} to {high} pixels" if low < high else f"short side {low} pixels"
 
@@ -106,12 +109,12 @@ def with_sizes(config: Config, factor: float) -> Config:
 
     if isinstance(data.augment, AugmentConfig):
         sides = tuple(map(times, data.augment.short_sides))
-        augment: AugmentConfig | SSDConfig = replace(
+        augment: AugmentConfig | SSDConfig | LSJConfig = replace(
             data.augment, short_sides=sides, long_side=times(data.augment.long_side)
         )
     else:
         augment = replace(data.augment, size=times(data.augment.size))
-    square = None if data.test_square is None else times(data.test_square)
+    square, canvas = (None if side is None else times(side) for side in (data.test_square, data.test_canvas))
     short, long = times(data.test_short_side), times(data.test_long_side)
-    sized = replace(data, augment=augment, test_square=square, test_short_side=short, test_long_side=long)
-    return replace(config, data=sized)
+    limits = replace(data, test_short_side=short, test_long_side=long)
+    return replace(config, data=replace(limits, augment=augment, test_square=square, test_canvas=canvas))

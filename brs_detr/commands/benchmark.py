@@ -77,8 +77,9 @@ def in_torch(options: argparse.Namespace) -> Subject:
         name = str(file)
     device = choose_device(options.device)
     size = options.size or landscape(config.data.test_short_side, config.data.test_long_side)
-    if config.data.test_square is not None and options.size is None:
-        size = (config.data.test_square, config.data.test_square)
+    square = config.data.test_square or config.data.test_canvas
+    if square is not None and options.size is None:
+        size = (square, square)
     model.to(device)
     total, _ = count_parameters(model)
     with FlopCounterMode(display=False) as counter:

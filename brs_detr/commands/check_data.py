@@ -20,7 +20,7 @@ from brs_detr.commands.first_recipe import Dataset, first_recipe
 from brs_detr.config import Config, ConfigError, apply_overrides, load_config
 from brs_detr.data import check
 from brs_detr.data.anchor_fit import boxes_of
-from brs_detr.data.build import build_eval_transforms, build_train_transforms
+from brs_detr.data.build import build_eval_transforms, build_train_transforms, masks_to_read
 from brs_detr.data.check import Source, source_of_json
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.config import DataConfig, Limits
@@ -137,9 +137,11 @@ def sources_of(config: Config) -> list[Source]:
     root, data = Path(config.data.root), config.data
     train = (str(root / data.train_json), str(root / data.train_images))
     val = (str(root / data.val_json), str(root / data.val_images))
-    limits = {"limits": config.data, "masks": config.model.has_masks}
-    train_options = {"keep_empty": data.keep_empty, "min_side": data.min_side, **limits}
+    masks = config.model.has_masks
+    limits = {"limits": config.data, "masks": masks}
+    read = {**limits, "masks": masks_to_read(data, masks)}
+    train_options = {"keep_empty": data.keep_empty, "min_side": data.min_side, **read}
     return [
-        Source(*train, build_train_transforms(config.data), options=train_options),
+        Source(*train, build_train_transforms(data, masks), options=train_options),
         Source(*val, build_eval_transforms(config.data), train=False, options=limits),
     ]

@@ -140,7 +140,7 @@ def settings(path: Path, facts: dict[str, Any], overrides: Sequence[str]) -> Con
 
 def file_notes(file: ExportedFile, dataset: CocoDetection) -> list[str]:
     """List what makes the figures others than those of the detector in torch."""
-    if file.size is None:
+    if file.size is None or file.has_canvas:  # on its canvas torch saw the same
         return []
     height, width = file.size
     sizes = [

@@ -52,9 +52,7 @@ def run(options: argparse.Namespace) -> int:
     shape = "any size" if options.any_size else f"{size[0]}x{size[1]} (height x width)"
     print(f"{printable(file)}: exporting head {model.predict_with} for {shape}")
     if soft_nms_of(model):
-        print(
-            "eval.nms.kind=soft: is not in the file, since runtimes lack it. Its description says what to do afterwards."
-        )
+        print("eval.nms.kind=soft: is not in the file, as runtimes lack it. Its description says what is left to do.")
     partial = options.out.with_name(f".{options.out.name}.partial")
     written: dict[str, Any] = {
         "any_size": options.any_size,
@@ -134,6 +132,14 @@ def input_size(config: Config, options: argparse.Namespace) -> Size:
             raise ConfigError(
                 f"{name}={side}: the coarsest feature map of this detector needs at least {min_side} pixels"
             )
+    if config.data.test_canvas is not None:
+        side = config.data.test_canvas
+        if options.any_size or (options.height or side, options.width or side) != (side, side):
+            raise ConfigError(
+                f"data.test_canvas={side}: this detector sees images on a canvas of {side}x{side}. Leave out "
+                "--any-size, --height and --width."
+            )
+        return side, side
     short, long = max(config.data.test_short_side, min_side), max(config.data.test_long_side, min_side)
     return (short, long) if options.any_size else (options.height or long, options.width or long)
 
@@ -152,8 +158,9 @@ def metadata(
         "thresholds": thresholds,
         "calibration": calibration.as_dict() if calibration else None,
         "size": size,
-        "short_side": config.data.test_short_side,
-        "long_side": config.data.test_long_side,
+        "short_side": config.data.test_canvas or config.data.test_short_side,
+        "long_side": config.data.test_canvas or config.data.test_long_side,
+        "canvas": config.data.test_canvas,
         "antialias": config.data.antialias,
         "soft_nms": soft_nms_of(model),
         "precision": "fp32",

@@ -131,7 +131,8 @@ def read_inputs(
 
 def as_input(image: Tensor, config: Config, canvas: Size | None, pixels: torch.dtype) -> ImageBatch:
     """Resize and pad an image (3, h, w) to what a file takes."""
-    sides = config.data.test_short_side, config.data.test_long_side
+    data = config.data
+    sides = data.test_canvas or data.test_short_side, data.test_canvas or data.test_long_side
     size = resized_size(image.shape[1], image.shape[2], *sides, canvas)
     resized = resize(image, list(size), InterpolationMode.BILINEAR, antialias=config.data.antialias)
     return padded(resized.to(pixels), canvas or size)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from brs_detr.config import Config, dump, load_config
-from brs_detr.data.config import SSDConfig
+from brs_detr.data.config import LSJConfig, SSDConfig
 from brs_detr.data.dataset_source import open_source
 from brs_detr.data.json_file import load_json
 from brs_detr.engine.optim import count_parameters
@@ -81,17 +81,24 @@ def inputs(config: Config, model: Detector) -> str:
     """Format the sizes of images and feature maps."""
     data, augment = config.data, config.data.augment
     strides = model.strides
-    short, long = (data.test_square or side for side in (data.test_short_side, data.test_long_side))
+    square = data.test_square or data.test_canvas
+    short, long = (square or side for side in (data.test_short_side, data.test_long_side))
     maps = " ".join(f"{-(-short // s)}x{-(-long // s)}" for s in strides)
     tokens = sum(-(-short // s) * -(-long // s) for s in strides)
     if isinstance(augment, SSDConfig):
         training = f"{augment.size}x{augment.size}, by SSD's augmentation"
+    elif isinstance(augment, LSJConfig):
+        scales = f"{augment.min_scale:g} to {augment.max_scale:g} times the size that fits into it"
+        training = f"on a canvas of {augment.size}x{augment.size}, {scales}"
     else:
         sides = augment.short_sides
         training = f"short side {min(sides)}-{max(sides)}, long side up to {augment.long_side}"
+    tested = f"short side {short}, long side up to {long}"
+    if data.test_canvas is not None:
+        tested = f"on a canvas of {short}x{short}"
     return (
         f"training images: {training}\n"
-        f"test images: short side {short}, long side up to {long}\n"
+        f"test images: {tested}\n"
         f"maps of the largest test image (strides {', '.join(map(str, strides))}): {maps}, {tokens:,} cells"
     )
 

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brs_detr.data.config import DataConfig, SSDConfig
+from brs_detr.data.config import DataConfig, LSJConfig, SSDConfig
 from brs_detr.data.packed import PackedAnnotations
 from brs_detr.ops.anchors import base_anchors, octave_scales
 
 # Objects, counted once for each size they are resized to; beyond that evenly spaced ones stand for all. The standard
 # error of a share is then below half a percent, and a fit takes seconds on any dataset.
 MAX_OBJECTS = 20_000
+_SCALES = 8  # factors of large-scale jitter that stand for its range
 # Candidates for the smallest anchor of an octave, in strides: four an octave, rounded as one would write them.
 SCALES = (1.0, 1.2, 1.4, 1.7, 2.0, 2.4, 2.8, 3.4, 4.0, 4.8, 5.6, 6.8, 8.0, 9.6, 11.0, 13.5, 16.0)
 
@@ -101,12 +102,17 @@ def at_training_size(stored: Boxes, data: DataConfig) -> Boxes:
     augment = data.augment
     if isinstance(augment, SSDConfig):
         return _resized(stored, [torch.full_like(stored.sizes, augment.size)])
-    count = max(1, MAX_OBJECTS // len(augment.short_sides))
+    if isinstance(augment, LSJConfig):  # objects that a crop cuts count as they are
+        scales = torch.linspace(augment.min_scale, augment.max_scale, _SCALES + 1, dtype=torch.float64)
+        sides = [(augment.size * scale, augment.size * scale) for scale in scales[1:].tolist()]
+    else:
+        sides = [(side, augment.long_side) for side in augment.short_sides]
+    count = max(1, MAX_OBJECTS // len(sides))
     stored = Boxes(*(evenly_spaced(column, count) for column in stored))
-    return _resized(stored, [resized_sizes(stored.sizes, side, augment.long_side) for side in augment.short_sides])
+    return _resized(stored, [resized_sizes(stored.sizes, *limits) for limits in sides])
 
 
-def resized_sizes(sizes: Tensor, short_side: int, long_side: int) -> Tensor:
+def resized_sizes(sizes: Tensor, short_side: float, long_side: float) -> Tensor:
     """Compute `ops.images.resized_size` of many images: (N, 2) (h, w) pixels."""
     scale = torch.minimum(long_side / sizes.amax(dim=1), short_side / sizes.amin(dim=1))
     return (sizes * scale[:, None] + 0.5).floor().clamp(min=1)

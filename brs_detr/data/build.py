@@ -4,30 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from brs_detr.data.coco import CocoDetection
-from brs_detr.data.config import DataConfig, SSDConfig
+from brs_detr.data.config import DataConfig, LSJConfig, SSDConfig
 from brs_detr.data.custom_augment import CustomTransform
+from brs_detr.data.lsj_transforms import LSJTransforms
 from brs_detr.data.presets import PRESETS, PresetTransforms
 from brs_detr.data.ssd_transforms import SSDTransforms
 from brs_detr.data.transforms import EvalTransforms, MultiScaleTransforms, TrainTransforms
 
+Policy = TrainTransforms | SSDTransforms | LSJTransforms
 
-def build_train_transforms(config: DataConfig) -> TrainTransforms | SSDTransforms | PresetTransforms:
+
+def build_train_transforms(config: DataConfig, masks: bool = True) -> Policy | PresetTransforms:
     """Build the training augmentation: the policy of the recipe, with the preset and the user's own around it.
+
+    Args:
+        config: section `data`.
+        masks: False where the detector has no use for masks, though the augmentation may have.
 
     Raises:
         CustomAugmentError: `data.augment.custom` cannot be imported.
     """
-    policy, augment = _build_policy(config), config.augment
+    policy, augment = _build_policy(config, masks), config.augment
     if augment.preset == "none" and augment.custom is None:
         return policy
     custom = None if augment.custom is None else CustomTransform(augment.custom)
     return PresetTransforms(policy, PRESETS[augment.preset], custom)
 
 
-def _build_policy(config: DataConfig) -> TrainTransforms | SSDTransforms:
+def masks_to_read(config: DataConfig, masks: bool) -> bool | Literal["optional"]:
+    """Return the argument `masks` of a training set: copy-paste reads them where there are any.
+
+    Args:
+        config: section `data`.
+        masks: whether the detector needs them.
+    """
+    return masks or ("optional" if isinstance(config.augment, LSJConfig) and config.augment.max_pasted else False)
+
+
+def _build_policy(config: DataConfig, masks: bool) -> Policy:
     augment = config.augment
+    if isinstance(augment, LSJConfig):
+        return LSJTransforms(
+            size=augment.size,
+            scales=(augment.min_scale, augment.max_scale),
+            flip=augment.flip,
+            max_pasted=augment.max_pasted,
+            keep_masks=masks,
+            antialias=config.antialias,
+        )
     if isinstance(augment, SSDConfig):
         return SSDTransforms(
             size=(augment.size, augment.size),
@@ -54,9 +81,10 @@ def build_eval_transforms(config: DataConfig, scales: Sequence[int] = ()) -> Eva
     Args:
         config: section `data`.
         scales: short sides in pixels to resize to instead of `test_short_side`, or sides of squares instead of
-            `test_square`; with several, an image is resized to each.
+            `test_square` or `test_canvas`; with several, an image is resized to each.
     """
-    resizing = [_resizing(config, scale) for scale in scales or (config.test_square or config.test_short_side,)]
+    own = config.test_square or config.test_canvas or config.test_short_side
+    resizing = [_resizing(config, scale) for scale in scales or (own,)]
     return resizing[0] if len(resizing) == 1 else MultiScaleTransforms(resizing)
 
 
@@ -64,7 +92,8 @@ def _resizing(config: DataConfig, side: int) -> EvalTransforms:
     """Build the resizing to one scale; the limit of the long side is in proportion to the short side."""
     long_side = round(config.test_long_side * side / config.test_short_side)
     size = None if config.test_square is None else (side, side)
-    return EvalTransforms(side, long_side, config.antialias, size=size)
+    canvas = None if config.test_canvas is None else side
+    return EvalTransforms(side, long_side, config.antialias, size=size, canvas=canvas)
 
 
 def open_train_set(config: DataConfig, seed: int, masks: bool = False) -> CocoDetection:
@@ -76,14 +105,14 @@ def open_train_set(config: DataConfig, seed: int, masks: bool = False) -> CocoDe
     return CocoDetection(
         Path(config.root, config.train_json),
         Path(config.root, config.train_images),
-        transforms=build_train_transforms(config),
+        transforms=build_train_transforms(config, masks),
         train=True,
         keep_empty=config.keep_empty,
         min_side=config.min_side,
         seed=seed,
         limits=config,
         retry_seconds=config.retry_seconds,
-        masks=masks,
+        masks=masks_to_read(config, masks),
     )
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from brs_detr.data.issues import DROPPED, KEPT, POLICY, REPAIRED, WARNED, DataEr
 from brs_detr.data.json_file import load_json
 from brs_detr.data.packed import check_masks, draw_masks, encode_masks, pack
 from brs_detr.data.shared_memory import shared_zeros
-from brs_detr.ops.masks import resize_masks
+from brs_detr.ops.masks import fit_masks, resize_masks
 from brs_detr.ops.rle import RLE
 from brs_detr.user_files import printable
 
@@ -61,7 +61,8 @@ class CocoDetection(Dataset):
             `Limits`.
         log: counter of the issues; pass one to see all of them.
         masks: also read the objects' masks. In training they follow the boxes through the augmentation, in evaluation
-            they are in `ground_truth`. Without them nothing of a segmentation is kept.
+            they are in `ground_truth`. Without them nothing of a segmentation is kept. "optional": if there are any;
+            the attribute then says so.
         draw_all: also draw every mask when opening the dataset, to log those that are empty or do not fit their boxes.
         retry_seconds: how long to retry a file when the storage fails; None does not retry, and a file that the storage
             does not return counts as damaged.
@@ -88,12 +89,14 @@ class CocoDetection(Dataset):
         inspect: bool | None = None,
         limits: Limits | None = None,
         log: IssueLog | None = None,
-        masks: bool = False,
+        masks: bool | Literal["optional"] = False,
         draw_all: bool = False,
         retry_seconds: float | None = None,
         read: Callable[[], dict[str, Any]] | None = None,
     ) -> None:
-        self.json_path, self.image_dir, self.masks = str(json_path), str(image_dir), masks
+        self.json_path, self.image_dir = str(json_path), str(image_dir)
+        self.masks: bool = masks is not False
+        self._masks_optional = masks == "optional"
         self.transforms, self.train, self.seed = transforms, train, seed
         self.limits, self.retry_seconds = limits or Limits(), retry_seconds
         self._log = IssueLog() if log is None else log
@@ -107,6 +110,7 @@ class CocoDetection(Dataset):
         self._states = shared_zeros(max(1, len(images)), torch.uint8)
         # per worker the image whose file it is reading, counted from 1, 0 if it reads none; slot 0: this process
         self._reading = shared_zeros(_MAX_WORKERS + 1, torch.int64)
+        getattr(transforms, "connect", lambda dataset: None)(self)  # where they draw other images of the dataset
 
     @property
     def num_classes(self) -> int:
@@ -205,12 +209,19 @@ class CocoDetection(Dataset):
         """Return the files that are being read at this moment, in this process and in the loader workers."""
         return [self.path(number - 1) for number in self._reading[self._reading > 0].tolist()]
 
-    def load(self, index: int, masks: bool = True) -> tuple[Tensor, Target]:
+    def random_image(self, generator: torch.Generator) -> tuple[Tensor, Target]:
+        """Load an image that the generator chooses, without augmentation, and those of its objects that have masks."""
+        index = int(torch.randint(len(self), (), generator=generator))
+        image, target, _ = self._load_or_replace(index, only_masked=True)
+        return image, target
+
+    def load(self, index: int, masks: bool = True, only_masked: bool = False) -> tuple[Tensor, Target]:
         """Load an image and its objects without augmentation; crowds are excluded.
 
         Args:
             index: image index.
             masks: False leaves out the masks of a dataset with masks.
+            only_masked: of a dataset with masks, leave out the objects of which the json has none.
 
         Raises:
             ImageError: the file cannot be decoded.
@@ -230,6 +241,9 @@ class CocoDetection(Dataset):
             self._reading[slot] = 0
         rows = np.arange(packed.offsets[index], packed.offsets[index + 1])
         rows = rows[~packed.iscrowd[rows]]
+        if only_masked:
+            assert packed.mask_offsets is not None  # opened with masks
+            rows = rows[packed.mask_offsets[rows + 1] > packed.mask_offsets[rows]]
         boxes, size, drawn_in = packed.boxes[rows], (image.shape[1], image.shape[2]), frame
         if size != frame:
             self._states[index] = _MISMATCH
@@ -243,7 +257,7 @@ class CocoDetection(Dataset):
         }
         if self.masks and masks:
             drawn = torch.from_numpy(draw_masks(packed, rows, drawn_in))
-            target["masks"] = resize_masks(drawn, size) if frame == drawn_in else _fit_masks(drawn, size)
+            target["masks"] = resize_masks(drawn, size) if frame == drawn_in else fit_masks(drawn, size)
         return image, target
 
     def ground_truth(self) -> dict[str, Any]:
@@ -318,6 +332,8 @@ class CocoDetection(Dataset):
         # on the boxes as written: clipping would hide those that stick out of their images
         check_box_format(images, objects, log)
         objects = clip_and_filter_boxes(images, objects, log, self.train)
+        if self._masks_optional and not (objects.masks is not None and objects.masks.any()):
+            self.masks, objects = False, replace(objects, masks=None)
         if self.masks:
             objects = check_masks(images, objects, log, draw_all)
         for label in set(range(len(self.classes))) - set(objects.labels.tolist()):
@@ -342,7 +358,7 @@ class CocoDetection(Dataset):
             )
         return images, objects
 
-    def _load_or_replace(self, index: int) -> tuple[Tensor, Target, int]:
+    def _load_or_replace(self, index: int, only_masked: bool = False) -> tuple[Tensor, Target, int]:
         """Load the image, or the next readable one: a fixed rule, so that a resumed run uses the same replacement."""
         # 100 in a row: then it is not one damaged image, and searching a large dataset would take hours
         for step in range(min(len(self), 100)):
@@ -350,7 +366,7 @@ class CocoDetection(Dataset):
             if self._states[candidate] == _UNREADABLE:
                 continue
             try:
-                return *self.load(candidate), candidate
+                return *self.load(candidate, only_masked=only_masked), candidate
             except ImageError as error:
                 _console.warning("%s Using the next readable image instead.", error)
         raise ImageError(f"{self.path(index)}: neither this image nor the next ones can be read.")
@@ -429,11 +445,3 @@ def _into_image(
         return boxes * scale, np.ones(len(boxes), bool), frame
     boxes = np.clip(boxes, 0, np.array([size[1], size[0]] * 2, np.float32))
     return boxes, (boxes[:, 2:] - boxes[:, :2] >= 1).all(1), size
-
-
-def _fit_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cut or pad masks (n, h, w) at the right and bottom to the (h, w) of the image that they are taken to be of."""
-    fitted = masks.new_zeros(len(masks), *size)
-    height, width = min(masks.shape[1], size[0]), min(masks.shape[2], size[1])
-    fitted[:, :height, :width] = masks[:, :height, :width]
-    return fitted

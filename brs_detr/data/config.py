@@ -61,6 +61,26 @@ class SSDConfig:
 
 
 @dataclass(frozen=True)
+class LSJConfig:
+    """Large-scale jitter: resized by a random factor, cropped, and laid on a gray square; with copy-paste."""
+
+    name: Literal["lsj"] = "lsj"
+    size: Count = 1024  # side in pixels of the square; data.test_canvas is that of validation
+    min_scale: Positive = 0.1  # smallest and
+    max_scale: Positive = 2.0  # largest factor; at 1 the image just fits into the square
+    max_pasted: int = 99  # most objects pasted from another image, where the annotations have masks; 0: none
+    flip: Fraction = 0.5
+    preset: Preset = "none"  # as of `AugmentConfig`
+    custom: Annotated[str | None, Null("none")] = None
+
+    def problems(self, name: str) -> Iterator[str]:
+        """Yield what is wrong between settings; `name` is that of the section."""
+        if self.min_scale > self.max_scale:
+            yield f"{name}.min_scale={self.min_scale:g} is above {name}.max_scale={self.max_scale:g}"
+        yield from _custom_problems(self.custom, name)
+
+
+@dataclass(frozen=True)
 class Limits:
     """Limits on the files of a dataset."""
 
@@ -92,11 +112,13 @@ class DataConfig(Limits):
     keep_empty: bool = True  # images without objects are trained on
     min_side: int = 32  # smaller images are not trained on
     antialias: bool = True  # low-pass filter when shrinking; the released code had none
-    augment: AugmentConfig | SSDConfig = one_of(AugmentConfig(), SSDConfig())
+    augment: AugmentConfig | SSDConfig | LSJConfig = one_of(AugmentConfig(), SSDConfig(), LSJConfig())
     test_short_side: Count = 800
     test_long_side: Count = 1333
     # side in pixels of a square to resize to whatever the aspect ratio; null: keep it
     test_square: Annotated[Count | None, Null("keep the aspect ratio")] = None
+    # side in pixels of a gray square to fit the image into, which the detector sees as a part of it; null: none
+    test_canvas: Annotated[Count | None, Null("no canvas")] = None
     # images of classes that are in a smaller share of the images are shown more often; LVIS: 0.001
     repeat_threshold: Annotated[Fraction | None, Null("every image once an epoch")] = None
 
@@ -106,6 +128,17 @@ class DataConfig(Limits):
             yield (
                 f"{name}.val_fraction={self.val_fraction:g} divides the dataset of the argument data=. Write "
                 f"{name}=FOLDER_OR_JSON {name}.val_fraction={self.val_fraction:g}, without the paths"
+            )
+        if self.test_square is not None and self.test_canvas is not None:
+            yield (
+                f"{name}.test_square={self.test_square} and {name}.test_canvas={self.test_canvas} are two ways to make "
+                "images square. Set one of them to null"
+            )
+        if isinstance(self.augment, LSJConfig) and self.test_canvas is None:
+            # Boxes are relative to the canvas, and objects smaller on it: without one it would find less, silently.
+            yield (
+                f"{name}.augment.name=lsj trains with a canvas around images, {name}.test_canvas=null tests without. "
+                f"Set {name}.test_canvas={self.augment.size}"
             )
         if (self.timeout or math.inf) <= self.retry_seconds:
             # Else a storage that recovers in time would still end the run.

@@ -44,18 +44,26 @@ def collate(
         shapes = [target["masks"].shape for target in targets]
         masks = torch.cat([target["masks"].flatten() for target in targets]).split([s.numel() for s in shapes])
         targets = [{**t, "masks": m.view(s)} for t, m, s in zip(targets, masks, shapes, strict=True)]
-    return to_batch(images, [target["original_size"] for target in targets]), targets
+    contents = [target["content_sizes"] for target in targets] if "content_sizes" in targets[0] else None
+    return to_batch(images, [target["original_size"] for target in targets], contents), targets
 
 
-def to_batch(images: Sequence[Tensor | list[Tensor]], original_sizes: Sequence[Size]) -> ImageBatch | ImageViews:
+def to_batch(
+    images: Sequence[Tensor | list[Tensor]],
+    original_sizes: Sequence[Size],
+    content_sizes: Sequence[Sequence[Size]] | None = None,
+) -> ImageBatch | ImageViews:
     """Pad images (3, h, w) to a batch; of lists of several sizes of each image, pad each size to a batch.
 
     Args:
         images: at least one; all lists have the same length.
         original_sizes: (height, width) of each image as stored on disk.
+        content_sizes: of each image, in each of its sizes, (height, width) inside the canvas; None without a canvas.
     """
     views = [[image] if isinstance(image, Tensor) else image for image in images]
-    batches = [ImageBatch.from_list(scale, original_sizes) for scale in zip(*views, strict=True)]
+    scales = list(zip(*views, strict=True))
+    contents = [None] * len(scales) if content_sizes is None else list(zip(*content_sizes, strict=True))
+    batches = [ImageBatch.from_list(scale, original_sizes, own) for scale, own in zip(scales, contents, strict=True)]
     return batches[0] if len(batches) == 1 else ImageViews(batches)
 
 

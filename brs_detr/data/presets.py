@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from brs_detr.data.coco import Target, Transform
+from brs_detr.data.coco import CocoDetection, Target, Transform
 from brs_detr.data.config import Preset
 from brs_detr.data.transforms import Size, flip_sample, integer, uniform
 
@@ -93,7 +93,7 @@ class PresetTransforms:
     """Turn and flip an image, apply the policy of a recipe, and change the pixels of its result.
 
     Args:
-        policy: of the recipe: `TrainTransforms` or `SSDTransforms`.
+        policy: of the recipe: `TrainTransforms`, `SSDTransforms` or `LSJTransforms`.
         strength: of the preset.
         custom: the user's own augmentation, applied first; None without.
     """
@@ -111,6 +111,11 @@ class PresetTransforms:
             image, target = flip_sample(image, target)
         image, target = self.policy(image, target, generator)
         return change_pixels(image, self.strength, generator).contiguous(), target
+
+    def connect(self, dataset: CocoDetection) -> None:
+        """Let the policy draw other images of the dataset, if it does so."""
+        if hasattr(self.policy, "connect"):
+            self.policy.connect(dataset)
 
     def largest_sizes(self, height: int, width: int) -> list[Size]:
         """Return (h, w) of the largest images that one of this size can become, as `TrainTransforms` does.

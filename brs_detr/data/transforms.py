@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from brs_detr.data.coco import Target
-from brs_detr.ops.images import Size, resized_size
+from brs_detr.ops.images import CANVAS_COLOR, Size, resized_size
 from brs_detr.ops.masks import resize_masks
 
 
@@ -130,6 +130,8 @@ class EvalTransforms:
         antialias: as there.
         size: (h, w) pixels to resize to whatever the aspect ratio, instead of the two limits.
         within: (H, W) pixels that a resized image must fit into besides.
+        canvas: side in pixels of a square to fit the image into, instead of all of these: the rest of it is gray, and
+            for the detector a part of the image.
     """
 
     def __init__(
@@ -140,20 +142,38 @@ class EvalTransforms:
         *,
         size: Size | None = None,
         within: Size | None = None,
+        canvas: int | None = None,
     ) -> None:
         self.short_side, self.long_side, self.antialias = short_side, long_side, antialias
-        self.size, self.within = size, within
+        self.size, self.within, self.canvas = size, within, canvas
 
     def output_size(self, height: int, width: int) -> Size:
-        """Return (h, w) of an image of this size after resizing."""
+        """Return (h, w) of what an image of this size becomes, its canvas included."""
+        return self.resized(height, width) if self.canvas is None else (self.canvas, self.canvas)
+
+    def resized(self, height: int, width: int) -> Size:
+        """Return (h, w) of an image of this size after resizing, without its canvas."""
+        if self.canvas is not None:
+            return resized_size(height, width, self.canvas, self.canvas)
         return self.size or resized_size(height, width, self.short_side, self.long_side, self.within)
+
+    def content_sizes(self, height: int, width: int) -> tuple[Size, ...] | None:
+        """Return (h, w) of an image of this size inside the canvas of each view; None without a canvas."""
+        return None if self.canvas is None else (self.resized(height, width),)
 
     def __call__(
         self, image: Tensor, target: Target, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Target]:
-        """Resize a (3, h, w) uint8 image and its target; `generator` is unused."""
-        size = self.output_size(image.shape[-2], image.shape[-1])
-        return resize_sample(image, target, size, self.antialias, clip=False)
+        """Resize a (3, h, w) uint8 image and its target; `generator` is unused.
+
+        With a canvas the target also has "content_sizes", as `content_sizes` returns them.
+        """
+        stored = image.shape[-2], image.shape[-1]
+        image, target = resize_sample(image, target, self.resized(*stored), self.antialias, clip=False)
+        if self.canvas is None:
+            return image, target
+        image, target = place_on_canvas(image, target, (self.canvas, self.canvas))
+        return image, {**target, "content_sizes": self.content_sizes(*stored)}
 
     def output_sizes(self, height: int, width: int) -> tuple[Size, ...]:
         """Return (h, w) of each view of an image: here there is one."""
@@ -161,8 +181,8 @@ class EvalTransforms:
 
     def views(self, image: Tensor) -> list[Tensor]:
         """Resize a (3, h, w) uint8 image to each size that the detector is to see it in: here one."""
-        size = self.output_size(image.shape[-2], image.shape[-1])
-        return [_resize_image(image, size, self.antialias)]
+        view = resize_image(image, self.resized(image.shape[-2], image.shape[-1]), self.antialias)
+        return [view if self.canvas is None else _on_canvas(view, (self.canvas, self.canvas), CANVAS_COLOR)]
 
 
 class MultiScaleTransforms:
@@ -179,6 +199,11 @@ class MultiScaleTransforms:
         """Return (h, w) of an image of this size in each scale."""
         return tuple(scale.output_size(height, width) for scale in self.scales)
 
+    def content_sizes(self, height: int, width: int) -> tuple[Size, ...] | None:
+        """Return (h, w) of an image of this size inside the canvas of each scale; None without canvases."""
+        sizes = [scale.content_sizes(height, width) for scale in self.scales]
+        return None if sizes[0] is None else tuple(size for own in sizes if own is not None for size in own)
+
     def views(self, image: Tensor) -> list[Tensor]:
         """Resize a (3, h, w) uint8 image to each size."""
         return [view for scale in self.scales for view in scale.views(image)]
@@ -188,6 +213,8 @@ class MultiScaleTransforms:
     ) -> tuple[list[Tensor], Target]:
         """Resize a (3, h, w) uint8 image to each size, and its target to the first; `generator` is unused."""
         first, resized = self.scales[0](image, target)
+        if (sizes := self.content_sizes(image.shape[-2], image.shape[-1])) is not None:
+            resized["content_sizes"] = sizes
         return [first, *(view for scale in self.scales[1:] for view in scale.views(image))], resized
 
 
@@ -215,7 +242,7 @@ def resize_sample(
     resized = {**target, "boxes": (F.clamp_bounding_boxes(boxes) if clip else boxes).as_subclass(Tensor)}
     if "masks" in target:
         resized["masks"] = resize_masks(target["masks"], size)
-    return _resize_image(image, size, antialias), resized
+    return resize_image(image, size, antialias), resized
 
 
 def crop_sample(
@@ -250,6 +277,29 @@ def _cut(planes: Tensor, area: tuple[int, int, int, int], fill: Tensor) -> Tenso
     return cut
 
 
+def place_on_canvas(image: Tensor, target: Target, size: Size) -> tuple[Tensor, Target]:
+    """Lay an image (3, h, w) and its masks on a gray canvas of (H, W) pixels, at its top left; boxes stay.
+
+    Args:
+        image: (3, h, w) uint8, not larger than the canvas.
+        target: its objects.
+        size: (H, W) of the canvas.
+    """
+    if "masks" in target:
+        target = {**target, "masks": _on_canvas(target["masks"], size, 0)}
+    return _on_canvas(image, size, CANVAS_COLOR), target
+
+
+def _on_canvas(planes: Tensor, size: Size, fill: int) -> Tensor:
+    """Pad planes (c, h, w) with `fill` at the right and bottom to (c, H, W)."""
+    height, width = planes.shape[-2:]
+    if (height, width) == size:
+        return planes
+    canvas = planes.new_full((len(planes), *size), fill)
+    canvas[:, :height, :width] = planes
+    return canvas
+
+
 def keep_objects(target: Target, keep: Tensor) -> Target:
     """Select the objects of a boolean mask (n,): boxes, labels and masks."""
     return {**target, **{name: target[name][keep] for name in ("boxes", "labels", "masks") if name in target}}
@@ -260,7 +310,8 @@ def _as_boxes(boxes: Tensor, image: Tensor) -> tv_tensors.BoundingBoxes:
     return tv_tensors.BoundingBoxes(boxes.reshape(-1, 4), format="XYXY", canvas_size=size)
 
 
-def _resize_image(image: Tensor, size: Size, antialias: bool) -> Tensor:
+def resize_image(image: Tensor, size: Size, antialias: bool) -> Tensor:
+    """Resize an image (3, h, w) uint8 bilinearly to (h, w) = `size`."""
     if tuple(image.shape[-2:]) == size:
         return image
     return F.resize(image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=antialias)

@@ -88,7 +88,8 @@ class EvalConfig:
     # of the decoder's detections; the other heads have their `nms_iou`
     nms: NMSConfig = one_of(NoNMS(), SoftNMS(), HardNMS())
     # short sides in pixels that every image is resized to, one after the other, instead of data.test_short_side; the
-    # long side's limit, data.test_long_side, grows in proportion. []: one size
+    # long side's limit, data.test_long_side, grows in proportion; sides of squares where test images are squares. []:
+    # one size
     test_scales: tuple[Count, ...] = ()
     test_flip: bool = False  # detect in the mirrored image, too; boxes of all views are joined by class-wise NMS
     calibrate: bool = True  # scores are precisions, by the map that the validation stores; false: as the detector's

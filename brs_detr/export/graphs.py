@@ -38,6 +38,7 @@ from brs_detr.models.transformer.decoder import Predictions, best_pairs
 from brs_detr.models.transformer.encoder import Memory
 from brs_detr.models.transformer.two_stage import TwoStageHead
 from brs_detr.ops.deform_attn_gather import gathered_attention
+from brs_detr.ops.images import CANVAS_COLOR
 
 
 class ExportError(ValueError):
@@ -160,6 +161,9 @@ class DetectorGraph(nn.Module):
         below = torch.arange(height, device=sizes.device) >= sizes[:, :1]
         beside = torch.arange(width, device=sizes.device) >= sizes[:, 1:]
         padding = below[:, :, None] | beside[:, None, :]
+        if model.test_canvas is not None:  # what lies beside the image is a part of it, in gray
+            pixels, padding = pixels.masked_fill(padding[:, None], CANVAS_COLOR), torch.zeros_like(padding)
+            sizes = torch.ones_like(sizes) * torch.tensor([height, width], device=sizes.device)
         features = model.encode(model.normalize(pixels, padding), padding)
         if model.predict_with == "decoder":
             return decoder_detections(model, features, sizes)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from brs_detr.models.transformer.encoder import Memory
 from brs_detr.models.transformer.two_stage import Proposals
 from brs_detr.ops.anchors import take_rows
 from brs_detr.ops.boxes import Candidates
-from brs_detr.ops.images import ImageBatch, Size
+from brs_detr.ops.images import CANVAS_COLOR, ImageBatch, Size
 
 MAX_BOX_DIFFERENCE = 0.1
 """Maximum difference of a box's corner, in pixels of the input, that counts as rounding."""
@@ -110,6 +111,9 @@ def compare(
         calibration: the maps that the file was exported with.
     """
     found = exported(images)
+    if model.test_canvas is not None:
+        gray = images.pixels.masked_fill(images.padding_mask()[:, None], CANVAS_COLOR)
+        images = replace(images, pixels=gray, sizes=[images.padded_size] * len(images))
     if calibration is None:
         return compare_raw(model, found, images)
     scores, raw, labels = found["scores"].double(), found.pop(RAW_SCORES), found["labels"]

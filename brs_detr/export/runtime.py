@@ -45,6 +45,7 @@ class ExportedFile:
         size: (H, W) of the input; None: images may have any size.
         short_side, long_side: limits of an image's sides before it is padded.
         antialias: how it is resized.
+        has_canvas: the detector sees what lies beside the image as a part of it.
         calibration: the maps in the graph; None: scores are raw.
 
     Raises:
@@ -65,6 +66,7 @@ class ExportedFile:
         self.short_side, self.long_side = int(facts["short_side"]), int(facts["long_side"])
         self.antialias = bool(facts["antialias"])
         self._thresholds = [float(value) for value in facts["thresholds"]]
+        self.has_canvas = facts.get("canvas") is not None  # files of before there were canvases have no such entry
         stored = facts["calibration"]
         try:
             self.calibration = None if stored is None else Calibration.from_dict(stored, len(self.classes))
@@ -94,7 +96,10 @@ class ExportedFile:
         ):
             found = scores >= 0  # -1 fills up an image with fewer detections
             scale = np.array([full_w / w, full_h / h] * 2, np.float32)
-            columns = {"boxes": boxes[found] * scale, "scores": scores[found], "labels": labels[found]}
+            own = boxes[found] * scale
+            if self.has_canvas:  # the file has boxes beside the image, too
+                own = own.clip(0, np.array([full_w, full_h] * 2, np.float32))
+            columns = {"boxes": own, "scores": scores[found], "labels": labels[found]}
             results.append({name: torch.from_numpy(value) for name, value in columns.items()})
         return results
 

@@ -58,6 +58,7 @@ class Detector(nn.Module):
         self.ensemble: Ensemble | None = None  # what a validation has learned of the heads
         self.test_flip = False  # detect in mirrored images, too
         self.test_scales: tuple[int, ...] = ()  # what images are resized to before they come here; for the record
+        self.test_canvas: int | None = None  # side of the square on which they come, likewise
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
 

@@ -8,11 +8,12 @@ is joined, so the detections are those without this.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from brs_detr.ops.images import ImageBatch, ImageViews, Size
 from brs_detr.ops.masks import as_rles, decode_masks, encode_masks
@@ -37,15 +38,63 @@ def detect_in_views(
         As `detect`; of several views best first, as many as do not overlap.
     """
     scales = images.scales if isinstance(images, ImageViews) else [images]
-    views = [detect(scale) for scale in scales]
+    views = [detect_on_canvas(detect, scale) for scale in scales]
     if flip:
-        views += [_mirrored_back(detect(scale.flipped()), images.original_sizes) for scale in scales]
+        mirrored = [detect_on_canvas(detect, scale.flipped()) for scale in scales]
+        views += [_mirrored_back(by_head, images.original_sizes) for by_head in mirrored]
     if len(views) == 1:
         return views[0]
     return {
         head: [join([view[head][image] for view in views], nms_iou) for image in range(len(images))]
         for head in views[0]
     }
+
+
+def detect_on_canvas(detect: Callable[[ImageBatch], ByHead], images: ImageBatch) -> ByHead:
+    """Detect objects in a batch, and map those of images that lie on a canvas back to the stored images.
+
+    Args:
+        detect: as of `detect_in_views`; it scales what it finds from `sizes` to `original_sizes`, and knows no canvas.
+        images: a batch, with or without `content_sizes`.
+
+    Returns:
+        As `detect`. With a canvas, boxes are clipped to the stored image, and those beside it are dropped.
+    """
+    if images.content_sizes is None:
+        return detect(images)
+    frames, factors = [], []
+    for canvas, content, stored in zip(images.sizes, images.content_sizes, images.original_sizes, strict=True):
+        # the canvas at the scale of the stored image, in whole pixels as masks need it, and what this rounds away
+        frame = tuple(-(-side * full // own) for side, own, full in zip(canvas, content, stored, strict=True))
+        frames.append((frame[0], frame[1]))
+        factors.append([canvas[axis] * stored[axis] / (content[axis] * frame[axis]) for axis in (1, 0, 1, 0)])
+    by_head = detect(replace(images, original_sizes=frames, content_sizes=None))
+    return {
+        head: [
+            _off_canvas(own, factor, frame, size)
+            for own, factor, frame, size in zip(found, factors, frames, images.original_sizes, strict=True)
+        ]
+        for head, found in by_head.items()
+    }
+
+
+def _off_canvas(found: Found, factors: Sequence[float], frame: Size, size: Size) -> Found:
+    """Map the detections of one image from its canvas to the image of (h, w) = `size` at its top left.
+
+    Args:
+        found: `boxes` (n, 4) xyxy pixels of the frame, `scores`, `labels`, perhaps `masks` of the frame.
+        factors: of the four coordinates; they differ from 1 by less than a pixel of the frame.
+        frame: (H, W) of the canvas at the scale of the stored image.
+        size: of the stored image.
+    """
+    boxes = clip_boxes_to_image(found["boxes"] * found["boxes"].new_tensor(factors), size)
+    kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1).nonzero()[:, 0]
+    mapped: Found = {"boxes": boxes[kept], "scores": found["scores"][kept], "labels": found["labels"][kept]}
+    if "masks" in found:
+        rles = as_rles(found["masks"])
+        cut = (decode_masks([rles[row]], frame)[:, : size[0], : size[1]] for row in kept.tolist())
+        mapped["masks"] = [encode_masks(mask)[0] for mask in cut]
+    return mapped
 
 
 def join(found: Sequence[Found], nms_iou: float) -> Found:

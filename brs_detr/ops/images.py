@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Size = tuple[int, int]
+CANVAS_COLOR = 114  # of 255, before normalizing: the gray of the released code
 
 
 def resized_size(height: float, width: float, short_side: float, long_side: float, within: Size | None = None) -> Size:
@@ -48,14 +49,22 @@ class ImageBatch:
         pixels: (B, 3, H, W) RGB, uint8 in 0..255 or float; 0 where padded.
         sizes: (height, width) of each image inside the padding.
         original_sizes: (height, width) of each image as stored on disk; detections are reported in this frame.
+        content_sizes: (height, width) of the stored image after resizing, where it lies at the top left of a canvas
+            that is as large as `sizes` and that the detector sees as a part of the image; None: there is no canvas.
     """
 
     pixels: Tensor
     sizes: list[Size]
     original_sizes: list[Size]
+    content_sizes: list[Size] | None = None
 
     @classmethod
-    def from_list(cls, images: Sequence[Tensor], original_sizes: Sequence[Size] | None = None) -> ImageBatch:
+    def from_list(
+        cls,
+        images: Sequence[Tensor],
+        original_sizes: Sequence[Size] | None = None,
+        content_sizes: Sequence[Size] | None = None,
+    ) -> ImageBatch:
         """Pad (3, h, w) tensors to the largest height and width among them (no rounding to a multiple of 32)."""
         if not images:
             raise ValueError("images: a batch needs at least one image")
@@ -64,7 +73,8 @@ class ImageBatch:
         pixels = images[0].new_zeros(len(images), 3, height, width)
         for row, image, (h, w) in zip(pixels, images, sizes, strict=True):
             row[:, :h, :w].copy_(image)
-        return cls(pixels, sizes, list(original_sizes) if original_sizes is not None else sizes)
+        contents = None if content_sizes is None else list(content_sizes)
+        return cls(pixels, sizes, list(original_sizes) if original_sizes is not None else sizes, contents)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -92,9 +102,9 @@ class ImageBatch:
         return mask.to(self.pixels.device, non_blocking=True)
 
     def flipped(self) -> ImageBatch:
-        """Mirror each image horizontally inside its own size; the padding stays at the right."""
-        pixels = torch.zeros_like(self.pixels)
-        for row, image, (h, w) in zip(pixels, self.pixels, self.sizes, strict=True):
+        """Mirror each image horizontally inside its own size; the padding, or the canvas, stays at the right."""
+        pixels = self.pixels.clone()
+        for row, image, (h, w) in zip(pixels, self.pixels, self.content_sizes or self.sizes, strict=True):
             row[:, :h, :w] = image[:, :h, :w].flip(-1)
         return replace(self, pixels=pixels)
 

@@ -45,6 +45,27 @@ def resize_masks(masks: Tensor, size: Size) -> Tensor:
     return new
 
 
+def fit_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cut or pad masks (n, h, w) at the right and bottom to the (h, w) of the image that they are taken to be of."""
+    fitted = masks.new_zeros(len(masks), *size)
+    height, width = min(masks.shape[1], size[0]), min(masks.shape[2], size[1])
+    fitted[:, :height, :width] = masks[:, :height, :width]
+    return fitted
+
+
+def boxes_around(masks: Tensor) -> Tensor:
+    """Return the boxes (n, 4) float32 xyxy pixels around bitmaps (n, h, w); zeros around an empty one."""
+    spans = []
+    for inside in (masks.any(dim=1), masks.any(dim=2)):  # of the columns, of the rows
+        side = inside.shape[1]
+        position = torch.arange(1, side + 1, device=masks.device)
+        end = (inside * position).amax(dim=1)  # 1 after the last
+        begin = side - (inside * position.flip(0)).amax(dim=1)
+        spans.append((torch.minimum(begin, end), end))
+    (x1, x2), (y1, y2) = spans
+    return torch.stack([x1, y1, x2, y2], dim=1).float()
+
+
 def shrink_masks(masks: Tensor, frame: Size, size: Size) -> Tensor:
     """Resample bitmaps of an image to a coarser map of its padded batch, bilinearly, > 0.5.
 

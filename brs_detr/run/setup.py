@@ -20,6 +20,7 @@ from brs_detr.config import Config, ConfigError
 from brs_detr.config_io import leaves
 from brs_detr.data.build import build_eval_transforms, build_train_transforms
 from brs_detr.data.coco import CocoDetection
+from brs_detr.data.config import LSJConfig
 from brs_detr.data.shared_memory import shortage
 from brs_detr.engine.batch_plan import FEW_STEPS, BatchPlan, TrainingLength, split_batch_size
 from brs_detr.engine.checkpoint import (
@@ -74,6 +75,7 @@ def build_detector(config: Config, num_classes: int, *, initial_weights: bool = 
     try:
         model.predict_with, model.nms = config.eval.predict_with, config.eval.nms
         model.test_flip, model.test_scales = config.eval.test_flip, config.eval.test_scales
+        model.test_canvas = config.data.test_canvas
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return model
@@ -282,11 +284,13 @@ def largest_shape(config: Config, plan: BatchPlan, dataset: CocoDetection) -> di
     largest = max(sizes, key=math.prod)
     if plan.per_device > 1 and len(dataset) > 1:
         largest = (max(h for h, _ in sizes), max(w for _, w in sizes))
+    most, augment = int(np.diff(dataset.packed.offsets).max()), config.data.augment
+    pasted = augment.max_pasted if isinstance(augment, LSJConfig) and dataset.masks else 0
     return {
         "batch_size": plan.per_device,
         "accumulate": plan.accumulate,
         "size": largest,
-        "objects": int(np.diff(dataset.packed.offsets).max()),
+        "objects": most + min(most, pasted),
         "num_classes": dataset.num_classes,
         "masks": config.model.has_masks,
     }

@@ -15,6 +15,7 @@ from brs_detr.commands import evaluate_export
 from brs_detr.commands.export import portable_settings, validation
 from brs_detr.config import ConfigError, load_config, to_dict
 from brs_detr.engine.checkpoint import Weights, load_weights, save_weights
+from brs_detr.models.config import NoNMS, SoftNMS
 from brs_detr.run.setup import build_detector
 
 CLASSES, IDS = ["disc", "ring", "star"], [3, 7, 12]
@@ -132,13 +133,17 @@ def test_figures_are_stored_for_the_head_that_is_exported_unless_settings_have_c
     config = replace(world.config, eval=replace(world.config.eval, predict_with="auto"))
     metrics = {"AP": 0.5, "AP50": 0.7, "loss": 3.0, "decoder_AP": 0.4, "roi_AP": 0.5}
     weights = Weights({}, CLASSES, IDS, to_dict(config), {"metrics": metrics, "predict_with": "roi", "epoch": 2})
-    model = SimpleNamespace(predict_with="roi", heads=("decoder", "roi", "atss"))
+    names = {"heads": ("decoder", "roi", "atss"), "overlapping": ("decoder",)}
+    model = SimpleNamespace(predict_with="roi", nms=NoNMS(), **names)
     assert validation(model, weights, config)["figures"] == {"AP": 0.5, "AP50": 0.7}
     model.predict_with = "decoder"
     assert validation(model, weights, config)["figures"] == {"AP": 0.4}
+    model.nms = SoftNMS()  # which the file is without
+    assert validation(model, weights, config) is None
     model.predict_with = "atss"
     assert validation(model, weights, config) is None
     model.predict_with = "roi"
+    assert validation(model, weights, config) is not None  # it suppresses in its own way, as its graph does
     assert validation(model, weights, replace(config, data=replace(config.data, test_short_side=99))) is None
     assert validation(model, replace(weights, extra={}), config) is None
 

@@ -8,7 +8,7 @@ import torch
 from support import SMALL_BACKBONE
 
 from brs_detr.export.graphs import DetectorGraph, ExportError, require_exportable
-from brs_detr.export.onnx import DESCRIPTION, description, soft_nms_of, write_onnx
+from brs_detr.export.onnx import DESCRIPTION, OUTPUTS, description, soft_nms_of, write_onnx
 from brs_detr.export.parity import ExportedDetector, compare
 from brs_detr.models.build import build_model
 from brs_detr.models.cnn_config import CascadeRCNNConfig, MaskRCNNConfig, PAAConfig, SOLOv2Config, YOLACTConfig
@@ -66,6 +66,28 @@ def test_the_graph_of_the_decoder_leaves_soft_nms_out_and_says_so(detector):
         model
     )
     assert soft_nms_of(with_head(model, "roi")) is None  # it suppresses in its own way, which its graph does too
+
+
+@pytest.mark.parametrize("head", ["decoder", "roi", "atss"])
+def test_the_graph_lays_images_on_their_canvas(detector, head):
+    """Whatever the padding holds, it is gray, and for the detector a part of the image."""
+    model, images = with_head(detector, head), batch((96, 130), (80, 128))
+    gray = images.pixels.masked_fill(images.padding_mask()[:, None], 114)
+    whole = replace(images, pixels=gray, sizes=[(96, 130)] * 2, original_sizes=[(96, 130)] * 2)
+    with torch.no_grad():
+        expected = model(whole)
+        model.test_canvas = 130  # only whether there is one matters to the graph
+        graph = DetectorGraph(model)
+        boxes, scores, labels = graph(images.pixels, torch.tensor(images.sizes))[:3]
+        if head == "atss":  # those of the others also need what their second stage looks at
+            found = dict(zip(OUTPUTS, (boxes, scores, labels), strict=True))
+            assert compare(model, lambda _: found, images).small
+    for row, one in enumerate(expected):
+        count = len(one["scores"])
+        assert 0 < count == (scores[row] >= 0).sum()
+        torch.testing.assert_close(boxes[row, :count], one["boxes"], rtol=0, atol=1e-3)
+        torch.testing.assert_close(scores[row, :count], one["scores"], rtol=0, atol=1e-5)
+        assert torch.equal(labels[row, :count], one["labels"])
 
 
 @pytest.mark.parametrize("head", ["roi", "atss"])
