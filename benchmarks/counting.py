@@ -1,0 +1,443 @@
+"""Count what a training step asks of a GPU: operations that start kernels, and places where the host would wait.
+
+No GPU is needed. `on_device` marks a model's tensors as those of an imagined GPU (`DeviceTensor`): they are computed on
+the CPU, but say to Python that they lie on a GPU, so that the code takes the branches it takes there. `StepCounter`
+watches the operations on them; those on plain tensors, which a GPU run computes on the host too, are not counted.
+
+What counts, one each: every operation below autograd that is neither a view nor an allocation, as a rule one kernel,
+sometimes several. Operations on lists of tensors (`torch._foreach_*`) and fused optimizers count once.
+
+What waits: an operation whose result the host needs (`tolist`, `item`, `cpu`) or whose size depends on its values
+(`nonzero`, boolean indexing, `nms`, ...). Listed apart are copies to the device that wait until they are made: tensors
+made of Python numbers on the device, `to(device)` without `non_blocking`. CUDA waits there too, for all kernels before.
+
+Sections are told by the file that an operation is called from, those of the backward pass by the operation that is
+differentiated.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import sys
+import time
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.utils.clip_grad as clipping
+import torch.optim.optimizer as optimizers
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = f"{ROOT / 'brs_detr'}/"
+DEVICE, HOST = torch.device("cuda", 0), torch.device("cpu")
+
+# Files below `brs_detr` and the section that an operation called from them belongs to; the innermost frame that is
+# named here decides. A trailing slash stands for a folder.
+SECTIONS = {
+    "losses/": "losses",
+    "assign/hungarian.py": "matching",
+    "assign/": "assignment",
+    "models/backbones/": "backbone",
+    "models/neck.py": "neck",
+    "models/transformer/encoder.py": "encoder",
+    "models/transformer/two_stage.py": "proposals",
+    "models/transformer/decoder.py": "decoder",
+    "models/transformer/collaborative.py": "auxiliary queries",
+    "models/heads/rpn.py": "RPN",
+    "models/heads/roi.py": "RoI",
+    "models/heads/cascade.py": "RoI",
+    "models/heads/mask.py": "masks",
+    "models/heads/atss.py": "ATSS",
+    "models/brs_detr.py": "model",
+    "models/detector.py": "model",
+    "models/rcnn.py": "model",
+    "models/one_stage.py": "model",
+    "ops/targets.py": "data",
+    "engine/distributed.py": "optimizer",
+    "engine/nonfinite.py": "trainer",
+    "engine/trainer.py": "trainer",
+}
+# In files that several parts share, the class of the method's object decides.
+BY_CLASS = {"RPNHead": "RPN", "ATSSHead": "ATSS", "RoIHead": "RoI", "CascadeHead": "RoI"}
+SHARED = "models/heads/"
+# Functions whose operations belong elsewhere than those of their file.
+BY_FUNCTION = {"set_losses": "losses", "normalize": "data", "padding_mask": "data", "gradient_norm": "optimizer"}
+OUTSIDE, AUXILIARY = "other", "auxiliary decoder"
+
+# Allocations, and what only changes how a tensor is seen but is no view to its schema.
+WITHOUT_KERNEL = {
+    *("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "resize_", "set_"),
+    *("detach", "alias", "lift", "lift_fresh", "_unsafe_view", "_local_scalar_dense", "equal", "is_same_size"),
+}
+# The size of the result, or the result itself, has to come to the host.
+WAITING = {
+    *("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "bincount", "nms"),
+    *("_unique", "_unique2", "unique_dim", "unique_consecutive"),
+}
+FROM_DATA = {torch.tensor, torch.as_tensor, Tensor.new_tensor, torch.asarray}
+
+
+class DeviceTensor(Tensor):
+    """A tensor of the imagined GPU: computed on the CPU, but of a CUDA device to who asks in Python."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """The imagined GPU."""
+        return DEVICE
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        """True."""
+        return True
+
+    @property
+    def is_cpu(self) -> bool:  # type: ignore[override]
+        """False."""
+        return False
+
+
+class Wait(NamedTuple):
+    """A place where the host waits for the device.
+
+    Attributes:
+        place: "file:line" of the project; for the backward pass the section that is differentiated.
+        operation: which waits.
+    """
+
+    place: str
+    operation: str
+
+    def __str__(self) -> str:
+        """Return both in a line."""
+        return f"{self.place} ({self.operation})"
+
+
+def on_device(model: nn.Module) -> nn.Module:
+    """Put all parameters and buffers of a model on the imagined GPU, in place; build the optimizer after that."""
+    known: dict[int, Tensor] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in known:
+                    moved = tensor.detach().as_subclass(DeviceTensor).requires_grad_(tensor.requires_grad)
+                    if isinstance(tensor, nn.Parameter):
+                        moved._is_param = True  # what `isinstance(x, nn.Parameter)` asks of a subclass of Tensor
+                    known[id(tensor)] = moved
+                table[name] = known[id(tensor)]
+    return model
+
+
+def starts_kernel(operation: torch._ops.OpOverload) -> bool:
+    """Return False for views, allocations and what is no computation."""
+    if operation.namespace in ("prim", "prims", "profiler"):
+        return False
+    name = operation._schema.name.split("::")[1]
+    if name in WITHOUT_KERNEL or name.startswith("sym_"):
+        return False
+    return not any(one.alias_info is not None and not one.alias_info.is_write for one in operation._schema.returns)
+
+
+def is_device(value: object) -> bool:
+    """Return True if an argument names a GPU."""
+    if isinstance(value, torch.device):
+        return value.type == DEVICE.type
+    return isinstance(value, str) and value.split(":")[0] == DEVICE.type
+
+
+class StepCounter(TorchDispatchMode):
+    """Counts the operations on the imagined GPU, and their time on this CPU, while it is entered.
+
+    Attributes:
+        forward, backward: operations by section.
+        operators: the same by (section, name), both passes.
+        waits: the host waits for a result.
+        copies: it waits for a copy to the device.
+        seconds: CPU time inside the operations, by section, both passes; `data` of the host is not in it.
+        backward_seconds: that of the backward pass alone.
+    """
+
+    def __init__(self, sections: Callable[[FrameType | None], str] | None = None) -> None:
+        super().__init__()
+        self.section_of = sections or section_of
+        self.paused = False
+        self.called_on_device = False  # by the Python call that is running
+        self._calls, self._stack = _PythonCalls(self), contextlib.ExitStack()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        self.forward: Counter[str] = Counter()
+        self.backward: Counter[str] = Counter()
+        self.operators: Counter[tuple[str, str]] = Counter()
+        self.waits: Counter[Wait] = Counter()
+        self.copies: Counter[Wait] = Counter()
+        self.seconds: Counter[str] = Counter()
+        self.backward_seconds: Counter[str] = Counter()
+        self._starts: list[int] = [-1]  # numbers of autograd nodes from which each of `_names` is the section
+        self._names: list[str] = [OUTSIDE]
+
+    @property
+    def total(self) -> int:
+        """Operations of both passes."""
+        return self.forward.total() + self.backward.total()
+
+    def __enter__(self) -> StepCounter:
+        """Start counting."""
+        super().__enter__()
+        self._stack.enter_context(_gpu_branches())
+        self._stack.enter_context(self._calls)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop counting."""
+        self._stack.close()
+        super().__exit__(*error)
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and count it if it is one of the imagined GPU."""
+        kwargs = kwargs or {}
+        if self.paused:
+            return operation(*args, **kwargs)
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        node = torch._C._current_autograd_node()
+        mine = node is not None or any(isinstance(x, DeviceTensor) for x in tensors)
+        if not mine and (tensors or not self.called_on_device):
+            return operation(*args, **kwargs)
+        section = self._section(node)
+        start = time.process_time()
+        result = operation(*args, **kwargs)
+        taken = time.process_time() - start
+        self.seconds[section] += taken
+        if node is not None:
+            self.backward_seconds[section] += taken
+        if starts_kernel(operation):
+            (self.forward if node is None else self.backward)[section] += 1
+            self.operators[section, str(operation)] += 1
+        self._note_waits(operation, args, kwargs, section if node is not None else None)
+        given = {id(x) for x in tensors}
+        return tree_map(lambda x: self.put(x) if isinstance(x, Tensor) and id(x) not in given else x, result)
+
+    def add(self, name: str) -> None:
+        """Count an operation that only stands for one of a GPU; what it computes here is to be paused."""
+        node = torch._C._current_autograd_node()
+        section = self._section(node)
+        (self.forward if node is None else self.backward)[section] += 1
+        self.operators[section, name] += 1
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Count nothing inside."""
+        former, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = former
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """Mark a tensor as one of the imagined GPU."""
+        return tensor if isinstance(tensor, DeviceTensor) else tensor.as_subclass(DeviceTensor)
+
+    def wait(self, operation: str, differentiated: str | None = None) -> None:
+        """Note that the host waits for a result."""
+        self.waits[Wait(place() if differentiated is None else f"backward of {differentiated}", operation)] += 1
+
+    def copy(self, operation: str) -> None:
+        """Note that the host waits for a copy to the device."""
+        self.copies[Wait(place(), operation)] += 1
+
+    def _section(self, node: Any) -> str:
+        """Return the section of the running operation, or that of the operation that is differentiated."""
+        if node is not None:
+            number = node._sequence_nr()
+            # Nodes that sum the gradients of parameters have the largest number that there is.
+            late = number > torch.autograd._get_sequence_nr()
+            return "gradients" if late else self._names[bisect.bisect_right(self._starts, number) - 1]
+        section = self.section_of(sys._getframe(2))
+        if section != self._names[-1]:
+            # The operation's own node has its number already: it is made before the operation runs.
+            self._starts.append(torch.autograd._get_sequence_nr() - 1)
+            self._names.append(section)
+        return section
+
+    def _note_waits(
+        self, operation: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any], section: str | None
+    ) -> None:
+        """Note it if an operation is one that waits."""
+        name = operation._schema.name.split("::")[1]
+        if name in WAITING or (name == "repeat_interleave" and kwargs.get("output_size") is None):
+            self.wait(name, section)
+        elif name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            indices = [index for index in args[1] if index is not None]
+            by_mask = any(index.dtype in (torch.bool, torch.uint8) for index in indices)
+            filled = name != "index" and args[2].numel() == 1  # `x[mask] = number` is a masked fill
+            if by_mask and not filled:
+                self.wait("boolean index", section)
+            elif section is None and any(not isinstance(index, DeviceTensor) for index in indices):
+                self.copy("index from the host")
+        elif name == "copy_" and section is None and not isinstance(args[1], DeviceTensor) and args[1].dim():
+            blocking = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
+            self.copies[Wait(place(), name)] += int(blocking)
+
+
+class _PythonCalls(TorchFunctionMode):
+    """Sees the calls in Python above the operations: where tensors are made, and copies between host and device."""
+
+    def __init__(self, counter: StepCounter) -> None:
+        super().__init__()
+        self.counter = counter
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is Tensor.backward:
+            with self:  # autograd functions in Python make tensors too
+                kwargs = {"grad_tensors" if name == "gradient" else name: value for name, value in kwargs.items()}
+                return torch.autograd.backward(*args, **kwargs)
+        if function in (Tensor.cpu, Tensor.cuda, Tensor.to):
+            return self._move(function, args, kwargs)
+        mine = any(isinstance(x, DeviceTensor) for x in tree_leaves((args, kwargs)))
+        if function in (Tensor.tolist, Tensor.numpy) and mine:
+            self.counter.wait(function.__name__)
+            with self.counter.pause():
+                return function(args[0].detach().as_subclass(Tensor), *args[1:], **kwargs)
+        wanted = is_device(kwargs.get("device")) or (mine and kwargs.get("device") is None)
+        if is_device(kwargs.get("device")):
+            kwargs = {**kwargs, "device": HOST}
+        if function in FROM_DATA and wanted:
+            self.counter.copy(function.__name__)
+            with self.counter.pause():
+                return function(*args, **kwargs).as_subclass(DeviceTensor)
+        former, self.counter.called_on_device = self.counter.called_on_device, wanted
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.counter.called_on_device = former
+
+    def _move(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Copy between host and device, or only convert."""
+        tensor, *rest = args
+        values = [*rest, *kwargs.values()]
+        to_device = function is Tensor.cuda or any(is_device(x) or isinstance(x, DeviceTensor) for x in values)
+        to_host = function is Tensor.cpu or any(x == HOST or x == "cpu" for x in values if not isinstance(x, Tensor))
+        blocking = not (kwargs.get("non_blocking") or any(x is True for x in rest[1:]))
+        rest = [HOST if is_device(x) else x for x in rest]
+        kwargs = {name: HOST if is_device(x) else x for name, x in kwargs.items()}
+        function = Tensor.to if function is Tensor.cuda else function
+        if isinstance(tensor, DeviceTensor) and to_host:
+            if blocking:
+                self.counter.wait("copy to the host")
+            with self.counter.pause():
+                return function(tensor, *rest, **kwargs).as_subclass(Tensor)
+        if not isinstance(tensor, DeviceTensor) and to_device:
+            if blocking:
+                self.counter.copy("copy to the device")
+            with self.counter.pause():
+                return function(tensor, *(rest or [HOST]), **kwargs).as_subclass(DeviceTensor)
+        return function(tensor, *rest, **kwargs)
+
+
+@contextlib.contextmanager
+def _gpu_branches() -> Iterator[None]:
+    """Make torch's optimizers and gradient norms take lists of imagined tensors, as they do those of a real GPU."""
+    allowed = optimizers._foreach_supported_types
+    former = clipping._has_foreach_support, clipping._group_tensors_by_device_and_dtype
+    allowed.append(DeviceTensor)
+    clipping._has_foreach_support = lambda *_: True
+    clipping._group_tensors_by_device_and_dtype = lambda lists: {(DEVICE, None): (lists, None)}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*CUDA is not available.*")
+            yield
+    finally:
+        allowed.remove(DeviceTensor)
+        clipping._has_foreach_support, clipping._group_tensors_by_device_and_dtype = former
+
+
+def frames(start: FrameType | None) -> Iterator[tuple[str, FrameType]]:
+    """Iterate over the frames inside the package, innermost first, with their files below it."""
+    frame = start
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(PACKAGE):
+            yield name[len(PACKAGE) :], frame
+        frame = frame.f_back
+
+
+def place() -> str:
+    """Return "file:line" of the innermost frame of the package."""
+    for name, frame in frames(sys._getframe(1)):
+        return f"brs_detr/{name}:{frame.f_lineno}"
+    return "outside the package"
+
+
+def section_of(start: FrameType | None) -> str:
+    """Return the section that an operation called from a frame belongs to."""
+    in_optimizer, found = False, None
+    frame = start
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(PACKAGE):
+            found = found or _section_of_frame(name[len(PACKAGE) :], frame)
+            if found == "decoder" and frame.f_code.co_name == "aux_losses":
+                return AUXILIARY
+            if found not in (None, "decoder"):
+                return "optimizer" if found == "trainer" and in_optimizer else found
+        in_optimizer |= "/torch/optim/" in name
+        frame = frame.f_back
+    return found or ("optimizer" if in_optimizer else OUTSIDE)
+
+
+def _section_of_frame(name: str, frame: FrameType) -> str | None:
+    """Return the section of a file of the package, or None if its callers decide."""
+    if frame.f_code.co_name in BY_FUNCTION:
+        return BY_FUNCTION[frame.f_code.co_name]
+    for prefix, section in SECTIONS.items():
+        if name == prefix or (prefix.endswith("/") and name.startswith(prefix)):
+            return section
+    if name.startswith(SHARED) and frame.f_code.co_argcount and frame.f_code.co_varnames[0] == "self":
+        return BY_CLASS.get(type(frame.f_locals["self"]).__name__, "head")
+    return None
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations create while they live; on a GPU, use its allocator instead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and add the storages that it creates."""
+        result = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in given and storage._cdata not in self.known:
+                    self.known.add(storage._cdata)
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _freed(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size

@@ -1,0 +1,283 @@
+"""What one training step costs: seconds, memory, operations that start kernels on a GPU, and waits for it, by section.
+
+    python benchmarks/step.py configs/brs_detr_r50_12e_coco.yaml --images 2 --size 480x640
+    python benchmarks/step.py configs/brs_detr_r50_12e_coco.yaml --images 2 8 --count --fused
+    python benchmarks/step.py configs/cnn/atss_r50_12e_coco.yaml model.loss=focal --images 4 --count
+
+The step is that of `engine/trainer.py`: copies to the device, forward, backward, clipping, the check for numbers that
+are not finite, optimizer. Random weights, images of noise, about 7 objects an image (COCO's mean) in random places, all
+from fixed seeds; with `--data` the first batch of a dataset, augmented as the recipe says. On a CPU seconds are its own
+time in all threads, the fastest of several steps, and memory is what operations create beyond model, optimizer and
+batch. The shares are those of the time inside operations, measured in a step of its own.
+
+Operations and waits are those of a GPU, which need not be there: see `counting.py`. `--fused` counts the kernels of
+`model.deformable_attention=triton`: one operation forward, and backward one besides the zeros that it adds to.
+`--count` leaves the times out. Two numbers of images also give what each further image adds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torchvision
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from counting import DEVICE, PeakMemory, StepCounter, Wait, on_device
+
+from brs_detr.config import Config, load_config
+from brs_detr.data.build import open_train_set
+from brs_detr.data.loader import EpochBatches, build_train_loader
+from brs_detr.engine.batch_plan import TrainingLength
+from brs_detr.engine.diagnostics import filled_masks
+from brs_detr.engine.optim import Schedule, build_optimizer
+from brs_detr.engine.trainer import Trainer
+from brs_detr.models.build import build_model
+from brs_detr.models.transformer.attention import use_sampling
+from brs_detr.ops.deform_attn import deformable_sampling
+from brs_detr.ops.images import Batch, ImageBatch, Size
+from brs_detr.ops.targets import check_targets
+from brs_detr.run.setup import freeze
+
+OBJECTS = (7, 4, 11, 6, 9, 2, 8, 9)  # of successive images; COCO's mean is 7.3
+Step = Callable[[], object]
+
+
+class ImaginedGPU(Accelerator):
+    """An accelerator whose device is the imagined GPU."""
+
+    @property
+    def device(self) -> torch.device:
+        """Say where the trainer sends its batches."""
+        return DEVICE
+
+
+def generated_batch(count: int, size: Size, num_classes: int, masks: bool = False) -> Batch:
+    """Make images of noise with objects of a twentieth to a half of their sides, always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    height, width = size
+    side = torch.tensor([width, height])
+    pixels = torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
+    targets: list[dict[str, Any]] = []
+    for image in range(count):
+        objects = OBJECTS[image % len(OBJECTS)]
+        extent = side * 10 ** -(0.3 + torch.rand(objects, 2, generator=generator))
+        corner = torch.rand(objects, 2, generator=generator) * (side - extent)
+        boxes = torch.cat([corner, corner + extent], dim=1)
+        labels = torch.randint(0, num_classes, (objects,), generator=generator)
+        targets.append({"boxes": boxes, "labels": labels, "image_id": image})
+        if masks:
+            targets[-1]["masks"] = filled_masks(boxes, size)
+    return ImageBatch(pixels, [size] * count, [size] * count), targets
+
+
+def first_batch(config: Config, count: int) -> tuple[Batch, int, float]:
+    """Read the first batch of the recipe's training data; return it, the number of classes and the seconds it took."""
+    train_set = open_train_set(config.data, config.seed, config.model.has_masks)
+    loader = build_train_loader(train_set, count, seed=config.seed)
+    start = time.process_time()
+    batch = next(EpochBatches(loader).epoch(0))
+    return batch, train_set.num_classes, time.process_time() - start
+
+
+def build_step(config: Config, batch: Batch, num_classes: int, accelerator: Accelerator, model: nn.Module) -> Step:
+    """Return the trainer's step of one batch.
+
+    Args:
+        config: of the recipe.
+        batch: on the host.
+        num_classes: of the labels.
+        accelerator: whose device the step runs on.
+        model: on that device.
+    """
+    optimizer = build_optimizer(config.optim, model)
+    placement = [False, False]  # the model lies where it should
+    model, prepared = accelerator.prepare(model.train(), optimizer, device_placement=placement)
+    trainer = Trainer(
+        accelerator=accelerator,
+        model=model,
+        optimizer=prepared,
+        schedule=Schedule("cosine", 1000),
+        batches=(),  # type: ignore[arg-type]
+        folder=Path("."),
+        log=SimpleNamespace(),  # type: ignore[arg-type]
+        config=config.train,
+        length=TrainingLength(1, 1000, 1),
+        accumulate=1,
+        seed=config.seed,
+        clip_norm=config.optim.clip_norm,
+        metadata={},
+        validate=None,
+        save=lambda *_: None,
+        check_targets=partial(check_targets, num_classes=num_classes),
+    )
+    return partial(trainer.step, [batch])
+
+
+def build(config: Config, num_classes: int) -> nn.Module:
+    """Build the recipe's detector with random weights, its frozen parts frozen."""
+    torch.manual_seed(0)
+    model = build_model(config.model, num_classes)
+    freeze(model, config)
+    return model
+
+
+class FusedStandIn(torch.autograd.Function):
+    """Computes the readable sampling and counts the operations of the fused one."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, shapes: list[Size], counter: StepCounter
+    ) -> Tensor:
+        """Count the kernel."""
+        ctx.counter = counter
+        counter.add("fused sampling")
+        with counter.pause(), torch.enable_grad():
+            ctx.inputs = [x.detach().requires_grad_() for x in (value, locations, weights)]
+            ctx.out = deformable_sampling(ctx.inputs[0], shapes, *ctx.inputs[1:])
+            return counter.put(ctx.out.detach())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Count the kernel, and the zeros that its atomic additions begin with."""
+        ctx.counter.add("fused sampling, zeros")
+        ctx.counter.add("fused sampling, backward")
+        with ctx.counter.pause():
+            gradients = torch.autograd.grad(ctx.out, ctx.inputs, gradient)
+            return *(ctx.counter.put(x.detach()) for x in gradients), None, None
+
+
+def count_step(config: Config, batch: Batch, num_classes: int, fused: bool = False) -> StepCounter:
+    """Count the second step of a detector, with the optimizer's state in memory, on the imagined GPU."""
+    model, counter = on_device(build(config, num_classes)), StepCounter()
+    if fused:
+        use_sampling(
+            model,
+            lambda value, shapes, locations, weights: FusedStandIn.apply(value, locations, weights, shapes, counter),
+        )
+    with counter:
+        step = build_step(config, batch, num_classes, ImaginedGPU(cpu=True), model)
+        step()
+        counter.reset()
+        step()
+    return counter
+
+
+def section_lines(counter: StepCounter, timed: bool) -> list[str]:
+    """Return the table of sections."""
+    names = sorted(
+        {*counter.forward, *counter.backward}, key=lambda name: -counter.forward[name] - counter.backward[name]
+    )
+    total = sum(counter.seconds.values())
+    share = " share of time | of which backward |" if timed else ""
+    lines = [f"| section | operations forward | backward |{share}", f"|---|---|---|{'---|---|' if timed else ''}"]
+    for name in names:
+        line = f"| {name} | {counter.forward[name]:,} | {counter.backward[name]:,} |"
+        if timed:
+            both, backward = counter.seconds[name], counter.backward_seconds[name]
+            line += f" {100 * both / total:.1f} % | {100 * backward / total:.1f} % |"
+        lines.append(line)
+    return [*lines, f"| all: {counter.total:,} | {counter.forward.total():,} | {counter.backward.total():,} |"]
+
+
+def wait_lines(title: str, waits: Counter[Wait]) -> list[str]:
+    """Return the number of waits and their places."""
+    lines = [f"{title}: {waits.total()}"]
+    return lines + [f"  {number} x {wait}" for wait, number in sorted(waits.items())]
+
+
+def report_counts(counter: StepCounter, timed: bool) -> None:
+    """Print the operations and waits of a step."""
+    print("\n".join(section_lines(counter, timed)))
+    print("\n".join(wait_lines("waits for a result", counter.waits)))
+    print("\n".join(wait_lines("copies to the device that wait until they are made", counter.copies)), flush=True)
+
+
+def time_step(step: Step, repeats: int) -> tuple[float, float]:
+    """Return the least CPU seconds of a step, and the bytes that one creates."""
+    step()
+    seconds = []
+    for _ in range(repeats):
+        start = time.process_time()
+        step()
+        seconds.append(time.process_time() - start)
+    with PeakMemory() as memory:
+        step()
+    return min(seconds), memory.peak
+
+
+def size_of(text: str) -> Size:
+    """Parse HEIGHTxWIDTH."""
+    height, width = text.lower().split("x")
+    return int(height), int(width)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="a recipe")
+    parser.add_argument("overrides", nargs="*", help="settings, such as model.loss=focal")
+    parser.add_argument("--images", type=int, nargs="+", default=[2], help="images of a batch, one or several numbers")
+    parser.add_argument("--size", type=size_of, help="HxW pixels; default: that of the recipe's validation")
+    parser.add_argument("--count", action="store_true", help="only count, take no times")
+    parser.add_argument("--fused", action="store_true", help="count the kernels of deformable_attention=triton")
+    parser.add_argument("--data", type=Path, help="folder of a dataset (data.root) instead of generated images")
+    parser.add_argument("--classes", type=int, default=80, help="of the generated objects")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.set_num_threads(args.threads)
+    settings = ["model.backbone.pretrained=false", "train.precision=no", "data.workers=0", *args.overrides]
+    settings += [] if args.data is None else [f"data.root={args.data}"]
+    config = load_config(args.config, settings)
+    size = args.size or (config.data.test_short_side, config.data.test_long_side)
+    print(
+        f"{' '.join([str(args.config), *args.overrides])}; {'fused' if args.fused else 'readable'} sampling; "
+        f"{args.threads} CPU thread(s), Python {platform.python_version()}, torch {torch.__version__}, "
+        f"torchvision {torchvision.__version__}; {time.strftime('%Y-%m-%d', time.gmtime())}"
+    )
+    totals: dict[int, int] = {}
+    for images in args.images:
+        if args.data is None:
+            batch, classes, loading = (
+                generated_batch(images, size, args.classes, config.model.has_masks),
+                args.classes,
+                0.0,
+            )
+        else:
+            batch, classes, loading = first_batch(config, images)
+        height, width = batch[0].padded_size
+        objects = sum(len(target["boxes"]) for target in batch[1])
+        print(f"\n{images} image(s) of {height}x{width} (height x width), {objects} objects")
+        if not args.count:
+            step = build_step(config, batch, classes, Accelerator(cpu=True), build(config, classes))
+            seconds, memory = time_step(step, args.repeats)
+            print(f"a step takes {seconds:.2f} CPU seconds, at its peak {memory / 2**20:,.0f} MB")
+            if args.data is not None:
+                print(f"reading and augmenting the batch took {loading:.2f} CPU seconds")
+        counter = count_step(config, batch, classes, args.fused)
+        report_counts(counter, timed=not args.count)
+        totals[images] = counter.total
+    if len(totals) > 1:
+        (few, least), *_, (many, most) = sorted(totals.items())
+        print(f"\neach further image adds {(most - least) / (many - few):.0f} operations")
+
+
+if __name__ == "__main__":
+    main()
