@@ -175,6 +175,7 @@ class StepCounter(TorchDispatchMode):
         self.section_of = sections or section_of
         self.paused = False
         self.called_on_device = False  # by the Python call that is running
+        self.in_backward = False
         self._calls, self._stack = _PythonCalls(self), contextlib.ExitStack()
         self.reset()
 
@@ -215,29 +216,28 @@ class StepCounter(TorchDispatchMode):
         if self.paused:
             return operation(*args, **kwargs)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        node = torch._C._current_autograd_node()
-        mine = node is not None or any(isinstance(x, DeviceTensor) for x in tensors)
+        mine = self.in_backward or any(isinstance(x, DeviceTensor) for x in tensors)
         if not mine and (tensors or not self.called_on_device):
             return operation(*args, **kwargs)
-        section = self._section(node)
+        section = self._section()
         start = time.process_time()
         result = operation(*args, **kwargs)
         taken = time.process_time() - start
         self.seconds[section] += taken
-        if node is not None:
+        if self.in_backward:
             self.backward_seconds[section] += taken
         if starts_kernel(operation):
-            (self.forward if node is None else self.backward)[section] += 1
-            self.operators[section, str(operation)] += 1
-        self._note_waits(operation, args, kwargs, section if node is not None else None)
+            self._add(section, str(operation))
+        self._note_waits(operation, args, kwargs, section if self.in_backward else None)
         given = {id(x) for x in tensors}
         return tree_map(lambda x: self.put(x) if isinstance(x, Tensor) and id(x) not in given else x, result)
 
     def add(self, name: str) -> None:
         """Count an operation that only stands for one of a GPU; what it computes here is to be paused."""
-        node = torch._C._current_autograd_node()
-        section = self._section(node)
-        (self.forward if node is None else self.backward)[section] += 1
+        self._add(self._section(), name)
+
+    def _add(self, section: str, name: str) -> None:
+        (self.backward if self.in_backward else self.forward)[section] += 1
         self.operators[section, name] += 1
 
     @contextlib.contextmanager
@@ -248,6 +248,15 @@ class StepCounter(TorchDispatchMode):
             yield
         finally:
             self.paused = former
+
+    @contextlib.contextmanager
+    def backward_pass(self) -> Iterator[None]:
+        """Count what runs inside as operations of the backward pass."""
+        self.in_backward = True
+        try:
+            yield
+        finally:
+            self.in_backward = False
 
     def put(self, tensor: Tensor) -> Tensor:
         """Mark a tensor as one of the imagined GPU."""
@@ -261,13 +270,14 @@ class StepCounter(TorchDispatchMode):
         """Note that the host waits for a copy to the device."""
         self.copies[Wait(place(), operation)] += 1
 
-    def _section(self, node: Any) -> str:
+    def _section(self) -> str:
         """Return the section of the running operation, or that of the operation that is differentiated."""
-        if node is not None:
-            number = node._sequence_nr()
-            # Nodes that sum the gradients of parameters have the largest number that there is.
-            late = number > torch.autograd._get_sequence_nr()
-            return "gradients" if late else self._names[bisect.bisect_right(self._starts, number) - 1]
+        if self.in_backward:
+            node = torch._C._current_autograd_node()
+            # Nodes that add to the gradients of parameters have the largest number that there is.
+            number = torch.autograd._get_sequence_nr() + 1 if node is None else node._sequence_nr()
+            known = number <= torch.autograd._get_sequence_nr()
+            return self._names[bisect.bisect_right(self._starts, number) - 1] if known else "gradients"
         section = self.section_of(sys._getframe(2))
         if section != self._names[-1]:
             # The operation's own node has its number already: it is made before the operation runs.
@@ -290,9 +300,10 @@ class StepCounter(TorchDispatchMode):
                 self.wait("boolean index", section)
             elif section is None and any(not isinstance(index, DeviceTensor) for index in indices):
                 self.copy("index from the host")
-        elif name == "copy_" and section is None and not isinstance(args[1], DeviceTensor) and args[1].dim():
-            blocking = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
-            self.copies[Wait(place(), name)] += int(blocking)
+        elif name == "copy_" and section is None and not isinstance(args[1], DeviceTensor):
+            # A single number of the host is filled in; a copy with `non_blocking` is only queued.
+            if args[1].dim() and not any(args[2:]) and not kwargs.get("non_blocking"):
+                self.copy(name)
 
 
 class _PythonCalls(TorchFunctionMode):
@@ -307,7 +318,7 @@ class _PythonCalls(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if function is Tensor.backward:
-            with self:  # autograd functions in Python make tensors too
+            with self, self.counter.backward_pass():  # autograd functions in Python make tensors too
                 kwargs = {"grad_tensors" if name == "gradient" else name: value for name, value in kwargs.items()}
                 return torch.autograd.backward(*args, **kwargs)
         if function in (Tensor.cpu, Tensor.cuda, Tensor.to):
