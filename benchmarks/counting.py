@@ -11,23 +11,21 @@ What waits: an operation whose result the host needs (`tolist`, `item`, `cpu`) o
 (`nonzero`, boolean indexing, `nms`, ...). Listed apart are copies to the device that wait until they are made: tensors
 made of Python numbers on the device, `to(device)` without `non_blocking`. CUDA waits there too, for all kernels before.
 
-Sections are told by the file that an operation is called from, those of the backward pass by the operation that is
-differentiated.
+The sections are those of `sections.py`.
 """
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import sys
 import time
 import warnings
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.utils.clip_grad as clipping
@@ -37,47 +35,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = f"{ROOT / 'brs_detr'}/"
-DEVICE, HOST = torch.device("cuda", 0), torch.device("cpu")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-# Files below `brs_detr` and the section that an operation called from them belongs to; the innermost frame that is
-# named here decides. A trailing slash stands for a folder.
-SECTIONS = {
-    "losses/": "losses",
-    "assign/hungarian.py": "matching",
-    "assign/": "assignment",
-    "models/backbones/": "backbone",
-    "models/neck.py": "neck",
-    "models/transformer/encoder.py": "encoder",
-    "models/transformer/two_stage.py": "proposals",
-    "models/transformer/decoder.py": "decoder",
-    "models/transformer/collaborative.py": "auxiliary queries",
-    "models/heads/rpn.py": "RPN",
-    "models/heads/roi.py": "RoI",
-    "models/heads/cascade.py": "RoI",
-    "models/heads/mask.py": "masks",
-    "models/heads/atss.py": "ATSS",
-    "models/brs_detr.py": "model",
-    "models/detector.py": "model",
-    "models/rcnn.py": "model",
-    "models/one_stage.py": "model",
-    "ops/targets.py": "data",
-    "engine/distributed.py": "optimizer",
-    "engine/nonfinite.py": "trainer",
-    "engine/trainer.py": "trainer",
-}
-# In files that several parts share, the class of the method's object decides.
-BY_CLASS = {"RPNHead": "RPN", "ATSSHead": "ATSS", "RoIHead": "RoI", "CascadeHead": "RoI"}
-SHARED = "models/heads/"
-# Functions whose operations belong elsewhere than those of their file.
-BY_FUNCTION = {"set_losses": "losses", "normalize": "data", "padding_mask": "data", "gradient_norm": "optimizer"}
-OUTSIDE, AUXILIARY = "other", "auxiliary decoder"
+from sections import SectionTracker, Wait, place, section_of
+
+DEVICE, HOST = torch.device("cuda", 0), torch.device("cpu")
 
 # Allocations, and what only changes how a tensor is seen but is no view to its schema.
 WITHOUT_KERNEL = {
     *("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "resize_", "set_"),
-    *("detach", "alias", "lift", "lift_fresh", "_unsafe_view", "_local_scalar_dense", "equal", "is_same_size"),
+    *("detach", "alias", "lift", "lift_fresh", "_unsafe_view", "_local_scalar_dense", "is_same_size"),
 }
 # The size of the result, or the result itself, has to come to the host.
 WAITING = {
@@ -90,7 +57,7 @@ FROM_DATA = {torch.tensor, torch.as_tensor, Tensor.new_tensor, torch.asarray}
 class DeviceTensor(Tensor):
     """A tensor of the imagined GPU: computed on the CPU, but of a CUDA device to who asks in Python."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -108,27 +75,12 @@ class DeviceTensor(Tensor):
         return False
 
 
-class Wait(NamedTuple):
-    """A place where the host waits for the device.
-
-    Attributes:
-        place: "file:line" of the project; for the backward pass the section that is differentiated.
-        operation: which waits.
-    """
-
-    place: str
-    operation: str
-
-    def __str__(self) -> str:
-        """Return both in a line."""
-        return f"{self.place} ({self.operation})"
-
-
 def on_device(model: nn.Module) -> nn.Module:
     """Put all parameters and buffers of a model on the imagined GPU, in place; build the optimizer after that."""
     known: dict[int, Tensor] = {}
     for module in model.modules():
-        for table in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
             for name, tensor in table.items():
                 if tensor is None:
                     continue
@@ -170,9 +122,9 @@ class StepCounter(TorchDispatchMode):
         backward_seconds: that of the backward pass alone.
     """
 
-    def __init__(self, sections: Callable[[FrameType | None], str] | None = None) -> None:
+    def __init__(self, sections: Callable[[FrameType | None], str] = section_of) -> None:
         super().__init__()
-        self.section_of = sections or section_of
+        self.sections = sections
         self.paused = False
         self.called_on_device = False  # by the Python call that is running
         self.in_backward = False
@@ -186,10 +138,9 @@ class StepCounter(TorchDispatchMode):
         self.operators: Counter[tuple[str, str]] = Counter()
         self.waits: Counter[Wait] = Counter()
         self.copies: Counter[Wait] = Counter()
-        self.seconds: Counter[str] = Counter()
-        self.backward_seconds: Counter[str] = Counter()
-        self._starts: list[int] = [-1]  # numbers of autograd nodes from which each of `_names` is the section
-        self._names: list[str] = [OUTSIDE]
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.backward_seconds: defaultdict[str, float] = defaultdict(float)
+        self.tracker = SectionTracker(self.sections)
 
     @property
     def total(self) -> int:
@@ -219,7 +170,7 @@ class StepCounter(TorchDispatchMode):
         mine = self.in_backward or any(isinstance(x, DeviceTensor) for x in tensors)
         if not mine and (tensors or not self.called_on_device):
             return operation(*args, **kwargs)
-        section = self._section()
+        section = self.tracker.of_backward() if self.in_backward else self.tracker.of_forward()
         start = time.process_time()
         result = operation(*args, **kwargs)
         taken = time.process_time() - start
@@ -234,7 +185,7 @@ class StepCounter(TorchDispatchMode):
 
     def add(self, name: str) -> None:
         """Count an operation that only stands for one of a GPU; what it computes here is to be paused."""
-        self._add(self._section(), name)
+        self._add(self.tracker.of_backward() if self.in_backward else self.tracker.of_forward(), name)
 
     def _add(self, section: str, name: str) -> None:
         (self.backward if self.in_backward else self.forward)[section] += 1
@@ -270,21 +221,6 @@ class StepCounter(TorchDispatchMode):
         """Note that the host waits for a copy to the device."""
         self.copies[Wait(place(), operation)] += 1
 
-    def _section(self) -> str:
-        """Return the section of the running operation, or that of the operation that is differentiated."""
-        if self.in_backward:
-            node = torch._C._current_autograd_node()
-            # Nodes that add to the gradients of parameters have the largest number that there is.
-            number = torch.autograd._get_sequence_nr() + 1 if node is None else node._sequence_nr()
-            known = number <= torch.autograd._get_sequence_nr()
-            return self._names[bisect.bisect_right(self._starts, number) - 1] if known else "gradients"
-        section = self.section_of(sys._getframe(2))
-        if section != self._names[-1]:
-            # The operation's own node has its number already: it is made before the operation runs.
-            self._starts.append(torch.autograd._get_sequence_nr() - 1)
-            self._names.append(section)
-        return section
-
     def _note_waits(
         self, operation: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any], section: str | None
     ) -> None:
@@ -302,7 +238,8 @@ class StepCounter(TorchDispatchMode):
                 self.copy("index from the host")
         elif name == "copy_" and section is None and not isinstance(args[1], DeviceTensor):
             # A single number of the host is filled in; a copy with `non_blocking` is only queued.
-            if args[1].dim() and not any(args[2:]) and not kwargs.get("non_blocking"):
+            queued = args[1].dim() == 0 or any(args[2:]) or kwargs.get("non_blocking")
+            if not queued:
                 self.copy(name)
 
 
@@ -367,64 +304,19 @@ class _PythonCalls(TorchFunctionMode):
 @contextlib.contextmanager
 def _gpu_branches() -> Iterator[None]:
     """Make torch's optimizers and gradient norms take lists of imagined tensors, as they do those of a real GPU."""
-    allowed = optimizers._foreach_supported_types
-    former = clipping._has_foreach_support, clipping._group_tensors_by_device_and_dtype
+    allowed: list[Any] = optimizers._foreach_supported_types
+    norms: Any = clipping
+    former = norms._has_foreach_support, norms._group_tensors_by_device_and_dtype
     allowed.append(DeviceTensor)
-    clipping._has_foreach_support = lambda *_: True
-    clipping._group_tensors_by_device_and_dtype = lambda lists: {(DEVICE, None): (lists, None)}
+    norms._has_foreach_support = lambda *_: True
+    norms._group_tensors_by_device_and_dtype = lambda lists: {(DEVICE, None): (lists, None)}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*CUDA is not available.*")
             yield
     finally:
         allowed.remove(DeviceTensor)
-        clipping._has_foreach_support, clipping._group_tensors_by_device_and_dtype = former
-
-
-def frames(start: FrameType | None) -> Iterator[tuple[str, FrameType]]:
-    """Iterate over the frames inside the package, innermost first, with their files below it."""
-    frame = start
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if name.startswith(PACKAGE):
-            yield name[len(PACKAGE) :], frame
-        frame = frame.f_back
-
-
-def place() -> str:
-    """Return "file:line" of the innermost frame of the package."""
-    for name, frame in frames(sys._getframe(1)):
-        return f"brs_detr/{name}:{frame.f_lineno}"
-    return "outside the package"
-
-
-def section_of(start: FrameType | None) -> str:
-    """Return the section that an operation called from a frame belongs to."""
-    in_optimizer, found = False, None
-    frame = start
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if name.startswith(PACKAGE):
-            found = found or _section_of_frame(name[len(PACKAGE) :], frame)
-            if found == "decoder" and frame.f_code.co_name == "aux_losses":
-                return AUXILIARY
-            if found not in (None, "decoder"):
-                return "optimizer" if found == "trainer" and in_optimizer else found
-        in_optimizer |= "/torch/optim/" in name
-        frame = frame.f_back
-    return found or ("optimizer" if in_optimizer else OUTSIDE)
-
-
-def _section_of_frame(name: str, frame: FrameType) -> str | None:
-    """Return the section of a file of the package, or None if its callers decide."""
-    if frame.f_code.co_name in BY_FUNCTION:
-        return BY_FUNCTION[frame.f_code.co_name]
-    for prefix, section in SECTIONS.items():
-        if name == prefix or (prefix.endswith("/") and name.startswith(prefix)):
-            return section
-    if name.startswith(SHARED) and frame.f_code.co_argcount and frame.f_code.co_varnames[0] == "self":
-        return BY_CLASS.get(type(frame.f_locals["self"]).__name__, "head")
-    return None
+        norms._has_foreach_support, norms._group_tensors_by_device_and_dtype = former
 
 
 class PeakMemory(TorchDispatchMode):

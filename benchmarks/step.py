@@ -2,7 +2,9 @@
 
     python benchmarks/step.py configs/brs_detr_r50_12e_coco.yaml --images 2 --size 480x640
     python benchmarks/step.py configs/brs_detr_r50_12e_coco.yaml --images 2 8 --count --fused
-    python benchmarks/step.py configs/cnn/atss_r50_12e_coco.yaml model.loss=focal --images 4 --count
+    python benchmarks/step.py configs/cnn/atss_r50_focal_12e_coco.yaml --images 2 --size 480x640
+    python benchmarks/step.py configs/brs_detr_r50_12e_coco.yaml --images 2 --size 480x640 --beside transformers
+    python benchmarks/step.py configs/brs_detr_r50_12e_coco.yaml train.precision=bf16 --device cuda --fused
 
 The step is that of `engine/trainer.py`: copies to the device, forward, backward, clipping, the check for numbers that
 are not finite, optimizer. Random weights, images of noise, about 7 objects an image (COCO's mean) in random places, all
@@ -13,16 +15,23 @@ batch. The shares are those of the time inside operations, measured in a step of
 Operations and waits are those of a GPU, which need not be there: see `counting.py`. `--fused` counts the kernels of
 `model.deformable_attention=triton`: one operation forward, and backward one besides the zeros that it adds to.
 `--count` leaves the times out. Two numbers of images also give what each further image adds.
+
+With `--device cuda` seconds are those between two events, memory is the allocator's, kernels are the profiler's, and
+waits those that CUDA reports: see `real_gpu.py`.
+
+`--beside transformers` compares the recipe without auxiliary heads with that library's two-stage Deformable DETR of the
+same sizes, both with the recipe's backbone, optimizer and batch, taking turns: forward, backward, optimizer.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
+import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,13 +45,18 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from counting import DEVICE, PeakMemory, StepCounter, Wait, on_device
+import real_gpu
+from counting import DEVICE, PeakMemory, StepCounter, on_device
+from sections import Wait
 
+from brs_detr.commands.arguments import height_and_width, positive
+from brs_detr.commands.benchmark import landscape
 from brs_detr.config import Config, load_config
 from brs_detr.data.build import open_train_set
 from brs_detr.data.loader import EpochBatches, build_train_loader
 from brs_detr.engine.batch_plan import TrainingLength
 from brs_detr.engine.diagnostics import filled_masks
+from brs_detr.engine.distributed import to_device
 from brs_detr.engine.optim import Schedule, build_optimizer
 from brs_detr.engine.trainer import Trainer
 from brs_detr.models.build import build_model
@@ -176,107 +190,163 @@ def count_step(config: Config, batch: Batch, num_classes: int, fused: bool = Fal
     return counter
 
 
-def section_lines(counter: StepCounter, timed: bool) -> list[str]:
+def section_lines(counter: StepCounter | real_gpu.Kernels, timed: bool) -> list[str]:
     """Return the table of sections."""
     names = sorted(
         {*counter.forward, *counter.backward}, key=lambda name: -counter.forward[name] - counter.backward[name]
     )
     total = sum(counter.seconds.values())
-    share = " share of time | of which backward |" if timed else ""
-    lines = [f"| section | operations forward | backward |{share}", f"|---|---|---|{'---|---|' if timed else ''}"]
+    more = " share of time | of which backward |" if timed else ""
+    lines = [f"| section | forward | backward |{more}", f"|---|---|---|{'---|---|' if timed else ''}"]
     for name in names:
         line = f"| {name} | {counter.forward[name]:,} | {counter.backward[name]:,} |"
         if timed:
             both, backward = counter.seconds[name], counter.backward_seconds[name]
             line += f" {100 * both / total:.1f} % | {100 * backward / total:.1f} % |"
         lines.append(line)
-    return [*lines, f"| all: {counter.total:,} | {counter.forward.total():,} | {counter.backward.total():,} |"]
+    return [*lines, f"| all {counter.total:,} | {counter.forward.total():,} | {counter.backward.total():,} |"]
 
 
 def wait_lines(title: str, waits: Counter[Wait]) -> list[str]:
     """Return the number of waits and their places."""
-    lines = [f"{title}: {waits.total()}"]
-    return lines + [f"  {number} x {wait}" for wait, number in sorted(waits.items())]
+    return [f"{title}: {waits.total()}", *(f"    {number} x {wait}" for wait, number in sorted(waits.items()))]
 
 
-def report_counts(counter: StepCounter, timed: bool) -> None:
-    """Print the operations and waits of a step."""
-    print("\n".join(section_lines(counter, timed)))
+def time_on_cpu(steps: Sequence[Step], repeats: int) -> list[tuple[float, int]]:
+    """Return the least CPU seconds of each step, all taking turns, and the bytes that one creates."""
+    seconds: list[list[float]] = [[] for _ in steps]
+    for _ in range(repeats + 1):
+        for own, step in zip(seconds, steps, strict=True):
+            start = time.process_time()
+            step()
+            own.append(time.process_time() - start)
+    peaks = []
+    for step in steps:
+        with PeakMemory() as memory:
+            step()
+        peaks.append(memory.peak)
+    return [(min(own[1:]), peak) for own, peak in zip(seconds, peaks, strict=True)]
+
+
+def time_on_gpu(steps: Sequence[Step], repeats: int) -> list[tuple[float, int]]:
+    """Return the median seconds of each step, all taking turns, and the bytes that one allocates."""
+    for step in [*steps] * 3:
+        step()
+    turns = [[real_gpu.seconds_of(step, 1) for step in steps] for _ in range(repeats)]
+    return [(statistics.median(own), real_gpu.bytes_of(step)) for own, step in zip(zip(*turns), steps, strict=True)]
+
+
+def measure(config: Config, batch: Batch, num_classes: int, args: argparse.Namespace) -> int:
+    """Print what a step of one batch costs; return its operations, or its kernels on a GPU."""
+    if args.device == "cuda" or not args.count:
+        accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=config.train.precision)
+        model = build(config, num_classes).to(accelerator.device)
+        step = build_step(config, batch, num_classes, accelerator, model)
+        timed = time_on_cpu if args.device == "cpu" else time_on_gpu
+        ((seconds, memory),) = timed([step], args.repeats)
+        unit = "CPU seconds" if args.device == "cpu" else "seconds"
+        print(f"a step takes {seconds:.3g} {unit}, at its peak {memory / 2**20:,.0f} MB")
+    if args.device == "cuda":
+        kernels, waits = real_gpu.kernels_of(step), real_gpu.waits_of(step)
+        print("\n".join([*section_lines(kernels, timed=True), *wait_lines("waits", waits)]))
+        print(f"kernels run in {100 * sum(kernels.seconds.values()) / seconds:.0f} % of the step's time", flush=True)
+        return kernels.total
+    counter = count_step(config, batch, num_classes, args.fused)
+    print("\n".join(section_lines(counter, timed=not args.count)))
     print("\n".join(wait_lines("waits for a result", counter.waits)))
     print("\n".join(wait_lines("copies to the device that wait until they are made", counter.copies)), flush=True)
+    return counter.total
 
 
-def time_step(step: Step, repeats: int) -> tuple[float, float]:
-    """Return the least CPU seconds of a step, and the bytes that one creates."""
-    step()
-    seconds = []
-    for _ in range(repeats):
-        start = time.process_time()
-        step()
-        seconds.append(time.process_time() - start)
-    with PeakMemory() as memory:
-        step()
-    return min(seconds), memory.peak
+def plain_step(config: Config, model: nn.Module, batch: Batch) -> Step:
+    """Return forward, backward and optimizer step of any model that takes batches of this project."""
+    optimizer = build_optimizer(config.optim, model.train())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.stack(list(model(*batch).values())).sum().backward()
+        optimizer.step()
+
+    return step
 
 
-def size_of(text: str) -> Size:
-    """Parse HEIGHTxWIDTH."""
-    height, width = text.lower().split("x")
-    return int(height), int(width)
+def compare(config: Config, batch: Batch, num_classes: int, args: argparse.Namespace) -> None:
+    """Print the recipe without auxiliary heads beside transformers' Deformable DETR."""
+    from other_libraries import TransformersDetector
+
+    batch = batch[0].to(args.device), to_device(batch[1], torch.device(args.device))
+    torch.manual_seed(0)
+    models = {"transformers": TransformersDetector(config, num_classes), "brs_detr": build(config, num_classes)}
+    steps = [plain_step(config, model.to(args.device), batch) for model in models.values()]
+    timed = time_on_cpu if args.device == "cpu" else time_on_gpu
+    (first, most), *_ = results = timed(steps, args.repeats)
+    print("| model | parameters | seconds a step | peak MB |\n|---|---|---|---|")
+    for (name, model), (seconds, memory) in zip(models.items(), results, strict=True):
+        size = f"{sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f} M"
+        ratios = f"{seconds / first:.2f}x", f"{memory / most:.2f}x"
+        print(f"| {name} | {size} | {seconds:.3g} ({ratios[0]}) | {memory / 2**20:,.0f} ({ratios[1]}) |", flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="a recipe")
     parser.add_argument("overrides", nargs="*", help="settings, such as model.loss=focal")
-    parser.add_argument("--images", type=int, nargs="+", default=[2], help="images of a batch, one or several numbers")
-    parser.add_argument("--size", type=size_of, help="HxW pixels; default: that of the recipe's validation")
-    parser.add_argument("--count", action="store_true", help="only count, take no times")
-    parser.add_argument("--fused", action="store_true", help="count the kernels of deformable_attention=triton")
+    parser.add_argument("--images", type=positive, nargs="+", default=[2], help="of a batch; one number or several")
+    parser.add_argument("--size", type=height_and_width, help="HxW pixels; default: that of the recipe's validation")
+    parser.add_argument("--count", action="store_true", help="on a CPU: only count, take no times")
+    parser.add_argument("--fused", action="store_true", help="fused kernels of deformable attention")
+    parser.add_argument("--beside", choices=["transformers"], help="compare with another library instead")
     parser.add_argument("--data", type=Path, help="folder of a dataset (data.root) instead of generated images")
-    parser.add_argument("--classes", type=int, default=80, help="of the generated objects")
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--classes", type=positive, default=80, help="of the generated objects")
+    parser.add_argument("--repeats", type=positive, default=2)
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     return parser.parse_args()
+
+
+def settings(args: argparse.Namespace) -> list[str]:
+    """Return the overrides of the recipe; those of the command line come last."""
+    chosen = ["model.backbone.pretrained=false", "data.workers=0"]
+    if args.device == "cpu":
+        chosen.append("train.precision=no")
+    if args.fused and args.device == "cuda":
+        chosen.append("model.deformable_attention=triton")
+    if args.beside:
+        chosen.append("model.aux_heads=[]")
+    if args.data is not None:
+        chosen.append(f"data.root={args.data}")
+    return [*chosen, *args.overrides]
 
 
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
-    settings = ["model.backbone.pretrained=false", "train.precision=no", "data.workers=0", *args.overrides]
-    settings += [] if args.data is None else [f"data.root={args.data}"]
-    config = load_config(args.config, settings)
-    size = args.size or (config.data.test_short_side, config.data.test_long_side)
+    config = load_config(args.config, settings(args))
+    size = args.size or landscape(config.data.test_short_side, config.data.test_long_side)
+    device = f"{args.threads} CPU thread(s)" if args.device == "cpu" else torch.cuda.get_device_name()
     print(
-        f"{' '.join([str(args.config), *args.overrides])}; {'fused' if args.fused else 'readable'} sampling; "
-        f"{args.threads} CPU thread(s), Python {platform.python_version()}, torch {torch.__version__}, "
-        f"torchvision {torchvision.__version__}; {time.strftime('%Y-%m-%d', time.gmtime())}"
+        f"{' '.join([str(args.config), *args.overrides])}; {'fused' if args.fused else 'readable'} sampling; {device}, "
+        f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}; "
+        f"{time.strftime('%Y-%m-%d', time.gmtime())}"
     )
     totals: dict[int, int] = {}
     for images in args.images:
+        classes, loading = args.classes, ""
         if args.data is None:
-            batch, classes, loading = (
-                generated_batch(images, size, args.classes, config.model.has_masks),
-                args.classes,
-                0.0,
-            )
+            batch = generated_batch(images, size, classes, config.model.has_masks)
         else:
-            batch, classes, loading = first_batch(config, images)
+            batch, classes, seconds = first_batch(config, images)
+            loading = f", read and augmented in {seconds:.2f} CPU seconds"
         height, width = batch[0].padded_size
         objects = sum(len(target["boxes"]) for target in batch[1])
-        print(f"\n{images} image(s) of {height}x{width} (height x width), {objects} objects")
-        if not args.count:
-            step = build_step(config, batch, classes, Accelerator(cpu=True), build(config, classes))
-            seconds, memory = time_step(step, args.repeats)
-            print(f"a step takes {seconds:.2f} CPU seconds, at its peak {memory / 2**20:,.0f} MB")
-            if args.data is not None:
-                print(f"reading and augmenting the batch took {loading:.2f} CPU seconds")
-        counter = count_step(config, batch, classes, args.fused)
-        report_counts(counter, timed=not args.count)
-        totals[images] = counter.total
+        print(f"\n{images} image(s) of {height}x{width} (height x width) with {objects} objects{loading}", flush=True)
+        if args.beside:
+            compare(config, batch, classes, args)
+        else:
+            totals[images] = measure(config, batch, classes, args)
     if len(totals) > 1:
         (few, least), *_, (many, most) = sorted(totals.items())
-        print(f"\neach further image adds {(most - least) / (many - few):.0f} operations")
+        print(f"\neach further image adds {(most - least) / (many - few):.0f}")
 
 
 if __name__ == "__main__":

@@ -132,13 +132,7 @@ def timing(subject: Subject, images: ImageBatch, options: argparse.Namespace) ->
     if cuda:
         torch.cuda.synchronize(subject.device)
         torch.cuda.reset_peak_memory_stats(subject.device)
-    seconds = []
-    for _ in range(options.runs):
-        start = time.perf_counter()
-        subject.detect(images)
-        if cuda:
-            torch.cuda.synchronize(subject.device)
-        seconds.append(time.perf_counter() - start)
+    seconds = [seconds_of(subject, images) for _ in range(options.runs)]
     each = 1000 * np.array(seconds) / options.batch
     median, slow = np.median(each), np.quantile(each, 0.9)
     lines = [
@@ -151,6 +145,15 @@ def timing(subject: Subject, images: ImageBatch, options: argparse.Namespace) ->
         lines.append(f"peak memory: {peak:.2f} GB allocated by torch")
     lines.append("from pixels in memory to detections; reading and resizing images is not included")
     return lines
+
+
+def seconds_of(subject: Subject, images: ImageBatch) -> float:
+    """Return the seconds of one batch, until the device has finished it."""
+    start = time.perf_counter()
+    subject.detect(images)
+    if subject.device.type == "cuda":
+        torch.cuda.synchronize(subject.device)
+    return time.perf_counter() - start
 
 
 def noise(count: int, size: Size) -> ImageBatch:
