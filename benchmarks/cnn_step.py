@@ -9,7 +9,7 @@ begin with the same weights and run in turn in one process: forward, losses, bac
 fastest of several steps after one that warms up; on a CPU in seconds of its own time, so that other programs count as
 little as may be. "x" compares with the score-based loss. The share is that of the objectives' forward pass, measured
 in a step of its own; with a ranking loss this computes the gradient as well, whose backward pass is a multiplication.
-Pairwise is the definition, one positive after another.
+The definition (`method="pairwise"`), one positive after another, is no rival but what the others are checked against.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from brs_detr.ops.images import ImageBatch
 
 CLASSES, OBJECTS = 80, 7
 FORMS = ("score", "brs", "rs", "pairwise")
-TITLES = ("score-based", "BRS (bucketed)", "RS (exact)", "RS (pairwise)")
+TITLES = ("score-based", "BRS (bucketed)", "RS (exact)", "RS (definition)")
 
 
 class Clock:

@@ -23,6 +23,7 @@ import warnings
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -73,6 +74,20 @@ class DeviceTensor(Tensor):
     def is_cpu(self) -> bool:  # type: ignore[override]
         """False."""
         return False
+
+
+class ImaginedEvent:
+    """Stands for `torch.cuda.Event` while a step is counted."""
+
+    def __init__(self, counter: StepCounter, **_: Any) -> None:
+        self.counter = counter
+
+    def record(self, *_: Any) -> None:
+        """Do nothing: the host goes on."""
+
+    def synchronize(self) -> None:
+        """Note that the host waits."""
+        self.counter.wait("event")
 
 
 def on_device(model: nn.Module) -> nn.Module:
@@ -150,7 +165,7 @@ class StepCounter(TorchDispatchMode):
     def __enter__(self) -> StepCounter:
         """Start counting."""
         super().__enter__()
-        self._stack.enter_context(_gpu_branches())
+        self._stack.enter_context(_gpu_branches(self))
         self._stack.enter_context(self._calls)
         return self
 
@@ -177,7 +192,7 @@ class StepCounter(TorchDispatchMode):
         self.seconds[section] += taken
         if self.in_backward:
             self.backward_seconds[section] += taken
-        if starts_kernel(operation):
+        if starts_kernel(operation) and not self._is_copy(operation, args):
             self._add(section, str(operation))
         self._note_waits(operation, args, kwargs, section if self.in_backward else None)
         given = {id(x) for x in tensors}
@@ -236,11 +251,19 @@ class StepCounter(TorchDispatchMode):
                 self.wait("boolean index", section)
             elif section is None and any(not isinstance(index, DeviceTensor) for index in indices):
                 self.copy("index from the host")
-        elif name == "copy_" and section is None and not isinstance(args[1], DeviceTensor):
+        elif self._is_copy(operation, args):
             # A single number of the host is filled in; a copy with `non_blocking` is only queued.
             queued = args[1].dim() == 0 or any(args[2:]) or kwargs.get("non_blocking")
-            if not queued:
-                self.copy(name)
+            if not queued and isinstance(args[1], DeviceTensor):
+                self.wait("copy to the host")
+            elif not queued:
+                self.copy("copy to the device")
+
+    def _is_copy(self, operation: torch._ops.OpOverload, args: Sequence[Any]) -> bool:
+        """Return True for a copy between host and device, which is no kernel."""
+        if operation._schema.name != "aten::copy_" or self.in_backward:
+            return False
+        return isinstance(args[0], DeviceTensor) != isinstance(args[1], DeviceTensor)
 
 
 class _PythonCalls(TorchFunctionMode):
@@ -258,6 +281,9 @@ class _PythonCalls(TorchFunctionMode):
             with self, self.counter.backward_pass():  # autograd functions in Python make tensors too
                 kwargs = {"grad_tensors" if name == "gradient" else name: value for name, value in kwargs.items()}
                 return torch.autograd.backward(*args, **kwargs)
+        if function is Tensor.pin_memory:
+            return args[0]
+        kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
         if function in (Tensor.cpu, Tensor.cuda, Tensor.to):
             return self._move(function, args, kwargs)
         mine = any(isinstance(x, DeviceTensor) for x in tree_leaves((args, kwargs)))
@@ -302,20 +328,23 @@ class _PythonCalls(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def _gpu_branches() -> Iterator[None]:
-    """Make torch's optimizers and gradient norms take lists of imagined tensors, as they do those of a real GPU."""
+def _gpu_branches(counter: StepCounter) -> Iterator[None]:
+    """Let optimizers and gradient norms of torch take lists of imagined tensors, and events be waited for."""
     allowed: list[Any] = optimizers._foreach_supported_types
     norms: Any = clipping
     former = norms._has_foreach_support, norms._group_tensors_by_device_and_dtype
     allowed.append(DeviceTensor)
     norms._has_foreach_support = lambda *_: True
     norms._group_tensors_by_device_and_dtype = lambda lists: {(DEVICE, None): (lists, None)}
+    cuda: Any = torch.cuda
+    event, cuda.Event = cuda.Event, partial(ImaginedEvent, counter)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*CUDA is not available.*")
             yield
     finally:
         allowed.remove(DeviceTensor)
+        cuda.Event = event
         norms._has_foreach_support, norms._group_tensors_by_device_and_dtype = former
 
 

@@ -94,10 +94,10 @@ def memory_of(build: Build, sizes: Sequence[Size], batch: int, threads: int | No
     if subject.device.type == "cuda":
         peaks: list[float] = []
         for size in sizes:
-            before = torch.cuda.memory_allocated()
+            held = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             subject.detect(noise(batch, size).to(subject.device))
-            peaks.append((torch.cuda.max_memory_allocated() - before) / 2**20)
+            peaks.append((torch.cuda.max_memory_allocated() - held) / 2**20)
         return peaks
     Path("/proc/self/clear_refs").write_text("5")  # begin anew with the peak
     grown: list[float] = []

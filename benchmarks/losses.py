@@ -1,4 +1,4 @@
-"""Time, peak memory and accuracy of the Rank & Sort loss by all three methods, beside torchvision's focal loss.
+"""Time, peak memory and accuracy of the Rank & Sort loss, beside torchvision's focal loss and the published loop.
 
 Repeats the synthetic setting of the Bucketed Ranking-based Losses supplement (Sec. S.3.2): L logits, m percent of them
 positive, logits N(-1, 1) for positives and N(1, 1) for negatives ("paper"); and one like a trained detector, N(2, 1.5)
@@ -8,60 +8,35 @@ and N(-5, 1.5) ("trained").
     python benchmarks/losses.py --sizes 10000 100000 1000000 --plot docs/images/losses_time.png
     python benchmarks/losses.py --device cuda
 
-All methods of one row run in turn in the same process, forward and backward, float32; times are of the fastest of
-several runs, on a CPU in seconds of its own time, so that other programs count as little as may be. Focal loss does not
-depend on the positives and is timed once for each L. `~` marks the pairwise form extrapolated from an evenly spaced
-part of its positives; peaks are of focal, bucketed and exact.
-The error is the largest difference of a gradient from the pairwise one in float64 (`*`: from the exact one in float64,
-where pairwise would take too long).
+Forward and backward, float32. Focal, bucketed and exact run in turn in the same process, row by row; times are of the
+fastest of several runs, on a CPU in seconds of its own time, so that other programs count as little as may be, and the
+ratios are those to the focal runs of the same row. Focal loss depends on L only, so one time of it is printed for each
+L: the fastest of all its rows. "Loop" is the published algorithm restated: the update of one positive after another,
+each with all positives and the negatives that any of them can see; `~` marks it extrapolated from evenly spaced
+positives. Peaks are of focal, bucketed and exact. The error is the largest difference of a gradient from the definition
+(`method="pairwise"`) in float64 (`*`: from the exact one in float64, where the definition would take too long).
 """
 
 import argparse
 import sys
 import time
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torchvision.ops import sigmoid_focal_loss
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from counting import PeakMemory
 
 from brs_detr.losses import rank_sort_loss
 
 DISTRIBUTIONS = {"paper": ((-1.0, 1.0), (1.0, 1.0)), "trained": ((2.0, 1.5), (-5.0, 1.5))}
 PERCENTAGES = (0.1, 1.0, 2.0, 5.0)
 PAIRS = 2 * 10**7
-
-
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations create while they live; on a GPU, use its allocator instead."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in given and storage._cdata not in self.known:
-                    self.known.add(storage._cdata)
-                    self.live += storage.nbytes()
-                    weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def _freed(self, key: int, size: int):
-        self.known.discard(key)
-        self.live -= size
 
 
 def sample(length: int, percent: float, distribution: str, device: str):
@@ -124,16 +99,38 @@ def focal_step(logits: Tensor, targets: Tensor) -> Tensor:
     return leaf.grad
 
 
-def time_focal(length: int, device: str, repeats: int) -> float:
-    """Milliseconds of focal loss over L logits."""
-    logits, _, _, targets = sample(length, 1.0, "paper", device)
-    return fastest({"focal": lambda: focal_step(logits, targets)}, device, 3 * repeats)["focal"]
+def loop_step(
+    logits: Tensor, positives: Tensor, quality: Tensor, delta: float = 0.5, only: Tensor | None = None
+) -> Tensor:
+    """Gradient of both terms of Rank & Sort, one positive after another (Oksuz et al., ICCV 2021), in logits' dtype.
+
+    Args:
+        only: positives, as positions among them, whose turn is taken; None: all. The others' parts are missing then.
+    """
+    gradient, scores = torch.zeros_like(logits), logits[positives]
+    visible = (logits >= scores.min() - delta).index_fill(0, positives, False)
+    negatives = logits[visible]
+    of_negatives, of_positives = torch.zeros_like(negatives), torch.zeros_like(scores)
+    for i in range(len(scores)) if only is None else only.tolist():
+        above = ((scores - scores[i]) / (2 * delta) + 0.5).clamp(0, 1)
+        false = ((negatives - scores[i]) / (2 * delta) + 0.5).clamp(0, 1)
+        rank, num_fp = above.sum(), false.sum()
+        ranking = num_fp / (rank + num_fp)
+        worse = quality < quality[i]  # positives above i that should not be
+        right, wrong = above * ~worse, above * worse
+        sorting = (above * (1 - quality)).sum() / rank - (right * (1 - quality)).sum() / right.sum()
+        if num_fp > 0:
+            of_negatives += false * (ranking / num_fp)
+            of_positives[i] -= ranking
+        if (total := wrong.sum()) > 0:
+            of_positives += wrong * (sorting / total)
+            of_positives[i] -= sorting
+    gradient[visible], gradient[positives] = of_negatives, of_positives
+    return gradient / len(scores)
 
 
-def measure(
-    length: int, percent: float, distribution: str, device: str, repeats: int, focal: float
-) -> dict[str, float | str]:
-    """One row of the table; `focal` is the time of focal loss."""
+def measure(length: int, percent: float, distribution: str, device: str, repeats: int) -> dict[str, float | str]:
+    """One row of the table."""
     logits, positives, quality, targets = sample(length, percent, distribution, device)
     steps = {
         "focal": lambda: focal_step(logits, targets),
@@ -141,12 +138,12 @@ def measure(
         "exact": lambda: rank_sort_step(logits, positives, quality, "exact"),
     }
     row: dict[str, float | str] = {f"{name} peak": peak_megabytes(step, device) for name, step in steps.items()}
-    row["focal"] = focal
-    row |= fastest({name: steps[name] for name in ("bucketed", "exact")}, device, repeats)
+    row |= fastest(steps, device, repeats)
+    row |= {f"{name} ratio": row[name] / row["focal"] for name in ("bucketed", "exact")}
 
     part = min(len(positives), max(1, PAIRS // length))
     complete = part == len(positives)
-    row["pairwise"] = f"{'' if complete else '~'}{time_pairwise(logits, positives, quality, part, device):.1f}"
+    row["loop"] = f"{'' if complete else '~'}{time_loop(logits, positives, quality, part, device):.1f}"
     truth = rank_sort_step(logits.double(), positives, quality.double(), "pairwise" if complete else "exact")
     for method in ("bucketed", "exact"):
         error = (rank_sort_step(logits, positives, quality, method) - truth).abs().max().item()
@@ -154,37 +151,26 @@ def measure(
     return row | {"distribution": distribution, "L": length, "percent": percent, "P": len(positives)}
 
 
-def time_pairwise(logits: Tensor, positives: Tensor, quality: Tensor, part: int, device: str) -> float:
-    """Milliseconds of the pairwise form, one run; extrapolated where it is a part of the positives that is compared.
-
-    Those are spread evenly from the worst to the best; the others are ignored, or they would be compared as negatives.
-    What does not depend on the number of positives is measured with one of them, the worst.
-    """
+def time_loop(logits: Tensor, positives: Tensor, quality: Tensor, part: int, device: str) -> float:
+    """Milliseconds of the loop, one run; extrapolated where `part` of the positives, evenly spaced, take their turn."""
     ordered = logits[positives].argsort()
 
-    def step(count: int) -> None:
-        chosen = ordered[torch.linspace(0, len(ordered) - 1, count, device=logits.device).long()]
-        valid = torch.ones_like(logits, dtype=torch.bool).index_fill_(0, positives, False)
-        where = positives[chosen]
-        valid[where] = True
-        leaf = logits.detach().requires_grad_()
-        sum(rank_sort_loss(leaf, where, quality[chosen], valid=valid, method="pairwise")).backward()
+    def turns(count: int) -> float:
+        only = ordered[torch.linspace(0, len(ordered) - 1, count, device=logits.device).long()]
+        return timed(lambda: loop_step(logits, positives, quality, only=only), device)
 
-    total = timed(lambda: step(part), device)
-    if part == len(positives):
-        return total
-    one = timed(lambda: step(1), device)
-    return one + (total - one) / (part - 1) * (len(positives) - 1)
+    turns(1)
+    one, several = turns(1), turns(part)
+    return several if part in (1, len(positives)) else one + (several - one) / (part - 1) * (len(positives) - 1)
 
 
-def as_line(row: dict[str, float | str]) -> str:
-    """One line of the printed table."""
-    focal, bucketed, exact = (row[name] for name in ("focal", "bucketed", "exact"))
+def as_line(row: dict[str, float | str], focal: float) -> str:
+    """One line of the printed table; `focal` is the time of its L."""
     peaks = " / ".join(f"{row[name + ' peak']:.1f}" for name in ("focal", "bucketed", "exact"))
     return (
-        f"| {row['distribution']} | {row['L']} | {row['percent']} % | {row['P']} | {focal:.2f} | {row['pairwise']} "
-        f"| {bucketed:.2f} ({bucketed / focal:.1f}x) | {exact:.2f} ({exact / focal:.1f}x) | {peaks} "
-        f"| {row['bucketed error']} | {row['exact error']} |"
+        f"| {row['distribution']} | {row['L']} | {row['percent']} % | {row['P']} | {focal:.2f} "
+        f"| {row['bucketed']:.2f} ({row['bucketed ratio']:.1f}x) | {row['exact']:.2f} ({row['exact ratio']:.1f}x) "
+        f"| {row['loop']} | {peaks} | {row['bucketed error']} | {row['exact error']} |"
     )
 
 
@@ -200,7 +186,7 @@ def plot(rows: list[dict[str, float | str]], path: str) -> None:
     figure, panels = plt.subplots(1, len(lengths), figsize=(3.6 * len(lengths), 3.2), squeeze=False, sharey=True)
     for panel, length in zip(panels[0], lengths):
         chosen = [row for row in rows if row["L"] == length]
-        for name, style in (("focal", "k--"), ("bucketed", "C0o-"), ("exact", "C3s-"), ("pairwise", "C7^:")):
+        for name, style in (("focal", "k--"), ("bucketed", "C0o-"), ("exact", "C3s-"), ("loop", "C7^:")):
             values = [float(str(row[name]).lstrip("~")) for row in chosen]
             panel.loglog([row["P"] for row in chosen], values, style, label=name, markersize=4)
         panel.set(title=f"{length:,} logits", xlabel="positives")
@@ -230,15 +216,16 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, {options.device}, {options.threads} thread(s), least {clock} of {options.repeats}"
     )
-    print("| logits | L | m | P | focal ms | pairwise ms | bucketed ms | exact ms | peak MB | error bucketed | exact |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
     rows = []
-    focal = {length: time_focal(length, options.device, options.repeats) for length in options.sizes}
     for distribution in options.distributions:
         for length in options.sizes:
             for percent in options.percentages:
-                rows.append(measure(length, percent, distribution, options.device, options.repeats, focal[length]))
-                print(as_line(rows[-1]), flush=True)
+                rows.append(measure(length, percent, distribution, options.device, options.repeats))
+                print(f"measured: {distribution}, L {length}, {percent} %", file=sys.stderr)
+    print("| logits | L | m | P | focal ms | bucketed ms | exact ms | loop ms | peak MB | error bucketed | exact |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        print(as_line(row, min(other["focal"] for other in rows if other["L"] == row["L"])))
     if options.plot:
         plot(rows, options.plot)
 

@@ -1,6 +1,7 @@
 """benchmarks/counting.py: exact counts of functions small enough to count by hand."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +46,8 @@ def waits(counter):
         lambda x: (x.shape, x.device, len(x), x.new_empty(3)),
         lambda x: torch.arange(3) + 1,  # of the host
         lambda x: torch.tensor([1.0, 2.0]).sum().item(),
+        lambda x: torch.empty(4, 6, pin_memory=True).copy_(x, non_blocking=True),
+        lambda x: torch.ones(2).pin_memory().to(x.device, non_blocking=True),
     ],
 )
 def test_views_allocations_and_what_the_host_computes_start_nothing(count, function):
@@ -95,6 +98,8 @@ def test_an_operation_counts_once(count, number, function):
         ("_unique2", lambda x: torch.unique(x)),
         ("repeat_interleave", lambda x: x[0].repeat_interleave(x[0].long())),
         ("equal", lambda x: torch.equal(x, x + 1)),
+        ("copy to the host", lambda x: torch.empty(4, 6).copy_(x)),
+        ("event", lambda x: torch.cuda.Event().synchronize()),
         ("nms", lambda x: torchvision.ops.nms(x[:, :4], x[:, 0], 0.5)),
     ],
 )
@@ -152,6 +157,11 @@ def test_the_backward_pass_belongs_to_the_section_that_it_differentiates(countin
     # sum: an expanded view; sin: the cosine and a product; exp: a product. The gradients begin with a tensor of ones.
     assert counter.backward == {"second": 2, "first": 1, "gradients": 1}
     assert counter.operators["second", "aten.cos.default"] == 1
+
+
+def test_sections_are_told_by_files_that_exist(benchmark_module):
+    sections = benchmark_module("sections")
+    assert [name for name in sections.SECTIONS if not Path(sections.PACKAGE, name).exists()] == []
 
 
 def test_places_are_lines_of_the_package(count):
