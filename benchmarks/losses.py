@@ -8,16 +8,17 @@ and N(-5, 1.5) ("trained").
     python benchmarks/losses.py --sizes 10000 100000 1000000 --plot docs/images/losses_time.png
     python benchmarks/losses.py --device cuda
 
-Forward and backward, float32. Focal, bucketed and exact run in turn in the same process, row by row; times are of the
-fastest of several runs, on a CPU in seconds of its own time, so that other programs count as little as may be, and the
-ratios are those to the focal runs of the same row. Focal loss depends on L only, so one time of it is printed for each
-L: the fastest of all its rows. "Loop" is the published algorithm restated: the update of one positive after another,
+Forward and backward, float32, on a CPU in seconds of its own time. Focal, bucketed and exact run in turn in the same
+process, and what is printed of a row are the medians over its turns of the factor to the focal run of the same turn, so
+that neither other programs nor a drifting clock count. Focal loss depends on L only: one time of it is printed for each
+L, the fastest of all its rows. "Loop" is the published algorithm restated, the update of one positive after another,
 each with all positives and the negatives that any of them can see; `~` marks it extrapolated from evenly spaced
 positives. Peaks are of focal, bucketed and exact. The error is the largest difference of a gradient from the definition
 (`method="pairwise"`) in float64 (`*`: from the exact one in float64, where the definition would take too long).
 """
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -64,13 +65,13 @@ def timed(function: Callable[[], None], device: str) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def fastest(steps: dict[str, Callable[[], Tensor]], device: str, repeats: int) -> dict[str, float]:
-    """Milliseconds of each step, all taking turns, after one turn that warms up."""
+def in_turn(steps: dict[str, Callable[[], Tensor]], device: str, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each step in each turn, all taking turns, after one turn that warms up."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats + 1):
         for name, step in steps.items():
             times[name].append(timed(step, device))
-    return {name: min(values[1:]) for name, values in times.items()}
+    return {name: values[1:] for name, values in times.items()}
 
 
 def peak_megabytes(function: Callable[[], None], device: str) -> float:
@@ -138,12 +139,16 @@ def measure(length: int, percent: float, distribution: str, device: str, repeats
         "exact": lambda: rank_sort_step(logits, positives, quality, "exact"),
     }
     row: dict[str, float | str] = {f"{name} peak": peak_megabytes(step, device) for name, step in steps.items()}
-    row |= fastest(steps, device, repeats)
-    row |= {f"{name} ratio": row[name] / row["focal"] for name in ("bucketed", "exact")}
+    times = in_turn(steps, device, repeats)
+    row["focal"] = min(times["focal"])
+    for method in ("bucketed", "exact"):
+        ratios = [own / focal for own, focal in zip(times[method], times["focal"], strict=True)]
+        row[method] = statistics.median(ratios)
 
     part = min(len(positives), max(1, PAIRS // length))
     complete = part == len(positives)
-    row["loop"] = f"{'' if complete else '~'}{time_loop(logits, positives, quality, part, device):.1f}"
+    loop = time_loop(logits, positives, quality, part, device) / statistics.median(times["focal"])
+    row["loop"] = f"{'' if complete else '~'}{loop:,.1f}"
     truth = rank_sort_step(logits.double(), positives, quality.double(), "pairwise" if complete else "exact")
     for method in ("bucketed", "exact"):
         error = (rank_sort_step(logits, positives, quality, method) - truth).abs().max().item()
@@ -169,13 +174,13 @@ def as_line(row: dict[str, float | str], focal: float) -> str:
     peaks = " / ".join(f"{row[name + ' peak']:.1f}" for name in ("focal", "bucketed", "exact"))
     return (
         f"| {row['distribution']} | {row['L']} | {row['percent']} % | {row['P']} | {focal:.2f} "
-        f"| {row['bucketed']:.2f} ({row['bucketed ratio']:.1f}x) | {row['exact']:.2f} ({row['exact ratio']:.1f}x) "
-        f"| {row['loop']} | {peaks} | {row['bucketed error']} | {row['exact error']} |"
+        f"| {row['bucketed']:.1f} | {row['exact']:.1f} | {row['loop']} | {peaks} | {row['bucketed error']} "
+        f"| {row['exact error']} |"
     )
 
 
 def plot(rows: list[dict[str, float | str]], path: str) -> None:
-    """Time over the number of positives, one panel per number of logits."""
+    """Factor to the time of focal loss over the number of positives, one panel per number of logits."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -186,11 +191,13 @@ def plot(rows: list[dict[str, float | str]], path: str) -> None:
     figure, panels = plt.subplots(1, len(lengths), figsize=(3.6 * len(lengths), 3.2), squeeze=False, sharey=True)
     for panel, length in zip(panels[0], lengths):
         chosen = [row for row in rows if row["L"] == length]
-        for name, style in (("focal", "k--"), ("bucketed", "C0o-"), ("exact", "C3s-"), ("loop", "C7^:")):
-            values = [float(str(row[name]).lstrip("~")) for row in chosen]
-            panel.loglog([row["P"] for row in chosen], values, style, label=name, markersize=4)
+        for name, style in (("bucketed", "C0o-"), ("exact", "C3s-"), ("loop", "C7^:")):
+            values = [float(str(row[name]).lstrip("~").replace(",", "")) for row in chosen]
+            label = "published loop" if name == "loop" else name
+            panel.loglog([row["P"] for row in chosen], values, style, label=label, markersize=4)
+        panel.axhline(1, color="k", linestyle="--", label="focal")
         panel.set(title=f"{length:,} logits", xlabel="positives")
-    panels[0][0].set_ylabel("forward + backward [ms]")
+    panels[0][0].set_ylabel("forward + backward, focal = 1")
     panels[0][0].legend(frameon=False)
     figure.tight_layout()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -213,16 +220,15 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     clock = "CPU time" if options.device == "cpu" else "time"
-    print(
-        f"torch {torch.__version__}, {options.device}, {options.threads} thread(s), least {clock} of {options.repeats}"
-    )
+    print(f"torch {torch.__version__}, {options.device}, {options.threads} thread(s), {clock}, {options.repeats} turns")
     rows = []
     for distribution in options.distributions:
         for length in options.sizes:
             for percent in options.percentages:
                 rows.append(measure(length, percent, distribution, options.device, options.repeats))
                 print(f"measured: {distribution}, L {length}, {percent} %", file=sys.stderr)
-    print("| logits | L | m | P | focal ms | bucketed ms | exact ms | loop ms | peak MB | error bucketed | exact |")
+    titles = "logits | L | m | P | focal ms | bucketed / focal | exact / focal | loop / focal | peak MB"
+    print(f"| {titles} | error bucketed | exact |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         print(as_line(row, min(other["focal"] for other in rows if other["L"] == row["L"])))
