@@ -186,25 +186,34 @@ class StepCounter(TorchDispatchMode):
         if not mine and (tensors or not self.called_on_device):
             return operation(*args, **kwargs)
         section = self.tracker.of_backward() if self.in_backward else self.tracker.of_forward()
-        start = time.process_time()
-        result = operation(*args, **kwargs)
-        taken = time.process_time() - start
-        self.seconds[section] += taken
-        if self.in_backward:
-            self.backward_seconds[section] += taken
+        with self._timed(section):
+            result = operation(*args, **kwargs)
         if starts_kernel(operation) and not self._is_copy(operation, args):
             self._add(section, str(operation))
         self._note_waits(operation, args, kwargs, section if self.in_backward else None)
         given = {id(x) for x in tensors}
         return tree_map(lambda x: self.put(x) if isinstance(x, Tensor) and id(x) not in given else x, result)
 
-    def add(self, name: str) -> None:
-        """Count an operation that only stands for one of a GPU; what it computes here is to be paused."""
-        self._add(self.tracker.of_backward() if self.in_backward else self.tracker.of_forward(), name)
+    @contextlib.contextmanager
+    def stand_in(self, name: str, operations: int = 1) -> Iterator[None]:
+        """Count what runs inside as so many operations of a GPU, whatever it is."""
+        section = self.tracker.of_backward() if self.in_backward else self.tracker.of_forward()
+        self._add(section, name, operations)
+        with self.pause(), self._timed(section):
+            yield
 
-    def _add(self, section: str, name: str) -> None:
-        (self.backward if self.in_backward else self.forward)[section] += 1
-        self.operators[section, name] += 1
+    @contextlib.contextmanager
+    def _timed(self, section: str) -> Iterator[None]:
+        start = time.process_time()
+        yield
+        taken = time.process_time() - start
+        self.seconds[section] += taken
+        if self.in_backward:
+            self.backward_seconds[section] += taken
+
+    def _add(self, section: str, name: str, operations: int = 1) -> None:
+        (self.backward if self.in_backward else self.forward)[section] += operations
+        self.operators[section, name] += operations
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

@@ -155,8 +155,7 @@ class FusedStandIn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, counter: StepCounter, readable: Sampling, *args: Any) -> Tensor:  # type: ignore[override]
         """Count the kernel."""
-        counter.add("fused attention")
-        with counter.pause(), torch.enable_grad():
+        with counter.stand_in("fused attention"), torch.enable_grad():
             ctx.counter, ctx.where = counter, [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
             own: list[Any] = [
                 x.detach().requires_grad_(i in ctx.where) if isinstance(x, Tensor) else x for i, x in enumerate(args)
@@ -167,9 +166,7 @@ class FusedStandIn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Count the kernel, and the zeros that its atomic additions begin with."""
-        ctx.counter.add("fused attention, zeros")
-        ctx.counter.add("fused attention, backward")
-        with ctx.counter.pause():
+        with ctx.counter.stand_in("fused attention, backward", operations=2):
             found = torch.autograd.grad(ctx.out, ctx.inputs, gradient)
             gradients = dict(zip(ctx.where, (ctx.counter.put(x.detach()) for x in found), strict=True))
         return None, None, *(gradients.get(i) for i in range(ctx.count))

@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from brs_detr.assign.assignment import BatchAssignment
-from brs_detr.losses.step_sums import MIN_GRID_QUERIES, locate
+from brs_detr.losses.lookup import MIN_GRID_QUERIES, locate
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_places_are_lines_of_the_package(count):
 
 def test_the_code_takes_the_branches_of_a_gpu(count):
     # On a CPU a grid is searched, in a dozen operations one of which is read.
-    points, many = torch.linspace(0, 1, 50), torch.rand(2 * MIN_GRID_QUERIES)
+    points, many = torch.linspace(0, 1, 50)[None], torch.rand(1, 2 * MIN_GRID_QUERIES)
     results = []
     counter = count(lambda x: results.append(locate(points.to(x.device, non_blocking=True), x)), many)
     assert [name for _, name in counter.operators] == ["aten.searchsorted.Tensor"] and not counter.waits
