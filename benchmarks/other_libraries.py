@@ -163,7 +163,7 @@ class TransformersDetector(nn.Module):
         labels = [
             {
                 "class_labels": one["labels"],
-                "boxes": box_convert(one["boxes"].float(), "xyxy", "cxcywh") / torch.tensor([w, h, w, h]),
+                "boxes": box_convert(one["boxes"].float(), "xyxy", "cxcywh") / pixels.new_tensor([w, h, w, h]),
             }
             for one, (h, w) in zip(targets, images.sizes, strict=True)
         ]
