@@ -38,9 +38,9 @@ class Budget(NamedTuple):
 BUDGETS = {
     "brs_detr": Budget(operations=5_260, an_image=390, waits=14, copies=5, an_image_waits=3),
     "co_detr": Budget(operations=4_080, an_image=390, waits=14, copies=5, an_image_waits=3),
-    "atss": Budget(operations=890, an_image=90, waits=2, copies=0, an_image_waits=0),
+    "atss": Budget(operations=850, an_image=100, waits=2, copies=0, an_image_waits=0),
     "faster_rcnn": Budget(operations=1_520, an_image=130, waits=9, copies=2, an_image_waits=3),
-    "r50": Budget(operations=15_670, an_image=740, waits=12, copies=2, an_image_waits=3),
+    "r50": Budget(operations=14_650, an_image=800, waits=12, copies=2, an_image_waits=3),
 }
 RECIPES = {
     "brs_detr": ("demo.yaml", [*SMALL_DETECTOR, *TINY]),
