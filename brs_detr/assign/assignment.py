@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -40,9 +41,15 @@ class BatchAssignment(NamedTuple):
     boxes: Tensor
     labels: Tensor
 
-    def positives(self) -> Tensor:
-        """Return the rows (P,) that have an object, ascending (the host waits for the device once)."""
-        return (self.assigned >= 0).nonzero().flatten()
+    def positives(self, count: int | None = None) -> Tensor:
+        """Return the rows (P,) that have an object, ascending.
+
+        Args:
+            count: P where the host knows it; None: it waits for the device once.
+        """
+        positive = self.assigned >= 0
+        rows = positive.nonzero() if count is None else torch.nonzero_static(positive, size=count)
+        return rows.flatten()
 
     def classes(self, background: int) -> Tensor:
         """Return the class (N,) of every row, `background` where it has no object."""
@@ -78,6 +85,7 @@ class HeadAssignment(NamedTuple):
         features: per image (n, dim) what the head saw at each reference, with gradient; None where a map has it.
         objects: (P,) int64 each positive's object, counted through all images; None where nobody asks.
         masks: per image (m, h, w) bitmaps of its objects; None where no masks are learned.
+        counts: positives of each image; None where the host does not know them.
     """
 
     references: list[Tensor]
@@ -88,10 +96,34 @@ class HeadAssignment(NamedTuple):
     features: list[Tensor] | None = None
     objects: Tensor | None = None
     masks: list[Tensor] | None = None
+    counts: list[int] | None = None
 
     def per_image(self, values: Tensor) -> list[Tensor]:
         """Split the rows of (N, ...) values by image."""
         return list(values.split([len(boxes) for boxes in self.references]))
+
+
+def count_until(mask: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Count the true entries (B,) of a mask (N,) up to the end of each image, without waiting for the device.
+
+    Args:
+        mask: bool, one image after the other.
+        lengths: entries of each image, at least 1.
+    """
+    ends = torch.tensor(lengths).cumsum(0) - 1
+    return mask.cumsum(0)[ends.to(mask.device, non_blocking=True)]
+
+
+def read_together(counts: Sequence[Tensor]) -> list[list[int]]:
+    """Copy small integer tensors to the host (which waits for the device once for all of them)."""
+    values = torch.cat(list(counts)).tolist()
+    ends = list(accumulate(len(one) for one in counts))
+    return [values[end - len(one) : end] for one, end in zip(counts, ends, strict=True)]
+
+
+def differences(reached: Sequence[int]) -> list[int]:
+    """Return the growth of running totals: [2, 5] -> [2, 3]."""
+    return [end - begin for begin, end in zip([0, *reached[:-1]], reached)]
 
 
 def count_per_image(rows: Tensor, counts: Sequence[int]) -> list[int]:
@@ -102,5 +134,4 @@ def count_per_image(rows: Tensor, counts: Sequence[int]) -> list[int]:
         counts: rows of each image.
     """
     ends = torch.tensor(counts).cumsum(0).to(rows.device)
-    reached: list[int] = torch.searchsorted(rows, ends).tolist()
-    return [end - begin for begin, end in zip([0, *reached[:-1]], reached)]
+    return differences(torch.searchsorted(rows, ends).tolist())

@@ -1,7 +1,8 @@
 """One-to-one matching of predictions and objects (DETR, Carion et al. 2020, Eq. 1) for all prediction sets of a step.
 
-The costs of every decoder layer, of the encoder proposals and of every image are computed on the device and copied to
-the host at once, where SciPy solves them; the indices are copied back at once.
+The costs of every decoder layer, of the encoder proposals and of every image are computed on the device in a few
+operations and copied to the host at once. SciPy solves them there, as late as the caller can wait, so that the device
+computes something else meanwhile; the indices are copied back at once.
 """
 
 from __future__ import annotations
@@ -13,17 +14,32 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torchvision.ops import box_convert, generalized_box_iou
+from torchvision.ops import box_convert
 
+from brs_detr.ops.boxes import generalized_iou
 from brs_detr.ops.targets import PackedTargets
 
 
-class Match(NamedTuple):
-    """Matched pairs of one prediction set.
+class PredictedSet(NamedTuple):
+    """What is matched with the objects of a batch, of one layer or of L layers at once.
 
     Attributes:
-        rows: (P,) int64 into the flattened (B * Q) predictions, ascending.
-        objects: (P,) int64 into the packed targets.
+        logits: (B, Q, K) or (L, B, Q, K).
+        boxes: (B, Q, 4) or (L, B, Q, 4) cxcywh in [0, 1].
+        labels: (G,) int64 columns of the logits that are the packed objects' classes.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    labels: Tensor
+
+
+class Match(NamedTuple):
+    """Matched pairs of one prediction set, or those of each of its L layers, which are as many.
+
+    Attributes:
+        rows: (P,) or (L, P) int64 into the flattened (B * Q) predictions, ascending.
+        objects: (P,) or (L, P) int64 into the packed targets.
     """
 
     rows: Tensor
@@ -46,70 +62,92 @@ class HungarianMatcher:
         self.cls, self.l1, self.giou, self.alpha, self.gamma = cls, l1, giou, alpha, gamma
 
     @torch.no_grad()
-    def cost(self, logits: Tensor, boxes: Tensor, labels: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-        """Compute the cost of every pair in one image.
-
-        Args:
-            logits: (Q, K). boxes: (Q, 4) cxcywh in [0, 1].
-            labels: (G,). targets: (G, 4) cxcywh in [0, 1].
-            scale: (4,) image's (w, h, w, h) in pixels, for the GIoU.
+    def cost(self, predictions: PredictedSet, targets: PackedTargets) -> Tensor:
+        """Compute the cost of every pair of an object and a prediction of its image.
 
         Returns:
-            (Q, G) float32.
+            (L, G, Q) float32, L = 1 for a set without layers: each object's cost of every query of its own image.
         """
-        logits, boxes = logits.float(), boxes.float()
-        chance = logits[:, labels].sigmoid()
+        logits, boxes, labels = predictions
+        layers, images, queries, _ = (1, *logits.shape)[-4:]
+        # One entry an object and not a table of images by most objects: nothing is computed twice or in vain.
+        chance = logits.reshape(layers, images, queries, -1)[:, targets.images, :, labels].float().sigmoid()
+        chance = chance.transpose(0, 1)  # two indices with a slice between them come first
+        boxes = boxes.reshape(layers, images, queries, 4)[:, targets.images].float()
+        objects, scales = targets.boxes[:, None], targets.scales[:, None]
         # The focal loss with the object minus that without it: what the match changes. 1e-12 is the official epsilon.
         present = self.alpha * (1 - chance) ** self.gamma * -(chance + 1e-12).log()
         absent = (1 - self.alpha) * chance**self.gamma * -(1 - chance + 1e-12).log()
-        distance = (boxes[:, None] - targets[None]).abs().sum(-1)
-        corners = [box_convert(b * scale, "cxcywh", "xyxy") for b in (boxes, targets)]
-        overlap: Tensor = generalized_box_iou(*corners)
+        distance = (boxes - objects).abs().sum(-1)
+        overlap = generalized_iou(*(box_convert(b * scales, "cxcywh", "xyxy") for b in (boxes, objects)))
         return self.cls * (present - absent) + self.l1 * distance - self.giou * overlap
 
-    @torch.no_grad()
-    def __call__(self, sets: Sequence[tuple[Tensor, Tensor, Tensor]], targets: PackedTargets) -> list[Match]:
+    def begin(self, sets: Sequence[PredictedSet], targets: PackedTargets) -> Matching:
+        """Compute the costs of all prediction sets and send them to the host, without waiting for them."""
+        with torch.autocast(targets.boxes.device.type, enabled=False):
+            costs = [self.cost(one, targets).flatten() for one in sets]
+        return Matching(torch.cat(costs), [one.logits.shape for one in sets], targets)
+
+    def __call__(self, sets: Sequence[PredictedSet], targets: PackedTargets) -> list[Match]:
         """Match every prediction set.
 
         Args:
-            sets: (logits (B, Q, K), boxes (B, Q, 4) cxcywh, labels (G,) of the packed objects in this set's classes).
+            sets: predictions, detached, with the labels of the packed objects in their classes.
             targets: objects of the batch.
 
         Returns:
             One match per set. A NaN prediction is matched as if it were very expensive: the loss then names the NaN,
             where SciPy would only reject the matrix.
         """
-        costs, sizes = [], []
-        with torch.autocast(targets.boxes.device.type, enabled=False):
-            for logits, boxes, labels in sets:
-                for image, (start, stop) in enumerate(targets.spans):
-                    if stop > start:
-                        one = slice(start, stop)
-                        scale = targets.scales[start]
-                        costs.append(self.cost(logits[image], boxes[image], labels[one], targets.boxes[one], scale))
-                    sizes.append((logits.shape[1], stop - start))
-        host = torch.cat([c.flatten() for c in costs]).cpu().numpy() if costs else np.zeros(0, np.float32)
+        return self.begin(sets, targets).solve()
+
+
+class Matching:
+    """Costs on their way to the host, to be solved there.
+
+    Args:
+        costs: of all sets, each (L, G, Q) flattened, one after the other.
+        shapes: of the sets' logits, (B, Q, K) or (L, B, Q, K).
+        targets: objects of the batch.
+    """
+
+    def __init__(self, costs: Tensor, shapes: Sequence[torch.Size], targets: PackedTargets) -> None:
+        self.shapes, self.targets = shapes, targets
+        self.costs, self.arrived = costs, None
+        if costs.is_cuda:
+            # Pinned, so that the copy runs beside what is launched next; the event says when it is complete.
+            self.costs = torch.empty(costs.shape, dtype=costs.dtype, pin_memory=True)
+            self.costs.copy_(costs, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def solve(self) -> list[Match]:
+        """Wait for the costs and find the cheapest pairs of each set."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
         # 1e8 and not infinity, with which SciPy may find no assignment at all.
-        rows, objects, lengths = _solve(np.nan_to_num(host, nan=1e8, posinf=1e8, neginf=-1e8), sizes, targets.spans)
-        both = torch.from_numpy(np.stack([rows, objects])).to(targets.boxes.device, non_blocking=True)
-        return [Match(*pair) for pair in zip(both[0].split(lengths), both[1].split(lengths), strict=True)]
+        costs = np.nan_to_num(self.costs.cpu().numpy(), nan=1e8, posinf=1e8, neginf=-1e8)
+        solved, begin = [], 0
+        for shape in self.shapes:
+            layers, queries = (1, *shape)[-4], shape[-2]
+            end = begin + layers * len(self.targets.labels) * queries
+            solved.append(_solve(costs[begin:end].reshape(layers, -1, queries), self.targets.spans))
+            begin = end
+        lengths = [pairs[0].size for pairs in solved]
+        joined = np.concatenate([pairs.reshape(2, -1) for pairs in solved], axis=1)
+        both = torch.from_numpy(joined).to(self.targets.boxes.device, non_blocking=True)
+        matches = zip(both[0].split(lengths), both[1].split(lengths), self.shapes, strict=True)
+        # (P,), or (L, P) of a set with layers
+        return [Match(*(part.view(*shape[:-3], -1) for part in (rows, objects))) for rows, objects, shape in matches]
 
 
-def _solve(
-    costs: np.ndarray, sizes: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
-) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Solve the flattened cost blocks; `sizes` run over sets, then images. Returns rows, objects, pairs per set."""
-    rows, objects, lengths, offset = [], [], [], 0
-    for number, (queries, count) in enumerate(sizes):
-        image = number % len(spans)
-        if image == 0:
-            lengths.append(0)
-        if count:
-            block = costs[offset : offset + queries * count].reshape(queries, count)
-            chosen, matched = linear_sum_assignment(block)
-            rows.append(chosen + image * queries)
-            objects.append(matched + spans[image][0])
-            lengths[-1] += len(chosen)
-        offset += queries * count
-    empty = np.zeros(0, np.int64)
-    return np.concatenate([empty, *rows]), np.concatenate([empty, *objects]), lengths
+def _solve(costs: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Solve costs (L, G, Q) layer by layer and image by image; return rows and objects (2, L, P) of the pairs."""
+    layers, _, queries = costs.shape
+    pairs = [[np.zeros((2, 0), np.int64)] for _ in range(layers)]
+    for own, found in zip(costs, pairs, strict=True):
+        for image, (start, stop) in enumerate(spans):
+            if stop > start:
+                chosen, matched = linear_sum_assignment(own[start:stop].T)
+                found.append(np.stack([chosen + image * queries, matched + start]))
+    return np.stack([np.concatenate(found, axis=1) for found in pairs], axis=1)

@@ -29,7 +29,8 @@ from brs_detr.models.brs_detr import BRSDETR
 from brs_detr.models.config import HardNMS
 from brs_detr.models.detector import Detector
 from brs_detr.models.heads.dense import DenseHead, DenseOutput
-from brs_detr.models.heads.roi import RoIHead, map_of
+from brs_detr.models.heads.pooling import map_of
+from brs_detr.models.heads.roi import RoIHead
 from brs_detr.models.heads.rpn import RPNHead
 from brs_detr.models.one_stage import OneStageDetector
 from brs_detr.models.rcnn import TwoStageDetector

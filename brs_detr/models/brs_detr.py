@@ -7,17 +7,15 @@ objective, so the same module with focal objectives, samplers and centerness is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert
 
-from brs_detr.assign.assignment import HeadAssignment
-from brs_detr.assign.hungarian import HungarianMatcher
+from brs_detr.assign.hungarian import HungarianMatcher, PredictedSet
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
 from brs_detr.losses.distributed import SharedCount
 from brs_detr.losses.objective import PredictionSet
@@ -27,12 +25,14 @@ from brs_detr.models.heads.atss import ATSSHead
 from brs_detr.models.heads.dense import Objective
 from brs_detr.models.heads.roi import RoIHead
 from brs_detr.models.heads.rpn import RPNHead
+from brs_detr.models.heads.step import DenseStep, RegionStep, read_counts
 from brs_detr.models.neck import ChannelMapper
-from brs_detr.models.transformer.collaborative import AuxQueryEmbedding, aux_samples, select_queries
+from brs_detr.models.transformer.collaborative import AuxQueries, AuxQueryEmbedding, aux_samples, select_queries
 from brs_detr.models.transformer.decoder import Predictions, QueryDecoder, best_pairs
 from brs_detr.models.transformer.encoder import DeformableEncoder, Memory
 from brs_detr.models.transformer.two_stage import BoxEmbedding, Proposals, TwoStageHead
 from brs_detr.ops.anchors import cell_features
+from brs_detr.ops.boxes import Regions
 from brs_detr.ops.images import ImageBatch, Size
 from brs_detr.ops.targets import PackedTargets, pixel_scales
 
@@ -123,26 +123,38 @@ class BRSDETR(Detector):
         maps = memory.maps()
         return [*maps, self.coarsest(maps[-1])]
 
-    def references(self, proposals: Proposals, regions: Sequence[Tensor], sizes: Sequence[Size]) -> Tensor:
+    def references(self, proposals: Proposals, regions: Regions, sizes: Sequence[Size]) -> Tensor:
         """Return the boxes (B, Q, 4) cxcywh in [0, 1] that the decoder's queries begin with.
 
         Args:
             proposals: of the encoder.
-            regions: (n, 4) xyxy pixels of each image, best first: the RPN's proposals.
+            regions: of each image, best first: the RPN's proposals.
             sizes: (h, w) of the images.
         """
-        padded = pad_sequence(list(regions), batch_first=True)
-        inside = box_convert(padded, "xyxy", "cxcywh") / pixel_scales(sizes, padded.device)[:, None]
-        lengths = torch.tensor([len(own) for own in regions], device=padded.device)
-        valid = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
-        return self.proposals.with_regions(inside, valid, proposals.references)
+        inside = box_convert(regions.boxes, "xyxy", "cxcywh") / pixel_scales(sizes, regions.boxes.device)[:, None]
+        return self.proposals.with_regions(inside, regions.valid, proposals.references)
+
+    def queries(self, references: Tensor) -> tuple[Tensor, Tensor]:
+        """Return content and position (B, Q, dim) of the queries that begin at references (B, Q, 4)."""
+        position, _ = self.box_embedding(references)
+        count = references.shape[1]
+        return self.query_content.weight[:count].expand(references.shape[0], -1, -1), position
 
     def decode(self, memory: Memory, references: Tensor) -> Predictions:
         """Run the decoder from (B, Q, 4) references; returns the predictions of every layer."""
-        position, _ = self.box_embedding(references)
-        count = references.shape[1]
-        content = self.query_content.weight[:count].expand(references.shape[0], -1, -1)
-        return self.decoder(content, position, references, memory)
+        return self.decoder(*self.queries(references), references, memory)
+
+    def decode_together(
+        self, memory: Memory, references: Tensor, aux_queries: Mapping[str, AuxQueries]
+    ) -> list[Predictions]:
+        """Run the decoder once for the main queries and those of each auxiliary head; one result a set, as `decode`."""
+        sets = [(*self.queries(references), references)]
+        for head, own in aux_queries.items():
+            position, content = self.aux_embeddings[head](own.boxes, own.features)
+            sets.append((content, position, own.boxes))
+        content, position, boxes = (torch.cat(column, dim=1) for column in zip(*sets, strict=True))
+        counts = [one[2].shape[1] for one in sets]
+        return self.decoder(content, position, boxes, memory, counts).split(counts)
 
     def detect(self, memory: Memory, images: ImageBatch, head: str | None = None) -> list[dict[str, Tensor]]:
         """Return the detections of the decoder's last layer, or of the dense head that is named."""
@@ -151,7 +163,7 @@ class BRSDETR(Detector):
             proposals = self.proposals(memory)
             references = proposals.references
             if self.query_boxes == "rpn":
-                regions = self.rpn.proposals(self.rpn(self.pyramid(memory)), images.sizes)
+                regions = self.rpn.regions(self.rpn(self.pyramid(memory)), images.sizes)
                 references = self.references(proposals, regions, images.sizes)
             layers = self.decode(memory, references)
             last = Predictions(layers.logits[-1], layers.boxes[-1])
@@ -165,60 +177,62 @@ class BRSDETR(Detector):
         return to_stored_images(detections, images)
 
     def losses(self, memory: Memory, sizes: Sequence[Size], targets: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Compute all loss terms of a step, weighted; their sum is the training loss (Eq. 17 of the BRS paper)."""
+        """Compute all loss terms of a step, weighted; their sum is the training loss (Eq. 17 of the BRS paper).
+
+        The dense heads come first, since their positives are queries, too, but their losses last, so that they are
+        computed while the matching is solved on the host.
+        """
         packed = PackedTargets.pack(targets, sizes)
-        proposals = self.proposals(memory)
-        maps = self.pyramid(memory)
+        proposals, maps = self.proposals(memory), self.pyramid(memory)
         anchors = self.rpn(maps)
-        regions = self.rpn.proposals(anchors, sizes)
+        regions = self.rpn.regions(anchors, sizes)
+        heads: dict[str, DenseStep | RegionStep] = {
+            "rpn": DenseStep(self.rpn, anchors, sizes, targets),
+            "roi": RegionStep(self.roi, maps[:4], regions.never_empty(sizes), sizes, targets),
+            "atss": DenseStep(self.atss, self.atss(maps), sizes, targets),
+        }
+        read_counts(heads.values())
+        queries = self.select(heads, maps, sizes)
         from_rpn = self.query_boxes == "rpn"
         references = self.references(proposals, regions, sizes) if from_rpn else proposals.references
-        layers = self.decode(memory, references)
-        heads = {
-            "rpn": self.rpn.losses(anchors, sizes, targets),
-            "roi": self.roi.losses(maps[:4], regions, sizes, targets),
-            "atss": self.atss.losses(self.atss(maps), sizes, targets),
-        }
-        losses = {f"{name}.{term}": value for name, head in heads.items() for term, value in head.terms.items()}
+        main, *aux = self.decode_together(memory, references, queries)
 
         class_agnostic = torch.zeros_like(packed.labels)
-        sets = [(proposals.predictions.logits, proposals.predictions.boxes, class_agnostic)]
-        sets += [(logits, boxes, packed.labels) for logits, boxes in zip(layers.logits, layers.boxes)]
-        names = ["encoder", *(f"decoder.{i}" for i in range(len(layers.logits)))]
-        matches = self.matcher([(logits.detach(), boxes.detach(), labels) for logits, boxes, labels in sets], packed)
-        for name, (logits, boxes, labels), (rows, objects) in zip(names, sets, matches, strict=True):
-            if name in names[:2]:  # every decoder layer matches as many objects as the first
-                count = SharedCount(len(rows))
+        sets = {
+            "encoder": PredictedSet(*proposals.predictions, class_agnostic),
+            "decoder": PredictedSet(*main, packed.labels),
+        }
+        matching = self.matcher.begin([PredictedSet(*(part.detach() for part in one)) for one in sets.values()], packed)
+        losses = {f"{name}.{term}": value for name, head in heads.items() for term, value in head.losses().items()}
+        of_aux: dict[str, Tensor] = {}
+        for (name, own), layers in zip(queries.items(), aux, strict=True):
+            of_aux |= self.set_losses(f"aux_{name}", layers, own.rows, own.labels, own.targets, own.scales)
+        for (name, one), (rows, objects) in zip(sets.items(), matching.solve(), strict=True):
+            logits = one.logits
             if name == "encoder" and not self.rank_all_encoder_columns:
                 logits = logits[..., :1]
-            matched = packed.boxes[objects], packed.scales[objects]
-            losses |= self.set_losses(name, Predictions(logits, boxes), rows, labels[objects], *matched, count)
-        losses |= self.aux_losses(memory, maps, heads["roi"].assignment, heads["atss"].assignment, sizes)
-        return losses
+            matched = one.labels[objects], packed.boxes[objects], packed.scales[objects]
+            losses |= self.set_losses(name, Predictions(logits, one.boxes), rows, *matched)
+        return losses | of_aux
 
-    def aux_losses(
-        self, memory: Memory, maps: list[Tensor], roi: HeadAssignment, atss: HeadAssignment, sizes: Sequence[Size]
-    ) -> dict[str, Tensor]:
-        """Compute the terms of the auxiliary query sets at every decoder layer.
+    def select(
+        self, heads: Mapping[str, DenseStep | RegionStep], maps: list[Tensor], sizes: Sequence[Size]
+    ) -> dict[str, AuxQueries]:
+        """Choose the auxiliary queries of each head.
 
-        They attend to the encoder's maps like the main queries, each head's set in a pass of its own. What the RoI head
-        saw are its pooled features, what the ATSS head saw are the cells of `maps`.
+        What the RoI head saw are its pooled features, what the ATSS head saw are the cells of `maps`.
         """
-        losses: dict[str, Tensor] = {}
-        assert roi.features is not None  # `RoIHead.losses` returns them
-        samples = [
-            aux_samples(roi, roi.features, MAX_ROI_SAMPLES),
-            aux_samples(atss, cell_features(maps, sizes, self.atss.strides)),
-        ]
-        chosen = select_queries(samples, sizes, self.num_classes, max_queries=self.max_aux_queries)
-        for head, queries in zip(("roi", "atss"), chosen, strict=True):
-            position, content = self.aux_embeddings[head](queries.boxes, queries.features)
-            layers = self.decoder(content, position, queries.boxes, memory)
-            count = SharedCount(len(queries.rows))
-            for i, predictions in enumerate(zip(layers.logits, layers.boxes)):
-                sampled = queries.rows, queries.labels, queries.targets, queries.scales, count
-                losses |= self.set_losses(f"aux_{head}.{i}", Predictions(*predictions), *sampled)
-        return losses
+        samples = {}
+        for name, head in heads.items():
+            if isinstance(head, RegionStep):
+                samples[name] = aux_samples(head.assignment, head.assignment.features, MAX_ROI_SAMPLES)
+            elif name == "atss":
+                samples[name] = aux_samples(head.assignment, cell_features(maps, sizes, self.atss.strides))
+        counts = [[min(count, MAX_ROI_SAMPLES) for count in heads[name].assignment.counts] for name in samples]
+        chosen = select_queries(
+            list(samples.values()), counts, sizes, self.num_classes, max_queries=self.max_aux_queries
+        )
+        return dict(zip(samples, chosen, strict=True))
 
     def set_losses(
         self,
@@ -228,36 +242,50 @@ class BRSDETR(Detector):
         labels: Tensor,
         targets: Tensor,
         scales: Tensor,
-        count: SharedCount | None = None,
     ) -> dict[str, Tensor]:
-        """Compute the terms of one prediction set.
+        """Compute the terms of one prediction set, or of each of its L layers.
 
         Args:
             name: prefix of the terms.
-            predictions: logits (B, Q, K), boxes (B, Q, 4) cxcywh.
-            rows: (P,) positives among the B * Q rows.
+            predictions: logits (B, Q, K), boxes (B, Q, 4) cxcywh; or (L, B, Q, K), (L, B, Q, 4).
+            rows: (P,) positives among the B * Q rows; with layers also (L, P), and so with all that follow.
             labels: (P,). targets: (P, 4) cxcywh. scales: (P, 4) pixels.
-            count: P, shared with other sets of as many positives.
 
         Returns:
-            `name.term` -> scalar. Quality and GIoU are those of the boxes in pixels.
+            `name.term` -> scalar, with layers `name.layer.term`. Quality and GIoU are those of the boxes in pixels.
         """
-        logits = rearrange(predictions.logits, "b q k -> (b q) k")
-        boxes = rearrange(predictions.boxes, "b q box -> (b q) box")[rows]
-        all_labels = torch.full((len(logits),), logits.shape[1], dtype=torch.int64, device=logits.device)
-        all_labels = all_labels.index_copy(0, rows, labels)
+        logits = rearrange(predictions.logits, "... b q k -> ... (b q) k")
+        layers = logits.shape[:-2]
+        rows, labels = rows.expand(*layers, -1), labels.expand(*layers, -1)
+        boxes = rearrange(predictions.boxes, "... b q box -> ... (b q) box")
+        boxes = boxes.gather(-2, rows[..., None].expand(*rows.shape, 4))
+        all_labels = torch.full(logits.shape[:-1], logits.shape[-1], dtype=torch.int64, device=logits.device)
+        all_labels = all_labels.scatter(-1, rows, labels)
         pixels, target_pixels = (box_convert(b * scales, "cxcywh", "xyxy") for b in (boxes, targets))
-        terms = self.objective(
-            PredictionSet(
-                logits,
-                all_labels,
-                quality=paired_iou(pixels.detach(), target_pixels),
-                box_losses={
-                    "l1": (boxes - targets).abs().sum(-1),
-                    "giou": paired_giou_loss(pixels, target_pixels),
-                },
-                rows=rows,
-                normalizer=count,
-            )
+        pairs = pixels.flatten(0, -2), target_pixels.expand_as(pixels).flatten(0, -2)
+        found = PredictionSet(
+            logits,
+            all_labels,
+            quality=paired_iou(pairs[0].detach(), pairs[1]).view(rows.shape),
+            box_losses={"l1": (boxes - targets).abs().sum(-1), "giou": paired_giou_loss(*pairs).view(rows.shape)},
+            rows=rows,
+            normalizer=SharedCount(rows.shape[-1]),  # one for all layers
         )
-        return {f"{name}.{term}": value for term, value in terms.items()}
+        if not layers:
+            return {f"{name}.{term}": value for term, value in self.objective(found).items()}
+        terms = [self.objective(one) for one in layers_of(found)]
+        return {f"{name}.{layer}.{term}": value for layer, own in enumerate(terms) for term, value in own.items()}
+
+
+def layers_of(found: PredictionSet) -> list[PredictionSet]:
+    """Split the sets of several layers."""
+    return [
+        found._replace(
+            logits=found.logits[i],
+            labels=found.labels[i],
+            quality=found.quality[i],
+            box_losses={name: loss[i] for name, loss in found.box_losses.items()},
+            rows=found.rows[i],
+        )
+        for i in range(len(found.logits))
+    ]

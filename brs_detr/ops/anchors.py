@@ -6,7 +6,10 @@ are selected by slicing, and the host never waits for the device to read a mask.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +59,7 @@ class AnchorGrid(nn.Module):
         self.per_cell = len(scales) * len(ratios)
         bases = torch.stack([base_anchors(stride, scales, ratios) for stride in strides])
         self.register_buffer("bases", bases, persistent=False)  # a buffer moves with the module; not saved
+        self._latest: tuple[tuple[Any, ...], list[Tensor]] | None = None
 
     def forward(self, shapes: Sequence[Size], frame: Size | None = None) -> list[Tensor]:
         """Place the anchors on levels of the given (h, w) cells.
@@ -76,6 +80,17 @@ class AnchorGrid(nn.Module):
                 f"anchors: {len(shapes)} feature maps for {len(self.strides)} strides {self.strides}. "
                 "Give one map per stride."
             )
+        if torch.compiler.is_compiling() or any(type(side) is not int for shape in shapes for side in shape):
+            return self._place(shapes, frame)  # a graph for any size
+        # Kept for the next maps of these shapes: all heads of a step have the same, and often all steps.
+        key = tuple(shapes), frame, self.bases.device, self.bases.dtype, type(self.bases)
+        if self._latest is None or self._latest[0] != key:
+            with torch.inference_mode(False):  # a later step may need gradients
+                self._latest = key, self._place(shapes, frame)
+        return list(self._latest[1])
+
+    def _place(self, shapes: Sequence[Size], frame: Size | None) -> list[Tensor]:
+        """Place the anchors as `forward` does."""
         levels = []
         for (height, width), stride, base in zip(shapes, self.strides, self.bases, strict=True):
             step_y, step_x = (stride, stride) if frame is None else (frame[0] / height, frame[1] / width)
@@ -150,6 +165,46 @@ def inside_image(anchors: Tensor, size: Size, border: float = 0.0) -> Tensor:
     return low & (anchors[:, 2] < width + border) & (anchors[:, 3] < height + border)
 
 
+@lru_cache(maxsize=16)
+def _cells(shapes: tuple[Size, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return (row, column) (n, 2) and the level (n,) of each cell of all levels."""
+    with torch.inference_mode(False):  # kept for later steps, which may need gradients
+        places = [
+            torch.stack(torch.meshgrid(*(torch.arange(side, device=device) for side in shape), indexing="ij"), dim=-1)
+            for shape in shapes
+        ]
+        cells = [place.flatten(0, 1) for place in places]
+        return torch.cat(cells), torch.cat([torch.full_like(own[:, 0], level) for level, own in enumerate(cells)])
+
+
+@lru_cache(maxsize=16)
+def rows_inside(
+    extents: tuple[tuple[Size, ...], ...], shapes: tuple[Size, ...], per_cell: int, device: torch.device
+) -> Tensor | None:
+    """Find the entries of all images that `valid_rows` selects, among all entries of the padded batch.
+
+    They are the same for all maps of a step, and kept for the next batch of these sizes.
+
+    Args:
+        extents: per image (rows, columns) of each level that lie inside it.
+        shapes: (h, w) cells of each level of the padded batch.
+        per_cell: entries of a cell.
+        device: of the result.
+
+    Returns:
+        (N,) int64 rows among the entries of one image after the other, level after level; None if it is all of them.
+    """
+    if all(own == shapes for own in extents):
+        return None
+    number = sum(rows * columns for own in extents for rows, columns in own)
+    with torch.inference_mode(False):
+        cells, level = _cells(shapes, device)
+        ends = torch.tensor(extents).to(device, non_blocking=True)
+        inside = (cells < ends[:, level]).all(dim=-1)
+        inside = inside[..., None].expand(-1, -1, per_cell)
+        return torch.nonzero_static(inside.flatten(), size=number * per_cell).flatten()
+
+
 def batch_rows(levels: Sequence[Tensor], extents: Sequence[Sequence[Size]]) -> Tensor:
     """Select the entries of all images, one image after the other, each as in `valid_rows`.
 
@@ -160,7 +215,34 @@ def batch_rows(levels: Sequence[Tensor], extents: Sequence[Sequence[Size]]) -> T
     Returns:
         (N, D), N = entries inside their images.
     """
-    return torch.cat([valid_rows([level[image] for level in levels], own) for image, own in enumerate(extents)])
+    rows = _rows_of(levels, extents)
+    joined = torch.cat([level.flatten(1, -2) for level in levels], dim=1).flatten(0, 1)
+    return joined if rows is None else joined.index_select(0, rows)
+
+
+def batch_anchors(grid: Sequence[Tensor], extents: Sequence[Sequence[Size]]) -> list[Tensor]:
+    """Select the anchors inside each image, as `batch_rows` selects what is said about them.
+
+    Args:
+        grid: (h, w, A, 4) per level.
+        extents: per image (rows, columns) per level.
+
+    Returns:
+        Per image (n, 4).
+    """
+    anchors = torch.cat([level.flatten(0, -2) for level in grid])
+    rows = _rows_of([level[None] for level in grid], extents)
+    if rows is None:
+        return [anchors] * len(extents)
+    per_cell = grid[0].shape[2]
+    lengths = [sum(height * width for height, width in own) * per_cell for own in extents]
+    return list(anchors[rows % len(anchors)].split(lengths))
+
+
+def _rows_of(levels: Sequence[Tensor], extents: Sequence[Sequence[Size]]) -> Tensor | None:
+    """Return `rows_inside` for levels (B, h, w, ..., D)."""
+    shapes = tuple((level.shape[1], level.shape[2]) for level in levels)
+    return rows_inside(tuple(map(tuple, extents)), shapes, math.prod(levels[0].shape[3:-1]), levels[0].device)
 
 
 def cell_features(maps: Sequence[Tensor], sizes: Sequence[Size], strides: Sequence[int]) -> list[Tensor]:
@@ -176,7 +258,7 @@ def cell_features(maps: Sequence[Tensor], sizes: Sequence[Size], strides: Sequen
     """
     levels = [x.permute(0, 2, 3, 1) for x in maps]
     extents = [valid_extents(size, [(x.shape[1], x.shape[2]) for x in levels], strides) for size in sizes]
-    return [valid_rows([x[image] for x in levels], own) for image, own in enumerate(extents)]
+    return list(batch_rows(levels, extents).split([sum(h * w for h, w in own) for own in extents]))
 
 
 def take_rows(rows: Tensor, index: Tensor) -> Tensor:

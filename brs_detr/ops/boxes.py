@@ -10,13 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, nms
 
 from brs_detr.ops.images import Size
+
+# Devices on which `kept_in_segments` goes through the segments one by one, which saves comparing the boxes of different
+# ones. Elsewhere each call would be waited for.
+SEGMENT_BY_SEGMENT = ("cpu",)
 
 
 class Coder(Protocol):
@@ -122,6 +127,46 @@ def _center_side(boxes: Tensor) -> tuple[Tensor, Tensor]:
     return (low + high) * 0.5, high - low
 
 
+def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Compute the GIoU (...) of boxes (..., 4) xyxy with others (..., 4), broadcast against each other.
+
+    That of `torchvision.ops.generalized_box_iou` (Rezatofighi et al., CVPR 2019, Algorithm 1) for pairs of any shape.
+    """
+    inner = torch.minimum(boxes[..., 2:], others[..., 2:]) - torch.maximum(boxes[..., :2], others[..., :2])
+    outer = torch.maximum(boxes[..., 2:], others[..., 2:]) - torch.minimum(boxes[..., :2], others[..., :2])
+    shared, hull = _area(inner.clamp(min=0)), _area(outer.clamp(min=0))
+    union = _area(boxes[..., 2:] - boxes[..., :2]) + _area(others[..., 2:] - others[..., :2]) - shared
+    return shared / union - (hull - union) / hull
+
+
+def _area(sides: Tensor) -> Tensor:
+    return sides[..., 0] * sides[..., 1]
+
+
+class Regions(NamedTuple):
+    """As many boxes of each image, of which some may be missing.
+
+    Attributes:
+        boxes: (B, n, 4) xyxy pixels, best first.
+        valid: (B, n) bool, False for entries that are no boxes; these come last.
+    """
+
+    boxes: Tensor
+    valid: Tensor
+
+    def per_image(self) -> list[Tensor]:
+        """Return the boxes (n, 4) of each image that there are (the host waits for the device once)."""
+        counts = self.valid.sum(dim=1).tolist()
+        return [own[:count] for own, count in zip(self.boxes, counts, strict=True)]
+
+    def never_empty(self, sizes: Sequence[Size]) -> Regions:
+        """Give an image of (h, w) pixels that has no box one, itself."""
+        full = image_corners(sizes, self.boxes)[:, None]
+        first = torch.where(self.valid[:, :1, None], self.boxes[:, :1], full)
+        valid = torch.cat([torch.ones_like(self.valid[:, :1]), self.valid[:, 1:]], dim=1)
+        return Regions(torch.cat([first, self.boxes[:, 1:]], dim=1), valid)
+
+
 class Candidates(NamedTuple):
     """The boxes that enter `suppress`, whose arguments these are; those of several images have one more dimension."""
 
@@ -168,6 +213,45 @@ def suppress(
         boxes, scores, labels, groups = boxes[index], scores[index], labels[index], groups[index]
     best = batched_nms(boxes, scores, groups, nms_iou)[:max_detections]
     return {"boxes": boxes[best], "scores": scores[best], "labels": labels[best]}
+
+
+def image_corners(sizes: Sequence[Size], like: Tensor) -> Tensor:
+    """Return images of (h, w) pixels as boxes (B, 4) xyxy, of the type and on the device of a tensor."""
+    corners = torch.tensor([(0, 0, w, h) for h, w in sizes], dtype=like.dtype)
+    return corners.to(like.device, non_blocking=True)
+
+
+def clip_boxes(boxes: Tensor, sizes: Sequence[Size]) -> Tensor:
+    """Clip boxes (B, n, 4) xyxy to images of (h, w) pixels, as torchvision's `clip_boxes_to_image` does one image."""
+    limits = image_corners(sizes, boxes)[:, 2:].repeat(1, 2)
+    return torch.minimum(boxes.clamp(min=0), limits[:, None])
+
+
+def kept_in_segments(boxes: Tensor, scores: Tensor, lengths: Sequence[int], nms_iou: float) -> Tensor:
+    """Suppress among the boxes of each segment of each image, wherever they lie, in fixed shapes.
+
+    Args:
+        boxes: (B, n, 4) xyxy. An empty one overlaps nothing: it is kept and suppresses no other.
+        scores: (B, n).
+        lengths: boxes of each segment, n in all.
+        nms_iou: of two boxes of a segment that overlap more, the one with the higher score is kept.
+
+    Returns:
+        (B, n) bool, True where a box is kept. On a GPU the host waits once, whatever the batch.
+    """
+    if boxes.device.type in SEGMENT_BY_SEGMENT:
+        segments = zip(
+            boxes.flatten(0, 1).split([*lengths] * len(boxes)), scores.flatten().split([*lengths] * len(boxes))
+        )
+        starts = accumulate([*lengths] * len(boxes), initial=0)
+        kept = torch.cat([nms(*own, nms_iou) + start for own, start in zip(segments, starts)])
+    else:
+        segment = torch.arange(len(lengths) * len(boxes)).view(len(boxes), -1)
+        segment = segment.repeat_interleave(torch.tensor(lengths), dim=1).to(boxes.device, non_blocking=True)
+        # Each segment in a place of its own. In float64 the shift loses no digit, and so changes no overlap.
+        apart = boxes.double() + (segment * (boxes.amax() - boxes.amin() + 1))[..., None]
+        kept = nms(apart.flatten(0, 1), scores.flatten().double(), nms_iou)
+    return torch.zeros_like(scores, dtype=torch.bool).view(-1).index_fill(0, kept, True).view_as(scores)
 
 
 def join_boxes(

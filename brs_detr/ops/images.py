@@ -95,11 +95,11 @@ class ImageBatch:
     def padding_mask(self) -> Tensor:
         """Return (B, H, W) bool on the pixels' device, True where padded."""
         height, width = self.padded_size
-        # Filled on the host and copied once: B small fills on a GPU would cost B kernel launches.
-        mask = torch.ones(len(self), height, width, dtype=torch.bool)
-        for row, (h, w) in zip(mask, self.sizes, strict=True):
-            row[:h, :w] = False
-        return mask.to(self.pixels.device, non_blocking=True)
+        device = self.pixels.device
+        sizes = torch.tensor(self.sizes).to(device, non_blocking=True)
+        below = torch.arange(height, device=device) >= sizes[:, :1]
+        beside = torch.arange(width, device=device) >= sizes[:, 1:]
+        return below[:, :, None] | beside[:, None, :]
 
     def flipped(self) -> ImageBatch:
         """Mirror each image horizontally inside its own size; the padding, or the canvas, stays at the right."""

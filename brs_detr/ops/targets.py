@@ -89,12 +89,14 @@ class PackedTargets:
         labels: (G,) int64.
         boxes: (G, 4) float32 cxcywh in [0, 1] of the object's own image (not of the padded batch).
         scales: (G, 4) float32 (w, h, w, h) in pixels of the object's image.
+        images: (G,) int64, the object's image.
         spans: first and one-past-last object of each image, host integers.
     """
 
     labels: Tensor
     boxes: Tensor
     scales: Tensor
+    images: Tensor
     spans: list[tuple[int, int]]
 
     @classmethod
@@ -109,4 +111,6 @@ class PackedTargets:
         boxes = torch.cat([t["boxes"] for t in targets]).float().reshape(-1, 4)
         boxes = box_convert(boxes, "xyxy", "cxcywh") / scales
         labels = torch.cat([t["labels"] for t in targets]).long()
-        return cls(labels, boxes, scales, list(zip([0, *ends[:-1]], ends, strict=True)))
+        return cls(
+            labels, boxes, scales, rows.to(device, non_blocking=True), list(zip([0, *ends[:-1]], ends, strict=True))
+        )

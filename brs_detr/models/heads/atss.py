@@ -61,6 +61,8 @@ class ATSSHead(TowerHead):
 
     def normalizer(self, assignment: HeadAssignment) -> SharedCount:
         """Count the positives, at least one an image, as in the published code."""
+        if assignment.counts is not None:
+            return SharedCount(sum(max(count, 1) for count in assignment.counts))
         images = assignment.per_image(assignment.labels)
         return SharedCount(sum((labels < self.num_classes).sum().clamp(min=1) for labels in images))
 

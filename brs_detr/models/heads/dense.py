@@ -20,7 +20,7 @@ from brs_detr.losses.boxes import paired_giou_loss, paired_iou
 from brs_detr.losses.distributed import SharedCount
 from brs_detr.losses.objective import PredictionSet, RankingObjective, ScoreObjective
 from brs_detr.models.config import ObjectiveConfig, RankingConfig
-from brs_detr.ops.anchors import AnchorGrid, batch_rows, take_rows, valid_extents, valid_rows
+from brs_detr.ops.anchors import AnchorGrid, batch_anchors, batch_rows, take_rows, valid_extents
 from brs_detr.ops.boxes import Candidates, Coder, suppress
 from brs_detr.ops.images import Size
 
@@ -195,8 +195,12 @@ class DenseHead(nn.Module):
             inside each image learned, level after level.
         """
         extents = self.extents(output, sizes)
-        assignment = self.assign(output, extents, targets)
+        assignment = self.assign(output, extents, self.objects(sizes, targets))
         return HeadLosses(self.terms(output, extents, assignment, self.normalizer(assignment)), assignment)
+
+    def objects(self, sizes: Sequence[Size], targets: Sequence[dict]) -> Sequence[dict]:
+        """Return the targets as this head learns them; arguments as for `losses`."""
+        return targets
 
     def place(self, output: DenseOutput) -> list[Tensor]:
         """Return the anchors (h, w, A, 4) xyxy pixels of every level of an output."""
@@ -213,21 +217,42 @@ class DenseHead(nn.Module):
         Args:
             output: of `forward`.
             extents: per image (rows, columns) of each level that lie inside it.
-            targets: as for `losses`.
+            targets: of `objects`.
         """
-        grid, per_cell = self.place(output), self.anchors.per_cell
-        anchors = [valid_rows(grid, extent) for extent in extents]
+        return self.learned(*self.matched(output, extents, targets))
+
+    def matched(
+        self, output: DenseOutput, extents: Sequence[Sequence[Size]], targets: Sequence[dict]
+    ) -> tuple[list[Tensor], BatchAssignment]:
+        """Give the anchors inside each image to its objects; arguments as for `assign`.
+
+        Returns:
+            those anchors, per image (n, 4) xyxy pixels; and their objects. No assigner but PAA's waits for the device.
+        """
+        per_cell = self.anchors.per_cell
+        anchors = batch_anchors(self.place(output), extents)
         counts = [[h * w * per_cell for h, w in extent] for extent in extents]
-        joined = self.match(anchors, counts, targets, output, extents)
-        rows = joined.positives()
-        objects = joined.assigned[rows]
+        return anchors, self.match(anchors, counts, targets, output, extents)
+
+    def learned(
+        self, anchors: list[Tensor], matched: BatchAssignment, counts: list[int] | None = None
+    ) -> HeadAssignment:
+        """Return what anchors learn from their objects.
+
+        Args:
+            anchors, matched: of the method `matched`.
+            counts: positives of each image; None: the host waits for the device to know their number.
+        """
+        rows = matched.positives(None if counts is None else sum(counts))
+        objects = matched.assigned[rows]
         return HeadAssignment(
             references=anchors,
-            labels=joined.classes(self.num_classes),
+            labels=matched.classes(self.num_classes),
             rows=rows,
-            targets=joined.boxes[objects],
-            valid=joined.assigned != IGNORED if self.assigner.may_ignore else None,
+            targets=matched.boxes[objects],
+            valid=matched.assigned != IGNORED if self.assigner.may_ignore else None,
             objects=objects,
+            counts=counts,
         )
 
     def match(

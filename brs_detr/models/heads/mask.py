@@ -17,7 +17,7 @@ from brs_detr.assign.assignment import HeadAssignment, count_per_image
 from brs_detr.assign.max_iou import random_permutation
 from brs_detr.losses.objective import SubsetLoss
 from brs_detr.models.config import MaskConfig
-from brs_detr.models.heads.roi import inverse, pool_rois
+from brs_detr.models.heads.pooling import pool_rois
 from brs_detr.ops.images import Size
 from brs_detr.ops.masks import dice_coefficient, mask_targets, paste_and_encode
 
@@ -61,13 +61,13 @@ class MaskHead(nn.Module):
         Returns:
             (N, side, side) logits.
         """
-        x, order = pool_rois(features, rois, self.strides, self.pool)
+        x, order, back = pool_rois(features, rois, self.strides, self.pool)
         for conv in self.convs:
             x = conv(x).relu()
         x = self.score(self.upsample(x).relu())
         # The rows lie in level order. One class of each is put back: that copies 1 / C of the masks.
         own = x.gather(1, classes[order, None, None, None].expand(-1, 1, *x.shape[2:]))[:, 0]
-        return own[inverse(order)]
+        return own[back]
 
     def losses(
         self, features: Sequence[Tensor], assignment: HeadAssignment, targets: Sequence[dict]

@@ -12,20 +12,38 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import Tensor, nn
-from torchvision.ops import clip_boxes_to_image, roi_align
+from torchvision.ops import clip_boxes_to_image
 
 from brs_detr.assign.assignment import HeadAssignment, join
 from brs_detr.assign.max_iou import IGNORED, RandomSampler, max_iou_assign
 from brs_detr.losses.objective import BoxLosses, PredictionSet
 from brs_detr.models.config import RoIConfig
 from brs_detr.models.heads.dense import HeadLosses, box_losses, build_objective
+from brs_detr.models.heads.pooling import Pooled, finest_scale, pool_rois
 from brs_detr.ops.anchors import take_rows
-from brs_detr.ops.boxes import BoxCoder, Candidates, suppress
+from brs_detr.ops.boxes import BoxCoder, Candidates, image_corners, suppress
 from brs_detr.ops.images import Size
 
 Branch = Callable[[Sequence[Tensor], HeadAssignment, Sequence[dict]], BoxLosses]
+
+
+class Drawn(NamedTuple):
+    """RoIs that a head may look at, of each image, in the order in which it does.
+
+    Attributes:
+        boxes: per image (n, 4) xyxy pixels, the positives first, then the background, then what is not looked at.
+        assigned: per image (n,) int64 object of the image, or a negative mark of `assign.max_iou`.
+    """
+
+    boxes: list[Tensor]
+    assigned: list[Tensor]
+
+    def first(self, counts: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return boxes and objects of the first RoIs of each image."""
+        rois = [own[:count] for own, count in zip(self.boxes, counts, strict=True)]
+        return rois, [own[:count] for own, count in zip(self.assigned, counts, strict=True)]
 
 
 class RoIOutput(NamedTuple):
@@ -40,53 +58,6 @@ class RoIOutput(NamedTuple):
     logits: Tensor
     deltas: Tensor
     features: Tensor
-
-
-def finest_scale(strides: Sequence[int]) -> int:
-    """Return half the side of the smallest RoIs that are not pooled from the finest map: 56 pixels at stride 4."""
-    return 14 * strides[0]
-
-
-def map_of(boxes: Tensor, strides: Sequence[int]) -> Tensor:
-    """Choose the map (N,) that each RoI (N, 4) xyxy pixels is pooled from: by its size, 0 the finest."""
-    area = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1)
-    return (area.sqrt() / finest_scale(strides) + 1e-6).log2().floor().clamp(0, len(strides) - 1).long()
-
-
-def pool_rois(
-    features: Sequence[Tensor], rois: Sequence[Tensor], strides: Sequence[int], side: int
-) -> tuple[Tensor, Tensor]:
-    """Pool every RoI on the map of its size, by RoIAlign.
-
-    Args:
-        features: (B, dim, h, w) per stride; further maps are not used.
-        rois: per image (n_b, 4) xyxy pixels.
-        strides: pixels per cell of the maps.
-        side: cells a side of the pooled window.
-
-    Returns:
-        (N, dim, side, side) in level order, N = sum of n_b; and (N,) int64, the row of each of them among the RoIs of
-        all images.
-    """
-    boxes = torch.cat(list(rois)).float()
-    image = torch.cat([box.new_full((box.shape[0], 1), b, dtype=torch.float32) for b, box in enumerate(rois)])
-    level = map_of(boxes, strides)
-    order = level.argsort(stable=True)
-    counts = torch.bincount(level, minlength=len(strides)).tolist()
-    per_level = torch.cat([image, boxes], dim=1)[order].split(counts)
-    # sampling_ratio=0 takes ceil(side / cells) samples per bin and axis, as the published weights expect
-    pooled = [
-        roi_align(x.float(), roi, side, spatial_scale=1 / stride, sampling_ratio=0, aligned=True).to(x.dtype)
-        for x, roi, stride in zip(features, per_level, strides)
-    ]
-    return torch.cat(pooled), order
-
-
-def inverse(order: Tensor) -> Tensor:
-    """Return the permutation (N,) that undoes one."""
-    back = torch.empty_like(order)
-    back[order] = torch.arange(order.shape[0], device=order.device)
-    return back
 
 
 class RoIHead(nn.Module):
@@ -134,11 +105,19 @@ class RoIHead(nn.Module):
         Returns:
             rows of all images one after the other, N = sum of n_b.
         """
-        pooled, order = self._pool(features, rois)
-        logits, deltas = self.classify(pooled)
-        # the rows lie in level order; the small outputs are put back rather than the pooled windows (50 kB each)
-        back = inverse(order)
-        return RoIOutput(logits[back], deltas[back], reduce(pooled, "n d y x -> n d", "mean")[back])
+        return self.judge(self.look(features, rois))
+
+    def look(
+        self, features: Sequence[Tensor], rois: Sequence[Tensor], level_counts: Sequence[int] | None = None
+    ) -> Pooled:
+        """Pool RoIs; arguments as for `forward`, and how many are of each map, where the host knows it."""
+        return pool_rois(features, rois, self.strides, self.pool, level_counts)
+
+    def judge(self, pooled: Pooled) -> RoIOutput:
+        """Classify pooled RoIs."""
+        logits, deltas = self.classify(pooled.windows)
+        # the small outputs are put back into the order of the RoIs rather than the windows (50 kB each)
+        return RoIOutput(logits[pooled.back], deltas[pooled.back], pooled.features())
 
     def classify(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits and offsets, as in `RoIOutput`, of pooled RoIs (N, dim, side, side)."""
@@ -149,9 +128,6 @@ class RoIHead(nn.Module):
         """Return the scores (..., C) of the classes from the logits of RoIs."""
         logits = logits.float()
         return logits.softmax(dim=-1)[..., :-1] if self.softmax else logits.sigmoid()
-
-    def _pool(self, features: Sequence[Tensor], rois: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return pool_rois(features, rois, self.strides, self.pool)
 
     def losses(
         self,
@@ -181,12 +157,21 @@ class RoIHead(nn.Module):
         terms = self.terms(output, assignment, further)
         return HeadLosses(terms, assignment._replace(features=assignment.per_image(output.features)))
 
-    def assign(self, rois: list[Tensor], assigned: list[Tensor], targets: Sequence[dict]) -> HeadAssignment:
-        """Return what RoIs shall learn, from the object of each (n,) or a negative mark; targets as for `losses`."""
+    def assign(
+        self, rois: list[Tensor], assigned: list[Tensor], targets: Sequence[dict], counts: list[int] | None = None
+    ) -> HeadAssignment:
+        """Return what RoIs shall learn.
+
+        Args:
+            rois: per image (n, 4) xyxy pixels.
+            assigned: per image (n,) int64 its object, or a negative mark.
+            targets: as for `losses`.
+            counts: positives of each image; None: the host waits for the device to know their number.
+        """
         joined = join(assigned, targets)
-        rows = joined.positives()
-        objects = joined.assigned[rows]
-        return HeadAssignment(rois, joined.classes(self.num_classes), rows, joined.boxes[objects], objects=objects)
+        rows = joined.positives(None if counts is None else sum(counts))
+        objects, labels = joined.assigned[rows], joined.classes(self.num_classes)
+        return HeadAssignment(rois, labels, rows, joined.boxes[objects], objects=objects, counts=counts)
 
     def terms(self, output: RoIOutput, assignment: HeadAssignment, further: BoxLosses) -> dict[str, Tensor]:
         """Compute the named terms of predictions with a known assignment; `further` losses join those of the boxes."""
@@ -210,27 +195,54 @@ class RoIHead(nn.Module):
         self, proposals: Sequence[Tensor], sizes: Sequence[Size], targets: Sequence[dict]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Choose the RoIs (n, 4) of every image, positives first, and their assignment (n,); n is at least 1."""
+        drawn = self.draw(proposals, sizes, targets)
+        if self.sampler is None:  # nothing was ignored: the number of RoIs is known without asking the device
+            return drawn
+        return drawn.first(torch.stack([(own != IGNORED).sum() for own in drawn.assigned]).tolist())
+
+    @torch.no_grad()
+    def draw(
+        self,
+        proposals: Sequence[Tensor],
+        sizes: Sequence[Size],
+        targets: Sequence[dict],
+        valid: Sequence[Tensor] | None = None,
+    ) -> Drawn:
+        """Decide which RoIs to look at, without waiting for the device.
+
+        Args:
+            proposals: per image (n, 4) xyxy pixels, best first.
+            sizes: (h, w) pixels per image; an image without any proposal (n = 0) is given one, itself.
+            targets: as for `losses`.
+            valid: per image (n,) bool, False for the last entries that are no proposals, but never for all; None: all
+                are.
+        """
         candidates, assignments = [], []
-        for boxes, (height, width), target in zip(proposals, sizes, targets, strict=True):
+        for image, (boxes, size, target) in enumerate(zip(proposals, sizes, targets, strict=True)):
             boxes, objects = boxes[: self.max_rois].float(), target["boxes"].float()
             if boxes.shape[0] == 0:
-                boxes = boxes.new_tensor([[0, 0, width, height]])
-            low_quality = self.min_iou if self.low_quality else None
-            assigned = max_iou_assign(
-                boxes, objects, positive=self.min_iou, negative=self.min_iou, low_quality=low_quality
-            )
+                boxes = image_corners([size], boxes)
+            there = None if valid is None else valid[image][: self.max_rois]
+            assigned = self._overlapped(boxes, objects, there)
             if self.add_ground_truth:
                 boxes = torch.cat([objects, boxes])
                 assigned = torch.cat([torch.arange(objects.shape[0], device=assigned.device), assigned])
-            candidates.append(boxes)
-            assignments.append(assigned if self.sampler is None else self.sampler(assigned))
-        if self.sampler is None:  # nothing was ignored: the number of RoIs is known without asking the device
-            counts = [boxes.shape[0] for boxes in candidates]
-        else:
-            counts = torch.stack([(assigned != IGNORED).sum() for assigned in assignments]).tolist()
-        # 0 for positives, 1 for background, 2 for ignored; stable, so that the added objects stay in front
-        orders = [(-assigned).clamp(0, 2).argsort(stable=True)[:count] for assigned, count in zip(assignments, counts)]
-        return [b[o] for b, o in zip(candidates, orders)], [a[o] for a, o in zip(assignments, orders)]
+            if self.sampler is not None:
+                assigned = self.sampler(assigned)
+            # 0 for positives, 1 for background, 2 for ignored; stable, so that the added objects stay in front
+            order = (-assigned).clamp(0, 2).argsort(stable=True)
+            candidates.append(boxes[order])
+            assignments.append(assigned[order])
+        return Drawn(candidates, assignments)
+
+    def _overlapped(self, boxes: Tensor, objects: Tensor, valid: Tensor | None) -> Tensor:
+        """Give boxes (n, 4) to the objects (M, 4) they overlap; those that are not valid (n,) are ignored."""
+        if valid is not None:
+            # An empty box overlaps nothing, and so is no object's best one.
+            boxes = torch.where(valid[:, None], boxes, 0.0)
+        low_quality = self.min_iou if self.low_quality else None
+        assigned = max_iou_assign(boxes, objects, positive=self.min_iou, negative=self.min_iou, low_quality=low_quality)
+        return assigned if valid is None else torch.where(valid, assigned, IGNORED)
 
     @torch.no_grad()
     def added(self, rois: Sequence[Tensor], targets: Sequence[dict]) -> list[int]:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from brs_detr.assign.assignment import BatchAssignment, HeadAssignment, join
 from brs_detr.assign.max_iou import MaxIoUAssigner, RandomSampler
 from brs_detr.models.config import RPNConfig
-from brs_detr.models.heads.dense import DenseHead, DenseOutput, HeadLosses, build_objective
-from brs_detr.ops.anchors import AnchorGrid, inside_image
-from brs_detr.ops.boxes import BoxCoder
+from brs_detr.models.heads.dense import DenseHead, DenseOutput, build_objective
+from brs_detr.ops.anchors import AnchorGrid, inside_image, take_rows
+from brs_detr.ops.boxes import BoxCoder, Regions, clip_boxes, kept_in_segments
 from brs_detr.ops.images import Size
 
 
@@ -76,13 +76,12 @@ class RPNHead(DenseHead):
         deltas = [rearrange(self.delta(x), "b (a box) y x -> b y x a box", box=4) for x in hidden]
         return DenseOutput(logits, deltas)
 
-    def losses(self, output: DenseOutput, sizes: Sequence[Size], targets: Sequence[dict]) -> HeadLosses:
-        """Compute the losses as `DenseHead.losses` does; the classes of the targets are not used."""
-        objects = [
+    def objects(self, sizes: Sequence[Size], targets: Sequence[dict]) -> list[dict]:
+        """Return the targets without their classes, and with the images' sizes."""
+        return [
             {"boxes": target["boxes"], "labels": torch.zeros_like(target["labels"]), "size": size}
             for target, size in zip(targets, sizes, strict=True)
         ]
-        return super().losses(output, sizes, objects)
 
     def match(
         self,
@@ -125,6 +124,28 @@ class RPNHead(DenseHead):
             return self.before_nms, self.max_detections
         return self.test_limits
 
+    @torch.no_grad()
+    def regions(self, output: DenseOutput, sizes: Sequence[Size]) -> Regions:
+        """Propose boxes, as many for each image, of which some may be missing; detached.
+
+        They are those of `predict`, by one suppression for all images.
+
+        Args:
+            output: of `forward`.
+            sizes: (h, w) pixels per image.
+        """
+        before_nms, max_proposals = self.limits()
+        found = self.candidates(output, before_nms)
+        boxes, valid = clip_boxes(found.boxes, sizes), found.kept
+        if self.drop_empty:
+            valid = valid & (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
+        lengths = [min(before_nms, h * w * self.anchors.per_cell) for h, w in output.shapes]
+        there = torch.where(valid[..., None], boxes, 0.0)  # a missing one is empty, and so overlaps nothing
+        valid = valid & kept_in_segments(there, found.scores, lengths, self.nms_iou)
+        best = found.scores.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        best = best[:, :max_proposals]
+        return Regions(take_rows(boxes, best), valid.gather(1, best))
+
     def proposals(self, output: DenseOutput, sizes: Sequence[Size]) -> list[Tensor]:
         """Propose boxes for each image: (n, 4) xyxy pixels, best first, detached."""
-        return [image["boxes"] for image in self.predict(output, sizes)]
+        return self.regions(output, sizes).per_image()

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
@@ -65,6 +64,7 @@ class AuxQueries(NamedTuple):
 
 def select_queries(
     heads: Sequence[AuxSamples],
+    counts: Sequence[Sequence[int]],
     sizes: Sequence[Size],
     num_classes: int,
     *,
@@ -72,7 +72,7 @@ def select_queries(
     min_queries: int = 9,
     priority: Callable[[int], Tensor] = torch.rand,
 ) -> list[AuxQueries]:
-    """Choose the auxiliary queries of each dense head.
+    """Choose the auxiliary queries of each dense head, without waiting for the device.
 
     A head gets n queries an image, n = its largest number of positives in any image, within [min_queries,
     max_queries]. Positives go first (a random subset where there are more than n), random background samples fill the
@@ -80,6 +80,7 @@ def select_queries(
 
     Args:
         heads: samples of each dense head.
+        counts: positives of each image among the samples of each head.
         sizes: (h, w) of the images.
         num_classes: K, the background label.
         max_queries, min_queries: bounds of n.
@@ -88,15 +89,12 @@ def select_queries(
     Returns:
         One set of queries a head.
     """
-    device = heads[0].labels[0].device
-    # The number of queries is a shape, so the host must know it: one copy for all heads and images.
-    counts = torch.stack([(labels < num_classes).sum() for samples in heads for labels in samples.labels]).cpu().numpy()
-    counts = counts.reshape(len(heads), len(sizes))
-    scales = pixel_scales(sizes, device)
-    heads = [_never_empty(samples, scales, num_classes) for samples in heads]
+    scales = pixel_scales(sizes, heads[0].labels[0].device) if heads else torch.zeros(0, 4)
     return [
-        _select(s, c, scales, num_classes, max_queries, min_queries, priority)
-        for s, c in zip(heads, counts, strict=True)
+        _select(
+            _never_empty(samples, scales, num_classes), own, scales, num_classes, max_queries, min_queries, priority
+        )
+        for samples, own in zip(heads, counts, strict=True)
     ]
 
 
@@ -117,37 +115,39 @@ def _never_empty(samples: AuxSamples, scales: Tensor, num_classes: int) -> AuxSa
 
 def _select(
     samples: AuxSamples,
-    counts: np.ndarray,
+    counts: Sequence[int],
     scales: Tensor,
     num_classes: int,
     max_queries: int,
     min_queries: int,
     priority: Callable[[int], Tensor],
 ) -> AuxQueries:
-    """Choose the queries of one head; `counts` (B,) are its numbers of positives, `scales` (B, 4) pixels."""
-    n = int(min(max(counts.max(), min_queries), max_queries))
-    chosen, positives = [], []
-    for image, labels in enumerate(samples.labels):
-        # Background after the positives, random order within both.
-        order = priority(len(labels)).to(labels.device, non_blocking=True) + (labels >= num_classes)
-        order = order.argsort(stable=True)
-        slots = torch.arange(n) % len(labels)
-        chosen.append(order[slots.to(labels.device, non_blocking=True)])
-        positives.append(image * n + torch.nonzero(slots < int(counts[image]))[:, 0])  # on the host
-    rows = torch.cat(positives).to(scales.device, non_blocking=True)
-
-    def gather(values: Sequence[Tensor]) -> Tensor:
-        return torch.stack([v[index] for v, index in zip(values, chosen, strict=True)])
-
-    boxes = box_convert(gather(samples.boxes).float(), "xyxy", "cxcywh") / scales[:, None]
-    targets = box_convert(gather(samples.targets).float(), "xyxy", "cxcywh") / scales[:, None]
+    """Choose the queries of one head; `counts` are its numbers of positives, `scales` (B, 4) pixels."""
+    n, device = min(max(*counts, min_queries), max_queries), scales.device
+    lengths = torch.tensor([len(labels) for labels in samples.labels])
+    labels = torch.cat(samples.labels)
+    drawn = torch.cat([priority(len(own)) for own in samples.labels]).to(device, non_blocking=True)
+    # Background after the positives, random order within both. All images in one sort, whose numbers leave, in float64,
+    # all digits to the order within them.
+    images = torch.arange(len(counts), dtype=torch.float64).repeat_interleave(lengths).to(device, non_blocking=True)
+    order = (drawn + (labels >= num_classes) + 3 * images).argsort(stable=True)
+    slots = torch.arange(n) % lengths[:, None]
+    starts = lengths.cumsum(0) - lengths
+    rows = (
+        (slots < torch.tensor(counts)[:, None]).flatten().nonzero()[:, 0].to(device, non_blocking=True)
+    )  # on the host
+    chosen = order[(slots + starts[:, None]).to(device, non_blocking=True)]
+    boxes, targets = (
+        box_convert(torch.cat(part)[chosen].float(), "xyxy", "cxcywh") / scales[:, None]
+        for part in (samples.boxes, samples.targets)
+    )
     return AuxQueries(
         boxes=boxes,
-        features=gather(samples.features),
+        features=torch.cat(samples.features).index_select(0, chosen.flatten()).unflatten(0, chosen.shape),
         rows=rows,
-        labels=gather(samples.labels).flatten()[rows],
+        labels=labels[chosen].flatten()[rows],
         targets=targets.flatten(0, 1)[rows],
-        scales=scales[:, None].expand(-1, n, -1).flatten(0, 1)[rows],
+        scales=scales[rows // n],
     )
 
 

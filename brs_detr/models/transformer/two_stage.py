@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import batched_nms, box_convert
+from torchvision.ops import box_convert
 
 from brs_detr.models.transformer.attention import inverse_sigmoid, sine_of_boxes
 from brs_detr.models.transformer.decoder import Predictions, box_regressor, classifier
 from brs_detr.models.transformer.encoder import Memory, cell_centers
 from brs_detr.ops.anchors import take_rows
+from brs_detr.ops.boxes import kept_in_segments
 
 Keep = Callable[[Tensor, float], Tensor]
 CANDIDATES = 10  # tokens a query among which overlapping ones are looked for
@@ -56,10 +57,8 @@ def token_anchors(memory: Memory) -> tuple[Tensor, Tensor]:
 
 def kept_by_nms(boxes: Tensor, iou: float) -> Tensor:
     """Return which boxes (B, n, 4) xyxy of each image, best first, overlap no better one by more than `iou`: (B, n)."""
-    images = torch.arange(len(boxes), device=boxes.device)[:, None].expand(boxes.shape[:2]).flatten()
-    falling = torch.arange(boxes.shape[1], 0, -1, device=boxes.device, dtype=boxes.dtype).repeat(len(boxes))
-    kept = batched_nms(boxes.flatten(0, 1), falling, images, iou)
-    return torch.zeros_like(images, dtype=torch.bool).index_fill(0, kept, True).view(boxes.shape[:2])
+    falling = torch.arange(boxes.shape[1], 0, -1, device=boxes.device, dtype=boxes.dtype).expand(boxes.shape[:2])
+    return kept_in_segments(boxes, falling, [boxes.shape[1]], iou)
 
 
 def demote_overlapping(scores: Tensor, boxes: Tensor, iou: float, candidates: int, keep: Keep = kept_by_nms) -> Tensor:
