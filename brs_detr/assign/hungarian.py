@@ -33,6 +33,10 @@ class PredictedSet(NamedTuple):
     boxes: Tensor
     labels: Tensor
 
+    def detach(self) -> PredictedSet:
+        """Return the set without its graph."""
+        return PredictedSet(self.logits.detach(), self.boxes.detach(), self.labels)
+
 
 class Match(NamedTuple):
     """Matched pairs of one prediction set, or those of each of its L layers, which are as many.

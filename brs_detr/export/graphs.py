@@ -171,7 +171,7 @@ class DetectorGraph(nn.Module):
         maps = model.pyramid(features) if isinstance(model, BRSDETR) else features
         if model.predict_with == "roi":
             return region_detections(model.rpn, model.roi, maps, sizes)
-        head = model.atss if isinstance(model, BRSDETR) else model.head
+        head: Any = model.atss if isinstance(model, BRSDETR) else model.head
         return dense_detections(head, head(maps), sizes)[:3]
 
 
@@ -180,6 +180,7 @@ def decoder_detections(model: BRSDETR, memory: Memory, sizes: Tensor) -> tuple[T
     proposals = model.proposals(memory)
     references, looked_at = proposals.references, proposals.chosen
     if model.query_boxes == "rpn":
+        assert model.rpn is not None
         rois, objectness, *_ = dense_detections(model.rpn, model.rpn(model.pyramid(memory)), sizes)
         extents = sizes.flip(1).repeat(1, 2).to(rois.dtype)[:, None]
         regions = box_convert(rois, "xyxy", "cxcywh") / extents

@@ -131,7 +131,7 @@ def compare_raw(model: Detector, found: dict[str, Tensor], images: ImageBatch) -
     maps = model.pyramid(features) if isinstance(model, BRSDETR) else features
     if model.predict_with == "roi":
         return compare_regions(detector, maps, images, found)
-    head = model.atss if isinstance(model, BRSDETR) else detector.head
+    head: Any = model.atss if isinstance(model, BRSDETR) else detector.head
     return compare_dense(head, head(maps), images, found)
 
 
@@ -172,6 +172,7 @@ def unlike_references(
     Rounding may put an overlap on the other side of the threshold, which changes the choice: so the choice itself is
     not compared.
     """
+    assert model.rpn is not None  # whose proposals they are
     extents = torch.tensor(images.sizes).flip(1).repeat(1, 2)[:, None].float()
     regions = model.rpn.candidates(model.rpn(model.pyramid(memory)), model.rpn.limits()[0] + SPARE).boxes
     regions = torch.stack([clip_boxes_to_image(own, size) for own, size in zip(regions, images.sizes, strict=True)])

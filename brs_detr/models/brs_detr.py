@@ -2,7 +2,8 @@
 
 Backbone -> channel mapper -> deformable encoder -> two-stage proposals -> deformable decoder. In training an RPN, a RoI
 head and an ATSS head read the encoder's maps too; their positives become extra decoder queries. Every head is handed an
-objective, so the same module with focal objectives, samplers and centerness is Co-DETR.
+objective, so the same module with focal objectives, samplers and centerness is Co-DETR; without auxiliary heads it is a
+two-stage Deformable DETR.
 """
 
 from __future__ import annotations
@@ -66,8 +67,9 @@ class BRSDETR(Detector):
     Args:
         config: see `BRSDETRConfig`; `build.py` makes the parts from it.
         num_classes: K.
+        strides: pixels per cell of the encoder's maps.
         backbone, neck, encoder, proposals, decoder: the path to the detections.
-        rpn, roi, atss: the auxiliary dense heads on the encoder's maps.
+        rpn, roi, atss: the auxiliary dense heads on the encoder's maps; None: there is no such head.
         objective: of the decoder layers, encoder proposals and auxiliary query sets.
         matcher: assigns predictions of the decoder and of the encoder proposals to objects.
     """
@@ -82,14 +84,15 @@ class BRSDETR(Detector):
         config: BRSDETRConfig,
         num_classes: int,
         *,
+        strides: Sequence[int],
         backbone: nn.Module,
         neck: ChannelMapper,
         encoder: DeformableEncoder,
         proposals: TwoStageHead,
         decoder: QueryDecoder,
-        rpn: RPNHead,
-        roi: RoIHead,
-        atss: ATSSHead,
+        rpn: RPNHead | None,
+        roi: RoIHead | None,
+        atss: ATSSHead | None,
         objective: Objective,
         matcher: HungarianMatcher,
     ) -> None:
@@ -99,14 +102,19 @@ class BRSDETR(Detector):
         self.proposals, self.decoder = proposals, decoder
         self.query_content = nn.Embedding(config.queries, dim)
         self.box_embedding = BoxEmbedding(dim)
-        self.coarsest = nn.Sequential(nn.Conv2d(dim, dim, 3, 2, 1), nn.GroupNorm(config.norm_groups, dim))
+        dense = any(head is not None for head in (rpn, roi, atss))
+        self.coarsest = (
+            nn.Sequential(nn.Conv2d(dim, dim, 3, 2, 1), nn.GroupNorm(config.norm_groups, dim)) if dense else None
+        )
         self.rpn, self.roi, self.atss = rpn, roi, atss
-        self.aux_embeddings = nn.ModuleDict({"roi": AuxQueryEmbedding(dim), "atss": AuxQueryEmbedding(dim)})
+        named = {"roi": roi, "atss": atss}
+        self.aux_embeddings = nn.ModuleDict({name: AuxQueryEmbedding(dim) for name, head in named.items() if head})
+        self.heads = ("decoder", *self.aux_embeddings)
         self.objective, self.matcher = objective, matcher
         self.max_aux_queries = config.max_aux_queries
         self.detections_per_image = config.detections_per_image
         self.query_boxes = config.query_boxes
-        self.strides = rpn.strides[:-1]
+        self.strides = tuple(strides)
         # The released code ranks all K columns of the class-agnostic encoder proposals, of which K - 1 only ever serve
         # as negatives; "first" ranks column 0 alone.
         self.rank_all_encoder_columns = config.encoder_ranking == "all"
@@ -121,7 +129,12 @@ class BRSDETR(Detector):
     def pyramid(self, memory: Memory) -> list[Tensor]:
         """Return what the dense heads see: the encoder's maps and a coarser one."""
         maps = memory.maps()
-        return [*maps, self.coarsest(maps[-1])]
+        return maps if self.coarsest is None else [*maps, self.coarsest(maps[-1])]
+
+    def regions(self, maps: list[Tensor], sizes: Sequence[Size]) -> Regions:
+        """Return the RPN's proposals, of which this detector has one."""
+        assert self.rpn is not None
+        return self.rpn.regions(self.rpn(maps), sizes)
 
     def references(self, proposals: Proposals, regions: Regions, sizes: Sequence[Size]) -> Tensor:
         """Return the boxes (B, Q, 4) cxcywh in [0, 1] that the decoder's queries begin with.
@@ -163,7 +176,7 @@ class BRSDETR(Detector):
             proposals = self.proposals(memory)
             references = proposals.references
             if self.query_boxes == "rpn":
-                regions = self.rpn.regions(self.rpn(self.pyramid(memory)), images.sizes)
+                regions = self.regions(self.pyramid(memory), images.sizes)
                 references = self.references(proposals, regions, images.sizes)
             layers = self.decode(memory, references)
             last = Predictions(layers.logits[-1], layers.boxes[-1])
@@ -171,8 +184,10 @@ class BRSDETR(Detector):
             return without_overlaps(detections, images.original_sizes, self.nms)
         maps = self.pyramid(memory)
         if head == "roi":
-            detections = self.roi.predict(maps[:4], self.rpn.proposals(self.rpn(maps), images.sizes), images.sizes)
+            assert self.roi is not None
+            detections = self.roi.predict(maps[:4], self.regions(maps, images.sizes).per_image(), images.sizes)
         else:
+            assert self.atss is not None
             detections = self.atss.predict(self.atss(maps), images.sizes)
         return to_stored_images(detections, images)
 
@@ -184,25 +199,19 @@ class BRSDETR(Detector):
         """
         packed = PackedTargets.pack(targets, sizes)
         proposals, maps = self.proposals(memory), self.pyramid(memory)
-        anchors = self.rpn(maps)
-        regions = self.rpn.regions(anchors, sizes)
-        heads: dict[str, DenseStep | RegionStep] = {
-            "rpn": DenseStep(self.rpn, anchors, sizes, targets),
-            "roi": RegionStep(self.roi, maps[:4], regions.never_empty(sizes), sizes, targets),
-            "atss": DenseStep(self.atss, self.atss(maps), sizes, targets),
-        }
-        read_counts(heads.values())
+        heads, regions = self.dense_steps(maps, sizes, targets)
         queries = self.select(heads, maps, sizes)
-        from_rpn = self.query_boxes == "rpn"
-        references = self.references(proposals, regions, sizes) if from_rpn else proposals.references
+        references = proposals.references
+        if self.query_boxes == "rpn":
+            references = self.references(proposals, regions, sizes)
         main, *aux = self.decode_together(memory, references, queries)
 
         class_agnostic = torch.zeros_like(packed.labels)
         sets = {
-            "encoder": PredictedSet(*proposals.predictions, class_agnostic),
-            "decoder": PredictedSet(*main, packed.labels),
+            "encoder": PredictedSet(proposals.predictions.logits, proposals.predictions.boxes, class_agnostic),
+            "decoder": PredictedSet(main.logits, main.boxes, packed.labels),
         }
-        matching = self.matcher.begin([PredictedSet(*(part.detach() for part in one)) for one in sets.values()], packed)
+        matching = self.matcher.begin([one.detach() for one in sets.values()], packed)
         losses = {f"{name}.{term}": value for name, head in heads.items() for term, value in head.losses().items()}
         of_aux: dict[str, Tensor] = {}
         for (name, own), layers in zip(queries.items(), aux, strict=True):
@@ -215,6 +224,23 @@ class BRSDETR(Detector):
             losses |= self.set_losses(name, Predictions(logits, one.boxes), rows, *matched)
         return losses | of_aux
 
+    def dense_steps(
+        self, maps: list[Tensor], sizes: Sequence[Size], targets: Sequence[dict[str, Any]]
+    ) -> tuple[dict[str, DenseStep | RegionStep], Regions]:
+        """Let the dense heads look at the maps and learn what is whose; also return the RPN's proposals, if any."""
+        heads: dict[str, DenseStep | RegionStep] = {}
+        regions = Regions(maps[0].new_zeros(len(sizes), 0, 4), torch.zeros(len(sizes), 0, dtype=torch.bool))
+        if self.rpn is not None:
+            anchors = self.rpn(maps)
+            regions = self.rpn.regions(anchors, sizes)
+            heads["rpn"] = DenseStep(self.rpn, anchors, sizes, targets)
+        if self.roi is not None:
+            heads["roi"] = RegionStep(self.roi, maps[:4], regions.never_empty(sizes), sizes, targets)
+        if self.atss is not None:
+            heads["atss"] = DenseStep(self.atss, self.atss(maps), sizes, targets)
+        read_counts(heads.values())
+        return heads, regions
+
     def select(
         self, heads: Mapping[str, DenseStep | RegionStep], maps: list[Tensor], sizes: Sequence[Size]
     ) -> dict[str, AuxQueries]:
@@ -222,16 +248,15 @@ class BRSDETR(Detector):
 
         What the RoI head saw are its pooled features, what the ATSS head saw are the cells of `maps`.
         """
-        samples = {}
-        for name, head in heads.items():
-            if isinstance(head, RegionStep):
-                samples[name] = aux_samples(head.assignment, head.assignment.features, MAX_ROI_SAMPLES)
-            elif name == "atss":
-                samples[name] = aux_samples(head.assignment, cell_features(maps, sizes, self.atss.strides))
-        counts = [[min(count, MAX_ROI_SAMPLES) for count in heads[name].assignment.counts] for name in samples]
-        chosen = select_queries(
-            list(samples.values()), counts, sizes, self.num_classes, max_queries=self.max_aux_queries
-        )
+        samples, counts = {}, []
+        for name in self.aux_embeddings:
+            learned = heads[name].assignment
+            features = learned.features or cell_features(maps, sizes, heads[name].head.strides)
+            assert learned.counts is not None  # `read_counts` has read them
+            samples[name] = aux_samples(learned, features, MAX_ROI_SAMPLES if name == "roi" else None)
+            counts.append([min(count, len(own)) for count, own in zip(learned.counts, samples[name].labels)])
+        limit = self.max_aux_queries
+        chosen = select_queries(list(samples.values()), counts, sizes, self.num_classes, max_queries=limit)
         return dict(zip(samples, chosen, strict=True))
 
     def set_losses(

@@ -82,16 +82,19 @@ def build_brs_detr(config: BRSDETRConfig, num_classes: int) -> BRSDETR:
     strides = pyramid_strides(backbone.strides, config.levels + 1)  # the neck's, and one more for the dense heads
     # The order in which parts are made is that of their random numbers: another order gives other first weights.
     encoder = DeformableEncoder(dim, layers=config.encoder_layers, activation_checkpointing=recompute, **layer)
-    rpn = RPNHead(dim, strides, config.rpn)
-    roi = RoIHead(dim, num_classes, strides[:-1], config.roi)  # pools from all but the coarsest map
+    heads = config.dense_heads
+    rpn = RPNHead(dim, strides, config.rpn) if "rpn" in heads else None
+    # pools from all but the coarsest map
+    roi = RoIHead(dim, num_classes, strides[:-1], config.roi) if "roi" in heads else None
     model = BRSDETR(
         config,
         num_classes,
+        strides=strides[:-1],
         backbone=backbone,
         encoder=encoder,
         rpn=rpn,
         roi=roi,
-        atss=ATSSHead(dim, num_classes, strides, config.atss, config.norm_groups),
+        atss=ATSSHead(dim, num_classes, strides, config.atss, config.norm_groups) if "atss" in heads else None,
         neck=ChannelMapper(backbone.channels, dim, config.levels, config.norm_groups),
         proposals=TwoStageHead(dim, num_classes, config.queries, config.proposal_nms_iou),
         decoder=QueryDecoder(dim, num_classes, layers=config.decoder_layers, **layer),

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from brs_detr.config_fields import Count, Counts, Fraction, NotEmpty, Null, Positive, Range, one_of
 
 Stds = tuple[Positive, Positive, Positive, Positive]
+AuxHeads = tuple[Literal["roi", "atss"], ...]
 # auto: when a training begins, anchor_scale of every head is chosen from the boxes it is trained on
 Anchors = Literal["fixed", "auto"]
 
@@ -334,6 +335,9 @@ class BRSDETRConfig:
     query_boxes: Literal["encoder", "rpn"] = "encoder"
     # IoU from which such a box gives way to a better one; null: the best become queries
     proposal_nms_iou: Annotated[Fraction | None, Null("no suppression")] = None
+    # dense heads that learn beside the decoder and give it queries; any may be left out (Co-DETR's ablation, Table 7).
+    # The RPN learns where the RoI head or query_boxes=rpn needs it.
+    aux_heads: AuxHeads = ("roi", "atss")
     max_aux_queries: Count = 300
     encoder_ranking: Literal["all", "first"] = "all"  # columns of the encoder proposals' logits that are ranked
     detections_per_image: Count = 100
@@ -351,6 +355,12 @@ class BRSDETRConfig:
         """Return the setting that limits the detections of an image, and its value."""
         return "model.detections_per_image", self.detections_per_image
 
+    @property
+    def dense_heads(self) -> tuple[str, ...]:
+        """Return the sections of the dense heads that there are: `aux_heads`, and the RPN if anything needs it."""
+        needed = {*self.aux_heads, *(["rpn"] if "roi" in self.aux_heads or self.query_boxes == "rpn" else [])}
+        return tuple(name for name in ("rpn", "roi", "atss") if name in needed)
+
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
         dim, groups, strides = self.dim, self.norm_groups, self.backbone.levels
@@ -362,6 +372,8 @@ class BRSDETRConfig:
             yield f"{name}.dim={dim} must be a multiple of 4 (sine and cosine of x and y)"
         if self.levels < len(strides):
             yield f"{name}.levels={self.levels} is less than the {len(strides)} backbone levels"
+        if len(set(self.aux_heads)) < len(self.aux_heads):
+            yield f"{name}.aux_heads={list(self.aux_heads)} names a head twice"
         yield from needs_no_background(self.objective, name)
 
 

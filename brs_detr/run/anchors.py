@@ -27,7 +27,7 @@ def layouts(model: ModelConfig) -> dict[str, Layout]:
     """Return the anchors of each head of a detector by the name of its section; empty for one without anchors."""
     strides = pyramid_strides(model.backbone.levels, model.levels + isinstance(model, BRSDETRConfig))
     found = {}
-    for name in ("rpn", "atss", "head"):
+    for name in model.dense_heads if isinstance(model, BRSDETRConfig) else ("rpn", "head"):
         head = getattr(model, name, None)
         if isinstance(head, YOLACTHeadConfig):
             found[name] = Layout(strides, head.anchor_scale, 1, head.anchor_ratios, offset=0.5, even=True)

@@ -5,8 +5,9 @@ from itertools import permutations
 
 import pytest
 import torch
+from torchvision.ops import box_convert, generalized_box_iou
 
-from brs_detr.assign.hungarian import HungarianMatcher
+from brs_detr.assign.hungarian import HungarianMatcher, PredictedSet
 from brs_detr.ops.targets import PackedTargets
 
 
@@ -32,15 +33,18 @@ def test_packing_normalizes_by_each_images_own_size():
 def test_finds_the_cheapest_pairing():
     packed, logits, predicted = targets([3]), torch.randn(1, 5, 3), boxes(5)[None]
     matcher = HungarianMatcher()
-    (match,) = matcher([(logits, predicted, packed.labels)], packed)
-    cost = matcher.cost(logits[0], predicted[0], packed.labels, packed.boxes, packed.scales[0])
-    best = min(sum(float(cost[q, g]) for g, q in enumerate(p)) for p in permutations(range(5), 3))
-    assert abs(float(cost[match.rows, match.objects].sum()) - best) < 1e-5
+    one = PredictedSet(logits, predicted, packed.labels)
+    (match,) = matcher([one], packed)
+    (cost,) = matcher.cost(one, packed)
+    best = min(sum(float(cost[g, q]) for g, q in enumerate(p)) for p in permutations(range(5), 3))
+    assert abs(float(cost[match.objects, match.rows].sum()) - best) < 1e-5
 
 
 def test_sets_and_images_are_matched_as_if_alone():
     packed = targets([2, 0, 4])
-    sets = [(torch.randn(3, q, 3), torch.stack([boxes(q) for _ in range(3)]), packed.labels) for q in (6, 9)]
+    sets = [
+        PredictedSet(torch.randn(3, q, 3), torch.stack([boxes(q) for _ in range(3)]), packed.labels) for q in (6, 9)
+    ]
     together = HungarianMatcher()(sets, packed)
     for one, match in zip(sets, together):
         (alone,) = HungarianMatcher()([one], packed)
@@ -49,31 +53,72 @@ def test_sets_and_images_are_matched_as_if_alone():
         assert torch.equal(match.rows.sort().values, match.rows)
 
 
+def readable_cost(matcher, logits, boxes, labels, targets, scale):
+    """The cost (Q, G) of every pair in one image, of one set, by torchvision's operators."""
+    chance = logits[:, labels].sigmoid()
+    present = matcher.alpha * (1 - chance) ** matcher.gamma * -(chance + 1e-12).log()
+    absent = (1 - matcher.alpha) * chance**matcher.gamma * -(1 - chance + 1e-12).log()
+    distance = (boxes[:, None] - targets[None]).abs().sum(-1)
+    corners = [box_convert(b * scale, "cxcywh", "xyxy") for b in (boxes, targets)]
+    return matcher.cls * (present - absent) + matcher.l1 * distance - matcher.giou * generalized_box_iou(*corners)
+
+
+@pytest.mark.parametrize("counts", [(2, 0, 4), (0, 0), (7,), (1, 12, 3)])
+def test_layers_and_images_together_cost_and_match_as_each_alone(counts):
+    packed, matcher = targets(counts), HungarianMatcher()
+    logits, predicted = torch.randn(4, len(counts), 9, 3) * 3, torch.rand(4, len(counts), 9, 4) * 0.5 + 0.1
+    together = PredictedSet(logits, predicted, packed.labels)
+    cost = matcher.cost(together, packed)
+    (match,) = matcher([together], packed)
+    for layer in range(4):
+        (alone,) = matcher([PredictedSet(logits[layer], predicted[layer], packed.labels)], packed)
+        assert torch.equal(match.rows[layer], alone.rows) and torch.equal(match.objects[layer], alone.objects)
+        for image, (start, stop) in enumerate(packed.spans):
+            own = packed.labels[start:stop], packed.boxes[start:stop], packed.scales[start:stop]
+            if stop > start:
+                one = logits[layer, image], predicted[layer, image]
+                expected = readable_cost(matcher, *one, *own[:2], own[2][0])
+                assert torch.equal(cost[layer, start:stop].T, expected)
+
+
+def test_the_costs_are_solved_later_as_at_once():
+    packed, matcher = targets([2, 3]), HungarianMatcher()
+    one = PredictedSet(torch.randn(2, 6, 3), torch.rand(2, 6, 4) * 0.5 + 0.1, packed.labels)
+    begun = matcher.begin([one], packed)
+    (later,), (at_once,) = begun.solve(), matcher([one], packed)
+    assert torch.equal(later.rows, at_once.rows) and torch.equal(later.objects, at_once.objects)
+
+
 def test_more_objects_than_queries_matches_every_query():
     packed = targets([5])
-    (match,) = HungarianMatcher()([(torch.randn(1, 3, 3), boxes(3)[None], packed.labels)], packed)
+    (match,) = HungarianMatcher()([PredictedSet(torch.randn(1, 3, 3), boxes(3)[None], packed.labels)], packed)
     assert len(match.rows) == 3 and len(match.objects.unique()) == 3
 
 
 def test_no_objects_gives_an_empty_match():
     packed = targets([0, 0])
-    (match,) = HungarianMatcher()([(torch.randn(2, 3, 3), torch.stack([boxes(3)] * 2), packed.labels)], packed)
+    one = PredictedSet(torch.randn(2, 3, 3), torch.stack([boxes(3)] * 2), packed.labels)
+    (match,) = HungarianMatcher()([one], packed)
     assert match.rows.shape == match.objects.shape == (0,) and match.rows.dtype == torch.int64
 
 
 def test_a_nan_prediction_is_matched_last():
     packed, logits = targets([1]), torch.zeros(1, 3, 3)
     logits[0, 0] = torch.nan
-    (match,) = HungarianMatcher()([(logits, boxes(3)[None], packed.labels)], packed)
+    (match,) = HungarianMatcher()([PredictedSet(logits, boxes(3)[None], packed.labels)], packed)
     assert int(match.rows) != 0
 
 
 def one_cost(classification, l1, giou):
     """Cost of one query with probability 0.8 for the object's class, its box beside the object's."""
     logits = torch.tensor([[-3.0, math.log(4)]])
-    predicted, true = torch.tensor([[0.5, 0.5, 0.2, 0.4]]), torch.tensor([[0.4, 0.6, 0.2, 0.2]])
+    predicted = torch.tensor([[0.5, 0.5, 0.2, 0.4]])
+    # (0.4, 0.6, 0.2, 0.2) of an image of 200 x 100 pixels
+    packed = PackedTargets.pack(
+        [{"boxes": torch.tensor([[60.0, 50, 100, 70]]), "labels": torch.tensor([1])}], [(100, 200)]
+    )
     matcher = HungarianMatcher(classification, l1, giou)
-    return matcher.cost(logits, predicted, torch.tensor([1]), true, torch.tensor([200.0, 100, 200, 100])).item()
+    return matcher.cost(PredictedSet(logits[None], predicted[None], packed.labels), packed).item()
 
 
 def test_each_cost_by_hand():
@@ -95,5 +140,6 @@ def test_the_cheaper_of_two_queries_by_hand():
         ([[9.0, 1.0], [-9.0, 1.1]], [same, same]),
         ([[0.0, 1.0], [0.0, 1.0]], [other, same]),
     ):
-        (match,) = HungarianMatcher()([(torch.tensor([logits]), torch.stack(predicted)[None], packed.labels)], packed)
+        one = PredictedSet(torch.tensor([logits]), torch.stack(predicted)[None], packed.labels)
+        (match,) = HungarianMatcher()([one], packed)
         assert (match.rows.tolist(), match.objects.tolist()) == ([1], [0])

@@ -29,7 +29,8 @@ def recorded(monkeypatch, owner, method):
 
 
 def exact_cost(matcher, logits, boxes, labels, targets, scale):
-    """Deformable DETR's cost of every pair, in float64."""
+    """Deformable DETR's cost of every pair in one image, in float64."""
+    logits, boxes, targets, scale = (x.double() for x in (logits, boxes, targets, scale))
     chance = logits.sigmoid()[:, labels]
     focal = 0.25 * (1 - chance) ** 2 * -chance.log() - 0.75 * chance**2 * -(1 - chance).log()
     corners = [torchvision.ops.box_convert(b * scale, "cxcywh", "xyxy") for b in (boxes, targets)]
@@ -59,10 +60,13 @@ def test_costs_and_losses_are_those_of_float32_on_what_the_network_says(monkeypa
         assert model.backbone(torch.zeros(1, 3, 64, 64))[0].dtype == torch.bfloat16  # the network did round
     assert all(term.dtype == torch.float32 for term in terms.values())
     assert costs and losses
-    for arguments, _, result in costs:
+    for (predictions, packed), _, result in costs:
         assert result.dtype == torch.float32
-        exact = exact_cost(model.matcher, *(t.double() if t.is_floating_point() else t for t in arguments))
-        torch.testing.assert_close(result.double(), exact, rtol=1e-4, atol=1e-4)
+        logits, boxes, labels = predictions
+        layers = zip(logits[None], boxes[None]) if logits.ndim == 3 else zip(logits, boxes)
+        for (own_logits, own_boxes), found in zip(layers, result, strict=True):
+            exact = exact_cost(model.matcher, own_logits[0], own_boxes[0], labels, packed.boxes, packed.scales[0])
+            torch.testing.assert_close(found.double(), exact.T, rtol=1e-4, atol=1e-4)
     for objective, predictions, result in losses:
         again = forward(objective, predictions)  # without autocast
         assert all(torch.equal(again[name], value) for name, value in result.items())

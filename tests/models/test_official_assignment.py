@@ -3,6 +3,7 @@ them, for batches with and without objects."""
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "golden"))
 import official
 
+from brs_detr.assign.hungarian import Match
 from brs_detr.models import brs_detr as detector
 from brs_detr.ops.anchors import valid_extents, valid_rows
 from brs_detr.ops.targets import PackedTargets
@@ -46,9 +48,14 @@ def observe(golden, family, case, monkeypatch):
     if family == "brs_detr":
         official.as_released(model)
     arrays, sizes, targets = official.recorded_case(golden, family, case)
-    spies = {"matcher": Spy(model.matcher), "queries": Spy(detector.select_queries), "sample": Spy(model.roi._sample)}
-    model.matcher = spies["matcher"]
-    model.roi._sample = lambda *args: spies["sample"](*args)
+    spies = {
+        "matcher": Spy(lambda *args: begin(*args).solve()),
+        "queries": Spy(detector.select_queries),
+        "sample": Spy(model.roi.assign),
+    }
+    begin = model.matcher.begin
+    model.matcher.begin = lambda *args: SimpleNamespace(solve=lambda: spies["matcher"](*args))
+    model.roi.assign = lambda *args: spies["sample"](*args)
     monkeypatch.setattr(detector, "select_queries", spies["queries"])
     for head in ("rpn", "roi", "atss"):
         spies[head] = getattr(model, head).objective = Spy(getattr(model, head).objective)
@@ -63,10 +70,14 @@ def observe(golden, family, case, monkeypatch):
 
 
 def test_matched_queries_and_tokens(seen):
-    (sets, packed), _, matches = seen["matcher"]
+    (sets, packed), _, (encoder, decoder) = seen["matcher"]
     assert isinstance(packed, PackedTargets)
-    for name, (logits, _, _), match in zip(("enc", "dec0", "dec1"), sets, matches, strict=True):
-        image, query = match.rows // logits.shape[1], match.rows % logits.shape[1]
+    tokens, queries = (one.logits.shape[-2] for one in sets)
+    layers = [Match(*pair) for pair in zip(*decoder, strict=True)]
+    for name, count_of_rows, match in zip(
+        ("enc", "dec0", "dec1"), (tokens, queries, queries), (encoder, *layers), strict=True
+    ):
+        image, query = match.rows // count_of_rows, match.rows % count_of_rows
         for b, count in enumerate(seen["counts"]):
             assert int((image == b).sum()) == count
             if count:
@@ -95,7 +106,7 @@ def test_labels_of_all_anchors(seen, head):
 
 
 def test_sampled_regions(seen):
-    _, _, (rois, assigned) = seen["sample"]
+    (rois, assigned, *_), _, _ = seen["sample"]
     recorded = seen["arrays"]["roi.rois"]
     for b, own in enumerate(rois):
         expected, positives = recorded[recorded[:, 0] == b, 1:], int((assigned[b] >= 0).sum())
@@ -114,6 +125,8 @@ def test_sampled_regions(seen):
 def test_auxiliary_queries_and_their_predictions(seen):
     _, _, chosen = seen["queries"]
     arrays = seen["arrays"]
+    ((*inputs, _, counts), found) = seen["decoded"][0]  # the main queries, and then those of the heads
+    inputs = list(zip(*(part.split(counts, dim=1) for part in inputs), strict=True))
     for k, queries in enumerate(chosen):
         labels = arrays[f"aux{k}.labels"].flatten()
         rows = (labels < official.CLASSES).nonzero()[:, 0]
@@ -122,9 +135,10 @@ def test_auxiliary_queries_and_their_predictions(seen):
         assert torch.equal(queries.rows, rows)
         assert torch.equal(queries.labels, labels[rows])
         official.assert_equal_to(queries.targets, arrays[f"aux{k}.targets"].flatten(0, 1)[rows])
-        (content, position, references, _), found = seen["decoded"][1 + k]
+        content, position, references = inputs[1 + k]
+        own = found.split(counts)[1 + k]
         official.assert_equal_to(content, arrays[f"aux{k}.dec.query"])
         official.assert_equal_to(position, arrays[f"aux{k}.dec.query_pos"])
         official.assert_equal_to(references, arrays[f"aux{k}.dec.reference_in"])
-        official.assert_equal_to(found.logits, arrays[f"aux{k}.cls_scores"])
-        official.assert_equal_to(found.boxes, arrays[f"aux{k}.bbox_preds"])
+        official.assert_equal_to(own.logits, arrays[f"aux{k}.cls_scores"])
+        official.assert_equal_to(own.boxes, arrays[f"aux{k}.bbox_preds"])

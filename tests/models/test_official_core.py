@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "golden"))
 import official
 
+from brs_detr.assign.hungarian import PredictedSet
 from brs_detr.checkpoints.keys import to_ours
 from brs_detr.losses import alrp_loss, average_precision_loss, rank_sort_loss
 from brs_detr.models.brs_detr import detections_from
@@ -83,7 +84,7 @@ def prediction_sets(arrays, packed):
     """Logits, boxes and labels of the encoder proposals and of both decoder layers."""
     agnostic = torch.zeros_like(packed.labels)
     layers = [(arrays["all_cls_scores"][d], arrays["all_bbox_preds"][d], packed.labels) for d in range(2)]
-    return [(arrays["enc_outputs_class"], arrays["enc_bbox_preds"], agnostic), *layers]
+    return [PredictedSet(*one) for one in [(arrays["enc_outputs_class"], arrays["enc_bbox_preds"], agnostic), *layers]]
 
 
 def test_matching_and_losses_of_queries_and_proposals(family, model, arrays):

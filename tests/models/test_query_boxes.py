@@ -6,6 +6,7 @@ from support import DEMO, SMALL_DETECTOR
 
 from brs_detr.config import load_config
 from brs_detr.models.build import build_model
+from brs_detr.ops.boxes import Regions
 from brs_detr.ops.images import ImageBatch
 
 
@@ -23,9 +24,9 @@ def test_queries_begin_at_the_proposals_of_the_rpn(model):
     model.eval()
     with torch.no_grad():
         memory = model.encode_batch(IMAGES)
-        regions = model.rpn.proposals(model.rpn(model.pyramid(memory)), IMAGES.sizes)
+        regions = model.rpn.regions(model.rpn(model.pyramid(memory)), IMAGES.sizes)
         references = model.references(model.proposals(memory), regions, IMAGES.sizes)
-    for own, start, (h, w) in zip(regions, references, IMAGES.sizes, strict=True):
+    for own, start, (h, w) in zip(regions.boxes, references, IMAGES.sizes, strict=True):
         x, y, width, height = (start[0] * torch.tensor([w, h, w, h])).tolist()
         best = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
         assert best == pytest.approx(own[0].tolist(), abs=1e-3)
@@ -37,10 +38,12 @@ def test_an_image_is_detected_alone_as_in_a_batch(model):
     with torch.no_grad():
         memory = [model.encode_batch(images) for images in (IMAGES, alone)]
         # of the same features: padding changes those of a backbone
-        regions = model.rpn.proposals(model.rpn(model.pyramid(memory[1])), alone.sizes)
+        regions = model.rpn.regions(model.rpn(model.pyramid(memory[1])), alone.sizes)
         own = model.references(model.proposals(memory[1]), regions, alone.sizes)
         both = model.proposals(memory[1])._replace(references=model.proposals(memory[1]).references.repeat(2, 1, 1))
-        padded = model.references(both, [regions[0][:2], regions[0]], alone.sizes * 2)
+        few = regions.valid & (torch.arange(regions.valid.shape[1]) < 2)
+        joined = Regions(regions.boxes.repeat(2, 1, 1), torch.cat([few, regions.valid]))
+        padded = model.references(both, joined, alone.sizes * 2)
     assert torch.equal(padded[1], own[0])
 
 

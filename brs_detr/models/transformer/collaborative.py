@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
@@ -133,9 +134,8 @@ def _select(
     order = (drawn + (labels >= num_classes) + 3 * images).argsort(stable=True)
     slots = torch.arange(n) % lengths[:, None]
     starts = lengths.cumsum(0) - lengths
-    rows = (
-        (slots < torch.tensor(counts)[:, None]).flatten().nonzero()[:, 0].to(device, non_blocking=True)
-    )  # on the host
+    positive = slots.numpy() < np.array(counts)[:, None]
+    rows = torch.from_numpy(np.flatnonzero(positive)).to(device, non_blocking=True)
     chosen = order[(slots + starts[:, None]).to(device, non_blocking=True)]
     boxes, targets = (
         box_convert(torch.cat(part)[chosen].float(), "xyxy", "cxcywh") / scales[:, None]

@@ -86,7 +86,9 @@ class SelfAttention(nn.MultiheadAttention):
         super().__init__(dim, heads, batch_first=True)
         nn.init.xavier_uniform_(self.out_proj.weight)
 
-    def forward(self, query: Tensor, value: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # torch's has one set, and asks for the keys
+        self, query: Tensor, value: Tensor, counts: Sequence[int] | None = None
+    ) -> Tensor:
         """Attend.
 
         Args:

@@ -154,8 +154,8 @@ def test_pooling_by_hand():
     x, y = (x1 + steps * (x2 - x1)) / 8 - 0.5, (y1 + steps * (y2 - y1)) / 8 - 0.5
     grid = torch.stack(torch.meshgrid(2 * x / 19 - 1, 2 * y / 15 - 1, indexing="xy"), dim=-1)
     samples = torch.nn.functional.grid_sample(level, grid[None], align_corners=True)
-    pooled, _ = head._pool([level, *others], [torch.tensor([[x1, y1, x2, y2]])])
-    torch.testing.assert_close(pooled, torch.nn.functional.avg_pool2d(samples, 2), rtol=1e-5, atol=1e-5)
+    pooled = head.look([level, *others], [torch.tensor([[x1, y1, x2, y2]])])
+    torch.testing.assert_close(pooled.windows, torch.nn.functional.avg_pool2d(samples, 2), rtol=1e-5, atol=1e-5)
 
 
 def fixed_output(head, logits, deltas=None):

@@ -17,8 +17,14 @@ def samples(labels):
     return AuxSamples(boxes, labels, targets, features)
 
 
+def select(heads, **options):
+    """`select_queries` with the positives counted."""
+    counts = [[sum(label < CLASSES for label in labels.tolist()) for labels in own.labels] for own in heads]
+    return select_queries(heads, counts, SIZES, CLASSES, **options)
+
+
 def test_positives_come_first_and_background_fills_up_to_the_least():
-    (chosen,) = select_queries([samples([[3, 1, 3] * 5, [3] * 12])], SIZES, CLASSES)
+    (chosen,) = select([samples([[3, 1, 3] * 5, [3] * 12])])
     assert chosen.boxes.shape == (2, 9, 4)
     assert chosen.rows.tolist() == [0, 1, 2, 3, 4] and chosen.labels.tolist() == [1] * 5
     assert sorted(chosen.features[0, :5, 0].tolist()) == [1, 4, 7, 10, 13]
@@ -26,7 +32,7 @@ def test_positives_come_first_and_background_fills_up_to_the_least():
 
 
 def test_boxes_and_targets_are_normalized_by_their_own_image():
-    (chosen,) = select_queries([samples([[1] * 9, [2] * 9])], SIZES, CLASSES)
+    (chosen,) = select([samples([[1] * 9, [2] * 9])])
     torch.testing.assert_close(chosen.boxes[0, 0], torch.tensor([0.1, 0.4, 0.1, 0.4]))
     torch.testing.assert_close(chosen.boxes[1, 0], torch.tensor([0.2, 0.4, 0.2, 0.4]))
     torch.testing.assert_close(chosen.targets, chosen.boxes.flatten(0, 1))
@@ -34,7 +40,7 @@ def test_boxes_and_targets_are_normalized_by_their_own_image():
 
 def test_every_image_gets_as_many_queries_as_the_richest_within_the_limit():
     heads = [samples([[0] * 20, [3] * 30]), samples([[0] * 40, [1] * 2 + [3] * 9])]
-    first, second = select_queries(heads, SIZES, CLASSES, max_queries=30)
+    first, second = select(heads, max_queries=30)
     assert first.boxes.shape[1] == 20 and second.boxes.shape[1] == 30
     assert len(first.rows) == 20
     # the second image repeats its 11 samples over 30 slots; its 2 positives stand in slots 0, 1, 11, 12, 22, 23
@@ -43,7 +49,7 @@ def test_every_image_gets_as_many_queries_as_the_richest_within_the_limit():
 
 
 def test_a_image_without_positives_gets_background_only():
-    (chosen,) = select_queries([samples([[3] * 20, [3] * 5])], SIZES, CLASSES)
+    (chosen,) = select([samples([[3] * 20, [3] * 5])])
     assert chosen.rows.shape == (0,) and chosen.targets.shape == (0, 4) and chosen.boxes.shape == (2, 9, 4)
 
 
@@ -53,7 +59,7 @@ def test_an_image_without_any_sample_gets_the_full_image_as_background():
     )
     full = samples([[1] * 10])
     both = AuxSamples(*(a + b for a, b in zip(full, empty)))
-    (chosen,) = select_queries([both], SIZES, CLASSES)
+    (chosen,) = select([both])
     assert len(chosen.rows) == 10 and chosen.boxes[1].tolist() == [[0.5, 0.5, 1.0, 1.0]] * 10
 
 
