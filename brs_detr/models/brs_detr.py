@@ -296,21 +296,8 @@ class BRSDETR(Detector):
             rows=rows,
             normalizer=SharedCount(rows.shape[-1]),  # one for all layers
         )
+        terms = self.objective(found)
         if not layers:
-            return {f"{name}.{term}": value for term, value in self.objective(found).items()}
-        terms = [self.objective(one) for one in layers_of(found)]
-        return {f"{name}.{layer}.{term}": value for layer, own in enumerate(terms) for term, value in own.items()}
-
-
-def layers_of(found: PredictionSet) -> list[PredictionSet]:
-    """Split the sets of several layers."""
-    return [
-        found._replace(
-            logits=found.logits[i],
-            labels=found.labels[i],
-            quality=found.quality[i],
-            box_losses={name: loss[i] for name, loss in found.box_losses.items()},
-            rows=found.rows[i],
-        )
-        for i in range(len(found.logits))
-    ]
+            return {f"{name}.{term}": value for term, value in terms.items()}
+        by_layer = zip(*(value.unbind() for value in terms.values()), strict=True)
+        return {f"{name}.{i}.{term}": value for i, own in enumerate(by_layer) for term, value in zip(terms, own)}

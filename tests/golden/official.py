@@ -93,6 +93,20 @@ def load_official(folder, family, monkeypatch):
     return model
 
 
+def layers_of(found):
+    """The prediction sets of the layers that are given as one."""
+    return [
+        found._replace(
+            logits=found.logits[i],
+            labels=found.labels[i],
+            quality=found.quality[i],
+            box_losses={name: loss[i] for name, loss in found.box_losses.items()},
+            rows=found.rows[i],
+        )
+        for i in range(len(found.logits))
+    ]
+
+
 class ReleasedObjective(nn.Module):
     """Our objective with the released code's fault that a positive of quality 0 counts as background in the ranking."""
 
@@ -101,6 +115,13 @@ class ReleasedObjective(nn.Module):
         self.ours = ours
 
     def forward(self, predictions):
+        if predictions.logits.ndim == 2:
+            return self.one(predictions)
+        terms = [self.one(own) for own in layers_of(predictions)]
+        return {name: torch.stack([own[name] for own in terms]) for name in terms[0]}
+
+    def one(self, predictions):
+        """Layers differ in how many of their positives have a quality, so each is a call of its own."""
         rows, kept = predictions.rows, predictions.quality > 0
         labels = predictions.labels.index_fill(0, rows[~kept], predictions.logits.shape[1])
         ones = {name: value.mean().expand(int(kept.sum())) for name, value in predictions.box_losses.items()}

@@ -104,6 +104,8 @@ class RegionStep:
 def read_counts(steps: Iterable[DenseStep | RegionStep]) -> None:
     """Decide what anchors and regions learn (the host waits for the device once for all heads)."""
     steps = list(steps)
+    if not steps:
+        return
     asked = [step.counts() for step in steps]
     read = iter(read_together([count for counts in asked for count in counts]))
     for step, counts in zip(steps, asked, strict=True):
