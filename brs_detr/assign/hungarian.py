@@ -118,7 +118,7 @@ class Matching:
     def __init__(self, costs: Tensor, shapes: Sequence[torch.Size], targets: PackedTargets) -> None:
         self.shapes, self.targets = shapes, targets
         self.costs, self.arrived = costs, None
-        if costs.is_cuda:
+        if costs.is_cuda and torch.cuda.is_available():  # a step may also be counted for a GPU that is not there
             # Pinned, so that the copy runs beside what is launched next; the event says when it is complete.
             self.costs = torch.empty(costs.shape, dtype=costs.dtype, pin_memory=True)
             self.costs.copy_(costs, non_blocking=True)

@@ -4,7 +4,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from brs_detr.ops.anchors import AnchorGrid, base_anchors, valid_extents, valid_rows
+from brs_detr.ops.anchors import (
+    AnchorGrid,
+    base_anchors,
+    batch_anchors,
+    batch_rows,
+    cell_features,
+    valid_extents,
+    valid_rows,
+)
 
 STRIDES = (8, 16, 32, 64, 128)
 SHAPES = [(16, 20), (8, 10), (4, 5), (2, 3), (1, 2)]
@@ -53,6 +61,46 @@ def test_cutting_out_equals_masking():
         )
         kept.append(level[rows & columns].reshape(-1, 4))
     torch.testing.assert_close(valid_rows(levels, extents), torch.cat(kept), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sizes", [[(128, 160)] * 2, [(128, 160), (70, 90)], [(9, 9), (101, 160), (128, 17)]])
+@pytest.mark.parametrize("per_cell", [1, 3])
+def test_rows_of_all_images_are_those_of_each(sizes, per_cell):
+    extents = [valid_extents(size, SHAPES, STRIDES) for size in sizes]
+    levels = [torch.randn(len(sizes), h, w, per_cell, 2, requires_grad=True) for h, w in SHAPES]
+    expected = torch.cat([valid_rows([level[image] for level in levels], own) for image, own in enumerate(extents)])
+    found = batch_rows(levels, extents)
+    assert torch.equal(found, expected)
+    weights = torch.randn_like(found)
+    gradients = [torch.autograd.grad((rows * weights).sum(), levels, retain_graph=True) for rows in (found, expected)]
+    assert all(torch.equal(*pair) for pair in zip(*gradients))
+    grid = AnchorGrid(STRIDES, OCTAVE[:per_cell], (1.0,))(SHAPES)
+    for own, extent in zip(batch_anchors(grid, extents), extents, strict=True):
+        assert torch.equal(own, valid_rows(grid, extent))
+
+
+def test_features_of_cells_are_those_of_the_rows():
+    maps = [torch.randn(2, 5, h, w) for h, w in SHAPES]
+    sizes = [(128, 160), (70, 90)]
+    for image, (own, size) in enumerate(zip(cell_features(maps, sizes, STRIDES), sizes)):
+        expected = valid_rows([x[image].permute(1, 2, 0) for x in maps], valid_extents(size, SHAPES, STRIDES))
+        assert torch.equal(own, expected)
+
+
+def test_anchors_that_were_kept_serve_after_other_shapes_and_after_inference():
+    grid = AnchorGrid((8, 16), (4.0,), (1.0,))
+    first = [level.clone() for level in grid([(4, 6), (2, 3)])]
+    assert [tuple(level.shape[:2]) for level in grid([(5, 7), (3, 4)])] == [(5, 7), (3, 4)]
+    with torch.inference_mode():
+        again = grid([(4, 6), (2, 3)])
+        extents = [valid_extents((20, 40), [(4, 6), (2, 3)], (8, 16))]
+        batch_rows([torch.randn(1, 4, 6, 1, 2), torch.randn(1, 2, 3, 1, 2)], extents)
+    assert all(torch.equal(*pair) for pair in zip(again, first))
+    shift = torch.zeros((), requires_grad=True)
+    assert (grid([(4, 6), (2, 3)])[0] * shift).sum().requires_grad
+    levels = [torch.randn(1, 4, 6, 1, 2, requires_grad=True), torch.randn(1, 2, 3, 1, 2, requires_grad=True)]
+    batch_rows(levels, extents).sum().backward()
+    assert grid.double()([(4, 6), (2, 3)])[0].dtype == torch.float64
 
 
 def test_wrong_number_of_levels_is_named():

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, clip_boxes_to_image, generalized_box_iou, nms
 
-from brs_detr.ops.boxes import BoxCoder, fast_nms
+from brs_detr.ops import boxes as boxes_module
+from brs_detr.ops.boxes import BoxCoder, clip_boxes, fast_nms, generalized_iou, kept_in_segments
 
 corner = st.floats(-500, 500)
 side = st.floats(1, 400)
@@ -71,3 +72,36 @@ def test_fast_nms_of_empty_boxes_and_of_no_boxes():
     rows, _ = fast_nms(torch.zeros(3, 4), torch.rand(3, 2), **limits)
     assert len(rows) == 6
     assert len(fast_nms(torch.zeros(0, 4), torch.zeros(0, 2), **limits)[0]) == 0
+
+
+def random_boxes(*shape):
+    low = torch.rand(*shape, 2) * 100 - 10
+    return torch.cat([low, low + torch.rand(*shape, 2) * 40], dim=-1)
+
+
+@pytest.mark.parametrize("one_by_one", [("cpu",), ()], ids=["CPU", "GPU"])
+@pytest.mark.parametrize("lengths", [[30, 12, 5], [47], [1] * 6])
+def test_each_segment_of_each_image_is_suppressed_as_if_alone(lengths, one_by_one, monkeypatch):
+    """Both the loop and the single call for a GPU, with equal scores, empty boxes and boxes beyond the image."""
+    monkeypatch.setattr(boxes_module, "SEGMENT_BY_SEGMENT", one_by_one)
+    boxes = random_boxes(3, sum(lengths)).round()
+    boxes[0, ::4, 2:] = boxes[0, ::4, :2]
+    scores = (torch.rand(3, sum(lengths)) * 8).round()
+    kept = kept_in_segments(boxes, scores, lengths, 0.3)
+    for image in range(3):
+        parts = zip(boxes[image].split(lengths), scores[image].split(lengths), kept[image].split(lengths))
+        for own, own_scores, found in parts:
+            assert found.nonzero()[:, 0].tolist() == sorted(nms(own, own_scores, 0.3).tolist())
+    assert 0 < int(kept.sum()) < kept.numel() or len(lengths) == 6
+
+
+def test_overlaps_of_pairs_of_any_shape_are_torchvisions():
+    boxes, others = random_boxes(4, 7), random_boxes(5)
+    expected = torch.stack([generalized_box_iou(own, others) for own in boxes])
+    torch.testing.assert_close(generalized_iou(boxes[:, :, None], others), expected)
+
+
+def test_images_are_clipped_together_as_alone():
+    boxes, sizes = random_boxes(2, 20), [(50, 80), (33, 21)]
+    for own, alone, size in zip(clip_boxes(boxes, sizes), boxes, sizes):
+        assert torch.equal(own, clip_boxes_to_image(alone, size))

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torchvision.ops import box_iou
 
 from brs_detr.assign.max_iou import RandomSampler
@@ -13,6 +14,7 @@ from brs_detr.losses.boxes import paired_giou_loss, paired_iou
 from brs_detr.models.config import BRSDETRConfig, CoDETRConfig, RPNConfig
 from brs_detr.models.heads.dense import DenseOutput
 from brs_detr.models.heads.rpn import RPNHead
+from brs_detr.ops import boxes as boxes_module
 from brs_detr.ops.boxes import BoxCoder
 
 STRIDES = (8, 16, 32, 64, 128)
@@ -211,3 +213,29 @@ def test_smooth_l1_has_the_beta_of_the_settings():
 def test_unknown_box_loss_is_named():
     with pytest.raises(ValueError, match="smooth_l1, giou, iou, l1, not 'l2'"):
         RPNHead(8, (8,), RPNConfig(box_loss="l2"))
+
+
+@pytest.mark.parametrize("one_by_one", [("cpu",), ()], ids=["CPU", "GPU"])
+@pytest.mark.parametrize("limits", [(50, 40), (4000, 4000), (300, 10)])
+@pytest.mark.parametrize("drop_empty", [True, False])
+def test_proposals_of_all_images_are_those_of_each(one_by_one, limits, drop_empty, monkeypatch):
+    """One suppression for all images and levels, in the loop's and in the GPU's form, against `predict`, box by box."""
+    monkeypatch.setattr(boxes_module, "SEGMENT_BY_SEGMENT", one_by_one)
+    head = build("brs_detr", dim=4).eval()
+    head.test_limits, head.drop_empty = limits, drop_empty
+    nn.init.normal_(head.delta.weight, std=0.5)
+    nn.init.normal_(head.score.weight, std=0.5)
+    features = [torch.randn(2, 4, h, w) for h, w in [(16, 20), (8, 10), (4, 5), (2, 3), (1, 2)]]
+    with torch.no_grad():
+        output = head(features)
+    regions = head.regions(output, SIZES)
+    assert regions.boxes.shape[1] <= limits[1] and not regions.boxes.requires_grad
+    for own, valid, alone, listed in zip(
+        regions.boxes, regions.valid, head.predict(output, SIZES), head.proposals(output, SIZES), strict=True
+    ):
+        assert torch.equal(own[valid], listed)
+        if limits[0] > 1000:  # torchvision's order of equal scores is arbitrary for many boxes
+            assert sorted(listed.tolist()) == sorted(alone["boxes"].tolist())
+        else:
+            assert torch.equal(listed, alone["boxes"])
+        assert valid.long().diff().max() <= 0  # what is missing comes last

@@ -13,7 +13,7 @@ from brs_detr.models.build import choose_sampling, sampling_here
 from brs_detr.models.neck import ChannelMapper
 from brs_detr.models.transformer.attention import inverse_sigmoid, sine_of_cells, use_sampling
 from brs_detr.models.transformer.collaborative import AuxQueryEmbedding
-from brs_detr.models.transformer.decoder import QueryDecoder
+from brs_detr.models.transformer.decoder import QueryDecoder, SelfAttention
 from brs_detr.models.transformer.encoder import DeformableEncoder, Memory, level_masks
 from brs_detr.models.transformer.two_stage import BoxEmbedding, TwoStageHead
 from brs_detr.ops.deform_attn import deformable_attention
@@ -224,3 +224,45 @@ def test_kernels_that_are_asked_for_need_triton(monkeypatch):
     monkeypatch.setattr(build, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"model\.deformable_attention=triton: Triton is not installed"):
         choose_sampling("triton")
+
+
+def random_sets(counts):
+    """Content, position and boxes of sets of queries of two images."""
+    return [(torch.randn(2, n, DIM), torch.randn(2, n, DIM), torch.rand(2, n, 4) * 0.6 + 0.2) for n in counts]
+
+
+def random_memory():
+    shapes = [(6, 8), (3, 4), (2, 2), (1, 1)]
+    tokens = torch.randn(2, sum(h * w for h, w in shapes), DIM, requires_grad=True)
+    sizes = torch.tensor([[float(w), h] for h, w in shapes]).expand(2, 4, 2)
+    return Memory(tokens, torch.rand(tokens.shape[:2]) < 0.1, shapes, sizes, torch.rand(2, 4, 2) * 0.5 + 0.5)
+
+
+@pytest.mark.parametrize("counts", [(20, 9, 13), (7,), (5, 5)])
+def test_sets_of_queries_together_are_refined_as_each_alone(counts):
+    """The passes of each set are the readable form: predictions and gradients are equal."""
+    decoder, memory, sets = QueryDecoder(DIM, CLASSES, layers=2, hidden=128), random_memory(), random_sets(counts)
+    for regressor in decoder.regressors:
+        nn.init.normal_(regressor[-1].weight, std=0.1)
+    alone = [decoder(*one, memory) for one in sets]
+    together = decoder(*(torch.cat(column, dim=1) for column in zip(*sets)), memory, counts).split(counts)
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one.logits, other.logits, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(one.boxes, other.boxes, rtol=1e-5, atol=1e-6)
+    inputs = [memory.tokens, *decoder.parameters()]
+    expected, found = (
+        torch.autograd.grad(sum((one.logits**2).mean() + (one.boxes**2).mean() for one in sets), inputs)
+        for sets in (alone, together)
+    )
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_self_attention_of_one_set_is_torchs_multi_head_attention():
+    ours = SelfAttention(DIM, 8)
+    theirs = nn.MultiheadAttention(DIM, 8, batch_first=True)
+    theirs.load_state_dict(ours.state_dict())
+    query, value = torch.randn(2, 11, DIM), torch.randn(2, 11, DIM)
+    expected, _ = theirs(query, query, value, need_weights=False)
+    torch.testing.assert_close(ours(query, value), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours(query, value, [11]), expected, rtol=1e-5, atol=1e-6)
