@@ -88,7 +88,8 @@ def check_gathering(accelerator):
 
 
 SCORE_BASED = ["model.name=co_detr"]
-VARIANTS = ([], ["model.scope=global"], SCORE_BASED)
+WITHOUT_HEADS = (["model.aux_heads=[atss]", "model.query_boxes=encoder"], ["model.aux_heads=[]"])
+VARIANTS = ([], ["model.scope=global"], SCORE_BASED, *WITHOUT_HEADS)
 
 
 def check_empty_images(accelerator):
