@@ -335,8 +335,8 @@ class BRSDETRConfig:
     query_boxes: Literal["encoder", "rpn"] = "encoder"
     # IoU from which such a box gives way to a better one; null: the best become queries
     proposal_nms_iou: Annotated[Fraction | None, Null("no suppression")] = None
-    # dense heads that learn beside the decoder and give it queries; any may be left out, as in the papers' ablations. The
-    # RPN is there where the RoI head or query_boxes=rpn needs it.
+    # dense heads that learn beside the decoder and give it queries; any may be left out, as in the papers' ablations.
+    # The RPN is there where the RoI head or query_boxes=rpn needs it.
     aux_heads: AuxHeads = ("roi", "atss")
     max_aux_queries: Count = 300
     encoder_ranking: Literal["all", "first"] = "all"  # columns of the encoder proposals' logits that are ranked
