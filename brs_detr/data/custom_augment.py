@@ -68,6 +68,7 @@ class CustomTransform:
         Raises:
             CustomAugmentError: the transform failed, or what it returned cannot be trained on.
         """
+        image = image.contiguous()  # what users write may call `view`
         given = _as_tv_tensors(image, target)
         seed = int(torch.randint(2**31, (), generator=generator))
         with _seeded(seed):

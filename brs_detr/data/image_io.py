@@ -30,6 +30,7 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".bmp", ".tif", ".tif
 # excludes Pillow's formats that start another program (EPS: Ghostscript) or that hold more than pixels
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM")
 ORIENTATION_TAG = 0x0112
+STRIP = 2**18  # pixels that are converted at once: 1 MB in the four bytes a pixel of Pillow
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
@@ -75,7 +76,8 @@ def read_image(
         retry_seconds: how long to retry when the storage fails; None treats the failure as one of the file.
 
     Returns:
-        (3, h, w) uint8.
+        (3, h, w) uint8, with the three values of a pixel beside each other in memory (strides 1, 3 w, 3): so Pillow
+        writes them, and so torch resizes fastest.
 
     Raises:
         ImageError: the file is too large, damaged, truncated, or has values without an 8-bit equivalent; if
@@ -85,13 +87,11 @@ def read_image(
     limits = limits or Limits()
     try:
         content = read_bytes(path, limits.max_image_bytes, "data.max_image_bytes", retry_seconds)
-        pixels = _decode(content, expected_size, path, limits)
-        del content
+        return _decode(content, expected_size, path, limits)
     except (ImageError, StorageError):
         raise
     except Exception as error:  # Pillow's decoders raise many types, some of them from C code
         raise ImageError(f"{path}: this image cannot be read: {_reason(error, path)}.") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def decode_image(content: bytes, name: str, limits: Limits | None = None) -> Tensor:
@@ -104,22 +104,21 @@ def decode_image(content: bytes, name: str, limits: Limits | None = None) -> Ten
         ImageError: it is damaged, truncated, too large or not an image.
     """
     try:
-        pixels = _decode(content, None, name, limits or Limits())
+        return _decode(content, None, name, limits or Limits())
     except ImageError:
         raise
     except Exception as error:  # Pillow's decoders raise many types, some of them from C code
         raise ImageError(f"{name}: this image cannot be read: {_reason(error, name, content[:24])}.") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def _decode(content: bytes, expected_size: Size | None, path: str | Path, limits: Limits) -> np.ndarray:
-    """Decode to (h, w, 3) uint8; a separate function, so that Pillow's copy is freed before the result is copied."""
+def _decode(content: bytes, expected_size: Size | None, path: str | Path, limits: Limits) -> Tensor:
+    """Decode to (3, h, w) uint8, one pixel after the other in memory."""
     with _strict_pillow(), open_image(io.BytesIO(content), limits) as image:
         _require_complete(image.format, content, limits)
         image.load()
         if expected_size is not None and _needs_turning(image, expected_size):
-            return np.array(_to_rgb(ImageOps.exif_transpose(image), path))
-        return np.array(_to_rgb(image, path))
+            return _rgb_pixels(ImageOps.exif_transpose(image), path)
+        return _rgb_pixels(image, path)
 
 
 def image_pixels(image: Image.Image, name: str = "image") -> Tensor:
@@ -136,14 +135,14 @@ def image_pixels(image: Image.Image, name: str = "image") -> Tensor:
         ImageError: it cannot be decoded, or has values without an 8-bit equivalent.
     """
     try:
-        pixels = np.array(_to_rgb(image, name))
+        image.load()
+        return _rgb_pixels(image, name)
     except ImageError:
         raise
     except Exception as error:  # Pillow decodes only now, and its decoders raise many types
         raise ImageError(
             f"{name}: this image cannot be read: {str(error).rstrip('.') or type(error).__name__}."
         ) from None
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def read_integers(path: str | Path, limits: Limits | None = None) -> np.ndarray:
@@ -268,11 +267,32 @@ def _needs_turning(image: Image.Image, expected_size: Size) -> bool:
     return stored != tuple(expected_size) and _turned(stored, _orientation(image)) == tuple(expected_size)
 
 
-def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
+def _rgb_pixels(image: Image.Image, path: str | Path) -> Tensor:
+    """Convert a decoded image to (3, h, w) uint8 RGB, one pixel after the other in memory.
+
+    In strips that the cache holds: a conversion as a piece and Pillow's export join many small blocks, which together
+    take longer than decoding a large JPEG.
+    """
     if image.mode in _SIXTEEN_BIT_MODES:
-        return _from_integers(image, path).convert("RGB")  # Pillow would clip at 255 instead of scaling
-    if image.mode == "F":
-        return _from_floats(image, path).convert("RGB")
+        image = _from_integers(image, path)  # Pillow would clip at 255 instead of scaling
+    elif image.mode == "F":
+        image = _from_floats(image, path)
+    width, height = image.size
+    rows = max(1, STRIP // max(1, width))
+    if height <= rows:
+        pixels = np.array(_to_rgb(image))
+    else:
+        pixels = np.empty((height, width, 3), np.uint8)
+        for top in range(0, height, rows):
+            strip = image.crop((0, top, width, min(top + rows, height)))
+            pixels[top : top + rows] = np.asarray(_to_rgb(strip))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of 8 bits a channel pixel by pixel."""
+    if image.mode == "RGB":
+        return image  # `convert` would copy it
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # otherwise Pillow warns about palette transparency given as bytes
     return image.convert("RGB")  # alpha is dropped: the colors under it are kept as the file has them

@@ -311,10 +311,16 @@ def _as_boxes(boxes: Tensor, image: Tensor) -> tv_tensors.BoundingBoxes:
 
 
 def resize_image(image: Tensor, size: Size, antialias: bool) -> Tensor:
-    """Resize an image (3, h, w) uint8 bilinearly to (h, w) = `size`."""
-    if tuple(image.shape[-2:]) == size:
-        return image
-    return F.resize(image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=antialias)
+    """Resize an image (3, h, w) uint8 of any strides bilinearly to (h, w) = `size`; the result is contiguous.
+
+    An image whose pixels lie one after the other, as `read_image` returns it, is resized as it lies: torch would first
+    bring any other into that order, which for a large image takes longer than the resizing.
+    """
+    if 1 in (*size, *image.shape[-2:]):
+        image = image.contiguous()  # with one row or column torch takes the order of the channels for another one
+    if tuple(image.shape[-2:]) != size:
+        image = F.resize(image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=antialias)
+    return image.contiguous()
 
 
 def uniform(generator: torch.Generator) -> float:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
+from brs_detr.data import image_io
 from brs_detr.data.config import Limits
 from brs_detr.data.image_io import ImageError, is_image_name, read_image, read_image_info
 
@@ -55,6 +56,55 @@ def test_palette_png_under_a_jpeg_name(tmp_path):
 def test_cmyk_is_not_inverted(tmp_path):
     white = np.full((8, 8, 3), 250, np.uint8)
     assert read_image(save(tmp_path, white, "x.jpg", mode="CMYK")).min() > 230
+
+
+COLORS = np.random.default_rng(0).integers(0, 256, (37, 29, 3), dtype=np.uint8)
+KINDS = {
+    "jpeg": ("RGB", "x.jpg", {"quality": 80}),
+    "4:4:4": ("RGB", "x.jpg", {"subsampling": 0}),
+    "progressive": ("RGB", "x.jpg", {"progressive": True}),
+    "gray jpeg": ("L", "x.jpg", {}),
+    "cmyk": ("CMYK", "x.jpg", {}),
+    "palette": ("P", "x.png", {}),
+    "palette with a transparent color": ("P", "x.png", {"transparency": 3}),
+    "palette with transparency": ("P", "x.png", {"transparency": bytes(range(256))}),
+    "gray and alpha": ("LA", "x.png", {}),
+    "alpha": ("RGBA", "x.png", {}),
+    "one bit": ("1", "x.png", {}),
+    "gif": ("P", "x.gif", {}),
+    "lossless webp": ("RGBA", "x.webp", {"lossless": True}),
+    "lab": ("LAB", "x.tif", {}),
+    "ycbcr": ("YCbCr", "x.tif", {}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("strip", [1, 29 * 6, 29 * 37])
+def test_images_in_strips_are_those_in_one_piece(tmp_path, monkeypatch, kind, strip):
+    mode, name, options = KINDS[kind]
+    image = Image.fromarray(COLORS)
+    (image if mode == "RGB" else image.convert(mode) if mode != "LAB" else Image.merge("LAB", image.split())).save(
+        tmp_path / name, **options
+    )
+    with Image.open(tmp_path / name) as opened:
+        expected = np.array((opened.convert("RGBA") if "transparency" in opened.info else opened).convert("RGB"))
+        with monkeypatch.context() as patch:
+            patch.setattr(image_io, "STRIP", strip)
+            for pixels in (read_image(tmp_path / name), image_io.image_pixels(opened)):
+                assert np.array_equal(pixels.permute(1, 2, 0), expected) and pixels.stride() == (1, 29 * 3, 3)
+
+
+@pytest.mark.parametrize("kind", ["16 bits", "float", "turned"])
+def test_images_that_need_more_than_their_colors_in_strips(tmp_path, monkeypatch, kind):
+    if kind == "16 bits":
+        path = save(tmp_path, ramp().astype(np.uint16) * 257)
+    elif kind == "float":  # the range of all pixels decides how they are scaled, not that of a strip
+        path = save(tmp_path, ramp().astype(np.float32), "x.tiff")
+    else:
+        path = rotated(tmp_path, 6)
+    monkeypatch.setattr(image_io, "STRIP", 40)
+    expected = np.rot90(ramp(), -1) if kind == "turned" else ramp()
+    assert np.array_equal(read_image(path, expected.shape)[0], expected)
 
 
 def rotated(tmp_path, orientation):

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brs_detr.data.transforms import EvalTransforms, TrainTransforms
+from brs_detr.data.presets import PRESETS, PresetTransforms
+from brs_detr.data.ssd_transforms import SSDTransforms
+from brs_detr.data.transforms import EvalTransforms, TrainTransforms, resize_sample
 from brs_detr.ops.images import resized_size
 
 
@@ -122,6 +124,39 @@ def test_same_generator_state_same_result_and_input_untouched():
     first, second = (TrainTransforms(**SMALL)(image, target, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1]["boxes"], second[1]["boxes"])
     assert torch.equal(image, before[0]) and torch.equal(target["boxes"], before[1])
+
+
+@given(
+    st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    st.tuples(st.integers(1, 120), st.integers(1, 120)).filter(lambda size: size != (1, 1)),  # torch's kernel asserts
+    st.booleans(),
+    st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_the_order_of_the_pixels_in_memory_changes_nothing(old, new, antialias, flip):
+    pixels = torch.randint(0, 256, (*old, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(sum(old)))
+    beside, planes = pixels.permute(2, 0, 1), pixels.permute(2, 0, 1).contiguous()
+    if flip:
+        beside, planes = beside.flip(-1), planes.flip(-1)
+    target = {"boxes": torch.zeros(0, 4)}
+    (one, _), (other, _) = (resize_sample(image, target, new, antialias) for image in (beside, planes))
+    assert torch.equal(one, other) and one.is_contiguous()
+
+
+@pytest.mark.parametrize("preset", ["none", "strong", "aerial", "industrial"])
+@pytest.mark.parametrize("policy", ["detr", "ssd"])
+def test_augmented_images_do_not_depend_on_that_order(preset, policy):
+    """Sums over an image, as in a change of contrast, would round in another order."""
+    small = {**SMALL, "color_jitter": 0.4}
+    transform = PresetTransforms(
+        TrainTransforms(**small) if policy == "detr" else SSDTransforms(size=(64, 64)), PRESETS[preset]
+    )
+    pixels = torch.randint(0, 256, (160, 240, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for seed in range(12):
+        images = pixels.permute(2, 0, 1), pixels.permute(2, 0, 1).contiguous()
+        results = [transform(image, painted()[1], torch.Generator().manual_seed(seed)) for image in images]
+        assert torch.equal(results[0][0], results[1][0]), seed
+        assert torch.equal(results[0][1]["boxes"], results[1][1]["boxes"])
 
 
 def test_images_without_objects_pass_through():
