@@ -69,7 +69,7 @@ def row(title: str, ways: dict[str, Callable[[], Any]], repeats: int) -> tuple[s
 
 
 def measure(name: str, content: bytes, repeats: int) -> list[str]:
-    """The lines of one image: decoding, the augmentation of the COCO recipes without and with a flip, the validation."""
+    """The lines of one image: decoding, both policies of the COCO recipes, the resizing of a validation."""
     ways = {"plain": lambda: plainly_decoded(content), "here": lambda: decode_image(content, name)}
     line, pixels = row(f"{name}: decode", ways, repeats)
     lines = [line]

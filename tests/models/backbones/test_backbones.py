@@ -7,6 +7,7 @@ import timm
 import torch
 from support import DEMO
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from brs_detr.config import ConfigError, load_config
 from brs_detr.models.backbones.norms import FrozenBatchNorm, GroupNorm, freeze_batch_norm
@@ -49,6 +50,102 @@ def test_frozen_batch_norm_keeps_nothing_of_its_input_for_the_backward_pass():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         FrozenBatchNorm(6)(x)
     assert max(saved, default=0) <= 6
+
+
+def frozen_norm():
+    """A frozen normalization with numbers, and its formula on features that are also returned."""
+    norm = nn.Sequential(randomize(nn.Sequential(nn.BatchNorm2d(6))))
+    freeze_batch_norm(norm)
+    return norm[0][0], torch.randn(2, 6, 5, 7)
+
+
+def formula(norm, x):
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.bias - norm.running_mean * scale
+    return torch.addcmul(shift.to(x.dtype)[:, None, None], x, scale.to(x.dtype)[:, None, None])
+
+
+def load(norm):
+    norm.load_state_dict({name: value + 1 for name, value in norm.state_dict().items()})
+
+
+def move(norm):
+    norm.half().float()
+
+
+def replace(norm):
+    norm.weight = nn.Parameter(norm.weight + 1, requires_grad=False)
+
+
+def average(norm):
+    torch._foreach_lerp_(list(norm.state_dict().values()), [torch.ones(6)] * 4, 0.5)
+
+
+@pytest.mark.parametrize("change", [load, move, replace, average, lambda norm: norm.running_var.mul_(2)])
+def test_frozen_batch_norm_follows_its_weights_bit_for_bit(change):
+    norm, x = frozen_norm()
+    assert torch.equal(norm(x), formula(norm, x))
+    before = norm(x)
+    with torch.no_grad():
+        change(norm)
+    after = norm(x)
+    assert torch.equal(after, formula(norm, x)) and not torch.equal(after, before)
+    assert torch.equal(norm(x.double()), formula(norm, x.double()))
+    assert torch.equal(norm(x.bfloat16()), formula(norm, x.bfloat16()))
+
+
+def test_a_copy_of_a_frozen_batch_norm_follows_its_own_weights():
+    norm, x = frozen_norm()
+    with torch.no_grad():
+        norm.weight.add_(1)
+        norm(x)
+        other = copy.deepcopy(norm)
+        other.weight.add_(1)  # as often as that of the first one
+        assert torch.equal(other(x), formula(other, x)) and not torch.equal(other(x), norm(x))
+    assert list(norm.state_dict()) == list(nn.BatchNorm2d(6).state_dict())[:4]
+
+
+def test_frozen_batch_norm_folds_once_and_trains_after_a_first_pass_in_inference_mode():
+    norm, x = frozen_norm()
+    with torch.inference_mode():
+        norm(x)
+    operations = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            operations.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x.requires_grad_()
+    with Count():
+        out = norm(x)
+    assert operations == ["aten.addcmul.default"]
+    out.sum().backward()
+    expected = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    torch.testing.assert_close(x.grad, expected[:, None, None].expand_as(x))
+
+
+def test_a_gradient_reaches_a_scale_that_was_made_trainable():
+    norm, x = frozen_norm()
+    norm(x)
+    norm.weight.requires_grad_()
+    norm(x).square().sum().backward()
+    assert norm.weight.grad.abs().min() > 0
+
+
+def test_an_exported_frozen_batch_norm_follows_from_its_stored_weights():
+    norm, x = frozen_norm()
+    norm(x)
+    program = torch.export.export(norm, (x,))
+    assert set(program.state_dict) == set(norm.state_dict())
+    changed = {name: value + 1 for name, value in norm.state_dict().items()}
+    assert torch.equal(torch.func.functional_call(program.module(), changed, (x,)), formula_of(norm, changed, x))
+
+
+def formula_of(norm, state, x):
+    other = copy.deepcopy(norm)
+    other.load_state_dict(state)
+    return formula(other, x)
 
 
 def test_maps_equal_timm_and_do_not_depend_on_training_mode():
