@@ -41,6 +41,7 @@ class TrainConfig:
     # at most, at once; null: the full share of a process; auto: as many as fit, found before the first epoch
     per_device_batch_size: Count | Literal["auto"] | None = None
     precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: Literal["none", "layers"] = "none"  # layers: torch.compile of each encoder and decoder layer
     ema_decay: BelowOne | None = None
     eval_every: Count | None = 1  # epochs; null: about twenty validations altogether
     log_every: Count = 50  # optimizer steps

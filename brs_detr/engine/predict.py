@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from brs_detr.engine.compilation import uncompiled
 from brs_detr.engine.distributed import raise_together
 from brs_detr.exit_codes import Interruption
 from brs_detr.models.detector import Detector
@@ -111,7 +112,7 @@ def _predict(
     bar = tqdm(batches, desc="validation", leave=False, disable=None if progress else True)
     try:
         for images, targets in bar:
-            with full_float32():
+            with full_float32(), uncompiled(model):
                 by_head = detect(images.to(accelerator.device))
             for head, outputs in by_head.items():
                 for target, output in zip(targets, outputs, strict=True):

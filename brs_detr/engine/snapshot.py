@@ -204,11 +204,18 @@ def _load_optimizer(optimizer: AcceleratedOptimizer, named: dict[str, Tensor], m
     """Restore the optimizer's state of each parameter; rates and decay are those of this run's config."""
     # Copies: tensors mapped from a file would keep its disk space in use after the state is deleted.
     state = {
-        index: {key: _part_of(value, parameter).clone() for key, value in moments[name].items()}
+        index: {key: _copy_like(_part_of(value, parameter), parameter) for key, value in moments[name].items()}
         for index, (name, parameter) in enumerate(named.items())
         if name in moments
     }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _copy_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Copy a part of the optimizer's state; one of the parameter's shape in its memory layout, as it was made."""
+    if value.shape != parameter.shape or isinstance(value, DTensor):
+        return value.clone()
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device, requires_grad=False).copy_(value)
 
 
 @torch.no_grad()

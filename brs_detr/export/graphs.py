@@ -126,7 +126,8 @@ class DetectorGraph(nn.Module):
         super().__init__()
         self.calibrated = None if calibration is None else CalibratedScores(calibration)
         require_exportable(model)
-        self.model = copy.deepcopy(model)
+        # contiguous: a graph has no memory layouts, only steps that change them
+        self.model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
         use_sampling(self.model, gathered_attention)
         for module in self.model.modules():
             if isinstance(module, DenseHead):

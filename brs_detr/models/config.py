@@ -29,6 +29,7 @@ class BackboneConfig:
     deformable_stages: tuple[Count, ...] = ()
     deformable_groups: Count = 1  # groups of channels with offsets of their own
     activation_checkpointing: bool = False
+    channels_last: bool = False  # the channels of a pixel beside each other in memory, as tensor cores read them
 
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""

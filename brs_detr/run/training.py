@@ -25,6 +25,7 @@ from brs_detr.data.watched_loader import WatchedLoader
 from brs_detr.engine.batch_plan import BatchPlan, TrainingLength, plan_length
 from brs_detr.engine.batch_search import free_memory, search_batch_size
 from brs_detr.engine.checkpoint import Transfer, Weights, save_weights, write_text
+from brs_detr.engine.compilation import compile_layers, require_compiler
 from brs_detr.engine.diagnostics import largest_step
 from brs_detr.engine.distributed import is_sharded, keep_known_layers, keep_scalars_whole
 from brs_detr.engine.logging import RunLog
@@ -137,12 +138,16 @@ def open_run(config: Config, trial: str | None = None) -> Run:
     Raises:
         ConfigError: the folder holds a run that is neither resumed nor overwritten, or the launch does not fit.
         CheckpointError: the state to resume from is damaged.
+        CompilerError: layers are to be compiled, and cannot be here.
     """
     if trial is not None:
         fresh = replace(config.train, overwrite=True, resume=False)
         config = replace(config, output_dir=f"{config.output_dir}/{trial}", train=fresh)
     check_output_dir(config)
     accelerator = start_accelerator(config, trackers=trial is None)
+    require_unsharded(config, accelerator)
+    if config.train.compile != "none":
+        require_compiler(accelerator.device)
     train_set = TrainSet()
     config, plan, state, log = _open_log(config, accelerator, train_set, is_trial=trial is not None)
     return Run(with_subset(config, accelerator), accelerator, plan, log, state, train_set)
@@ -174,6 +179,22 @@ def _open_log(
         remove_partials(folder)
         write_text(folder / "config.yaml", configuration.dump(config))
     return config, plan, state, log
+
+
+def require_unsharded(config: Config, accelerator: Accelerator) -> None:
+    """Raise if the launch shards the detector, for settings with which FSDP does not work.
+
+    Raises:
+        ConfigError: naming the first of them.
+    """
+    if not is_sharded(accelerator):
+        return
+    if config.train.ema_decay is not None:
+        raise ConfigError("train.ema_decay: FSDP shards the weights to average. Set it to null.")
+    if config.model.backbone.channels_last:
+        raise ConfigError("model.backbone.channels_last: FSDP shards contiguous weights only. Set it to false.")
+    if config.train.compile != "none":
+        raise ConfigError("train.compile: layers that FSDP shards are not compiled. Set it to none.")
 
 
 def stored_batch_size(facts: dict[str, Any]) -> int | None:
@@ -281,9 +302,9 @@ def prepare_model(run: Run, train_set: CocoDetection) -> tuple[nn.Module, Accele
     if is_sharded(accelerator):
         keep_scalars_whole(model, accelerator)
         log.say(keep_known_layers(model, accelerator))
-        if decay is not None:
-            raise ConfigError("train.ema_decay: FSDP shards the weights to average. Set it to null.")
     ema = None if decay is None else ModelEmaV3(model, decay=decay, use_warmup=True)
+    if config.train.compile == "layers":
+        log.say(f"{compile_layers(model)} transformer layers are compiled when they first run, which takes a while")
     prepared, optimizer = accelerator.prepare(model, build_optimizer(config.optim, model))
     return prepared, optimizer, ema
 

@@ -129,6 +129,9 @@ def build_backbone(config: BackboneConfig) -> SwinBackbone | TimmBackbone:
     if config.checkpoint is not None:
         load_weights(backbone, config.checkpoint, rename_official_swin if isinstance(backbone, SwinBackbone) else None)
     freeze_stages(backbone, config.frozen_stages)
+    if config.channels_last:
+        # A convolution passes on the layout of its weights, so the maps have it too. Loading and moving keep it.
+        cast(nn.Module, backbone).to(memory_format=torch.channels_last)
     return backbone.train()
 
 

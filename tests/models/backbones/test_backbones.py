@@ -1,6 +1,7 @@
 """Backbones: names and shapes of the published checkpoints, frozen parts that stay frozen, errors that help."""
 
 import copy
+import dataclasses
 
 import pytest
 import timm
@@ -198,6 +199,27 @@ def test_frozen_stages_count_the_stem():
         assert found - {"bn1"} == frozen
     with pytest.raises(ValueError, match=r"frozen_stages=9.*4 stages"):
         build_backbone(BackboneConfig("resnet18", pretrained=False, frozen_stages=9))
+
+
+@pytest.mark.parametrize("norm", ["frozen", "batch", "group"])
+def test_channels_last_computes_the_same_and_keeps_the_layout_through_loading(norm):
+    settings = BackboneConfig("resnet18", pretrained=False, frozen_stages=0, norm=norm)
+    torch.manual_seed(0)
+    plain = build_backbone(settings).double()
+    other = build_backbone(dataclasses.replace(settings, channels_last=True)).double()
+    assert list(plain.state_dict()) == list(other.state_dict())
+    other.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 70, 97, dtype=torch.float64)
+    for one, two in zip(plain(x), other(x), strict=True):
+        assert two.is_contiguous(memory_format=torch.channels_last) and not two.is_contiguous()
+        torch.testing.assert_close(one, two)
+    (plain(x)[-1].square().mean() + other(x)[-1].square().mean()).backward()
+    for one, two in zip(plain.parameters(), other.parameters(), strict=True):
+        assert (one.grad is None) == (two.grad is None)
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad, two.grad)
+    weight = copy.deepcopy(other).layer1[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
 
 
 def test_a_backbone_frozen_completely_stays_in_evaluation():
