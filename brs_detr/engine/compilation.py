@@ -65,11 +65,12 @@ def require_compiler(device: torch.device, backend: Backend = "inductor") -> Non
     try:
         torch.compile(layer, backend=backend, dynamic=True)(torch.ones(3, 8, device=device)).sum().backward()
     except Exception as error:  # torch raises many types, of the compiler's output and of a wrong Python
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0][:160].rstrip(".") if lines else type(error).__name__
+        lines = [line.strip() for line in str(error).splitlines()]
+        # torch puts "backend='inductor' raised:" before the reason
+        reason = next((line for line in lines if line and not line.endswith("raised:")), type(error).__name__)
         needed = "Triton and a C compiler" if device.type == "cuda" else "a C++ compiler (g++)"
         raise CompilerError(
-            f"train.compile=layers: torch.compile does not work here ({reason}). Install {needed}, or set "
+            f"train.compile=layers: torch.compile does not work here ({reason[:160].rstrip('.')}). Install {needed}, or set "
             "train.compile=none."
         ) from error
 
