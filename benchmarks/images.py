@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,10 @@ def row(title: str, ways: dict[str, Callable[[], Any]], repeats: int) -> tuple[s
 
 def measure(name: str, content: bytes, repeats: int) -> list[str]:
     """The lines of one image: decoding, both policies of the COCO recipes, the resizing of a validation."""
-    ways = {"plain": lambda: plainly_decoded(content), "here": lambda: decode_image(content, name)}
+    ways: dict[str, Callable[[], Any]] = {
+        "plain": partial(plainly_decoded, content),
+        "here": partial(decode_image, content, name),
+    }
     line, pixels = row(f"{name}: decode", ways, repeats)
     lines = [line]
     target = {"boxes": torch.tensor([[10.0, 10, 300, 200]]), "labels": torch.tensor([0])}
@@ -80,7 +84,7 @@ def measure(name: str, content: bytes, repeats: int) -> list[str]:
         "resize to 800": lambda image: EvalTransforms()(image, target)[0].contiguous(),
     }
     for title, policy in policies.items():
-        ways = {way: lambda image=image, policy=policy: policy(image) for way, image in pixels.items()}
+        ways = {way: partial(policy, image) for way, image in pixels.items()}
         line, results = row(f"{name}: {title}", ways, repeats)
         if not torch.equal(*results.values()):
             raise SystemExit(f"error: {name}: {title} gives other pixels")

@@ -70,8 +70,8 @@ def require_compiler(device: torch.device, backend: Backend = "inductor") -> Non
         reason = next((line for line in lines if line and not line.endswith("raised:")), type(error).__name__)
         needed = "Triton and a C compiler" if device.type == "cuda" else "a C++ compiler (g++)"
         raise CompilerError(
-            f"train.compile=layers: torch.compile does not work here ({reason[:160].rstrip('.')}). Install {needed}, or set "
-            "train.compile=none."
+            f"train.compile=layers: torch.compile does not work here ({reason[:160].rstrip('.')}). "
+            f"Install {needed}, or set train.compile=none."
         ) from error
 
 
