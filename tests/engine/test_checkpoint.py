@@ -1,5 +1,7 @@
 """Weights files: complete or absent, and sufficient by themselves."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,6 +16,7 @@ from brs_detr.engine.checkpoint import (
     rows_per_class,
     save_weights,
 )
+from brs_detr.engine.snapshot import _load_optimizer
 
 WEIGHTS = Weights({"a": torch.arange(6.0).view(2, 3)}, ["cat", "dög"], [3, 90], {"seed": 1}, {"epoch": 4})
 
@@ -33,6 +36,32 @@ def test_tied_and_transposed_tensors_can_be_saved(tmp_path):
     save_weights(tmp_path / "w.safetensors", weights)
     loaded = load_weights(tmp_path / "w.safetensors").tensors
     assert torch.equal(loaded["a"], loaded["b"]) and torch.equal(loaded["c"], tensor.T)
+
+
+def test_the_optimizers_state_has_the_layout_of_its_weights_again():
+    """Fused and grouped steps need it; and only then is the next step that of the uninterrupted run, bit for bit."""
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 5, 1)).to(memory_format=torch.channels_last)
+    second, images = copy.deepcopy(first), torch.randn(2, 4, 9, 9)
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        model(images).square().mean().backward()
+        optimizer.step()
+
+    one, other = (torch.optim.AdamW(model.parameters(), lr=0.01) for model in (first, second))
+    step(first, one)
+    stored = {
+        name: {key: value.contiguous() for key, value in one.state[parameter].items()}
+        for name, parameter in first.named_parameters()
+    }
+    second.load_state_dict(first.state_dict())
+    _load_optimizer(other, dict(second.named_parameters()), stored)
+    for mine, theirs in zip(first.parameters(), second.parameters(), strict=True):
+        assert other.state[theirs]["exp_avg"].stride() == one.state[mine]["exp_avg"].stride() == mine.stride()
+    step(first, one)
+    step(second, other)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
 def test_a_crash_while_writing_leaves_the_former_file(tmp_path, monkeypatch):
