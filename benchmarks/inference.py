@@ -100,16 +100,21 @@ def memory_of(build: Build, sizes: Sequence[Size], batch: int, threads: int | No
             subject.detect(noise(batch, size).to(subject.device))
             peaks.append((torch.cuda.max_memory_allocated() - held) / 2**20)
         return peaks
-    # What building it has left over goes back to the system, and the peak begins anew.
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    give_back()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     grown: list[float] = []
     before = resident("VmRSS")
     for size in sizes:  # ascending, since a peak stays
         subject.detect(noise(batch, size))
         grown.append(resident("VmHWM") - before)
+        give_back()
     return grown
+
+
+def give_back() -> None:
+    """Give freed memory back to the system, where the C library would keep it."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def resident(field: str) -> float:
