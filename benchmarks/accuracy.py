@@ -207,8 +207,10 @@ def line(
     paired = [one["AP"] - against[seed]["heads"][head]["AP"] for seed, one in figures.items() if seed in against]
     difference = f"{interval(paired)} ({name}, {len(paired)})" if paired else ""
     ap, ap50 = (spread([one[key] for one in figures.values()]) for key in ("AP", "AP50"))
-    seconds = statistics.mean(one["cpu_seconds"] for one in seeds.values())
-    return f"| {loss} | {variant} | {head} | {len(seeds)} | {ap} | {ap50} | {difference} | {seconds:.0f} |"
+    # null where a training was killed together with this script, which then knows only the seconds of the last part
+    known = [one["cpu_seconds"] for one in seeds.values() if one["cpu_seconds"] is not None]
+    seconds = f"{statistics.mean(known):.0f}" if known else ""
+    return f"| {loss} | {variant} | {head} | {len(seeds)} | {ap} | {ap50} | {difference} | {seconds} |"
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,21 +1,23 @@
-"""What the framework's settings gain: folded frozen norms, `model.backbone.channels_last`, `train.compile=layers`.
+"""What the framework does for speed: one decoder pass, folded norms, `channels_last`, `train.compile=layers`.
 
     python benchmarks/framework.py brs_detr_r50_12e_coco --size 192 256
     python benchmarks/framework.py brs_detr_r50_12e_coco --only norms channels_last --size 800 1333 --images 2
     python benchmarks/framework.py demo --size 80 80 --images 8 --only compile
 
 Both ways run in turn in one process on the same input; figures are medians, and in brackets those of the fastest run:
-on a GPU of the time on the clock, elsewhere of the process's CPU time. `norms` and `channels_last` are forward and
-backward passes of the backbone, `compile` a step of the detector without the optimizer, after the step that compiles.
+on a GPU of the time on the clock, elsewhere of the process's CPU time. `decoder` is a forward and backward pass of all
+query sets of a training step, on random tokens; `norms` and `channels_last` are those of the backbone, `compile` a step
+of the detector without the optimizer, after the step that compiles.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -31,6 +33,9 @@ from brs_detr.models.backbones.norms import FrozenBatchNorm
 from brs_detr.models.backbones.timm_backbone import build_backbone
 from brs_detr.models.build import build_model
 from brs_detr.models.cnn_config import ModelConfig
+from brs_detr.models.config import BRSDETRConfig
+from brs_detr.models.transformer.decoder import Predictions, QueryDecoder
+from brs_detr.models.transformer.encoder import Memory
 from brs_detr.ops.images import ImageBatch
 
 Way = Callable[[], object]
@@ -111,6 +116,36 @@ def channels_last(model: ModelConfig, x: Tensor, repeats: int) -> str:
     return compare("`model.backbone.channels_last`: false, true", *ways, x.device, repeats)
 
 
+def decoder(model: ModelConfig, x: Tensor, repeats: int) -> str:
+    """The main and auxiliary query sets in a decoder pass each, and in one pass together."""
+    if not isinstance(model, BRSDETRConfig):
+        raise SystemExit("decoder: this recipe's detector has none. Name another recipe or other parts with --only.")
+    sizes = {"layers": model.decoder_layers, "heads": model.heads, "levels": model.levels, "points": model.points}
+    layers = QueryDecoder(model.dim, 80, hidden=model.ffn_dim, **sizes).to(x.device)
+    strides = [model.backbone.levels[0] * 2**level for level in range(model.levels)]
+    shapes = [(math.ceil(x.shape[2] / stride), math.ceil(x.shape[3] / stride)) for stride in strides]
+    tokens = torch.randn(len(x), sum(h * w for h, w in shapes), model.dim, device=x.device, requires_grad=True)
+    whole = torch.ones(len(x), model.levels, 2, device=x.device)
+    cells = torch.tensor([[w, h] for h, w in shapes], device=x.device).float().expand(len(x), -1, -1)
+    memory = Memory(tokens, torch.zeros(tokens.shape[:2], dtype=torch.bool, device=x.device), shapes, cells, whole)
+    counts = [model.queries, *[model.max_aux_queries] * len(model.aux_heads)]
+    content, position = torch.randn(2, len(x), sum(counts), model.dim, device=x.device).unbind()
+    references = torch.rand(len(x), sum(counts), 4, device=x.device) * 0.8 + 0.1
+    sets = list(zip(*(part.split(counts, 1) for part in (content, position, references)), strict=True))
+
+    def backward(predictions: Sequence[Predictions]) -> None:
+        torch.stack([(one.logits.float().mean() + one.boxes.mean()) for one in predictions]).sum().backward()
+
+    def apart() -> None:
+        backward([layers(*one, memory) for one in sets])
+
+    def together() -> None:
+        backward(layers(content, position, references, memory, counts).split(counts))
+
+    title = f"decoder, sets of {', '.join(map(str, counts))} queries: a pass each, one pass"
+    return compare(title, apart, together, x.device, repeats)
+
+
 def compiled(model: ModelConfig, x: Tensor, repeats: int) -> str:
     """A step of the detector with its layers as they are written and compiled."""
     torch.manual_seed(0)
@@ -138,7 +173,7 @@ def compiled(model: ModelConfig, x: Tensor, repeats: int) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
-    parser.add_argument("--only", nargs="+", choices=["norms", "channels_last", "compile"])
+    parser.add_argument("--only", nargs="+", choices=["decoder", "norms", "channels_last", "compile"])
     parser.add_argument("--size", type=int, nargs=2, default=(192, 256), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
@@ -155,7 +190,7 @@ def main() -> int:
     images = f"{options.images} x {options.size[0]}x{options.size[1]}"
     versions = f"torch {torch.__version__}, {options.repeats} turns"
     print(f"{options.recipe}, {images}, {options.precision}, {name}, {versions}\n\n{HEADER}", flush=True)
-    parts = {"norms": norms, "channels_last": channels_last, "compile": compiled}
+    parts = {"decoder": decoder, "norms": norms, "channels_last": channels_last, "compile": compiled}
     with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
         for part in options.only or parts:
             print(parts[part](model, x, options.repeats), flush=True)
