@@ -32,6 +32,7 @@ SECTIONS = {
     "models/heads/rpn.py": "RPN",
     "models/heads/roi.py": "RoI",
     "models/heads/cascade.py": "RoI",
+    "models/heads/pooling.py": "RoI",
     "models/heads/mask.py": "masks",
     "models/heads/atss.py": "ATSS",
     "models/brs_detr.py": "model",

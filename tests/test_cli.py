@@ -390,7 +390,7 @@ def test_sigterm_before_the_training_has_the_exit_code_of_an_interruption(data, 
         raise AssertionError("it goes on")
 
     former = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("brs_detr.run.training.open_train_set", interrupted)
+    monkeypatch.setattr("brs_detr.run.dataset.open_train_set", interrupted)
     with pytest.raises(SystemExit) as end:
         train([DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}"])
     assert end.value.code == 75 and signal.getsignal(signal.SIGTERM) is former
