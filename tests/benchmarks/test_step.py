@@ -36,11 +36,11 @@ class Budget(NamedTuple):
 # As measured in November 2026 with torch 2.15, operations rounded up to tens; lower a number when the code needs less.
 # The goal for "r50" is 8,500 operations, 300 more an image, and five waits whatever the number of images.
 BUDGETS = {
-    "brs_detr": Budget(operations=5_260, an_image=390, waits=14, copies=5, an_image_waits=3),
-    "co_detr": Budget(operations=4_080, an_image=390, waits=14, copies=5, an_image_waits=3),
-    "atss": Budget(operations=850, an_image=100, waits=2, copies=0, an_image_waits=0),
-    "faster_rcnn": Budget(operations=1_520, an_image=130, waits=9, copies=2, an_image_waits=3),
-    "r50": Budget(operations=14_650, an_image=800, waits=12, copies=2, an_image_waits=3),
+    "brs_detr": Budget(operations=4_360, an_image=160, waits=6, copies=0, an_image_waits=0),
+    "co_detr": Budget(operations=3_440, an_image=160, waits=6, copies=0, an_image_waits=0),
+    "atss": Budget(operations=810, an_image=80, waits=2, copies=0, an_image_waits=0),
+    "faster_rcnn": Budget(operations=1_360, an_image=90, waits=6, copies=0, an_image_waits=0),
+    "r50": Budget(operations=5_640, an_image=180, waits=4, copies=0, an_image_waits=0),
 }
 RECIPES = {
     "brs_detr": ("demo.yaml", [*SMALL_DETECTOR, *TINY]),
