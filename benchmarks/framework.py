@@ -40,7 +40,7 @@ from brs_detr.ops.images import ImageBatch
 
 Way = Callable[[], object]
 HEADER = "| | operations | ms | operations | ms | faster |\n|---|---|---|---|---|---|"
-# operations that only describe a tensor anew, and start no kernel on a GPU
+# operations that only describe a tensor in another way, and start no kernel on a GPU
 VIEWS = ("view", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select", "detach", "alias", "t")
 
 

@@ -101,7 +101,7 @@ def memory_of(build: Build, sizes: Sequence[Size], batch: int, threads: int | No
             peaks.append((torch.cuda.max_memory_allocated() - held) / 2**20)
         return peaks
     give_back()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     grown: list[float] = []
     before = resident("VmRSS")
     for size in sizes:  # ascending, since a peak stays

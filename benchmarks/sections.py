@@ -1,4 +1,4 @@
-"""Which part of a detector's step an operation belongs to, told by the file that it is called from.
+"""Which part of a detector's step an operation belongs to, by the file that it is called from.
 
 An operation of the backward pass belongs to the part whose operation is differentiated: autograd numbers its nodes in
 the order in which they are made.

@@ -1,4 +1,4 @@
-"""What an objective is told of one set of predictions, and the check that its parts fit each other."""
+"""One set of predictions as an objective takes it, and the check that its parts fit each other."""
 
 from collections.abc import Mapping
 from typing import NamedTuple

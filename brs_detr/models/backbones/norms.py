@@ -37,7 +37,7 @@ class FrozenBatchNorm(nn.Module):
 
     Both are folded into one scale and shift, which are kept until something they follow from changes: is loaded, moved,
     replaced or changed in place. (Only a change through `.data`, which torch does not count, would go unnoticed.)
-    Computed anew in each pass, those of a ResNet-50 were 265 of its 437 operations.
+    Computed in each pass, those of a ResNet-50 were 265 of its 437 operations.
 
     Args:
         channels: number of channels.
