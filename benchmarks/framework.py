@@ -27,6 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from counting import starts_kernel
+
 from brs_detr.config import load_config
 from brs_detr.engine.compilation import compile_layers, uncompiled
 from brs_detr.models.backbones.norms import FrozenBatchNorm
@@ -40,8 +42,6 @@ from brs_detr.ops.images import ImageBatch
 
 Way = Callable[[], object]
 HEADER = "| | operations | ms | operations | ms | faster |\n|---|---|---|---|---|---|"
-# operations that only describe a tensor in another way, and start no kernel on a GPU
-VIEWS = ("view", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select", "detach", "alias", "t")
 
 
 class Operations(TorchDispatchMode):
@@ -52,7 +52,7 @@ class Operations(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.count += function.__name__.partition(".")[0] not in VIEWS
+        self.count += starts_kernel(function)
         return function(*args, **(kwargs or {}))
 
 
