@@ -229,8 +229,10 @@ class BRSDETR(Detector):
     ) -> tuple[dict[str, DenseStep | RegionStep], Regions]:
         """Let the dense heads look at the maps and learn what is whose; also return the RPN's proposals, if any."""
         heads: dict[str, DenseStep | RegionStep] = {}
-        regions = Regions(maps[0].new_zeros(len(sizes), 0, 4), torch.zeros(len(sizes), 0, dtype=torch.bool))
-        if self.rpn is not None:
+        if self.rpn is None:
+            nothing = maps[0].new_zeros(len(sizes), 0, 4)
+            regions = Regions(nothing, nothing.new_zeros(nothing.shape[:2], dtype=torch.bool))
+        else:
             anchors = self.rpn(maps)
             regions = self.rpn.regions(anchors, sizes)
             heads["rpn"] = DenseStep(self.rpn, anchors, sizes, targets)

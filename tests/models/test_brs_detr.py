@@ -127,12 +127,18 @@ def suppressed_slowly(found, iou):
     return {name: column[kept] for name, column in found.items()}
 
 
-def test_the_decoders_detections_are_suppressed_where_that_is_wanted():
+def overlapping_detections():
+    """A detector whose decoder finds boxes that overlap, and images for it."""
     model = build_model(replace(SMALL, detections_per_image=36), 3).eval()
-    images = ImageBatch.from_list([image(), image(50, 70)], original_sizes=[(128, 160), (500, 700)])
     with torch.no_grad():
-        for layer in model.decoder.regressors:  # larger boxes, which overlap
+        for layer in model.decoder.regressors:
             layer[-1].bias[2:] += 3
+    return model, ImageBatch.from_list([image(), image(50, 70)], original_sizes=[(128, 160), (500, 700)])
+
+
+def test_the_decoders_detections_are_suppressed_where_that_is_wanted():
+    model, images = overlapping_detections()
+    with torch.no_grad():
         plain, roi = model.detect_with_all_heads(images)["decoder"], model.detect_with_all_heads(images)["roi"]
         model.nms = HardNMS(iou=0.4)
         by_head = model.detect_with_all_heads(images)
@@ -145,11 +151,8 @@ def test_the_decoders_detections_are_suppressed_where_that_is_wanted():
 
 
 def test_the_decoders_detections_keep_a_part_of_their_scores_where_that_is_wanted():
-    model = build_model(replace(SMALL, detections_per_image=36), 3).eval()
-    images = ImageBatch.from_list([image(), image(50, 70)], original_sizes=[(128, 160), (500, 700)])
+    model, images = overlapping_detections()
     with torch.no_grad():
-        for layer in model.decoder.regressors:  # larger boxes, which overlap
-            layer[-1].bias[2:] += 3
         plain, roi = model.detect_with_all_heads(images)["decoder"], model.detect_with_all_heads(images)["roi"]
         model.nms = SoftNMS(iou=0.4, min_score=0.002)
         by_head = model.detect_with_all_heads(images)
