@@ -20,7 +20,7 @@ from brs_detr.config import Config, load_config
 from brs_detr.config_io import leaves
 from brs_detr.data.anchor_fit import Boxes, Fit, at_training_size
 from brs_detr.models.backbones.availability import where_weights_are
-from brs_detr.models.config import BRSDETRConfig
+from brs_detr.models.config import DETRConfig
 from brs_detr.run.anchors import fit_heads, is_automatic
 from brs_detr.user_files import printable
 
@@ -150,7 +150,7 @@ def _differences(recipe: Config, config: Config) -> Iterator[tuple[str, object]]
 
 def _room_for(config: Config, fullest: int) -> dict[str, int]:
     """Return settings for images with more objects than the recipe can propose and detect."""
-    if not isinstance(config.model, BRSDETRConfig):
+    if not isinstance(config.model, DETRConfig):
         return {}
     settings = dict(leaves(config.model, "model."))
     return {name: math.ceil(fullest / 50) * 50 for name in _PER_IMAGE if settings[name] < fullest}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, ClassVar, Literal
 
 from brs_detr.config_fields import Count, Counts, Fraction, NotEmpty, Positive, one_of
@@ -13,11 +13,13 @@ from brs_detr.models.config import (
     ATSSHeadConfig,
     BackboneConfig,
     BRSDETRConfig,
-    CascadeConfig,
+    BRSDINOConfig,
     CoDETRConfig,
+    CoDINOConfig,
     DenseHeadConfig,
-    MaskConfig,
     ObjectiveConfig,
+    RankingConfig,
+    RegionConfig,
     RoIConfig,
     RPNConfig,
     ScoreConfig,
@@ -26,6 +28,57 @@ from brs_detr.models.config import (
     needs_no_background,
     needs_trained_boxes,
 )
+
+_SOFTMAX_CASCADE = ScoreConfig("cross_entropy", TermWeights(l1=1.0, giou=10.0), normalizer="rows")
+
+
+@dataclass(frozen=True)
+class CascadeConfig(RegionConfig):
+    """Cascade R-CNN's heads on pooled regions, one behind the other; a list has one entry per stage."""
+
+    objective: ObjectiveConfig = one_of(CNN_RANKING, _SOFTMAX_CASCADE, ScoreConfig(weights=TermWeights(giou=2.0)))
+    class_agnostic: bool = True
+    add_ground_truth: bool = True
+    min_ious: Annotated[tuple[Fraction, ...], NotEmpty()] = (0.5, 0.6, 0.7)  # of the positives
+    # With a ranking loss all stages weigh the same, and have the same deviations; Cascade R-CNN has (1, 0.5, 0.25) and
+    # (1, 2, 3).
+    stage_weights: Annotated[tuple[float, ...], NotEmpty()] = (1.0, 1.0, 1.0)
+    std_divisors: Annotated[tuple[Positive, ...], NotEmpty()] = (1.0, 1.0, 1.0)  # of coder_stds
+
+    def problems(self, name: str) -> Iterator[str]:
+        """Yield what is wrong between settings; `name` is that of the section."""
+        yield from super().problems(name)
+        for setting in ("stage_weights", "std_divisors"):
+            if len(getattr(self, setting)) != len(self.min_ious):
+                yield (
+                    f"{name}.{setting} has {len(getattr(self, setting))} entries for {len(self.min_ious)} stages of "
+                    f"{name}.min_ious; give as many"
+                )
+
+    def stages(self) -> list[RoIConfig]:
+        """Return the settings of each stage's head."""
+        shared = {field.name: getattr(self, field.name) for field in fields(RegionConfig)}
+        return [
+            RoIConfig(**{**shared, "coder_stds": tuple(std / divisor for std in self.coder_stds)}, min_iou=min_iou)
+            for min_iou, divisor in zip(self.min_ious, self.std_divisors, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Mask R-CNN's branch of the RoI head."""
+
+    # auto: dice where the RoI head's objective is a ranking loss, binary_cross_entropy where it is score-based
+    loss: Literal["auto", "dice", "binary_cross_entropy"] = "auto"
+    stacked_convs: int = 4
+    pool_size: Count = 14  # cells a side of the pooled window; masks have twice as many
+    max_masks: Count = 200  # masks a step is trained on, chosen at random, to bound memory
+
+    def resolved(self, objective: ObjectiveConfig) -> MaskConfig:
+        """Return these settings with `loss` decided by the objective of the RoI head, if it is auto."""
+        if self.loss != "auto":
+            return self
+        return replace(self, loss="dice" if isinstance(objective, RankingConfig) else "binary_cross_entropy")
 
 
 @dataclass(frozen=True)
@@ -329,6 +382,8 @@ class MaskRCNNConfig(TwoStageConfig):
 ModelConfig = (
     BRSDETRConfig
     | CoDETRConfig
+    | BRSDINOConfig
+    | CoDINOConfig
     | RetinaNetConfig
     | FoveaBoxConfig
     | ATSSConfig
@@ -342,6 +397,8 @@ ModelConfig = (
 MODELS: tuple[ModelConfig, ...] = (  # section `model` is one of them, by name; the first is the default
     BRSDETRConfig(),
     CoDETRConfig(),
+    BRSDINOConfig(),
+    CoDINOConfig(),
     RetinaNetConfig(),
     FoveaBoxConfig(),
     ATSSConfig(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from brs_detr.config_fields import Count, Counts, Fraction, NotEmpty, Null, Positive, Range, one_of
@@ -96,7 +96,6 @@ _FOCAL_RPN = ScoreConfig(weights=TermWeights(cls=12.0, l1=12.0, giou=24.0))
 # Faster R-CNN's: losses of sampled anchors and regions, divided by their number
 _BINARY_RPN = ScoreConfig("binary_cross_entropy", TermWeights(cls=12.0, l1=12.0), normalizer="rows")
 _SOFTMAX_ROI = ScoreConfig("cross_entropy", TermWeights(cls=12.0, giou=120.0), normalizer="rows")
-_SOFTMAX_CASCADE = ScoreConfig("cross_entropy", TermWeights(l1=1.0, giou=10.0), normalizer="rows")
 
 
 @dataclass(frozen=True)
@@ -194,55 +193,6 @@ class RoIConfig(RegionConfig):
 
 
 @dataclass(frozen=True)
-class CascadeConfig(RegionConfig):
-    """Cascade R-CNN's heads on pooled regions, one behind the other; a list has one entry per stage."""
-
-    objective: ObjectiveConfig = one_of(CNN_RANKING, _SOFTMAX_CASCADE, ScoreConfig(weights=TermWeights(giou=2.0)))
-    class_agnostic: bool = True
-    add_ground_truth: bool = True
-    min_ious: Annotated[tuple[Fraction, ...], NotEmpty()] = (0.5, 0.6, 0.7)  # of the positives
-    # With a ranking loss all stages weigh the same, and have the same deviations; Cascade R-CNN has (1, 0.5, 0.25) and
-    # (1, 2, 3).
-    stage_weights: Annotated[tuple[float, ...], NotEmpty()] = (1.0, 1.0, 1.0)
-    std_divisors: Annotated[tuple[Positive, ...], NotEmpty()] = (1.0, 1.0, 1.0)  # of coder_stds
-
-    def problems(self, name: str) -> Iterator[str]:
-        """Yield what is wrong between settings; `name` is that of the section."""
-        yield from super().problems(name)
-        for setting in ("stage_weights", "std_divisors"):
-            if len(getattr(self, setting)) != len(self.min_ious):
-                yield (
-                    f"{name}.{setting} has {len(getattr(self, setting))} entries for {len(self.min_ious)} stages of "
-                    f"{name}.min_ious; give as many"
-                )
-
-    def stages(self) -> list[RoIConfig]:
-        """Return the settings of each stage's head."""
-        shared = {field.name: getattr(self, field.name) for field in fields(RegionConfig)}
-        return [
-            RoIConfig(**{**shared, "coder_stds": tuple(std / divisor for std in self.coder_stds)}, min_iou=min_iou)
-            for min_iou, divisor in zip(self.min_ious, self.std_divisors, strict=True)
-        ]
-
-
-@dataclass(frozen=True)
-class MaskConfig:
-    """Mask R-CNN's branch of the RoI head."""
-
-    # auto: dice where the RoI head's objective is a ranking loss, binary_cross_entropy where it is score-based
-    loss: Literal["auto", "dice", "binary_cross_entropy"] = "auto"
-    stacked_convs: int = 4
-    pool_size: Count = 14  # cells a side of the pooled window; masks have twice as many
-    max_masks: Count = 200  # masks a step is trained on, chosen at random, to bound memory
-
-    def resolved(self, objective: ObjectiveConfig) -> MaskConfig:
-        """Return these settings with `loss` decided by the objective of the RoI head, if it is auto."""
-        if self.loss != "auto":
-            return self
-        return replace(self, loss="dice" if isinstance(objective, RankingConfig) else "binary_cross_entropy")
-
-
-@dataclass(frozen=True)
 class DenseHeadConfig:
     """What the one-stage heads on a feature pyramid share: two towers, anchors, and what becomes a detection."""
 
@@ -310,13 +260,28 @@ def needs_no_background(objective: ObjectiveConfig, name: str) -> Iterator[str]:
         )
 
 
+def needs_scores(objective: ObjectiveConfig, section: str, name: str, ranked: str) -> Iterator[str]:
+    """Yield what is wrong with the objective of a detector `name` that is called `ranked` with a ranking loss."""
+    if isinstance(objective, RankingConfig):
+        yield (
+            f"{section}.name={name} is the detector with score-based losses; {section}.objective.loss="
+            f"{objective.loss} makes it {ranked}"
+        )
+
+
+# Co-DETR's dense heads, with samplers and centerness
+_CO_RPN = RPNConfig(objective=_BINARY_RPN, box_loss="l1", sample=256, proposals=1000)
+_CO_ROI = RoIConfig(objective=_SOFTMAX_ROI, sample=512, add_ground_truth=True)
+_CO_ATSS = AuxATSSConfig(objective=_FOCAL_ATSS, centerness=True)
+
+
 @dataclass(frozen=True)
-class BRSDETRConfig:
-    """BRS-DETR: a deformable DETR with auxiliary heads, whose every prediction set is ranked."""
+class DETRConfig:
+    """A deformable DETR with auxiliary heads; by default its every prediction set is ranked."""
 
     SHARED_SECTION: ClassVar[str] = "objective"  # model.loss=rs stands for objective.loss of this and of every head
 
-    name: Literal["brs_detr"] = "brs_detr"
+    name: str = ""
     # of the decoder layers, encoder proposals and auxiliary queries
     objective: ObjectiveConfig = one_of(
         RankingConfig(weight=2.0), ScoreConfig(weights=TermWeights(cls=2.0, l1=5.0, giou=2.0))
@@ -340,7 +305,6 @@ class BRSDETRConfig:
     # The RPN is there where the RoI head or query_boxes=rpn needs it.
     aux_heads: AuxHeads = ("roi", "atss")
     max_aux_queries: Count = 300
-    encoder_ranking: Literal["all", "first"] = "all"  # columns of the encoder proposals' logits that are ranked
     detections_per_image: Count = 100
     # triton: fused kernels, where there is a GPU; auto: the same, if Triton is installed
     deformable_attention: Literal["auto", "torch", "triton"] = "auto"
@@ -379,6 +343,14 @@ class BRSDETRConfig:
 
 
 @dataclass(frozen=True)
+class BRSDETRConfig(DETRConfig):
+    """BRS-DETR: Co-DETR with ranking losses."""
+
+    name: Literal["brs_detr"] = "brs_detr"
+    encoder_ranking: Literal["all", "first"] = "all"  # columns of the encoder proposals' logits that are ranked
+
+
+@dataclass(frozen=True)
 class CoDETRConfig(BRSDETRConfig):
     """Co-DETR: the same network with score-based losses, samplers and centerness."""
 
@@ -387,15 +359,64 @@ class CoDETRConfig(BRSDETRConfig):
         ScoreConfig(weights=TermWeights(cls=2.0, l1=5.0, giou=2.0)), RankingConfig(weight=2.0)
     )
     matcher: MatcherConfig = MatcherConfig(cls=2.0)
-    rpn: RPNConfig = RPNConfig(objective=_BINARY_RPN, box_loss="l1", sample=256, proposals=1000)
-    roi: RoIConfig = RoIConfig(objective=_SOFTMAX_ROI, sample=512, add_ground_truth=True)
-    atss: AuxATSSConfig = AuxATSSConfig(objective=_FOCAL_ATSS, centerness=True)
+    rpn: RPNConfig = _CO_RPN
+    roi: RoIConfig = _CO_ROI
+    atss: AuxATSSConfig = _CO_ATSS
 
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
         yield from super().problems(name)
-        if isinstance(self.objective, RankingConfig):
+        yield from needs_scores(self.objective, name, self.name, "brs_detr")
+
+
+@dataclass(frozen=True)
+class DenoisingConfig:
+    """Queries made of noised objects, in training only (DINO, Zhang et al. 2023, section 3.3)."""
+
+    # rank: by the loss of the decoder, in a list of its own; none: there are no such queries
+    loss: Literal["quality_focal", "rank", "none"] = "quality_focal"
+    queries: Count = 100  # of an image that are positive, about; as many are negative
+    label_noise: Fraction = 0.5  # of the queries half of this share get a random class
+    # by which share of half its side a box may move; a negative by one more. Above 0.5, negatives can turn inside out
+    box_noise: float = 1.0
+    max_rows: Annotated[Count, Range(min=2)] = 600  # most of an image; of more objects a random choice gets queries
+
+
+@dataclass(frozen=True)
+class BRSDINOConfig(DETRConfig):
+    """Co-DINO with ranking losses."""
+
+    name: Literal["brs_dino"] = "brs_dino"
+    backbone: BackboneConfig = BackboneConfig(levels=(4, 8, 16, 32))
+    levels: Count = 5
+    queries: Count = 900  # and as many (query, class) pairs enter suppression
+    detections_per_image: Count = 300
+    denoising: DenoisingConfig = DenoisingConfig()
+
+    def problems(self, name: str) -> Iterator[str]:
+        """Yield what is wrong between settings; `name` is that of the section."""
+        yield from super().problems(name)
+        if self.denoising.loss == "rank" and isinstance(self.objective, ScoreConfig):
             yield (
-                f"{name}.name=co_detr is the detector with score-based losses; {name}.objective.loss="
-                f"{self.objective.loss} makes it brs_detr"
+                f"{name}.denoising.loss=rank takes the ranking loss of {name}.objective, which is "
+                f"{self.objective.loss}; set quality_focal, or {name}.objective.loss=brs with {name}.name=brs_dino"
             )
+
+
+@dataclass(frozen=True)
+class CoDINOConfig(BRSDINOConfig):
+    """Co-DINO: scores, samplers and centerness as published."""
+
+    name: Literal["co_dino"] = "co_dino"  # type: ignore[assignment]  # the tag of this alternative
+    objective: ObjectiveConfig = one_of(
+        ScoreConfig("quality_focal", TermWeights(l1=5.0, giou=2.0)), RankingConfig(weight=2.0)
+    )
+    matcher: MatcherConfig = MatcherConfig(cls=2.0)
+    rpn: RPNConfig = _CO_RPN
+    roi: RoIConfig = _CO_ROI
+    atss: AuxATSSConfig = _CO_ATSS
+
+    def problems(self, name: str) -> Iterator[str]:
+        """Yield what is wrong between settings; `name` is that of the section."""
+        yield from super().problems(name)
+        yield from needs_scores(self.objective, name, self.name, "brs_dino")

@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from brs_detr.config import Config, ConfigError, from_dict
 from brs_detr.data.anchor_fit import Boxes, Fit, Layout, at_training_size, best_scale, boxes_of
 from brs_detr.models.cnn_config import ModelConfig, YOLACTHeadConfig
-from brs_detr.models.config import BRSDETRConfig, DenseHeadConfig, RPNConfig
+from brs_detr.models.config import DenseHeadConfig, DETRConfig, RPNConfig
 from brs_detr.models.neck import pyramid_strides
 from brs_detr.run.dataset import TrainSet
 from brs_detr.run.weights import locate, read
@@ -25,9 +25,9 @@ from brs_detr.run.weights import locate, read
 
 def layouts(model: ModelConfig) -> dict[str, Layout]:
     """Return the anchors of each head of a detector by the name of its section; empty for one without anchors."""
-    strides = pyramid_strides(model.backbone.levels, model.levels + isinstance(model, BRSDETRConfig))
+    strides = pyramid_strides(model.backbone.levels, model.levels + isinstance(model, DETRConfig))
     found = {}
-    for name in model.dense_heads if isinstance(model, BRSDETRConfig) else ("rpn", "head"):
+    for name in model.dense_heads if isinstance(model, DETRConfig) else ("rpn", "head"):
         head = getattr(model, name, None)
         if isinstance(head, YOLACTHeadConfig):
             found[name] = Layout(strides, head.anchor_scale, 1, head.anchor_ratios, offset=0.5, even=True)

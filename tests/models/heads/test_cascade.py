@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from brs_detr.models.config import CascadeConfig, RankingConfig, ScoreConfig, TermWeights
+from brs_detr.models.cnn_config import CascadeConfig
+from brs_detr.models.config import RankingConfig, ScoreConfig, TermWeights
 from brs_detr.models.heads.cascade import CascadeHead
 from brs_detr.models.heads.roi import RoIOutput
 

@@ -11,7 +11,8 @@ from torchvision.ops import roi_align
 
 from brs_detr.assign.assignment import HeadAssignment
 from brs_detr.losses.objective import PredictionSet, RankingObjective
-from brs_detr.models.config import MaskConfig, RankingConfig, RoIConfig, ScoreConfig, TermWeights
+from brs_detr.models.cnn_config import MaskConfig
+from brs_detr.models.config import RankingConfig, RoIConfig, ScoreConfig, TermWeights
 from brs_detr.models.heads.mask import MaskHead, paste_detections
 from brs_detr.models.heads.roi import RoIHead
 
