@@ -119,12 +119,14 @@ def check_quality(quality: Tensor) -> None:
     )
 
 
-def check_set(logits: Tensor, labels: Tensor, valid: Tensor | None, rows: Tensor | None) -> None:
+def check_set(
+    logits: Tensor, labels: Tensor, valid: Tensor | None, rows: Tensor | None, ignored: Tensor | None = None
+) -> None:
     """Raise if the shapes or types of a prediction set do not match.
 
     Args:
-        logits: (N, columns). labels: (N,) int64. valid: (N,) bool or None. rows: (P,) int64 or None. All of them may
-            have a leading dimension L >= 1.
+        logits: (N, columns). labels: (N,) int64. valid: (N,) bool or None. rows: (P,) int64 or None. ignored: (N,
+            columns) bool or None. All of them may have a leading dimension L >= 1.
 
     Raises:
         ValueError: naming the argument.
@@ -140,6 +142,11 @@ def check_set(logits: Tensor, labels: Tensor, valid: Tensor | None, rows: Tensor
                 f"{name}: {value.dtype} of shape {tuple(value.shape)} does not match logits of shape "
                 f"{tuple(logits.shape)}. Give {shape} {dtype}."
             )
+    if ignored is not None and (ignored.shape != logits.shape or ignored.dtype != torch.bool):
+        raise ValueError(
+            f"ignored: {ignored.dtype} of shape {tuple(ignored.shape)} does not match logits of shape "
+            f"{tuple(logits.shape)}. Give torch.bool of their shape."
+        )
     if rows is not None and (rows.shape[:-1] != shape[:-1] or rows.ndim != len(shape) or rows.dtype != torch.int64):
         raise ValueError(
             f"rows: {rows.dtype} of shape {tuple(rows.shape)} cannot index rows of logits of shape "

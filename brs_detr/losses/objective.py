@@ -79,6 +79,8 @@ class RankingObjective(WatchedObjective):
         delta: half width of the step; the papers' when None (Rank & Sort 0.5, others 1).
         score_weighted: weigh each positive's box losses with its highest class probability.
         box_weight: factor of every box term with "ap" and "bap", and of aLRP's if that is not balanced.
+        box_weights: fixed factors of the box terms by name, instead of any balance and of the localization in aLRP's
+            gradient: for a set that is so easy to rank that boxes balanced with it would stop learning.
         cap: largest balance ratio, see `self_balance`.
         least: smallest ranking loss that the balance follows, see `self_balance`.
         tau: least IoU of a positive, with aLRP: its error is (1 - IoU) / (1 - tau), or the GIoU loss / 2 / (1 - tau).
@@ -101,6 +103,7 @@ class RankingObjective(WatchedObjective):
         delta: float | None = None,
         score_weighted: bool = False,
         box_weight: float = 2.0,
+        box_weights: Mapping[str, float] | None = None,
         cap: float = CAP,
         least: float = LEAST,
         tau: float = 0.5,
@@ -119,11 +122,13 @@ class RankingObjective(WatchedObjective):
         self.weight = weight
         self.delta = paper_delta if delta is None else delta
         numbers = {"weight": weight, "delta": self.delta, "box_weight": box_weight, "cap": cap, "least": least}
+        numbers |= {f"box_weights[{name!r}]": value for name, value in (box_weights or {}).items()}
         for name, value in numbers.items():
             check_number(name, value)
         check_number("tau", tau, below=1)
         self.score_weighted = score_weighted
         self.box_weight = box_weight
+        self.box_weights = None if box_weights is None else dict(box_weights)
         self.cap = cap
         self.least = least
         self.tau = tau
@@ -137,17 +142,21 @@ class RankingObjective(WatchedObjective):
             {"rank", with Rank & Sort "sort", and every key of the set's `box_losses`} -> scalar, or (L,) for L sets.
 
         Raises:
-            ValueError: the set is refused, see `PredictionSet.checked`, or aLRP gets no "giou", "iou" or "mask".
+            ValueError: the set is refused, see `PredictionSet.checked`, aLRP gets no "giou", "iou" or "mask", or a box
+                loss has no weight among `box_weights`.
         """
+        missing = [name for name in predictions.box_losses if name not in (self.box_weights or predictions.box_losses)]
+        if missing:
+            raise ValueError(f"no weight for the box loss {missing[0]!r}: add it to box_weights")
         classes = predictions.logits.shape[-1]
         checked = predictions.checked(classes)
-        rows, entries, valid, box_losses = checked.rows, checked.entries, checked.valid, checked.box_losses
+        rows, entries, box_losses = checked.rows, checked.entries, checked.box_losses
         logits = single_or_wider(checked.logits).float()
         with torch.autocast(logits.device.type, enabled=False):
             labels = checked.positive_labels()
             logits = self.watched(logits, entries * classes + labels.flatten())
-            mask = None if valid is None else valid[..., None].expand_as(logits)
-            terms = self._ranking_terms(logits, rows * classes + labels, checked.quality, box_losses, mask)
+            positives = rows * classes + labels
+            terms = self._ranking_terms(logits, positives, checked.quality, box_losses, checked.counted())
             target = terms["rank"] + terms["sort"] if "sort" in terms else terms["rank"]
             terms = {name: scale_for_ddp(term, self.scope) * self.weight for name, term in terms.items()}
             of_positives = logits.detach().flatten(0, 1)[entries].view(*rows.shape, classes)
@@ -162,7 +171,7 @@ class RankingObjective(WatchedObjective):
                 else:
                     values, (weights, total) = loss, of_all
                 mean = sum_over(values.float() * weights, self.scope) / total + _zero(logits)
-                terms[name] = scale_for_ddp(self._balance(mean, target), self.scope)
+                terms[name] = scale_for_ddp(self._balance(name, mean, target), self.scope)
         return checked.shaped(terms)
 
     def _box_weights(self, logits: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -217,6 +226,8 @@ class RankingObjective(WatchedObjective):
         classification, localization = alrp_loss(
             logits, positives, error, valid=valid, delta=delta, method=method, scope=scope
         )
+        if self.box_weights is not None:
+            return {"rank": classification}
         return {"rank": classification, name: self._balance_alrp(classification, localization, positives.shape[1])}
 
     def _balance_alrp(self, classification: Tensor, localization: Tensor, positives: int) -> Tensor:
@@ -230,8 +241,10 @@ class RankingObjective(WatchedObjective):
         parts = zip(classification.unbind(), localization.unbind())
         return torch.stack([self.epoch_balance(*part, count) for part in parts])
 
-    def _balance(self, term: Tensor, target: Tensor) -> Tensor:
+    def _balance(self, name: str, term: Tensor, target: Tensor) -> Tensor:
         """Weigh means (L,) of a box loss, by default so that they equal `target`, the values of the ranking terms."""
+        if self.box_weights is not None:
+            return term * self.box_weights[name]
         if self.family == "average_precision":
             return term * self.box_weight
         return self_balance(term, target, self.weight, cap=self.cap, least=self.least)
@@ -288,8 +301,11 @@ class ScoreObjective(WatchedObjective):
             {"cls", and every key of the set's `box_losses`} -> scalar, or (L,) for L sets.
 
         Raises:
-            ValueError: a box loss has no weight, or the set is refused, see `PredictionSet.checked`.
+            ValueError: a box loss has no weight, there are `ignored` logits, or the set is refused, see
+                `PredictionSet.checked`.
         """
+        if predictions.ignored is not None:
+            raise ValueError("ignored: score-based losses count all logits of a row. Ignore rows by valid.")
         missing = [name for name in predictions.box_losses if name not in self.weights]
         if missing:
             raise ValueError(f"no weight for the box loss {missing[0]!r}: add it to the objective's weights")

@@ -47,6 +47,8 @@ class PredictionSet(NamedTuple):
         normalizer: what score-based terms are divided by in place of the objective's own number of positives or rows.
             Sets that have as many positives may share one `SharedCount`. A ranking loss is a mean over its own
             positives and has no other divisor.
+        ignored: (N, C) or (L, N, C) bool, logits of valid rows that a ranking leaves out; none of a positive's own
+            class. Score-based losses refuse it.
     """
 
     logits: Tensor
@@ -57,6 +59,7 @@ class PredictionSet(NamedTuple):
     valid: Tensor | None = None
     box_weight: Tensor | None = None
     normalizer: Tensor | SharedCount | None = None
+    ignored: Tensor | None = None
 
     def checked(self, classes: int) -> "CheckedSet":
         """Check all attributes against each other, and read the `rows` from the labels where they are not given.
@@ -68,16 +71,15 @@ class PredictionSet(NamedTuple):
             ValueError: when shapes or types do not fit, a label is out of range, or a positive row is background or
                 ignored (on a GPU the device asserts what concerns values).
         """
-        check_set(self.logits, self.labels, self.valid, self.rows)
+        check_set(self.logits, self.labels, self.valid, self.rows, self.ignored)
         single = self.logits.ndim == 2
 
         def layered(values: Tensor) -> Tensor:
             return values[None] if single else values
 
         logits, labels, quality = layered(self.logits), layered(self.labels), layered(self.quality)
-        valid, box_weight, rows = (
-            None if values is None else layered(values) for values in (self.valid, self.box_weight, self.rows)
-        )
+        optional = (self.valid, self.box_weight, self.rows, self.ignored)
+        valid, box_weight, rows, ignored = (None if values is None else layered(values) for values in optional)
         if rows is None:
             rows = self._rows_of_labels(classes, labels, valid)
         if quality.shape[-1] != rows.shape[1]:
@@ -104,7 +106,7 @@ class PredictionSet(NamedTuple):
         }
         entries = offset_rows(rows, logits.shape[1])
         return CheckedSet(
-            logits, labels, quality, box_losses, rows, entries, valid, box_weight, self.normalizer, single
+            logits, labels, quality, box_losses, rows, entries, valid, box_weight, self.normalizer, ignored, single
         )
 
     def _rows_of_labels(self, classes: int, labels: Tensor, valid: Tensor | None) -> Tensor:
@@ -139,7 +141,15 @@ class CheckedSet(NamedTuple):
     valid: Tensor | None
     box_weight: Tensor | None
     normalizer: Tensor | SharedCount | None
+    ignored: Tensor | None
     single: bool
+
+    def counted(self) -> Tensor | None:
+        """Return which logits take part in a ranking, (L, N, C) bool; None: all."""
+        valid = None if self.valid is None else self.valid[..., None].expand_as(self.logits)
+        if self.ignored is None:
+            return valid
+        return ~self.ignored if valid is None else valid & ~self.ignored
 
     def positive_labels(self) -> Tensor:
         """Return the label of each positive, (L, P)."""

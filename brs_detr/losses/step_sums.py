@@ -55,6 +55,7 @@ def offset_rows(index: Tensor, length: int) -> Tensor:
     """Turn indices (..., L, n) into rows of `length` entries into (..., L * n) indices into the flattened L rows."""
     layers = index.shape[-2]
     if layers > 1:
+        length = max(length, 1)  # sets without rows have no index to shift
         start = torch.arange(0, layers * length, length, device=index.device, dtype=index.dtype)
         index = index + start[:, None]
     return index.flatten(-2)

@@ -3,7 +3,7 @@
 Backbone -> channel mapper -> deformable encoder -> two-stage proposals -> deformable decoder. In training an RPN, a RoI
 head and an ATSS head read the encoder's maps too; their positives become extra decoder queries. Every head is handed an
 objective, so the same module with focal objectives, samplers and centerness is Co-DETR; without auxiliary heads it is a
-two-stage Deformable DETR.
+two-stage Deformable DETR; with denoising queries and a decoder that makes positions and norms it is Co-DINO.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from torchvision.ops import box_convert
 from brs_detr.assign.hungarian import HungarianMatcher, PredictedSet
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
 from brs_detr.losses.distributed import SharedCount
-from brs_detr.losses.objective import PredictionSet
-from brs_detr.models.config import BRSDETRConfig
+from brs_detr.losses.objective import PredictionSet, RankingObjective
+from brs_detr.models.config import BRSDETRConfig, DETRConfig, NoNMS
+from brs_detr.models.denoising import Denoising, DenoisingQueries
 from brs_detr.models.detector import Detector, to_stored_images, without_overlaps
 from brs_detr.models.heads.atss import ATSSHead
 from brs_detr.models.heads.dense import Objective
@@ -28,8 +29,14 @@ from brs_detr.models.heads.roi import RoIHead
 from brs_detr.models.heads.rpn import RPNHead
 from brs_detr.models.heads.step import DenseStep, RegionStep, read_counts
 from brs_detr.models.neck import ChannelMapper
-from brs_detr.models.transformer.collaborative import AuxQueries, AuxQueryEmbedding, aux_samples, select_queries
-from brs_detr.models.transformer.decoder import Predictions, QueryDecoder, best_pairs
+from brs_detr.models.transformer.collaborative import (
+    AuxBoxEmbedding,
+    AuxQueries,
+    AuxQueryEmbedding,
+    aux_samples,
+    select_queries,
+)
+from brs_detr.models.transformer.decoder import Predictions, QueryDecoder, QuerySet, best_pairs
 from brs_detr.models.transformer.encoder import DeformableEncoder, Memory
 from brs_detr.models.transformer.two_stage import BoxEmbedding, Proposals, TwoStageHead
 from brs_detr.ops.anchors import cell_features
@@ -65,23 +72,23 @@ class BRSDETR(Detector):
     """The detector, assembled from its parts (see `build.py`).
 
     Args:
-        config: see `BRSDETRConfig`; `build.py` makes the parts from it.
+        config: see `DETRConfig`; `build.py` makes the parts from it.
         num_classes: K.
         strides: pixels per cell of the encoder's maps.
         backbone, neck, encoder, proposals, decoder: the path to the detections.
         rpn, roi, atss: the auxiliary dense heads on the encoder's maps; None: there is no such head.
         objective: of the decoder layers, encoder proposals and auxiliary query sets.
         matcher: assigns predictions of the decoder and of the encoder proposals to objects.
+        denoising, denoising_objective: the denoising queries and their objective; None: there are no such queries.
     """
 
     heads = ("decoder", "roi", "atss")
     overlapping = ("decoder",)
-    objectness = ("proposals.classifier.weight", "proposals.classifier.bias")
     by_anchor = ("atss.score.weight", "atss.score.bias")
 
     def __init__(
         self,
-        config: BRSDETRConfig,
+        config: DETRConfig,
         num_classes: int,
         *,
         strides: Sequence[int],
@@ -95,29 +102,35 @@ class BRSDETR(Detector):
         atss: ATSSHead | None,
         objective: Objective,
         matcher: HungarianMatcher,
+        denoising: Denoising | None = None,
+        denoising_objective: Objective | None = None,
     ) -> None:
         super().__init__(num_classes)
         dim = config.dim
         self.backbone, self.neck, self.encoder = backbone, neck, encoder
         self.proposals, self.decoder = proposals, decoder
         self.query_content = nn.Embedding(config.queries, dim)
-        self.box_embedding = BoxEmbedding(dim)
+        self.box_embedding = BoxEmbedding(dim) if decoder.position is None else None
         dense = any(head is not None for head in (rpn, roi, atss))
         self.coarsest = (
             nn.Sequential(nn.Conv2d(dim, dim, 3, 2, 1), nn.GroupNorm(config.norm_groups, dim)) if dense else None
         )
         self.rpn, self.roi, self.atss = rpn, roi, atss
         named = {"roi": roi, "atss": atss}
-        self.aux_embeddings = nn.ModuleDict({name: AuxQueryEmbedding(dim) for name, head in named.items() if head})
+        embedding = AuxQueryEmbedding if decoder.position is None else AuxBoxEmbedding
+        self.aux_embeddings = nn.ModuleDict({name: embedding(dim) for name, head in named.items() if head})
+        self.denoising, self.denoising_objective = denoising, denoising_objective
         self.heads = ("decoder", *self.aux_embeddings)
         self.objective, self.matcher = objective, matcher
         self.max_aux_queries = config.max_aux_queries
-        self.detections_per_image = config.detections_per_image
+        self.detections_per_image, self.candidates = config.detections_per_image, config.candidates
         self.query_boxes = config.query_boxes
         self.strides = tuple(strides)
         # The released code ranks all K columns of the class-agnostic encoder proposals, of which K - 1 only ever serve
         # as negatives; "first" ranks column 0 alone.
-        self.rank_all_encoder_columns = config.encoder_ranking == "all"
+        self.rank_all_encoder_columns = not isinstance(config, BRSDETRConfig) or config.encoder_ranking == "all"
+        classifier = ("proposals.classifier.weight", "proposals.classifier.bias")
+        self.objectness = classifier if proposals.class_agnostic else ()
         # Two-stage branches start as copies of the decoder's (section "initialization" of the released code).
         self.proposals.classifier.load_state_dict(decoder.classifiers[0].state_dict())
         self.proposals.regressor.load_state_dict(decoder.regressors[0].state_dict())
@@ -147,27 +160,43 @@ class BRSDETR(Detector):
         inside = box_convert(regions.boxes, "xyxy", "cxcywh") / pixel_scales(sizes, regions.boxes.device)[:, None]
         return self.proposals.with_regions(inside, regions.valid, proposals.references)
 
-    def queries(self, references: Tensor) -> tuple[Tensor, Tensor]:
-        """Return content and position (B, Q, dim) of the queries that begin at references (B, Q, 4)."""
-        position, _ = self.box_embedding(references)
-        count = references.shape[1]
-        return self.query_content.weight[:count].expand(references.shape[0], -1, -1), position
+    def queries(self, references: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return content and position (B, Q, dim) of the queries that begin at references (B, Q, 4).
+
+        The position is None where the decoder makes it in each layer.
+        """
+        content = self.query_content.weight[: references.shape[1]].expand(references.shape[0], -1, -1)
+        return content, None if self.box_embedding is None else self.box_embedding(references)[0]
 
     def decode(self, memory: Memory, references: Tensor) -> Predictions:
         """Run the decoder from (B, Q, 4) references; returns the predictions of every layer."""
         return self.decoder(*self.queries(references), references, memory)
 
     def decode_together(
-        self, memory: Memory, references: Tensor, aux_queries: Mapping[str, AuxQueries]
-    ) -> list[Predictions]:
-        """Run the decoder once for the main queries and those of each auxiliary head; one result a set, as `decode`."""
-        sets = [(*self.queries(references), references)]
+        self,
+        memory: Memory,
+        references: Tensor,
+        noised: DenoisingQueries | None,
+        aux_queries: Mapping[str, AuxQueries],
+    ) -> dict[str, Predictions]:
+        """Run the decoder once for the main queries, the denoising queries and those of each auxiliary head.
+
+        Returns:
+            by "decoder", "denoising" and "aux_" with the head's name, as `decode`.
+        """
+        inputs = {"decoder": (*self.queries(references), references)}
+        if noised is not None:
+            inputs["denoising"] = noised.content, None, noised.boxes
         for head, own in aux_queries.items():
             position, content = self.aux_embeddings[head](own.boxes, own.features)
-            sets.append((content, position, own.boxes))
-        content, position, boxes = (torch.cat(column, dim=1) for column in zip(*sets, strict=True))
-        counts = [one[2].shape[1] for one in sets]
-        return self.decoder(content, position, boxes, memory, counts).split(counts)
+            inputs[f"aux_{head}"] = content, position, own.boxes
+        contents, positions, boxes = zip(*inputs.values(), strict=True)
+        sets = [QuerySet(own.shape[1]) for own in boxes]
+        if noised is not None:
+            sets[1] = QuerySet(sets[1].queries, noised.visible)
+        position = None if self.box_embedding is None else torch.cat(positions, dim=1)
+        found = self.decoder(torch.cat(contents, dim=1), position, torch.cat(boxes, dim=1), memory, sets)
+        return dict(zip(inputs, found.split([one.queries for one in sets]), strict=True))
 
     def detect(self, memory: Memory, images: ImageBatch, head: str | None = None) -> list[dict[str, Tensor]]:
         """Return the detections of the decoder's last layer, or of the dense head that is named."""
@@ -180,12 +209,15 @@ class BRSDETR(Detector):
                 references = self.references(proposals, regions, images.sizes)
             layers = self.decode(memory, references)
             last = Predictions(layers.logits[-1], layers.boxes[-1])
-            detections = detections_from(last, images.original_sizes, self.detections_per_image)
-            return without_overlaps(detections, images.original_sizes, self.nms)
+            limit = self.detections_per_image if isinstance(self.nms, NoNMS) else self.candidates
+            detections = detections_from(last, images.original_sizes, limit)
+            return without_overlaps(detections, images.original_sizes, self.nms, self.detections_per_image)
         maps = self.pyramid(memory)
         if head == "roi":
             assert self.roi is not None
-            detections = self.roi.predict(maps[:4], self.regions(maps, images.sizes).per_image(), images.sizes)
+            detections = self.roi.predict(
+                maps[: len(self.strides)], self.regions(maps, images.sizes).per_image(), images.sizes
+            )
         else:
             assert self.atss is not None
             detections = self.atss.predict(self.atss(maps), images.sizes)
@@ -204,25 +236,27 @@ class BRSDETR(Detector):
         references = proposals.references
         if self.query_boxes == "rpn":
             references = self.references(proposals, regions, sizes)
-        main, *aux = self.decode_together(memory, references, queries)
+        noised = None if self.denoising is None else self.denoising(packed, references.shape[1])
+        decoded = self.decode_together(memory, references, noised, queries)
 
-        class_agnostic = torch.zeros_like(packed.labels)
+        of_tokens = torch.zeros_like(packed.labels) if self.proposals.class_agnostic else packed.labels
         sets = {
-            "encoder": PredictedSet(proposals.predictions.logits, proposals.predictions.boxes, class_agnostic),
-            "decoder": PredictedSet(main.logits, main.boxes, packed.labels),
+            "encoder": PredictedSet(proposals.predictions.logits, proposals.predictions.boxes, of_tokens),
+            "decoder": PredictedSet(decoded["decoder"].logits, decoded["decoder"].boxes, packed.labels),
         }
         matching = self.matcher.begin([one.detach() for one in sets.values()], packed)
         losses = {f"{name}.{term}": value for name, head in heads.items() for term, value in head.losses().items()}
-        of_aux: dict[str, Tensor] = {}
-        for (name, own), layers in zip(queries.items(), aux, strict=True):
-            of_aux |= self.set_losses(f"aux_{name}", layers, own.rows, own.labels, own.targets, own.scales)
+        others = self.denoising_losses(decoded["denoising"], noised) if noised is not None else {}
+        for head, own in queries.items():
+            name = f"aux_{head}"
+            others |= self.set_losses(name, decoded[name], own.rows, own.labels, own.targets, own.scales)
         for (name, one), (rows, objects) in zip(sets.items(), matching.solve(), strict=True):
             logits = one.logits
             if name == "encoder" and not self.rank_all_encoder_columns:
                 logits = logits[..., :1]
             matched = one.labels[objects], packed.boxes[objects], packed.scales[objects]
             losses |= self.set_losses(name, Predictions(logits, one.boxes), rows, *matched)
-        return losses | of_aux
+        return losses | others
 
     def dense_steps(
         self, maps: list[Tensor], sizes: Sequence[Size], targets: Sequence[dict[str, Any]]
@@ -237,7 +271,7 @@ class BRSDETR(Detector):
             regions = self.rpn.regions(anchors, sizes)
             heads["rpn"] = DenseStep(self.rpn, anchors, sizes, targets)
         if self.roi is not None:
-            heads["roi"] = RegionStep(self.roi, maps[:4], regions.never_empty(sizes), sizes, targets)
+            heads["roi"] = RegionStep(self.roi, maps[: len(self.strides)], regions.never_empty(sizes), sizes, targets)
         if self.atss is not None:
             heads["atss"] = DenseStep(self.atss, self.atss(maps), sizes, targets)
         read_counts(heads.values())
@@ -261,6 +295,24 @@ class BRSDETR(Detector):
         chosen = select_queries(list(samples.values()), counts, sizes, self.num_classes, max_queries=limit)
         return dict(zip(samples, chosen, strict=True))
 
+    def denoising_losses(self, predictions: Predictions, noised: DenoisingQueries) -> dict[str, Tensor]:
+        """Compute the terms of the denoising queries in each layer.
+
+        They are sets of their own: knowing the objects, they would stand above all matched queries in a common ranking.
+        """
+        assert self.denoising is not None
+        matched = noised.rows, noised.labels, noised.targets, noised.scales
+        ranked = isinstance(self.denoising_objective, RankingObjective)
+        ignored = self.denoising.ignored(noised, self.num_classes) if ranked else None
+        return self.set_losses(
+            "denoising",
+            predictions,
+            *matched,
+            objective=self.denoising_objective,
+            valid=noised.valid,
+            ignored=ignored,
+        )
+
     def set_losses(
         self,
         name: str,
@@ -269,6 +321,10 @@ class BRSDETR(Detector):
         labels: Tensor,
         targets: Tensor,
         scales: Tensor,
+        *,
+        objective: Objective | None = None,
+        valid: Tensor | None = None,
+        ignored: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Compute the terms of one prediction set, or of each of its L layers.
 
@@ -277,6 +333,9 @@ class BRSDETR(Detector):
             predictions: logits (B, Q, K), boxes (B, Q, 4) cxcywh; or (L, B, Q, K), (L, B, Q, 4).
             rows: (P,) positives among the B * Q rows; with layers also (L, P), and so with all that follow.
             labels: (P,). targets: (P, 4) cxcywh. scales: (P, 4) pixels.
+            objective: of the set; None: that of the decoder.
+            valid: (B * Q,) bool, False for queries that are ignored. ignored: (B * Q, K) bool, logits that a ranking
+                leaves out. Both without layers.
 
         Returns:
             `name.term` -> scalar, with layers `name.layer.term`. Quality and GIoU are those of the boxes in pixels.
@@ -297,8 +356,10 @@ class BRSDETR(Detector):
             box_losses={"l1": (boxes - targets).abs().sum(-1), "giou": paired_giou_loss(*pairs).view(rows.shape)},
             rows=rows,
             normalizer=SharedCount(rows.shape[-1]),  # one for all layers
+            valid=None if valid is None else valid.expand(*layers, -1),
+            ignored=None if ignored is None else ignored.expand_as(logits),
         )
-        terms = self.objective(found)
+        terms = (objective or self.objective)(found)
         if not layers:
             return {f"{name}.{term}": value for term, value in terms.items()}
         by_layer = zip(*(value.unbind() for value in terms.values()), strict=True)

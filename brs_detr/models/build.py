@@ -10,12 +10,14 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import nn
 
 from brs_detr.assign.hungarian import HungarianMatcher
 from brs_detr.models.backbones.timm_backbone import build_backbone
 from brs_detr.models.brs_detr import BRSDETR
 from brs_detr.models.cnn_config import ModelConfig
-from brs_detr.models.config import BRSDETRConfig
+from brs_detr.models.config import BRSDINOConfig, DETRConfig, ScoreConfig, TermWeights
+from brs_detr.models.denoising import EPS, Denoising
 from brs_detr.models.detector import Detector
 from brs_detr.models.heads.atss import ATSSHead
 from brs_detr.models.heads.dense import build_objective
@@ -26,7 +28,7 @@ from brs_detr.models.one_stage import build_atss, build_foveabox, build_paa, bui
 from brs_detr.models.one_stage_masks import build_solov2, build_yolact
 from brs_detr.models.rcnn import TwoStageDetector
 from brs_detr.models.transformer.attention import Sampling, use_sampling
-from brs_detr.models.transformer.decoder import QueryDecoder
+from brs_detr.models.transformer.decoder import BoxPosition, QueryDecoder
 from brs_detr.models.transformer.encoder import DeformableEncoder
 from brs_detr.models.transformer.two_stage import TwoStageHead
 from brs_detr.ops.deform_attn import deformable_attention
@@ -73,19 +75,31 @@ def choose_sampling(name: str) -> Sampling:
     return automatic_attention if name == "auto" else fused_attention
 
 
-def build_brs_detr(config: BRSDETRConfig, num_classes: int) -> BRSDETR:
-    """Build BRS-DETR, or from a `CoDETRConfig` Co-DETR."""
-    dim = config.dim
-    layer = {"heads": config.heads, "levels": config.levels, "points": config.points, "hidden": config.ffn_dim}
+# of the denoising queries' boxes whatever their classification loss: a ranking that is solved early would balance them
+# down to nothing
+DENOISING_WEIGHTS = {"l1": 5.0, "giou": 2.0}
+
+
+def build_brs_detr(config: DETRConfig, num_classes: int) -> BRSDETR:
+    """Build BRS-DETR or Co-DETR, or from a `BRSDINOConfig` BRS-DINO or Co-DINO."""
+    dim, dino = config.dim, isinstance(config, BRSDINOConfig)
+    layer: dict[str, Any] = {
+        "heads": config.heads,
+        "levels": config.levels,
+        "points": config.points,
+        "hidden": config.ffn_dim,
+    }
     recompute = config.backbone.activation_checkpointing
     backbone = build_backbone(config.backbone)
     strides = pyramid_strides(backbone.strides, config.levels + 1)  # the neck's, and one more for the dense heads
     # The order in which parts are made is that of their random numbers: another order gives other first weights.
-    encoder = DeformableEncoder(dim, layers=config.encoder_layers, activation_checkpointing=recompute, **layer)
+    waves: dict[str, Any] = {"temperature": 20.0, "offset": 0.0} if dino else {}
+    encoder = DeformableEncoder(dim, layers=config.encoder_layers, activation_checkpointing=recompute, **waves, **layer)
     heads = config.dense_heads
     rpn = RPNHead(dim, strides, config.rpn) if "rpn" in heads else None
     # pools from all but the coarsest map
     roi = RoIHead(dim, num_classes, strides[:-1], config.roi) if "roi" in heads else None
+    seen: dict[str, Any] = {"position": BoxPosition(dim), "norm": nn.LayerNorm(dim), "eps": EPS} if dino else {}
     model = BRSDETR(
         config,
         num_classes,
@@ -96,18 +110,32 @@ def build_brs_detr(config: BRSDETRConfig, num_classes: int) -> BRSDETR:
         roi=roi,
         atss=ATSSHead(dim, num_classes, strides, config.atss, config.norm_groups) if "atss" in heads else None,
         neck=ChannelMapper(backbone.channels, dim, config.levels, config.norm_groups),
-        proposals=TwoStageHead(dim, num_classes, config.queries, config.proposal_nms_iou),
-        decoder=QueryDecoder(dim, num_classes, layers=config.decoder_layers, **layer),
+        proposals=TwoStageHead(dim, num_classes, config.queries, config.proposal_nms_iou, class_agnostic=not dino),
+        decoder=QueryDecoder(dim, num_classes, layers=config.decoder_layers, **seen, **layer),
         matcher=HungarianMatcher(config.matcher.cls, config.matcher.l1, config.matcher.giou),
         objective=build_objective(config.objective),
+        **build_denoising(config, num_classes),
     )
     use_sampling(model, choose_sampling(config.deformable_attention))
     return model
 
 
+def build_denoising(config: DETRConfig, num_classes: int) -> dict[str, Any]:
+    """Build the denoising queries of a detector and their objective, as arguments of `BRSDETR`; {} if it has none."""
+    if not isinstance(config, BRSDINOConfig) or config.denoising.loss == "none":
+        return {}
+    if config.denoising.loss == "rank":
+        objective = build_objective(config.objective, DENOISING_WEIGHTS)
+    else:
+        objective = build_objective(ScoreConfig("quality_focal", TermWeights(**DENOISING_WEIGHTS)))
+    return {"denoising": Denoising(config.dim, num_classes, config.denoising), "denoising_objective": objective}
+
+
 DETECTORS: dict[str, Callable[[Any, int], Detector]] = {
     "brs_detr": build_brs_detr,
     "co_detr": build_brs_detr,
+    "brs_dino": build_brs_detr,
+    "co_dino": build_brs_detr,
     "retinanet": build_retinanet,
     "foveabox": build_foveabox,
     "atss": build_atss,

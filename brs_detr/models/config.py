@@ -321,6 +321,11 @@ class DETRConfig:
         return "model.detections_per_image", self.detections_per_image
 
     @property
+    def candidates(self) -> int:
+        """Return how many (query, class) pairs of an image enter the suppression of `eval.nms`."""
+        return self.detections_per_image
+
+    @property
     def dense_heads(self) -> tuple[str, ...]:
         """Return the sections of the dense heads that there are: `aux_heads`, and the RPN if anything needs it."""
         needed = {*self.aux_heads, *(["rpn"] if "roi" in self.aux_heads or self.query_boxes == "rpn" else [])}
@@ -389,9 +394,14 @@ class BRSDINOConfig(DETRConfig):
     name: Literal["brs_dino"] = "brs_dino"
     backbone: BackboneConfig = BackboneConfig(levels=(4, 8, 16, 32))
     levels: Count = 5
-    queries: Count = 900  # and as many (query, class) pairs enter suppression
+    queries: Count = 900
     detections_per_image: Count = 300
     denoising: DenoisingConfig = DenoisingConfig()
+
+    @property
+    def candidates(self) -> int:
+        """Return how many (query, class) pairs of an image enter the suppression of `eval.nms`: one a query."""
+        return self.queries
 
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""

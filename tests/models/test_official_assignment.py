@@ -125,7 +125,8 @@ def test_sampled_regions(seen):
 def test_auxiliary_queries_and_their_predictions(seen):
     _, _, chosen = seen["queries"]
     arrays = seen["arrays"]
-    ((*inputs, _, counts), found) = seen["decoded"][0]  # the main queries, and then those of the heads
+    ((*inputs, _, sets), found) = seen["decoded"][0]  # the main queries, and then those of the heads
+    counts = [one.queries for one in sets]
     inputs = list(zip(*(part.split(counts, dim=1) for part in inputs), strict=True))
     for k, queries in enumerate(chosen):
         labels = arrays[f"aux{k}.labels"].flatten()

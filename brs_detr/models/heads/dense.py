@@ -7,7 +7,7 @@ objective; detections are best scores per level -> decode -> clip -> suppress.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -35,8 +35,10 @@ def best_scores(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return best, columns
 
 
-def build_objective(config: ObjectiveConfig) -> RankingObjective | ScoreObjective:
-    """Build the objective of one head."""
+def build_objective(
+    config: ObjectiveConfig, box_weights: Mapping[str, float] | None = None
+) -> RankingObjective | ScoreObjective:
+    """Build the objective of one head; `box_weights` are those of a ranking's box terms in place of the balance."""
     if isinstance(config, RankingConfig):
         return RankingObjective(
             config.loss,
@@ -44,6 +46,7 @@ def build_objective(config: ObjectiveConfig) -> RankingObjective | ScoreObjectiv
             delta=config.delta,
             score_weighted=config.score_weighted,
             box_weight=config.box_weight,
+            box_weights=box_weights,
             tau=config.tau,
             # aLRP: the period is that of COCO at batch 32 until `balance.set_epoch_length`
             period=3665 if config.balance == "epoch" else None,

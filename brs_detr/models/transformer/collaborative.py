@@ -172,3 +172,19 @@ class AuxQueryEmbedding(nn.Module):
         """Embed boxes (B, n, 4) cxcywh and features (B, n, dim) as position and content, both (B, n, dim)."""
         position, content = self.box_embedding(boxes)
         return position + self.offset, content + self.feature_norm(self.feature_projection(features))
+
+
+class AuxBoxEmbedding(nn.Module):
+    """Turns a dense head's samples into Co-DINO's decoder queries: content from the box alone.
+
+    Args:
+        dim: width of the queries.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.box_embedding = BoxEmbedding(dim, parts=1)
+
+    def forward(self, boxes: Tensor, features: Tensor) -> tuple[None, Tensor]:
+        """Embed boxes (B, n, 4) cxcywh as content (B, n, dim); the decoder makes the positions."""
+        return None, self.box_embedding(boxes)[0]

@@ -95,6 +95,7 @@ class DeformableEncoder(nn.Module):
     Args:
         dim, heads, levels, points, hidden: sizes of the layers.
         layers: number of layers.
+        temperature, offset: of the cells' sine encoding, see `sine_of_cells`.
         activation_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
     """
 
@@ -107,9 +108,12 @@ class DeformableEncoder(nn.Module):
         levels: int = 4,
         points: int = 4,
         hidden: int = 2048,
+        temperature: float = 10000.0,
+        offset: float = -0.5,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        self.temperature, self.offset = temperature, offset
         self.level_embed = nn.Parameter(torch.randn(levels, dim))
         self.layers = nn.ModuleList(EncoderLayer(dim, heads, levels, points, hidden) for _ in range(layers))
         self.activation_checkpointing = activation_checkpointing
@@ -128,7 +132,8 @@ class DeformableEncoder(nn.Module):
         masks = level_masks(padding, shapes)
         dim = maps[0].shape[1]
         x = torch.cat([rearrange(m, "b d y x -> b (y x) d") for m in maps], dim=1)
-        sines = [rearrange(sine_of_cells(mask, dim // 2), "b d y x -> b (y x) d") for mask in masks]
+        wave = {"temperature": self.temperature, "offset": self.offset}
+        sines = [rearrange(sine_of_cells(mask, dim // 2, **wave), "b d y x -> b (y x) d") for mask in masks]
         position = torch.cat([s + e for s, e in zip(sines, self.level_embed, strict=True)], dim=1)
         blank = torch.cat([rearrange(mask, "b y x -> b (y x)") for mask in masks], dim=1)
         # Images are padded at the right and bottom only, so the first row and column show the unpadded extent.

@@ -1,7 +1,8 @@
 """Two-stage proposals: every encoder token predicts a score and a box; the best become the decoder's references.
 
 Deformable DETR A.4 with Co-DETR's mixed selection: only the position of a query comes from its proposal, its content is
-learned. Tokens are ranked by the class-0 logit alone, since the proposals' targets are class-agnostic.
+learned. Co-DETR's proposals are class-agnostic: all tokens learn, with column 0 for every object, and are ranked by it
+alone. Co-DINO's have classes: tokens are ranked by their best class, and only the chosen ones learn.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Proposals(NamedTuple):
     """Predictions of all encoder tokens and the selected ones.
 
     Attributes:
-        predictions: of all N tokens.
+        predictions: of the tokens that learn, all N or the Q selected.
         references: (B, Q, 4) cxcywh, boxes of the selected tokens, detached.
         valid: (B, N) bool, tokens that may be selected.
         chosen: (B, Q) indices of the selected tokens.
@@ -100,11 +101,24 @@ class TwoStageHead(nn.Module):
         num_classes: K; the targets are class-agnostic, yet the released classifier has K columns.
         queries: number of tokens to select; all if the memory has fewer.
         nms_iou: tokens whose box overlaps that of a better one by more are selected last; None: by their score alone.
+        class_agnostic: the proposals are class-agnostic.
+
+    Attributes:
+        refuse_invalid: False to select padded and border tokens as the released code does.
     """
 
-    def __init__(self, dim: int, num_classes: int, queries: int = 300, nms_iou: float | None = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        queries: int = 300,
+        nms_iou: float | None = None,
+        *,
+        class_agnostic: bool = True,
+    ) -> None:
         super().__init__()
-        self.queries, self.nms_iou = queries, nms_iou
+        self.queries, self.nms_iou, self.class_agnostic = queries, nms_iou, class_agnostic
+        self.refuse_invalid = True
         self.keep: Keep = kept_by_nms  # an exported detector has another one
         self.projection = nn.Linear(dim, dim)
         nn.init.xavier_uniform_(self.projection.weight)
@@ -113,19 +127,23 @@ class TwoStageHead(nn.Module):
         self.regressor = box_regressor(dim)
 
     def forward(self, memory: Memory) -> Proposals:
-        """Score every token and select the best `queries` of each image by their class-0 logit."""
+        """Score every token and select the best `queries` of each image."""
         anchors, valid = token_anchors(memory)
         # Infinite for invalid tokens: their boxes become constant and get no gradient.
         unsquashed = torch.log(anchors / (1 - anchors)).masked_fill(~valid[..., None], torch.inf)
         tokens = self.norm(self.projection(memory.tokens.masked_fill(~valid[..., None], 0.0)))
         logits = self.classifier(tokens).to(unsquashed.dtype)
         boxes = (self.regressor(tokens).to(unsquashed.dtype) + unsquashed).sigmoid()
-        scores = logits[..., 0].detach().masked_fill(~valid, -torch.inf)
+        scores = logits.detach()[..., 0] if self.class_agnostic else logits.detach().amax(-1)
+        if self.refuse_invalid:
+            scores = scores.masked_fill(~valid, -torch.inf)
         if self.nms_iou is not None:
             scores = demote_overlapping(scores, boxes.detach(), self.nms_iou, CANDIDATES * self.queries, self.keep)
         chosen = scores.topk(min(self.queries, scores.shape[1]), dim=1).indices
-        references = take_rows(boxes.detach(), chosen)
-        return Proposals(Predictions(logits, boxes), references, valid, chosen)
+        if not self.class_agnostic:
+            logits, boxes = take_rows(logits, chosen), take_rows(boxes, chosen)
+            return Proposals(Predictions(logits, boxes), boxes.detach(), valid, chosen)
+        return Proposals(Predictions(logits, boxes), take_rows(boxes.detach(), chosen), valid, chosen)
 
     def with_regions(self, regions: Tensor, valid: Tensor, references: Tensor) -> Tensor:
         """Choose references among regions first and then among those of the tokens, in this order.
@@ -151,22 +169,23 @@ class TwoStageHead(nn.Module):
 
 
 class BoxEmbedding(nn.Module):
-    """Projected sine encoding of boxes: `dim` channels for a query's position, `dim` that may be used as its content.
+    """Projected sine encoding of boxes.
 
     Args:
         dim: width of the queries; a multiple of 4.
+        parts: vectors to make of a box: 2, its query's position and what may be used as its content; or 1.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, parts: int = 2) -> None:
         super().__init__()
-        self.features = dim // 2
-        self.projection = nn.Linear(2 * dim, 2 * dim)
+        self.features, self.parts = dim // 2, parts
+        self.projection = nn.Linear(2 * dim, parts * dim)
         nn.init.xavier_uniform_(self.projection.weight)
-        self.norm = nn.LayerNorm(2 * dim)
+        self.norm = nn.LayerNorm(parts * dim)
 
-    def forward(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed (B, Q, 4) cxcywh boxes as position (B, Q, dim) and content (B, Q, dim)."""
+    def forward(self, boxes: Tensor) -> tuple[Tensor, ...]:
+        """Embed (B, Q, 4) cxcywh boxes as `parts` vectors (B, Q, dim)."""
         # The round trip clamps coordinates to [1e-5, 1 - 1e-5], as the released code does.
         inside = inverse_sigmoid(boxes).sigmoid()
-        position, content = self.norm(self.projection(sine_of_boxes(inside, self.features))).chunk(2, dim=-1)
-        return position, content
+        embedded: Tensor = self.norm(self.projection(sine_of_boxes(inside, self.features)))
+        return embedded.chunk(self.parts, dim=-1)

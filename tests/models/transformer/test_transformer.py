@@ -13,7 +13,7 @@ from brs_detr.models.build import choose_sampling, sampling_here
 from brs_detr.models.neck import ChannelMapper
 from brs_detr.models.transformer.attention import inverse_sigmoid, sine_of_cells, use_sampling
 from brs_detr.models.transformer.collaborative import AuxQueryEmbedding
-from brs_detr.models.transformer.decoder import QueryDecoder, SelfAttention
+from brs_detr.models.transformer.decoder import QueryDecoder, QuerySet, SelfAttention
 from brs_detr.models.transformer.encoder import DeformableEncoder, Memory, level_masks
 from brs_detr.models.transformer.two_stage import BoxEmbedding, TwoStageHead
 from brs_detr.ops.deform_attn import deformable_attention
@@ -245,7 +245,9 @@ def test_sets_of_queries_together_are_refined_as_each_alone(counts):
     for regressor in decoder.regressors:
         nn.init.normal_(regressor[-1].weight, std=0.1)
     alone = [decoder(*one, memory) for one in sets]
-    together = decoder(*(torch.cat(column, dim=1) for column in zip(*sets)), memory, counts).split(counts)
+    together = decoder(
+        *(torch.cat(column, dim=1) for column in zip(*sets)), memory, [QuerySet(n) for n in counts]
+    ).split(counts)
     for one, other in zip(alone, together, strict=True):
         torch.testing.assert_close(one.logits, other.logits, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(one.boxes, other.boxes, rtol=1e-5, atol=1e-6)
@@ -265,4 +267,4 @@ def test_self_attention_of_one_set_is_torchs_multi_head_attention():
     query, value = torch.randn(2, 11, DIM), torch.randn(2, 11, DIM)
     expected, _ = theirs(query, query, value, need_weights=False)
     torch.testing.assert_close(ours(query, value), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ours(query, value, [11]), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours(query, value, [QuerySet(11)]), expected, rtol=1e-5, atol=1e-6)
