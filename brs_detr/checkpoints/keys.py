@@ -1,4 +1,4 @@
-"""Map the official Co-DETR / BRS-DETR parameter names to ours, and back, by one table.
+"""Map the official Co-DETR / Co-DINO / BRS-DETR parameter names to ours, and back, by one table.
 
 Each rule is a pattern of the official name and our name; `{k}` stands for a number, `{next}` for that number plus 1,
 and `{aux}` for the dense head of an auxiliary index. Names of ResNets and all other names of a Swin are equal on both
@@ -68,6 +68,17 @@ RULES: tuple[tuple[str, str], ...] = (
     ("bbox_head.0.scales.{k}.scale", "atss.scales.{k}"),
 )
 
+# those of Co-DINO, which come before the others in both directions
+DINO_RULES: tuple[tuple[str, str], ...] = (
+    ("query_head.transformer.query_embed.", "query_content."),
+    ("query_head.transformer.decoder.ref_point_head.0.", "decoder.position.first."),
+    ("query_head.transformer.decoder.ref_point_head.2.", "decoder.position.second."),
+    ("query_head.transformer.decoder.norm.", "decoder.norm."),
+    ("query_head.label_embedding.", "denoising.label_embedding."),
+    # of MMDetection 3; the way back writes the name before, which both code bases can read
+    ("query_head.dn_generator.label_embedding.", "denoising.label_embedding."),
+)
+
 ENCODER_BRANCHES = {"decoder.classifiers": "proposals.classifier", "decoder.regressors": "proposals.regressor"}
 
 HEAD_OFFSETS = "query_head.transformer.head_pos_embed.weight"
@@ -89,8 +100,9 @@ def _pattern(rule: str) -> re.Pattern[str]:
     return re.compile(escaped.replace(re.escape("{aux}"), f"({'|'.join(AUX)})"))
 
 
-_FROM_OFFICIAL = tuple((_pattern(official), ours) for official, ours in RULES)
+_FROM_OFFICIAL = tuple((_pattern(official), ours) for official, ours in DINO_RULES + RULES)
 _FROM_OURS = tuple((_pattern(ours), ours, official) for official, ours in RULES)
+_FROM_OUR_DINO = tuple((_pattern(ours), ours, official) for official, ours in DINO_RULES) + _FROM_OURS
 
 
 def our_key(official: str, decoder_layers: int) -> str | None:
@@ -115,12 +127,12 @@ def our_key(official: str, decoder_layers: int) -> str | None:
     return None
 
 
-def official_key(ours: str, decoder_layers: int) -> str | None:
-    """Return the official name of one of our parameters; the inverse of `our_key`."""
+def official_key(ours: str, decoder_layers: int, dino: bool = False) -> str | None:
+    """Return the official name of one of our parameters, of Co-DINO if `dino`; the inverse of `our_key`."""
     for branch, encoder_branch in ENCODER_BRANCHES.items():
         if ours.startswith(encoder_branch + "."):
             ours = f"{branch}.{decoder_layers}." + ours.removeprefix(encoder_branch + ".")
-    for pattern, template, official in _FROM_OURS:
+    for pattern, template, official in _FROM_OUR_DINO if dino else _FROM_OURS:
         match = pattern.match(ours)
         if match is None:
             continue
@@ -178,13 +190,14 @@ def to_official(ours: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str
         the renamed tensors (batch counts are zero), and our names without an official one.
     """
     layers = 1 + max(_numbers(r"decoder\.layers\.(\d+)\.", ours), default=-1)
+    dino = "decoder.position.first.weight" in ours
     offsets = [f"aux_embeddings.{head}.offset" for head in AUX]
     renamed: dict[str, Tensor] = {}
     unknown: list[str] = []
     for key, value in ours.items():
         if key in offsets:
             continue
-        if (official := official_key(key, layers)) is None:
+        if (official := official_key(key, layers, dino)) is None:
             unknown.append(key)
             continue
         renamed[official] = value

@@ -1,6 +1,6 @@
 """The tiny official model that the recorded arrays come from, built of our parts.
 
-`official_model` is a detector of ours for one of the two families; `load_official` fills it through the converter.
+`official_model` is a detector of ours for one of the families; `load_official` fills it through the converter.
 Where the official code is at fault ours differs on purpose: `as_released` is the one place that switches those
 differences back. `in_index_order` replaces random choices by the first ones, as the recording did.
 """
@@ -17,7 +17,7 @@ from brs_detr.losses.boxes import paired_giou_loss, paired_iou
 from brs_detr.models import brs_detr as detector
 from brs_detr.models import build as building
 from brs_detr.models.backbones.norms import FrozenBatchNorm
-from brs_detr.models.config import BRSDETRConfig, CoDETRConfig, RoIConfig, RPNConfig
+from brs_detr.models.config import BRSDETRConfig, CoDETRConfig, CoDINOConfig, DenoisingConfig, RoIConfig, RPNConfig
 from brs_detr.ops.boxes import BoxCoder
 
 CLASSES = 5
@@ -31,7 +31,13 @@ SIZE = dict(
 )
 BRS = BRSDETRConfig(**SIZE, rpn=RPNConfig(proposals_before_nms=4000, proposals=4000), roi=RoIConfig(fc_dim=64))
 FOCAL = CoDETRConfig(**SIZE, roi=replace(CoDETRConfig.roi, fc_dim=64))
+CO_DINO = CoDINOConfig(
+    **SIZE,
+    roi=replace(CoDINOConfig.roi, fc_dim=64),
+    denoising=DenoisingConfig(queries=13, label_noise=0.5, box_noise=1.0),
+)
 FAMILIES = {"brs_detr": BRS, "co_detr": FOCAL}
+SETTINGS = FAMILIES | {"co_dino": CO_DINO}
 CASES = {"normal": (1, 1), "empty1": (1, 0), "empty_both": (0, 0)}
 
 
@@ -54,12 +60,15 @@ class Block(nn.Module):
 
 
 class NarrowResNet(nn.Module):
-    """ResNet-18 with 16 channels at the start, stem and first stage frozen: the recorded models' backbone."""
+    """ResNet-18 with 16 channels at the start, stem and first stage frozen: the recorded models' backbone.
 
-    channels, strides = (32, 64, 128), (8, 16, 32)
+    Args:
+        levels: number of its last stages whose maps are returned.
+    """
 
-    def __init__(self):
+    def __init__(self, levels=3):
         super().__init__()
+        self.channels, self.strides = (16, 32, 64, 128)[-levels:], (4, 8, 16, 32)[-levels:]
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 7, 2, 3, bias=False), FrozenBatchNorm(16)
         widths = (16, 16, 32, 64, 128)
         for stage in range(1, 5):
@@ -75,13 +84,15 @@ class NarrowResNet(nn.Module):
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)
             maps.append(x)
-        return maps[1:]
+        return maps[-len(self.strides) :]
 
 
 def official_model(family, monkeypatch):
     """Our detector in the recorded model's size, random weights."""
-    monkeypatch.setattr(building, "build_backbone", lambda *args, **kwargs: NarrowResNet())
-    return building.build_model(FAMILIES[family], CLASSES)
+    settings = SETTINGS[family]
+    backbone = NarrowResNet(len(settings.backbone.levels))
+    monkeypatch.setattr(building, "build_backbone", lambda *args, **kwargs: backbone)
+    return building.build_model(settings, CLASSES)
 
 
 def load_official(folder, family, monkeypatch):
@@ -203,7 +214,9 @@ def named_terms(losses, layers=2):
         key = parts[0]
         if key.startswith("acc"):
             continue
-        if key.startswith("enc_loss_"):
+        if key.startswith("dn_loss_"):
+            ours = f"denoising.{layer}.{OUR_NAMES[key.removeprefix('dn_loss_')]}"
+        elif key.startswith("enc_loss_"):
             ours = "encoder." + OUR_NAMES[key.removeprefix("enc_loss_")]
         elif key.startswith("loss_rpn_"):
             ours = "rpn." + key.removeprefix("loss_rpn_")
