@@ -17,7 +17,16 @@ from brs_detr.losses.boxes import paired_giou_loss, paired_iou
 from brs_detr.models import brs_detr as detector
 from brs_detr.models import build as building
 from brs_detr.models.backbones.norms import FrozenBatchNorm
-from brs_detr.models.config import BRSDETRConfig, CoDETRConfig, CoDINOConfig, DenoisingConfig, RoIConfig, RPNConfig
+from brs_detr.models.config import (
+    BRSDETRConfig,
+    BRSDINOConfig,
+    CoDETRConfig,
+    CoDINOConfig,
+    DenoisingConfig,
+    RoIConfig,
+    RPNConfig,
+)
+from brs_detr.models.denoising import Noise, draw_noise
 from brs_detr.ops.boxes import BoxCoder
 
 CLASSES = 5
@@ -36,8 +45,14 @@ CO_DINO = CoDINOConfig(
     roi=replace(CoDINOConfig.roi, fc_dim=64),
     denoising=DenoisingConfig(queries=13, label_noise=0.5, box_noise=1.0),
 )
+BRS_DINO = BRSDINOConfig(
+    **SIZE,
+    rpn=BRS.rpn,
+    roi=BRS.roi,
+    denoising=replace(CO_DINO.denoising, loss="rank"),
+)
 FAMILIES = {"brs_detr": BRS, "co_detr": FOCAL}
-SETTINGS = FAMILIES | {"co_dino": CO_DINO}
+SETTINGS = FAMILIES | {"co_dino": CO_DINO, "brs_dino": BRS_DINO}
 CASES = {"normal": (1, 1), "empty1": (1, 0), "empty_both": (0, 0)}
 
 
@@ -104,6 +119,16 @@ def load_official(folder, family, monkeypatch):
     return model
 
 
+def load_brs_dino(folder, monkeypatch):
+    """BRS-DINO with Co-DINO's weights, but for the background column and the centerness that it does not have."""
+    model = official_model("brs_dino", monkeypatch)
+    ours, _ = to_ours(load_file(folder / "co_dino" / "state_dict.safetensors"))
+    for name in ("roi.score.weight", "roi.score.bias"):
+        ours[name] = ours[name][:CLASSES]
+    model.load_state_dict({name: value for name, value in ours.items() if not name.startswith("atss.centerness")})
+    return model
+
+
 def layers_of(found):
     """The prediction sets of the layers that are given as one."""
     return [
@@ -155,6 +180,22 @@ def as_released(model):
 
     model.rpn.box_losses = around_a_unit_box
     model.rpn.drop_empty = False
+
+
+def co_dino_as_released(model, arrays):
+    """Switch our deliberate differences back to what the released Co-DINO does, and feed its denoising draws."""
+    model.proposals.refuse_invalid = False
+    model.denoising.ignore_missing = model.denoising.ignore_given = False
+    model.denoising.draw = lambda count, num_classes, generator: recorded_noise(arrays, count)
+
+
+def recorded_noise(arrays, count):
+    """The recorded draws; only the replaced labels had one of their own."""
+    if not count:
+        return draw_noise(0, CLASSES)
+    flip, labels = arrays["dn.rand_label_p"], torch.zeros(count, dtype=torch.int64)
+    labels[flip < 0.5 * CO_DINO.denoising.label_noise] = arrays["dn.rand_new_label"].long()
+    return Noise(flip, labels, arrays["dn.rand_sign"].float() * 2 - 1, arrays["dn.rand_part"])
 
 
 def in_index_order(model, monkeypatch):
