@@ -72,8 +72,8 @@ def require_exportable(model: Detector) -> None:
     elif isinstance(model, TwoStageDetector) and isinstance(model.roi, RoIHead) and model.mask is None:
         return
     raise ExportError(
-        "model.name: this detector cannot be exported, only brs_detr, co_detr, retinanet, foveabox, atss and "
-        "faster_rcnn can: masks, score voting and cascades have no graph."
+        "model.name: this detector cannot be exported, only brs_detr, co_detr, brs_dino, co_dino, retinanet, foveabox, "
+        "atss and faster_rcnn can: masks, score voting and cascades have no graph."
     )
 
 
@@ -188,11 +188,11 @@ def decoder_detections(model: BRSDETR, memory: Memory, sizes: Tensor) -> tuple[T
         references = looked_at = model.proposals.with_regions(regions, objectness >= 0, references)
     layers = model.decode(memory, references)
     last = Predictions(layers.logits[-1], layers.boxes[-1])
-    boxes, scores, labels = best_pairs(last, model.detections_per_image)
+    boxes, scores, labels = best_pairs(last, model.num_candidates)
     boxes = boxes * sizes.flip(1).repeat(1, 2).to(boxes.dtype)[:, None]
     if isinstance(model.nms, HardNMS):
         scores = suppress_within(boxes, scores, labels, model.num_classes, model.nms.iou)
-        scores, boxes, labels = best_rows(scores, scores.shape[1], boxes, labels)
+        scores, boxes, labels = best_rows(scores, model.detections_per_image, boxes, labels)
     return boxes, scores, labels, looked_at
 
 

@@ -27,7 +27,6 @@ from brs_detr.models.detector import Detector
 from brs_detr.models.heads.dense import DenseHead, DenseOutput
 from brs_detr.models.transformer.decoder import Predictions, best_pairs
 from brs_detr.models.transformer.encoder import Memory
-from brs_detr.models.transformer.two_stage import Proposals
 from brs_detr.ops.anchors import take_rows
 from brs_detr.ops.boxes import Candidates
 from brs_detr.ops.images import CANVAS_COLOR, ImageBatch, Size
@@ -137,16 +136,16 @@ def compare_raw(model: Detector, found: dict[str, Tensor], images: ImageBatch) -
 
 def compare_decoder(model: BRSDETR, memory: Any, images: ImageBatch, found: dict[str, Tensor]) -> Differences:
     """Compare the decoder's detections; `memory` is torch's."""
-    proposals = model.proposals(memory)
+    tokens, valid = model.proposals.predict(memory)
     if model.query_boxes == "rpn":
         references, choice = found[PROPOSALS], 0.0
-        beginnings = unlike_references(model, memory, proposals, images, references)
+        beginnings = unlike_references(model, memory, tokens.boxes, images, references)
     else:
         chosen, beginnings = found[PROPOSALS], 0.0
-        of_tokens = proposals.predictions.logits[..., 0].masked_fill(~proposals.valid, -torch.inf).sigmoid()
+        scores = model.proposals.scores(tokens.logits).masked_fill(~valid, -torch.inf).sigmoid()
         # rank by rank: small only if the file's selection has the top scores, in order
-        choice = float((of_tokens.gather(1, chosen) - of_tokens.gather(1, proposals.chosen)).abs().max())
-        references = take_rows(proposals.predictions.boxes, chosen)
+        choice = float((scores.gather(1, chosen) - scores.gather(1, model.proposals(memory).chosen)).abs().max())
+        references = take_rows(tokens.boxes, chosen)
     layers = model.decode(memory, references)
     last = Predictions(layers.logits[-1], layers.boxes[-1])
     if not isinstance(model.nms, HardNMS):
@@ -158,17 +157,16 @@ def compare_decoder(model: BRSDETR, memory: Any, images: ImageBatch, found: dict
         extents = torch.tensor(images.sizes).flip(1).repeat(1, 2)[:, None]
         return Candidates(boxes * extents, scores, labels, labels, torch.ones_like(scores, dtype=torch.bool))
 
-    limit = model.detections_per_image
+    before, limit = model.num_candidates, model.detections_per_image
     grouped = {"groups": found["labels"], **found}
-    differences = compare_suppressed(grouped, best, images, before=limit, nms_iou=model.nms.iou, limit=limit)
+    differences = compare_suppressed(grouped, best, images, before=before, nms_iou=model.nms.iou, limit=limit)
     return differences.and_those(Differences(beginnings, choice))
 
 
-def unlike_references(
-    model: BRSDETR, memory: Memory, proposals: Proposals, images: ImageBatch, references: Tensor
-) -> float:
+def unlike_references(model: BRSDETR, memory: Memory, tokens: Tensor, images: ImageBatch, references: Tensor) -> float:
     """Return how far, in pixels, the farthest of a file's references (B, Q, 4) is from any that torch may choose.
 
+    Those are the regions of the RPN and the boxes `tokens` (B, N, 4) cxcywh in [0, 1] of the encoder's tokens.
     Rounding may put an overlap on the other side of the threshold, which changes the choice: so the choice itself is
     not compared.
     """
@@ -176,9 +174,9 @@ def unlike_references(
     extents = torch.tensor(images.sizes).flip(1).repeat(1, 2)[:, None].float()
     regions = model.rpn.candidates(model.rpn(model.pyramid(memory)), model.rpn.limits()[0] + SPARE).boxes
     regions = torch.stack([clip_boxes_to_image(own, size) for own, size in zip(regions, images.sizes, strict=True)])
-    tokens = box_convert(proposals.predictions.boxes * extents, "cxcywh", "xyxy")
+    of_tokens = box_convert(tokens * extents, "cxcywh", "xyxy")
     boxes = box_convert(references * extents, "cxcywh", "xyxy")
-    apart = torch.cdist(boxes, torch.cat([regions, tokens], dim=1), p=torch.inf).amin(dim=2)
+    apart = torch.cdist(boxes, torch.cat([regions, of_tokens], dim=1), p=torch.inf).amin(dim=2)
     return float(apart.max())
 
 

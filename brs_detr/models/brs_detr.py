@@ -135,6 +135,11 @@ class BRSDETR(Detector):
         self.proposals.classifier.load_state_dict(decoder.classifiers[0].state_dict())
         self.proposals.regressor.load_state_dict(decoder.regressors[0].state_dict())
 
+    @property
+    def num_candidates(self) -> int:
+        """Number of (query, class) pairs of an image that become detections, or enter their suppression."""
+        return self.detections_per_image if isinstance(self.nms, NoNMS) else self.candidates
+
     def encode(self, x: Tensor, padding: Tensor) -> Memory:
         """Encode normalized (B, 3, H, W) images with their (B, H, W) padding."""
         return self.encoder(self.neck(self.backbone(x)), padding)
@@ -209,8 +214,7 @@ class BRSDETR(Detector):
                 references = self.references(proposals, regions, images.sizes)
             layers = self.decode(memory, references)
             last = Predictions(layers.logits[-1], layers.boxes[-1])
-            limit = self.detections_per_image if isinstance(self.nms, NoNMS) else self.candidates
-            detections = detections_from(last, images.original_sizes, limit)
+            detections = detections_from(last, images.original_sizes, self.num_candidates)
             return without_overlaps(detections, images.original_sizes, self.nms, self.detections_per_image)
         maps = self.pyramid(memory)
         if head == "roi":

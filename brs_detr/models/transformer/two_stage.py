@@ -126,15 +126,23 @@ class TwoStageHead(nn.Module):
         self.classifier = classifier(dim, num_classes)
         self.regressor = box_regressor(dim)
 
-    def forward(self, memory: Memory) -> Proposals:
-        """Score every token and select the best `queries` of each image."""
+    def predict(self, memory: Memory) -> tuple[Predictions, Tensor]:
+        """Return logits (B, N, K) and boxes (B, N, 4) of all tokens, and which of them (B, N) may be selected."""
         anchors, valid = token_anchors(memory)
         # Infinite for invalid tokens: their boxes become constant and get no gradient.
         unsquashed = torch.log(anchors / (1 - anchors)).masked_fill(~valid[..., None], torch.inf)
         tokens = self.norm(self.projection(memory.tokens.masked_fill(~valid[..., None], 0.0)))
         logits = self.classifier(tokens).to(unsquashed.dtype)
-        boxes = (self.regressor(tokens).to(unsquashed.dtype) + unsquashed).sigmoid()
-        scores = logits.detach()[..., 0] if self.class_agnostic else logits.detach().amax(-1)
+        return Predictions(logits, (self.regressor(tokens).to(unsquashed.dtype) + unsquashed).sigmoid()), valid
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Return the logits (B, N) that tokens of logits (B, N, K) are ranked by, detached."""
+        return logits.detach()[..., 0] if self.class_agnostic else logits.detach().amax(-1)
+
+    def forward(self, memory: Memory) -> Proposals:
+        """Score every token and select the best `queries` of each image."""
+        (logits, boxes), valid = self.predict(memory)
+        scores = self.scores(logits)
         if self.refuse_invalid:
             scores = scores.masked_fill(~valid, -torch.inf)
         if self.nms_iou is not None:
