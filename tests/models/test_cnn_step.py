@@ -13,7 +13,7 @@ OPTIONS = argparse.Namespace(full=False, device="cpu", repeats=1)
 
 
 def test_it_times_every_cnn_detector_by_every_form():
-    assert {*bench.SCORE_BASED, "brs_detr", "co_detr"} == {*DETECTORS}
+    assert {*bench.SCORE_BASED, "brs_detr", "co_detr", "brs_dino", "co_dino"} == {*DETECTORS}
     for detector in bench.SCORE_BASED:
         models = {form: bench.settings(detector, form, OPTIONS).model for form in bench.FORMS}
         heads = {form: getattr(model, "head", None) or model.roi for form, model in models.items()}
