@@ -322,9 +322,9 @@ def test_every_ranking_loss_ranks_the_rows_with_fixed_box_weights(loss):
 
 
 def test_settings_that_do_not_fit():
-    with pytest.raises(ValueError, match="denoising.loss=rank takes the ranking loss"):
+    with pytest.raises(ValueError, match=r"denoising\.loss=rank takes the ranking loss"):
         apply_overrides(Config(), ["model.name=co_dino", "model.denoising.loss=rank"])
-    with pytest.raises(ValueError, match="is not a setting of model.name=brs_detr"):
+    with pytest.raises(ValueError, match=r"is not a setting of model\.name=brs_detr"):
         apply_overrides(Config(), ["model.name=brs_detr", "model.denoising.loss=rank"])
 
 
