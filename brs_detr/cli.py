@@ -106,7 +106,7 @@ COMMANDS = {
     ),
     "convert": Command(
         "brs_detr.commands.convert_checkpoint",
-        "turn an official Co-DETR or BRS-DETR checkpoint into a weights file",
+        "turn an official Co-DETR, Co-DINO or BRS-DETR checkpoint into a weights file",
         arguments.convert,
     ),
 }

@@ -1,1 +1,1 @@
-"""Conversion of official Co-DETR and BRS-DETR checkpoints to the weights files of this project, and back."""
+"""Conversion of official Co-DETR, Co-DINO and BRS-DETR checkpoints to the weights files of this project, and back."""

@@ -27,16 +27,21 @@ from brs_detr.user_files import UserFileError, read_file
 HEADS = 8
 RPN_ANCHORS = 9
 LARGE_QUERIES = 900
+DINO_DETECTIONS = 300
+
+DINO_PARTS = ("query_head.transformer.query_embed.", "query_head.transformer.decoder.ref_point_head.")
+"""Beginnings of names that only Co-DINO has."""
+
+LABEL_TABLES = ("query_head.label_embedding.weight", "query_head.dn_generator.label_embedding.weight")
+"""The table of the denoising queries' classes; in files that MMDetection 3 has trained it is the second."""
 
 OTHER_VARIANTS: tuple[tuple[str, str], ...] = (
     (r"decoder\.classifiers\.", "a detector of this project already, whose .safetensors eval.py and train.py read"),
-    (r"query_head\.(label_embedding|dn_generator)\.", "Co-DINO (it has denoising queries)"),
-    (r"query_head\.transformer\.(query_embed|decoder\.ref_point_head)\.", "Co-DINO"),
     (r"query_head\.transformer\.reference_points\.", "a one-stage Co-Deformable-DETR, without encoder proposals"),
+    (r"mask_iou_head\.", "Co-DINO on a ViT with instance masks"),
     (r"roi_head\.\d+\.mask_head\.", "Co-DETR with a mask head"),
     (r"(roi_head|bbox_head)\.1\.", "Co-DETR with more than two auxiliary heads"),
     (r"backbone\.(blocks\.|pos_embed)", "a detector on a plain ViT"),
-    (r"backbone\.stages\.", "a detector on MMDetection's own Swin, whose parameters are ordered otherwise"),
 )
 """Patterns of tensor names that identify another architecture, and its description; the first match counts."""
 
@@ -62,19 +67,30 @@ SWINS = {
 """Swins by width, blocks in the third stage, and window: timm's name, and the drop path of the 12-epoch recipe."""
 
 
+FAMILIES = {
+    (False, False): "BRS-DETR",
+    (False, True): "Co-Deformable-DETR",
+    (True, False): "BRS-DINO",
+    (True, True): "Co-DINO",
+}
+"""Names by whether it is DINO's decoder, and whether the RoI head has a softmax."""
+
+
 @dataclass(frozen=True)
 class Architecture:
-    """Architecture of a Co-Deformable-DETR.
+    """Architecture of a Co-Deformable-DETR or a Co-DINO.
 
     Attributes:
         backbone: timm's name.
-        drop_path: drop path rate of the training config.
+        drop_path: drop path rate of the 12-epoch training config.
         dim, levels, points, encoder_layers, decoder_layers, ffn_dim, queries: of the transformer.
         num_classes: K.
         softmax: True if the RoI head has a background column (Co-DETR), False for sigmoids (BRS-DETR).
         centerness: True if the ATSS head has a centerness branch.
         fc_dim: width of the RoI head.
         stacked_convs: depth of the ATSS towers.
+        dino: True for Co-DINO.
+        denoising: True if it is Co-DINO trained with denoising queries.
     """
 
     backbone: str
@@ -91,12 +107,20 @@ class Architecture:
     centerness: bool
     fc_dim: int
     stacked_convs: int
+    dino: bool
+    denoising: bool
+
+    @property
+    def family(self) -> str:
+        """Return the name of the detector."""
+        return FAMILIES[self.dino, self.softmax]
 
     def __str__(self) -> str:
-        family = "Co-Deformable-DETR" if self.softmax else "BRS-DETR"
+        without = " without denoising" if self.dino and not self.denoising else ""
         return (
-            f"{family}, backbone {self.backbone.partition('.')[0]}, {self.encoder_layers} + {self.decoder_layers} "
-            f"layers of {self.dim}, {self.queries} queries, {self.num_classes} classes, "
+            f"{self.family}{without}, backbone {self.backbone.partition('.')[0]}, "
+            f"{self.encoder_layers} + {self.decoder_layers} layers of {self.dim}, "
+            f"{self.queries} queries, {self.num_classes} classes, "
             f"RoI head with {'softmax' if self.softmax else 'sigmoids'}, ATSS head "
             f"{'with' if self.centerness else 'without'} centerness"
         )
@@ -110,7 +134,7 @@ def recognize(tensors: Mapping[str, Tensor], source: str) -> Architecture:
         source: path of the file, for messages.
 
     Raises:
-        CheckpointError: the architecture is another one, or tensors of a Co-Deformable-DETR are missing.
+        CheckpointError: the architecture is another one, or tensors are missing.
     """
     refuse_others(tensors, source)
 
@@ -122,6 +146,7 @@ def recognize(tensors: Mapping[str, Tensor], source: str) -> Architecture:
         return tensors[name].shape[axis]
 
     transformer, roi = "query_head.transformer.", "roi_head.0.bbox_head."
+    dino = any(name.startswith(DINO_PARTS) for name in tensors)
     backbone, drop_path = backbone_of(tensors, source)
     levels, layers = size(transformer + "level_embeds"), decoder_layers(tensors)
     classes, columns = size("query_head.cls_branches.0.weight"), size(roi + "fc_cls.weight")
@@ -144,17 +169,19 @@ def recognize(tensors: Mapping[str, Tensor], source: str) -> Architecture:
         encoder_layers=_count(r"query_head\.transformer\.encoder\.layers\.(\d+)\.", tensors),
         decoder_layers=layers,
         ffn_dim=size(transformer + "encoder.layers.0.ffns.0.layers.0.0.bias"),
-        queries=size("query_head.query_embedding.weight"),
+        queries=size(transformer + "query_embed.weight" if dino else "query_head.query_embedding.weight"),
         num_classes=classes,
         softmax=softmax,
         centerness=centerness,
         fc_dim=size(roi + "shared_fcs.0.bias"),
         stacked_convs=_count(r"bbox_head\.0\.cls_convs\.(\d+)\.", tensors),
+        dino=dino,
+        denoising=dino and any(name in tensors for name in LABEL_TABLES),
     )
 
 
 def refuse_others(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Refuse other architectures than Co-Deformable-DETR.
+    """Refuse other architectures than Co-Deformable-DETR and Co-DINO.
 
     Raises:
         CheckpointError: the message names the architecture.
@@ -162,11 +189,15 @@ def refuse_others(tensors: Mapping[str, Tensor], source: str) -> None:
     ours = any(name.startswith("query_head.transformer.") for name in tensors)
     for pattern, meaning in OTHER_VARIANTS if ours else OTHER_VARIANTS + OTHER_DETECTORS:
         if any(re.match(pattern, name) for name in tensors):
-            raise CheckpointError(f"{source}: this is {meaning}; only Co-Deformable-DETR and BRS-DETR can be converted")
+            raise CheckpointError(
+                f"{source}: this is {meaning}; only Co-Deformable-DETR, Co-DINO and BRS-DETR, on a ResNet or Swin and "
+                "without masks, can be converted"
+            )
     if not ours:
         some = ", ".join(list(tensors)[:3])
         raise CheckpointError(
-            f"{source}: not a Co-Deformable-DETR or BRS-DETR (its {len(tensors)} tensors are named {some}, ...)"
+            f"{source}: not a Co-Deformable-DETR, Co-DINO or BRS-DETR (its {len(tensors)} tensors are named {some}, "
+            "...)"
         )
 
 
@@ -196,8 +227,11 @@ def backbone_of(tensors: Mapping[str, Tensor], source: str) -> tuple[str, float]
 
 
 def settings_of(architecture: Architecture) -> dict[str, Any]:
-    """Build the config of an architecture, for `config.from_dict`, as differences from the R50 BRS-DETR defaults."""
-    swin = architecture.backbone.startswith("swin")
+    """Build the config of an architecture, for `config.from_dict`, as differences from the R50 BRS-DETR defaults.
+
+    A Co-DINO is taken for one trained with DETR's augmentation, as the tensors do not show it.
+    """
+    swin, dino = architecture.backbone.startswith("swin"), architecture.dino
     names = ("dim", "levels", "points", "encoder_layers", "decoder_layers", "ffn_dim", "queries")
     model: dict[str, Any] = {name: getattr(architecture, name) for name in names}
     model |= {
@@ -212,17 +246,23 @@ def settings_of(architecture: Architecture) -> dict[str, Any]:
         "atss": {"centerness": architecture.centerness, "stacked_convs": architecture.stacked_convs},
     }
     train: dict[str, Any] = {}
-    if architecture.softmax:
-        model["name"] = "co_detr"  # whose own defaults are the released ones
+    optim: dict[str, Any] = {"weight_decay": 0.05 if swin and not dino else 1e-4}
+    evaluation: dict[str, Any] = {"predict_with": "decoder"}  # as the released models, whose other heads are auxiliary
+    if dino or architecture.softmax:
         train = {"lr_steps": [11], "lr_gamma": 0.1}
+    if dino:
+        model["name"] = "co_dino" if architecture.softmax else "brs_dino"  # whose own defaults are the released ones
+        model["detections_per_image"] = evaluation["max_detections"] = DINO_DETECTIONS
+        if not architecture.denoising:
+            model["denoising"] = {"loss": "none"}
+        optim["sampling_offsets_lr_factor"] = 1.0
+        evaluation["nms"] = {"kind": "soft", "iou": 0.8}
+        if not architecture.softmax:
+            evaluation["nms"]["min_score"] = 0.0  # ranking losses give scores no scale, so none is too low to keep
+    elif architecture.softmax:
+        model["name"] = "co_detr"  # likewise
     # antialias: the released weights were trained on images downscaled without a low-pass filter
-    return {
-        "data": {"antialias": False},
-        "model": model,
-        "optim": {"weight_decay": 0.05 if swin else 1e-4},
-        "train": train,
-        "eval": {"predict_with": "decoder"},  # as the released models, whose other heads are auxiliary
-    }
+    return {"data": {"antialias": False}, "model": model, "optim": optim, "train": train, "eval": evaluation}
 
 
 def _count(pattern: str, names: Iterable[str]) -> int:
@@ -287,7 +327,7 @@ def name_classes(count: int, meta: Mapping[str, Any], json_path: Path | None, so
         return Classes(list(stored), ids, remark)
     raise CheckpointError(
         f"{source}: has {count} classes without names. Give the json in COCO's format that it was trained on with "
-        "--num-classes-from FILE."
+        "`brs-detr convert --num-classes-from FILE`."
     )
 
 

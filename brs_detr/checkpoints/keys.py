@@ -87,6 +87,7 @@ HEAD_OFFSETS = "query_head.transformer.head_pos_embed.weight"
 DROPPED: tuple[tuple[str, str], ...] = (
     (r"\.num_batches_tracked$", "a count of batches that frozen normalization does not use"),
     (r"^backbone\.layers\..*\.relative_position_index$", "follows from the window size"),
+    (r"\.loss_cls\.fed_loss_weight$", "how frequent LVIS's classes are, for a loss in training"),
     (r"^ema_", "a moving average of the weights; the weights themselves are converted"),
 )
 """Patterns of official tensors without a counterpart here, and why they are dropped."""
@@ -99,6 +100,15 @@ def _pattern(rule: str) -> re.Pattern[str]:
         escaped = escaped.replace(re.escape(name), r"(\d+)")
     return re.compile(escaped.replace(re.escape("{aux}"), f"({'|'.join(AUX)})"))
 
+
+MMDETECTION_SWIN: tuple[tuple[str, str], ...] = (
+    ("backbone.patch_embed.projection.", "backbone.patch_embed.proj."),
+    ("backbone.stages.", "backbone.layers."),
+    (".attn.w_msa.", ".attn."),
+    (".ffn.layers.0.0.", ".mlp.fc1."),
+    (".ffn.layers.1.", ".mlp.fc2."),
+)
+"""Parts of names in MMDetection's own Swin, and what the original Swin calls them."""
 
 _FROM_OFFICIAL = tuple((_pattern(official), ours) for official, ours in DINO_RULES + RULES)
 _FROM_OURS = tuple((_pattern(ours), ours, official) for official, ours in RULES)
@@ -151,6 +161,25 @@ def decoder_layers(keys: Iterable[str]) -> int:
 
 def _numbers(pattern: str, keys: Iterable[str]) -> list[int]:
     return [int(match.group(1)) for key in keys if (match := re.match(pattern, key))]
+
+
+def original_swin(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict with the names and orders of the original Swin, if it is of MMDetection's own.
+
+    There the four cells that a patch merging joins lie beside each other for each channel, row by row
+    (`torch.nn.Unfold`). In the original the channels of one cell lie beside each other, column by column.
+    """
+    if not any(name.startswith("backbone.stages.") for name in tensors):
+        return dict(tensors)
+    renamed: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if name.startswith("backbone."):
+            for theirs, original in MMDETECTION_SWIN:
+                name = name.replace(theirs, original)
+            if re.search(r"\.downsample\.(norm\.(weight|bias)|reduction\.weight)$", name) and value.shape[-1] % 4 == 0:
+                value = value.unflatten(-1, (-1, 2, 2)).movedim(-3, -1).transpose(-3, -2).flatten(-3)
+        renamed[name] = value
+    return renamed
 
 
 def why_dropped(official: str) -> str | None:

@@ -203,6 +203,18 @@ def convert(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="COCO json that the checkpoint was trained on, for checkpoints of other classes than COCO's 80",
     )
+    parser.add_argument(
+        "--augmentation",
+        choices=("detr", "lsj"),
+        help="Co-DINO: of its training, which the tensors do not show: DETR's or large-scale jitter (default: by the "
+        "name of a released file)",
+    )
+    parser.add_argument(
+        "--canvas",
+        type=positive,
+        metavar="PIXELS",
+        help="Co-DINO, lsj: side of the square on which images lie (default: that of the released model)",
+    )
     parser.add_argument("--to-official", action="store_true", help="write official names instead")
 
 

@@ -30,7 +30,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
 
 
 def read(file: Path) -> Weights:
-    """Read a weights file, or an official Co-DETR or BRS-DETR checkpoint (`.pth`), of which nothing is executed.
+    """Read a weights file, or an official checkpoint (`.pth`), of which nothing is executed.
 
     Raises:
         CheckpointError: it cannot be used.
