@@ -298,7 +298,9 @@ class Classes:
     remark: str
 
 
-def name_classes(count: int, meta: Mapping[str, Any], json_path: Path | None, source: str) -> Classes:
+def name_classes(
+    count: int, meta: Mapping[str, Any], json_path: Path | None, source: str, *, required: bool = True
+) -> Classes:
     """Return names and ids of `count` classes: from a json, else from the checkpoint's metadata, else COCO's for 80.
 
     Args:
@@ -306,6 +308,7 @@ def name_classes(count: int, meta: Mapping[str, Any], json_path: Path | None, so
         meta: metadata of MMCV.
         json_path: annotations in COCO's format with the `categories` that the checkpoint was trained on.
         source: path of the checkpoint, for messages.
+        required: refuse classes without names; False: give them names that no others have.
 
     Raises:
         CheckpointError: the names are unknown, or the json has another number of classes.
@@ -325,6 +328,8 @@ def name_classes(count: int, meta: Mapping[str, Any], json_path: Path | None, so
         ids = list(range(1, count + 1))
         remark = "names from the checkpoint, category ids 1, 2, ... assumed (--num-classes-from FILE states them)"
         return Classes(list(stored), ids, remark)
+    if not required:
+        return Classes([f"{source}: {label}" for label in range(count)], list(range(1, count + 1)), "without names")
     raise CheckpointError(
         f"{source}: has {count} classes without names. Give the json in COCO's format that it was trained on with "
         "`brs-detr convert --num-classes-from FILE`."

@@ -55,6 +55,7 @@ class Training:
         canvas: side in pixels of the square on which the images lie; None: there is none.
         length: of the training, as in the names of released files.
         data: that it was trained on, likewise.
+        drop_path: rate of the backbone; None: as in 12 epochs.
     """
 
     augmentation: Augmentation
@@ -62,6 +63,7 @@ class Training:
     canvas: int | None = None
     length: str = "1x"
     data: str = "coco"
+    drop_path: float | None = None
 
     def __str__(self) -> str:
         if self.canvas is None:
@@ -156,7 +158,8 @@ def from_name(architecture: Architecture, source: str) -> Training | None:
         return None  # published weights are those of LSJ, but an early recipe of this name was not
     canvas = FINE_TUNED_CANVAS if match["data"] == "o365tolvis" else 1280 if swin else 1024
     kind: Augmentation = "lsj" if lsj else "detr"
-    return Training(kind, "by its name", canvas if lsj else None, match["length"], match["data"])
+    drop_path = SWIN_DROP_PATHS.get((kind, match["length"])) if swin and match["data"] == "coco" else None
+    return Training(kind, "by its name", canvas if lsj else None, match["length"], match["data"], drop_path)
 
 
 def as_said(architecture: Architecture, source: str, augmentation: Augmentation | None, canvas: int | None) -> Training:
@@ -193,8 +196,8 @@ def trained_settings(training: Training) -> dict[str, Any]:
     if training.length in SCHEDULES:
         epochs, step = SCHEDULES[training.length]
         settings["train"] = {"epochs": epochs, "lr_steps": [step]}
-    if training.data == "coco" and (training.augmentation, training.length) in SWIN_DROP_PATHS:
-        model["backbone"] = {"drop_path": SWIN_DROP_PATHS[training.augmentation, training.length]}
+    if training.drop_path is not None:
+        model["backbone"] = {"drop_path": training.drop_path}
     if training.data.startswith("o365to"):
         model["denoising"] = {"queries": 500, "box_noise": 0.4, "max_rows": 1000}
         settings["optim"] = {"lr": 1e-4}
@@ -224,6 +227,8 @@ def from_official(
     json_path: Path | None = None,
     augmentation: Augmentation | None = None,
     canvas: int | None = None,
+    *,
+    names_required: bool = True,
 ) -> tuple[Weights, Report]:
     """Convert an official checkpoint to weights of this project.
 
@@ -233,6 +238,7 @@ def from_official(
         json_path: annotations that name the classes if the file does not.
         augmentation: of a Co-DINO's training, if its name does not say it.
         canvas: side in pixels of its canvas, if it was trained with LSJ; None: that of the released models.
+        names_required: refuse classes without names.
 
     Raises:
         CheckpointError: the architecture is another one, tensors are missing or unexpected, classes have no names, or
@@ -240,23 +246,22 @@ def from_official(
     """
     official = original_swin(file.tensors)
     architecture = recognize(official, source)
-    training = training_of(architecture, source, augmentation, canvas)
-    classes = name_classes(architecture.num_classes, file.meta, json_path, source)
+    classes = name_classes(architecture.num_classes, file.meta, json_path, source, required=names_required)
     settings = settings_of(architecture)
-    if training is not None:
-        merge(settings, trained_settings(training))
-    config = configuration.from_dict(settings, source)
     dropped: dict[str, list[str]] = {}
     for name in official:
         if why := why_dropped(name):
             dropped.setdefault(why, []).append(name)
     tensors, unknown = to_ours({name: value for name, value in official.items() if not why_dropped(name)})
-    expected = expected_shapes(config.model, architecture.num_classes)
+    expected = expected_shapes(configuration.from_dict(settings, source).model, architecture.num_classes)
     require_same(tensors, unknown, expected, source)
+    if training := training_of(architecture, source, augmentation, canvas):
+        merge(settings, trained_settings(training))
+    config = configuration.to_dict(configuration.from_dict(settings, source))
     tensors = {name: tensors[name] for name in expected}  # in the order of the model, as trained weights are saved
     epoch = file.meta.get("epoch")
     extra = {"converted_from": Path(source).name} | ({"epoch": epoch} if isinstance(epoch, int) else {})
-    weights = Weights(tensors, classes.names, classes.ids, configuration.to_dict(config), extra)
+    weights = Weights(tensors, classes.names, classes.ids, config, extra)
     numbers = sum(value.numel() for value in tensors.values())
     alone = sorted(set(expected) - set(tensors))
     return weights, Report(architecture, len(tensors), numbers, dropped, alone, classes.remark, training)

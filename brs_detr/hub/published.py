@@ -1,9 +1,11 @@
-"""The published Co-DETR checkpoints by name. Nothing here needs torch: a misspelled name is answered at once.
+"""The published Co-DETR and Co-DINO checkpoints by name.
+
+Nothing here needs torch: a misspelled name is answered at once.
 
 The Co-Deformable-DETR files lie in one Google Drive folder of the authors, without published checksums or sizes. Such a
 file is checked by its own checksums (a PyTorch file is a zip) and, when it is converted, tensor by tensor. The Co-DINO
-files are those of MMDetection, whose names end in the first digits of their SHA-256; they are listed so that their
-names get a true answer, since this project has no Co-DINO.
+files are those of MMDetection, whose names end in the first digits of their SHA-256; all but one it has converted from
+those of the authors. Their names say the augmentation of the training, as the authors' do.
 """
 
 from __future__ import annotations
@@ -22,39 +24,32 @@ class Published:
 
     Attributes:
         name: by which it is asked for; that of its file without ending.
-        ap: published AP on COCO val2017, in percent.
+        ap: published AP on COCO val2017, in percent; None: of another dataset.
         epochs: of its training.
         backbone: in the words of its publication.
         url: of the file; "": it lies in `folder`.
         folder: id of a Google Drive folder that holds NAME.pth; "": there is an address.
         sha256: its checksum or the first digits of it; "": not published.
         license: of the project that publishes it.
-        architecture: "co_deformable_detr", or one that this project cannot build.
     """
 
     name: str
-    ap: float
+    ap: float | None
     epochs: int
     backbone: str
     url: str = ""
     folder: str = ""
     sha256: str = ""
     license: str = "MIT"
-    architecture: str = "co_deformable_detr"
-
-    @property
-    def supported(self) -> bool:
-        """Whether this project can build it."""
-        return self.architecture == "co_deformable_detr"
 
 
 def _deformable(size: str, epochs: int, ap: float, backbone: str) -> Published:
     return Published(f"co_deformable_detr_{size}_coco", ap, epochs, backbone, folder=DRIVE_FOLDER)
 
 
-def _dino(name: str, digits: str, epochs: int, ap: float, backbone: str, path: str = "") -> Published:
+def _dino(name: str, digits: str, epochs: int, ap: float | None, backbone: str, path: str = "") -> Published:
     url = f"{OPENMMLAB}{path}{name}-{digits[:8]}.pth"
-    return Published(name, ap, epochs, backbone, url, "", digits, "Apache-2.0", "co_dino")
+    return Published(name, ap, epochs, backbone, url, "", digits, "Apache-2.0")
 
 
 _R50_LSJ = "co_dino_5scale_r50_lsj_8xb2_1x_coco"
@@ -72,8 +67,13 @@ TABLE = {
         _deformable("swin_large_900q_3x", 36, 58.5, "Swin-L"),
         _dino("co_dino_5scale_r50_1x_coco", "7481f903", 12, 52.1, "ResNet-50"),
         _dino(_R50_LSJ, "69a72d67", 12, 52.0, "ResNet-50", f"{_R50_LSJ}/"),
+        _dino("co_dino_5scale_lsj_r50_3x_coco", "fe5a6829", 36, 54.8, "ResNet-50"),
         _dino("co_dino_5scale_swin_large_1x_coco", "27c13da4", 12, 58.9, "Swin-L"),
+        # the page names this file for the 36 epochs of LSJ (60.7 AP), too, which are thus not published there
         _dino("co_dino_5scale_lsj_swin_large_1x_coco", "3af73af2", 12, 59.3, "Swin-L"),
+        _dino("co_dino_5scale_swin_large_3x_coco", "d7a6d8af", 36, 60.0, "Swin-L"),
+        # of Objects365's 365 classes: where fine-tuning begins
+        _dino("co_dino_5scale_swin_large_22e_o365", "0a33e247", 22, None, "Swin-L"),
         _dino(
             "co_dino_5scale_swin_large_16e_o365tococo",
             "614254c94b57acbff6a4448f7aa5d6315f8483b115438796e2606ce7a62712fe",
@@ -91,19 +91,6 @@ def find(name: str) -> Published | None:
     return TABLE.get(name.removesuffix(".pth"))
 
 
-def supported_names() -> list[str]:
-    """List the names of the checkpoints that this project can build."""
-    return [name for name, entry in TABLE.items() if entry.supported]
-
-
 def nearest(name: str) -> list[str]:
     """List the names that may have been meant, the nearest first."""
-    return difflib.get_close_matches(name.removesuffix(".pth").lower(), supported_names(), n=3, cutoff=0.6)
-
-
-def unsupported(entry: Published) -> str:
-    """Say that a checkpoint cannot be used, and which ones can."""
-    kind = entry.architecture.replace("co_dino", "Co-DINO")
-    return (
-        f"{entry.name}: this is a {kind}, which this project does not have. Use one of {', '.join(supported_names())}."
-    )
+    return difflib.get_close_matches(name.removesuffix(".pth").lower(), TABLE, n=3, cutoff=0.6)

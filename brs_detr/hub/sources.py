@@ -9,7 +9,7 @@ from pathlib import Path
 
 from brs_detr.exit_codes import Failure
 from brs_detr.hub.download import DownloadError, cache_folder, download, read_page
-from brs_detr.hub.published import PAGE, Published, find, nearest, unsupported
+from brs_detr.hub.published import PAGE, Published, find, nearest
 from brs_detr.user_files import is_missing, printable
 
 HUB = re.compile(r"hf:/{1,2}(?P<repository>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?$")
@@ -44,10 +44,7 @@ def require_source(source: str | os.PathLike[str], setting: str = "") -> None:
             written = text.replace("hf:", "hf://").replace(":///", "://")
             raise SourceError(f"{setting}{written}: not the name of a repository. Write hf://user/repository.")
         return
-    entry = find(text)
-    if entry is not None and not entry.supported:
-        raise SourceError(f"{setting}{unsupported(entry)}")
-    if entry is None:
+    if find(text) is None:
         near = nearest(text) if "/" not in text else []
         hint = f". Did you mean {' or '.join(near)}?" if near else ""
         raise SourceError(

@@ -90,7 +90,7 @@ def choose_anchors(
         return _taken_over(config, model, source)
     if config.train.init_from is not None:
         file = locate(config.train.init_from)
-        model = from_dict(read(file).config, str(file)).model
+        model = from_dict(read(file, names_required=False).config, str(file)).model
         if model.name == config.model.name:
             return _taken_over(config, model, str(file))
     chosen: list[Any] = [None]

@@ -89,7 +89,7 @@ def load_initial_weights(model: Detector, config: Config, classes: Sequence[str]
     """
     if config.train.init_from is None:
         return None
-    weights = read(locate(config.train.init_from))
+    weights = read(locate(config.train.init_from), names_required=False)
     rows: dict[str, int] = {}
     if weights.classes != list(classes):
         rows = rows_per_class(model, build_detector(config, len(classes) + 1, initial_weights=False))

@@ -29,8 +29,13 @@ def locate(source: str | os.PathLike[str]) -> Path:
     return find_weights(local_path(source))
 
 
-def read(file: Path) -> Weights:
+def read(file: Path, *, names_required: bool = True) -> Weights:
     """Read a weights file, or an official checkpoint (`.pth`), of which nothing is executed.
+
+    Args:
+        file: see `locate`.
+        names_required: refuse an official checkpoint whose classes have no names, as of Objects365; False: a training
+            only begins from it, and no class of its own is one of them.
 
     Raises:
         CheckpointError: it cannot be used.
@@ -44,7 +49,7 @@ def read(file: Path) -> Weights:
     if start.lower().startswith((b"<!doctype html", b"<html")):
         raise CheckpointError(f"{file}: this is a web page, not a weights file. Download the file itself.")
     if file.suffix.lower() in PICKLES or start[:2] == b"PK":
-        return from_official(read_official(file), str(file))[0]
+        return from_official(read_official(file), str(file), names_required=names_required)[0]
     return load_weights(file)
 
 

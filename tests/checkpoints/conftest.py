@@ -1,10 +1,12 @@
 """Where the recipes and the lists of official names lie."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from brs_detr.config import load_config
+from brs_detr.models.config import BackboneConfig, BRSDINOConfig, CoDINOConfig, DenoisingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,5 +35,25 @@ def small_model():
         narrow = ["dim=64", "ffn_dim=32", "queries=12", "encoder_layers=1", "decoder_layers=2", "roi.fc_dim=64"]
         overrides = [f"model.{setting}" for setting in narrow] + ["model.backbone.pretrained=false"]
         return load_config(ROOT / "configs" / f"{recipe}_12e_coco.yaml", overrides).model
+
+    return settings
+
+
+@pytest.fixture
+def small_dino():
+    """The same with DINO's decoder."""
+
+    def settings(softmax=True, denoising="quality_focal"):
+        kind = CoDINOConfig if softmax else BRSDINOConfig
+        return kind(
+            backbone=BackboneConfig(pretrained=False, levels=(4, 8, 16, 32)),
+            dim=64,
+            ffn_dim=32,
+            queries=12,
+            encoder_layers=1,
+            decoder_layers=2,
+            roi=replace(kind.roi, fc_dim=64),
+            denoising=DenoisingConfig(loss=denoising),
+        )
 
     return settings

@@ -11,9 +11,15 @@ import torch
 from brs_detr import cli
 from brs_detr.checkpoints.architecture import COCO_IDS, COCO_NAMES, name_classes
 from brs_detr.checkpoints.keys import to_official
-from brs_detr.checkpoints.official import expected_shapes
+from brs_detr.checkpoints.official import expected_shapes, from_official
+from brs_detr.data.config import AugmentConfig, LSJConfig
 from brs_detr.engine.checkpoint import CheckpointError, load_weights
+from brs_detr.models.backbones.weights_io import read_official
+from brs_detr.models.config import SoftNMS
 from brs_detr.run.setup import restore
+from brs_detr.run.weights import read
+
+RELEASED = "co_dino_5scale_lsj_r50_3x_coco.pth"
 
 
 def official_state(config, classes):
@@ -38,6 +44,19 @@ def save(tmp_path, small_model):
     return write
 
 
+@pytest.fixture
+def save_dino(save, tmp_path, small_dino):
+    """The same of a Co-DINO."""
+
+    def write(name, classes=80, change=lambda state: None, meta=None, **settings):
+        state = official_state(small_dino(**settings), classes)
+        change(state)
+        torch.save({"meta": meta or {}, "state_dict": state}, tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
 def convert(source, *options):
     """Run the command; returns the exit code and where it writes."""
     target = source.with_name("out.safetensors")
@@ -56,6 +75,100 @@ def test_there_and_back_every_number_is_the_same(save, capsys, softmax, prefix):
     first = {name.removeprefix(prefix): value for name, value in first.items()}
     assert set(first) == set(second)
     assert all(torch.equal(second[name], value) for name, value in first.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "family"),
+    [
+        ({}, "Co-DINO"),
+        ({"denoising": "none"}, "Co-DINO without denoising"),
+        ({"softmax": False}, "BRS-DINO"),
+        ({"softmax": False, "denoising": "rank"}, "BRS-DINO"),
+    ],
+)
+def test_there_and_back_every_number_of_a_co_dino_is_the_same(save_dino, capsys, settings, family):
+    source = save_dino(RELEASED, **settings)
+    assert convert(source)[0] == 0
+    assert f": {family}, backbone" in capsys.readouterr().out
+    back = source.with_name("back.pth")
+    assert cli.main(["convert", str(source.with_name("out.safetensors")), str(back), "--to-official"]) == 0
+    first, second = (torch.load(path, weights_only=True)["state_dict"] for path in (source, back))
+    assert set(first) == set(second) and all(torch.equal(second[name], value) for name, value in first.items())
+    assert ("query_head.label_embedding.weight" in first) == (settings.get("denoising") != "none")
+
+
+def test_a_converted_co_dino_is_a_detector(save_dino, capsys):
+    code, target = convert(save_dino(RELEASED))
+    said = capsys.readouterr().out
+    assert code == 0 and "augmentation: large-scale jitter on a canvas of 1024x1024, by its name" in said
+    model, _, config, _ = restore(target)
+    assert (model.test_canvas, model.nms) == (1024, SoftNMS(iou=0.8))
+    assert config.data.augment == LSJConfig(size=1024) and config.train.epochs == 36
+    with torch.no_grad():
+        found = model([torch.randint(0, 255, (3, 64, 96), dtype=torch.uint8)])[0]
+    assert found["boxes"].shape[1] == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "canvas", "said"),
+    [
+        (["--augmentation", "detr"], None, "augmentation: DETR's, as given"),
+        (["--augmentation", "lsj"], 1024, "canvas of 1024x1024, as given"),
+        (["--augmentation", "lsj", "--canvas", "640"], 640, "canvas of 640x640, as given"),
+    ],
+)
+def test_the_augmentation_is_stored_with_the_weights(save_dino, capsys, options, canvas, said):
+    code, target = convert(save_dino("epoch_12.pth"), *options)
+    assert code == 0 and said in capsys.readouterr().out
+    data = restore(target)[2].data
+    assert data.test_canvas == canvas and (data.test_short_side, data.test_long_side) == (800, 1333)
+    assert data.augment == (AugmentConfig() if canvas is None else LSJConfig(size=canvas))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("epoch_12.pth", [], "neither its tensors nor its name show. Convert it with `brs-detr convert --augmentation"),
+        ("co_dino_5scale_swin_large_1x_coco.pth", [], "neither its tensors nor its name show"),
+        ("co_dino_5scale_r50_1x_coco.pth", ["--augmentation", "lsj"], "by its name it was trained with detr, not lsj"),
+        (RELEASED, ["--augmentation", "detr"], "by its name it was trained with lsj, not detr"),
+        ("co_dino_5scale_r50_1x_coco.pth", ["--canvas", "1024"], "trained with detr, without a canvas"),
+        ("a.pth", ["--augmentation", "detr", "--canvas", "9"], "--canvas 9 is the side of the squares of lsj"),
+    ],
+)
+def test_an_augmentation_that_is_unknown_or_wrong_is_said(save_dino, capsys, name, options, said):
+    code, target = convert(save_dino(name), *options)
+    error = capsys.readouterr().err
+    assert code == 2 and said in error and len(error.splitlines()) == 1 and not target.exists()
+
+
+def test_weights_read_in_memory_know_their_augmentation_by_their_name(save_dino):
+    weights = read(save_dino("co_dino_5scale_r50_lsj_8xb2_1x_coco-69a72d67.pth"))
+    assert weights.config["data"]["test_canvas"] == 1024 and weights.config["model"]["name"] == "co_dino"
+    with pytest.raises(CheckpointError, match=r"epoch_12\.pth: .* `brs-detr convert --augmentation detr`, or `lsj`"):
+        read(save_dino("epoch_12.pth"))
+
+
+@pytest.mark.parametrize(("options", "code"), [(["--augmentation", "detr"], 0), (["--augmentation", "lsj"], 2)])
+def test_a_co_deformable_detr_has_one_augmentation(save, capsys, options, code):
+    assert convert(save(80, softmax=True), *options)[0] == code
+    error = capsys.readouterr().err
+    assert ("this is Co-Deformable-DETR, which is released with DETR's augmentation only" in error) == (code == 2)
+
+
+def test_options_of_the_way_in_are_none_of_the_way_out(tmp_path, capsys):
+    command = ["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "a.pth"), "--to-official"]
+    assert cli.main([*command, "--augmentation", "lsj"]) == 2
+    assert "leave them out with --to-official" in capsys.readouterr().err
+
+
+def test_training_begins_from_classes_without_names(save_dino):
+    """As those of Objects365 are: no class of one's own is one of them."""
+    source = save_dino("a.pth", 3)
+    with pytest.raises(CheckpointError, match=r"has 3 classes without names\. Give the json"):
+        from_official(read_official(source), str(source), augmentation="detr")
+    weights, _ = from_official(read_official(source), str(source), augmentation="detr", names_required=False)
+    assert len(set(weights.classes)) == 3 and all("a.pth" in name for name in weights.classes)
 
 
 def test_a_converted_file_is_a_detector_with_coco_classes(save, capsys):
@@ -119,7 +232,7 @@ def put(name, *shape):
         (drop("query_head.query_embedding.weight"), "the tensor query_head.query_embedding.weight is missing"),
         (put("query_head.surplus.weight", 3), "1 unknown (query_head.surplus.weight)"),
         (put("rpn_head.rpn_conv.weight", 7, 64, 3, 3), "1 of another shape (rpn.conv.weight (7, 64, 3, 3) instead of"),
-        (put("query_head.label_embedding.weight", 80, 64), "this is Co-DINO"),
+        (put("query_head.label_embedding.weight", 80, 64), "1 unknown (denoising.label_embedding.weight)"),
         (put("roi_head.0.mask_head.conv.weight", 3), "Co-DETR with a mask head"),
         (put("bbox_head.1.atss_cls.weight", 3), "more than two auxiliary heads"),
         (put("roi_head.0.bbox_head.fc_cls.weight", 9, 64), "a RoI head of 9 columns without centerness beside 80"),
@@ -132,6 +245,24 @@ def test_other_architectures_and_incomplete_ones_are_refused(save, capsys, chang
     error = capsys.readouterr().err
     assert code == 2 and message in error and len(error.splitlines()) == 1
     assert not target.exists() and not list(target.parent.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop("query_head.transformer.decoder.norm.weight"), "1 missing (decoder.norm.weight)"),
+        (drop("query_head.transformer.query_embed.weight"), "tensor query_head.transformer.query_embed.weight is miss"),
+        (put("query_head.transformer.pos_trans.weight", 128, 128), "1 unknown (box_embedding.projection.weight)"),
+        (put("query_head.label_embedding.weight", 79, 64), "1 of another shape (denoising.label_embedding.weight (79,"),
+        (put("mask_iou_head.fcs.0.weight", 3), "this is Co-DINO on a ViT with instance masks; only Co-Deformable-DETR"),
+        (put("backbone.pos_embed", 1, 5, 64), "this is a detector on a plain ViT"),
+        (put("roi_head.0.mask_head.conv.weight", 3), "Co-DETR with a mask head"),
+    ],
+)
+def test_incomplete_co_dinos_are_refused(save_dino, capsys, change, message):
+    code, target = convert(save_dino("epoch_12.pth", change=change), "--augmentation", "detr")
+    error = capsys.readouterr().err
+    assert code == 2 and message in error and len(error.splitlines()) == 1 and not target.exists()
 
 
 @pytest.mark.parametrize(
