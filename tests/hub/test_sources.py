@@ -1,5 +1,6 @@
 """Weights by name: found, downloaded at their first use, converted in memory, and used by every command."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,15 +18,26 @@ from brs_detr.config import ConfigError, load_config
 from brs_detr.engine.checkpoint import CheckpointError
 from brs_detr.hub import published, sources
 from brs_detr.hub.download import DownloadError
-from brs_detr.hub.published import TABLE, find, nearest, supported_names
+from brs_detr.hub.published import TABLE, find, nearest
 from brs_detr.hub.sources import SourceError, address_in_folder, local_path, require_source
 from brs_detr.models.backbones import availability, timm_backbone
+from brs_detr.models.config import CoDINOConfig, SoftNMS
+from brs_detr.run.setup import restore
 from brs_detr.run.training import initial_detector
 from brs_detr.run.weights import folder_for_results, locate, read
 
-NAME = "co_deformable_detr_r50_1x_coco"
+NAME, LSJ = "co_deformable_detr_r50_1x_coco", "co_dino_5scale_r50_lsj_8xb2_1x_coco"
 NARROW = ["dim=64", "ffn_dim=32", "queries=12", "encoder_layers=1", "decoder_layers=2", "roi.fc_dim=64"]
 NARROW = [f"model.{setting}" for setting in NARROW] + ["model.backbone.pretrained=false"]
+
+DINO = CoDINOConfig(
+    dim=64,
+    ffn_dim=32,
+    queries=12,
+    encoder_layers=1,
+    decoder_layers=2,
+    roi=replace(CoDINOConfig.roi, fc_dim=64),
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +60,11 @@ def served(server, official, monkeypatch):
 
 
 def test_the_table_says_where_each_file_is_and_what_it_reaches():
-    assert len(supported_names()) == 9 and {TABLE[name].ap for name in supported_names()} >= {49.5, 56.9, 58.5}
+    assert len(TABLE) == 17 and {entry.ap for entry in TABLE.values()} >= {49.5, 56.9, 58.5, 54.8, 64.1}
     for name, entry in TABLE.items():
         assert entry.name == name and bool(entry.url) != bool(entry.folder) and entry.license in ("MIT", "Apache-2.0")
-        assert entry.supported or (entry.sha256[:8] in entry.url and entry.url.startswith("https://"))
+        assert (entry.license == "MIT") == (entry.url == "")
+        assert not entry.url or (entry.sha256[:8] in entry.url and entry.url.startswith("https://"))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +88,6 @@ def test_a_typo_names_the_nearest(typed, meant, capsys):
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("co_dino_5scale_r50_1x_coco", "this is a Co-DINO, which this project does not have. Use one of co_deformable"),
         ("hf://nobody", "not the name of a repository. Write hf://user/repository"),
         ("hf://a/b/c", "not the name of a repository"),
         ("runs/demmo", "runs/demmo: neither a weights file nor a run folder"),
@@ -147,6 +159,50 @@ def test_a_training_begins_from_a_name_or_an_official_file(served, official, mon
     name = next(name for name in transfer.by_class if name.startswith("decoder.classifiers.0.weight"))
     assert torch.equal(model.state_dict()[name][0], weights[name][16])  # dog
     assert not torch.equal(model.state_dict()[name][1], weights[name][16])
+
+
+@pytest.fixture(scope="module")
+def official_dino(tmp_path_factory):
+    """A narrow Co-DINO of 80 classes, likewise, with the name of the label table in MMDetection."""
+    shapes = expected_shapes(DINO, 80)
+    numbers = torch.linspace(0.01, 0.9, len(shapes))
+    tensors = to_official({name: n.clone().expand(shape) for (name, shape), n in zip(shapes.items(), numbers)})[0]
+    tensors["query_head.label_embedding.weight"] = torch.arange(80.0)[:, None].expand(80, 64)
+    tensors["query_head.dn_generator.label_embedding.weight"] = tensors.pop("query_head.label_embedding.weight")
+    path = tmp_path_factory.mktemp("official") / "official.pth"
+    torch.save({"meta": {}, "state_dict": tensors}, path)
+    return path
+
+
+@pytest.fixture
+def served_dino(server, official_dino, monkeypatch):
+    """The entry of the published Co-DINO with LSJ, with the address of the test's server."""
+    server.content = official_dino.read_bytes()
+    entry = replace(TABLE[LSJ], url=server.url, sha256=hashlib.sha256(server.content).hexdigest())
+    monkeypatch.setitem(published.TABLE, LSJ, entry)
+    return server
+
+
+def test_a_co_dino_by_name_has_the_canvas_of_its_training(served_dino, official_dino):
+    model, weights, _, _ = restore(LSJ)
+    assert model.test_canvas == 1024 and model.nms == SoftNMS(iou=0.8) and len(weights.classes) == 80
+    assert len(brs_detr.load(LSJ, device="cpu").classes) == 80
+    with pytest.raises(CheckpointError, match=r"official\.pth: this Co-DINO was trained .* `brs-detr convert --augm"):
+        brs_detr.load(official_dino)
+
+
+def test_a_co_dino_is_fine_tuned_on_other_classes(served_dino):
+    """Rows of shared classes are kept, of the proposals and the label table too; the others are new."""
+    reset_accelerate()
+    config = replace(load_config("co_detr_r50_12e_coco", [f"train.init_from={LSJ}"]), model=DINO)
+    model, transfer = initial_detector(config, ["unicorn", "dog", "cat"])
+    weights = read(locate(LSJ)).tensors
+    assert not transfer.fresh and not transfer.unused
+    state = model.state_dict()
+    for name in ("denoising.label_embedding.weight", "proposals.classifier.weight", "decoder.classifiers.1.bias"):
+        assert name in transfer.by_class
+        assert torch.equal(state[name][1:], weights[name][[16, 15]])  # dog, cat
+        assert not torch.isin(state[name][0], weights[name]).any()
 
 
 FOLDER = """<div class="flip-entry" id="entry-1"><a href="https://drive.google.com/file/d/1abcDEF-ghi_jkl/view?usp=drive_web">
