@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from timm.models.swin_transformer import PatchMerging
 
 from brs_detr.checkpoints.architecture import recognize, settings_of
@@ -203,3 +204,14 @@ def test_larger_swins_differ_by_width_depth_and_window(listed, width, depth, win
     assert not unknown and f"window{window}" in found.backbone
     expected = expected_shapes(from_dict(settings_of(found), "file").model, 80)
     assert {key: value.shape for key, value in renamed.items()} == expected
+
+
+@pytest.mark.parametrize("family", ["brs_detr", "co_detr", "co_dino"])
+def test_recorded_weights_are_the_same_there_and_back(shared, family):
+    official = load_file(shared / "golden" / family / "state_dict.safetensors")
+    back, unknown = to_official(converted(official))
+    counters = {name for name in back if name.endswith("num_batches_tracked")}
+    assert not unknown and set(back) - counters == set(official) - counters
+    assert all(torch.equal(back[name], value) for name, value in official.items() if not why_dropped(name))
+    with pytest.raises(CheckpointError, match="file: the backbone is one of"):  # of the size of a test
+        recognize(official, "file")
