@@ -1,8 +1,5 @@
 """Infer the architecture and the classes of an official checkpoint from the names and shapes of its tensors.
 
-Settings that the tensors do not show are those of the released configs: eight attention heads, GroupNorm with 32
-groups, and the Bucketed Rank & Sort loss if the RoI classifier has no background column.
-
 An official checkpoint stores the names of its classes at best. The official code numbers classes in the order of the
 dataset's json, whatever the order of the names it stores. A weights file lists ids with the names, so that order is
 kept.
@@ -26,8 +23,6 @@ from brs_detr.user_files import UserFileError, read_file
 
 HEADS = 8
 RPN_ANCHORS = 9
-LARGE_QUERIES = 900
-DINO_DETECTIONS = 300
 
 DINO_PARTS = ("query_head.transformer.query_embed.", "query_head.transformer.decoder.ref_point_head.")
 """Beginnings of names that only Co-DINO has."""
@@ -224,45 +219,6 @@ def backbone_of(tensors: Mapping[str, Tensor], source: str) -> tuple[str, float]
     raise CheckpointError(
         f"{source}: the backbone is {what}. Supported are the released ResNet-50 and 101 and Swin-T, S, B and L."
     )
-
-
-def settings_of(architecture: Architecture) -> dict[str, Any]:
-    """Build the config of an architecture, for `config.from_dict`, as differences from the R50 BRS-DETR defaults.
-
-    A Co-DINO is taken for one trained with DETR's augmentation, as the tensors do not show it.
-    """
-    swin, dino = architecture.backbone.startswith("swin"), architecture.dino
-    names = ("dim", "levels", "points", "encoder_layers", "decoder_layers", "ffn_dim", "queries")
-    model: dict[str, Any] = {name: getattr(architecture, name) for name in names}
-    model |= {
-        "heads": HEADS,
-        "detections_per_image": 300 if architecture.queries >= LARGE_QUERIES else 100,
-        "backbone": {
-            "name": architecture.backbone,
-            "drop_path": architecture.drop_path,
-            "frozen_stages": 0 if swin else 1,
-        },
-        "roi": {"fc_dim": architecture.fc_dim},
-        "atss": {"centerness": architecture.centerness, "stacked_convs": architecture.stacked_convs},
-    }
-    train: dict[str, Any] = {}
-    optim: dict[str, Any] = {"weight_decay": 0.05 if swin and not dino else 1e-4}
-    evaluation: dict[str, Any] = {"predict_with": "decoder"}  # as the released models, whose other heads are auxiliary
-    if dino or architecture.softmax:
-        train = {"lr_steps": [11], "lr_gamma": 0.1}
-    if dino:
-        model["name"] = "co_dino" if architecture.softmax else "brs_dino"  # whose own defaults are the released ones
-        model["detections_per_image"] = evaluation["max_detections"] = DINO_DETECTIONS
-        if not architecture.denoising:
-            model["denoising"] = {"loss": "none"}
-        optim["sampling_offsets_lr_factor"] = 1.0
-        evaluation["nms"] = {"kind": "soft", "iou": 0.8}
-        if not architecture.softmax:
-            evaluation["nms"]["min_score"] = 0.0  # ranking losses give scores no scale, so none is too low to keep
-    elif architecture.softmax:
-        model["name"] = "co_detr"  # likewise
-    # antialias: the released weights were trained on images downscaled without a low-pass filter
-    return {"data": {"antialias": False}, "model": model, "optim": optim, "train": train, "eval": evaluation}
 
 
 def _count(pattern: str, names: Iterable[str]) -> int:

@@ -1,5 +1,8 @@
 """Convert an official checkpoint to a weights file and back; all tensors are checked before a file is written.
 
+Settings that the tensors do not show are those of the released configs: eight attention heads, GroupNorm with 32
+groups, and the Bucketed Rank & Sort loss if the RoI classifier has no background column.
+
 The tensors of a Co-DINO do not show how it was trained: with DETR's augmentation, or with large-scale jitter (LSJ) on a
 gray canvas, which then belongs to the image in tests too. The name of a released file says it, else the user must.
 """
@@ -17,7 +20,7 @@ import torch
 from torch import Size, Tensor
 
 from brs_detr import config as configuration
-from brs_detr.checkpoints.architecture import Architecture, name_classes, recognize, settings_of
+from brs_detr.checkpoints.architecture import HEADS, Architecture, name_classes, recognize
 from brs_detr.checkpoints.keys import original_swin, to_official, to_ours, why_dropped
 from brs_detr.config_io import merge
 from brs_detr.engine.checkpoint import CheckpointError, Weights, load_weights
@@ -41,6 +44,8 @@ SCHEDULES = {"1x": (12, 11), "2x": (24, 20), "3x": (36, 30), "16e": (16, 8)}
 SWIN_DROP_PATHS = {("detr", "2x"): 0.5, ("lsj", "2x"): 0.5, ("detr", "3x"): 0.6, ("lsj", "3x"): 0.5}
 """Of the Swin-L that are trained on COCO for longer than 12 epochs."""
 
+LARGE_QUERIES = 900
+DINO_DETECTIONS = 300
 FINE_TUNED_DETECTIONS = 1000  # of an image of LVIS, after Objects365
 FINE_TUNED_CANVAS = 1536
 
@@ -149,7 +154,11 @@ def from_name(architecture: Architecture, source: str) -> Training | None:
     if match is None:
         return None
     swin, deep = match["backbone"] != "r50", match["deep"] is not None
-    if CLASSES_OF[match["data"]] != architecture.num_classes or deep != (architecture.encoder_layers == 9):
+    if (
+        not architecture.softmax
+        or CLASSES_OF[match["data"]] != architecture.num_classes
+        or deep != (architecture.encoder_layers == 9)
+    ):
         return None
     if not architecture.backbone.startswith("swin_large" if swin else "resnet50"):
         return None
@@ -184,6 +193,45 @@ def as_said(architecture: Architecture, source: str, augmentation: Augmentation 
         )
     fine_tuned = swin and lvis and canvas == FINE_TUNED_CANVAS
     return Training("lsj", "as given", canvas or (1280 if swin else 1024), data="o365tolvis" if fine_tuned else "coco")
+
+
+def settings_of(architecture: Architecture) -> dict[str, Any]:
+    """Build the config of an architecture, for `config.from_dict`, as differences from the R50 BRS-DETR defaults.
+
+    A Co-DINO is taken for one trained with DETR's augmentation, as the tensors do not show it.
+    """
+    swin, dino = architecture.backbone.startswith("swin"), architecture.dino
+    names = ("dim", "levels", "points", "encoder_layers", "decoder_layers", "ffn_dim", "queries")
+    model: dict[str, Any] = {name: getattr(architecture, name) for name in names}
+    model |= {
+        "heads": HEADS,
+        "detections_per_image": 300 if architecture.queries >= LARGE_QUERIES else 100,
+        "backbone": {
+            "name": architecture.backbone,
+            "drop_path": architecture.drop_path,
+            "frozen_stages": 0 if swin else 1,
+        },
+        "roi": {"fc_dim": architecture.fc_dim},
+        "atss": {"centerness": architecture.centerness, "stacked_convs": architecture.stacked_convs},
+    }
+    train: dict[str, Any] = {}
+    optim: dict[str, Any] = {"weight_decay": 0.05 if swin and not dino else 1e-4}
+    evaluation: dict[str, Any] = {"predict_with": "decoder"}  # as the released models, whose other heads are auxiliary
+    if dino or architecture.softmax:
+        train = {"lr_steps": [11], "lr_gamma": 0.1}
+    if dino:
+        model["name"] = "co_dino" if architecture.softmax else "brs_dino"  # whose own defaults are the released ones
+        model["detections_per_image"] = evaluation["max_detections"] = DINO_DETECTIONS
+        if not architecture.denoising:
+            model["denoising"] = {"loss": "none"}
+        optim["sampling_offsets_lr_factor"] = 1.0
+        evaluation["nms"] = {"kind": "soft", "iou": 0.8}
+        if not architecture.softmax:
+            evaluation["nms"]["min_score"] = 0.0  # ranking losses give scores no scale, so none is too low to keep
+    elif architecture.softmax:
+        model["name"] = "co_detr"  # likewise
+    # antialias: the released weights were trained on images downscaled without a low-pass filter
+    return {"data": {"antialias": False}, "model": model, "optim": optim, "train": train, "eval": evaluation}
 
 
 def trained_settings(training: Training) -> dict[str, Any]:

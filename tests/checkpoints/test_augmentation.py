@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from brs_detr.checkpoints.architecture import Architecture, settings_of
-from brs_detr.checkpoints.official import from_name, trained_settings, training_of
+from brs_detr.checkpoints.architecture import Architecture
+from brs_detr.checkpoints.official import from_name, settings_of, trained_settings, training_of
 from brs_detr.config import from_dict, load_config
 from brs_detr.config_io import merge
 from brs_detr.data.config import AugmentConfig, LSJConfig
@@ -102,6 +102,7 @@ def test_the_name_of_a_released_file_says_its_training(
     ("name", "architecture"),
     [
         ("epoch_12", R50),
+        ("co_dino_5scale_r50_1x_coco", replace(R50, softmax=False)),  # BRS-DINO
         ("best_lsj", R50),
         ("co_dino_5scale_lsj_r50_1x_coco_cells", R50),
         ("my_co_dino_5scale_lsj_r50_1x_coco", R50),
