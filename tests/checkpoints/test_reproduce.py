@@ -13,6 +13,7 @@ from brs_detr.checkpoints.keys import to_official
 from brs_detr.config import differences, load_config
 from brs_detr.data.synthetic import make_dataset
 from brs_detr.models.build import build_model
+from brs_detr.run.setup import restore
 
 
 def test_every_recipe_for_coco_is_listed_and_every_listed_recipe_exists(recipes):
@@ -65,6 +66,22 @@ def evaluate():
     """eval.py as a function."""
     reset_accelerate()
     return script("eval")
+
+
+def test_a_converted_co_dino_is_evaluated_on_its_canvas(small_dino, tmp_path, evaluate):
+    """With the settings that the conversion stored, and no other."""
+    data = make_dataset(tmp_path / "data", train=1, val=2, image_size=64)
+    truth = data / "annotations" / "val.json"
+    model = build_model(small_dino(), len(json.loads(truth.read_text())["categories"]))
+    torch.save({"state_dict": to_official(model.state_dict())[0]}, tmp_path / "epoch_12.pth")
+    weights = tmp_path / "converted.safetensors"
+    options = ["--num-classes-from", str(truth), "--augmentation", "lsj", "--canvas", "96"]
+    assert cli.main(["convert", str(tmp_path / "epoch_12.pth"), str(weights), *options]) == 0
+    places = [f"data.root={data}", "data.val_json=annotations/val.json", "data.val_images=images/val"]
+    assert evaluate([str(weights), *places, "--images", "0"]) == 0
+    results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    assert 0 < len(results) <= 2 * 12 * model.num_classes
+    assert restore(weights)[0].test_canvas == 96
 
 
 def test_a_converted_file_evaluates_as_it_is(small_model, tmp_path, evaluate):
