@@ -3,6 +3,7 @@
     python benchmarks/accuracy.py demo=datasets/demo --detectors brs_detr --losses brs rs focal --seeds 0 1 2 3 4
     python benchmarks/accuracy.py demo=datasets/demo --detectors atss faster_rcnn --losses brs score --jobs 2
     python benchmarks/accuracy.py demo=datasets/demo bccd=datasets/bccd --variant cost8 model.matcher.cls=8
+    python benchmarks/accuracy.py demo=datasets/demo --detectors brs_dino --variant rank model.denoising.loss=rank
 
 A run is `train.py RECIPE` from random weights in a process of its own, on one thread, followed by the evaluation of
 the last epoch's averaged weights with every head: no epoch is chosen on the images that are reported. Results are kept
@@ -37,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cnn_overfit import machine
 from cnn_overfit import settings as cnn_settings
 
+from brs_detr.config import load_config
 from brs_detr.data.build import open_val_set
 from brs_detr.data.loader import build_eval_loader
 from brs_detr.engine.predict import predict_with_all_heads
@@ -48,8 +50,11 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy.json"
 RANKING = ("brs", "rs", "bap", "ap", "balrp", "alrp", "bndcg", "ndcg")
 LOSSES = (*RANKING, "focal", "quality_focal", "score")  # score: the detector's published score-based losses
-# Co-DETR with its samplers, and with the matching costs of BRS-DETR: what is compared are the losses
-PUBLISHED = ["model.name=co_detr", "model.matcher.cls=4"]
+# "score" of the DETR family is the published detector with its samplers, but with the class cost in the matching of the
+# ranking one: what is compared are the losses
+PUBLISHED = {"brs_detr": "co_detr", "brs_dino": "co_dino"}
+# what a detector of the family needs in the recipes of BRS-DETR: as many denoising queries as others, few inside out
+FAMILY = {"brs_detr": [], "brs_dino": ["model.denoising.queries=30", "model.denoising.box_noise=0.4"]}
 FIGURES = ("AP", "AP50", "AP75", "mask_AP")
 NMS_IOU = 0.6  # as in the ATSS head
 # Recipes by dataset and detector. "*" is any CNN detector; the settings are what a detector needs on the dataset.
@@ -77,13 +82,17 @@ class Case:
 def recipe_of(case: Case) -> str:
     """Path of a case's recipe below `configs`."""
     recipes = RECIPES[case.dataset]
-    return recipes.get(case.detector, recipes["*"]).format(detector=case.detector)
+    return recipes["brs_detr" if case.detector in FAMILY else "*"].format(detector=case.detector)
 
 
 def settings_of(case: Case, variants: dict[str, list[str]]) -> list[str]:
     """What a case changes in its recipe."""
-    if case.detector == "brs_detr":
-        loss = PUBLISHED if case.loss == "score" else [f"model.loss={case.loss}"]
+    if case.detector in FAMILY:
+        name = PUBLISHED[case.detector] if case.loss == "score" else case.detector
+        recipe = load_config(ROOT / "configs" / recipe_of(case)).model
+        # written again, since those that another detector has by default are not kept when its name is chosen
+        loss = [f"model.name={name}", f"model.backbone.levels={list(recipe.backbone.levels)}", *FAMILY[case.detector]]
+        loss.append("model.matcher.cls=4" if case.loss == "score" else f"model.loss={case.loss}")
     else:
         loss = cnn_settings(case.detector, case.loss)
     return [*loss, *variants[case.variant]]
@@ -199,10 +208,10 @@ def line(
     """A line of the table, with the paired differences from the recipe or from the score-based loss."""
     figures = {seed: one["heads"][head] for seed, one in sorted(seeds.items())}
     against, name = {}, ""
-    references = [(loss, "recipe")] if variant != "recipe" else [("score", "recipe"), ("focal", "recipe")]
+    references = [(loss, "recipe"), ("score", variant), ("score", "recipe"), ("focal", "recipe")]
     for reference in references:
         if reference in runs and reference != (loss, variant):
-            against, name = runs[reference], reference[1] if variant != "recipe" else reference[0]
+            against, name = runs[reference], " ".join(new for new, own in zip(reference, (loss, variant)) if new != own)
             break
     paired = [one["AP"] - against[seed]["heads"][head]["AP"] for seed, one in figures.items() if seed in against]
     difference = f"{interval(paired)} ({name}, {len(paired)})" if paired else ""

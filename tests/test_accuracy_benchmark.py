@@ -80,3 +80,36 @@ def test_every_case_has_a_recipe_that_takes_its_settings(accuracy, dataset, dete
         )
         assert config.model.name == detector
     assert str(case) == f"{dataset} {detector} {losses[-1]} recipe 1"
+
+
+@pytest.mark.parametrize("dataset", ["demo", "bccd", "nuclei"])
+@pytest.mark.parametrize(
+    ("detector", "loss", "name"),
+    [
+        ("brs_detr", "score", "co_detr"),
+        ("brs_dino", "score", "co_dino"),
+        ("brs_dino", "brs", "brs_dino"),
+        ("brs_dino", "ap", "brs_dino"),
+    ],
+)
+def test_the_published_twin_differs_in_its_losses_alone(accuracy, dataset, detector, loss, name):
+    case = accuracy.Case(dataset, detector, loss, "recipe", 0)
+    path = ROOT / "configs" / accuracy.recipe_of(case)
+    model = load_config(path, accuracy.settings_of(case, {"recipe": []})).model
+    assert (model.name, model.matcher.cls) == (name, 4)
+    assert model.objective.loss == {"co_detr": "focal", "co_dino": "quality_focal"}.get(name, loss)
+    small = load_config(path).model
+    for setting in ("queries", "levels", "query_boxes", "proposal_nms_iou", "max_aux_queries"):
+        assert getattr(model, setting) == getattr(small, setting)
+    assert (model.backbone, model.rpn.proposals) == (small.backbone, small.rpn.proposals)
+
+
+def test_a_variant_without_a_recipe_run_is_compared_with_the_published_losses(accuracy):
+    results = {
+        "bccd brs_detr brs half 0": result(0.50),
+        "bccd brs_detr score half 0": result(0.45),
+        "bccd brs_detr score half 1": result(0.47),
+    }
+    lines = accuracy.table(results).splitlines()
+    assert "+5.0 (score, 1)" in next(line for line in lines if line.startswith("| brs | half"))
+    assert "(" not in next(line for line in lines if line.startswith("| score | half"))

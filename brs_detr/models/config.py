@@ -341,7 +341,10 @@ class DETRConfig:
         if dim % 4 != 0:
             yield f"{name}.dim={dim} must be a multiple of 4 (sine and cosine of x and y)"
         if self.levels < len(strides):
-            yield f"{name}.levels={self.levels} is less than the {len(strides)} backbone levels"
+            yield (
+                f"{name}.levels={self.levels} is less than the {len(strides)} of {name}.backbone.levels="
+                f"{list(strides)}; raise it, or leave some out"
+            )
         if len(set(self.aux_heads)) < len(self.aux_heads):
             yield f"{name}.aux_heads={list(self.aux_heads)} names a head twice"
         yield from needs_no_background(self.objective, name)
