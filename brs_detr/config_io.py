@@ -145,10 +145,17 @@ def _carry_over(former: Any, current: Any, chosen: Any) -> Any:
         if not all(hasattr(item, field.name) for item in (former, current)):
             continue
         before, now, target = (getattr(item, field.name) for item in (former, current, chosen))
-        if before == now or not (isinstance(target, type(now)) or isinstance(now, type(target))):
-            continue  # of sections, one may have further settings
+        if before == now or not _same_kind(target, now):
+            continue
         changes[field.name] = _carry_all(before, now, target) if dataclasses.is_dataclass(now) else now
     return dataclasses.replace(chosen, **changes)
+
+
+def _same_kind(first: Any, second: Any) -> bool:
+    """Return True for values of one type, an optional one included, and sections of which one has further settings."""
+    if first is None or second is None:
+        return not dataclasses.is_dataclass(first) and not dataclasses.is_dataclass(second)
+    return isinstance(first, type(second)) or isinstance(second, type(first))
 
 
 def _carry_all(before: Any, now: Any, target: Any) -> Any:

@@ -281,6 +281,18 @@ def test_another_detector_keeps_what_was_changed_and_both_have():
     assert (back.dim, back.queries, back.rpn.sample, back.objective.loss) == (64, 9, None, "brs")
 
 
+def test_another_detector_keeps_what_is_null_by_default_or_became_null():
+    for name in ("co_detr", "brs_dino", "co_dino"):
+        model = apply_overrides(load_config("demo"), [f"model.name={name}"]).model
+        assert (model.query_boxes, model.proposal_nms_iou) == ("rpn", 0.5)
+    ssd = ["data.augment.name=ssd", "data.augment.custom=a:b"]
+    config = apply_overrides(Config(), [*ssd, "model.rpn.sample=9", "model.roi.max_rois=5"])
+    changed = apply_overrides(config, ["data.augment.name=detr", "model.name=co_detr"])
+    assert (changed.data.augment.custom, changed.model.rpn.sample, changed.model.roi.max_rois) == ("a:b", 9, 5)
+    all_rois = apply_overrides(Config(), ["model.name=co_detr", "model.roi.sample=null"])
+    assert apply_overrides(all_rois, ["model.name=co_dino"]).model.roi.sample is None
+
+
 def test_another_detector_keeps_the_sizes_of_heads_that_both_have():
     """Faster R-CNN's RPN has other defaults than that beside a decoder; what a recipe changed is kept."""
     model = apply_overrides(load_config("demo"), ["model.name=faster_rcnn"]).model
