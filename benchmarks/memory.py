@@ -1,7 +1,7 @@
 """What fits into a GPU: memory of a training step at full image size, computed on a CPU from steps at smaller ones.
 
     python benchmarks/memory.py configs/co_dino_r50_12e_coco.yaml --images 2
-    python benchmarks/memory.py configs/co_dino_swin_l_12e_coco.yaml train.precision=bf16 --images 1 --at 800x1333 1280x1280
+    python benchmarks/memory.py configs/co_dino_swin_l_lsj_12e_coco.yaml train.precision=bf16 --images 1
 
 No GPU is needed, and none has confirmed the figures. Random weights; the step is that of `step.py`. Counted at each of
 `--sizes` are the bytes of all tensors that operations create and keep, at their peak, gradients included. Attention is
@@ -22,8 +22,9 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -82,7 +83,9 @@ class KeptByAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Give each input that needs one a gradient."""
         inputs = ctx.saved_tensors[:4]
-        return tuple(torch.zeros_like(x) if need else None for x, need in zip(inputs, ctx.needs_input_grad, strict=True))
+        return tuple(
+            torch.zeros_like(x) if need else None for x, need in zip(inputs, ctx.needs_input_grad, strict=True)
+        )
 
 
 class WithFusedAttention(TorchFunctionMode):
@@ -103,7 +106,8 @@ def peaks_of(config: Config, images: int, sizes: Sequence[Size], num_classes: in
     use_sampling(model, attention_operator)
     peaks = []
     with WithoutProducts(), WithFusedAttention():
-        step = build_step(config, generated_batch(images, FIRST, num_classes), num_classes, accelerator, model)
+        first = generated_batch(images, FIRST, num_classes)
+        step = cast("partial[object]", build_step(config, first, num_classes, accelerator, model))
         step()
         for size in sizes:
             batch = generated_batch(images, size, num_classes)
@@ -139,8 +143,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("config", type=Path, help="a recipe")
     parser.add_argument("overrides", nargs="*", help="settings, such as train.precision=bf16")
     parser.add_argument("--images", type=positive, default=2, help="of a batch on one GPU")
-    parser.add_argument("--sizes", type=height_and_width, nargs="+", default=list(SIZES), help="to count at, HxW pixels")
-    parser.add_argument("--at", type=height_and_width, nargs="+", help="HxW pixels; default: of the recipe's validation")
+    parser.add_argument(
+        "--sizes", type=height_and_width, nargs="+", default=list(SIZES), help="to count at, HxW pixels"
+    )
+    parser.add_argument(
+        "--at", type=height_and_width, nargs="+", help="HxW pixels; default: of the recipe's validation"
+    )
     parser.add_argument("--classes", type=positive, default=80)
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads")
     return parser.parse_args()
@@ -156,12 +164,13 @@ def full_size(config: Config) -> Size:
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
-    print(f"{' '.join([str(args.config), *args.overrides])}; {args.images} image(s), torch {torch.__version__}", end="; ")
-    print(time.strftime("%Y-%m-%d", time.gmtime()))
+    recipe, day = " ".join([str(args.config), *args.overrides]), time.strftime("%Y-%m-%d", time.gmtime())
+    print(f"{recipe}; {args.images} image(s), torch {torch.__version__}; {day}")
     base = load_config(args.config, settings(args.overrides))
     at = args.at or [full_size(base)]
-    print("| activation checkpointing | " + " | ".join(f"{h}x{w}" for h, w in at) + " | fits into | off at the smallest |")
-    print("|---" * (len(at) + 3) + "|")
+    columns = ["activation checkpointing", *(f"{h}x{w}" for h, w in at), "fits into", "off at the smallest"]
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
     for recompute in (False, True):
         chosen = settings([*args.overrides, f"model.backbone.activation_checkpointing={recompute}".lower()])
         config = load_config(args.config, chosen)
