@@ -14,7 +14,8 @@ from brs_detr.config import differences, load_config
 from brs_detr.engine.optim import build_optimizer
 from brs_detr.models.build import build_model
 
-RECIPES = {path.stem: path for path in sorted((ROOT / "configs").glob("*_dino_*.yaml"))}
+PATHS = [path for path in sorted((ROOT / "configs").glob("*_dino_*.yaml")) if "_vit_" not in path.stem]
+RECIPES = {path.stem: path for path in PATHS}
 PUBLISHED = {name: path for name, path in RECIPES.items() if not name.endswith("_demo")}
 # Published AP, epochs, step of the schedule, drop path, side of the canvas (Co-DETR's model zoo and configs)
 FIGURES = {
