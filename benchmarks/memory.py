@@ -10,7 +10,9 @@ and convolutions are not computed, since their sizes are all that matters: they 
 
 Nearly all of these bytes grow with the number of pixels, the rest (decoder, regions, gradients) not at all, so the line
 through the two largest sizes gives the peak at `--at`; the smallest size, through which it was not drawn, says how
-straight it is. Added are the parameters and the state of the optimizer.
+straight it is. Where little is kept, as with activation checkpointing, small images have their peak in another part of
+the step than large ones: there let the largest of `--sizes` be that of `--at`. Added are the parameters and the state
+of the optimizer.
 
 Not in it: the CUDA context, workspaces of its libraries, gaps of the allocator. A card therefore counts as large enough
 if a tenth of it is left.
@@ -149,9 +151,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--at", type=height_and_width, nargs="+", help="HxW pixels; default: of the recipe's validation"
     )
+    parser.add_argument("--checkpointing", choices=["no", "yes"], help="only this one of activation checkpointing")
     parser.add_argument("--classes", type=positive, default=80)
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if len(args.sizes) < 2:
+        parser.error("--sizes: a line needs two")
+    return args
 
 
 def full_size(config: Config) -> Size:
@@ -171,7 +177,7 @@ def main() -> None:
     columns = ["activation checkpointing", *(f"{h}x{w}" for h, w in at), "fits into", "off at the smallest"]
     print(f"| {' | '.join(columns)} |")
     print("|---" * len(columns) + "|")
-    for recompute in (False, True):
+    for recompute in (False, True) if args.checkpointing is None else (args.checkpointing == "yes",):
         chosen = settings([*args.overrides, f"model.backbone.activation_checkpointing={recompute}".lower()])
         config = load_config(args.config, chosen)
         sizes = sorted(args.sizes, key=lambda size: size[0] * size[1])
@@ -179,9 +185,9 @@ def main() -> None:
         points = [(h * w, peak) for (h, w), peak in zip(sizes, peaks, strict=True)]
         slope, rest = line_through(points)
         totals = [slope * h * w + rest + fixed for h, w in at]
-        off = (slope * points[0][0] + rest) / points[0][1] - 1
+        off = f"{100 * ((slope * points[0][0] + rest) / points[0][1] - 1):+.1f} %" if len(points) > 2 else "-"
         cells = [f"{total / 2**30:.1f} GB" for total in totals]
-        line = ["yes" if recompute else "no", *cells, "; ".join(map(cards_for, totals)), f"{100 * off:+.1f} %"]
+        line = ["yes" if recompute else "no", *cells, "; ".join(map(cards_for, totals)), off]
         print(f"| {' | '.join(line)} |", flush=True)
 
 
