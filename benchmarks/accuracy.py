@@ -38,7 +38,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cnn_overfit import machine
 from cnn_overfit import settings as cnn_settings
 
-from brs_detr.config import load_config
 from brs_detr.data.build import open_val_set
 from brs_detr.data.loader import build_eval_loader
 from brs_detr.engine.predict import predict_with_all_heads
@@ -89,9 +88,7 @@ def settings_of(case: Case, variants: dict[str, list[str]]) -> list[str]:
     """What a case changes in its recipe."""
     if case.detector in FAMILY:
         name = PUBLISHED[case.detector] if case.loss == "score" else case.detector
-        recipe = load_config(ROOT / "configs" / recipe_of(case)).model
-        # written again, since those that another detector has by default are not kept when its name is chosen
-        loss = [f"model.name={name}", f"model.backbone.levels={list(recipe.backbone.levels)}", *FAMILY[case.detector]]
+        loss = [f"model.name={name}", *FAMILY[case.detector]]
         loss.append("model.matcher.cls=4" if case.loss == "score" else f"model.loss={case.loss}")
     else:
         loss = cnn_settings(case.detector, case.loss)

@@ -159,10 +159,14 @@ def _same_kind(first: Any, second: Any) -> bool:
 
 
 def _carry_all(before: Any, now: Any, target: Any) -> Any:
-    """Return `_carry_over` of a section, its first setting included."""
-    if type(before) is not type(now):
-        return now
+    """Return `_carry_over` of a section, its first setting included.
+
+    A section with another name, such as that of a backbone, was written for what it names, and is kept as it is.
+    """
     first = dataclasses.fields(now)[0].name
+    renamed = first == "name" and type(now) is type(target) and before.name != now.name
+    if type(before) is not type(now) or renamed:
+        return now
     kept = _carry_over(before, now, target)
     if getattr(before, first) == getattr(now, first):
         return kept

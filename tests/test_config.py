@@ -293,6 +293,16 @@ def test_another_detector_keeps_what_is_null_by_default_or_became_null():
     assert apply_overrides(all_rois, ["model.name=co_dino"]).model.roi.sample is None
 
 
+def test_another_detector_keeps_a_backbone_that_was_chosen():
+    """Also settings that are those of the former detector by default, but not of the new one."""
+    for recipe in ("bccd_cpu", "brs_detr_small_cpu", "nuclei_cpu", "demo"):
+        backbone = load_config(recipe).model.backbone
+        for name in ("co_dino", "brs_dino", "co_detr"):
+            assert load_config(recipe, [f"model.name={name}"]).model.backbone == backbone
+    published = load_config("brs_detr_r50_12e_coco", ["model.name=co_dino"]).model
+    assert (published.backbone.levels, published.levels) == ((4, 8, 16, 32), 5)
+
+
 def test_another_detector_keeps_the_sizes_of_heads_that_both_have():
     """Faster R-CNN's RPN has other defaults than that beside a decoder; what a recipe changed is kept."""
     model = apply_overrides(load_config("demo"), ["model.name=faster_rcnn"]).model
