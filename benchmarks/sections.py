@@ -29,6 +29,7 @@ SECTIONS = {
     "models/transformer/two_stage.py": "proposals",
     "models/transformer/decoder.py": "decoder",
     "models/transformer/collaborative.py": "auxiliary queries",
+    "models/denoising.py": "denoising",
     "models/heads/rpn.py": "RPN",
     "models/heads/roi.py": "RoI",
     "models/heads/cascade.py": "RoI",
