@@ -51,17 +51,24 @@ class Meter:
                 module.register_forward_pre_hook(lambda module, inputs, name=name: self.measure(name, module, *inputs))
 
     def measure(self, name: str, objective: RankingObjective, predictions: PredictionSet) -> None:
-        """Compare the gradients of one set; sets without a positive have none."""
+        """Compare the gradients of each set that an objective is given at once; sets without a positive have none."""
         if not self.on:
             return
-        logits, labels, quality, _, rows, valid, *_ = predictions.checked(predictions.logits.shape[-1])
-        if len(rows) == 0:
+        classes = predictions.logits.shape[-1]
+        found = predictions.checked(classes)
+        if not found.rows.shape[1]:
             return
-        classes = logits.shape[-1]
-        positives = rows * classes + labels[rows]
-        mask = None if valid is None else valid[:, None].expand(-1, classes)
+        counted, positives = found.counted(), found.rows * classes + found.positive_labels()
+        for layer, logits in enumerate(found.logits):
+            valid = None if counted is None else counted[layer]
+            self.compare(name, logits, positives[layer], found.quality[layer], valid, objective.delta)
+
+    def compare(
+        self, name: str, logits: Tensor, positives: Tensor, quality: Tensor, valid: Tensor | None, delta: float
+    ) -> None:
+        """Compare the gradients of one ranking, as `gradient` computes them."""
         exact, bucketed = (
-            gradient(logits, positives, quality, mask, objective.delta, method) for method in ("exact", "bucketed")
+            gradient(logits, positives, quality, valid, delta, method) for method in ("exact", "bucketed")
         )
         own = torch.zeros_like(exact, dtype=torch.bool)
         own[positives] = True
@@ -69,7 +76,7 @@ class Meter:
             {
                 "step": self.step,
                 "objective": name.removesuffix(".objective") if name != "objective" else "decoder and its query sets",
-                "positives": len(rows),
+                "positives": len(positives),
                 "logits": logits.numel(),
                 "negatives": distance(bucketed[~own], exact[~own]),
                 "own": distance(bucketed[own], exact[own]),
