@@ -14,10 +14,21 @@ import torch
 from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor
 
+from brs_detr.models.backbones.vit import BLOCK_NAMES
+
 AUX = ("roi", "atss")
+
+# of ViT-L, which is EVA-02 with a neck that is a part of the backbone here
+VIT_RULES: tuple[tuple[str, str], ...] = (
+    *((f"backbone.blocks.{{k}}.{theirs}", f"backbone.blocks.{{k}}.{ours}") for theirs, ours in BLOCK_NAMES.items()),
+    ("neck.p{k}.", "backbone.pyramid.p{k}."),
+    ("roi_head.0.bbox_head.shared_convs.{k}.conv.", "roi.tower.{k}.0."),
+    ("roi_head.0.bbox_head.shared_convs.{k}.gn.", "roi.tower.{k}.1."),
+)
 
 # the first matching rule applies in both directions, so special cases come before general ones
 RULES: tuple[tuple[str, str], ...] = (
+    *VIT_RULES,
     # the original Swin merges patches at the end of a stage, timm's at the start of the next
     ("backbone.layers.{k}.downsample.", "backbone.layers.{next}.downsample."),
     ("backbone.", "backbone."),
@@ -89,6 +100,7 @@ DROPPED: tuple[tuple[str, str], ...] = (
     (r"^backbone\.layers\..*\.relative_position_index$", "follows from the window size"),
     (r"\.loss_cls\.fed_loss_weight$", "how frequent LVIS's classes are, for a loss in training"),
     (r"^ema_", "a moving average of the weights; the weights themselves are converted"),
+    (r"^backbone\..*\brope(_win|_glb)?\.freqs_", "follows from the sizes of windows and maps"),
 )
 """Patterns of official tensors without a counterpart here, and why they are dropped."""
 

@@ -22,7 +22,8 @@ class OptimConfig:
     clip_norm: float | None = 0.1
     backbone_lr_factor: float = 0.1
     sampling_offsets_lr_factor: float = 0.1
-    backbone_layer_decay: float | None = None  # further factor for each backbone stage below the last
+    # further factor for each backbone stage below the last; of EVA-02 for each block, the last one too
+    backbone_layer_decay: float | None = None
     fused: bool = True  # on CUDA
 
 

@@ -18,6 +18,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from brs_detr.engine.batch_plan import TrainingLength
 from brs_detr.engine.config import OptimConfig, TrainConfig
 
+PYRAMID = "backbone.pyramid."  # a neck inside a backbone: it is not pretrained, and learns as the other necks do
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -63,8 +65,14 @@ def lr_factor_of(name: str, factors: Mapping[str, float]) -> float:
     return factors[max(keys, key=len)] if keys else 1.0
 
 
-def backbone_depth(name: str) -> int:
-    """Return the depth of a backbone parameter: 0 for the stem, i + 1 for stage i (timm's `layer1` or `layers.0`)."""
+def backbone_depth(name: str) -> int | None:
+    """Return the depth of a backbone parameter.
+
+    Returns:
+        0 for the stem, i + 1 for stage i (timm's `layer1` or `layers.0`) or block i of a ViT; None behind the last.
+    """
+    if "backbone.out_norm." in name:  # a Swin's norms behind each stage count as its stem, this one of a ViT does not
+        return None
     stage = re.search(r"(?:layers?[._]?|stages?[._]?|blocks[._]?)(\d+)", name)
     if not stage:
         return 0
@@ -83,16 +91,23 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     Raises:
         ValueError: no parameter is trainable.
     """
-    factors = {"backbone.": config.backbone_lr_factor, "sampling_offsets": config.sampling_offsets_lr_factor}
+    factors = {
+        "backbone.": config.backbone_lr_factor,
+        PYRAMID: 1.0,
+        "sampling_offsets": config.sampling_offsets_lr_factor,
+    }
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("no parameter is trainable. Check train.freeze and model.backbone.frozen_stages.")
-    deepest = max((backbone_depth(name) for name, _ in trainable if "backbone." in name), default=0)
+    decayed = [name for name, _ in trainable if "backbone." in name and PYRAMID not in name]
+    depths = {name: backbone_depth(name) for name in decayed}
+    deepest = max((depth for depth in depths.values() if depth is not None), default=0) + (None in depths.values())
     groups: dict[float, dict[str, Any]] = {}
     for name, parameter in trainable:
         rate = config.lr * lr_factor_of(name, factors)
-        if config.backbone_layer_decay is not None and "backbone." in name:
-            rate *= config.backbone_layer_decay ** (deepest - backbone_depth(name))
+        depth = depths.get(name)
+        if config.backbone_layer_decay is not None and depth is not None:
+            rate *= config.backbone_layer_decay ** (deepest - depth)
         group = groups.setdefault(
             rate, {"params": [], "names": [], "lr": rate, "initial_lr": rate, "weight_decay": config.weight_decay}
         )

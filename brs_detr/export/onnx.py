@@ -22,6 +22,7 @@ from brs_detr.export.graphs import DetectorGraph, ExportError
 from brs_detr.export.suppression import translations
 from brs_detr.models.backbones.deformable import DeformableConv
 from brs_detr.models.backbones.swin import SwinBackbone
+from brs_detr.models.backbones.vit import ViTBackbone
 from brs_detr.models.config import SoftNMS
 from brs_detr.models.detector import Detector
 from brs_detr.models.heads.dense import DenseHead
@@ -133,9 +134,9 @@ def soft_nms_of(model: Detector) -> dict[str, float] | None:
 
 def trace(graph: DetectorGraph, size: Size, *, any_size: bool, pixels: torch.dtype) -> torch.export.ExportedProgram:
     """Trace a detector's graph for batches of any number; arguments and errors as for `write_onnx`."""
-    if any_size and isinstance(graph.model.backbone, SwinBackbone):
+    if any_size and isinstance(graph.model.backbone, SwinBackbone | ViTBackbone):
         raise ExportError(
-            "--any-size: a Swin backbone divides its maps into windows, which fixes the size of the graph. "
+            "--any-size: a Swin or EVA-02 divides its maps into windows, which fixes the size of the graph. "
             "Give --height and --width instead."
         )
     # two images: torch.export specializes on dimensions of size 1

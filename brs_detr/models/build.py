@@ -91,6 +91,7 @@ def build_brs_detr(config: DETRConfig, num_classes: int) -> BRSDETR:
     }
     recompute = config.backbone.activation_checkpointing
     backbone = build_backbone(config.backbone)
+    pyramid = getattr(backbone, "is_pyramid", False)  # a neck need not project its maps
     strides = pyramid_strides(backbone.strides, config.levels + 1)  # the neck's, and one more for the dense heads
     # The order in which parts are made is that of their random numbers: another order gives other first weights.
     waves: dict[str, Any] = {"temperature": 20.0, "offset": 0.0} if dino else {}
@@ -109,7 +110,7 @@ def build_brs_detr(config: DETRConfig, num_classes: int) -> BRSDETR:
         rpn=rpn,
         roi=roi,
         atss=ATSSHead(dim, num_classes, strides, config.atss, config.norm_groups) if "atss" in heads else None,
-        neck=ChannelMapper(backbone.channels, dim, config.levels, config.norm_groups),
+        neck=ChannelMapper(backbone.channels, dim, config.levels, config.norm_groups, pyramid),
         proposals=TwoStageHead(dim, num_classes, config.queries, config.proposal_nms_iou, class_agnostic=not dino),
         decoder=QueryDecoder(dim, num_classes, layers=config.decoder_layers, **seen, **layer),
         matcher=HungarianMatcher(config.matcher.cls, config.matcher.l1, config.matcher.giou),

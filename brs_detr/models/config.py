@@ -28,6 +28,8 @@ class BackboneConfig:
     # stages (2, 3, 4 in the papers) whose 3x3 convolutions become modulated deformable ones; of ResNets and ResNeXts
     deformable_stages: tuple[Count, ...] = ()
     deformable_groups: Count = 1  # groups of channels with offsets of their own
+    window_size: Count = 24  # of EVA-02: cells of 16 pixels a side of an attention window
+    global_every: Count = 4  # of EVA-02: of so many blocks, the last one attends to the whole map
     activation_checkpointing: bool = False
     channels_last: bool = False  # the channels of a pixel beside each other in memory, as tensor cores read them
 
@@ -169,6 +171,7 @@ class RegionConfig:
     objective: ObjectiveConfig = one_of(RankingConfig(weight=5.0), _FOCAL_ROI, _SOFTMAX_ROI)
     box_loss: Literal["giou", "l1", "smooth_l1"] = "giou"  # of decoded boxes, or on offsets: the sum, the mean
     beta: Positive = 1.0  # of smooth_l1: the error at which it turns from quadratic to linear
+    stacked_convs: int = 0  # 3x3, with GroupNorm, before the fully connected layers, of which one is left then
     fc_dim: Count = 1024
     class_agnostic: bool = False  # one box per RoI instead of one per class
     low_quality: bool = False  # RoIs that overlap an object most become its own, if they are positives at all

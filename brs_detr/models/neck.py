@@ -55,13 +55,23 @@ class ChannelMapper(nn.Module):
         dim: width of every output.
         levels: number of maps to return; at least `len(channels)`.
         norm_groups: GroupNorm's groups; must divide `dim`.
+        is_pyramid: the backbone's maps are a pyramid already, and pass as they are where they have `dim` channels.
     """
 
-    def __init__(self, channels: Sequence[int], dim: int = 256, levels: int = 4, norm_groups: int = 32) -> None:
+    def __init__(
+        self,
+        channels: Sequence[int],
+        dim: int = 256,
+        levels: int = 4,
+        norm_groups: int = 32,
+        is_pyramid: bool = False,
+    ) -> None:
         super().__init__()
         if levels < len(channels):
             raise ValueError(f"model.levels={levels}: the backbone already has {len(channels)} levels. Raise it.")
-        self.projections = nn.ModuleList(ConvNorm(c, dim, 1, groups=norm_groups) for c in channels)
+        self.projections = nn.ModuleList(
+            nn.Identity() if is_pyramid and c == dim else ConvNorm(c, dim, 1, groups=norm_groups) for c in channels
+        )
         widths = [channels[-1]] + [dim] * (levels - len(channels) - 1)
         self.extra = nn.ModuleList(
             ConvNorm(c, dim, 3, 2, norm_groups) for c, _ in zip(widths, range(levels - len(channels)))

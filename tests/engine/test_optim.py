@@ -55,6 +55,36 @@ def test_layer_decay_lowers_the_rate_stage_by_stage():
     assert rates["backbone.layer1.weight"] == 0.5 * 0.5**3
 
 
+class ViT(nn.Module):
+    """The names of a ViT-L: 24 blocks, what comes before and behind them, its neck, and a detector around it."""
+
+    def __init__(self):
+        super().__init__()
+        parts = {"patch_embed": nn.Linear(1, 1), "blocks": nn.ModuleList(nn.Linear(1, 1) for _ in range(24))}
+        parts |= {"out_norm": nn.LayerNorm(1), "pyramid": nn.ModuleDict({"p2": nn.Linear(1, 1)})}
+        self.backbone, self.encoder = nn.ModuleDict(parts), nn.Linear(1, 1)
+        self.backbone.register_parameter("pos_embed", nn.Parameter(torch.zeros(1)))
+
+
+def test_layer_decay_of_vit_l_is_the_published_one():
+    """Block i learns at 0.8^(24 - i), patches and positions at 0.8^25, all behind the blocks at the full rate."""
+    groups = parameter_groups(ViT(), OptimConfig(lr=5e-5, backbone_lr_factor=1.0, backbone_layer_decay=0.8))
+    rates = {name: group["lr"] / 5e-5 for group in groups for name in group["names"]}
+    for index in range(24):
+        assert rates[f"backbone.blocks.{index}.weight"] == pytest.approx(0.8 ** (24 - index))
+    for name in ("pos_embed", "patch_embed.weight"):
+        assert rates[f"backbone.{name}"] == pytest.approx(0.8**25)
+    for name in ("backbone.out_norm.bias", "backbone.pyramid.p2.weight", "encoder.bias"):
+        assert rates[name] == 1
+    assert len(groups) == 26
+
+
+def test_a_neck_inside_a_backbone_learns_like_the_other_necks():
+    groups = parameter_groups(ViT(), OptimConfig(lr=1.0, backbone_lr_factor=0.1))
+    rates = {name: group["lr"] for group in groups for name in group["names"]}
+    assert rates["backbone.pyramid.p2.weight"] == 1 and rates["backbone.out_norm.weight"] == 0.1
+
+
 @pytest.mark.parametrize(
     ("name", "depth"),
     [
@@ -63,6 +93,10 @@ def test_layer_decay_lowers_the_rate_stage_by_stage():
         ("backbone.layers.0.blocks.1.attn.qkv.weight", 1),
         ("backbone.body.layers_3.blocks.0.norm1.weight", 4),
         ("backbone.patch_embed.proj.weight", 0),
+        ("backbone.pos_embed", 0),
+        ("backbone.blocks.23.mlp.fc1_g.weight", 24),
+        ("backbone.norm3.weight", 0),
+        ("backbone.out_norm.weight", None),
     ],
 )
 def test_depth_of_backbone_parameters(name, depth):

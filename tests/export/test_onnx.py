@@ -15,6 +15,8 @@ from brs_detr.ops.images import ImageBatch
 
 TINY_SWIN = {"embed_dim": 24, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 4), "window_size": 4}
 
+TINY_EVA = {"embed_dim": 64, "depth": 2, "num_heads": 4, "img_size": 56}
+
 
 def batch(*sizes):
     """Noise of these (height, width), padded to one tensor."""
@@ -96,6 +98,21 @@ def test_a_swin_is_exported_for_one_size(build, tmp_path, monkeypatch):
     assert "GridSample" not in {node.op_type for node in onnx.load(tmp_path / "swin.onnx").graph.node}
     images = batch((75, 60), (50, 90), (33, 41))
     found = compare(swin, ExportedDetector(tmp_path / "swin.onnx"), replace(images, pixels=images.pixels.float()))
+    assert found.boxes < 1e-3 and found.scores < 1e-5
+
+
+def test_an_eva_is_exported_for_one_size(build, tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    onnx, create = pytest.importorskip("onnx"), timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **settings: create(name, **{**settings, **TINY_EVA}))
+    eva = build("eva02_large_patch14_448", window_size=4, global_every=2)
+    with pytest.raises(ExportError, match="--any-size"):
+        write_onnx(eva, tmp_path / "eva.onnx", (75, 90), any_size=True)
+    write_onnx(eva, tmp_path / "eva.onnx", (75, 90), pixels=torch.float32)
+    assert not {"GridSample", "Resize"} & {node.op_type for node in onnx.load(tmp_path / "eva.onnx").graph.node}
+    images = batch((75, 60), (50, 90), (33, 41))
+    found = compare(eva, ExportedDetector(tmp_path / "eva.onnx"), replace(images, pixels=images.pixels.float()))
     assert found.boxes < 1e-3 and found.scores < 1e-5
 
 

@@ -1,13 +1,14 @@
 """Backbones from timm with the feature maps and the normalization that a detector needs.
 
 `build_backbone` builds all of them. ResNets keep the parameter names of torchvision and timm; Swin gets its own module
-(`swin.py`), since timm's classification Swin does not compute the published detection features.
+(`swin.py`), since timm's classification Swin does not compute the published detection features, and so does EVA-02
+(`vit.py`), which has one map only.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import timm
@@ -22,7 +23,8 @@ from brs_detr.models.backbones.availability import require_reachable
 from brs_detr.models.backbones.deformable import make_deformable
 from brs_detr.models.backbones.norms import freeze_batch_norm, group_norm_for_batch_norm
 from brs_detr.models.backbones.swin import SwinBackbone, rename_official_swin
-from brs_detr.models.backbones.weights_io import flat_name, load_weights
+from brs_detr.models.backbones.vit import ViTBackbone, rename_eva
+from brs_detr.models.backbones.weights_io import State, flat_name, load_weights
 from brs_detr.models.config import BackboneConfig
 
 FIRST_STAGE_STRIDE = 4  # maps of a smaller stride belong to the stem
@@ -96,7 +98,7 @@ class TimmBackbone(nn.Module):
         return x
 
 
-def build_backbone(config: BackboneConfig) -> SwinBackbone | TimmBackbone:
+def build_backbone(config: BackboneConfig) -> SwinBackbone | TimmBackbone | ViTBackbone:
     """Build a backbone by its timm name.
 
     Returns:
@@ -114,11 +116,18 @@ def build_backbone(config: BackboneConfig) -> SwinBackbone | TimmBackbone:
     download = config.pretrained and config.checkpoint is None
     if download:
         require_reachable(name)
-    if timm.models.is_model_in_modules(plain_name(name).partition(".")[0], ["swin_transformer"]):
+    architecture = plain_name(name).partition(".")[0]
+    rename: Callable[[State], State] | None = None
+    if timm.models.is_model_in_modules(architecture, ["swin_transformer"]):
         settings = {"num_classes": 0, **SwinBackbone.TIMM_SETTINGS}
         network = cast(SwinTransformer, _create(name, download, config.drop_path, **settings))
         _require_strides(name, [item["reduction"] for item in network.feature_info], strides)
-        backbone: SwinBackbone | TimmBackbone = SwinBackbone(network, strides, checkpointing)
+        backbone: SwinBackbone | TimmBackbone | ViTBackbone = SwinBackbone(network, strides, checkpointing)
+        rename = rename_official_swin
+    elif architecture.startswith("eva02_"):
+        whole = _create(name, download, config.drop_path, num_classes=0, dynamic_img_size=True)
+        backbone = ViTBackbone(whole, strides, config.window_size, config.global_every, checkpointing)
+        rename = rename_eva
     else:
         backbone = _timm_backbone(name, download, config.drop_path, strides, checkpointing)
     make_deformable(backbone, config.deformable_stages, config.deformable_groups)
@@ -127,7 +136,7 @@ def build_backbone(config: BackboneConfig) -> SwinBackbone | TimmBackbone:
     elif norm == "frozen":
         freeze_batch_norm(backbone, random_weights=not (config.pretrained or config.checkpoint))
     if config.checkpoint is not None:
-        load_weights(backbone, config.checkpoint, rename_official_swin if isinstance(backbone, SwinBackbone) else None)
+        load_weights(backbone, config.checkpoint, rename)
     freeze_stages(backbone, config.frozen_stages)
     if config.channels_last:
         # A convolution passes on the layout of its weights, so the maps have it too. Loading and moving keep it.

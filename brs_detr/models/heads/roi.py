@@ -1,13 +1,14 @@
 """Second stage of Faster R-CNN on a feature pyramid (Ren et al.; Lin et al., "Feature Pyramid Networks", section 4.2).
 
-Proposals are pooled by RoIAlign, two fully connected layers classify them and refine one box per class, or one for all
-classes. With softmax and a sampler this is the head of Faster R-CNN and Co-DETR; with sigmoids, a ranking objective and
-no sampler it is that of the rank-based detectors and of BRS-DETR. `cascade.py` puts several in a row, `mask.py` adds
-masks.
+Proposals are pooled by RoIAlign, two fully connected layers (or convolutions and one) classify them and refine one box
+per class, or one for all classes. With softmax and a sampler this is the head of Faster R-CNN and Co-DETR; with
+sigmoids, a ranking objective and no sampler it is that of the rank-based detectors and of BRS-DETR. `cascade.py` puts
+several in a row, `mask.py` adds masks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from brs_detr.losses.objective import BoxLosses, PredictionSet
 from brs_detr.models.config import RoIConfig
 from brs_detr.models.heads.dense import HeadLosses, box_losses, build_objective
 from brs_detr.models.heads.pooling import Pooled, finest_scale, pool_rois
+from brs_detr.models.heads.towers import tower
 from brs_detr.ops.anchors import take_rows
 from brs_detr.ops.boxes import BoxCoder, Candidates, image_corners, suppress
 from brs_detr.ops.images import Size
@@ -85,15 +87,20 @@ class RoIHead(nn.Module):
         self.max_detections = config.max_detections
         self.coder = BoxCoder(config.coder_stds)
         self.fc1 = nn.Linear(dim * pool * pool, fc_dim)
-        self.fc2 = nn.Linear(fc_dim, fc_dim)
+        self.fc2 = nn.Linear(fc_dim, fc_dim) if config.stacked_convs == 0 else None
         self.score = nn.Linear(fc_dim, num_classes + int(self.softmax))
         self.delta = nn.Linear(fc_dim, 4 if config.class_agnostic else num_classes * 4)
-        for layer in (self.fc1, self.fc2):
+        hidden = [layer for layer in (self.fc1, self.fc2) if layer is not None]
+        for layer in hidden:
             nn.init.xavier_uniform_(layer.weight)
         nn.init.normal_(self.score.weight, std=0.01)
         nn.init.normal_(self.delta.weight, std=0.001)
-        for layer in (self.fc1, self.fc2, self.score, self.delta):
+        for layer in (*hidden, self.score, self.delta):
             nn.init.zeros_(layer.bias)
+        self.tower = tower(dim, config.stacked_convs, math.gcd(32, dim))
+        for module in self.tower.modules():
+            if isinstance(module, nn.Conv2d):  # MMCV's for a convolution before ReLU
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, features: Sequence[Tensor], rois: Sequence[Tensor]) -> RoIOutput:
         """Pool and classify RoIs.
@@ -121,7 +128,9 @@ class RoIHead(nn.Module):
 
     def classify(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits and offsets, as in `RoIOutput`, of pooled RoIs (N, dim, side, side)."""
-        hidden = self.fc2(self.fc1(pooled.flatten(1)).relu()).relu()
+        hidden = self.fc1(self.tower(pooled).flatten(1)).relu()
+        if self.fc2 is not None:
+            hidden = self.fc2(hidden).relu()
         return self.score(hidden), rearrange(self.delta(hidden), "n (c box) -> n c box", box=4)
 
     def scores(self, logits: Tensor) -> Tensor:

@@ -54,8 +54,8 @@ class TowerHead(DenseHead):
     ) -> None:
         super().__init__(num_classes, anchors, **options)
         per_cell, self.branch = anchors.per_cell, branch
-        self.class_tower = _tower(dim, stacked_convs, norm_groups)
-        self.box_tower = _tower(dim, stacked_convs, norm_groups)
+        self.class_tower = tower(dim, stacked_convs, norm_groups)
+        self.box_tower = tower(dim, stacked_convs, norm_groups)
         self.score = nn.Conv2d(dim, per_cell * num_classes, 3, padding=1)
         self.delta = nn.Conv2d(dim, per_cell * 4, 3, padding=1)
         if branch is not None:
@@ -109,8 +109,8 @@ class TowerHead(DenseHead):
         return {**terms, self.branch: self.branch_weight * value}
 
 
-def _tower(dim: int, depth: int, groups: int | None) -> nn.Sequential:
-    """Stack 3x3 convolutions, each with a norm if it has groups, and ReLU."""
+def tower(dim: int, depth: int, groups: int | None) -> nn.Sequential:
+    """Stack 3x3 convolutions, each with a norm of so many groups, unless that is None, and ReLU."""
     return nn.Sequential(*(_block(dim, groups) for _ in range(depth)))
 
 

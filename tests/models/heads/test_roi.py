@@ -215,6 +215,49 @@ def test_every_parameter_is_in_the_graph(family, counts, proposals, classes):
     assert all(len(boxes) >= 1 for boxes in assignment.references)
 
 
+def published_tower_head(windows, head):
+    """Co-DETR's "4conv1fc" on one pooled window (dim, 7, 7): convolution, GroupNorm, ReLU; one hidden layer."""
+    x = windows
+    for conv, norm, _ in head.tower:
+        padded = torch.nn.functional.pad(x, (1, 1, 1, 1))
+        x = torch.stack([(padded[:, i : i + 7, j : j + 7, None] * conv.weight[:, :, i, j].T[:, None, None]).sum(0)
+                         for i in range(3) for j in range(3)]).sum(0).permute(2, 0, 1)  # fmt: skip
+        groups = x.unflatten(0, (norm.num_groups, -1))
+        mean, variance = groups.mean((1, 2, 3), True), groups.var((1, 2, 3), unbiased=False, keepdim=True)
+        x = ((groups - mean) / (variance + 1e-5).sqrt()).flatten(0, 1)
+        x = (x * norm.weight[:, None, None] + norm.bias[:, None, None]).clamp(min=0)
+    hidden = head.fc1(x.flatten()).clamp(min=0)
+    return head.score(hidden), head.delta(hidden).unflatten(0, (-1, 4))
+
+
+def test_convolutions_take_the_place_of_a_fully_connected_layer():
+    head = build("co_detr", dim=64, stacked_convs=4, class_agnostic=True).double()
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    windows = torch.randn(3, 64, 7, 7, dtype=torch.float64)
+    logits, deltas = head.classify(windows)
+    for row, window in enumerate(windows):
+        expected = published_tower_head(window, head)
+        torch.testing.assert_close(logits[row], expected[0], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(deltas[row], expected[1], rtol=1e-9, atol=1e-9)
+    assert deltas.shape == (3, 1, 4) and head.tower[0][1].num_groups == 32
+    assert {name.split(".")[0] for name in head.state_dict()} == {"tower", "fc1", "score", "delta"}
+
+
+@pytest.mark.parametrize("family", ["brs_detr", "co_detr"])
+@pytest.mark.parametrize("counts", [(2, 0), (0, 0)])
+def test_convolutions_get_finite_gradients_whatever_the_batch_holds(family, counts):
+    head = build(family, dim=4, stacked_convs=2, class_agnostic=True)
+    losses, _ = head.losses(random_features(), [random_boxes(20), random_boxes(3)], SIZES, random_targets(*counts))
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in head.parameters())
+
+
+def test_a_head_without_convolutions_has_the_parameters_it_always_had():
+    names = list(build("brs_detr", dim=4).state_dict())
+    assert names == [f"{part}.{kind}" for part in ("fc1", "fc2", "score", "delta") for kind in ("weight", "bias")]
+
+
 def test_objects_join_the_proposals_only_when_asked():
     far, target = [torch.tensor([[100.0, 100, 120, 120]])], [{"boxes": torch.tensor([[0.0, 0, 30, 30]])}]
     target[0]["labels"] = torch.tensor([2])
