@@ -30,13 +30,17 @@ DINO_PARTS = ("query_head.transformer.query_embed.", "query_head.transformer.dec
 LABEL_TABLES = ("query_head.label_embedding.weight", "query_head.dn_generator.label_embedding.weight")
 """The table of the denoising queries' classes; in files that MMDetection 3 has trained it is the second."""
 
+PLAIN_VIT = "a detector on a plain ViT"
+EVA_PART = "backbone.blocks.0.mlp.ffn_ln.weight"
+"""A tensor that EVA-02 has, and no plain ViT."""
+
 OTHER_VARIANTS: tuple[tuple[str, str], ...] = (
     (r"decoder\.classifiers\.", "a detector of this project already, whose .safetensors eval.py and train.py read"),
     (r"query_head\.transformer\.reference_points\.", "a one-stage Co-Deformable-DETR, without encoder proposals"),
     (r"mask_iou_head\.", "Co-DINO on a ViT with instance masks"),
     (r"roi_head\.\d+\.mask_head\.", "Co-DETR with a mask head"),
     (r"(roi_head|bbox_head)\.1\.", "Co-DETR with more than two auxiliary heads"),
-    (r"backbone\.(blocks\.|pos_embed)", "a detector on a plain ViT"),
+    (r"backbone\.(blocks\.|pos_embed)", PLAIN_VIT),
 )
 """Patterns of tensor names that identify another architecture, and its description; the first match counts."""
 
@@ -61,6 +65,8 @@ SWINS = {
 }
 """Swins by width, blocks in the third stage, and window: timm's name, and the drop path of the 12-epoch recipe."""
 
+EVAS = {(1024, 24, 1025): ("eva02_large_patch14_448.mim_m38m_ft_in22k_in1k", 0.4)}
+"""EVA-02s by width, blocks, and learned positions: the same."""
 
 FAMILIES = {
     (False, False): "BRS-DETR",
@@ -86,6 +92,9 @@ class Architecture:
         stacked_convs: depth of the ATSS towers.
         dino: True for Co-DINO.
         denoising: True if it is Co-DINO trained with denoising queries.
+        windows: of an EVA-02, cells a side, and of how many blocks the last one has none; None for other backbones.
+        roi_convs: convolutions of the RoI head.
+        class_agnostic: True if the RoI head has one box for all classes.
     """
 
     backbone: str
@@ -104,6 +113,9 @@ class Architecture:
     stacked_convs: int
     dino: bool
     denoising: bool
+    windows: tuple[int, int] | None = None
+    roi_convs: int = 0
+    class_agnostic: bool = False
 
     @property
     def family(self) -> str:
@@ -172,6 +184,9 @@ def recognize(tensors: Mapping[str, Tensor], source: str) -> Architecture:
         stacked_convs=_count(r"bbox_head\.0\.cls_convs\.(\d+)\.", tensors),
         dino=dino,
         denoising=dino and any(name in tensors for name in LABEL_TABLES),
+        windows=windows_of(tensors) if EVA_PART in tensors else None,
+        roi_convs=_count(r"roi_head\.0\.bbox_head\.shared_convs\.(\d+)\.", tensors),
+        class_agnostic=classes > 1 and size(roi + "fc_reg.weight") == 4,
     )
 
 
@@ -183,10 +198,12 @@ def refuse_others(tensors: Mapping[str, Tensor], source: str) -> None:
     """
     ours = any(name.startswith("query_head.transformer.") for name in tensors)
     for pattern, meaning in OTHER_VARIANTS if ours else OTHER_VARIANTS + OTHER_DETECTORS:
+        if meaning == PLAIN_VIT and EVA_PART in tensors:
+            continue
         if any(re.match(pattern, name) for name in tensors):
             raise CheckpointError(
-                f"{source}: this is {meaning}; only Co-Deformable-DETR, Co-DINO and BRS-DETR, on a ResNet or Swin and "
-                "without masks, can be converted"
+                f"{source}: this is {meaning}; only Co-Deformable-DETR, Co-DINO and BRS-DETR, on a ResNet, Swin or "
+                "EVA-02 and without masks, can be converted"
             )
     if not ours:
         some = ", ".join(list(tensors)[:3])
@@ -200,9 +217,15 @@ def backbone_of(tensors: Mapping[str, Tensor], source: str) -> tuple[str, float]
     """Return timm's name of the backbone and its drop path rate.
 
     Raises:
-        CheckpointError: the backbone is neither a ResNet nor a Swin of the released models.
+        CheckpointError: the backbone is not one of the released models.
     """
-    if "backbone.patch_embed.proj.weight" in tensors:
+    if EVA_PART in tensors and "backbone.pos_embed" in tensors:
+        count, width = tensors["backbone.pos_embed"].shape[-2:]
+        blocks = _count(r"backbone\.blocks\.(\d+)\.", tensors)
+        if (width, blocks, count) in EVAS:
+            return EVAS[width, blocks, count]
+        what = f"an EVA-02 of width {width} with {blocks} blocks and {count} positions"
+    elif "backbone.patch_embed.proj.weight" in tensors:
         table = tensors.get("backbone.layers.0.blocks.0.attn.relative_position_bias_table")
         window = 0 if table is None else (round(table.shape[0] ** 0.5) + 1) // 2  # the table has (2 w - 1)^2 rows
         blocks = _count(r"backbone\.layers\.2\.blocks\.(\d+)\.", tensors)
@@ -217,8 +240,25 @@ def backbone_of(tensors: Mapping[str, Tensor], source: str) -> tuple[str, float]
         names = [name for name in tensors if name.startswith("backbone.")]
         what = f"one of {len(names)} tensors ({', '.join(names[:2])}, ...)" if names else "missing"
     raise CheckpointError(
-        f"{source}: the backbone is {what}. Supported are the released ResNet-50 and 101 and Swin-T, S, B and L."
+        f"{source}: the backbone is {what}. Supported are the released ResNet-50 and 101, Swin-T, S, B and L, and "
+        "ViT-L."
     )
+
+
+def windows_of(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Return the side of an EVA-02's windows in cells, and of how many blocks the last one has none.
+
+    Both follow from the tables of the blocks' rotations, which have a row for each cell of a window. A block without a
+    window has a larger table, or none. Files without any table are taken for that of COCO.
+    """
+    tables = {name: value.shape[0] for name, value in tensors.items() if name.endswith(".attn.rope.freqs_cos")}
+    rows = tables.get("backbone.blocks.0.attn.rope.freqs_cos")
+    if rows is None:
+        return 24, 4
+    every = 1
+    while tables.get(f"backbone.blocks.{every - 1}.attn.rope.freqs_cos") == rows:
+        every += 1
+    return round(rows**0.5), every
 
 
 def _count(pattern: str, names: Iterable[str]) -> int:

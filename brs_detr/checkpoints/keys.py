@@ -15,6 +15,7 @@ from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor
 
 from brs_detr.models.backbones.vit import BLOCK_NAMES
+from brs_detr.models.config import BackboneConfig
 
 AUX = ("roi", "atss")
 
@@ -219,6 +220,38 @@ def to_ours(official: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str
         else:
             renamed[ours] = value
     return renamed, unknown
+
+
+def rotation_tables(official: Mapping[str, Tensor], backbone: BackboneConfig, canvas: int | None) -> dict[str, Tensor]:
+    """Rebuild the tables of rotations that an official EVA-02 stores; {} for other backbones.
+
+    Args:
+        official: the other tensors.
+        backbone: windows and blocks without.
+        canvas: side in pixels of the square that every image is laid on; without one, blocks without a window have no
+            table.
+    """
+    heads = 16  # of ViT-L
+    depth = 1 + max(_numbers(r"backbone\.blocks\.(\d+)\.mlp\.ffn_ln\.", official), default=-1)
+    if depth == 0:
+        return {}
+    half = official["backbone.pos_embed"].shape[-1] // heads // 2
+    frequencies = 1 / 10000 ** (torch.arange(0, half, 2).float() / half)
+
+    def tables(side: int) -> dict[str, Tensor]:
+        angles = (torch.arange(side) / side * 16)[:, None] * frequencies
+        angles = angles.repeat_interleave(2, dim=1)
+        both = torch.cat(torch.broadcast_tensors(angles[:, None], angles[None]), dim=-1).flatten(0, 1)
+        return {"freqs_cos": both.cos(), "freqs_sin": both.sin()}
+
+    windowed = tables(backbone.window_size)
+    whole = {} if canvas is None else tables(canvas // 16)
+    found = {f"backbone.rope_win.{name}": value for name, value in windowed.items()}
+    found |= {f"backbone.rope_glb.{name}": value for name, value in whole.items()}
+    for block in range(depth):
+        own = whole if (block + 1) % backbone.global_every == 0 else windowed
+        found |= {f"backbone.blocks.{block}.attn.rope.{name}": value for name, value in own.items()}
+    return found
 
 
 def to_official(ours: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

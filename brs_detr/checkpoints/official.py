@@ -20,8 +20,8 @@ import torch
 from torch import Size, Tensor
 
 from brs_detr import config as configuration
-from brs_detr.checkpoints.architecture import HEADS, Architecture, name_classes, recognize
-from brs_detr.checkpoints.keys import original_swin, to_official, to_ours, why_dropped
+from brs_detr.checkpoints.architecture import EVA_PART, HEADS, Architecture, name_classes, recognize
+from brs_detr.checkpoints.keys import original_swin, rotation_tables, to_official, to_ours, why_dropped
 from brs_detr.config_io import merge
 from brs_detr.engine.checkpoint import CheckpointError, Weights, load_weights
 from brs_detr.engine.storage import write_file
@@ -36,6 +36,9 @@ RELEASED = re.compile(
     r"_(?P<length>1x|2x|3x|16e|22e)_(?P<data>coco|lvis|o365|o365tococo|o365tolvis)(?:-[0-9a-f]{8})?$"
 )
 """Names of the released Co-DINO files and recipes, of the authors and of MMDetection."""
+
+RELEASED_VIT = re.compile(r"co_dino_5scale(?P<lsj>_lsj)?_vit_large_(?P<data>coco|lvis)$")
+"""The same for ViT-L."""
 
 CLASSES_OF = {"coco": 80, "o365tococo": 80, "o365": 365, "lvis": 1203, "o365tolvis": 1203}
 SCHEDULES = {"1x": (12, 11), "2x": (24, 20), "3x": (36, 30), "16e": (16, 8)}
@@ -58,7 +61,7 @@ class Training:
         augmentation: of its images.
         source: where that is known from.
         canvas: side in pixels of the square on which the images lie; None: there is none.
-        length: of the training, as in the names of released files.
+        length: of the training, as in the names of released files, which do not say it of a ViT-L ("vit").
         data: that it was trained on, likewise.
         drop_path: rate of the backbone; None: as in 12 epochs.
     """
@@ -150,6 +153,11 @@ def training_of(
 
 def from_name(architecture: Architecture, source: str) -> Training | None:
     """Return what the name of a released Co-DINO says, None for other names and for those of another architecture."""
+    if architecture.windows is not None:
+        match = RELEASED_VIT.match(Path(source).stem)
+        if match is None or CLASSES_OF[match["data"]] != architecture.num_classes:
+            return None
+        return training_of_vit("lsj" if match["lsj"] else "detr", "by its name", match["data"])
     match = RELEASED.match(Path(source).stem)
     if match is None:
         return None
@@ -183,6 +191,9 @@ def as_said(architecture: Architecture, source: str, augmentation: Augmentation 
             "which neither its tensors nor its name show. Convert it with `brs-detr convert --augmentation detr`, or "
             "`lsj`."
         )
+    if architecture.windows is not None:
+        data = "lvis" if architecture.num_classes == CLASSES_OF["lvis"] else "coco"
+        return training_of_vit(augmentation, "as given", data, canvas)
     if augmentation == "detr":
         return Training("detr", "as given")
     swin, lvis = architecture.backbone.startswith("swin"), architecture.num_classes == CLASSES_OF["lvis"]
@@ -193,6 +204,12 @@ def as_said(architecture: Architecture, source: str, augmentation: Augmentation 
         )
     fine_tuned = swin and lvis and canvas == FINE_TUNED_CANVAS
     return Training("lsj", "as given", canvas or (1280 if swin else 1024), data="o365tolvis" if fine_tuned else "coco")
+
+
+def training_of_vit(augmentation: Augmentation, source: str, data: str, canvas: int | None = None) -> Training:
+    """Return how a ViT-L was trained."""
+    side = (canvas or FINE_TUNED_CANVAS) if augmentation == "lsj" else None
+    return Training(augmentation, source, side, "vit", data, 0.3 if data == "lvis" else None)
 
 
 def settings_of(architecture: Architecture) -> dict[str, Any]:
@@ -209,7 +226,7 @@ def settings_of(architecture: Architecture) -> dict[str, Any]:
         "backbone": {
             "name": architecture.backbone,
             "drop_path": architecture.drop_path,
-            "frozen_stages": 0 if swin else 1,
+            "frozen_stages": 0 if swin or architecture.windows else 1,
         },
         "roi": {"fc_dim": architecture.fc_dim},
         "atss": {"centerness": architecture.centerness, "stacked_convs": architecture.stacked_convs},
@@ -231,7 +248,30 @@ def settings_of(architecture: Architecture) -> dict[str, Any]:
     elif architecture.softmax:
         model["name"] = "co_detr"  # likewise
     # antialias: the released weights were trained on images downscaled without a low-pass filter
-    return {"data": {"antialias": False}, "model": model, "optim": optim, "train": train, "eval": evaluation}
+    settings = {"data": {"antialias": False}, "model": model, "optim": optim, "train": train, "eval": evaluation}
+    if architecture.windows is not None:
+        merge(settings, vit_settings(architecture, *architecture.windows))
+    return settings
+
+
+def vit_settings(architecture: Architecture, window: int, global_every: int) -> dict[str, Any]:
+    """Build what a ViT-L adds to the settings of a Co-DINO, for `merge`."""
+    roi: dict[str, Any] = {"stacked_convs": architecture.roi_convs, "class_agnostic": architecture.class_agnostic}
+    if architecture.roi_convs:
+        roi["coder_stds"] = [0.05, 0.05, 0.1, 0.1]
+    model: dict[str, Any] = {
+        "backbone": {"levels": [4, 8, 16, 32, 64], "window_size": window, "global_every": global_every},
+        "roi": roi,
+        "detections_per_image": FINE_TUNED_DETECTIONS,
+    }
+    if architecture.denoising:
+        model["denoising"] = {"queries": 300, "box_noise": 0.4}
+    return {
+        "model": model,
+        "optim": {"lr": 5e-5, "weight_decay": 0.01, "backbone_lr_factor": 1.0, "backbone_layer_decay": 0.8},
+        "train": {"lr_steps": [7], "warmup_steps": 500, "warmup_start": 0.01, "ema_decay": 0.9999},
+        "eval": {"max_detections": FINE_TUNED_DETECTIONS},
+    }
 
 
 def trained_settings(training: Training) -> dict[str, Any]:
@@ -251,6 +291,11 @@ def trained_settings(training: Training) -> dict[str, Any]:
         settings["optim"] = {"lr": 1e-4}
     if training.data == "o365tococo":
         data |= {"augment": {"short_sides": list(range(480, 1537, 32)), "long_side": 2048}}
+        data |= {"test_short_side": 1280, "test_long_side": 2048}
+    if training.length == "vit" and training.data == "lvis":
+        settings["train"] = {"epochs": 16, "lr_steps": [9, 15]}
+    if training.length == "vit" and training.canvas is None:
+        data |= {"augment": {"short_sides": list(range(480, 1537, 32)), "long_side": 2400}}
         data |= {"test_short_side": 1280, "test_long_side": 2048}
     if training.data == "o365tolvis":
         model["detections_per_image"] = FINE_TUNED_DETECTIONS
@@ -347,6 +392,9 @@ def export(source: Path, target: Path) -> int:
             f"{source}: {len(unknown)} tensors have no official name ({', '.join(unknown[:3])}). Only detectors of the "
             "released architecture can be converted."
         )
+    if EVA_PART in tensors:
+        settings = configuration.from_dict(weights.config, str(source))
+        tensors |= rotation_tables(tensors, settings.model.backbone, settings.data.test_canvas)
     recognize(tensors, str(source))  # raises if the result could not be converted back
     meta: dict[str, Any] = {"CLASSES": tuple(weights.classes)}
     if isinstance(weights.extra.get("epoch"), int):

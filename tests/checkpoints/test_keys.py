@@ -166,8 +166,6 @@ def test_what_the_tensors_tell_is_the_recipe_of_that_model(listed, name, recipes
 @pytest.mark.parametrize(
     ("name", "called"),
     [
-        ("coco", "a detector on a plain ViT"),
-        ("lvis", "a detector on a plain ViT"),
         ("coco_instance", "Co-DINO on a ViT with instance masks"),
         ("lvis_instance", "Co-DINO on a ViT with instance masks"),
     ],
