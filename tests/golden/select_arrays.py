@@ -30,6 +30,12 @@ FORWARD += ("all_bbox_preds", "match.", "gt_bboxes.", "gt_labels.")
 # Only the main queries and the encoder proposals send gradient to these, so that the transformer alone shows it.
 GRADIENTS = ("query_head.transformer.enc_output", "query_head.transformer.pos_trans", "query_head.query_embedding.")
 GRADIENTS += ("query_head.cls_branches.2.", "query_head.reg_branches.2.")
+# Of Co-DINO: all between the neck and the losses of the main and the denoising queries.
+DINO_WEIGHTS = ("query_head.transformer.", "query_head.cls_branches.", "query_head.reg_branches.")
+DINO_WEIGHTS += ("query_head.label_embedding.",)
+DINO_ARRAYS = ("neck.", "dn.", "enc_topk", "all_cls_scores", "all_bbox_preds", "gt_bboxes.", "gt_labels.", "match.")
+DINO_GRADIENTS = ("query_head.transformer.enc_output", "query_head.transformer.query_embed.")
+DINO_GRADIENTS += ("query_head.label_embedding.", "query_head.cls_branches.2.", "query_head.reg_branches.2.")
 LARGEST_GRADIENT = 2000  # numbers; biases and norms tell of the larger ones
 HEADS = {"rpn_head.rpn_cls.bias", "rpn_head.rpn_reg.bias", "bbox_head.0.atss_cls.bias", "bbox_head.0.atss_reg.bias"}
 HEADS |= {"bbox_head.0.atss_centerness.bias", *(f"bbox_head.0.scales.{level}.scale" for level in range(5))}
@@ -53,13 +59,33 @@ def select(golden: Path) -> None:
     kept |= {f"co_detr.{key}": value for key, value in both.items() if key.startswith("match.") and "pos_query" in key}
     save_file(kept, HERE / "forward.safetensors")
     save_file({k: v for k, v in arrays.items() if k.startswith("rank.")}, HERE / "ranking.safetensors")
+    save_file(of_co_dino(golden / "co_dino"), HERE / "co_dino.safetensors")
     terms = {
         family: json.loads((folder / "summary.json").read_text())["normal"]["losses"]
-        for family, folder in folders.items()
+        for family, folder in (folders | {"co_dino": golden / "co_dino"}).items()
     }
     (HERE / "losses.json").write_text(json.dumps(terms, indent=1))
     np.savez_compressed(HERE / "loss_functions.npz", **loss_cases(golden / "losses"))
     np.savez_compressed(HERE / "step.npz", **training_step(folders, weights["co_detr"]))
+
+
+def of_co_dino(folder: Path) -> dict[str, Tensor]:
+    """Weights and arrays of Co-DINO's transformer in a step, with its denoising draws, and small gradients."""
+    weights, arrays, gradients = (
+        load_file(folder / f"{name}.safetensors") for name in ("state_dict", "train_normal", "train_normal_grads")
+    )
+    kept = {
+        f"weights.{name}": value
+        for name, value in weights.items()
+        if name.startswith(DINO_WEIGHTS) and "aux_pos_trans" not in name
+    }
+    kept |= {name: value for name, value in arrays.items() if name.startswith(DINO_ARRAYS)}
+    kept |= {
+        f"gradient.{name}": value
+        for name, value in gradients.items()
+        if name.startswith(DINO_GRADIENTS) and value.numel() <= LARGEST_GRADIENT
+    }
+    return {name: value.contiguous() for name, value in kept.items()}
 
 
 def training_step(folders: dict[str, Path], weights: dict[str, Tensor]) -> dict[str, np.ndarray]:
