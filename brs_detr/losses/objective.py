@@ -145,7 +145,8 @@ class RankingObjective(WatchedObjective):
             ValueError: the set is refused, see `PredictionSet.checked`, aLRP gets no "giou", "iou" or "mask", or a box
                 loss has no weight among `box_weights`.
         """
-        missing = [name for name in predictions.box_losses if name not in (self.box_weights or predictions.box_losses)]
+        known = predictions.box_losses if self.box_weights is None else self.box_weights
+        missing = [name for name in predictions.box_losses if name not in known]
         if missing:
             raise ValueError(f"no weight for the box loss {missing[0]!r}: add it to box_weights")
         classes = predictions.logits.shape[-1]
@@ -159,7 +160,10 @@ class RankingObjective(WatchedObjective):
             terms = self._ranking_terms(logits, positives, checked.quality, box_losses, checked.counted())
             target = terms["rank"] + terms["sort"] if "sort" in terms else terms["rank"]
             terms = {name: scale_for_ddp(term, self.scope) * self.weight for name, term in terms.items()}
-            of_positives = logits.detach().flatten(0, 1)[entries].view(*rows.shape, classes)
+            of_positives = logits.detach().flatten(0, 1)[entries]
+            if checked.ignored is not None:
+                of_positives = of_positives.masked_fill(checked.ignored.flatten(0, 1)[entries], -torch.inf)
+            of_positives = of_positives.view(*rows.shape, classes)
             of_all = self._box_weights(of_positives, checked.box_weight)
             for name, loss in box_losses.items():
                 if name in terms:

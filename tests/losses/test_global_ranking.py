@@ -62,17 +62,22 @@ def losses(part, scope: str):
 
 
 def objectives(part, scope: str):
-    """Value and gradients of every objective."""
+    """Value and gradients of every objective; also with fixed box weights, where some logits are left out."""
     logits, labels, boxes, quality, valid = part
+    own = torch.nn.functional.one_hot(labels, CLASSES + 1)[:, :CLASSES].bool()
     results = []
-    for name in ("rs", "brs", "bap", "alrp"):
-        leaves = [logits.float().requires_grad_(), boxes.float().requires_grad_()]
-        objective = RankingObjective(name, score_weighted=True, scope=scope)
-        terms = objective(
-            PredictionSet(leaves[0], labels, quality=quality, box_losses={"giou": leaves[1]}, valid=valid)
-        )
-        sum(terms.values()).backward()
-        results.append((torch.stack(list(terms.values())).detach(), leaves[0].grad, leaves[1].grad))
+    for fixed in (False, True):
+        options = {"box_weights": {"giou": 2.0}} if fixed else {}
+        ignored = (logits > 0.7) & ~own if fixed else None
+        for name in ("rs", "brs", "bap", "alrp"):
+            leaves = [logits.float().requires_grad_(), boxes.float().requires_grad_()]
+            objective = RankingObjective(name, score_weighted=True, scope=scope, **options)
+            found = PredictionSet(
+                leaves[0], labels, quality=quality, box_losses={"giou": leaves[1]}, valid=valid, ignored=ignored
+            )
+            terms = objective(found)
+            sum(terms.values()).backward()
+            results.append((torch.stack(list(terms.values())).detach(), leaves[0].grad, leaves[1].grad))
     return results
 
 
