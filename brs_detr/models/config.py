@@ -412,7 +412,13 @@ class BRSDINOConfig(DETRConfig):
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
         yield from super().problems(name)
-        if self.denoising.loss == "rank" and isinstance(self.objective, ScoreConfig):
+        own = self.denoising
+        if own.loss != "none" and own.max_rows < 2 * own.queries:
+            yield (
+                f"{name}.denoising.max_rows={own.max_rows} is less than the two rows for each of "
+                f"{name}.denoising.queries={own.queries}; raise it, or lower the queries"
+            )
+        if own.loss == "rank" and isinstance(self.objective, ScoreConfig):
             yield (
                 f"{name}.denoising.loss=rank takes the ranking loss of {name}.objective, which is "
                 f"{self.objective.loss}; set quality_focal, or {name}.objective.loss=brs with {name}.name=brs_dino"

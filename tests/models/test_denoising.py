@@ -324,6 +324,8 @@ def test_every_ranking_loss_ranks_the_rows_with_fixed_box_weights(loss):
 def test_settings_that_do_not_fit():
     with pytest.raises(ValueError, match=r"denoising\.loss=rank takes the ranking loss"):
         apply_overrides(Config(), ["model.name=co_dino", "model.denoising.loss=rank"])
+    with pytest.raises(ValueError, match=r"denoising\.max_rows=600 is less than the two rows for each .*queries=301"):
+        apply_overrides(Config(), ["model.name=co_dino", "model.denoising.queries=301"])
     with pytest.raises(ValueError, match=r"is not a setting of model\.name=brs_detr"):
         apply_overrides(Config(), ["model.name=brs_detr", "model.denoising.loss=rank"])
 
