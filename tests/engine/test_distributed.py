@@ -9,6 +9,7 @@ SCRIPT = Path(__file__).with_name("two_processes.py")
 CHECKS = (
     "gradient",
     "gathering",
+    "denoising",
     "resume",
     "buffers",
     "non-finite",

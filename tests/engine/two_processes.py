@@ -4,6 +4,7 @@ torchrun --nproc-per-node 2 two_processes.py FOLDER CHECK ...
 """
 
 import sys
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from brs_detr.engine.predict import predict
 from brs_detr.engine.state import agreed_state, read_facts
 from brs_detr.engine.storage import StorageError
 from brs_detr.exit_codes import ExitCode, Interruption
+from brs_detr.losses.distributed import without_other_processes
 from brs_detr.models.build import build_model
+from brs_detr.models.denoising import Noise, draw_noise
 from brs_detr.ops.images import ImageBatch
 from brs_detr.run.output_dir import require_shared_folder
 
@@ -89,7 +92,14 @@ def check_gathering(accelerator):
 
 SCORE_BASED = ["model.name=co_detr"]
 WITHOUT_HEADS = (["model.aux_heads=[atss]", "model.query_boxes=encoder"], ["model.aux_heads=[]"])
-VARIANTS = ([], ["model.scope=global"], SCORE_BASED, *WITHOUT_HEADS)
+DENOISING = (
+    ["model.name=co_dino"],
+    ["model.name=brs_dino"],
+    ["model.name=brs_dino", "model.denoising.loss=rank"],
+    ["model.name=brs_dino", "model.denoising.loss=rank", "model.loss=alrp"],
+)
+GLOBAL_DENOISING = ([*DENOISING[2], "model.scope=global"], DENOISING[0])
+VARIANTS = ([], ["model.scope=global"], SCORE_BASED, *WITHOUT_HEADS, *GLOBAL_DENOISING)
 
 
 def check_empty_images(accelerator):
@@ -121,6 +131,53 @@ def step_on_full(accelerator, model, full):
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).sum()
     assert torch.isfinite(norm)
     torch.testing.assert_close(accelerator.reduce(norm.clone(), "mean"), norm)
+
+
+OBJECTS = torch.tensor([[8.0, 8, 40, 40], [20, 10, 60, 50], [2, 30, 30, 62]])
+# Dense heads sample as many regions as a batch has positives, and a batch's objects decide how many groups there are.
+SAME = ["model.backbone.norm=group", "model.aux_heads=[]", "model.query_boxes=encoder", "model.denoising.queries=1"]
+
+
+def denoising_step(config, counts, images, accelerator=None):
+    """Terms and gradients of a step on some of two images that have `counts` objects; alone without an accelerator.
+
+    Each object gets the same noise whatever the images.
+    """
+    torch.manual_seed(0)
+    model = build_model(config, 3)
+    noise = draw_noise(2 * sum(counts), 3, torch.Generator().manual_seed(2))
+    own = torch.cat([torch.full((count,), image in images) for image, count in enumerate(counts)])
+    noise = Noise(*(part.unflatten(0, (2, -1))[:, own].flatten(0, 1) for part in noise))
+    model.denoising.draw = lambda *_: noise
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(1)).byte()
+    targets = [{"boxes": OBJECTS[: counts[i]], "labels": torch.arange(counts[i])} for i in images]
+    batch = ImageBatch(pixels[images], [(64, 64)] * len(images), [(64, 64)] * len(images))
+    with nullcontext() if accelerator else without_other_processes():
+        shared = accelerator.prepare_model(model) if accelerator else model  # has to live until the backward pass
+        terms = shared(batch, targets)
+        sum(terms.values()).backward()
+    return terms, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def check_denoising(accelerator):
+    """A step of two processes is that of one with both images, denoising queries included, whatever they hold.
+
+    A process whose image has no objects has no denoising row, but takes part in what is exchanged.
+    """
+    for settings in DENOISING:
+        scope = [] if settings == DENOISING[0] else ["model.scope=global"]
+        config = apply_overrides(load_config(DEMO), [*TINY, *settings, *scope, *SAME]).model
+        for counts in ((3, 1), (0, 2)):
+            expected, single = denoising_step(config, counts, [0, 1])
+            terms, gradients = denoising_step(config, counts, [accelerator.process_index], accelerator)
+            accelerator._models.clear()
+            assert "denoising.1.giou" in terms and terms.keys() == expected.keys()
+            for name, value in terms.items():
+                mean = accelerator.reduce(value.detach().clone(), "mean")
+                torch.testing.assert_close(mean, expected[name].detach(), rtol=1e-5, atol=1e-6)
+            for name, gradient in gradients.items():
+                difference = (gradient - single[name]).norm()
+                assert difference <= 1e-4 * single[name].norm() + 1e-6, (settings, counts, name, difference)
 
 
 def check_resume(accelerator, folder):
@@ -319,6 +376,7 @@ def main():
         "gradient": lambda: check_gradient(accelerator),
         "gathering": lambda: check_gathering(accelerator),
         "empty images": lambda: check_empty_images(accelerator),
+        "denoising": lambda: check_denoising(accelerator),
         "resume": lambda: check_resume(accelerator, folder),
         "buffers": lambda: check_buffers(accelerator, folder),
         "interruption": lambda: check_interruption(accelerator, folder),
