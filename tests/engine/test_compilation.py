@@ -11,9 +11,9 @@ from torch import nn
 from brs_detr.engine.compilation import CompilerError, compile_layers, require_compiler, uncompiled
 from brs_detr.engine.config import TrainConfig
 from brs_detr.models.build import build_model
-from brs_detr.models.config import BRSDETRConfig, RoIConfig, RPNConfig
+from brs_detr.models.config import BRSDETRConfig, BRSDINOConfig, DenoisingConfig, RoIConfig, RPNConfig
 
-SMALL = BRSDETRConfig(
+SIZE = dict(
     backbone=SMALL_BACKBONE,
     dim=64,
     heads=2,
@@ -26,6 +26,8 @@ SMALL = BRSDETRConfig(
     rpn=RPNConfig(proposals_before_nms=50, proposals=20),
     roi=RoIConfig(fc_dim=32),
 )
+SMALL = BRSDETRConfig(**SIZE)
+DINO = BRSDINOConfig(**SIZE, denoising=DenoisingConfig(loss="rank", queries=6))
 TARGET = {"boxes": torch.tensor([[8.0, 8, 40, 30], [30, 20, 60, 60]]), "labels": torch.tensor([0, 2])}
 
 
@@ -48,13 +50,13 @@ class Counting:
         return graph.forward
 
 
-def step(model, height, width):
-    """Losses and gradients of a step on two images of different sizes."""
+def step(model, height, width, objects=2):
+    """Losses and gradients of a step on two images of different sizes, the second of which has so many objects."""
     generator = torch.Generator().manual_seed(0)
     images = [torch.randint(0, 256, (3, height - 9 * i, width), generator=generator).byte() for i in range(2)]
     model.zero_grad()
     torch.manual_seed(1)
-    losses = model(images, [TARGET, TARGET])
+    losses = model(images, [TARGET, {name: values[:objects] for name, values in TARGET.items()}])
     sum(losses.values()).backward()
     return losses, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -74,6 +76,27 @@ def test_layers_of_a_kind_are_one_graph_and_compute_the_same_at_any_size(model):
     # of each kind one, and one more where only some inputs need a gradient
     assert 2 <= backend.graphs <= 4
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.slow
+def test_layers_with_denoising_queries_are_compiled_once_whatever_the_objects():
+    """Their number and the mask are inputs: an image may lack objects, and all may."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, backend = build_model(DINO, 3).train(), Counting()
+    batches = [(72, 96, 2), (96, 80, 1), (64, 128, 0), (80, 64, 2)]
+    expected = [step(model, *batch) for batch in batches]
+    compile_layers(model, backend, fullgraph=True)
+    for batch, (losses, gradients) in zip(batches, expected, strict=True):
+        found, slopes = step(model, *batch)
+        assert "denoising.1.rank" in found
+        for name, value in losses.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+        for name, value in gradients.items():
+            torch.testing.assert_close(slopes[name], value, rtol=1e-4, atol=1e-5)
+    # as without denoising, and one more for a mask of each image's own
+    assert 2 <= backend.graphs <= 6
+    torch._dynamo.reset()
 
 
 @pytest.mark.slow
