@@ -38,6 +38,8 @@ class Budget(NamedTuple):
 BUDGETS = {
     "brs_detr": Budget(operations=4_360, an_image=160, waits=6, copies=0, an_image_waits=0),
     "co_detr": Budget(operations=3_440, an_image=160, waits=6, copies=0, an_image_waits=0),
+    "co_dino": Budget(operations=3_640, an_image=200, waits=6, copies=0, an_image_waits=0),
+    "brs_dino": Budget(operations=4_780, an_image=160, waits=6, copies=0, an_image_waits=0),
     "atss": Budget(operations=810, an_image=80, waits=2, copies=0, an_image_waits=0),
     "faster_rcnn": Budget(operations=1_360, an_image=90, waits=6, copies=0, an_image_waits=0),
     "r50": Budget(operations=5_640, an_image=180, waits=4, copies=0, an_image_waits=0),
@@ -45,6 +47,8 @@ BUDGETS = {
 RECIPES = {
     "brs_detr": ("demo.yaml", [*SMALL_DETECTOR, *TINY]),
     "co_detr": ("demo.yaml", [*SMALL_DETECTOR, *TINY, "model.loss=focal"]),
+    "co_dino": ("demo.yaml", [*SMALL_DETECTOR, *TINY, "model.name=co_dino"]),
+    "brs_dino": ("demo.yaml", [*SMALL_DETECTOR, *TINY, "model.name=brs_dino", "model.denoising.loss=rank"]),
     "atss": ("cnn/atss_small.yaml", TINY),
     "faster_rcnn": ("cnn/faster_rcnn_small.yaml", TINY),
     "r50": ("brs_detr_r50_12e_coco.yaml", ["model.backbone.pretrained=false"]),
@@ -77,6 +81,22 @@ def test_a_step_stays_within_its_budget(step, name):
     assert two.copies.total() <= budget.copies, report
     more = four.waits.total() + four.copies.total() - two.waits.total() - two.copies.total()
     assert more / 2 <= budget.an_image_waits, report
+
+
+def test_denoising_waits_for_nothing(step):
+    """Not even for images that hold more objects than it takes, or none; its noise comes in copies that do not wait."""
+    for counts in ((3, 1), (20, 0)):
+        images, targets = step.generated_batch(2, SIZE, CLASSES)
+        for target, count in zip(targets, counts, strict=True):
+            boxes = target["boxes"][:1].repeat(count, 1)
+            target.update(boxes=boxes, labels=torch.arange(count) % CLASSES)
+        waits = []
+        for loss in ("rank", "none"):
+            bounded = [f"model.denoising.loss={loss}", "model.denoising.queries=10", "model.denoising.max_rows=20"]
+            config = load_config(ROOT / "configs" / "demo.yaml", [*SMALL_DETECTOR, *TINY, "model.name=brs_dino", *bounded])
+            found = step.count_step(config, (images, targets), CLASSES, fused=True)
+            waits.append(found.waits + found.copies)
+        assert waits[0] == waits[1]
 
 
 def test_what_is_counted_is_the_step_that_trains(step):
