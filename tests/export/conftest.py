@@ -19,10 +19,10 @@ from brs_detr.models.cnn_config import (
     RegionHeadConfig,
     RetinaNetConfig,
 )
-from brs_detr.models.config import BRSDETRConfig, RPNConfig
+from brs_detr.models.config import BRSDETRConfig, CoDINOConfig, RPNConfig
 from brs_detr.models.detector import Detector
 
-SMALL = BRSDETRConfig(
+SIZE = dict(
     backbone=replace(SMALL_BACKBONE, levels=(16, 32)),
     dim=64,
     heads=4,
@@ -32,8 +32,9 @@ SMALL = BRSDETRConfig(
     ffn_dim=32,
     queries=12,
     detections_per_image=20,
-    rpn=RPNConfig(test_proposals_before_nms=40, test_proposals=60),
 )
+SMALL = BRSDETRConfig(**SIZE, rpn=RPNConfig(test_proposals_before_nms=40, test_proposals=60))
+DINO = CoDINOConfig(**SIZE, rpn=replace(CoDINOConfig.rpn, test_proposals_before_nms=40, test_proposals=60))
 FEW = {"test_proposals_before_nms": 40, "test_proposals": 60}
 CNN = {
     "atss": ATSSConfig(),
@@ -102,6 +103,13 @@ def build_cnn():
 def detector(build) -> BRSDETR:
     """On a ResNet."""
     return build()
+
+
+@pytest.fixture(scope="session", params=["encoder", "rpn"])
+def dino(request) -> BRSDETR:
+    """A Co-DINO whose queries begin at the encoder's proposals, or at the RPN's."""
+    torch.manual_seed(2)
+    return spread_weights(build_model(replace(DINO, query_boxes=request.param), 3))
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from brs_detr.export.parity import ExportedDetector, compare
 from brs_detr.models.build import build_model
 from brs_detr.models.cnn_config import CascadeRCNNConfig, MaskRCNNConfig, PAAConfig, SOLOv2Config, YOLACTConfig
 from brs_detr.models.config import HardNMS, NoNMS, SoftNMS
+from brs_detr.models.detector import without_overlaps
 from brs_detr.ops.images import ImageBatch
 
 
@@ -158,6 +159,56 @@ def test_onnxruntime_suppresses_the_decoders_detections(detector, tmp_path):
     exported, images = ExportedDetector(path), batch((96, 131), (70, 131), (96, 99))
     assert compare(model, exported, images).small and (exported(images)["scores"] < 0).any()
     assert not compare(suppressing(detector, iou=0.9), exported, images).small
+
+
+def test_the_graph_of_co_dino_finds_what_it_finds(dino):
+    """Without suppression its 20 best pairs, with it what stays of one pair a query."""
+    images = batch((96, 130), (80, 131))
+    counts = [len(one["scores"]) for one in expect_the_same(dino, images)]
+    assert counts == [dino.detections_per_image] * 2
+    found = expect_the_same(suppressing(dino, iou=0.2), images)
+    assert any(len(one["scores"]) < 12 for one in found) and all(len(one["scores"]) <= 12 for one in found)
+    for head in ("roi", "atss"):
+        expect_the_same(with_head(dino, head), images)
+
+
+def test_soft_nms_of_what_the_graph_of_co_dino_finds_is_what_it_finds(dino):
+    """As many pairs as queries leave the graph; what is left to do with them is as described."""
+    model, images = suppressing(dino), batch((96, 130), (80, 131))
+    model.nms = SoftNMS(iou=0.2)
+    with torch.no_grad():
+        columns = DetectorGraph(model)(images.pixels, torch.tensor(images.sizes))[:3]
+        expected = model(images)
+    assert all(column.shape[1] == 12 for column in columns) and "overlaps a better\none by 0.2" in description(model)
+    candidates = [dict(zip(OUTPUTS, one, strict=True)) for one in zip(*columns, strict=True)]
+    found = without_overlaps(candidates, images.sizes, model.nms, model.detections_per_image)
+    for ours, theirs, before in zip(found, expected, candidates, strict=True):
+        assert torch.equal(ours["labels"], theirs["labels"])
+        torch.testing.assert_close(ours["boxes"], theirs["boxes"], rtol=0, atol=1e-3)
+        torch.testing.assert_close(ours["scores"], theirs["scores"], rtol=0, atol=1e-5)
+        assert (ours["scores"].sum() - before["scores"].sum()).abs() > 1e-3  # some were lowered
+
+
+@pytest.mark.slow
+def test_onnxruntime_finds_what_co_dino_finds(dino, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    model, path = suppressing(dino, iou=0.2), tmp_path / "model.onnx"
+    if model.query_boxes == "encoder":
+        model.nms = SoftNMS(iou=0.2)  # the graph of a detector without suppression, and of as many pairs as queries
+    write_onnx(model, path, (96, 131), any_size=True)
+    exported = ExportedDetector(path)
+    for sizes in [(96, 131)], [(96, 131), (70, 131), (96, 99)]:
+        found = compare(model, exported, batch(*sizes))
+        assert found.small, (sizes, found)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.decoder.norm.bias.add_(0.3)
+    assert not compare(other, exported, batch((96, 131))).small
+    if model.query_boxes == "encoder":
+        with torch.no_grad():  # the class of few tokens' best score
+            model.proposals.classifier.bias[2] += 1.5
+        assert not compare(model, exported, batch((96, 131))).small
 
 
 def test_an_ensemble_is_refused_with_the_heads_that_can_be_exported(detector):
