@@ -142,6 +142,17 @@ def test_positives_move_less_than_negatives(box_noise):
     assert float(inside_out) == pytest.approx({0.4: 0.0, 1.0: 0.438}[box_noise], abs=0.04)
 
 
+def test_noised_boxes_stay_inside_the_image_and_their_logits_in_bounds():
+    """DINO's inverse sigmoid moves numbers within 0.001 of 0 and 1."""
+    boxes = torch.tensor([[0.05, 0.05, 0.1, 0.1], [0.9, 0.95, 0.2, 0.1]]).repeat(500, 1)
+    corners = box_convert(noised_boxes(boxes, torch.ones(1000), draw_noise(1000, CLASSES), 1.0), "cxcywh", "xyxy")
+    assert abs(corners.min()) < 1e-6 and abs(corners.max() - 1) < 1e-6
+    h, w = SIZES[0]
+    whole = {"boxes": torch.tensor([[0.0, 0, w, h]]), "labels": torch.zeros(1).long()}
+    found = denoising(queries=4, box_noise=0)(PackedTargets.pack([whole], SIZES[:1]), QUERIES)
+    torch.testing.assert_close(found.boxes[..., 2:], torch.full((1, 8, 2), 0.999), rtol=0, atol=1e-6)
+
+
 def test_half_of_the_label_noise_is_replaced():
     labels = torch.zeros(8000, dtype=torch.int64)
     noise = draw_noise(8000, CLASSES)
@@ -218,6 +229,33 @@ def test_the_main_queries_do_not_change():
     for name in ("logits", "boxes"):
         one, other = (getattr(found["decoder"], name) for found in kept)
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_what_the_parts_of_the_detectors_are():
+    """Wavelengths of the encoder from 20 on; chosen by all classes, which are learned; settings of each kind of set."""
+    for name in ("co_dino", "rank"):
+        model, images = model_and_images(SETTINGS[name], 2)
+        assert (model.encoder.temperature, model.encoder.offset, model.decoder.eps) == (20, 0, 1e-3)
+        begin, sets, matched = model.matcher.begin, [], []
+        model.matcher.begin = lambda *args: sets.append(args) or begin(*args)
+        for objective in (model.objective, model.denoising_objective):
+            objective.register_forward_hook(lambda one, inputs, _: matched.append((one, inputs[0])))
+        model.denoising.draw = lambda *args: draw_noise(*args)._replace(flip=torch.zeros(args[0]))
+        model(images, targets_of((3, 2)))
+        [((encoder, decoder), packed)] = sets
+        assert torch.equal(encoder.labels, packed.labels) and torch.equal(decoder.labels, packed.labels)
+        assert encoder.logits.shape == (2, 12, CLASSES)
+        [noised] = [found for one, found in matched if one is model.denoising_objective]
+        present = torch.tensor([[[True] * 3] * 2, [[True, True, False]] * 2])
+        for valid in noised.valid:
+            assert torch.equal(valid.view(2, -1, 2, 3), present[:, None].expand(2, len(valid) // 12, 2, 3))
+        if name == "rank":
+            assert noised.ignored.any() and not noised.ignored.flatten(0, 1)[~noised.valid.flatten()].any()
+        else:
+            assert noised.ignored is None
+        # the mean over the positives of the batch
+        terms = model.denoising_objective(noised)
+        torch.testing.assert_close(terms["l1"], 5 * noised.box_losses["l1"].mean(1))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
