@@ -93,7 +93,9 @@ def test_denoising_waits_for_nothing(step):
         waits = []
         for loss in ("rank", "none"):
             bounded = [f"model.denoising.loss={loss}", "model.denoising.queries=10", "model.denoising.max_rows=20"]
-            config = load_config(ROOT / "configs" / "demo.yaml", [*SMALL_DETECTOR, *TINY, "model.name=brs_dino", *bounded])
+            config = load_config(
+                ROOT / "configs" / "demo.yaml", [*SMALL_DETECTOR, *TINY, "model.name=brs_dino", *bounded]
+            )
             found = step.count_step(config, (images, targets), CLASSES, fused=True)
             waits.append(found.waits + found.copies)
         assert waits[0] == waits[1]

@@ -43,12 +43,14 @@ SWIN = ["model.backbone.name=swin_tiny_patch4_window7_224", "train.freeze=[backb
 CO_DETR = ["model.name=co_detr", "model.backbone.norm=frozen", "model.backbone.frozen_stages=1"]
 CO_DETR += ["train.freeze=[encoder, decoder.layers.0]", "model.backbone.checkpoint=WEIGHTS"]
 GLOBAL = ["model.scope=global", "train.freeze=[backbone]"]
+BRS_DINO = ["model.name=brs_dino", "model.denoising.loss=rank", "model.denoising.queries=10"]
 BF16 = ["train.precision=bf16"]
 PAIRS = {  # settings of the run without and of the run with sharded weights
     "accumulated": (ACCUMULATED, ACCUMULATED),
     "swin": (SWIN, [*SWIN, "model.backbone.activation_checkpointing=true"]),
     "co_detr": (CO_DETR, CO_DETR),
     "global": (GLOBAL, GLOBAL),
+    "brs_dino": (BRS_DINO, BRS_DINO),
     "bf16": (BF16, BF16),
 }
 

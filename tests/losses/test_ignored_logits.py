@@ -157,7 +157,9 @@ def test_ignored_logits_are_checked():
     found = problem()
     objective = RankingObjective("brs")
     for wrong in (found.ignored.int(), found.ignored[:, :, :3], found.ignored[0]):
-        with pytest.raises(ValueError, match=r"ignored: torch\.(int32|bool) of shape .* does not match logits of shape"):
+        with pytest.raises(
+            ValueError, match=r"ignored: torch\.(int32|bool) of shape .* does not match logits of shape"
+        ):
             objective(found._replace(ignored=wrong))
     first = int(found.rows[0, 0])
     of_a_positive = found.ignored.clone()

@@ -231,21 +231,26 @@ def test_the_main_queries_do_not_change():
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
+def kept(calls, function, *args):
+    """Call a function and keep its arguments."""
+    calls.append(args)
+    return function(*args)
+
+
 def test_what_the_parts_of_the_detectors_are():
     """Wavelengths of the encoder from 20 on; chosen by all classes, which are learned; settings of each kind of set."""
     for name in ("co_dino", "rank"):
         model, images = model_and_images(SETTINGS[name], 2)
         assert (model.encoder.temperature, model.encoder.offset, model.decoder.eps) == (20, 0, 1e-3)
-        begin, sets, matched = model.matcher.begin, [], []
-        model.matcher.begin = lambda *args: sets.append(args) or begin(*args)
-        for objective in (model.objective, model.denoising_objective):
-            objective.register_forward_hook(lambda one, inputs, _: matched.append((one, inputs[0])))
+        sets, matched = [], []
+        model.matcher.begin = partial(kept, sets, model.matcher.begin)
+        model.denoising_objective.register_forward_pre_hook(lambda _, inputs, into=matched: into.append(inputs[0]))
         model.denoising.draw = lambda *args: draw_noise(*args)._replace(flip=torch.zeros(args[0]))
         model(images, targets_of((3, 2)))
         [((encoder, decoder), packed)] = sets
         assert torch.equal(encoder.labels, packed.labels) and torch.equal(decoder.labels, packed.labels)
         assert encoder.logits.shape == (2, 12, CLASSES)
-        [noised] = [found for one, found in matched if one is model.denoising_objective]
+        [noised] = matched
         present = torch.tensor([[[True] * 3] * 2, [[True, True, False]] * 2])
         for valid in noised.valid:
             assert torch.equal(valid.view(2, -1, 2, 3), present[:, None].expand(2, len(valid) // 12, 2, 3))

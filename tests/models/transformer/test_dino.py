@@ -1,4 +1,4 @@
-"""By what the transformer of Co-DINO differs from Co-DETR's: written again as the papers and the released code have it."""
+"""By what the transformer of Co-DINO differs from that of Co-DETR: written again, as the papers have it."""
 
 import math
 
@@ -74,7 +74,7 @@ def decoder():
 
 
 def test_layers_hand_on_boxes_of_their_output_and_score_those_of_its_norm(decoder):
-    """Positions are those of the box that a query has come to, in the padded finest level; boxes at the border stay."""
+    """Positions are those of the box that a query has come to, in the padded finest level; some are at the border."""
     torch.manual_seed(2)
     source, x = memory(), torch.randn(2, QUERIES, DIM)
     start = torch.rand(2, QUERIES, 4)
