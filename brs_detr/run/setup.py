@@ -34,6 +34,7 @@ from brs_detr.evaluation.calibration import Calibration
 from brs_detr.models.backbones.timm_backbone import plain_name
 from brs_detr.models.build import build_model, sampling_here
 from brs_detr.models.cnn_config import MaskRCNNConfig, ModelConfig
+from brs_detr.models.config import BRSDINOConfig
 from brs_detr.models.detector import Detector
 from brs_detr.models.ensemble import Ensemble
 from brs_detr.run.anchors import require_chosen_anchors
@@ -322,5 +323,7 @@ def describe_detector(config: ModelConfig) -> str:
     text = f"{config.name} with loss {', '.join(losses)}"
     if isinstance(config, MaskRCNNConfig):
         text += f", masks by {config.mask.resolved(config.roi.objective).loss}"
+    if isinstance(config, BRSDINOConfig):
+        text += f", denoising queries by {config.denoising.loss}"
     attention = getattr(config, "deformable_attention", None)
     return text if attention is None else f"{text}, deformable attention by {sampling_here(attention)}"

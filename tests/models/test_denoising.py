@@ -14,6 +14,7 @@ from brs_detr.models.build import build_model
 from brs_detr.models.config import BRSDINOConfig, CoDINOConfig, DenoisingConfig, RoIConfig, RPNConfig
 from brs_detr.models.denoising import Denoising, Layout, Noise, draw_noise, noised_boxes, noised_labels
 from brs_detr.ops.targets import PackedTargets
+from brs_detr.run.setup import describe_detector
 
 CLASSES, DIM, QUERIES = 6, 16, 10
 SIZES = [(60, 80), (64, 64), (50, 90)]
@@ -378,3 +379,9 @@ def test_queries_are_made_in_training_only():
     model.denoising.forward = partial(pytest.fail, "denoising queries at test time")
     with torch.no_grad():
         assert len(model.eval()(images)) == 1
+
+
+@pytest.mark.parametrize("loss", ["rank", "none"])
+def test_a_training_says_what_its_denoising_queries_learn_from(loss):
+    text = describe_detector(replace(BRS_DINO, denoising=replace(BRS_DINO.denoising, loss=loss)))
+    assert text.startswith(f"brs_dino with loss brs, denoising queries by {loss}, ")
