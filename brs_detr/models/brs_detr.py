@@ -286,12 +286,16 @@ class BRSDETR(Detector):
     ) -> dict[str, AuxQueries]:
         """Choose the auxiliary queries of each head.
 
-        What the RoI head saw are its pooled features, what the ATSS head saw are the cells of `maps`.
+        What the RoI head saw are its pooled features, what the ATSS head saw are the cells of `maps`. Where the decoder
+        makes the positions of queries, nobody reads either, and the samples have features of width 0.
         """
         samples, counts = {}, []
         for name in self.aux_embeddings:
             learned = heads[name].assignment
-            features = learned.features or cell_features(maps, sizes, heads[name].head.strides)
+            if self.box_embedding is None:  # the content of the queries is that of their boxes alone
+                features = [boxes.new_zeros(len(boxes), 0) for boxes in learned.references]
+            else:
+                features = learned.features or cell_features(maps, sizes, heads[name].head.strides)
             assert learned.counts is not None  # `read_counts` has read them
             samples[name] = aux_samples(learned, features, MAX_ROI_SAMPLES if name == "roi" else None)
             counts.append([min(count, len(own)) for count, own in zip(learned.counts, samples[name].labels)])
