@@ -92,7 +92,7 @@ def test_every_case_has_a_recipe_that_takes_its_settings(accuracy, dataset, dete
         ("brs_dino", "ap", "brs_dino"),
     ],
 )
-def test_the_published_twin_differs_in_its_losses_alone(accuracy, dataset, detector, loss, name):
+def test_the_published_counterpart_differs_in_its_losses_alone(accuracy, dataset, detector, loss, name):
     case = accuracy.Case(dataset, detector, loss, "recipe", 0)
     path = ROOT / "configs" / accuracy.recipe_of(case)
     model = load_config(path, accuracy.settings_of(case, {"recipe": []})).model

@@ -100,7 +100,7 @@ def test_lvis_is_read_and_repeated_as_lvis():
         assert data.train_images == data.val_images == "."
 
 
-def test_the_twins_differ_in_losses_samplers_and_noise_alone():
+def test_ranking_and_score_based_recipes_differ_in_losses_samplers_and_noise_alone():
     """And BRS-DINO from BRS-DETR in what makes it a DINO: no head, no weight, no cost."""
     of_losses = ("model.name", "model.objective.", "model.matcher", "model.rpn.", "model.roi.", "model.atss.", "output")
     of_losses = (*of_losses, "model.denoising.box_noise", "eval.nms.min_score")
