@@ -42,7 +42,7 @@ demo: $(DATA)/annotations/val.json
 	@echo "images: $(RUN)/evaluation/detections.png, all on one page: $(RUN)/report.html"
 
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(FAST)

@@ -1,6 +1,7 @@
 """Shared fixtures: where the optional reference data lies, and one thread so that timings and sums repeat."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,12 @@ def shared_dir(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"reference data {name} is not beside this checkout")
     return path
+
+
+def pytest_collection_modifyitems(items):
+    """Files with many slow tests first: where each process takes whole files, one that comes last keeps all waiting."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(autouse=True)

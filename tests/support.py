@@ -1,16 +1,22 @@
-"""Set-up that tests in several folders share: the smallest settings, programs as modules, a fresh Accelerate.
+"""Set-up that tests in several folders share: the smallest settings, programs as modules, kills, a fresh Accelerate.
 
 `tests/conftest.py` makes it importable as `support`; programs that tests start insert the folder themselves.
 """
 
+import contextlib
 import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
+import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
+from brs_detr.engine.logging import read_metrics
+from brs_detr.engine.trainer import Trainer
 from brs_detr.models.config import BackboneConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +62,41 @@ def torchrun(script, processes, *arguments):
     command += [str(script), *map(str, arguments)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     return run.stdout + run.stderr
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL inside a process: nothing in the package catches it."""
+
+
+@contextlib.contextmanager
+def killed_at(step):
+    """The training inside is killed in front of this step."""
+    train_step = Trainer.step
+
+    def die(trainer, group):
+        if trainer.position.step == step:
+            raise Killed
+        return train_step(trainer, group)
+
+    with mock.patch.object(Trainer, "step", die):
+        try:
+            yield
+        except Killed:
+            return
+    raise AssertionError(f"the training ended before step {step}")
+
+
+def metrics_without_times(folder):
+    """The lines of a run's metrics.jsonl without what depends on the machine's speed."""
+    times, lines = ("images_per_s", "data_s", "step_s"), read_metrics(folder / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if key not in times} for line in lines]
+
+
+def assert_equal_weights(ours, theirs):
+    """Two files of safetensors hold the same tensors, bit for bit."""
+    one, other = load_file(ours), load_file(theirs)
+    assert one.keys() == other.keys()
+    assert not [name for name in one if not torch.equal(one[name], other[name])]
 
 
 def reset_accelerate():

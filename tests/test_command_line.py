@@ -88,6 +88,7 @@ def test_scripts_and_modules_answer_as_the_command_does(command, tmp_path):
     assert done.stdout.startswith(f"usage: {'brs-detr' if '-m' in command else command[0]}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["brs_detr.train", "brs_detr.evaluate"])
 def test_the_stories_run_as_modules_as_accelerate_starts_them(module, tmp_path):
     command = [sys.executable, "-m", module, "nowhere"]

@@ -20,9 +20,10 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.distributed.fsdp import FSDPModule
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
 
 from sharded_run import sharding_accelerator  # noqa: E402
+from support import Killed  # noqa: E402
 
 import brs_detr.run.launch  # noqa: E402
 import eval  # noqa: E402
@@ -57,10 +58,6 @@ class Job:
     kill: int | None = None
     terminate: int | None = None
     poison: int | None = None
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the package catches it."""
 
 
 def last_process():

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from support import torchrun
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("cnn_two_processes.py")
 DETECTORS = ("retinanet", "foveabox", "atss", "paa", "faster_rcnn", "cascade_rcnn", "mask_rcnn", "yolact", "solov2")
 CHECKS = [f"{check}/{detector}" for detector in DETECTORS for check in ("step", "score", "empty")] + [

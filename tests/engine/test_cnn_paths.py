@@ -10,19 +10,19 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from support import DEMO, reset_accelerate
+from support import DEMO, assert_equal_weights, killed_at, metrics_without_times, reset_accelerate
 
 from brs_detr import cli
 from brs_detr.config import apply_overrides
 from brs_detr.data.synthetic import make_dataset
-from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.state import latest_state
-from brs_detr.engine.trainer import Trainer
 from brs_detr.models.one_stage import OneStageDetector
 from brs_detr.models.one_stage_masks import OneStageMaskDetector
 from brs_detr.ops.images import ImageBatch
 from brs_detr.run.setup import build_detector, load_initial_weights, restore
 from brs_detr.viz.boxes import draw_detections
+
+pytestmark = pytest.mark.slow
 
 TINY = [
     "model.dim=32",
@@ -62,11 +62,6 @@ DETECTORS = {
 WITH_MASKS = ("mask_rcnn", "yolact", "solov2")
 STEPS = 6  # of two epochs
 KILLED_AT = 4  # in the middle of the second epoch; a state was saved there
-TIMINGS = ("images_per_s", "data_s", "step_s")
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL inside this process: nothing in the package catches it."""
 
 
 @pytest.fixture(autouse=True)
@@ -105,32 +100,11 @@ def runs(data, tmp_path_factory):
     return Runs(data, tmp_path_factory.mktemp("runs"))
 
 
-def metrics(folder):
-    """The lines of metrics.jsonl without their timings."""
-    lines = read_metrics(folder / "metrics.jsonl")
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
-
-
-def assert_equal_files(ours, theirs):
-    one, other = load_file(ours), load_file(theirs)
-    assert one.keys() == other.keys()
-    assert not [name for name in one if not torch.equal(one[name], other[name])]
-
-
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_a_killed_run_ends_as_if_it_had_not_been(detector, runs, tmp_path, monkeypatch):
-    step = Trainer.step
-
-    def die(trainer, group):
-        if trainer.position.step == KILLED_AT:
-            raise Killed
-        return step(trainer, group)
-
+def test_a_killed_run_ends_as_if_it_had_not_been(detector, runs, tmp_path):
     command = runs.command(detector, tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", die)
-        with pytest.raises(Killed):
-            cli.main(command)
+    with killed_at(KILLED_AT):
+        cli.main(command)
     state, _ = latest_state(tmp_path / "state")
     assert state.name == f"step-{KILLED_AT:08}"
     memory = load_file(state / "optimizer.safetensors")
@@ -150,14 +124,14 @@ def test_a_killed_run_ends_as_if_it_had_not_been(detector, runs, tmp_path, monke
         "best.safetensors",
         *(f"state/step-{STEPS:08}/{n}.safetensors" for n in ("model", "ema", "optimizer")),
     ):
-        assert_equal_files(tmp_path / name, reference / name)
-    assert metrics(tmp_path) == metrics(reference)
+        assert_equal_weights(tmp_path / name, reference / name)
+    assert metrics_without_times(tmp_path) == metrics_without_times(reference)
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_a_run_is_evaluated_and_used(detector, runs, tmp_path):
     run, masks = runs.finished(detector), detector in WITH_MASKS
-    logged = [line for line in metrics(run) if line["kind"] == "val"][-1]
+    logged = [line for line in metrics_without_times(run) if line["kind"] == "val"][-1]
     assert cli.main(["eval", str(run / "last.safetensors"), "--out", str(tmp_path / "eval"), "--images", "2"]) == 0
     figures = json.loads((tmp_path / "eval" / "evaluation.json").read_text())["stats"]
     same = [name for name in figures if name in logged]
@@ -270,7 +244,7 @@ def test_overfitting_trains_and_evaluates_the_masks_of_the_subset(runs, tmp_path
     assert cli.main(command) == 0
     subset = json.loads((tmp_path / "overfit.json").read_text())
     assert len(subset["images"]) == 2 and all(entry["segmentation"] for entry in subset["annotations"])
-    logged = metrics(tmp_path)
+    logged = metrics_without_times(tmp_path)
     assert logged[0]["terms"]["roi.mask"] > 0
     assert "mask_AP" in logged[-1]
 

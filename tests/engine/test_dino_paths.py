@@ -5,17 +5,24 @@ from itertools import pairwise
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from support import DEMO, SMALL_DETECTOR, SMALL_IMAGES, reset_accelerate
+from support import (
+    DEMO,
+    SMALL_DETECTOR,
+    SMALL_IMAGES,
+    assert_equal_weights,
+    killed_at,
+    metrics_without_times,
+    reset_accelerate,
+)
 
 from brs_detr import cli
 from brs_detr.api import load
 from brs_detr.data.synthetic import make_dataset
 from brs_detr.engine.distributed import seed_step
-from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.state import latest_state
-from brs_detr.engine.trainer import Trainer
 from brs_detr.models.denoising import Denoising, draw_noise
+
+pytestmark = pytest.mark.slow
 
 TINY = [
     *SMALL_DETECTOR,
@@ -36,11 +43,6 @@ DETECTORS = {
 }
 STEPS = 6  # of two epochs
 KILLED_AT = 4  # in the middle of the second epoch; a state was saved there
-TIMINGS = ("images_per_s", "data_s", "step_s")
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL inside this process: nothing in the package catches it."""
 
 
 @pytest.fixture(autouse=True)
@@ -68,31 +70,18 @@ def run(request, data, tmp_path_factory):
     return folder
 
 
-def metrics(folder):
-    """The lines of metrics.jsonl without their timings."""
-    lines = read_metrics(folder / "metrics.jsonl")
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
-
-
 def test_a_killed_run_ends_as_if_it_had_not_been(run, data, tmp_path, monkeypatch):
     """Noise and the objects that are left out are drawn again as they would have been; other draws are another run."""
-    step, drawn = Trainer.step, []
-
-    def die(trainer, group):
-        if trainer.position.step == KILLED_AT:
-            raise Killed
-        return step(trainer, group)
+    drawn = []
 
     def noted(self, *arguments):
         drawn.append(denoise(self, *arguments))
         return drawn[-1]
 
     denoise, own = Denoising.forward, command(data, run.name, tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", die)
+    with monkeypatch.context() as patch, killed_at(KILLED_AT):
         patch.setattr(Denoising, "forward", noted)
-        with pytest.raises(Killed):
-            cli.main(own)
+        cli.main(own)
     assert len(drawn) == 2 * KILLED_AT and {one.boxes.shape[1] for one in drawn} == {4}
     assert not torch.equal(drawn[0].boxes, drawn[1].boxes)  # the batches of a step have noise of their own
     state, _ = latest_state(tmp_path / "state")
@@ -102,11 +91,9 @@ def test_a_killed_run_ends_as_if_it_had_not_been(run, data, tmp_path, monkeypatc
     assert cli.main([*own, "--resume"]) == 0
     names = ("last", "best", *(f"state/step-{STEPS:08}/{name}" for name in ("model", "ema", "optimizer")))
     for name in names:
-        ours, theirs = (load_file(folder / f"{name}.safetensors") for folder in (tmp_path, run))
-        assert ours.keys() == theirs.keys()
-        assert not [key for key in ours if not torch.equal(ours[key], theirs[key])]
-    assert metrics(tmp_path) == metrics(run)
-    logged = [line["terms"] for line in metrics(run) if line["kind"] == "train"]
+        assert_equal_weights(tmp_path / f"{name}.safetensors", run / f"{name}.safetensors")
+    assert metrics_without_times(tmp_path) == metrics_without_times(run)
+    logged = [line["terms"] for line in metrics_without_times(run) if line["kind"] == "train"]
     assert len(logged) == STEPS and all("denoising.0.giou" in terms for terms in logged)
 
 

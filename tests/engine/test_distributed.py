@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from support import torchrun
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("two_processes.py")
 CHECKS = (
     "gradient",

@@ -24,6 +24,8 @@ from brs_detr.engine.state import latest_state
 from brs_detr.run import setup
 from brs_detr.run.launch import start_accelerator
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 OLD = compare_versions("accelerate", "<", "1.13")
 DEMO = str(ROOT / "configs" / "demo.yaml")

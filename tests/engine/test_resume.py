@@ -9,6 +9,7 @@ from operator import attrgetter
 
 import pytest
 import torch
+from support import Killed
 
 from brs_detr.engine.checkpoint import CheckpointError
 from brs_detr.engine.logging import read_metrics
@@ -47,10 +48,6 @@ def reference(program, tmp_path_factory):
 def test_the_same_command_twice_gives_the_same_run(program, reference, tmp_path, weights):
     assert program.run(tmp_path, *ARGUMENTS)[0] == 0
     assert_same_end(tmp_path, reference, weights)
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL inside this process: nothing in the package catches it."""
 
 
 def resume(toy, folder):

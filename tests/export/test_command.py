@@ -59,7 +59,7 @@ def no_export(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("head", "extra"), [("decoder", {}), ("roi", {}), ("decoder", CALIBRATED)])
+@pytest.mark.parametrize(("head", "extra"), [("roi", {}), ("decoder", CALIBRATED)])
 def test_what_is_exported_is_checked_and_the_example_finds_what_predict_finds(
     weights, image, tmp_path, capsys, head, extra
 ):
