@@ -8,8 +8,9 @@
 A run is `train.py RECIPE` from random weights in a process of its own, on one thread, followed by the evaluation of
 the last epoch's averaged weights with every head: no epoch is chosen on the images that are reported. Results are kept
 in a json beside the table, and what is in it is not run again; an interrupted run is resumed. A variant is a named
-change of settings, compared with the run of the same seed without it. "decoder+nms" are the decoder's detections after
-class-wise NMS. Intervals are those of Student's t over paired differences of seeds.
+change of settings, compared with the run of the same seed without it; with train.eval_every=2 in it the json has the
+curve, too. "decoder+nms" are the decoder's detections after class-wise NMS. Intervals are those of Student's t over
+paired differences of seeds.
 """
 
 from __future__ import annotations
@@ -153,12 +154,19 @@ def run(case: Case, data: Path, settings: list[str], work: Path) -> dict[str, An
     folder = work / str(case).replace(" ", "-")
     folder.parent.mkdir(parents=True, exist_ok=True)
     seconds = train(case, data, settings, folder)
-    validations = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = max(line["step"] for line in validations if line["kind"] == "val")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    validations = [line for line in lines if line["kind"] == "val"]
     figures = figures_by_head(folder / "last.safetensors", data)
     shutil.rmtree(folder)
     folder.with_suffix(".seconds").unlink()
-    return {"heads": figures, "cpu_seconds": round(seconds), "steps": steps, "settings": settings, "machine": machine()}
+    return {
+        "heads": figures,
+        "curve": [{key: line[key] for key in line if key == "epoch" or key.endswith("AP")} for line in validations],
+        "cpu_seconds": round(seconds),
+        "steps": validations[-1]["step"],
+        "settings": settings,
+        "machine": machine(),
+    }
 
 
 def interval(values: list[float]) -> str:
