@@ -1,9 +1,11 @@
-"""Draw the results of `accuracy.py`: the AP of every loss, each seed as a dot, the mean as a line.
+"""Draw the results of `accuracy.py`: the AP of every loss, each seed as a dot, the mean as a line; or AP by epoch.
 
     python benchmarks/accuracy_plot.py --out docs/images/study.png
+    python benchmarks/accuracy_plot.py --curves bccd --out docs/images/dino_curves.png
 
 A panel is a dataset, a detector and one of its heads, with three losses or more. Only runs of one variant are drawn
-(by default the recipe as it is; for datasets without such runs, the variant that has most of them).
+(by default the recipe as it is; for datasets without such runs, the variant that has most of them). Curves are means
+over seeds, of the runs that were validated during the training.
 """
 
 from __future__ import annotations
@@ -82,13 +84,48 @@ def draw(results: dict[str, dict]) -> Figure:
     return figure
 
 
+def curves_of(results: dict[str, dict], dataset: str) -> dict[str, list[list[dict[str, float]]]]:
+    """Collect the validations of each seed, by "detector loss variant", of runs that have more than one."""
+    curves: dict[str, list[list[dict[str, float]]]] = defaultdict(list)
+    for name, result in sorted(results.items()):
+        data, detector, loss, variant, _ = name.split()
+        if data == dataset and len(result.get("curve", [])) > 1:
+            curves[f"{detector} {loss} {variant}"].append(result["curve"])
+    return dict(curves)
+
+
+def draw_curves(results: dict[str, dict], dataset: str) -> Figure:
+    """Draw a panel for every head: mean AP over seeds by epoch, score-based losses dashed."""
+    curves = curves_of(results, dataset)
+    heads = [head for head in HEADS if any(f"{head}_AP" in seeds[0][0] for seeds in curves.values())]
+    figure = Figure(figsize=(PANEL[0] * max(len(heads), 1), 1.2 * PANEL[1]), dpi=110, layout="constrained")
+    panels = figure.subplots(1, len(heads), squeeze=False)[0] if heads else []
+    for axes, head in zip(panels, heads, strict=True):
+        for name, seeds in curves.items():
+            epochs = [validation["epoch"] for validation in seeds[0]]
+            means = [100 * statistics.mean(one[f"{head}_AP"] for one in same) for same in zip(*seeds, strict=True)]
+            style = "--" if name.split()[1] in SCORE_BASED else "-"
+            axes.plot(epochs, means, style, marker="o", markersize=3, label=f"{name} ({len(seeds)})")
+        axes.set_title(f"{dataset}: {head}", fontsize=8, loc="left")
+        axes.set_xlabel("epoch", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.grid(color="#e6e9ed")
+        axes.spines[["top", "right"]].set_visible(False)
+    if heads:
+        panels[-1].legend(fontsize=6, frameon=False)
+    figure.supylabel("AP, points", fontsize=8)
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=RESULTS.with_suffix(".png"))
+    parser.add_argument("--curves", metavar="DATASET", help="draw AP by epoch on this dataset instead")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    draw(json.loads(args.results.read_text())).savefig(args.out)
+    results = json.loads(args.results.read_text())
+    (draw_curves(results, args.curves) if args.curves else draw(results)).savefig(args.out)
     print(f"written: {args.out}")
 
 

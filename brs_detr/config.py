@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from brs_detr.config_aliases import ALIASES
+from brs_detr.config_aliases import ALIASES, migrate
 from brs_detr.config_fields import one_of
 from brs_detr.config_io import (
     ConfigError,
@@ -30,7 +30,6 @@ from brs_detr.config_io import (
     to_dict,
     update,
 )
-from brs_detr.config_legacy import migrate
 from brs_detr.data.config import DataConfig
 from brs_detr.engine.config import EvalConfig, OptimConfig, TrainConfig
 from brs_detr.models.cnn_config import MODELS, ModelConfig

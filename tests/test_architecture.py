@@ -19,11 +19,10 @@ ALLOWED = {
     "data": {"config_fields", "exit_codes", "ops", "parsing", "user_files", "viz"},
     "engine": {"assign", "config_fields", "exit_codes", "losses", "models", "ops", "user_files"},
     "config_fields": set(),
-    "config_legacy": set(),
     "config_io": {"config_fields", "exit_codes", "parsing", "user_files"},
     "config_aliases": set(),
     "recipes": {"config_io", "user_files"},
-    "config": {"config_aliases", "config_fields", "config_io", "config_legacy", "data", "engine", "models", "recipes"},
+    "config": {"config_aliases", "config_fields", "config_io", "data", "engine", "models", "recipes"},
     "checkpoints": {"config", "config_io", "engine", "models", "ops", "parsing", "user_files"},
     "hub": {"engine", "exit_codes", "user_files"},
     "export": {"evaluation", "models", "ops", "user_files"},
@@ -80,7 +79,7 @@ def test_settings_are_composed_of_modules_that_need_no_torch():
     """Else a misspelt setting would be answered only after the seconds that importing torch takes."""
     composed = {name for name in imports_of(PACKAGE / "config.py") if name.split(".")[1:2] in SECTIONS}
     assert composed and all(name.split(".")[2] in ("config", "cnn_config") for name in composed)
-    for path in [PACKAGE / f"{name}.py" for name in ("config", "config_fields", "config_io", "config_legacy")] + [
+    for path in [PACKAGE / f"{name}.py" for name in ("config", "config_fields", "config_io", "config_aliases")] + [
         path for (section,) in SECTIONS for path in (PACKAGE / section).glob("*config.py")
     ]:
         assert not {name.split(".")[0] for name in imports_of(path)} & {"torch", "torchvision", "numpy", "accelerate"}

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from brs_detr.checkpoints.architecture import Architecture
-from brs_detr.checkpoints.official import from_name, settings_of, trained_settings, training_of
+from brs_detr.checkpoints.official import settings_of
+from brs_detr.checkpoints.released import from_name, trained_settings, training_of
 from brs_detr.config import from_dict, load_config
 from brs_detr.config_io import merge
 from brs_detr.data.config import AugmentConfig, LSJConfig

@@ -15,9 +15,8 @@ from brs_detr.checkpoints.official import (
     export,
     from_official,
     settings_of,
-    trained_settings,
-    training_of,
 )
+from brs_detr.checkpoints.released import trained_settings, training_of
 from brs_detr.config import from_dict, load_config
 from brs_detr.config_io import merge
 from brs_detr.data.config import LSJConfig
