@@ -13,7 +13,7 @@ from brs_detr.cli import main
 from brs_detr.config import Config, ConfigError, apply_overrides, load_config
 from brs_detr.engine.optim import Schedule, build_optimizer, set_learning_rate
 from brs_detr.models.build import build_model
-from brs_detr.models.config import RankingConfig
+from brs_detr.models.objective_config import RankingConfig
 
 DETECTORS = ("retinanet", "foveabox", "atss", "paa", "faster_rcnn", "cascade_rcnn", "mask_rcnn")
 DATASETS = ("coco", "coco_ablation", "lvis", "cityscapes")

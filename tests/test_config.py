@@ -155,6 +155,28 @@ def test_an_impossible_override_is_refused_with_what_to_write_instead(override, 
 
 
 @pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        ("co_detr_r50_12e_coco", "model.objective.weights.l1=0 model.objective.weights.giou=0", "untrained; set it"),
+        ("co_detr_r50_12e_coco", "model.objective.normalizer=rows", "set it to positives"),
+        ("co_detr_r50_12e_coco", "model.atss.objective.weights.centerness=0", "weights.centerness=0 leaves a part"),
+        ("co_detr_r50_12e_coco", "model.atss.objective.normalizer=rows", "model.atss.objective.normalizer=rows is of"),
+        ("brs_detr_r50_12e_coco", "model.objective.loss=alrp model.objective.balance=epoch", "balance=value"),
+        ("cnn/atss_demo", "model.loss=focal model.head.centerness=true", "weights.centerness=0 leaves a part"),
+        ("cnn/atss_demo", "model.loss=focal model.head.objective.weights.giou=0", "weights.giou=0 leaves a part"),
+        ("cnn/paa_demo", "model.loss=focal model.head.objective.weights.giou=0", "weights.giou=0 leaves a part"),
+        ("cnn/paa_demo", "model.loss=focal model.head.objective.normalizer=rows", "set it to positives"),
+        ("cnn/paa_demo", "model.head.iou_branch=true model.head.iou_weight=0", "iou_weight=0 leaves the IoU branch"),
+        ("cnn/foveabox_demo", "model.loss=cross_entropy", "needs a background class"),
+    ],
+)
+def test_settings_that_train_a_part_of_a_head_by_nothing_are_refused(recipe, overrides, message):
+    config = load_config(CONFIGS / f"{recipe}.yaml")
+    with pytest.raises(ConfigError, match=message):
+        apply_overrides(config, overrides.split())
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("model: {backbone: {nmae: x}}", "bad.yaml: model.backbone.nmae is not a setting"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,24 @@ def require_same(tensors: dict[str, Tensor], unknown: list[str], expected: dict[
         raise CheckpointError(f"{source}: its tensors do not match the detector: {'; '.join(parts)}")
 
 
+def require_released(tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Refuse tensors with official names that could not be converted back.
+
+    Raises:
+        CheckpointError: they are of no released architecture.
+    """
+    architecture = recognize(tensors, str(source))
+    settings = configuration.from_dict(settings_of(architecture), str(source)).model
+    ours, unknown = to_ours({name: value for name, value in tensors.items() if not why_dropped(name)})
+    try:
+        require_same(ours, unknown, expected_shapes(settings, architecture.num_classes), str(source))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}. Only detectors of the released architecture can be converted; this one is nearest to "
+            f"{architecture.family}."
+        ) from None
+
+
 def export(source: Path, target: Path) -> int:
     """Write a weights file of this project as a checkpoint with official names, and return the number of tensors.
 
@@ -228,7 +247,7 @@ def export(source: Path, target: Path) -> int:
     if EVA_PART in tensors:
         settings = configuration.from_dict(weights.config, str(source))
         tensors |= rotation_tables(tensors, settings.model.backbone, settings.data.test_canvas)
-    recognize(tensors, str(source))  # raises if the result could not be converted back
+    require_released(tensors, source)
     meta: dict[str, Any] = {"CLASSES": tuple(weights.classes)}
     if isinstance(weights.extra.get("epoch"), int):
         meta["epoch"] = weights.extra["epoch"]

@@ -14,8 +14,8 @@ class Choices(NamedTuple):
     """What differs between devices.
 
     Attributes:
-        grid: look cells up with a grid (`lookup.locate`) in place of the binary search.
-        spread: sum each cell into many copies (`tally.spread_sums`), so that no address is added to often.
+        grid: look cells up with a grid (`cells.locate`) in place of the binary search.
+        spread: sum each cell into many copies (`cells.spread_sums`), so that no address is added to often.
         max_dense: largest number of positives whose order is compared pair by pair (`dominance.sorting_terms`); above
             it, quadrant sums are taken.
     """

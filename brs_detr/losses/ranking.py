@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .cells import locate
 from .checks import (
     accumulation_dtype,
     check_indices,
@@ -23,7 +24,6 @@ from .checks import (
     single_or_wider,
 )
 from .distributed import Group
-from .lookup import locate
 from .step_sums import BucketedNegatives, Cells, ExactNegatives, make_cells, offset_rows, sums_above, tally
 
 EPS = 1e-5  # a smaller N_FP counts as no negative above; the eps of the official aLRP loss

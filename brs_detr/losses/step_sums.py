@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .cells import cell_sums, locate
 from .distributed import Group
-from .lookup import locate
-from .tally import cell_sums
 
 
 class Cells(NamedTuple):

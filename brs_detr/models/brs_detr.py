@@ -294,8 +294,11 @@ class BRSDETR(Detector):
             learned = heads[name].assignment
             if self.box_embedding is None:  # the content of the queries is that of their boxes alone
                 features = [boxes.new_zeros(len(boxes), 0) for boxes in learned.references]
+            elif learned.features:
+                features = learned.features
             else:
-                features = learned.features or cell_features(maps, sizes, heads[name].head.strides)
+                assert self.atss is not None  # the only one of these heads that pools nothing
+                features = cell_features(maps, sizes, self.atss.strides, self.atss.anchors.per_cell)
             assert learned.counts is not None  # `read_counts` has read them
             samples[name] = aux_samples(learned, features, MAX_ROI_SAMPLES if name == "roi" else None)
             counts.append([min(count, len(own)) for count, own in zip(learned.counts, samples[name].labels)])

@@ -8,7 +8,6 @@ from typing import Annotated, ClassVar, Literal
 
 from brs_detr.config_fields import Count, Counts, Fraction, NotEmpty, Positive, one_of
 from brs_detr.models.config import (
-    CNN_RANKING,
     Anchors,
     ATSSHeadConfig,
     BackboneConfig,
@@ -17,16 +16,21 @@ from brs_detr.models.config import (
     CoDETRConfig,
     CoDINOConfig,
     DenseHeadConfig,
-    ObjectiveConfig,
-    RankingConfig,
     RegionConfig,
     RoIConfig,
     RPNConfig,
-    ScoreConfig,
     Stds,
+)
+from brs_detr.models.objective_config import (
+    CNN_RANKING,
+    ObjectiveConfig,
+    RankingConfig,
+    ScoreConfig,
     TermWeights,
     needs_no_background,
+    needs_positives,
     needs_trained_boxes,
+    needs_weights,
 )
 
 _SOFTMAX_CASCADE = ScoreConfig("cross_entropy", TermWeights(l1=1.0, giou=10.0), normalizer="rows")
@@ -111,6 +115,14 @@ class PAAHeadConfig(DenseHeadConfig):
     iou_branch: bool = False  # predict each box's IoU and weigh its score with it, as focal PAA does
     iou_weight: float = 0.5  # of the branch's loss
 
+    def problems(self, name: str) -> Iterator[str]:
+        """Yield what is wrong between settings; `name` is that of the section."""
+        yield from super().problems(name)
+        yield from needs_weights(self.objective, ("giou",), name)
+        yield from needs_positives(self.objective, name)
+        if self.iou_branch and self.iou_weight == 0:
+            yield f"{name}.iou_weight=0 leaves the IoU branch untrained; set it above 0"
+
 
 # The paper's; it sums smooth L1 over the four distances, of which ours is the mean.
 _FOCAL_FOVEA = ScoreConfig(weights=TermWeights(smooth_l1=4.0, giou=2.0), gamma=1.5, alpha=0.4)
@@ -135,13 +147,8 @@ class FoveaHeadConfig:
 
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
+        yield from needs_no_background(self.objective, name)
         yield from needs_trained_boxes(self.objective, self.box_loss, name)
-
-
-def _needs_weights(objective: ObjectiveConfig, terms: tuple[str, ...], name: str) -> Iterator[str]:
-    for term in terms:
-        if isinstance(objective, ScoreConfig) and getattr(objective.weights, term) == 0:
-            yield f"{name}.objective.weights.{term}=0 leaves a part of the head untrained; set it above 0"
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,7 @@ class YOLACTHeadConfig:
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
         yield from needs_no_background(self.objective, name)
-        yield from _needs_weights(self.objective, ("giou", "mask"), name)
+        yield from needs_weights(self.objective, ("giou", "mask"), name)
 
 
 @dataclass(frozen=True)
@@ -194,7 +201,7 @@ class SOLOv2HeadConfig:
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
         yield from needs_no_background(self.objective, name)
-        yield from _needs_weights(self.objective, ("mask",), name)
+        yield from needs_weights(self.objective, ("mask",), name)
         for setting in ("conv_dim", "mask_hidden", "mask_dim"):
             if getattr(self, setting) % self.norm_groups != 0:
                 yield (

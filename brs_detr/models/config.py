@@ -7,6 +7,23 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from brs_detr.config_fields import Count, Counts, Fraction, NotEmpty, Null, Positive, Range, one_of
+from brs_detr.models.objective_config import (
+    BINARY_RPN,
+    CNN_RANKING,
+    FOCAL_ATSS,
+    FOCAL_ROI,
+    FOCAL_RPN,
+    SOFTMAX_ROI,
+    ObjectiveConfig,
+    RankingConfig,
+    ScoreConfig,
+    TermWeights,
+    needs_no_background,
+    needs_positives,
+    needs_scores,
+    needs_trained_boxes,
+    needs_weights,
+)
 
 Stds = tuple[Positive, Positive, Positive, Positive]
 AuxHeads = tuple[Literal["roi", "atss"], ...]
@@ -43,61 +60,6 @@ class BackboneConfig:
             )
         if list(self.levels) != sorted(set(self.levels)):
             yield f"{name}.levels={list(self.levels)} must be strides that increase"
-
-
-@dataclass(frozen=True)
-class RankingConfig:
-    """A ranking loss over all logits of a head; the box terms follow it through self-balancing."""
-
-    # Rank & Sort, AP, aLRP, NDCG; b...: bucketed
-    loss: Literal["brs", "rs", "bap", "ap", "balrp", "alrp", "bndcg", "ndcg"] = "brs"
-    weight: float = 1.0  # of ranking and sorting
-    delta: float | None = None  # half width of the ranking's step; null: the loss's own (Rank & Sort 0.5, others 1)
-    score_weighted: bool = False  # box losses weighted by the scores of their boxes
-    box_weight: float = 2.0  # of box terms that are not balanced: with ap and bap, and with aLRP where balance is none
-    tau: Annotated[float, Range(below=1)] = 0.5  # with aLRP: minimum IoU of a positive
-    # with aLRP: follow the values of each step, or as published their means over an epoch, or nothing
-    balance: Literal["value", "epoch", "none"] = "value"
-    scope: Literal["process", "global"] = "process"  # rank each process's batch, or that of all processes
-
-
-# As published in CNN detectors. Following each step instead starves aLRP's boxes as soon as the ranking is perfect.
-CNN_RANKING = RankingConfig(score_weighted=True, balance="epoch")
-
-
-@dataclass(frozen=True)
-class TermWeights:
-    """Fixed weights of one head's terms."""
-
-    cls: float = 1.0
-    l1: float = 0.0
-    smooth_l1: float = 0.0
-    giou: float = 0.0
-    iou: float = 0.0
-    centerness: float = 0.0
-    mask: float = 1.0
-
-
-@dataclass(frozen=True)
-class ScoreConfig:
-    """A score-based classification loss with fixed weights."""
-
-    loss: Literal["focal", "quality_focal", "binary_cross_entropy", "cross_entropy"] = "focal"
-    weights: TermWeights = TermWeights()
-    normalizer: Literal["positives", "rows"] = "positives"  # what the classification loss is divided by the number of
-    alpha: Fraction = 0.25  # of focal loss
-    gamma: float = 2.0  # of focal and quality focal loss
-
-
-ObjectiveConfig = RankingConfig | ScoreConfig
-_FOCAL_ATSS = ScoreConfig(weights=TermWeights(cls=12.0, giou=24.0, centerness=12.0))
-# In the proportion of ATSS. Co-DETR's 120 stands beside a softmax over all regions, of which few are positive; divided
-# by the positives alone it leaves the classifier untrained on small data (docs/study.md).
-_FOCAL_ROI = ScoreConfig(weights=TermWeights(cls=12.0, giou=24.0))
-_FOCAL_RPN = ScoreConfig(weights=TermWeights(cls=12.0, l1=12.0, giou=24.0))
-# Faster R-CNN's: losses of sampled anchors and regions, divided by their number
-_BINARY_RPN = ScoreConfig("binary_cross_entropy", TermWeights(cls=12.0, l1=12.0), normalizer="rows")
-_SOFTMAX_ROI = ScoreConfig("cross_entropy", TermWeights(cls=12.0, giou=120.0), normalizer="rows")
 
 
 @dataclass(frozen=True)
@@ -141,7 +103,7 @@ class RPNConfig:
     """Region proposal network."""
 
     # Positives of an RPN have an IoU of at least 0.7, but for the best anchor of an object.
-    objective: ObjectiveConfig = one_of(RankingConfig(tau=0.7), _FOCAL_RPN, _BINARY_RPN)
+    objective: ObjectiveConfig = one_of(RankingConfig(tau=0.7), FOCAL_RPN, BINARY_RPN)
     box_loss: Literal["giou", "l1", "smooth_l1"] = "giou"  # of decoded boxes, or on offsets: the sum, the mean
     beta: Positive = 1.0  # of smooth_l1: the error at which it turns from quadratic to linear
     sample: Annotated[Count | None, Null("all")] = None  # anchors sampled an image; null: all of them
@@ -168,7 +130,7 @@ class RPNConfig:
 class RegionConfig:
     """What the heads on pooled regions have in common."""
 
-    objective: ObjectiveConfig = one_of(RankingConfig(weight=5.0), _FOCAL_ROI, _SOFTMAX_ROI)
+    objective: ObjectiveConfig = one_of(RankingConfig(weight=5.0), FOCAL_ROI, SOFTMAX_ROI)
     box_loss: Literal["giou", "l1", "smooth_l1"] = "giou"  # of decoded boxes, or on offsets: the sum, the mean
     beta: Positive = 1.0  # of smooth_l1: the error at which it turns from quadratic to linear
     stacked_convs: int = 0  # 3x3, with GroupNorm, before the fully connected layers, of which one is left then
@@ -231,51 +193,24 @@ class ATSSHeadConfig(DenseHeadConfig):
                 f"{name}.centerness=true needs {name}.objective.loss=focal; {name}.objective.loss="
                 f"{self.objective.loss} ranks by quality instead"
             )
+        yield from needs_weights(self.objective, ("giou", "centerness") if self.centerness else ("giou",), name)
+        yield from needs_positives(self.objective, name)
 
 
 @dataclass(frozen=True)
 class AuxATSSConfig(ATSSHeadConfig):
-    """The ATSS head beside a decoder: one anchor per cell."""
+    """The ATSS head beside a decoder, by default with one anchor per cell."""
 
-    objective: ObjectiveConfig = one_of(RankingConfig(weight=5.0), _FOCAL_ATSS)
+    objective: ObjectiveConfig = one_of(RankingConfig(weight=5.0), FOCAL_ATSS)
     stacked_convs: int = 1
     anchor_scale: Positive = 8.0
     scales_per_octave: Count = 1
 
 
-def needs_trained_boxes(objective: ObjectiveConfig, box_loss: str, name: str) -> Iterator[str]:
-    """Yield what is wrong between the objective and the box loss of a head whose section is `name`."""
-    if isinstance(objective, ScoreConfig) and getattr(objective.weights, box_loss) == 0:
-        yield (
-            f"{name}.objective.weights.{box_loss}=0 leaves the boxes untrained; set it above 0, or "
-            f"{name}.box_loss to another one"
-        )
-    if objective.loss in ("alrp", "balrp") and box_loss not in ("giou", "iou"):
-        yield f"{name}.objective.loss={objective.loss} ranks boxes by their GIoU; set {name}.box_loss=giou"
-
-
-def needs_no_background(objective: ObjectiveConfig, name: str) -> Iterator[str]:
-    """Yield what is wrong with the objective of section `name`, a head of sigmoids."""
-    if objective.loss == "cross_entropy":
-        yield (
-            f"{name}.objective.loss=cross_entropy needs a background class, which only the RoI head has; "
-            "choose binary_cross_entropy or focal"
-        )
-
-
-def needs_scores(objective: ObjectiveConfig, section: str, name: str, ranked: str) -> Iterator[str]:
-    """Yield what is wrong with the objective of a detector `name` that is called `ranked` with a ranking loss."""
-    if isinstance(objective, RankingConfig):
-        yield (
-            f"{section}.name={name} is the detector with score-based losses; {section}.objective.loss="
-            f"{objective.loss} makes it {ranked}"
-        )
-
-
 # Co-DETR's dense heads, with samplers and centerness
-_CO_RPN = RPNConfig(objective=_BINARY_RPN, box_loss="l1", sample=256, proposals=1000)
-_CO_ROI = RoIConfig(objective=_SOFTMAX_ROI, sample=512, add_ground_truth=True)
-_CO_ATSS = AuxATSSConfig(objective=_FOCAL_ATSS, centerness=True)
+_CO_RPN = RPNConfig(objective=BINARY_RPN, box_loss="l1", sample=256, proposals=1000)
+_CO_ROI = RoIConfig(objective=SOFTMAX_ROI, sample=512, add_ground_truth=True)
+_CO_ATSS = AuxATSSConfig(objective=FOCAL_ATSS, centerness=True)
 
 
 @dataclass(frozen=True)
@@ -294,7 +229,7 @@ class DETRConfig:
     dim: Count = 256
     heads: Count = 8
     points: Count = 4
-    norm_groups: Count = 32  # of every GroupNorm; must divide dim
+    norm_groups: Count = 32  # of neck, ATSS towers and coarsest map; must divide dim
     levels: Count = 4
     encoder_layers: int = 6
     decoder_layers: Count = 6
@@ -351,6 +286,14 @@ class DETRConfig:
         if len(set(self.aux_heads)) < len(self.aux_heads):
             yield f"{name}.aux_heads={list(self.aux_heads)} names a head twice"
         yield from needs_no_background(self.objective, name)
+        yield from needs_positives(self.objective, name)
+        if isinstance(self.objective, ScoreConfig) and not (self.objective.weights.l1 or self.objective.weights.giou):
+            yield from needs_weights(self.objective, ("giou",), name)
+        if getattr(self.objective, "balance", "") == "epoch" and self.objective.loss in ("alrp", "balrp"):
+            yield (
+                f"{name}.objective.balance=epoch counts each layer as an iteration, so its epoch is over too early; "
+                f"set {name}.objective.balance=value"
+            )
 
 
 @dataclass(frozen=True)

@@ -245,20 +245,24 @@ def _rows_of(levels: Sequence[Tensor], extents: Sequence[Sequence[Size]]) -> Ten
     return rows_inside(tuple(map(tuple, extents)), shapes, math.prod(levels[0].shape[3:-1]), levels[0].device)
 
 
-def cell_features(maps: Sequence[Tensor], sizes: Sequence[Size], strides: Sequence[int]) -> list[Tensor]:
-    """Select the features of the cells inside each image, in the order of `valid_rows` with one anchor a cell.
+def cell_features(
+    maps: Sequence[Tensor], sizes: Sequence[Size], strides: Sequence[int], per_cell: int = 1
+) -> list[Tensor]:
+    """Select the features of the cells inside each image, in the order of `valid_rows`.
 
     Args:
         maps: (B, dim, h, w) per level.
         sizes: (h, w) pixels of each image, without padding.
         strides: pixels per cell of each level.
+        per_cell: anchors of a cell, each of which gets the cell's features.
 
     Returns:
         Per image (n, dim), with gradient.
     """
     levels = [x.permute(0, 2, 3, 1) for x in maps]
     extents = [valid_extents(size, [(x.shape[1], x.shape[2]) for x in levels], strides) for size in sizes]
-    return list(batch_rows(levels, extents).split([sum(h * w for h, w in own) for own in extents]))
+    images = batch_rows(levels, extents).split([sum(h * w for h, w in own) for own in extents])
+    return [own.repeat_interleave(per_cell, dim=0) for own in images] if per_cell > 1 else list(images)
 
 
 def take_rows(rows: Tensor, index: Tensor) -> Tensor:

@@ -52,14 +52,15 @@ class BoxCoder:
         """Compute the offsets that turn each reference into the box of the same row.
 
         Args:
-            references: (..., 4) xyxy, sides above 0.
-            boxes: (..., 4) xyxy in the same unit, sides above 0.
+            references: (..., 4) xyxy pixels; a side counts as a thousandth of a pixel at least.
+            boxes: (..., 4) xyxy pixels, likewise.
 
         Returns:
             (..., 4) (dx, dy, dw, dh) over `stds`.
         """
         center, side = _center_side(_wide(references))
         target_center, target_side = _center_side(_wide(boxes))
+        side, target_side = side.clamp(min=1e-3), target_side.clamp(min=1e-3)
         shift = (target_center - center) / side
         growth = (target_side / side).log()
         (sx, sy, sw, sh) = self.stds

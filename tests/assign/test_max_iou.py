@@ -72,6 +72,12 @@ def test_of_equal_objects_the_first_is_taken(monkeypatch, table):
     assert max_iou_assign(box, box.repeat(3, 1), positive=0.5, negative=0.5).tolist() == [0]
 
 
+def test_an_object_without_area_becomes_no_box():
+    boxes, objects = boxes_of(3), torch.tensor([[5.0, 5, 5, 9]])
+    assigned = max_iou_assign(boxes, objects, positive=0.5, negative=0.4, low_quality=0.0)
+    assert assigned.tolist() == [BACKGROUND] * 3
+
+
 def test_without_objects_everything_is_background():
     assigned = max_iou_assign(boxes_of(4), torch.zeros(0, 4), positive=0.7, negative=0.3, low_quality=0.3)
     assert assigned.tolist() == [BACKGROUND] * 4

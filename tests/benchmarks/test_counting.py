@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from brs_detr.assign.assignment import BatchAssignment
-from brs_detr.losses.lookup import MIN_GRID_QUERIES, locate
+from brs_detr.losses.cells import MIN_GRID_QUERIES, locate
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ from brs_detr import cli
 from brs_detr.checkpoints.architecture import COCO_IDS, COCO_NAMES, name_classes
 from brs_detr.checkpoints.keys import to_official
 from brs_detr.checkpoints.official import expected_shapes, from_official
+from brs_detr.config import Config, to_dict
 from brs_detr.data.config import AugmentConfig, LSJConfig
-from brs_detr.engine.checkpoint import CheckpointError, load_weights
+from brs_detr.engine.checkpoint import CheckpointError, Weights, load_weights, save_weights
 from brs_detr.models.backbones.weights_io import read_official
-from brs_detr.models.config import SoftNMS
+from brs_detr.models.config import BRSDETRConfig, SoftNMS
 from brs_detr.run.setup import restore
 from brs_detr.run.weights import read
 
@@ -154,6 +156,25 @@ def test_a_co_deformable_detr_has_one_augmentation(save, capsys, options, code):
     assert convert(save(80, softmax=True), *options)[0] == code
     error = capsys.readouterr().err
     assert ("this is Co-Deformable-DETR, which is released with DETR's augmentation only" in error) == (code == 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"aux_heads": ("roi",)},
+        {"atss": replace(BRSDETRConfig.atss, scales_per_octave=2)},
+        {"roi": replace(BRSDETRConfig.roi, class_agnostic=True, fc_dim=64)},
+    ],
+)
+def test_a_detector_that_could_not_be_read_back_has_no_official_file(small_model, tmp_path, capsys, change):
+    config = replace(small_model(False), **change)
+    tensors = {name: torch.zeros(shape) for name, shape in expected_shapes(config, 3).items()}
+    weights = Weights(tensors, ["a", "b", "c"], [1, 2, 3], to_dict(Config(model=config)), {})
+    save_weights(tmp_path / "mine.safetensors", weights)
+    command = ["convert", str(tmp_path / "mine.safetensors"), str(tmp_path / "back.pth"), "--to-official"]
+    assert cli.main(command) != 0
+    assert "Only detectors of the released architecture can be converted" in capsys.readouterr().err
+    assert not (tmp_path / "back.pth").exists()
 
 
 def test_options_of_the_way_in_are_none_of_the_way_out(tmp_path, capsys):

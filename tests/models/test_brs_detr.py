@@ -74,6 +74,15 @@ def test_every_parameter_gets_a_finite_gradient_whatever_the_batch_holds(setting
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("settings", [SMALL, FOCAL])
+@pytest.mark.parametrize("counts", [(3, 1), (5, 0)])
+def test_several_anchors_a_cell_are_auxiliary_queries_too(settings, counts):
+    settings = replace(settings, atss=replace(settings.atss, scales_per_octave=3, anchor_ratios=(0.5, 1.0)))
+    images = [image(64 - 7 * i) for i in range(len(counts))]
+    _, losses = train_step(settings, images, [target(n, height=64 - 7 * i) for i, n in enumerate(counts)])
+    assert losses["aux_atss.0.l1"] > 0
+
+
 @pytest.mark.parametrize("loss", ["rs", "bap", "ap", "balrp", "alrp", "bndcg", "ndcg", "quality_focal"])
 def test_every_loss_trains_every_head(loss):
     settings = with_loss(FOCAL if loss == "quality_focal" else SMALL, loss)

@@ -79,12 +79,13 @@ def test_rows_of_all_images_are_those_of_each(sizes, per_cell):
         assert torch.equal(own, valid_rows(grid, extent))
 
 
-def test_features_of_cells_are_those_of_the_rows():
+@pytest.mark.parametrize("per_cell", [1, 3])
+def test_features_of_cells_are_those_of_the_rows(per_cell):
     maps = [torch.randn(2, 5, h, w) for h, w in SHAPES]
     sizes = [(128, 160), (70, 90)]
-    for image, (own, size) in enumerate(zip(cell_features(maps, sizes, STRIDES), sizes)):
-        expected = valid_rows([x[image].permute(1, 2, 0) for x in maps], valid_extents(size, SHAPES, STRIDES))
-        assert torch.equal(own, expected)
+    for image, (own, size) in enumerate(zip(cell_features(maps, sizes, STRIDES, per_cell), sizes)):
+        levels = [x[image].permute(1, 2, 0)[:, :, None].expand(-1, -1, per_cell, -1) for x in maps]
+        assert torch.equal(own, valid_rows(levels, valid_extents(size, SHAPES, STRIDES)))
 
 
 def test_anchors_that_were_kept_serve_after_other_shapes_and_after_inference():

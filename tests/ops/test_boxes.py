@@ -32,6 +32,12 @@ def test_by_hand():
     assert torch.equal(coder.encode(reference, reference), torch.zeros(1, 4))
 
 
+def test_offsets_of_boxes_without_area_are_finite():
+    flat, full = torch.tensor([[5.0, 5, 5, 9]]), torch.tensor([[3.0, 4, 8, 9]])
+    for pair in ((flat, flat), (flat, full), (full, flat)):
+        assert BoxCoder().encode(*pair).isfinite().all()
+
+
 def test_growth_is_bounded():
     decoded = BoxCoder().decode(torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([[0.0, 0, 100, -100]]))
     width, height = (decoded[0, 2:] - decoded[0, :2]).tolist()

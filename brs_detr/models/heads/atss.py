@@ -15,9 +15,10 @@ from torch import Tensor
 from brs_detr.assign.assignment import HeadAssignment
 from brs_detr.assign.atss import ATSSAssigner
 from brs_detr.losses.distributed import SharedCount
-from brs_detr.models.config import ATSSHeadConfig, ScoreConfig
+from brs_detr.models.config import ATSSHeadConfig
 from brs_detr.models.heads.dense import DenseOutput, build_objective
 from brs_detr.models.heads.towers import TowerHead
+from brs_detr.models.objective_config import ScoreConfig
 from brs_detr.ops.anchors import AnchorGrid, octave_scales
 from brs_detr.ops.boxes import BoxCoder
 from brs_detr.ops.images import Size

@@ -19,7 +19,7 @@ from brs_detr.assign.max_iou import IGNORED
 from brs_detr.losses.boxes import paired_giou_loss, paired_iou
 from brs_detr.losses.distributed import SharedCount
 from brs_detr.losses.objective import PredictionSet, RankingObjective, ScoreObjective
-from brs_detr.models.config import ObjectiveConfig, RankingConfig
+from brs_detr.models.objective_config import ObjectiveConfig, RankingConfig
 from brs_detr.ops.anchors import AnchorGrid, batch_anchors, batch_rows, take_rows, valid_extents
 from brs_detr.ops.boxes import Candidates, Coder, suppress
 from brs_detr.ops.images import Size

@@ -18,7 +18,7 @@ from brs_detr.assign.assignment import BatchAssignment, HeadAssignment, join
 from brs_detr.assign.max_iou import MaxIoUAssigner, RandomSampler
 from brs_detr.models.config import RPNConfig
 from brs_detr.models.heads.dense import DenseHead, DenseOutput, build_objective
-from brs_detr.ops.anchors import AnchorGrid, inside_image, take_rows
+from brs_detr.ops.anchors import AnchorGrid, inside_image, octave_scales, take_rows
 from brs_detr.ops.boxes import BoxCoder, Regions, clip_boxes, kept_in_segments
 from brs_detr.ops.images import Size
 
@@ -39,11 +39,10 @@ class RPNHead(DenseHead):
     assigner: MaxIoUAssigner
 
     def __init__(self, dim: int, strides: Sequence[int], config: RPNConfig) -> None:
-        octave = [config.anchor_scale * 2 ** (i / config.scales_per_octave) for i in range(config.scales_per_octave)]
         sampler = None if config.sample is None else RandomSampler(config.sample, positive_fraction=0.5)
         super().__init__(
             1,
-            AnchorGrid(strides, octave, config.anchor_ratios),
+            AnchorGrid(strides, octave_scales(config.anchor_scale, config.scales_per_octave), config.anchor_ratios),
             objective=build_objective(config.objective),
             # Faster R-CNN's thresholds
             assigner=MaxIoUAssigner(positive=0.7, negative=0.3, low_quality=0.3, sampler=sampler),

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from brs_detr.models.config import ATSSHeadConfig, RankingConfig, ScoreConfig, TermWeights
+from brs_detr.models.config import ATSSHeadConfig
 from brs_detr.models.heads.atss import ATSSHead
 from brs_detr.models.heads.dense import DenseOutput
+from brs_detr.models.objective_config import RankingConfig, ScoreConfig, TermWeights
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "golden"))
 import cnn

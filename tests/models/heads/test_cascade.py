@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from brs_detr.models.cnn_config import CascadeConfig
-from brs_detr.models.config import RankingConfig, ScoreConfig, TermWeights
 from brs_detr.models.heads.cascade import CascadeHead
 from brs_detr.models.heads.roi import RoIOutput
+from brs_detr.models.objective_config import RankingConfig, ScoreConfig, TermWeights
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "golden"))
 import cnn

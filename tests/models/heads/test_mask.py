@@ -12,9 +12,10 @@ from torchvision.ops import roi_align
 from brs_detr.assign.assignment import HeadAssignment
 from brs_detr.losses.objective import PredictionSet, RankingObjective
 from brs_detr.models.cnn_config import MaskConfig
-from brs_detr.models.config import RankingConfig, RoIConfig, ScoreConfig, TermWeights
+from brs_detr.models.config import RoIConfig
 from brs_detr.models.heads.mask import MaskHead, paste_detections
 from brs_detr.models.heads.roi import RoIHead
+from brs_detr.models.objective_config import RankingConfig, ScoreConfig, TermWeights
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "golden"))
 import cnn

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from brs_detr.models.config import RankingConfig, RoIConfig, ScoreConfig, TermWeights
+from brs_detr.models.config import RoIConfig
 from brs_detr.models.heads.roi import RoIHead, RoIOutput
+from brs_detr.models.objective_config import RankingConfig, ScoreConfig, TermWeights
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "golden"))
 import cnn

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from brs_detr.assign.max_iou import IGNORED, MaxIoUAssigner
-from brs_detr.models.config import RankingConfig, RPNConfig, ScoreConfig, TermWeights
+from brs_detr.models.config import RPNConfig
 from brs_detr.models.heads.rpn import RPNHead
+from brs_detr.models.objective_config import RankingConfig, ScoreConfig, TermWeights
 from brs_detr.ops.anchors import inside_image
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "golden"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from losses_reference import detector_like, gradient_of
 
-from brs_detr.losses import alrp_loss, average_precision_loss, by_device, ndcg_loss, rank_sort_loss, tally
+from brs_detr.losses import alrp_loss, average_precision_loss, by_device, cells, ndcg_loss, rank_sort_loss
 
 
 def entries(layers: int, length: int, count: int, unreached: float):
@@ -20,26 +20,26 @@ def entries(layers: int, length: int, count: int, unreached: float):
 @pytest.mark.parametrize("layers", [1, 6])
 def test_copies_sum_to_what_one_address_sums_to(layers, count, unreached):
     where, x = entries(layers, 9000, count, unreached)
-    plain = tally.plain_sums(where, [None, x], x, count)
-    spread = tally.spread_sums(where, [None, x], x, count)
+    plain = cells.plain_sums(where, [None, x], x, count)
+    spread = cells.spread_sums(where, [None, x], x, count)
     assert spread.shape == plain.shape == (2, layers, count)
     assert torch.equal(spread[0, :, 1:], plain[0, :, 1:])
     torch.testing.assert_close(spread[1, :, 1:], plain[1, :, 1:], rtol=1e-12, atol=1e-11)
 
 
 def test_few_slots_leave_one_copy(monkeypatch):
-    monkeypatch.setattr(tally, "MAX_SLOTS", 10)
+    monkeypatch.setattr(cells, "MAX_SLOTS", 10)
     where, x = entries(2, 5000, 300, 0.5)
-    wanted = tally.plain_sums(where, [x], x, 300)[:, :, 1:]
-    torch.testing.assert_close(tally.spread_sums(where, [x], x, 300)[:, :, 1:], wanted, rtol=1e-12, atol=1e-12)
+    wanted = cells.plain_sums(where, [x], x, 300)[:, :, 1:]
+    torch.testing.assert_close(cells.spread_sums(where, [x], x, 300)[:, :, 1:], wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("cell", [0, 1, 28])
 def test_no_address_is_added_to_often(cell):
     """A million entries in one cell, as of a detector whose negatives all lie below, or all above, its positives."""
     where = torch.full((1_000_000,), cell, dtype=torch.int32)
-    slots = tally.spread(where, 29, 29, tally.MAX_COPIES)
-    assert slots.bincount().max() <= 1_000_000 / tally.MAX_COPIES + 1
+    slots = cells.spread(where, 29, 29, cells.MAX_COPIES)
+    assert slots.bincount().max() <= 1_000_000 / cells.MAX_COPIES + 1
     beside = slots.view(-1, 32)[:30000].diff(dim=1)
     assert (beside == 1).float().mean() > 0.99
 

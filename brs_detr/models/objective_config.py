@@ -1,0 +1,109 @@
+"""Settings of a head's objective, its loss and what belongs to it, and what is wrong between them and the head's own.
+
+A head of section `model.rpn` has them in `model.rpn.objective`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from brs_detr.config_fields import Fraction, Range
+
+
+@dataclass(frozen=True)
+class RankingConfig:
+    """A ranking loss over all logits of a head; the box terms follow it through self-balancing."""
+
+    # Rank & Sort, AP, aLRP, NDCG; b...: bucketed
+    loss: Literal["brs", "rs", "bap", "ap", "balrp", "alrp", "bndcg", "ndcg"] = "brs"
+    weight: float = 1.0  # of ranking and sorting
+    delta: float | None = None  # half width of the ranking's step; null: the loss's own (Rank & Sort 0.5, others 1)
+    score_weighted: bool = False  # box losses weighted by the scores of their boxes
+    box_weight: float = 2.0  # of box terms that are not balanced: with ap and bap, and with aLRP where balance is none
+    tau: Annotated[float, Range(below=1)] = 0.5  # with aLRP: minimum IoU of a positive
+    # with aLRP: follow the values of each step, or as published their means over an epoch, or nothing
+    balance: Literal["value", "epoch", "none"] = "value"
+    scope: Literal["process", "global"] = "process"  # rank each process's batch, or that of all processes
+
+
+# As published in CNN detectors. Following each step instead starves aLRP's boxes as soon as the ranking is perfect.
+CNN_RANKING = RankingConfig(score_weighted=True, balance="epoch")
+
+
+@dataclass(frozen=True)
+class TermWeights:
+    """Fixed weights of one head's terms."""
+
+    cls: float = 1.0
+    l1: float = 0.0
+    smooth_l1: float = 0.0
+    giou: float = 0.0
+    iou: float = 0.0
+    centerness: float = 0.0
+    mask: float = 1.0
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """A score-based classification loss with fixed weights."""
+
+    loss: Literal["focal", "quality_focal", "binary_cross_entropy", "cross_entropy"] = "focal"
+    weights: TermWeights = TermWeights()
+    normalizer: Literal["positives", "rows"] = "positives"  # what the classification loss is divided by the number of
+    alpha: Fraction = 0.25  # of focal loss
+    gamma: float = 2.0  # of focal and quality focal loss
+
+
+ObjectiveConfig = RankingConfig | ScoreConfig
+FOCAL_ATSS = ScoreConfig(weights=TermWeights(cls=12.0, giou=24.0, centerness=12.0))
+# In the proportion of ATSS. Co-DETR's 120 stands beside a softmax over all regions, of which few are positive; divided
+# by the positives alone it leaves the classifier untrained on small data (docs/study.md).
+FOCAL_ROI = ScoreConfig(weights=TermWeights(cls=12.0, giou=24.0))
+FOCAL_RPN = ScoreConfig(weights=TermWeights(cls=12.0, l1=12.0, giou=24.0))
+# Faster R-CNN's: losses of sampled anchors and regions, divided by their number
+BINARY_RPN = ScoreConfig("binary_cross_entropy", TermWeights(cls=12.0, l1=12.0), normalizer="rows")
+SOFTMAX_ROI = ScoreConfig("cross_entropy", TermWeights(cls=12.0, giou=120.0), normalizer="rows")
+
+
+def needs_trained_boxes(objective: ObjectiveConfig, box_loss: str, name: str) -> Iterator[str]:
+    """Yield what is wrong between the objective and the box loss of a head whose section is `name`."""
+    if isinstance(objective, ScoreConfig) and getattr(objective.weights, box_loss) == 0:
+        yield (
+            f"{name}.objective.weights.{box_loss}=0 leaves the boxes untrained; set it above 0, or "
+            f"{name}.box_loss to another one"
+        )
+    if objective.loss in ("alrp", "balrp") and box_loss not in ("giou", "iou"):
+        yield f"{name}.objective.loss={objective.loss} ranks boxes by their GIoU; set {name}.box_loss=giou"
+
+
+def needs_weights(objective: ObjectiveConfig, terms: Iterable[str], name: str) -> Iterator[str]:
+    """Yield which of these terms of section `name`, each the only one of its part of the head, have weight 0."""
+    for term in terms:
+        if isinstance(objective, ScoreConfig) and getattr(objective.weights, term) == 0:
+            yield f"{name}.objective.weights.{term}=0 leaves a part of the head untrained; set it above 0"
+
+
+def needs_positives(objective: ObjectiveConfig, name: str) -> Iterator[str]:
+    """Yield what is wrong with the normalizer of section `name`, whose terms are divided by the positives."""
+    if isinstance(objective, ScoreConfig) and objective.normalizer != "positives":
+        yield f"{name}.objective.normalizer={objective.normalizer} is of sampled heads; set it to positives"
+
+
+def needs_no_background(objective: ObjectiveConfig, name: str) -> Iterator[str]:
+    """Yield what is wrong with the objective of section `name`, a head of sigmoids."""
+    if objective.loss == "cross_entropy":
+        yield (
+            f"{name}.objective.loss=cross_entropy needs a background class, which only the RoI head has; "
+            "choose binary_cross_entropy or focal"
+        )
+
+
+def needs_scores(objective: ObjectiveConfig, section: str, name: str, ranked: str) -> Iterator[str]:
+    """Yield what is wrong with the objective of a detector `name` that is called `ranked` with a ranking loss."""
+    if isinstance(objective, RankingConfig):
+        yield (
+            f"{section}.name={name} is the detector with score-based losses; {section}.objective.loss="
+            f"{objective.loss} makes it {ranked}"
+        )
