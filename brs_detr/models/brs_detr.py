@@ -39,7 +39,6 @@ from brs_detr.models.transformer.collaborative import (
 from brs_detr.models.transformer.decoder import Predictions, QueryDecoder, QuerySet, best_pairs
 from brs_detr.models.transformer.encoder import DeformableEncoder, Memory
 from brs_detr.models.transformer.two_stage import BoxEmbedding, Proposals, TwoStageHead
-from brs_detr.ops.anchors import cell_features
 from brs_detr.ops.boxes import Regions
 from brs_detr.ops.images import ImageBatch, Size
 from brs_detr.ops.targets import PackedTargets, pixel_scales
@@ -294,11 +293,8 @@ class BRSDETR(Detector):
             learned = heads[name].assignment
             if self.box_embedding is None:  # the content of the queries is that of their boxes alone
                 features = [boxes.new_zeros(len(boxes), 0) for boxes in learned.references]
-            elif learned.features:
-                features = learned.features
             else:
-                assert self.atss is not None  # the only one of these heads that pools nothing
-                features = cell_features(maps, sizes, self.atss.strides, self.atss.anchors.per_cell)
+                features = heads[name].features(maps)
             assert learned.counts is not None  # `read_counts` has read them
             samples[name] = aux_samples(learned, features, MAX_ROI_SAMPLES if name == "roi" else None)
             counts.append([min(count, len(own)) for count, own in zip(learned.counts, samples[name].labels)])

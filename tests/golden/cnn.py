@@ -73,9 +73,9 @@ class Recorded:
         return [rows[rows[:, 0] == image, 1:] for image in range(len(self.info["img_metas"]))]
 
     def regions(self, stage=""):
-        """The recorded outputs for RoIs, attached to the leaves; their features are not recorded."""
+        """The recorded outputs for RoIs, attached to the leaves."""
         cls, reg = self.leaves[f"{stage}cls"], self.leaves[f"{stage}reg"]
-        return RoIOutput(cls, reg.unflatten(1, (-1, 4)), cls.new_zeros(len(cls), 1))
+        return RoIOutput(cls, reg.unflatten(1, (-1, 4)))
 
     def target_labels(self, image):
         """Official class of every anchor of an image, level after level; ignored and padding anchors are -1."""

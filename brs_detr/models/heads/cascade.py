@@ -62,7 +62,7 @@ class CascadeHead(nn.Module):
             if index + 1 < len(self.stages):
                 added = stage.added(rois, targets)
                 proposals = stage.refine(rois, output, sizes, labels=assignment.labels, added=added)
-        return HeadLosses(terms, assignment._replace(features=assignment.per_image(output.features)))
+        return HeadLosses(terms, assignment)
 
     @torch.no_grad()
     def predict(

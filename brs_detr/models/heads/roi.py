@@ -31,7 +31,7 @@ from brs_detr.ops.images import Size
 Branch = Callable[[Sequence[Tensor], HeadAssignment, Sequence[dict]], BoxLosses]
 
 
-class Drawn(NamedTuple):
+class SampledRoIs(NamedTuple):
     """RoIs that a head may look at, of each image, in the order in which it does.
 
     Attributes:
@@ -54,12 +54,10 @@ class RoIOutput(NamedTuple):
     Attributes:
         logits: (N, C) or, with softmax, (N, C + 1).
         deltas: (N, K, 4) offsets.
-        features: (N, dim) mean of the pooled features.
     """
 
     logits: Tensor
     deltas: Tensor
-    features: Tensor
 
 
 class RoIHead(nn.Module):
@@ -112,19 +110,19 @@ class RoIHead(nn.Module):
         Returns:
             rows of all images one after the other, N = sum of n_b.
         """
-        return self.judge(self.look(features, rois))
+        return self.classify_pooled(self.pool_rois(features, rois))
 
-    def look(
+    def pool_rois(
         self, features: Sequence[Tensor], rois: Sequence[Tensor], level_counts: Sequence[int] | None = None
     ) -> Pooled:
         """Pool RoIs; arguments as for `forward`, and how many are of each map, where the host knows it."""
         return pool_rois(features, rois, self.strides, self.pool, level_counts)
 
-    def judge(self, pooled: Pooled) -> RoIOutput:
+    def classify_pooled(self, pooled: Pooled) -> RoIOutput:
         """Classify pooled RoIs."""
         logits, deltas = self.classify(pooled.windows)
         # the small outputs are put back into the order of the RoIs rather than the windows (50 kB each)
-        return RoIOutput(logits[pooled.back], deltas[pooled.back], pooled.features())
+        return RoIOutput(logits[pooled.back], deltas[pooled.back])
 
     def classify(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits and offsets, as in `RoIOutput`, of pooled RoIs (N, dim, side, side)."""
@@ -157,14 +155,14 @@ class RoIHead(nn.Module):
 
         Returns:
             scalar terms, finite and attached to the graph without any positive too; and what the RoIs learned, of each
-            image the positives before the background, with their pooled features.
+            image the positives before the background.
         """
         rois, assigned = self._sample(proposals, sizes, targets)
         output = self(features, rois)
         assignment = self.assign(rois, assigned, targets)
         further = {} if branch is None else branch(features, assignment, targets)
         terms = self.terms(output, assignment, further)
-        return HeadLosses(terms, assignment._replace(features=assignment.per_image(output.features)))
+        return HeadLosses(terms, assignment)
 
     def assign(
         self, rois: list[Tensor], assigned: list[Tensor], targets: Sequence[dict], counts: list[int] | None = None
@@ -204,20 +202,20 @@ class RoIHead(nn.Module):
         self, proposals: Sequence[Tensor], sizes: Sequence[Size], targets: Sequence[dict]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Choose the RoIs (n, 4) of every image, positives first, and their assignment (n,); n is at least 1."""
-        drawn = self.draw(proposals, sizes, targets)
+        sampled = self.sample_rois(proposals, sizes, targets)
         if self.sampler is None:  # nothing was ignored: the number of RoIs is known without asking the device
-            return drawn
-        return drawn.first(torch.stack([(own != IGNORED).sum() for own in drawn.assigned]).tolist())
+            return sampled
+        return sampled.first(torch.stack([(own != IGNORED).sum() for own in sampled.assigned]).tolist())
 
     @torch.no_grad()
-    def draw(
+    def sample_rois(
         self,
         proposals: Sequence[Tensor],
         sizes: Sequence[Size],
         targets: Sequence[dict],
         valid: Sequence[Tensor] | None = None,
-    ) -> Drawn:
-        """Decide which RoIs to look at, without waiting for the device.
+    ) -> SampledRoIs:
+        """Decide which RoIs to pool, without waiting for the device.
 
         Args:
             proposals: per image (n, 4) xyxy pixels, best first.
@@ -242,7 +240,7 @@ class RoIHead(nn.Module):
             order = (-assigned).clamp(0, 2).argsort(stable=True)
             candidates.append(boxes[order])
             assignments.append(assigned[order])
-        return Drawn(candidates, assignments)
+        return SampledRoIs(candidates, assignments)
 
     def _overlapped(self, boxes: Tensor, objects: Tensor, valid: Tensor | None) -> Tensor:
         """Give boxes (n, 4) to the objects (M, 4) they overlap; those that are not valid (n,) are ignored."""

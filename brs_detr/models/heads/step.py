@@ -16,6 +16,7 @@ from brs_detr.assign.max_iou import IGNORED
 from brs_detr.models.heads.dense import DenseHead, DenseOutput
 from brs_detr.models.heads.pooling import count_levels, map_of
 from brs_detr.models.heads.roi import RoIHead
+from brs_detr.ops.anchors import cell_features
 from brs_detr.ops.boxes import Regions
 from brs_detr.ops.images import Size
 
@@ -36,7 +37,7 @@ class DenseStep:
     assignment: HeadAssignment
 
     def __init__(self, head: DenseHead, output: DenseOutput, sizes: Sequence[Size], targets: Sequence[dict]) -> None:
-        self.head, self.output = head, output
+        self.head, self.output, self.sizes = head, output, sizes
         self.extents = head.extents(output, sizes)
         self.anchors, self.matched = head.matched(output, self.extents, head.objects(sizes, targets))
 
@@ -53,6 +54,10 @@ class DenseStep:
         normalizer = self.head.normalizer(self.assignment)
         return self.head.terms(self.output, self.extents, self.assignment, normalizer)
 
+    def features(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Return the features (n, dim) of each image's anchors, those of their cells in (B, dim, h, w) maps."""
+        return cell_features(maps, self.sizes, self.head.strides, self.head.anchors.per_cell)
+
 
 class RegionStep:
     """A head on pooled regions.
@@ -64,7 +69,7 @@ class RegionStep:
         sizes, targets: as for `DenseStep`.
 
     Attributes:
-        assignment: what the regions learn, with their features, from `read_counts` on.
+        assignment: what the regions learn, from `read_counts` on.
     """
 
     assignment: HeadAssignment
@@ -77,28 +82,31 @@ class RegionStep:
         sizes: Sequence[Size],
         targets: Sequence[dict],
     ) -> None:
-        self.head, self.features, self.targets = head, features, targets
-        self.drawn = head.draw(list(regions.boxes), sizes, targets, list(regions.valid))
+        self.head, self.maps, self.targets = head, features, targets
+        self.sampled = head.sample_rois(list(regions.boxes), sizes, targets, list(regions.valid))
 
     def counts(self) -> list[Tensor]:
         """Return the regions and the positives (B,) up to the end of each image, and the regions (L,) of each map."""
-        lengths = [len(own) for own in self.drawn.boxes]
-        assigned = torch.cat(self.drawn.assigned)
+        lengths = [len(own) for own in self.sampled.boxes]
+        assigned = torch.cat(self.sampled.assigned)
         used, strides = assigned != IGNORED, self.head.strides
-        level = torch.where(used, map_of(torch.cat(self.drawn.boxes), strides), -1)
+        level = torch.where(used, map_of(torch.cat(self.sampled.boxes), strides), -1)
         totals = [count_until(mask, lengths) for mask in (used, assigned >= 0)]
         return [*totals, count_levels(level, len(strides))]
 
     def assign(self, used: list[int], positives: list[int], levels: list[int]) -> None:
         """Take what `counts` says on the host, and pool the regions."""
-        rois, assigned = self.drawn.first(differences(used))
-        self.pooled = self.head.look(self.features, rois, levels)
-        assignment = self.head.assign(rois, assigned, self.targets, differences(positives))
-        self.assignment = assignment._replace(features=assignment.per_image(self.pooled.features()))
+        rois, assigned = self.sampled.first(differences(used))
+        self.pooled = self.head.pool_rois(self.maps, rois, levels)
+        self.assignment = self.head.assign(rois, assigned, self.targets, differences(positives))
 
     def losses(self) -> dict[str, Tensor]:
         """Compute the head's terms."""
-        return self.head.terms(self.head.judge(self.pooled), self.assignment, {})
+        return self.head.terms(self.head.classify_pooled(self.pooled), self.assignment, {})
+
+    def features(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Return the mean features (n, dim) of each image's regions; those of `maps` were pooled for the head."""
+        return self.assignment.per_image(self.pooled.features())
 
 
 def read_counts(steps: Iterable[DenseStep | RegionStep]) -> None:

@@ -139,7 +139,7 @@ def test_a_box_of_the_last_class_is_refined_by_its_own_offsets():
         asked.append(rois)
         deltas = torch.zeros(1, 2, 4)
         deltas[0, 1, 0] = 5.0  # class 1: half a width to the right
-        return RoIOutput(torch.tensor([[0.0, 3.0, 9.0]]), deltas, torch.zeros(1, 4))
+        return RoIOutput(torch.tensor([[0.0, 3.0, 9.0]]), deltas)
 
     for stage in head.stages:
         stage.forward = answer
@@ -154,9 +154,7 @@ def test_a_box_of_the_last_class_is_refined_by_its_own_offsets():
 def test_scores_are_of_the_mean_logits_of_all_stages():
     head = published(classes=1)
     for stage, logit in zip(head.stages, (0.0, 1.0, 5.0), strict=True):
-        stage.forward = lambda features, rois, logit=logit: RoIOutput(
-            torch.tensor([[logit]]), torch.zeros(1, 1, 4), torch.zeros(1, 4)
-        )
+        stage.forward = lambda features, rois, logit=logit: RoIOutput(torch.tensor([[logit]]), torch.zeros(1, 1, 4))
     (found,) = head.predict([], [torch.tensor([[0.0, 0, 20, 20]])], [(50, 50)])
     torch.testing.assert_close(found["scores"], torch.tensor([2.0]).sigmoid())
 

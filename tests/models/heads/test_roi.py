@@ -12,7 +12,9 @@ from brs_detr.assign.max_iou import RandomSampler
 from brs_detr.models.config import BRSDETRConfig, CoDETRConfig, RPNConfig
 from brs_detr.models.heads.roi import RoIHead, RoIOutput
 from brs_detr.models.heads.rpn import RPNHead
+from brs_detr.models.heads.step import RegionStep, read_counts
 from brs_detr.models.transformer.collaborative import aux_samples
+from brs_detr.ops.boxes import Regions
 
 STRIDES = (8, 16, 32, 64)
 SIZES = [(128, 153), (101, 160)]
@@ -53,9 +55,10 @@ def test_official_samples_outputs_and_queries(golden, family):
     output = head(features, rois)
     torch.testing.assert_close(output.logits, data["roi.cls_score"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output.deltas.flatten(1), data["roi.bbox_pred"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(output.features, data["roi.feats_pooled"], rtol=1e-5, atol=1e-5)
+    pooled = head.pool_rois(features, rois).features()
+    torch.testing.assert_close(pooled, data["roi.feats_pooled"], rtol=1e-5, atol=1e-5)
     assignment = head.losses(features, proposals, SIZES, targets).assignment
-    samples = aux_samples(assignment, assignment.features)
+    samples = aux_samples(assignment, assignment.per_image(pooled))
     start = 0
     for image, roi in enumerate(rois):
         rows = slice(start, start + len(roi))
@@ -128,11 +131,11 @@ def test_rows_keep_their_order_across_levels():
     """Each RoI alone gives the row it gives among others."""
     head, features = build("brs_detr", dim=4), random_features(1)
     boxes = torch.cat([torch.tensor([[0.0, 0, 500, 500], [3, 3, 9, 12], [0, 0, 300, 300]]), random_boxes(9)])
-    together = head(features, [boxes])
+    together, pooled = head(features, [boxes]), head.pool_rois(features, [boxes]).features()
     for row in range(len(boxes)):
-        alone = head(features, [boxes[row : row + 1]])
-        torch.testing.assert_close(alone.logits[0], together.logits[row], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(alone.features[0], together.features[row], rtol=1e-5, atol=1e-6)
+        one = [boxes[row : row + 1]]
+        torch.testing.assert_close(head(features, one).logits[0], together.logits[row], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(head.pool_rois(features, one).features()[0], pooled[row], rtol=1e-5, atol=1e-6)
 
 
 def test_level_by_size_as_in_the_feature_pyramid_paper():
@@ -143,7 +146,7 @@ def test_level_by_size_as_in_the_feature_pyramid_paper():
     boxes = torch.stack([torch.zeros(7), torch.zeros(7), sides, sides], dim=1)
     theirs = MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2, canonical_scale=112, canonical_level=3)
     expected = theirs({str(i): x for i, x in enumerate(features)}, [boxes], [(512, 512)]).mean(dim=(2, 3))
-    torch.testing.assert_close(head(features, [boxes]).features.round(), expected.round())
+    torch.testing.assert_close(head.pool_rois(features, [boxes]).features().round(), expected.round())
 
 
 def test_pooling_by_hand():
@@ -154,7 +157,7 @@ def test_pooling_by_hand():
     x, y = (x1 + steps * (x2 - x1)) / 8 - 0.5, (y1 + steps * (y2 - y1)) / 8 - 0.5
     grid = torch.stack(torch.meshgrid(2 * x / 19 - 1, 2 * y / 15 - 1, indexing="xy"), dim=-1)
     samples = torch.nn.functional.grid_sample(level, grid[None], align_corners=True)
-    pooled = head.look([level, *others], [torch.tensor([[x1, y1, x2, y2]])])
+    pooled = head.pool_rois([level, *others], [torch.tensor([[x1, y1, x2, y2]])])
     torch.testing.assert_close(pooled.windows, torch.nn.functional.avg_pool2d(samples, 2), rtol=1e-5, atol=1e-5)
 
 
@@ -162,7 +165,7 @@ def fixed_output(head, logits, deltas=None):
     """Let the head say the same of every image; deltas (n, C, 4)."""
     logits = torch.tensor(logits)
     deltas = torch.zeros(len(logits), head.num_classes, 4) if deltas is None else deltas
-    head.forward = lambda *_: RoIOutput(logits, deltas, torch.zeros(len(logits), 4))
+    head.forward = lambda *_: RoIOutput(logits, deltas)
     return head
 
 
@@ -279,9 +282,11 @@ def test_cap_on_rois_keeps_the_best():
 
 def test_query_features_carry_gradient_and_boxes_do_not():
     features = [x.requires_grad_() for x in random_features(1)]
-    _, assignment = build("brs_detr", dim=4).losses(features, [random_boxes(6)], SIZES[:1], random_targets(2))
-    assert not assignment.references[0].requires_grad
-    assignment.features[0].sum().backward()
+    regions = Regions(random_boxes(6)[None], torch.ones(1, 6, dtype=torch.bool))
+    step = RegionStep(build("brs_detr", dim=4), features, regions, SIZES[:1], random_targets(2))
+    read_counts([step])
+    assert not step.assignment.references[0].requires_grad
+    step.features(features)[0].sum().backward()
     assert any(x.grad is not None and x.grad.any() for x in features)
 
 

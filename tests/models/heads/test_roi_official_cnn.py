@@ -162,7 +162,7 @@ def test_l1_is_on_offsets_over_their_deviations():
         options = {"objective": CE, "box_loss": "l1", "coder_stds": stds, "min_iou": 0.3}
         head = published(None, add_ground_truth=False, **options)
         assignment = head.assign(*head._sample(rois, SIZES[:1], target), target)
-        output = RoIOutput(torch.zeros(1, 6), torch.zeros(1, 5, 4), torch.zeros(1, 4))
+        output = RoIOutput(torch.zeros(1, 6), torch.zeros(1, 5, 4))
         assert float(head.terms(output, assignment, {})["l1"].detach()) == pytest.approx(expected)
 
 
@@ -175,7 +175,7 @@ def test_smooth_l1_is_four_times_the_mean_where_its_weight_is_four():
         options = {"objective": objective, "box_loss": "smooth_l1", "beta": beta, "min_iou": 0.3}
         head = published(None, add_ground_truth=False, **options)
         assignment = head.assign(*head._sample(rois, SIZES[:1], target), target)
-        output = RoIOutput(torch.zeros(1, 6), torch.zeros(1, 5, 4), torch.zeros(1, 4))
+        output = RoIOutput(torch.zeros(1, 6), torch.zeros(1, 5, 4))
         assert float(head.terms(output, assignment, {})["smooth_l1"].detach()) == pytest.approx(expected)
 
 
@@ -200,7 +200,7 @@ def test_refined_boxes_are_those_of_the_object_or_of_the_best_class_of_all():
     logits = torch.tensor([[9.0, 0, 0, 0], [0, 1, 2, 9.0], [3, 1, 2, 9.0]])
     deltas = torch.arange(3.0).view(1, 3, 1).repeat(3, 1, 4) * torch.tensor([1.0, 0, 0, 0])  # class c: c / 10 widths
     rois = [torch.tensor([[0.0, 0, 20, 20]]).repeat(3, 1)]
-    output = RoIOutput(logits, deltas, torch.zeros(3, 4))
+    output = RoIOutput(logits, deltas)
     (boxes,) = head.refine(rois, output, [(15, 22)], labels=torch.tensor([1, 3, 3]))
     torch.testing.assert_close(boxes[:, 0], torch.tensor([2.0, 4.0, 0.0]))
     torch.testing.assert_close(boxes[:, 2], torch.tensor([22.0, 22.0, 20.0]))
