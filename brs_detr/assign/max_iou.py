@@ -64,8 +64,10 @@ def max_iou_assign(
 def _claims(iou: Tensor, low_quality: float, start: int, first_best: bool) -> Tensor:
     """Return, for each box (N,), the last object of this block that overlaps it most of all boxes, else BACKGROUND."""
     top, first = iou.max(dim=1, keepdim=True)  # of equal values the first
-    # An object that overlaps no box, as one without area, would claim all of them.
-    best = torch.arange(iou.shape[1], device=iou.device) == first if first_best else (iou == top) & (top > 0)
+    if first_best:
+        best = torch.arange(iou.shape[1], device=iou.device) == first
+    else:
+        best, low_quality = iou == top, max(low_quality, torch.finfo(iou.dtype).tiny)  # no overlap, no claim
     claimed = best & (top >= low_quality)
     index = torch.arange(start, start + iou.shape[0], device=iou.device)[:, None]
     # The maximum, since later objects override earlier ones.
