@@ -131,5 +131,5 @@ def count_per_image(rows: Tensor, counts: Sequence[int]) -> list[int]:
         rows: (P,) int64.
         counts: rows of each image.
     """
-    ends = torch.tensor(counts).cumsum(0).to(rows.device)
+    ends = torch.tensor(counts).cumsum(0).to(rows.device, non_blocking=True)
     return differences(torch.searchsorted(rows, ends).tolist())

@@ -75,13 +75,13 @@ class HungarianMatcher:
         logits, boxes, labels = predictions
         layers, images, queries, _ = (1, *logits.shape)[-4:]
         # One entry an object and not a table of images by most objects: nothing is computed twice or in vain.
-        chance = logits.reshape(layers, images, queries, -1)[:, targets.images, :, labels].float().sigmoid()
-        chance = chance.transpose(0, 1)  # two indices with a slice between them come first
+        probability = logits.reshape(layers, images, queries, -1)[:, targets.images, :, labels].float().sigmoid()
+        probability = probability.transpose(0, 1)  # two indices with a slice between them come first
         boxes = boxes.reshape(layers, images, queries, 4)[:, targets.images].float()
         objects, scales = targets.boxes[:, None], targets.scales[:, None]
         # The focal loss with the object minus that without it: what the match changes. 1e-12 is the official epsilon.
-        present = self.alpha * (1 - chance) ** self.gamma * -(chance + 1e-12).log()
-        absent = (1 - self.alpha) * chance**self.gamma * -(1 - chance + 1e-12).log()
+        present = self.alpha * (1 - probability) ** self.gamma * -(probability + 1e-12).log()
+        absent = (1 - self.alpha) * probability**self.gamma * -(1 - probability + 1e-12).log()
         distance = (boxes - objects).abs().sum(-1)
         overlap = generalized_iou(*(box_convert(b * scales, "cxcywh", "xyxy") for b in (boxes, objects)))
         return self.cls * (present - absent) + self.l1 * distance - self.giou * overlap

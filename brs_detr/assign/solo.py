@@ -55,7 +55,8 @@ def solo_assign(
     number = torch.arange(len(boxes), device=boxes.device)[:, None, None]
     levels = []
     for grid, (least, largest) in zip(grids, size_ranges, strict=True):
-        per_cell = boxes.new_tensor([frame[1] / grid, frame[0] / grid])
+        per_cell = torch.tensor([frame[1] / grid, frame[0] / grid], dtype=boxes.dtype)
+        per_cell = per_cell.to(boxes.device, non_blocking=True)
         center = (centers / per_cell).floor()
         first = torch.maximum(((centers - half) / per_cell).floor(), center - 1)
         last = torch.minimum(((centers + half) / per_cell).floor(), center + 1)

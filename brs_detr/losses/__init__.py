@@ -1,6 +1,6 @@
 """Ranking losses, score-based losses and the objective that applies them to one set of predictions.
 
-Needs torch only.
+Needs torch and torchvision.ops only.
 """
 
 from .alrp import ALRP, alrp_loss

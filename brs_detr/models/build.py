@@ -95,13 +95,13 @@ def build_brs_detr(config: DETRConfig, num_classes: int) -> BRSDETR:
     pyramid = getattr(backbone, "is_pyramid", False)  # a neck need not project its maps
     strides = pyramid_strides(backbone.strides, config.levels + 1)  # the neck's, and one more for the dense heads
     # The order in which parts are made is that of their random numbers: another order gives other first weights.
-    waves: dict[str, Any] = {"temperature": 20.0, "offset": 0.0} if dino else {}
-    encoder = DeformableEncoder(dim, layers=config.encoder_layers, activation_checkpointing=recompute, **waves, **layer)
+    sine: dict[str, Any] = {"temperature": 20.0, "offset": 0.0} if dino else {}
+    encoder = DeformableEncoder(dim, layers=config.encoder_layers, activation_checkpointing=recompute, **sine, **layer)
     heads = config.dense_heads
     rpn = RPNHead(dim, strides, config.rpn) if "rpn" in heads else None
     # pools from all but the coarsest map
     roi = RoIHead(dim, num_classes, strides[:-1], config.roi) if "roi" in heads else None
-    seen: dict[str, Any] = {"position": BoxPosition(dim), "norm": nn.LayerNorm(dim), "eps": EPS} if dino else {}
+    dino_parts: dict[str, Any] = {"position": BoxPosition(dim), "norm": nn.LayerNorm(dim), "eps": EPS} if dino else {}
     model = BRSDETR(
         config,
         num_classes,
@@ -113,7 +113,7 @@ def build_brs_detr(config: DETRConfig, num_classes: int) -> BRSDETR:
         atss=ATSSHead(dim, num_classes, strides, config.atss, config.norm_groups) if "atss" in heads else None,
         neck=ChannelMapper(backbone.channels, dim, config.levels, config.norm_groups, pyramid),
         proposals=TwoStageHead(dim, num_classes, config.queries, config.proposal_nms_iou, class_agnostic=not dino),
-        decoder=QueryDecoder(dim, num_classes, layers=config.decoder_layers, **seen, **layer),
+        decoder=QueryDecoder(dim, num_classes, layers=config.decoder_layers, **dino_parts, **layer),
         matcher=HungarianMatcher(config.matcher.cls, config.matcher.l1, config.matcher.giou),
         objective=build_objective(config.objective),
         **build_denoising(config, num_classes),

@@ -133,7 +133,8 @@ class YOLACTHead(DenseHead):
         coefficients = batch_rows(predicted.coefficients, extents)[rows]
         counts = count_per_image(rows, [len(own) for own in assignment.references])
         frame, size = predicted.frame, (predicted.prototypes.shape[2], predicted.prototypes.shape[3])
-        scale = assignment.targets.new_tensor([size[1] / frame[1], size[0] / frame[0]] * 2)
+        scale = torch.tensor([size[1] / frame[1], size[0] / frame[0]] * 2, dtype=assignment.targets.dtype)
+        scale = scale.to(assignment.targets.device, non_blocking=True)
         start, values = 0, []
         columns = (coefficients, assignment.objects, assignment.targets * scale)
         for prototypes, bitmaps, own in zip(

@@ -1,7 +1,8 @@
 """Deformable decoder with iterative box refinement and look-forward-twice (Deformable DETR A.4; DINO, section 3.4).
 
 The same decoder serves the main queries and, in training, the auxiliary queries of the dense heads, all in one pass:
-the sets differ in nothing but whom a query attends to, the queries of its own set.
+the sets differ in nothing but whom a query attends to: the queries of its own set, and those of denoising to their
+group and the main queries.
 """
 
 from __future__ import annotations
@@ -254,9 +255,9 @@ class QueryDecoder(nn.Module):
             inside = references[:, :, None] * ratios
             x = layer(x, self.position_of(inside, position), inside, memory, sets)
             delta = regress(x).to(references.dtype)
-            seen = x if self.norm is None else self.norm(x)
-            scored = delta if self.norm is None else regress(seen).to(references.dtype)
-            all_logits.append(classify(seen).to(references.dtype))
+            normed = x if self.norm is None else self.norm(x)
+            scored = delta if self.norm is None else regress(normed).to(references.dtype)
+            all_logits.append(classify(normed).to(references.dtype))
             all_boxes.append((scored + inverse_sigmoid(graph_references, self.eps)).sigmoid())
             graph_references = (delta + inverse_sigmoid(references, self.eps)).sigmoid()
             references = graph_references.detach()

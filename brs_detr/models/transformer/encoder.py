@@ -135,7 +135,7 @@ class DeformableEncoder(nn.Module):
         wave = {"temperature": self.temperature, "offset": self.offset}
         sines = [rearrange(sine_of_cells(mask, dim // 2, **wave), "b d y x -> b (y x) d") for mask in masks]
         position = torch.cat([s + e for s, e in zip(sines, self.level_embed, strict=True)], dim=1)
-        blank = torch.cat([rearrange(mask, "b y x -> b (y x)") for mask in masks], dim=1)
+        padded = torch.cat([rearrange(mask, "b y x -> b (y x)") for mask in masks], dim=1)
         # Images are padded at the right and bottom only, so the first row and column show the unpadded extent.
         valid_sizes = torch.stack([torch.stack([(~m[:, 0, :]).sum(1), (~m[:, :, 0]).sum(1)], -1) for m in masks], 1)
         valid_sizes = valid_sizes.to(torch.float32)
@@ -145,7 +145,7 @@ class DeformableEncoder(nn.Module):
         references = centers[:, :, None] * valid_ratios[:, None]
         for layer in self.layers:
             if self.activation_checkpointing and self.training:
-                x = checkpoint(layer, x, position, references, shapes, blank, use_reentrant=False)
+                x = checkpoint(layer, x, position, references, shapes, padded, use_reentrant=False)
             else:
-                x = layer(x, position, references, shapes, blank)
-        return Memory(x, blank, shapes, valid_sizes, valid_ratios)
+                x = layer(x, position, references, shapes, padded)
+        return Memory(x, padded, shapes, valid_sizes, valid_ratios)

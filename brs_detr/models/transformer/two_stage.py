@@ -98,7 +98,7 @@ class TwoStageHead(nn.Module):
 
     Args:
         dim: width of the tokens.
-        num_classes: K; the targets are class-agnostic, yet the released classifier has K columns.
+        num_classes: K, the columns of the classifier; with class-agnostic proposals too, as released.
         queries: number of tokens to select; all if the memory has fewer.
         nms_iou: tokens whose box overlaps that of a better one by more are selected last; None: by their score alone.
         class_agnostic: the proposals are class-agnostic.
