@@ -18,6 +18,7 @@ from brs_detr.models.heads.cascade import CascadeHead
 from brs_detr.models.heads.mask import MaskHead, paste_detections
 from brs_detr.models.heads.roi import RoIHead
 from brs_detr.models.heads.rpn import RPNHead
+from brs_detr.models.heads.step import DenseStep, RegionStep, read_counts
 from brs_detr.models.neck import FPN, pyramid_strides
 from brs_detr.ops.images import ImageBatch, Size
 
@@ -57,15 +58,17 @@ class TwoStageDetector(Detector):
         self, features: list[Tensor], sizes: Sequence[Size], targets: Sequence[dict[str, Any]]
     ) -> dict[str, Tensor]:
         """Compute the loss terms of both stages."""
-        regions = self.rpn(features)
-        proposals = self.rpn.proposals(regions, sizes)
-        if isinstance(self.roi, CascadeHead):
-            second = self.roi.losses(features, proposals, sizes, targets)
-        else:
+        anchors = self.rpn(features)
+        regions = self.rpn.regions(anchors, sizes)
+        steps: dict[str, DenseStep | RegionStep] = {"rpn": DenseStep(self.rpn, anchors, sizes, targets)}
+        if isinstance(self.roi, RoIHead):
             branch = None if self.mask is None else self.mask.losses
-            second = self.roi.losses(features, proposals, sizes, targets, branch)
-        heads = {"rpn": self.rpn.losses(regions, sizes, targets), "roi": second}
-        return {f"{name}.{term}": value for name, head in heads.items() for term, value in head.terms.items()}
+            steps["roi"] = RegionStep(self.roi, features, regions.never_empty(sizes), sizes, targets, branch)
+        read_counts(steps.values())
+        losses = {name: step.losses() for name, step in steps.items()}
+        if isinstance(self.roi, CascadeHead):  # a stage begins with what the one before made of its regions
+            losses["roi"] = self.roi.losses(features, regions.per_image(), sizes, targets).terms
+        return {f"{name}.{term}": value for name, terms in losses.items() for term, value in terms.items()}
 
     def detect(self, features: list[Tensor], images: ImageBatch, head: str | None = None) -> list[dict[str, Tensor]]:
         """Return the detections in the frame of the stored images; "masks" are COCO's compressed run lengths."""

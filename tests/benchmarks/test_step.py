@@ -41,7 +41,7 @@ BUDGETS = {
     "co_dino": Budget(operations=3_640, an_image=200, waits=6, copies=0, an_image_waits=0),
     "brs_dino": Budget(operations=4_780, an_image=160, waits=6, copies=0, an_image_waits=0),
     "atss": Budget(operations=810, an_image=80, waits=2, copies=0, an_image_waits=0),
-    "faster_rcnn": Budget(operations=1_360, an_image=90, waits=6, copies=0, an_image_waits=0),
+    "faster_rcnn": Budget(operations=1_390, an_image=90, waits=3, copies=0, an_image_waits=0),
     "r50": Budget(operations=5_640, an_image=180, waits=4, copies=0, an_image_waits=0),
 }
 RECIPES = {

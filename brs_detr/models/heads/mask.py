@@ -98,8 +98,9 @@ class MaskHead(nn.Module):
 
     def _chosen_rois(self, assignment: HeadAssignment, rows: Tensor) -> tuple[list[Tensor], list[int]]:
         """Return the RoIs (n, 4) of ascending rows of a batch, image by image, and their numbers."""
-        boxes = torch.cat(assignment.references)
-        counts = count_per_image(rows, [len(own) for own in assignment.references])
+        boxes, counts = torch.cat(assignment.references), assignment.counts
+        if counts is None or len(rows) < len(assignment.rows):
+            counts = count_per_image(rows, [len(own) for own in assignment.references])
         return list(boxes[rows].split(counts)), counts
 
     def _targets(self, rois: Sequence[Tensor], objects: Sequence[Tensor], targets: Sequence[dict]) -> Tensor:

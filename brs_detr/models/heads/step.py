@@ -15,7 +15,7 @@ from brs_detr.assign.assignment import HeadAssignment, count_until, differences,
 from brs_detr.assign.max_iou import IGNORED
 from brs_detr.models.heads.dense import DenseHead, DenseOutput
 from brs_detr.models.heads.pooling import count_levels, map_of
-from brs_detr.models.heads.roi import RoIHead
+from brs_detr.models.heads.roi import Branch, RoIHead
 from brs_detr.ops.anchors import cell_features
 from brs_detr.ops.boxes import Regions
 from brs_detr.ops.images import Size
@@ -67,6 +67,7 @@ class RegionStep:
         features: (B, dim, h, w) per stride.
         regions: proposals of all images.
         sizes, targets: as for `DenseStep`.
+        branch: computes further losses of the positives: `MaskHead.losses`.
 
     Attributes:
         assignment: what the regions learn, from `read_counts` on.
@@ -81,8 +82,9 @@ class RegionStep:
         regions: Regions,
         sizes: Sequence[Size],
         targets: Sequence[dict],
+        branch: Branch | None = None,
     ) -> None:
-        self.head, self.maps, self.targets = head, features, targets
+        self.head, self.maps, self.targets, self.branch = head, features, targets, branch
         self.sampled = head.sample_rois(list(regions.boxes), sizes, targets, list(regions.valid))
 
     def counts(self) -> list[Tensor]:
@@ -102,7 +104,8 @@ class RegionStep:
 
     def losses(self) -> dict[str, Tensor]:
         """Compute the head's terms."""
-        return self.head.terms(self.head.classify_pooled(self.pooled), self.assignment, {})
+        further = {} if self.branch is None else self.branch(self.maps, self.assignment, self.targets)
+        return self.head.terms(self.head.classify_pooled(self.pooled), self.assignment, further)
 
     def features(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Return the mean features (n, dim) of each image's regions; those of `maps` were pooled for the head."""
