@@ -6,7 +6,7 @@ import argparse
 
 from brs_detr.checkpoints.official import export, from_official
 from brs_detr.config import ConfigError
-from brs_detr.engine.checkpoint import save_weights
+from brs_detr.engine.checkpoint import find_weights, save_weights
 from brs_detr.models.backbones.weights_io import read_official
 
 
@@ -20,7 +20,7 @@ def run(options: argparse.Namespace) -> int:
             raise ConfigError(
                 "--augmentation and --canvas are stored in our weights files; leave them out with --to-official"
             )
-        count = export(options.source, options.target)
+        count = export(find_weights(options.source), options.target)
         print(f"{options.target}: {count} tensors with official names written")
         return 0
     weights, report = from_official(

@@ -71,8 +71,10 @@ def test_there_and_back_every_number_is_the_same(save, capsys, softmax, prefix):
     source = save(80, softmax=softmax, prefix=prefix)
     assert convert(source)[0] == 0
     assert ("with softmax" if softmax else "with sigmoids") in capsys.readouterr().out
-    back = source.with_name("back.pth")
-    assert cli.main(["convert", str(source.with_name("out.safetensors")), str(back), "--to-official"]) == 0
+    back, run = source.with_name("back.pth"), source.with_name("run")
+    run.mkdir()
+    source.with_name("out.safetensors").rename(run / "best.safetensors")
+    assert cli.main(["convert", str(run), str(back), "--to-official"]) == 0
     first, second = (torch.load(path, weights_only=True)["state_dict"] for path in (source, back))
     first = {name.removeprefix(prefix): value for name, value in first.items()}
     assert set(first) == set(second)
@@ -92,8 +94,10 @@ def test_there_and_back_every_number_of_a_co_dino_is_the_same(save_dino, capsys,
     source = save_dino(RELEASED, **settings)
     assert convert(source, "--augmentation", "lsj")[0] == 0
     assert f": {family}, backbone" in capsys.readouterr().out
-    back = source.with_name("back.pth")
-    assert cli.main(["convert", str(source.with_name("out.safetensors")), str(back), "--to-official"]) == 0
+    back, run = source.with_name("back.pth"), source.with_name("run")
+    run.mkdir()
+    source.with_name("out.safetensors").rename(run / "best.safetensors")
+    assert cli.main(["convert", str(run), str(back), "--to-official"]) == 0
     first, second = (torch.load(path, weights_only=True)["state_dict"] for path in (source, back))
     assert set(first) == set(second) and all(torch.equal(second[name], value) for name, value in first.items())
     assert ("query_head.label_embedding.weight" in first) == (settings.get("denoising") != "none")
