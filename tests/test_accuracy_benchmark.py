@@ -113,3 +113,50 @@ def test_a_variant_without_a_recipe_run_is_compared_with_the_published_losses(ac
     lines = accuracy.table(results).splitlines()
     assert "+5.0 (score, 1)" in next(line for line in lines if line.startswith("| brs | half"))
     assert "(" not in next(line for line in lines if line.startswith("| score | half"))
+
+
+def test_a_result_keeps_the_validations_of_its_run(accuracy, tmp_path, monkeypatch):
+    lines = [
+        {"kind": "val", "step": 52, "epoch": 2, "AP": 0.3, "AP50": 0.5, "decoder_AP": 0.2, "roi_AP": 0.3},
+        {"kind": "train", "step": 60, "epoch": 3, "loss": 4.0},
+        {"kind": "val", "step": 104, "epoch": 4, "AP": 0.4, "AP50": 0.6, "decoder_AP": 0.4, "roi_AP": 0.35},
+    ]
+
+    def train(case, data, settings, folder):
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        folder.with_suffix(".seconds").write_text("12.3")
+        return 12.3
+
+    monkeypatch.setattr(accuracy, "train", train)
+    monkeypatch.setattr(accuracy, "figures_by_head", lambda weights, data: {"decoder": {"AP": 0.4}})
+    case = accuracy.Case("bccd", "brs_detr", "brs", "half", 0)
+    found = accuracy.run(case, tmp_path / "data", ["train.epochs=4"], tmp_path / "work")
+    assert found["curve"] == [
+        {"epoch": 2, "AP": 0.3, "decoder_AP": 0.2, "roi_AP": 0.3},
+        {"epoch": 4, "AP": 0.4, "decoder_AP": 0.4, "roi_AP": 0.35},
+    ]
+    assert found["steps"] == 104 and found["cpu_seconds"] == 12 and not list((tmp_path / "work").iterdir())
+
+
+def test_curves_are_means_over_seeds_by_epoch(accuracy):
+    plot = importlib.import_module("accuracy_plot")
+
+    def with_curve(*values):
+        epochs = [{"epoch": 2 * (i + 1), "AP": ap, "roi_AP": ap} for i, ap in enumerate(values)]
+        return result(values[-1], "roi") | {"curve": epochs}
+
+    results = {
+        "bccd brs_detr brs half 0": with_curve(0.2, 0.5),
+        "bccd brs_detr brs half 1": with_curve(0.3, 0.6),
+        "bccd brs_detr score half 0": with_curve(0.1, 0.4),
+        "bccd brs_detr rs half 0": with_curve(0.4),  # validated once
+        "demo brs_detr brs recipe 0": with_curve(0.7, 0.8),
+    }
+    (axes,) = plot.draw_curves(results, "bccd").axes
+    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+    assert drawn == {
+        "brs_detr brs half (2)": ([2, 4], pytest.approx([25, 55])),
+        "brs_detr score half (1)": ([2, 4], pytest.approx([10, 40])),
+    }
+    assert {line.get_label(): line.get_linestyle() for line in axes.lines}["brs_detr score half (1)"] == "--"
