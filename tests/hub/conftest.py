@@ -8,7 +8,7 @@ import pytest
 
 
 class Files(http.server.BaseHTTPRequestHandler):
-    """Serves `content` with ranges, and misbehaves as `server` is told."""
+    """Serves `content` with ranges, and misbehaves as `server` says."""
 
     def do_GET(self):
         server = self.server
