@@ -108,7 +108,6 @@ def train(case: Case, data: Path, settings: list[str], folder: Path) -> float:
         "data.workers=0",
         "train.eval_every=1000",
         "eval.report=false",
-        *settings,
     ]
     command += [*settings, "--resume" if (folder / "state").exists() else "--overwrite"]
     with log.open("a") as stream:

@@ -3,9 +3,10 @@
     python benchmarks/other_libraries.py demo=datasets/demo --seconds 300
 
 torchvision's Faster R-CNN and RetinaNet on a feature pyramid over the same strides and, where transformers is
-installed, its two-stage Deformable DETR of the recipe's sizes. The networks, their losses, samplers and post-processing
-are the libraries' own. Trained with the recipe's optimizer, a cosine schedule over the CPU seconds, and evaluated as in
-`accuracy.py`, to whose json the results are added (detector `torchvision_faster_rcnn`, loss `score`).
+installed, its two-stage Deformable DETR, all of the recipe's widths. The networks, their losses, samplers and
+post-processing are the libraries' own. Trained with the recipe's optimizer, a cosine schedule over the CPU seconds, and
+evaluated as in `accuracy.py`, to whose json the results are added (detector `torchvision_faster_rcnn`, loss `score`).
+Detections an image are as many as the recipe's; proposals are 200, which no recipe of ours exceeds.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_convert
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -44,6 +46,8 @@ from brs_detr.models.detector import PIXEL_MEAN, PIXEL_STD, to_stored_images
 from brs_detr.ops.images import ImageBatch
 
 WIDTH = 64  # of the pyramid, as `model.dim` in the small recipes; torchvision's 256 would be several times slower
+ROI_SIDE = 7
+PROPOSALS_BEFORE_NMS, PROPOSALS = 300, 200  # the first per level
 WARMUP = 0.06  # share of the time in which the learning rate rises, about that of the small recipes
 
 
@@ -74,21 +78,24 @@ class TorchvisionDetector(nn.Module):
             "image_mean": [value / 255 for value in PIXEL_MEAN],
             "image_std": [value / 255 for value in PIXEL_STD],
         }
-        # Anchors from two strides, as the small recipes have for the same objects.
-        sides = [2.0 * stride for stride in pyramid.backbone.strides]
+        # Anchors as in the recipe's RPN, with two sizes an octave for its three.
+        sides = [config.model.rpn.anchor_scale * stride for stride in pyramid.backbone.strides]
+        most = config.model.detections_per_image
         if name == "faster_rcnn":
             anchors = AnchorGenerator(tuple((side, side * 2**0.5) for side in sides), ((0.5, 1.0, 2.0),) * len(sides))
-            names = [str(level) for level in range(len(sides))]
+            names, width = [str(level) for level in range(len(sides))], config.model.roi.fc_dim
             self.detector: nn.Module = FasterRCNN(
                 pyramid,
-                num_classes + 1,
                 rpn_anchor_generator=anchors,
-                box_roi_pool=MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2),
-                rpn_pre_nms_top_n_train=200,
-                rpn_post_nms_top_n_train=200,
-                rpn_pre_nms_top_n_test=200,
-                rpn_post_nms_top_n_test=100,
+                box_head=TwoMLPHead(WIDTH * ROI_SIDE**2, width),
+                box_predictor=FastRCNNPredictor(width, num_classes + 1),
+                box_roi_pool=MultiScaleRoIAlign(names, output_size=ROI_SIDE, sampling_ratio=2),
+                rpn_pre_nms_top_n_train=PROPOSALS_BEFORE_NMS,
+                rpn_post_nms_top_n_train=PROPOSALS,
+                rpn_pre_nms_top_n_test=PROPOSALS_BEFORE_NMS,
+                rpn_post_nms_top_n_test=PROPOSALS,
                 box_score_thresh=0.0,
+                box_detections_per_img=most,
                 **options,
             )
         else:
@@ -98,7 +105,7 @@ class TorchvisionDetector(nn.Module):
                 num_classes,
                 anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sides)),
                 score_thresh=0.0,
-                detections_per_img=100,
+                detections_per_img=most,
                 **options,
             )
 
@@ -151,6 +158,7 @@ class TransformersDetector(nn.Module):
             )
         )
         self.detector.model.backbone.model = build_backbone(model.backbone)
+        self.detections_per_image = model.detections_per_image
 
     def forward(self, images: ImageBatch, targets: list[dict[str, Any]] | None = None) -> Any:
         """Compute the loss in training mode, else the detections in the frame of the stored images."""
@@ -170,8 +178,9 @@ class TransformersDetector(nn.Module):
         return {"loss": self.detector(pixels, pixel_mask=inside, labels=labels).loss}
 
     def detections(self, outputs: Any, images: ImageBatch) -> list[dict[str, Tensor]]:
-        """Convert the best 100 pairs of query and class to boxes, as the library's image processor does."""
-        scores, index = outputs.logits.sigmoid().flatten(1).topk(min(100, outputs.logits[0].numel()))
+        """Convert the best pairs of query and class to boxes, as the library's image processor does."""
+        most = min(self.detections_per_image, outputs.logits[0].numel())
+        scores, index = outputs.logits.sigmoid().flatten(1).topk(most)
         classes = outputs.logits.shape[-1]
         found = []
         for row, (h, w) in enumerate(images.original_sizes):
