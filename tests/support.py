@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.trainer import Trainer
 from brs_detr.models.config import BackboneConfig
+from brs_detr.models.heads.step import RegionStep, read_counts
+from brs_detr.ops.boxes import Regions
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = str(ROOT / "configs" / "demo.yaml")
@@ -53,6 +55,17 @@ def module_from(path):
 def script(name):
     """`main` of train.py or eval.py."""
     return module_from(ROOT / f"{name}.py").main
+
+
+def region_losses(head, features, proposals, sizes, targets, branch=None):
+    """The terms of a RoI head and what its regions learned; proposals (n, 4) per image."""
+    counts = torch.tensor([len(boxes) for boxes in proposals])
+    most = max(1, int(counts.max()))
+    boxes = torch.stack([torch.nn.functional.pad(own, (0, 0, 0, most - len(own))) for own in proposals])
+    regions = Regions(boxes, torch.arange(most) < counts[:, None]).never_empty(sizes)
+    step = RegionStep(head, features, regions, sizes, targets, branch)
+    read_counts([step])
+    return step.losses(), step.assignment
 
 
 def torchrun(script, processes, *arguments):

@@ -54,7 +54,7 @@ class CascadeHead(nn.Module):
         """
         terms: dict[str, Tensor] = {}
         for index, (stage, weight) in enumerate(zip(self._heads(), self.stage_weights, strict=True)):
-            rois, assigned = stage._sample(proposals, sizes, targets)
+            rois, assigned = stage.sample(proposals, sizes, targets)
             output = stage(features, rois)
             assignment = stage.assign(rois, assigned, targets)
             own = stage.terms(output, assignment, {})

@@ -21,7 +21,7 @@ from brs_detr.assign.assignment import HeadAssignment, join
 from brs_detr.assign.max_iou import IGNORED, RandomSampler, max_iou_assign
 from brs_detr.losses.objective import BoxLosses, PredictionSet
 from brs_detr.models.config import RoIConfig
-from brs_detr.models.heads.dense import HeadLosses, box_losses, build_objective
+from brs_detr.models.heads.dense import box_losses, build_objective
 from brs_detr.models.heads.pooling import Pooled, finest_scale, pool_rois
 from brs_detr.models.heads.towers import tower
 from brs_detr.ops.anchors import take_rows
@@ -136,34 +136,6 @@ class RoIHead(nn.Module):
         logits = logits.float()
         return logits.softmax(dim=-1)[..., :-1] if self.softmax else logits.sigmoid()
 
-    def losses(
-        self,
-        features: Sequence[Tensor],
-        proposals: Sequence[Tensor],
-        sizes: Sequence[Size],
-        targets: Sequence[dict],
-        branch: Branch | None = None,
-    ) -> HeadLosses:
-        """Compute the loss terms of the batch, as one prediction set.
-
-        Args:
-            features: (B, dim, h, w) per stride.
-            proposals: per image (n, 4) xyxy pixels, best first.
-            sizes: (h, w) pixels per image; an image without any proposal is given one, itself.
-            targets: per image {"boxes": (M, 4) xyxy pixels, "labels": (M,)}.
-            branch: computes further losses of the positives from features, assignment and targets: `MaskHead.losses`.
-
-        Returns:
-            scalar terms, finite and attached to the graph without any positive too; and what the RoIs learned, of each
-            image the positives before the background.
-        """
-        rois, assigned = self._sample(proposals, sizes, targets)
-        output = self(features, rois)
-        assignment = self.assign(rois, assigned, targets)
-        further = {} if branch is None else branch(features, assignment, targets)
-        terms = self.terms(output, assignment, further)
-        return HeadLosses(terms, assignment)
-
     def assign(
         self, rois: list[Tensor], assigned: list[Tensor], targets: Sequence[dict], counts: list[int] | None = None
     ) -> HeadAssignment:
@@ -172,7 +144,7 @@ class RoIHead(nn.Module):
         Args:
             rois: per image (n, 4) xyxy pixels.
             assigned: per image (n,) int64 its object, or a negative mark.
-            targets: as for `losses`.
+            targets: per image {"boxes": (M, 4) xyxy pixels, "labels": (M,)}.
             counts: positives of each image; None: the host waits for the device to know their number.
         """
         joined = join(assigned, targets)
@@ -198,10 +170,13 @@ class RoIHead(nn.Module):
         return output.deltas[rows, classes[rows]]
 
     @torch.no_grad()
-    def _sample(
+    def sample(
         self, proposals: Sequence[Tensor], sizes: Sequence[Size], targets: Sequence[dict]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Choose the RoIs (n, 4) of every image, positives first, and their assignment (n,); n is at least 1."""
+        """Choose the RoIs (n, 4) of every image, positives first, and their assignment (n,); n is at least 1.
+
+        Arguments as for `sample_rois`; with a sampler the host waits for the device once.
+        """
         sampled = self.sample_rois(proposals, sizes, targets)
         if self.sampler is None:  # nothing was ignored: the number of RoIs is known without asking the device
             return sampled
@@ -220,7 +195,7 @@ class RoIHead(nn.Module):
         Args:
             proposals: per image (n, 4) xyxy pixels, best first.
             sizes: (h, w) pixels per image; an image without any proposal (n = 0) is given one, itself.
-            targets: as for `losses`.
+            targets: as for `assign`.
             valid: per image (n,) bool, False for the last entries that are no proposals, but never for all; None: all
                 are.
         """

@@ -48,10 +48,10 @@ def test_official_refinement_targets_losses_and_gradients(case, loss):
     recorded = cnn.load(f"cascade_rcnn_{case}")
     head, stages = published(loss), ["s0.", "s1.", "s2."]
     asked = play(head, recorded, stages)
-    assigned = [stage._sample for stage in head.stages]
+    assigned = [stage.sample for stage in head.stages]
     seen = []
     for stage, sample in zip(head.stages, assigned, strict=True):
-        stage._sample = lambda *args, sample=sample: seen.append((args, sample(*args))) or seen[-1][1]
+        stage.sample = lambda *args, sample=sample: seen.append((args, sample(*args))) or seen[-1][1]
     terms, last = head.losses([], recorded.proposals(), recorded.sizes("img_shape"), recorded.targets())
     for k, rois in enumerate(asked):
         (proposals, *_), (_, objects) = seen[k]

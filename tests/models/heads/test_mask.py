@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from pycocotools import mask as coco_mask
+from support import region_losses
 from torchvision.ops import roi_align
 
 from brs_detr.assign.assignment import HeadAssignment
@@ -54,9 +55,10 @@ def test_official_targets_losses_and_gradients(case, loss):
         seen["targets"] = wanted
         return compare(logits, wanted)
 
-    roi.forward = lambda features, rois: recorded.regions()
+    sizes = recorded.sizes("img_shape")
+    roi.pool_rois, roi.classify_pooled = lambda *_: None, lambda _: recorded.regions()
     mask.forward, mask.compare = answer, compare
-    terms = roi.losses([], recorded.proposals(), recorded.sizes("img_shape"), targets, branch=mask.losses).terms
+    terms = region_losses(roi, [], recorded.proposals(), sizes, targets, mask.losses)[0]
     for ours, theirs in zip(seen["rois"], recorded.rois("mask.rois"), strict=True):
         assert torch.equal(ours, theirs)
     assert torch.equal(seen["classes"], recorded.arrays["mask.labels"].long())
@@ -91,7 +93,7 @@ def test_every_parameter_has_a_gradient_whatever_the_images_show(loss, counts, p
     roi, mask = heads(loss)
     boxes = [random_boxes(proposals) for _ in counts]
     features = feature_maps(batch=len(counts))
-    terms, _ = roi.losses(features, boxes, SIZES[: len(counts)], random_targets(*counts), branch=mask.losses)
+    terms, _ = region_losses(roi, features, boxes, SIZES[: len(counts)], random_targets(*counts), mask.losses)
     sum(terms.values()).backward()
     for parameter in (*roi.parameters(), *mask.parameters()):
         assert parameter.grad is not None and parameter.grad.isfinite().all()
@@ -169,7 +171,7 @@ def test_cross_entropy_is_the_mean_over_the_masks():
     features, targets = feature_maps(), random_targets(3, 2)
     seen = []
     mask.compare, compare = (lambda *args: seen.append(compare(*args)) or seen[-1]), mask.compare
-    terms, _ = roi.losses(features, [random_boxes(9)] * 2, SIZES, targets, branch=mask.losses)
+    terms, _ = region_losses(roi, features, [random_boxes(9)] * 2, SIZES, targets, mask.losses)
     torch.testing.assert_close(terms["mask"], seen[0].mean())
     logits, wanted = torch.randn(2, 28, 28), (torch.rand(2, 28, 28) > 0.5).float()
     p = logits.sigmoid()
@@ -234,5 +236,5 @@ def test_bfloat16_autocast_gives_float32_losses():
     roi, mask = heads()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         features = [torch.nn.functional.conv2d(x, torch.eye(4)[..., None, None]) for x in feature_maps()]
-        terms, _ = roi.losses(features, [random_boxes(8)] * 2, SIZES, random_targets(3, 2), branch=mask.losses)
+        terms, _ = region_losses(roi, features, [random_boxes(8)] * 2, SIZES, random_targets(3, 2), mask.losses)
     assert all(value.dtype == torch.float32 and value.isfinite() for value in terms.values())

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import region_losses
 from torchvision.ops import MultiScaleRoIAlign
 
 from brs_detr.assign.max_iou import RandomSampler
@@ -50,14 +51,14 @@ def load(golden, family, scenario="normal"):
 @pytest.mark.parametrize("family", ["brs_detr", "co_detr"])
 def test_official_samples_outputs_and_queries(golden, family):
     data, head, features, proposals, targets = load(golden, family)
-    rois, _ = head._sample(proposals, SIZES, targets)
+    rois, _ = head.sample(proposals, SIZES, targets)
     torch.testing.assert_close(torch.cat(rois), data["roi.rois"][:, 1:])
     output = head(features, rois)
     torch.testing.assert_close(output.logits, data["roi.cls_score"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output.deltas.flatten(1), data["roi.bbox_pred"], rtol=1e-5, atol=1e-5)
     pooled = head.pool_rois(features, rois).features()
     torch.testing.assert_close(pooled, data["roi.feats_pooled"], rtol=1e-5, atol=1e-5)
-    assignment = head.losses(features, proposals, SIZES, targets).assignment
+    assignment = region_losses(head, features, proposals, SIZES, targets)[1]
     samples = aux_samples(assignment, assignment.per_image(pooled))
     start = 0
     for image, roi in enumerate(rois):
@@ -77,7 +78,7 @@ def test_official_losses_and_gradients(golden, family, scenario):
     if (family, scenario) == ("brs_detr", "empty_both"):
         pytest.skip("the official head returns a constant without gradient here")
     data, head, features, proposals, targets = load(golden, family, scenario)
-    losses = head.losses(features, proposals, SIZES, targets).terms
+    losses = region_losses(head, features, proposals, SIZES, targets)[0]
     pairs = {"cls": "loss_cls0", "giou": "loss_bbox0"}
     if family == "brs_detr":
         pairs = {"rank": "loss_roi_rank0", "sort": "loss_roi_sort0", "giou": "loss_roi_bbox0"}
@@ -165,7 +166,8 @@ def fixed_output(head, logits, deltas=None):
     """Let the head say the same of every image; deltas (n, C, 4)."""
     logits = torch.tensor(logits)
     deltas = torch.zeros(len(logits), head.num_classes, 4) if deltas is None else deltas
-    head.forward = lambda *_: RoIOutput(logits, deltas)
+    head.pool_rois = lambda *_: None
+    head.classify_pooled = lambda _: RoIOutput(logits, deltas)
     return head
 
 
@@ -196,7 +198,7 @@ def test_a_region_learns_the_box_of_its_class_from_an_iou_of_one_half():
     head = fixed_output(head, [[0.0, 1.0], [0.5, -1.0], [0.0, 0.0]], deltas)
     rois = [torch.tensor([[0.0, 0, 20, 20], [0, 0, 20, 10], [0, 0, 20, 9]])]
     target = [{"boxes": torch.tensor([[0.0, 0, 20, 20]]), "labels": torch.tensor([1])}]
-    losses, assignment = head.losses([], rois, [(40, 40)], target)
+    losses, assignment = region_losses(head, [], rois, [(40, 40)], target)
     assert assignment.labels.tolist() == [1, 1, 2]
     losses["giou"].backward()
     assert deltas.grad[1, 1].any() and not deltas.grad[:, 0].any() and not deltas.grad[2].any()
@@ -208,8 +210,8 @@ def test_a_region_learns_the_box_of_its_class_from_an_iou_of_one_half():
 def test_every_parameter_is_in_the_graph(family, counts, proposals, classes):
     head = build(family, dim=4, classes=classes)
     rois = [random_boxes(proposals) for _ in counts]
-    losses, assignment = head.losses(
-        random_features(len(counts)), rois, SIZES[: len(counts)], random_targets(*counts, classes=classes)
+    losses, assignment = region_losses(
+        head, random_features(len(counts)), rois, SIZES[: len(counts)], random_targets(*counts, classes=classes)
     )
     total = sum(losses.values())
     total.backward()
@@ -251,7 +253,9 @@ def test_convolutions_take_the_place_of_a_fully_connected_layer():
 @pytest.mark.parametrize("counts", [(2, 0), (0, 0)])
 def test_convolutions_get_finite_gradients_whatever_the_batch_holds(family, counts):
     head = build(family, dim=4, stacked_convs=2, class_agnostic=True)
-    losses, _ = head.losses(random_features(), [random_boxes(20), random_boxes(3)], SIZES, random_targets(*counts))
+    losses, _ = region_losses(
+        head, random_features(), [random_boxes(20), random_boxes(3)], SIZES, random_targets(*counts)
+    )
     sum(losses.values()).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in head.parameters())
 
@@ -265,9 +269,9 @@ def test_objects_join_the_proposals_only_when_asked():
     far, target = [torch.tensor([[100.0, 100, 120, 120]])], [{"boxes": torch.tensor([[0.0, 0, 30, 30]])}]
     target[0]["labels"] = torch.tensor([2])
     features = random_features(1)
-    _, without = build("brs_detr", dim=4).losses(features, far, SIZES[:1], target)
+    _, without = region_losses(build("brs_detr", dim=4), features, far, SIZES[:1], target)
     assert without.labels.tolist() == [5]
-    _, joined = build("brs_detr", dim=4, add_ground_truth=True).losses(features, far, SIZES[:1], target)
+    _, joined = region_losses(build("brs_detr", dim=4, add_ground_truth=True), features, far, SIZES[:1], target)
     assert joined.labels.tolist() == [2, 5]
     assert joined.references[0][0].equal(target[0]["boxes"][0]) and joined.targets.equal(target[0]["boxes"])
 
@@ -275,7 +279,7 @@ def test_objects_join_the_proposals_only_when_asked():
 def test_cap_on_rois_keeps_the_best():
     boxes = [random_boxes(12), random_boxes(3)]
     head = build("brs_detr", dim=4, max_rois=5)
-    _, assignment = head.losses(random_features(), boxes, SIZES, random_targets(0, 0))
+    _, assignment = region_losses(head, random_features(), boxes, SIZES, random_targets(0, 0))
     assert [len(b) for b in assignment.references] == [5, 3]
     assert assignment.references[0].equal(boxes[0][:5])
 
@@ -294,6 +298,6 @@ def test_bfloat16_autocast_gives_float32_losses():
     head = build("brs_detr", dim=4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         features = [torch.nn.functional.conv2d(x, torch.eye(4)[..., None, None]) for x in random_features()]
-        losses, _ = head.losses(features, [random_boxes(8), random_boxes(8)], SIZES, random_targets(3, 2))
+        losses, _ = region_losses(head, features, [random_boxes(8), random_boxes(8)], SIZES, random_targets(3, 2))
     assert features[0].dtype == torch.bfloat16
     assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in losses.values())

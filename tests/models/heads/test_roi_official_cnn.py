@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import region_losses
 
 from brs_detr.models.config import RoIConfig
 from brs_detr.models.heads.roi import RoIHead, RoIOutput
@@ -46,7 +47,7 @@ def assert_samples(recorded, rois, assignments):
 def test_official_samples_losses_and_gradients(case, loss):
     recorded = cnn.load(case)
     head = published(loss, low_quality=recorded.info["match_low_quality"])
-    rois, assigned = head._sample(recorded.proposals(), recorded.sizes("img_shape"), recorded.targets())
+    rois, assigned = head.sample(recorded.proposals(), recorded.sizes("img_shape"), recorded.targets())
     assert_samples(recorded, rois, assigned)
     assignment = head.assign(rois, assigned, recorded.targets())
     assert torch.equal(assignment.labels, recorded.arrays["target.labels"].long())
@@ -64,7 +65,7 @@ def test_official_losses_and_gradients_of_alrp(case):
     """The aLRP repository does not add the objects to the proposals."""
     recorded = cnn.load(f"faster_rcnn_alrp_{case}")
     head = published("alrp", add_ground_truth=False)
-    rois, assigned = head._sample(recorded.proposals(), recorded.sizes("img_shape"), recorded.targets())
+    rois, assigned = head.sample(recorded.proposals(), recorded.sizes("img_shape"), recorded.targets())
     assert_samples(recorded, rois, assigned)
     terms = head.terms(recorded.regions(), head.assign(rois, assigned, recorded.targets()), {})
     if recorded.info["num_pos"] == 0:
@@ -112,7 +113,8 @@ def test_every_parameter_has_a_gradient_whatever_the_images_show(loss, counts, c
     if loss in ("cross_entropy", "focal"):
         changes |= {"objective": CE, "box_loss": "l1", "sample": 16}
     head = published(loss, **changes)
-    terms, _ = head.losses(
+    terms, _ = region_losses(
+        head,
         feature_maps(batch=len(counts)),
         [random_boxes(9) for _ in counts],
         SIZES[: len(counts)],
@@ -141,17 +143,17 @@ def test_positives_start_at_the_minimum_iou():
     rois = [torch.tensor([[0.0, 0, 20, 14], [0, 0, 20, 12]])]  # IoU 0.7 and 0.6
     for min_iou, expected in ((0.5, [0, 0]), (0.65, [0, -1]), (0.75, [-1, -1])):
         head = published(min_iou=min_iou, add_ground_truth=False)
-        assert head._sample(rois, SIZES[:1], target)[1][0].tolist() == expected
+        assert head.sample(rois, SIZES[:1], target)[1][0].tolist() == expected
 
 
 def test_low_quality_moves_a_positive_to_the_object_that_has_no_better_one():
     target = [{"boxes": torch.tensor([[0.0, 0, 20, 20], [0, 0, 20, 16]]), "labels": torch.tensor([1, 2])}]
     rois = [torch.tensor([[0.0, 0, 20, 19]])]
-    assert published(add_ground_truth=False)._sample(rois, SIZES[:1], target)[1][0].tolist() == [0]
+    assert published(add_ground_truth=False).sample(rois, SIZES[:1], target)[1][0].tolist() == [0]
     low = published(add_ground_truth=False, low_quality=True)
-    assert low._sample(rois, SIZES[:1], target)[1][0].tolist() == [1]
+    assert low.sample(rois, SIZES[:1], target)[1][0].tolist() == [1]
     bad = [torch.tensor([[0.0, 0, 20, 4]])]
-    assert low._sample(bad, SIZES[:1], target)[1][0].tolist() == [-1]
+    assert low.sample(bad, SIZES[:1], target)[1][0].tolist() == [-1]
 
 
 def test_l1_is_on_offsets_over_their_deviations():
@@ -161,7 +163,7 @@ def test_l1_is_on_offsets_over_their_deviations():
     for stds, expected in (((0.1, 0.1, 0.2, 0.2), 5.0), ((0.5, 0.5, 0.5, 0.5), 1.0)):
         options = {"objective": CE, "box_loss": "l1", "coder_stds": stds, "min_iou": 0.3}
         head = published(None, add_ground_truth=False, **options)
-        assignment = head.assign(*head._sample(rois, SIZES[:1], target), target)
+        assignment = head.assign(*head.sample(rois, SIZES[:1], target), target)
         output = RoIOutput(torch.zeros(1, 6), torch.zeros(1, 5, 4))
         assert float(head.terms(output, assignment, {})["l1"].detach()) == pytest.approx(expected)
 
@@ -174,7 +176,7 @@ def test_smooth_l1_is_four_times_the_mean_where_its_weight_is_four():
     for beta, expected in ((1.0, 4.5), (0.5, 4.75)):
         options = {"objective": objective, "box_loss": "smooth_l1", "beta": beta, "min_iou": 0.3}
         head = published(None, add_ground_truth=False, **options)
-        assignment = head.assign(*head._sample(rois, SIZES[:1], target), target)
+        assignment = head.assign(*head.sample(rois, SIZES[:1], target), target)
         output = RoIOutput(torch.zeros(1, 6), torch.zeros(1, 5, 4))
         assert float(head.terms(output, assignment, {})["smooth_l1"].detach()) == pytest.approx(expected)
 
@@ -185,7 +187,7 @@ def test_added_objects_are_the_first_rois(sample):
     changes = {"objective": CE, "sample": sample}
     head, targets = published(None, **changes), random_targets(4, 0)
     proposals = [torch.cat([targets[0]["boxes"] + 0.25, random_boxes(9)]), random_boxes(9)]
-    rois, _ = head._sample(proposals, SIZES, targets)
+    rois, _ = head.sample(proposals, SIZES, targets)
     counts = head.added(rois, targets)
     for own, added, target in zip(rois, counts, targets):
         equal = (own[:, None] == target["boxes"]).all(dim=2).any(dim=1)

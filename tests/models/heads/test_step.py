@@ -32,6 +32,13 @@ def regions(counts):
     return Regions(boxes, torch.arange(12) < torch.tensor(counts)[:, None])
 
 
+def losses_of_regions(roi, maps, proposals, given):
+    """Terms and assignment with the number of RoIs and of positives read image by image."""
+    rois, assigned = roi.sample(proposals, SIZES, given)
+    assignment = roi.assign(rois, assigned, given)
+    return roi.terms(roi(maps, rois), assignment, {}), assignment
+
+
 @pytest.mark.parametrize("counts", [(3, 0, 5), (0, 0, 0), (1, 9, 2)])
 @pytest.mark.parametrize("proposals", [(12, 12, 12), (12, 0, 7)])
 @pytest.mark.parametrize("family", [BRSDETRConfig, CoDETRConfig])
@@ -53,7 +60,7 @@ def test_heads_together_learn_what_each_alone_learns(counts, proposals, family):
     read_counts(steps)
     alone = [
         rpn.losses(anchors, SIZES, given),
-        roi.losses(maps, found.per_image(), SIZES, given),
+        losses_of_regions(roi, maps, found.per_image(), given),
         atss.losses(dense, SIZES, given),
     ]
     for step, (terms, assignment) in zip(steps, alone, strict=True):
@@ -66,7 +73,7 @@ def test_heads_together_learn_what_each_alone_learns(counts, proposals, family):
         assert losses.keys() == terms.keys()
         for name, value in losses.items():
             torch.testing.assert_close(value, terms[name], rtol=1e-6, atol=1e-7)
-    pooled = roi.pool_rois(maps, alone[1].assignment.references).features()
+    pooled = roi.pool_rois(maps, alone[1][1].references).features()
     assert torch.equal(torch.cat(steps[1].features(maps)), pooled)
 
 
