@@ -4,12 +4,15 @@ import logging
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from support import SMALL_BACKBONE
 from torchvision.ops import box_convert, box_iou
 
 from brs_detr.config import Config, apply_overrides
+from brs_detr.data.coco import CocoDetection
+from brs_detr.data.transforms import resize_sample
 from brs_detr.models.build import build_model
 from brs_detr.models.config import BRSDINOConfig, CoDINOConfig, DenoisingConfig, RoIConfig, RPNConfig
 from brs_detr.models.denoising import Denoising, Layout, Noise, draw_noise, noised_boxes, noised_labels
@@ -188,7 +191,10 @@ def permuted_noise(noise, order, total):
 
 @pytest.mark.parametrize("name", ["co_dino", "brs_dino", "rank"])
 def test_the_order_of_objects_does_not_matter(name):
+    """With their noise they take their rows along, and no term changes."""
     model, images = model_and_images(SETTINGS[name], 2)
+    seen = []
+    model.denoising.register_forward_hook(lambda _, __, output: seen.append(output))
     targets = targets_of((4, 2), seed=3)
     total, order = 6, torch.tensor([2, 0, 3, 1, 5, 4])
     noise = draw_noise(2 * 2 * total, CLASSES)
@@ -200,6 +206,12 @@ def test_the_order_of_objects_does_not_matter(name):
     after = model(images, shuffled)
     for key, value in before.items():
         torch.testing.assert_close(after[key], value, rtol=1e-4, atol=1e-5)
+    for image, own in enumerate((order[:4], order[4:] - 4)):  # a block has four rows of every image
+        rows = torch.arange(4)
+        rows[: len(own)] = own
+        rows = torch.cat([rows + start for start in range(0, seen[0].boxes.shape[1], 4)])
+        for part in ("content", "boxes"):
+            assert torch.equal(getattr(seen[1], part)[image], getattr(seen[0], part)[image][rows])
 
 
 def model_and_images(settings, count, seed=0):
@@ -291,6 +303,27 @@ def test_a_crowded_image_beside_an_empty_one_is_bounded(caplog):
     assert not torch.equal(seen[0].targets, seen[1].targets)  # others in every step
     [message] = [record.getMessage() for record in caplog.records]
     assert "400 objects" in message and "max_rows=40" in message
+
+
+def test_the_most_crowded_real_image_trains_beside_an_empty_one(shared_data):
+    """Nuclei's image of most objects, three steps, with ranked denoising within its bound."""
+    folder = shared_data / "nuclei"
+    dataset = CocoDetection(folder / "annotations" / "train.json", folder / "images", train=True)
+    counts = np.diff(dataset.packed.offsets)
+    image, target = dataset[int(counts.argmax())]
+    image, target = resize_sample(image, target, (128, 160))
+    settings = replace(RANKED, denoising=replace(RANKED.denoising, max_rows=200))
+    model, _ = model_and_images(settings, 0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    assert len(target["boxes"]) == counts.max() > 300  # more than the bound's half
+    for _ in range(3):
+        losses = model([image, image], [target, nothing])
+        assert all(term.isfinite() for term in losses.values()), losses
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 def test_bounded_objects_keep_their_image_and_class():

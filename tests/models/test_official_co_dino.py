@@ -21,6 +21,7 @@ from brs_detr.models.config import HardNMS, NoNMS, SoftNMS
 from brs_detr.models.denoising import Layout
 from brs_detr.models.transformer.attention import sine_of_cells
 from brs_detr.models.transformer.encoder import level_masks
+from brs_detr.ops.anchors import valid_extents, valid_rows
 from brs_detr.ops.images import ImageBatch
 
 FAMILY = "co_dino"
@@ -51,9 +52,13 @@ class Step:
         official.in_index_order(self.model, monkeypatch)
         self.arrays, self.sizes, targets = official.recorded_case(golden, FAMILY, case)
         official.co_dino_as_released(self.model, self.arrays)
-        self.seen = {}
-        for name in ("denoising", "decoder"):
-            getattr(self.model, name).register_forward_hook(partial(self.keep, name))
+        self.seen, decoder = {}, self.model.decoder
+        modules = {name: getattr(self.model, name) for name in ("denoising", "decoder")}
+        modules |= {f"{name}.objective": getattr(self.model, name).objective for name in ("rpn", "roi", "atss")}
+        modules |= {"sine": decoder.position.first, "position": decoder.position, "states": decoder.norm}
+        modules |= {f"layer.{number}": layer for number, layer in enumerate(decoder.layers)}
+        for name, module in modules.items():
+            module.register_forward_hook(partial(self.keep, name))
         begin = self.model.matcher.begin
 
         def matcher(*args):
@@ -66,7 +71,13 @@ class Step:
         self.losses = self.model.losses(memory, self.sizes, targets)
 
     def keep(self, name, _, inputs, output):
-        self.seen[name] = inputs, output
+        self.seen.setdefault(name, []).append((inputs, output))
+
+    def in_recorded_order(self, queries):
+        """Columns (B, Q, ...) of our pass by the recorded pass: denoising and main queries, each head's queries."""
+        (*_, sets), _ = self.seen["decoder"][0]
+        main, noised, *aux = queries.split([one.queries for one in sets], dim=1)
+        return {"": torch.cat([noised, main], dim=1), **{f"aux{k}.": own for k, own in enumerate(aux)}}
 
 
 @pytest.fixture(params=official.CASES)
@@ -109,7 +120,7 @@ def test_every_gradient_equals_the_official_one(golden, step, case):
 
 
 def test_denoising_rows(step):
-    arrays, ((packed, queries), rows) = step.arrays, step.seen["denoising"]
+    arrays, ((packed, queries), rows) = step.arrays, step.seen["denoising"][0]
     layout = Layout.of([end - start for start, end in packed.spans], step.model.denoising.config.queries)
     size = int(arrays["dn.pad_size"])
     assert (layout.groups, layout.present.shape[1]) == (int(arrays["dn.num_groups"]), size)
@@ -133,21 +144,27 @@ def test_denoising_rows(step):
         official.assert_equal_to(rows.targets[own], expected)
 
 
-def test_matched_queries_and_tokens(step):
-    encoder, decoder = step.seen["matching"].solve()
-    counts = [end - start for start, end in step.seen["matching"].targets.spans]
+def assert_matched(matching, arrays, case=None):
+    """The queries of each object's match are the recorded ones."""
+    encoder, decoder = matching.solve()
+    counts = [end - start for start, end in matching.targets.spans]
     rows = {"enc": encoder.rows, "dec0": decoder.rows[0], "dec1": decoder.rows[1]}
     for name, own in rows.items():
         for b, count in enumerate(counts):
             inside = own[own // QUERIES == b] % QUERIES
             assert len(inside) == count
             if count:
-                assert torch.equal(inside, step.arrays[f"match.{name}.img{b}.pos_query"])
+                key = f"match.{name}.img{b}.pos_query"
+                assert torch.equal(inside, arrays[f"{case}.{key}" if case else key])
+
+
+def test_matched_queries_and_tokens(step):
+    assert_matched(step.seen["matching"], step.arrays)
 
 
 def test_decoder_with_all_sets(step):
     """Denoising rows, main and auxiliary queries in one pass, against the recorded passes."""
-    (contents, position, boxes, _, sets), found = step.seen["decoder"]
+    (contents, position, boxes, _, sets), found = step.seen["decoder"][0]
     arrays, counts = step.arrays, [one.queries for one in sets]
     assert position is None
     main, noised, *aux = zip(contents.split(counts, 1), boxes.split(counts, 1), found.split(counts), strict=True)
@@ -163,6 +180,51 @@ def test_decoder_with_all_sets(step):
         official.assert_equal_to(own[1], arrays[f"aux{k}.dec.reference_in"])
         official.assert_equal_to(own[2].logits, arrays[f"aux{k}.cls_scores"])
         official.assert_equal_to(own[2].boxes, arrays[f"aux{k}.bbox_preds"])
+
+
+def test_inside_of_the_decoder(step):
+    """Encoded boxes, positions, references and normalized states of each layer, which decoder and samples share."""
+    (_, _, _, memory, _), _ = step.seen["decoder"][0]
+    ratios = torch.cat([memory.valid_ratios, memory.valid_ratios], -1)[:, :1]  # of the finest level, to the padded one
+    encoded = step.in_recorded_order(step.seen["sine"][0][0][0])
+    for number in range(len(step.model.decoder.layers)):
+        references = step.in_recorded_order(step.seen[f"layer.{number}"][0][0][2][:, :, 0] / ratios)
+        positions = step.in_recorded_order(step.seen["position"][number][1])
+        states = step.in_recorded_order(step.seen["states"][number][1])
+        for key, own in positions.items():
+            official.assert_equal_to(own, step.arrays[f"{key}dec.query_pos.{number}"])
+            official.assert_equal_to(states[key], step.arrays[f"{key}dec.inter_states"][number])
+            official.assert_equal_to(references[key], step.arrays[f"{key}dec.inter_references"][number])
+            if number == 0:
+                official.assert_equal_to(encoded[key], step.arrays[f"{key}dec.sine_embed.0"])
+
+
+def test_what_the_dense_heads_learn(step):
+    """Labels and targets of the RPN's and ATSS's anchors inside their images, and of the sampled regions."""
+    arrays, per_cell = step.arrays, {"rpn": step.model.rpn.anchors.per_cell, "atss": 1}
+    shapes = [tuple(arrays[f"rpn.cls.{level}"].shape[-2:]) for level in range(6)]
+    extents = [valid_extents(size, shapes, step.model.rpn.strides) for size in step.sizes]
+    ((predictions,), _), expected, used = step.seen["rpn.objective"][0], [], []
+    for b, extent in enumerate(extents):
+        for kind, rows in (("labels", expected), ("label_weights", used)):
+            levels = [arrays[f"rpn.target.{kind}.{level}"][b] for level in range(6)]
+            grids = [level.reshape(*shape, per_cell["rpn"], 1) for level, shape in zip(levels, shapes)]
+            rows.append(valid_rows(grids, extent)[:, 0])
+    expected, used = torch.cat(expected).long(), torch.cat(used) > 0
+    assert torch.equal(predictions.valid, used) and torch.equal(predictions.labels[used], expected[used])
+
+    ((predictions,), _), expected = step.seen["atss.objective"][0], []
+    for b, extent in enumerate(extents):
+        counts = [h * w for h, w in shapes]
+        levels = arrays[f"atss.target.ori_labels.{b}"].split(counts)
+        expected.append(valid_rows([own.reshape(*shape, 1, 1) for own, shape in zip(levels, shapes)], extent)[:, 0])
+    assert torch.equal(predictions.labels, torch.cat(expected).long())
+
+    ((predictions,), _) = step.seen["roi.objective"][0]
+    assert torch.equal(predictions.labels, arrays["roi.target.labels"].long())
+    # equally scored background regions may be in another order
+    distances = torch.cdist(predictions.logits.detach(), arrays["roi.cls_score"], p=torch.inf)
+    assert max(distances.min(0).values.max(), distances.min(1).values.max()) <= 1e-5 * arrays["roi.cls_score"].max()
 
 
 def images_of(golden, name):
@@ -207,7 +269,13 @@ def test_backbone_neck_and_encoder(golden, model):
 @torch.no_grad()
 def test_proposals(golden, model):
     recorded = load_file(golden / FAMILY / "train_normal.safetensors")
-    proposals = model.proposals(encoded(model, images_of(golden, "batch")))
+    tokens = []
+    model.proposals.norm.register_forward_hook(lambda _, __, output: tokens.append(output))
+    memory = encoded(model, images_of(golden, "batch"))
+    proposals = model.proposals(memory)
+    official.assert_equal_to(tokens[0], recorded["gen_prop.output_memory"])
+    official.assert_equal_to(model.proposals.predict(memory)[0].logits, recorded["enc_outputs_class"])
+    assert torch.equal(proposals.valid, recorded["gen_prop.output_proposals_logit"].isfinite().all(-1))
     assert torch.equal(proposals.chosen, recorded["enc_topk_index"])
     official.assert_equal_to(proposals.predictions.logits, recorded["enc_topk_score"])
     official.assert_equal_to(proposals.predictions.boxes, recorded["enc_topk_bbox"])
@@ -218,14 +286,15 @@ def test_proposals(golden, model):
 @torch.no_grad()
 def test_decoder_alone_and_in_a_padded_batch(golden, model, name):
     recorded = load_file(golden / FAMILY / "eval.safetensors")
-    memory, positions = encoded(model, images_of(golden, name)), []
-    model.decoder.position.register_forward_hook(lambda _, __, output: positions.append(output))
-    found = model.decode(memory, model.proposals(memory).references)
+    memory, states = encoded(model, images_of(golden, name)), []
+    model.decoder.norm.register_forward_hook(lambda _, __, output: states.append(output))
+    proposals = model.proposals(memory)
+    found = model.decode(memory, proposals.references)
+    assert torch.equal(proposals.chosen, recorded[f"fwd.{name}.enc_topk_index"])
+    official.assert_equal_to(proposals.references, recorded[f"fwd.{name}.enc_topk_bbox"])
+    official.assert_equal_to(torch.stack(states), recorded[f"fwd.{name}.dec.inter_states"])
     official.assert_equal_to(found.logits, recorded[f"fwd.{name}.all_cls_scores"])
     official.assert_equal_to(found.boxes, recorded[f"fwd.{name}.all_bbox_preds"])
-    for layer, position in enumerate(positions):
-        if f"fwd.{name}.dec.query_pos.{layer}" in recorded:
-            official.assert_equal_to(position, recorded[f"fwd.{name}.dec.query_pos.{layer}"])
 
 
 @pytest.mark.parametrize("name", ["batch", "single1"])
@@ -293,18 +362,21 @@ def ranked_sets(golden, case, monkeypatch):
     weight = model.objective.ours.weight
     model.objective = Ranked(model.objective)
     model.denoising_objective = Ranked(official.ReleasedObjective(model.denoising_objective))
+    begin, matched = model.matcher.begin, []
+    model.matcher.begin = lambda *args: matched.append(begin(*args)) or matched[0]
     pixels = pixels_of(golden)
     with torch.no_grad():
         model.losses(model.encode(pixels, official.padding(sizes, pixels.shape[-2:])), sizes, targets)
     own, noised = model.objective, model.denoising_objective
     # in the recorded order; the auxiliary sets are computed before the matching is known
     order = [*zip(own.sets[4:], own.terms[4:]), *zip(noised.sets, noised.terms), *zip(own.sets[:4], own.terms[:4])]
-    return [(one, [float(term) / weight for term in terms]) for one, terms in order]
+    return matched, [(one, [float(term) / weight for term in terms]) for one, terms in order]
 
 
 def test_what_brs_dino_ranks_equals_the_released_code(golden, case, monkeypatch):
     recorded = load_file(golden / FAMILY / "brs_ranking.safetensors")
-    sets = ranked_sets(golden, case, monkeypatch)
+    (matched,), sets = ranked_sets(golden, case, monkeypatch)
+    assert_matched(matched, recorded, case)
     numbers = sorted({key.split(".")[2] for key in recorded if key.startswith(f"{case}.rank.")})
     sets = sets[-len(numbers) :]  # without any object only the auxiliary sets are recorded
     for number, (found, (ranking, sorting)) in zip(numbers, sets, strict=True):
