@@ -5,12 +5,13 @@
     python benchmarks/accuracy.py demo=datasets/demo bccd=datasets/bccd --variant cost8 model.matcher.cls=8
     python benchmarks/accuracy.py demo=datasets/demo --detectors brs_dino --variant rank model.denoising.loss=rank
 
-A run is `train.py RECIPE` from random weights in a process of its own, on one thread, followed by the evaluation of
-the last epoch's averaged weights with every head: no epoch is chosen on the images that are reported. Results are kept
-in a json beside the table, and what is in it is not run again; an interrupted run is resumed. A variant is a named
-change of settings, compared with the run of the same seed without it; with train.eval_every=2 in it the json has the
-curve, too. "decoder+nms" are the decoder's detections after class-wise NMS. Intervals are those of Student's t over
-paired differences of seeds.
+A run is `train.py RECIPE` from random weights in a process of its own, on one thread, followed by the evaluation of the
+last epoch's averaged weights with every head: no epoch is chosen on the images that are reported. Results are kept in a
+json beside the table, and what is in it is not run again; an interrupted run is resumed. A variant is a named change of
+settings, compared with the run of the same seed without it ("a,b": with that of the variant "a"); with
+train.eval_every=2 in it the json has the curve, too. A name that stands for other settings in the json is refused.
+"decoder+nms" are the decoder's detections after class-wise NMS. Intervals are those of Student's t over paired
+differences of seeds.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cnn_overfit import machine
 from cnn_overfit import settings as cnn_settings
 
+from brs_detr.config import load_config
 from brs_detr.data.build import open_val_set
 from brs_detr.data.loader import build_eval_loader
 from brs_detr.engine.predict import predict_with_all_heads
@@ -57,6 +59,7 @@ PUBLISHED = {"brs_detr": "co_detr", "brs_dino": "co_dino"}
 FAMILY = {"brs_detr": [], "brs_dino": ["model.denoising.queries=30", "model.denoising.box_noise=0.4"]}
 FIGURES = ("AP", "AP50", "AP75", "mask_AP")
 NMS_IOU = 0.6  # as in the ATSS head
+NOT_COMPARED = "train.eval_every=1000"  # a curve does not change its run
 # Recipes by dataset and detector. "*" is any CNN detector; the settings are what a detector needs on the dataset.
 RECIPES: dict[str, dict[str, str]] = {
     "demo": {"brs_detr": "demo.yaml", "*": "cnn/{detector}_demo.yaml"},
@@ -212,7 +215,8 @@ def line(
     """A line of the table, with the paired differences from the recipe or from the score-based loss."""
     figures = {seed: one["heads"][head] for seed, one in sorted(seeds.items())}
     against, name = {}, ""
-    references = [(loss, "recipe"), ("score", variant), ("score", "recipe"), ("focal", "recipe")]
+    references = [(loss, variant.rpartition(",")[0]), (loss, "recipe")]
+    references += [("score", variant), ("score", "recipe"), ("focal", "recipe")]
     for reference in references:
         if reference in runs and reference != (loss, variant):
             against, name = runs[reference], " ".join(new for new, own in zip(reference, (loss, variant)) if new != own)
@@ -253,6 +257,23 @@ def cases_of(args: argparse.Namespace, datasets: Iterable[str], variants: dict[s
     ]
 
 
+def refuse_other_settings(cases: Iterable[Case], variants: dict[str, list[str]], results: dict[str, dict]) -> None:
+    """Stop where a result of the same name was trained with other settings than its case has now."""
+    for case in cases:
+        if str(case) not in results:
+            continue
+        recipe, kept, now = (
+            ROOT / "configs" / recipe_of(case),
+            results[str(case)]["settings"],
+            settings_of(case, variants),
+        )
+        if load_config(recipe, [*kept, NOT_COMPARED]) != load_config(recipe, [*now, NOT_COMPARED]):
+            raise SystemExit(
+                f"accuracy.py: the result of `{case}` has the settings {' '.join(kept)}, not {' '.join(now)}. "
+                "Give the variant another name."
+            )
+
+
 def stored(out: Path) -> dict[str, dict]:
     """The results so far, by case."""
     return json.loads(out.read_text()) if out.exists() else {}
@@ -282,7 +303,9 @@ def main() -> None:
         )
         print(f"{case}: {shown}, {result['cpu_seconds']} s", flush=True)
 
-    missing = [case for case in cases_of(args, folders, variants) if str(case) not in stored(args.out)]
+    cases, results = cases_of(args, folders, variants), stored(args.out)
+    refuse_other_settings(cases, variants, results)
+    missing = [case for case in cases if str(case) not in results]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(finish, missing))
     keep(args.out, {})

@@ -3,8 +3,8 @@
     python benchmarks/accuracy_plot.py --out docs/images/study.png
     python benchmarks/accuracy_plot.py --curves bccd --out docs/images/dino_curves.png
 
-A panel is a dataset, a detector and one of its heads, with three losses or more. Only runs of one variant are drawn
-(by default the recipe as it is; for datasets without such runs, the variant that has most of them). Curves are means
+A panel is a dataset, a detector and one of its heads, with two losses or more. Only runs of one variant are drawn (the
+recipe as it is; where a dataset and detector have no such runs, the variant that has most of them). Curves are means
 over seeds, of the runs that were validated during the training.
 """
 
@@ -29,24 +29,24 @@ PANEL, COLUMNS = (3.6, 2.8), 3  # inches
 Panels = dict[tuple[str, str], dict[str, list[float]]]  # (detector, head) -> loss -> AP of each seed, in points
 
 
-def panels_of(results: dict[str, dict], dataset: str) -> tuple[str, Panels]:
+def panels_of(results: dict[str, dict], dataset: str) -> tuple[dict[str, str], Panels]:
     """Collect the runs of a dataset.
 
     Returns:
-        the variant that is drawn, and the panels.
+        the variant of each detector that is drawn, and the panels.
     """
     cases = {tuple(name.split()): result for name, result in results.items() if name.split()[0] == dataset}
-    variants = Counter(variant for _, _, _, variant, _ in cases)
-    variant = "recipe" if "recipe" in variants else variants.most_common(1)[0][0]
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for _, detector, _, variant, _ in cases:
+        counts[detector][variant] += 1
+    drawn = {key: "recipe" if "recipe" in own else own.most_common(1)[0][0] for key, own in counts.items()}
     panels: Panels = defaultdict(lambda: defaultdict(list))
-    for (_, detector, loss, used, _), result in sorted(cases.items()):
-        if used != variant:
-            continue
+    for (_, detector, loss, variant, _), result in sorted(cases.items()):
         for head, figures in result["heads"].items():
-            if head in HEADS:
+            if head in HEADS and variant == drawn[detector]:
                 panels[detector, head][loss].append(100 * figures["AP"])
-    comparisons = {key: losses for key, losses in panels.items() if len(losses) > 2}
-    return variant, dict(sorted(comparisons.items(), key=lambda item: (item[0][0], HEADS.index(item[0][1]))))
+    comparisons = {key: losses for key, losses in panels.items() if len(losses) > 1}
+    return drawn, dict(sorted(comparisons.items(), key=lambda item: (item[0][0], HEADS.index(item[0][1]))))
 
 
 def draw_panel(axes: Axes, title: str, losses: dict[str, list[float]]) -> None:
@@ -69,9 +69,9 @@ def draw(results: dict[str, dict]) -> Figure:
     """Draw the panels of all datasets, line by line."""
     drawn: list[tuple[str, dict[str, list[float]]]] = []
     for dataset in dict.fromkeys(name.split()[0] for name in results):
-        variant, panels = panels_of(results, dataset)
+        variants, panels = panels_of(results, dataset)
         for (detector, head), losses in panels.items():
-            settings = "" if variant == "recipe" else f" ({variant})"
+            settings = "" if variants[detector] == "recipe" else f" ({variants[detector]})"
             name = detector if head == "head" else f"{detector}, {head}"
             drawn.append((f"{dataset}{settings}: {name}", losses))
     lines = math.ceil(len(drawn) / COLUMNS)

@@ -115,6 +115,41 @@ def test_a_variant_without_a_recipe_run_is_compared_with_the_published_losses(ac
     assert "(" not in next(line for line in lines if line.startswith("| score | half"))
 
 
+def test_a_change_to_a_variant_is_compared_with_that_variant(accuracy):
+    results = {
+        "demo brs_detr brs recipe 0": result(0.50),
+        "demo brs_detr brs nms0.6 0": result(0.45),
+        "demo brs_detr brs nms0.6,ema0.99 0": result(0.44),
+    }
+    lines = accuracy.table(results).splitlines()
+    assert "-1.0 (nms0.6, 1)" in next(line for line in lines if "ema0.99" in line)
+    assert "-5.0 (recipe, 1)" in next(line for line in lines if line.startswith("| brs | nms0.6 |"))
+
+
+def test_a_name_of_other_settings_is_refused(accuracy):
+    case = accuracy.Case("demo", "brs_detr", "brs", "half", 0)
+    variants = {"half": ["train.epochs=8"]}
+    kept = {str(case): result(0.5) | {"settings": ["model.loss=brs", "train.epochs=8", "train.eval_every=2"]}}
+    accuracy.refuse_other_settings([case], variants, kept)  # a curve is no other training
+    accuracy.refuse_other_settings([case], variants, {})
+    with pytest.raises(SystemExit, match=r"`demo brs_detr brs half 0` has the settings .*epochs=4.*another name"):
+        kept[str(case)]["settings"][1] = "train.epochs=4"
+        accuracy.refuse_other_settings([case], variants, kept)
+
+
+def test_panels_are_of_the_variant_that_a_detector_has_most_runs_of(accuracy):
+    plot = importlib.import_module("accuracy_plot")
+    results = {
+        "bccd brs_detr brs half 0": result(0.5),
+        "bccd brs_detr score half 0": result(0.4),
+        "bccd brs_detr brs half_encoder 0": result(0.3),
+        "bccd torchvision_faster_rcnn score recipe 0": result(0.2, "detector"),
+    }
+    variants, panels = plot.panels_of(results, "bccd")
+    assert variants["brs_detr"] == "half"
+    assert panels == {("brs_detr", "decoder"): {"brs": [50.0], "score": [40.0]}}
+
+
 def test_a_result_keeps_the_validations_of_its_run(accuracy, tmp_path, monkeypatch):
     lines = [
         {"kind": "val", "step": 52, "epoch": 2, "AP": 0.3, "AP50": 0.5, "decoder_AP": 0.2, "roi_AP": 0.3},

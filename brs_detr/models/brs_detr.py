@@ -234,32 +234,33 @@ class BRSDETR(Detector):
         """
         packed = PackedTargets.pack(targets, sizes)
         proposals, maps = self.proposals(memory), self.pyramid(memory)
-        heads, regions = self.dense_steps(maps, sizes, targets)
-        queries = self.select(heads, maps, sizes)
+        dense, regions = self.dense_steps(maps, sizes, targets)
+        aux_queries = self.select(dense, maps, sizes)
         references = proposals.references
         if self.query_boxes == "rpn":
             references = self.references(proposals, regions, sizes)
         noised = None if self.denoising is None else self.denoising(packed, references.shape[1])
-        decoded = self.decode_together(memory, references, noised, queries)
+        decoded = self.decode_together(memory, references, noised, aux_queries)
 
-        of_tokens = torch.zeros_like(packed.labels) if self.proposals.class_agnostic else packed.labels
-        sets = {
-            "encoder": PredictedSet(proposals.predictions.logits, proposals.predictions.boxes, of_tokens),
-            "decoder": PredictedSet(decoded["decoder"].logits, decoded["decoder"].boxes, packed.labels),
-        }
-        matching = self.matcher.begin([one.detach() for one in sets.values()], packed)
-        losses = {f"{name}.{term}": value for name, head in heads.items() for term, value in head.losses().items()}
-        others = self.denoising_losses(decoded["denoising"], noised) if noised is not None else {}
-        for head, own in queries.items():
+        matched_sets = self.matched_sets(proposals.predictions, decoded["decoder"], packed)
+        matching = self.matcher.begin([one.detach() for one in matched_sets.values()], packed)
+        losses = {f"{name}.{term}": value for name, head in dense.items() for term, value in head.losses().items()}
+        unmatched = {} if noised is None else self.denoising_losses(decoded["denoising"], noised)
+        for head, aux in aux_queries.items():
             name = f"aux_{head}"
-            others |= self.set_losses(name, decoded[name], own.rows, own.labels, own.targets, own.scales)
-        for (name, one), (rows, objects) in zip(sets.items(), matching.solve(), strict=True):
+            unmatched |= self.set_losses(name, decoded[name], aux.rows, aux.labels, aux.targets, aux.scales)
+        for (name, one), (rows, objects) in zip(matched_sets.items(), matching.solve(), strict=True):
             logits = one.logits
             if name == "encoder" and not self.rank_all_encoder_columns:
                 logits = logits[..., :1]
             matched = one.labels[objects], packed.boxes[objects], packed.scales[objects]
             losses |= self.set_losses(name, Predictions(logits, one.boxes), rows, *matched)
-        return losses | others
+        return losses | unmatched
+
+    def matched_sets(self, tokens: Predictions, layers: Predictions, targets: PackedTargets) -> dict[str, PredictedSet]:
+        """Return what is matched with the objects: the tokens, to one class if they are class-agnostic, and queries."""
+        labels = torch.zeros_like(targets.labels) if self.proposals.class_agnostic else targets.labels
+        return {"encoder": PredictedSet(*tokens, labels), "decoder": PredictedSet(*layers, targets.labels)}
 
     def dense_steps(
         self, maps: list[Tensor], sizes: Sequence[Size], targets: Sequence[dict[str, Any]]
