@@ -17,7 +17,7 @@ from brs_detr.models.cnn_config import MODELS
 from brs_detr.models.config import HardNMS, SoftNMS
 
 ROOT = Path(__file__).resolve().parents[1]
-GUIDES = [p for p in sorted((ROOT / "docs").glob("*.md")) if p.name != "mutations.md"]  # written by a run of the tool
+GUIDES = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDES]
 IDS = [page.name for page in PAGES]
 # files of the repository, in `...` or in a command

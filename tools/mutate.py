@@ -1,10 +1,10 @@
 """Inject one bug at a time into a copy of the checkout and see whether the tests notice.
 
-`python tools/mutate.py [--only TEXT] [--jobs 2] [--table docs/mutations.md]` takes the bugs of `mutations.toml`. The
-tests that are to see them have to pass first on the copy as it is; then each bug gets a copy of its own, in a temporary
-folder with nothing beside it, as a fresh clone has it, and `pytest -x` runs the tests named with the bug. A bug is
-caught when a test fails, cannot even be collected, or runs out of time. The last lines are the verdict and the bugs
-that survived; the exit code is 0 only if none did. It takes half an hour, more or less.
+`python tools/mutate.py [--only TEXT] [--jobs 2] [--table benchmarks/results/mutations.md]` takes the bugs of
+`mutations.toml`. The tests that are to see them have to pass first on the copy as it is; then each bug gets a copy of
+its own, in a temporary folder with nothing beside it, as a fresh clone has it, and `pytest -x` runs the tests named
+with the bug. A bug is caught when a test fails, cannot even be collected, or runs out of time. The last lines are the
+verdict and the bugs that survived; the exit code is 0 only if none did. It takes half an hour, more or less.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def table_of(verdicts: Sequence[Verdict]) -> str:
         "",
         f"{caught} of {len(verdicts)} bugs were caught by the tests of a fresh clone.",
         "",
-        "`python tools/mutate.py --table docs/mutations.md` writes this page. It injects the bugs of "
+        "`python tools/mutate.py --table benchmarks/results/mutations.md` writes this page. It injects the bugs of "
         "`tools/mutations.toml` into a copy of the checkout, one at a time, and runs the tests that should notice. It "
         "is not part of `make test`. Paths are below `brs_detr/` and `tests/`.",
         "",

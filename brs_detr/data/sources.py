@@ -1,6 +1,6 @@
 """What a user names to detect objects in: images, folders, patterns, addresses, videos, cameras.
 
-Nothing here imports torch or opens a file, so that a word that names nothing is refused at once; `frames.py` reads.
+Nothing here imports torch or opens a file, so that a word that names nothing is refused at once; `video.py` reads.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How far scores are from what they claim: calibration errors, on images that the map was not fitted on.
+"""Calibration errors of scores, measured on held-out images.
 
 Two errors, both at IoU 0.5 and over the detections that `predict` returns, those from the score of the best F1 of their
 class on; over all detections both would be near 0 whatever the map, since nearly all detections are false and have low

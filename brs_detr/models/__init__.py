@@ -1,1 +1,1 @@
-"""Detectors and their parts: plain `nn.Module`s that take plain values and know neither the config nor the engine."""
+"""Detectors and their parts. Heads take the dataclass of their settings; nothing here imports the engine."""

@@ -1,4 +1,4 @@
-"""What every detector is to its users: images in, loss terms or detections out.
+"""Base class of all detectors: loss terms in training mode, detections in eval mode.
 
 A detector adds `encode` (normalized images to feature maps), `losses` and `detect`.
 """

@@ -1,4 +1,4 @@
-"""Settings of a head's objective, its loss and what belongs to it, and what is wrong between them and the head's own.
+"""Objective settings of a head, and checks of inconsistent combinations.
 
 A head of section `model.rpn` has them in `model.rpn.objective`.
 """

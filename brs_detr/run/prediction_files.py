@@ -1,4 +1,4 @@
-"""Files of predictions: while images are predicted one line each, at the end in the format that was asked for.
+"""Write predictions: one JSON line per image while predicting, converted to --format at the end.
 
 The lines are on disk at once, so a process that is killed leaves them, and a video of any length takes no memory.
 """

@@ -1,1 +1,1 @@
-"""Dense and second-stage heads: region proposals, ATSS, RoI."""
+"""Heads: RPN; one-stage RetinaNet, FoveaBox, ATSS, PAA, YOLACT, SOLOv2; second-stage RoI, Cascade R-CNN, mask."""

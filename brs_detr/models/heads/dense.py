@@ -91,7 +91,7 @@ def box_losses(
 
 
 class HeadLosses(NamedTuple):
-    """What a head returns in training: named loss terms whose sum is its loss, and what each of its boxes learned."""
+    """What a head returns in training: named loss terms whose sum is its loss, and the assignment of its boxes."""
 
     terms: dict[str, Tensor]
     assignment: HeadAssignment
