@@ -36,6 +36,7 @@ class Cells(NamedTuple):
         low, high: (L * P,) int64, the cells in which each positive's ramp starts and behind which it ends, as positions
             in the L * (K + 1) cells of all rankings.
         delta: half width of the step.
+        num_cells: K + 1.
     """
 
     scores: Tensor
@@ -43,11 +44,7 @@ class Cells(NamedTuple):
     low: Tensor
     high: Tensor
     delta: float
-
-    @property
-    def num_cells(self) -> int:
-        """Return the number of cells of one ranking, K + 1."""
-        return self.points.shape[1] + 1
+    num_cells: int
 
 
 def offset_rows(index: Tensor, length: int) -> Tensor:
@@ -66,7 +63,7 @@ def make_cells(scores: Tensor, delta: float) -> Cells:
     position = torch.arange(count, device=scores.device)
     if delta == 0:
         cell = offset_rows((position + 1).expand(layers, count), count + 1)
-        return Cells(scores, scores, cell, cell, delta)
+        return Cells(scores, scores, cell, cell, delta, count + 1)
     lower, upper = scores - delta, scores + delta
     # A merge of two sorted lists: each end's position in its own list is known, only that in the other is searched.
     low, high = torch.searchsorted(upper, lower), torch.searchsorted(lower, upper, right=True)
@@ -74,7 +71,7 @@ def make_cells(scores: Tensor, delta: float) -> Cells:
     points = scores.new_empty(layers, 2 * count).scatter_(1, ends[0], lower).scatter_(1, ends[1], upper)
     # points[k] is the left end of cell k + 1
     low, high = offset_rows(ends + 1, 2 * count + 1)
-    return Cells(scores, points, low, high, delta)
+    return Cells(scores, points, low, high, delta, 2 * count + 1)
 
 
 def tally(cells: Cells, where: Tensor, x: Tensor, *weights: Tensor | None) -> Tensor:
