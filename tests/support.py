@@ -68,6 +68,13 @@ def region_losses(head, features, proposals, sizes, targets, branch=None):
     return step.losses(), step.assignment
 
 
+def valid_rows(levels, extents):
+    """The entries (n, D) of one image, from (h, w, ..., D) and (rows, columns) per level; the definition."""
+    return torch.cat(
+        [level[:rows, :columns].reshape(-1, level.shape[-1]) for level, (rows, columns) in zip(levels, extents)]
+    )
+
+
 def torchrun(script, processes, *arguments):
     """What a script printed in so many processes over gloo."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -32,7 +32,6 @@ from brs_detr.exit_codes import Failure
 
 _SETTING = "data.augment.custom"
 _ROUNDING = 0.5  # pixels that a box may stick out: it is clipped then; more is a box that did not follow its image
-_OBJECTS = ("boxes", "labels", "masks")
 
 
 class CustomAugmentError(Failure, ValueError):

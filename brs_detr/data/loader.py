@@ -80,7 +80,6 @@ def build_train_loader(
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    pin_memory: bool | None = None,
     timeout: float | None = None,
     repeat_threshold: float | None = None,
 ) -> WatchedLoader:
@@ -94,14 +93,13 @@ def build_train_loader(
         workers: number of processes that read and augment; results do not depend on it.
         seed: seed of the shuffling (the augmentation has its own in the dataset).
         rank, world_size: rank of this process and number of processes.
-        pin_memory: use page-locked batches; by default if there is a GPU.
         timeout: seconds to wait for a batch; None waits indefinitely.
         repeat_threshold: show images of classes that are in a smaller fraction of the images more often, see
             `federated.repeat_factors`; None shows each image once.
     """
     repeats = None if repeat_threshold is None else repeat_factors(dataset.packed, repeat_threshold)
     batches = TrainBatches(dataset.packed.image_sizes, batch_size, seed, rank, world_size, repeats)
-    return _loader(dataset, batches, workers, pin_memory, timeout)
+    return _loader(dataset, batches, workers, timeout)
 
 
 def build_eval_loader(
@@ -110,32 +108,28 @@ def build_eval_loader(
     workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    group_equal_shapes: bool = True,
-    pin_memory: bool | None = None,
     timeout: float | None = None,
 ) -> WatchedLoader:
     """Build the evaluation loader of `(ImageBatch, targets)`, with every image exactly once over all processes.
 
+    Only images of the same resized shape share a batch, so that there is no padding.
+
     Args:
         dataset: images and boxes, opened with `train=False`.
         batch_size: maximum number of images in a batch.
-        workers, rank, world_size, pin_memory, timeout: as for `build_train_loader`.
-        group_equal_shapes: batch only images of the same resized shape, so that there is no padding.
+        workers, rank, world_size, timeout: as for `build_train_loader`.
     """
-    shapes = None
-    if group_equal_shapes:
-        # of every scale: two images of one shape in one of them may differ in another, by rounding
-        resize = getattr(dataset.transforms, "output_sizes", lambda height, width: (height, width))
-        shapes = [resize(h, w) for h, w in dataset.packed.image_sizes.tolist()]
+    # of every scale: two images of one shape in one of them may differ in another, by rounding
+    resize = getattr(dataset.transforms, "output_sizes", lambda height, width: (height, width))
+    shapes = [resize(h, w) for h, w in dataset.packed.image_sizes.tolist()]
     batches = EvalBatches(len(dataset), batch_size, rank, world_size, shapes)
-    return _loader(dataset, batches, workers, pin_memory, timeout)
+    return _loader(dataset, batches, workers, timeout)
 
 
 def _loader(
     dataset: CocoDetection,
     batches: TrainBatches | EvalBatches,
     workers: int,
-    pin_memory: bool | None,
     timeout: float | None,
 ) -> WatchedLoader:
     return WatchedLoader(
@@ -144,7 +138,7 @@ def _loader(
         timeout=timeout,
         batch_sampler=batches,
         collate_fn=_collate_for_transfer,
-        pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+        pin_memory=torch.cuda.is_available(),
         # its own generator: otherwise each epoch draws from the global random state, and a resumed run differs
         generator=torch.Generator(),
     )

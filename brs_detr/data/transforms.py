@@ -37,7 +37,6 @@ class TrainTransforms:
         crop_size: minimum and maximum side of the crop in pixels; a smaller image is not enlarged for it.
         crop: probability of policy B.
         flip: probability of a horizontal flip.
-        color_jitter: brightness, contrast and saturation each change by a factor within 1 +- this; 0 is off.
         antialias: low-pass filter when downscaling. No effect when upscaling; the official code does not use it.
     """
 
@@ -51,7 +50,6 @@ class TrainTransforms:
         crop_size: tuple[int, int] = (384, 600),
         crop: float = 0.5,
         flip: float = 0.5,
-        color_jitter: float = 0.0,
         antialias: bool = True,
     ) -> None:
         if not short_sides or (crop > 0 and not crop_short_sides):
@@ -61,7 +59,7 @@ class TrainTransforms:
         self.short_sides, self.long_side = tuple(short_sides), long_side
         self.crop_short_sides, self.crop_long_side = tuple(crop_short_sides), crop_long_side
         self.crop_size, self.crop, self.flip = tuple(crop_size), crop, flip
-        self.color_jitter, self.antialias = color_jitter, antialias
+        self.antialias = antialias
 
     def __call__(self, image: Tensor, target: Target, generator: torch.Generator) -> tuple[Tensor, Target]:
         """Augment one image.
@@ -81,8 +79,6 @@ class TrainTransforms:
             image, target = self._resize(image, target, self.crop_short_sides, self.crop_long_side, generator)
             image, target = self._crop(image, target, generator)
         image, target = self._resize(image, target, self.short_sides, self.long_side, generator)
-        if self.color_jitter > 0:
-            image = self._jitter(image, generator)
         return image.contiguous(), target
 
     def largest_sizes(self, height: int, width: int) -> list[Size]:
@@ -115,11 +111,6 @@ class TrainTransforms:
         crop_w = integer(min(w, low), min(w, high), generator)
         top, left = integer(0, h - crop_h, generator), integer(0, w - crop_w, generator)
         return crop_sample(image, target, (top, left, crop_h, crop_w))
-
-    def _jitter(self, image: Tensor, generator: torch.Generator) -> Tensor:
-        for adjust in (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation):
-            image = adjust(image, max(0.0, 1 + self.color_jitter * (2 * uniform(generator) - 1)))
-        return image
 
 
 class EvalTransforms:

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from brs_detr.export.graphs import ExportError
 
-PRECISIONS = ("fp32", "fp16", "int8")
 LAYERS = ("Conv", "Gemm", "MatMul")
 KEPT_LAYERS = frozenset(
     ("score", "delta", "classifier", "classifiers", "regressor", "regressors", "sampling_offsets", "attention_weights")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .alrp import alrp_loss
 from .average_precision import average_precision_loss
-from .balance import CAP, LEAST, EpochBalance, box_scores, self_balance
+from .balance import LEAST, EpochBalance, box_scores, self_balance
 from .checks import check_number, single_or_wider
 from .classification import SCORE_LOSSES
 from .distributed import SCOPES, SharedCount, process_mean, scalar, scale_for_ddp, sum_over
@@ -81,7 +81,6 @@ class RankingObjective(WatchedObjective):
         box_weight: factor of every box term with "ap" and "bap", and of aLRP's if that is not balanced.
         box_weights: fixed factors of the box terms by name, instead of any balance and of the localization in aLRP's
             gradient: for a set that is so easy to rank that boxes balanced with it would stop learning.
-        cap: largest balance ratio, see `self_balance`.
         least: smallest ranking loss that the balance follows, see `self_balance`.
         tau: least IoU of a positive, with aLRP: its error is (1 - IoU) / (1 - tau), or the GIoU loss / 2 / (1 - tau).
         period: iterations per epoch of aLRP's balance; None balances by value, as Rank & Sort does: for an objective
@@ -104,7 +103,6 @@ class RankingObjective(WatchedObjective):
         score_weighted: bool = False,
         box_weight: float = 2.0,
         box_weights: Mapping[str, float] | None = None,
-        cap: float = CAP,
         least: float = LEAST,
         tau: float = 0.5,
         period: int | None = 3665,
@@ -121,7 +119,7 @@ class RankingObjective(WatchedObjective):
         self.family, self.method, paper_delta = RANKING_LOSSES[loss]
         self.weight = weight
         self.delta = paper_delta if delta is None else delta
-        numbers = {"weight": weight, "delta": self.delta, "box_weight": box_weight, "cap": cap, "least": least}
+        numbers = {"weight": weight, "delta": self.delta, "box_weight": box_weight, "least": least}
         numbers |= {f"box_weights[{name!r}]": value for name, value in (box_weights or {}).items()}
         for name, value in numbers.items():
             check_number(name, value)
@@ -129,7 +127,6 @@ class RankingObjective(WatchedObjective):
         self.score_weighted = score_weighted
         self.box_weight = box_weight
         self.box_weights = None if box_weights is None else dict(box_weights)
-        self.cap = cap
         self.least = least
         self.tau = tau
         self.balanced = balanced
@@ -239,7 +236,7 @@ class RankingObjective(WatchedObjective):
         if not self.balanced:
             return localization * self.box_weight
         if self.epoch_balance is None:
-            return self_balance(localization, classification, cap=self.cap, least=self.least)
+            return self_balance(localization, classification, least=self.least)
         count = sum_over(torch.full((1,), float(positives), device=localization.device), self.scope)
         # One set after the other, each an iteration of its own: a factor of theirs may change between two of them.
         parts = zip(classification.unbind(), localization.unbind())
@@ -251,7 +248,7 @@ class RankingObjective(WatchedObjective):
             return term * self.box_weights[name]
         if self.family == "average_precision":
             return term * self.box_weight
-        return self_balance(term, target, self.weight, cap=self.cap, least=self.least)
+        return self_balance(term, target, self.weight, least=self.least)
 
 
 class ScoreObjective(WatchedObjective):

@@ -138,21 +138,6 @@ def frame_extents(size: Size, shapes: Sequence[Size], frame: Size) -> list[Size]
     return [(-(-size[0] * rows // frame[0]), -(-size[1] * columns // frame[1])) for rows, columns in shapes]
 
 
-def valid_rows(levels: Sequence[Tensor], extents: Sequence[Size]) -> Tensor:
-    """Select the entries of one image, level after level, cells row-major, anchors fastest.
-
-    Args:
-        levels: (h, w, ..., D) per level.
-        extents: (rows, columns) per level, from `valid_extents`.
-
-    Returns:
-        (n, D), n = entries inside the image.
-    """
-    return torch.cat(
-        [level[:rows, :columns].reshape(-1, level.shape[-1]) for level, (rows, columns) in zip(levels, extents)]
-    )
-
-
 def inside_image(anchors: Tensor, size: Size, border: float = 0.0) -> Tensor:
     """Find the anchors (n, 4) xyxy that stick out of an image of (h, w) pixels by at most `border` pixels: (n,) bool.
 
@@ -181,7 +166,7 @@ def _cells(shapes: tuple[Size, ...], device: torch.device) -> tuple[Tensor, Tens
 def rows_inside(
     extents: tuple[tuple[Size, ...], ...], shapes: tuple[Size, ...], per_cell: int, device: torch.device
 ) -> Tensor | None:
-    """Find the entries of all images that `valid_rows` selects, among all entries of the padded batch.
+    """Find the entries inside their images, among all entries of the padded batch.
 
     They are the same for all maps of a step, and kept for the next batch of these sizes.
 
@@ -206,7 +191,7 @@ def rows_inside(
 
 
 def batch_rows(levels: Sequence[Tensor], extents: Sequence[Sequence[Size]]) -> Tensor:
-    """Select the entries of all images, one image after the other, each as in `valid_rows`.
+    """Select the entries of all images: image after image, level after level, cells row-major, anchors fastest.
 
     Args:
         levels: (B, h, w, ..., D) per level.
@@ -248,7 +233,7 @@ def _rows_of(levels: Sequence[Tensor], extents: Sequence[Sequence[Size]]) -> Ten
 def cell_features(
     maps: Sequence[Tensor], sizes: Sequence[Size], strides: Sequence[int], per_cell: int = 1
 ) -> list[Tensor]:
-    """Select the features of the cells inside each image, in the order of `valid_rows`.
+    """Select the features of the cells inside each image, in the order of `batch_rows`.
 
     Args:
         maps: (B, dim, h, w) per level.

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import valid_rows
 from torchvision.ops import box_iou
 
 from brs_detr.assign.atss import atss_assign
 from brs_detr.assign.max_iou import BACKGROUND
-from brs_detr.ops.anchors import AnchorGrid, valid_extents, valid_rows
+from brs_detr.ops.anchors import AnchorGrid, valid_extents
 
 STRIDES = (8, 16, 32, 64, 128)
 SHAPES = [(16, 20), (8, 10), (4, 5), (2, 3), (1, 2)]

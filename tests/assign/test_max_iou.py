@@ -6,11 +6,12 @@ Random subsets of an assignment.
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import valid_rows
 from torchvision.ops import box_iou
 
 from brs_detr.assign import max_iou
 from brs_detr.assign.max_iou import BACKGROUND, IGNORED, RandomSampler, max_iou_assign
-from brs_detr.ops.anchors import valid_extents, valid_rows
+from brs_detr.ops.anchors import valid_extents
 
 SIZES = [(128, 153), (101, 160)]
 STRIDES = (8, 16, 32, 64, 128)

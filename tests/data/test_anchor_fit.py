@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import valid_rows
 from torchvision.ops import box_iou
 
 from brs_detr.config import apply_overrides, load_config
@@ -23,7 +24,7 @@ from brs_detr.data.anchor_fit import (
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.json_file import load_json
 from brs_detr.data.synthetic import make_dataset
-from brs_detr.ops.anchors import AnchorGrid, inside_image, octave_scales, valid_extents, valid_rows
+from brs_detr.ops.anchors import AnchorGrid, inside_image, octave_scales, valid_extents
 from brs_detr.ops.images import resized_size
 
 LAYOUTS = {

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "golden"))
 import official
+from support import valid_rows
 
 from brs_detr.assign.hungarian import Match
 from brs_detr.models import brs_detr as detector
-from brs_detr.ops.anchors import valid_extents, valid_rows
+from brs_detr.ops.anchors import valid_extents
 from brs_detr.ops.targets import PackedTargets
 
 

@@ -15,13 +15,15 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "golden"))
 import official
+from support import valid_rows
 
 from brs_detr.checkpoints.keys import to_ours
 from brs_detr.models.config import HardNMS, NoNMS, SoftNMS
 from brs_detr.models.denoising import Layout
 from brs_detr.models.transformer.attention import sine_of_cells
 from brs_detr.models.transformer.encoder import level_masks
-from brs_detr.ops.anchors import valid_extents, valid_rows
+from brs_detr.models.transformer.two_stage import token_anchors
+from brs_detr.ops.anchors import valid_extents
 from brs_detr.ops.images import ImageBatch
 
 FAMILY = "co_dino"
@@ -275,7 +277,7 @@ def test_proposals(golden, model):
     proposals = model.proposals(memory)
     official.assert_equal_to(tokens[0], recorded["gen_prop.output_memory"])
     official.assert_equal_to(model.proposals.predict(memory)[0].logits, recorded["enc_outputs_class"])
-    assert torch.equal(proposals.valid, recorded["gen_prop.output_proposals_logit"].isfinite().all(-1))
+    assert torch.equal(token_anchors(memory)[1], recorded["gen_prop.output_proposals_logit"].isfinite().all(-1))
     assert torch.equal(proposals.chosen, recorded["enc_topk_index"])
     official.assert_equal_to(proposals.predictions.logits, recorded["enc_topk_score"])
     official.assert_equal_to(proposals.predictions.boxes, recorded["enc_topk_bbox"])

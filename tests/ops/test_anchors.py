@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import valid_rows
 
 from brs_detr.ops.anchors import (
     AnchorGrid,
@@ -11,7 +12,6 @@ from brs_detr.ops.anchors import (
     batch_rows,
     cell_features,
     valid_extents,
-    valid_rows,
 )
 
 STRIDES = (8, 16, 32, 64, 128)

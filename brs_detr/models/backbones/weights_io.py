@@ -79,19 +79,13 @@ def strip_prefixes(state: State) -> State:
     return state
 
 
-def load_weights(
-    backbone: nn.Module, path: str | Path, rename: Callable[[State], State] | None = None, quiet: bool = False
-) -> str:
-    """Load a local file into `backbone` and report what matched.
+def load_weights(backbone: nn.Module, path: str | Path, rename: Callable[[State], State] | None = None) -> None:
+    """Load a local file into `backbone`; the main process prints what matched.
 
     Args:
         backbone: changed in place.
         path: a `.pth`, `.pt` or `.safetensors` file.
         rename: applied first, to names of other projects.
-        quiet: only return the report; otherwise the main process prints it.
-
-    Returns:
-        The report: number of matched tensors; those missing in the file, of another shape, and unused.
 
     Raises:
         ValueError: no tensor of the file belongs to the backbone.
@@ -115,13 +109,11 @@ def load_weights(
             f"needed are {_some(missing or differ)}). Set model.backbone.name to the network of the file."
         )
     backbone.load_state_dict(matched, strict=False)
-    report = (
-        f"{path}: {len(matched)} backbone tensors read; missing {_some(missing)}; "
-        f"of another shape {_some(differ)}; not used {_some(unused)}"
-    )
-    if not quiet and int(os.environ.get("RANK", "0")) == 0:
-        print(report)
-    return report
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(
+            f"{path}: {len(matched)} backbone tensors read; missing {_some(missing)}; "
+            f"of another shape {_some(differ)}; not used {_some(unused)}"
+        )
 
 
 def flat_name(name: str) -> str:

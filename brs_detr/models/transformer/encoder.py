@@ -32,10 +32,9 @@ class Memory:
     valid_sizes: Tensor
     valid_ratios: Tensor
 
-    def maps(self, tokens: Tensor | None = None) -> list[Tensor]:
-        """Split tokens into (B, dim, h, w) maps."""
-        tokens = self.tokens if tokens is None else tokens
-        levels = tokens.split([h * w for h, w in self.shapes], dim=1)
+    def maps(self) -> list[Tensor]:
+        """Split the tokens into (B, dim, h, w) maps."""
+        levels = self.tokens.split([h * w for h, w in self.shapes], dim=1)
         return [rearrange(t, "b (y x) d -> b d y x", y=h, x=w) for t, (h, w) in zip(levels, self.shapes, strict=True)]
 
 

@@ -30,13 +30,11 @@ class Proposals(NamedTuple):
     Attributes:
         predictions: of the tokens that learn, all N or the Q selected.
         references: (B, Q, 4) cxcywh, boxes of the selected tokens, detached.
-        valid: (B, N) bool, tokens that may be selected.
         chosen: (B, Q) indices of the selected tokens.
     """
 
     predictions: Predictions
     references: Tensor
-    valid: Tensor
     chosen: Tensor
 
 
@@ -150,8 +148,8 @@ class TwoStageHead(nn.Module):
         chosen = scores.topk(min(self.queries, scores.shape[1]), dim=1).indices
         if not self.class_agnostic:
             logits, boxes = take_rows(logits, chosen), take_rows(boxes, chosen)
-            return Proposals(Predictions(logits, boxes), boxes.detach(), valid, chosen)
-        return Proposals(Predictions(logits, boxes), take_rows(boxes.detach(), chosen), valid, chosen)
+            return Proposals(Predictions(logits, boxes), boxes.detach(), chosen)
+        return Proposals(Predictions(logits, boxes), take_rows(boxes.detach(), chosen), chosen)
 
     def with_regions(self, regions: Tensor, valid: Tensor, references: Tensor) -> Tensor:
         """Choose references among regions first and then among those of the tokens, in this order.
