@@ -10,6 +10,7 @@ from typing import Any
 
 from brs_detr import config as configuration
 from brs_detr.engine.checkpoint import Weights, save_weights, write_text
+from brs_detr.engine.logging import read_metrics
 from brs_detr.hub.huggingface import push
 from brs_detr.hub.model_card import model_card
 from brs_detr.hub.sources import WEIGHTS
@@ -51,7 +52,7 @@ def write_repository(folder: Path, weights: Weights, file: Path, repository: str
     if metrics.is_file():
         from brs_detr.viz.plots import draw_curves  # here, since only this needs matplotlib
 
-        draw_curves(metrics, folder / "curves.png")
+        draw_curves(read_metrics(metrics), folder / "curves.png")
     card = model_card(weights, repository, run=file.parent, license=license, has_curves=metrics.is_file())
     write_text(folder / "README.md", card)
 

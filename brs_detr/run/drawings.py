@@ -14,6 +14,7 @@ import torch
 
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.image_io import ImageError
+from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.storage import write_text, writing
 from brs_detr.evaluation.calibration import Calibration
 from brs_detr.evaluation.coco_eval import finite_results
@@ -143,7 +144,7 @@ def write_curves(out: Path, summary: Summary, metrics: Path) -> list[Path]:
         draw_reliability(summary.reliability.bins, paths[-1])
     if metrics.is_file():
         paths.append(out / "curves.png")
-        draw_curves(metrics, paths[-1])
+        draw_curves(read_metrics(metrics), paths[-1])
     return paths
 
 

@@ -6,7 +6,6 @@ used whatever the user's matplotlibrc says, because `text.usetex` or a `$` in a 
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import warnings
@@ -73,19 +72,17 @@ class Panel:
 
 
 @_styled
-def draw_curves(metrics: str | Path | Sequence[Mapping[str, Any]], out_png: str | Path | None = None) -> Figure:
+def draw_curves(records: Sequence[Mapping[str, Any]], out_png: str | Path | None = None) -> Figure:
     """Draw what a run logged.
 
     Args:
-        metrics: a `metrics.jsonl`, or its records: `{"kind": "train" | "val", "step", "epoch", ...}`, training records
-            with `loss`, `lr` and `terms`, validation records with `AP` and so on. Records that lack any of it are
-            passed over.
+        records: of a `metrics.jsonl`: `{"kind": "train" | "val", "step", "epoch", ...}`, training records with `loss`,
+            `lr` and `terms`, validation records with `AP` and so on. Records that lack any of it are passed over.
         out_png: where to save the image, if anywhere.
 
     Returns:
         The figure, with a panel for everything that was logged.
     """
-    records = read_records(metrics) if isinstance(metrics, str | Path) else list(metrics)
     train = [record for record in records if record.get("kind") == "train"]
     val = [record for record in records if record.get("kind") == "val"]
     x_name = "epoch" if all(_is_number(record.get("epoch")) for record in train + val) else "step"
@@ -233,19 +230,6 @@ def draw_confusion(confusion: Confusion, out_png: str | Path | None = None) -> F
     patches = [Patch(color=(red / 255, green / 255, blue / 255), label=text) for text, (red, green, blue) in kinds]
     figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False)
     return _save(figure, out_png)
-
-
-def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """Read a json-lines file; a line cut short by a kill, or damaged, is passed over."""
-    records = []
-    for text in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
 
 
 def smoothed(points: Points, span: int) -> Points:

@@ -1,7 +1,5 @@
 """Drawn images: boxes lie where they should, whatever is drawn from, and odd inputs do not stop a run."""
 
-import json
-
 import matplotlib
 import numpy as np
 import pytest
@@ -162,10 +160,7 @@ def entries(legend):
 
 
 def test_curves_of_a_run_are_saved_with_a_panel_for_what_was_logged(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    text = "\n".join(json.dumps(record) for record in records())
-    path.write_text(text + '\n{"kind": "train", "st', encoding="utf-8")
-    figure = draw_curves(path, tmp_path / "deep" / "curves.png")
+    figure = draw_curves(records(), tmp_path / "deep" / "curves.png")
     assert Image.open(tmp_path / "deep" / "curves.png").size == (1280, 800)
     assert titles(figure) == ["training loss", "loss by head", "average precision, in %", "learning rate"]
     loss, heads, precision, rate = figure.axes
