@@ -20,7 +20,7 @@ from brs_detr.export.graphs import ExportError
 from brs_detr.export.onnx import PROPOSALS, RAW_SCORES
 from brs_detr.export.parity import ExportedDetector, match_best
 from brs_detr.export.precision import write_float16, write_int8
-from brs_detr.ops.images import ImageBatch, Size, resized_size
+from brs_detr.ops.images import ImageBatch, Size, pad_to, resized_size
 from brs_detr.user_files import printable
 
 PIXELS = {"uint8": torch.uint8, "float32": torch.float32}
@@ -141,6 +141,4 @@ def as_input(image: Tensor, config: Config, canvas: Size | None, pixels: torch.d
 def padded(image: Tensor, canvas: Size) -> ImageBatch:
     """Make a batch of one (3, h, w) image in the top left corner of a (H, W) canvas."""
     height, width = image.shape[-2:]
-    pixels = image.new_zeros(1, 3, *canvas)
-    pixels[0, :, :height, :width] = image
-    return ImageBatch(pixels, [(height, width)], [(height, width)])
+    return ImageBatch(pad_to(image[None], canvas), [(height, width)], [(height, width)])

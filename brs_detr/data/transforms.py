@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from brs_detr.data.coco import Target
-from brs_detr.ops.images import CANVAS_COLOR, Size, resized_size
+from brs_detr.ops.images import CANVAS_COLOR, Size, pad_to, resized_size
 from brs_detr.ops.masks import resize_masks
 
 
@@ -173,7 +173,7 @@ class EvalTransforms:
     def views(self, image: Tensor) -> list[Tensor]:
         """Resize a (3, h, w) uint8 image to each size that the detector is to see it in: here one."""
         view = resize_image(image, self.resized(image.shape[-2], image.shape[-1]), self.antialias)
-        return [view if self.canvas is None else _on_canvas(view, (self.canvas, self.canvas), CANVAS_COLOR)]
+        return [view if self.canvas is None else pad_to(view, (self.canvas, self.canvas), CANVAS_COLOR)]
 
 
 class MultiScaleTransforms:
@@ -277,18 +277,8 @@ def place_on_canvas(image: Tensor, target: Target, size: Size) -> tuple[Tensor, 
         size: (H, W) of the canvas.
     """
     if "masks" in target:
-        target = {**target, "masks": _on_canvas(target["masks"], size, 0)}
-    return _on_canvas(image, size, CANVAS_COLOR), target
-
-
-def _on_canvas(planes: Tensor, size: Size, fill: int) -> Tensor:
-    """Pad planes (c, h, w) with `fill` at the right and bottom to (c, H, W)."""
-    height, width = planes.shape[-2:]
-    if (height, width) == size:
-        return planes
-    canvas = planes.new_full((len(planes), *size), fill)
-    canvas[:, :height, :width] = planes
-    return canvas
+        target = {**target, "masks": pad_to(target["masks"], size)}
+    return pad_to(image, size, CANVAS_COLOR), target
 
 
 def keep_objects(target: Target, keep: Tensor) -> Target:

@@ -39,7 +39,7 @@ from brs_detr.models.transformer.decoder import Predictions, best_pairs
 from brs_detr.models.transformer.encoder import Memory
 from brs_detr.models.transformer.two_stage import TwoStageHead
 from brs_detr.ops.deform_attn_gather import gathered_attention
-from brs_detr.ops.images import CANVAS_COLOR
+from brs_detr.ops.images import CANVAS_COLOR, padding_mask
 
 
 class ExportError(ValueError):
@@ -159,10 +159,7 @@ class DetectorGraph(nn.Module):
         """Detect objects with raw scores; arguments and the rest of the result as for `forward`."""
         model: Any = self.model
         height, width = pixels.shape[-2:]
-        # the mask by comparison rather than by slices, whose bounds would be constants of the graph
-        below = torch.arange(height, device=sizes.device) >= sizes[:, :1]
-        beside = torch.arange(width, device=sizes.device) >= sizes[:, 1:]
-        padding = below[:, :, None] | beside[:, None, :]
+        padding = padding_mask(sizes, height, width)
         if model.test_canvas is not None:  # what lies beside the image is a part of it, in gray
             pixels, padding = pixels.masked_fill(padding[:, None], CANVAS_COLOR), torch.zeros_like(padding)
             sizes = torch.ones_like(sizes) * torch.tensor([height, width], device=sizes.device)

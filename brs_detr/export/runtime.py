@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from brs_detr.evaluation.calibration import NEVER, Calibration
 from brs_detr.export.graphs import ExportError
 from brs_detr.export.onnx import RAW_SCORES
-from brs_detr.ops.images import ImageBatch, Size
+from brs_detr.ops.images import ImageBatch, Size, pad_to
 
 FACTS = (
     "classes",
@@ -105,7 +104,7 @@ class ExportedFile:
 
     def run(self, batch: ImageBatch, raw_scores: bool = False) -> list[np.ndarray]:
         """Return boxes (B, n, 4) in pixels of the input, scores (B, n) and labels (B, n) as the file has them."""
-        pixels = _on_canvas(batch.pixels.cpu(), self.size).numpy().astype(self.dtype, copy=False)
+        pixels = pad_to(batch.pixels.cpu(), self.size or batch.padded_size).numpy().astype(self.dtype, copy=False)
         inputs = {"pixels": pixels, "sizes": np.array(batch.sizes, np.int64)}
         if raw_scores and self.calibration is not None:
             outputs: list[np.ndarray] = self.open_raw_scores().run(["boxes", RAW_SCORES, "labels"], inputs)
@@ -177,12 +176,3 @@ def _providers(device: str | None) -> list[Any]:
     if kind == "cuda" and cuda in known and (not number or number.isdecimal()):
         return [(cuda, {"device_id": number or "0"}), "CPUExecutionProvider"]
     raise ExportError(f"--device {device}: this onnxruntime has {', '.join(known)}. Leave it out, or write cpu.")
-
-
-def _on_canvas(pixels: Tensor, size: Size | None) -> Tensor:
-    """Pad (B, 3, h, w) at the right and at the bottom to the size of the input."""
-    if size is None or tuple(pixels.shape[-2:]) == size:
-        return pixels
-    canvas = pixels.new_zeros(*pixels.shape[:2], *size)
-    canvas[..., : pixels.shape[-2], : pixels.shape[-1]] = pixels
-    return canvas

@@ -41,6 +41,24 @@ def level_sizes(shapes: Sequence[Size], like: Tensor) -> Tensor:
     return sizes.to(like.device, non_blocking=True)
 
 
+def padding_mask(sizes: Tensor, height: int, width: int) -> Tensor:
+    """Return where images of sizes (B, 2) as (h, w) are padded at the right and bottom: (B, height, width) bool."""
+    # by comparison and not by slices, whose bounds would be constants of an exported graph
+    below = torch.arange(height, device=sizes.device) >= sizes[:, :1]
+    beside = torch.arange(width, device=sizes.device) >= sizes[:, 1:]
+    return below[:, :, None] | beside[:, None, :]
+
+
+def pad_to(planes: Tensor, size: Size, fill: int = 0) -> Tensor:
+    """Pad planes (..., h, w) at the right and bottom to (..., H, W); the same tensor where they have that size."""
+    height, width = planes.shape[-2:]
+    if (height, width) == size:
+        return planes
+    canvas = planes.new_full((*planes.shape[:-2], *size), fill)
+    canvas[..., :height, :width] = planes
+    return canvas
+
+
 @dataclass(frozen=True)
 class ImageBatch:
     """A batch of images padded at the right and bottom.
@@ -94,12 +112,7 @@ class ImageBatch:
 
     def padding_mask(self) -> Tensor:
         """Return (B, H, W) bool on the pixels' device, True where padded."""
-        height, width = self.padded_size
-        device = self.pixels.device
-        sizes = torch.tensor(self.sizes).to(device, non_blocking=True)
-        below = torch.arange(height, device=device) >= sizes[:, :1]
-        beside = torch.arange(width, device=device) >= sizes[:, 1:]
-        return below[:, :, None] | beside[:, None, :]
+        return padding_mask(torch.tensor(self.sizes).to(self.pixels.device, non_blocking=True), *self.padded_size)
 
     def flipped(self) -> ImageBatch:
         """Mirror each image horizontally inside its own size; the padding, or the canvas, stays at the right."""

@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 from brs_detr.assign.assignment import BatchAssignment, count_per_image, join
 from brs_detr.assign.solo import mass_centers, solo_assign
-from brs_detr.losses.classification import PRIOR_BIAS
 from brs_detr.losses.objective import PredictionSet
 from brs_detr.models.cnn_config import SOLOv2HeadConfig
 from brs_detr.models.heads.dense import build_objective
 from brs_detr.models.heads.fovea import size_ranges
+from brs_detr.models.heads.towers import init_convs
 from brs_detr.ops.images import Size
 from brs_detr.ops.masks import dice_coefficient, matrix_nms, require_masks, shrink_masks
 
@@ -115,11 +115,7 @@ class SOLOv2Head(nn.Module):
         self.score = nn.Conv2d(config.conv_dim, num_classes, 3, padding=1)
         self.kernel = nn.Conv2d(config.conv_dim, config.mask_dim, 3, padding=1)
         self.masks = MaskBranch(dim, config.mask_hidden, config.mask_dim, mask_levels, config.norm_groups)
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, std=0.01)
-                if layer.bias is not None:
-                    nn.init.constant_(layer.bias, PRIOR_BIAS if layer is self.score else 0.0)
+        init_convs(self, self.score)
 
     def forward(self, features: Sequence[Tensor], frame: Size) -> SOLOv2Output:
         """Predict from feature maps (B, dim, h, w) of a padded batch of (h, w) = `frame` pixels."""

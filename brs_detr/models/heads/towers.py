@@ -61,11 +61,7 @@ class TowerHead(DenseHead):
         if branch is not None:
             self.add_module(branch, nn.Conv2d(dim, per_cell, 3, padding=1))
         self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0)) for _ in anchors.strides if level_scales)
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, std=0.01)
-                if layer.bias is not None:
-                    nn.init.constant_(layer.bias, PRIOR_BIAS if layer is self.score else 0.0)
+        init_convs(self, self.score)
 
     def forward(self, features: Sequence[Tensor]) -> DenseOutput:
         """Predict at every anchor from feature maps (B, dim, h, w), one per stride."""
@@ -112,6 +108,15 @@ class TowerHead(DenseHead):
 def tower(dim: int, depth: int, groups: int | None) -> nn.Sequential:
     """Stack 3x3 convolutions, each with a norm of so many groups, unless that is None, and ReLU."""
     return nn.Sequential(*(_block(dim, groups) for _ in range(depth)))
+
+
+def init_convs(module: nn.Module, score: nn.Conv2d) -> None:
+    """Initialize all convolutions of a head as in focal loss, whose `score` begins at a probability of 0.01."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight, std=0.01)
+            if layer.bias is not None:
+                nn.init.constant_(layer.bias, PRIOR_BIAS if layer is score else 0.0)
 
 
 def _block(dim: int, groups: int | None) -> nn.Sequential:
