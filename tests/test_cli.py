@@ -20,7 +20,7 @@ from support import DEMO, ROOT, SMALL_DETECTOR, SMALL_IMAGES, reset_accelerate, 
 
 from brs_detr import cli
 from brs_detr.config import from_dict, load_config
-from brs_detr.data.storage import StorageError
+from brs_detr.data.storage import ReadError
 from brs_detr.data.synthetic import make_dataset
 from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.trainer import Trainer
@@ -400,7 +400,7 @@ def test_sigterm_before_the_training_has_the_exit_code_of_an_interruption(data, 
 
 def test_a_storage_that_fails_has_a_code_of_its_own_in_every_command(run, data, tmp_path, monkeypatch, capsys):
     def gone(path, *_, **__):
-        raise StorageError(f"{path}: the storage does not give this file: Input/output error.")
+        raise ReadError(f"{path}: the storage does not give this file: Input/output error.")
 
     monkeypatch.setattr("brs_detr.data.coco.read_image", gone)
     monkeypatch.setattr("brs_detr.data.video.read_image", gone)

@@ -8,7 +8,7 @@ import yaml
 from brs_detr.config import load_config
 from brs_detr.config_io import ConfigError, parse_yaml
 from brs_detr.data.formats.base import Notes
-from brs_detr.data.formats.yolo import find_layout
+from brs_detr.data.formats.yolo import find_dataset
 from brs_detr.data.issues import DataError
 from brs_detr.parsing import TwoValuesError, dict_of_pairs, load_yaml
 
@@ -45,7 +45,7 @@ def test_a_recipe_and_a_dataset_of_laughs_are_refused_in_one_sentence(tmp_path):
         load_config(path)
     assert len(str(error.value)) < 300
     with pytest.raises(DataError, match="more than 200,000 values"):
-        find_layout(path, Notes())
+        find_dataset(path, Notes())
 
 
 def test_many_keys_do_not_take_the_square_of_their_number():
@@ -61,7 +61,7 @@ def test_many_keys_do_not_take_the_square_of_their_number():
 def test_numbers_that_no_dataset_has_are_refused(tmp_path, write_tiny_yolo, key, value):
     settings = write_tiny_yolo(tmp_path, **{key: value})
     with pytest.raises(DataError, match=rf"data\.yaml: {key}"):
-        find_layout(settings, Notes())
+        find_dataset(settings, Notes())
 
 
 @pytest.fixture

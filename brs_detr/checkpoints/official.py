@@ -23,7 +23,7 @@ from brs_detr.checkpoints.keys import original_swin, rotation_tables, to_officia
 from brs_detr.checkpoints.released import (
     FINE_TUNED_DETECTIONS,
     Augmentation,
-    Training,
+    ReleasedRecipe,
     trained_settings,
     training_of,
 )
@@ -58,7 +58,7 @@ class Report:
     dropped: dict[str, list[str]]
     ours_alone: list[str]
     classes: str
-    training: Training | None = None
+    training: ReleasedRecipe | None = None
 
     def __str__(self) -> str:
         lines = [

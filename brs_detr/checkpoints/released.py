@@ -38,7 +38,7 @@ FINE_TUNED_CANVAS = 1536
 
 
 @dataclass(frozen=True)
-class Training:
+class ReleasedRecipe:
     """What the tensors of a Co-DINO do not show of its training.
 
     Attributes:
@@ -65,7 +65,7 @@ class Training:
 
 def training_of(
     architecture: Architecture, source: str, augmentation: Augmentation | None = None, canvas: int | None = None
-) -> Training | None:
+) -> ReleasedRecipe | None:
     """Return how a Co-DINO was trained, None for other detectors, which all had DETR's augmentation.
 
     Args:
@@ -98,7 +98,7 @@ def training_of(
     return dataclasses.replace(released, canvas=canvas or released.canvas)
 
 
-def from_name(architecture: Architecture, source: str) -> Training | None:
+def from_name(architecture: Architecture, source: str) -> ReleasedRecipe | None:
     """Return what the name of a released Co-DINO says, None for other names and for those of another architecture."""
     if architecture.windows is not None:
         match = RELEASED_VIT.match(Path(source).stem)
@@ -123,10 +123,12 @@ def from_name(architecture: Architecture, source: str) -> Training | None:
     canvas = FINE_TUNED_CANVAS if match["data"] == "o365tolvis" else 1280 if swin else 1024
     kind: Augmentation = "lsj" if lsj else "detr"
     drop_path = SWIN_DROP_PATHS.get((kind, match["length"])) if swin and match["data"] == "coco" else None
-    return Training(kind, "by its name", canvas if lsj else None, match["length"], match["data"], drop_path)
+    return ReleasedRecipe(kind, "by its name", canvas if lsj else None, match["length"], match["data"], drop_path)
 
 
-def as_said(architecture: Architecture, source: str, augmentation: Augmentation | None, canvas: int | None) -> Training:
+def as_said(
+    architecture: Architecture, source: str, augmentation: Augmentation | None, canvas: int | None
+) -> ReleasedRecipe:
     """Return what the user says of a Co-DINO, with the side of the released models' canvas.
 
     Raises:
@@ -142,7 +144,7 @@ def as_said(architecture: Architecture, source: str, augmentation: Augmentation 
         data = "lvis" if architecture.num_classes == CLASSES_OF["lvis"] else "coco"
         return training_of_vit(augmentation, "as given", data, canvas)
     if augmentation == "detr":
-        return Training("detr", "as given")
+        return ReleasedRecipe("detr", "as given")
     swin, lvis = architecture.backbone.startswith("swin"), architecture.num_classes == CLASSES_OF["lvis"]
     if canvas is None and swin and lvis:
         raise CheckpointError(
@@ -150,16 +152,18 @@ def as_said(architecture: Architecture, source: str, augmentation: Augmentation 
             f"tensors do not show. Add --canvas 1280 or --canvas {FINE_TUNED_CANVAS}."
         )
     fine_tuned = swin and lvis and canvas == FINE_TUNED_CANVAS
-    return Training("lsj", "as given", canvas or (1280 if swin else 1024), data="o365tolvis" if fine_tuned else "coco")
+    return ReleasedRecipe(
+        "lsj", "as given", canvas or (1280 if swin else 1024), data="o365tolvis" if fine_tuned else "coco"
+    )
 
 
-def training_of_vit(augmentation: Augmentation, source: str, data: str, canvas: int | None = None) -> Training:
+def training_of_vit(augmentation: Augmentation, source: str, data: str, canvas: int | None = None) -> ReleasedRecipe:
     """Return how a ViT-L was trained."""
     side = (canvas or FINE_TUNED_CANVAS) if augmentation == "lsj" else None
-    return Training(augmentation, source, side, "vit", data, 0.3 if data == "lvis" else None)
+    return ReleasedRecipe(augmentation, source, side, "vit", data, 0.3 if data == "lvis" else None)
 
 
-def trained_settings(training: Training) -> dict[str, Any]:
+def trained_settings(training: ReleasedRecipe) -> dict[str, Any]:
     """Build what a training adds to the settings of its architecture, for `merge`."""
     data: dict[str, Any] = {}
     model: dict[str, Any] = {}

@@ -41,7 +41,7 @@ class Boxes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
+class AnchorLayout:
     """The anchors of a head.
 
     Attributes:
@@ -62,7 +62,7 @@ class Layout:
     even: bool = False
     border: float | None = None
 
-    def with_scale(self, scale: float) -> Layout:
+    def with_scale(self, scale: float) -> AnchorLayout:
         """Return the same anchors with another smallest side."""
         return replace(self, scale=scale)
 
@@ -135,7 +135,7 @@ def _resized(stored: Boxes, sizes: Sequence[Tensor]) -> Boxes:
     return Boxes(*(evenly_spaced(column, MAX_OBJECTS) for column in everything))
 
 
-def best_overlap(boxes: Boxes, layout: Layout) -> Tensor:
+def best_overlap(boxes: Boxes, layout: AnchorLayout) -> Tensor:
     """Compute the IoU of each object with its best anchor.
 
     Both sides of an intersection shrink with the distance of the centers along that axis, and the areas of an object
@@ -156,7 +156,7 @@ def best_overlap(boxes: Boxes, layout: Layout) -> Tensor:
     return best
 
 
-def _intersection(sides: Tensor, length: Tensor, half: float, stride: int, layout: Layout) -> Tensor:
+def _intersection(sides: Tensor, length: Tensor, half: float, stride: int, layout: AnchorLayout) -> Tensor:
     """Intersect intervals (N, 2) with the nearest anchor of a half side, in images of (N,) pixels along that axis.
 
     Returns:
@@ -174,13 +174,13 @@ def _intersection(sides: Tensor, length: Tensor, half: float, stride: int, layou
     return torch.where(first <= last, overlap.clamp(min=0), 0.0)
 
 
-def fit(boxes: Boxes, layout: Layout) -> Fit:
+def fit(boxes: Boxes, layout: AnchorLayout) -> Fit:
     """Measure which shares of the objects have an anchor at IoU .5 and .7; 0 without objects."""
     overlap = best_overlap(boxes, layout)
     return Fit(*(float((overlap >= iou).double().mean()) if len(overlap) else 0.0 for iou in (0.5, 0.7)))
 
 
-def best_scale(boxes: Boxes, layout: Layout, scales: Iterable[float] = SCALES) -> tuple[Layout, Fit]:
+def best_scale(boxes: Boxes, layout: AnchorLayout, scales: Iterable[float] = SCALES) -> tuple[AnchorLayout, Fit]:
     """Choose the scale with the largest mean of both shares; of equal ones the nearest to that of `layout`.
 
     The layout itself is a candidate too: a scale that fits no better does not replace it.

@@ -196,7 +196,7 @@ class CocoDetection(Dataset):
 
         Raises:
             ImageError: in training, if neither the image nor the next ones can be decoded.
-            StorageError: the file exists but cannot be read; it is not replaced by another image.
+            ReadError: the file exists but cannot be read; it is not replaced by another image.
         """
         index, epoch, *times = index if isinstance(index, tuple) else (index, 0)
         index = int(index)
@@ -225,7 +225,7 @@ class CocoDetection(Dataset):
 
         Raises:
             ImageError: the file cannot be decoded.
-            StorageError: the file cannot be read.
+            ReadError: the file cannot be read.
         """
         packed = self.packed
         frame = (int(packed.frames[index, 0]), int(packed.frames[index, 1]))

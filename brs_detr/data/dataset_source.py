@@ -23,7 +23,7 @@ from brs_detr.data.formats.yolo import read_yolo
 from brs_detr.data.image_search import usual_folder
 from brs_detr.data.issues import DataError
 from brs_detr.data.json_file import load_json
-from brs_detr.data.layouts import NAMES, Layout, recognize
+from brs_detr.data.layouts import NAMES, DatasetLayout, recognize
 from brs_detr.user_files import printable, read_start
 
 NOTES_FILE = "notes.txt"
@@ -54,7 +54,7 @@ class Opened:
         remarks: what was passed over, left out or written.
     """
 
-    layout: Layout
+    layout: DatasetLayout
     splits: dict[str, Split]
     remarks: list[str] = field(default_factory=list)
 
@@ -94,7 +94,7 @@ def open_source(config: DataConfig, folder: Path, purposes: tuple[str, ...] = ("
         raise DataError(f"{error.filename or layout.source}: {error.strerror or error}.") from error
 
 
-def _open_coco(layout: Layout, config: DataConfig, folder: Path, purposes: tuple[str, ...]) -> Opened:
+def _open_coco(layout: DatasetLayout, config: DataConfig, folder: Path, purposes: tuple[str, ...]) -> Opened:
     """Use the jsons of a COCO layout, or write those of a split that is wanted."""
     chosen = _purposes(layout, config.val_fraction, purposes)
     heads = {path: _read_head(path, config.max_json_bytes) for path in chosen.values()}
@@ -135,7 +135,7 @@ def _read_head(path: Path, max_bytes: int) -> _Head:
     return _Head([name for name in names if isinstance(name, str) and name], len(entries))
 
 
-def _passed_over(layout: Layout) -> list[str]:
+def _passed_over(layout: DatasetLayout) -> list[str]:
     if not layout.passed_over:
         return []
     names = ", ".join(printable(_inside(path, layout.root)) for path in layout.passed_over[:4])
@@ -143,14 +143,14 @@ def _passed_over(layout: Layout) -> list[str]:
     return [f"not used: {names}{more}"]
 
 
-def _grouping_category(layout: Layout, config: DataConfig) -> dict[str, Any] | None:
+def _grouping_category(layout: DatasetLayout, config: DataConfig) -> dict[str, Any] | None:
     """Read all splits of a Roboflow export, to find the category that groups the others; None in other layouts."""
     if layout.kind != "roboflow":
         return None
     return grouping_category([load_json(path, config.max_json_bytes) for path in layout.jsons.values()])
 
 
-def _purposes(layout: Layout, fraction: float | None, purposes: tuple[str, ...]) -> dict[str, Path]:
+def _purposes(layout: DatasetLayout, fraction: float | None, purposes: tuple[str, ...]) -> dict[str, Path]:
     """Choose the json for each purpose; with a fraction to hold out, one json is for both.
 
     Raises:
@@ -171,7 +171,7 @@ def _purposes(layout: Layout, fraction: float | None, purposes: tuple[str, ...])
     return chosen
 
 
-def _require_all(layout: Layout, chosen: Mapping[str, Any], purposes: tuple[str, ...], names: list[str]) -> None:
+def _require_all(layout: DatasetLayout, chosen: Mapping[str, Any], purposes: tuple[str, ...], names: list[str]) -> None:
     missing = [purpose for purpose in purposes if purpose not in chosen]
     if not missing:
         return
@@ -196,14 +196,14 @@ def _image_folder(path: Path, names: list[str]) -> Path:
         ) from None
 
 
-def _origin(path: Path, images: Path, layout: Layout) -> str:
+def _origin(path: Path, images: Path, layout: DatasetLayout) -> str:
     where = _inside(images, layout.root)
     return (
         f"{printable(_inside(path, layout.root))}, images in {'the same folder' if where == '.' else printable(where)}"
     )
 
 
-def _convert(layout: Layout, config: DataConfig, folder: Path, purposes: tuple[str, ...]) -> Opened:
+def _convert(layout: DatasetLayout, config: DataConfig, folder: Path, purposes: tuple[str, ...]) -> Opened:
     """Convert a YOLO or VOC dataset."""
     read = read_voc if layout.kind == "voc" else read_yolo
     imported = read(layout.place, limits=config)

@@ -20,7 +20,7 @@ from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
 from brs_detr.data.config import Limits
-from brs_detr.data.storage import StorageError, persist, read_bytes
+from brs_detr.data.storage import ReadError, persist, read_bytes
 from brs_detr.exit_codes import Failure
 from brs_detr.user_files import open_regular, printable, read_file, read_start, require_at_most
 
@@ -82,13 +82,13 @@ def read_image(
     Raises:
         ImageError: the file is too large, damaged, truncated, or has values without an 8-bit equivalent; if
             `retry_seconds` is None, also if it is missing or not a regular file.
-        StorageError: the file cannot be read, and `retry_seconds` is not None.
+        ReadError: the file cannot be read, and `retry_seconds` is not None.
     """
     limits = limits or Limits()
     try:
         content = read_bytes(path, limits.max_image_bytes, "data.max_image_bytes", retry_seconds)
         return _decode(content, expected_size, path, limits)
-    except (ImageError, StorageError):
+    except (ImageError, ReadError):
         raise
     except Exception as error:  # Pillow's decoders raise many types, some of them from C code
         raise ImageError(f"{path}: this image cannot be read: {_reason(error, path)}.") from error
@@ -201,14 +201,14 @@ def read_image_info(path: str | Path, limits: Limits | None = None, retry_second
 
     Raises:
         ImageError: the file is missing, not a regular file, too large, not an image, or truncated.
-        StorageError: the storage failed, and `retry_seconds` is not None.
+        ReadError: the storage failed, and `retry_seconds` is not None.
     """
     limits = limits or Limits()
     try:
         if retry_seconds is None:
             return _inspect(path, limits)
         return persist(lambda: _inspect(path, limits), path, retry_seconds, from_the_start=True)
-    except StorageError:
+    except ReadError:
         raise
     except Exception as error:
         raise ImageError(f"{path}: this image cannot be read: {_reason(error, path)}.") from error

@@ -37,7 +37,7 @@ def resolve_image_sizes(
 
     Raises:
         DataError: none of the inspected images can be read.
-        StorageError: the storage failed for `retry_seconds`; with None such a file counts as unreadable.
+        ReadError: the storage failed for `retry_seconds`; with None such a file counts as unreadable.
     """
     extent = np.zeros((len(images), 2))
     np.maximum.at(extent, objects.rows, (objects.xywh[:, :2] + objects.xywh[:, 2:])[:, ::-1])

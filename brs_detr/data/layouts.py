@@ -44,7 +44,7 @@ _WORDS = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class DatasetLayout:
     """A dataset that was recognized.
 
     Attributes:
@@ -67,7 +67,7 @@ class Layout:
         return self.place if self.place.is_dir() else self.place.parent
 
 
-def recognize(source: str | Path) -> Layout:
+def recognize(source: str | Path) -> DatasetLayout:
     """Recognize a dataset.
 
     Args:
@@ -101,20 +101,20 @@ def is_yolo_yaml(path: str | Path) -> bool:
     return "names" in settings or any(isinstance(settings.get(key), (str, list)) for key in ("train", "val"))
 
 
-def _of_file(path: Path) -> Layout:
+def _of_file(path: Path) -> DatasetLayout:
     name = path.name.lower()
     if name.endswith((".json", ".json.gz")):
-        return Layout("coco", path, path.parent, {"all": path})
+        return DatasetLayout("coco", path, path.parent, {"all": path})
     if name.endswith((".yaml", ".yml")) and not is_yolo_yaml(path):
         raise DataError(f"{path}: this yaml describes no dataset: it has neither `names` nor paths `train` and `val`.")
     if name.endswith((".yaml", ".yml", ".data")):
-        return Layout("yolo", path, path)
+        return DatasetLayout("yolo", path, path)
     if name.endswith(ARCHIVES):
         raise DataError(f"{path}: this is an archive. Unpack it and give the folder.")
     raise DataError(f"{path}: this is no dataset. Give a folder, a COCO json or the data.yaml of a YOLO dataset.")
 
 
-def _of_folder(given: Path) -> Layout:
+def _of_folder(given: Path) -> DatasetLayout:
     folder = given
     while True:
         found = [*_coco(given, folder), *_yolo(given, folder), *_voc(given, folder)]
@@ -137,7 +137,7 @@ def _what_is_known() -> str:
     )
 
 
-def _how_to_name(layout: Layout) -> str:
+def _how_to_name(layout: DatasetLayout) -> str:
     """Say how to name one of several datasets in a folder."""
     if layout.jsons:
         folder = next(iter(layout.jsons.values())).parent
@@ -152,7 +152,7 @@ def _how_to_name(layout: Layout) -> str:
     return f"`brs-detr convert-dataset {layout.kind} {printable(layout.place)} OUT`"
 
 
-def _coco(given: Path, folder: Path) -> Iterator[Layout]:
+def _coco(given: Path, folder: Path) -> Iterator[DatasetLayout]:
     """Yield the layout of COCO jsons in a folder, its folders of annotations and its folders of splits, if any."""
     groups: dict[str, list[Path]] = {}
     roboflow = False
@@ -168,7 +168,7 @@ def _coco(given: Path, folder: Path) -> Iterator[Layout]:
     chosen = {split: _one(given, split, paths) for split, paths in groups.items()}
     passed_over -= set(chosen.values())
     kind: Kind = "roboflow" if roboflow else "coco"
-    yield Layout(kind, given, folder, chosen, tuple(sorted(passed_over)))
+    yield DatasetLayout(kind, given, folder, chosen, tuple(sorted(passed_over)))
 
 
 def _jsons(folder: Path) -> list[Path]:
@@ -228,18 +228,18 @@ def _one(given: Path, split: str, paths: list[Path]) -> Path:
     return candidates[0]
 
 
-def _yolo(given: Path, folder: Path) -> Iterator[Layout]:
+def _yolo(given: Path, folder: Path) -> Iterator[DatasetLayout]:
     """Yield the YOLO dataset of a folder: described by a file in it, or recognized by its labels."""
     files = [path for path in sorted(folder.glob("*.y*ml")) if is_yolo_yaml(path)]
     files = files or [path for path in sorted(folder.glob("*.data")) if _is_darknet(path)]
     if files:
         # several are refused, by name, when the folder is read
-        yield Layout("yolo", given, files[0] if len(files) == 1 else folder)
+        yield DatasetLayout("yolo", given, files[0] if len(files) == 1 else folder)
         return
     places = [folder, *_named(folder, lambda name: split_named(name) is not None)]
     labels = chain(*(place.glob(pattern) for place in places for pattern in ("[Ll]abels/*.txt", "[Ll]abels/*/*.txt")))
     if any(_is_label(path) for path in islice(labels, 20)) or _has_flat_labels(folder):
-        yield Layout("yolo", given, folder)
+        yield DatasetLayout("yolo", given, folder)
 
 
 def _is_darknet(path: Path) -> bool:
@@ -264,7 +264,7 @@ def _is_label(path: Path) -> bool:
     return re.match(rb"\s*\d+([ \t,;]+-?[\d.]+(e-?\d+)?){4,}", first) is not None
 
 
-def _voc(given: Path, folder: Path) -> Iterator[Layout]:
+def _voc(given: Path, folder: Path) -> Iterator[DatasetLayout]:
     """Yield the VOC dataset of a folder, recognized by an xml file."""
     place = folder.parent if folder.name == "Annotations" else folder  # its images are beside it
     # no other folders: else a folder of several datasets would be taken for one
@@ -276,5 +276,5 @@ def _voc(given: Path, folder: Path) -> Iterator[Layout]:
         except UserFileError:
             continue
         if re.search(rb"<(\w+:)?annotation\b", start):
-            yield Layout("voc", given, place)
+            yield DatasetLayout("voc", given, place)
             return

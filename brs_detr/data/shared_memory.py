@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from brs_detr.data.storage import StorageError
+from brs_detr.exit_codes import ExitCode, Interruption
 from brs_detr.ops.images import ImageBatch, ImageViews
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -23,6 +23,12 @@ PREFETCHED = 2  # batches that each worker prepares in advance, torch's default
 _ADVICE = "Start the container with --shm-size=8g (or --ipc=host), or lower data.workers."
 _console = logging.getLogger(__name__)
 _warned: set[str] = set()  # reasons already logged by this process, which may meet them in every batch
+
+
+class SharedMemoryError(Interruption):
+    """There is no room left in the shared memory that the run cannot do without."""
+
+    code = ExitCode.STORAGE
 
 
 class ThroughPipe:
@@ -39,13 +45,13 @@ def shared_zeros(count: int, dtype: torch.dtype) -> Tensor:
     """Allocate (count,) zeros in shared memory, for the loader workers and their parent.
 
     Raises:
-        StorageError: the shared memory is full.
+        SharedMemoryError: the shared memory is full.
     """
     try:
         return torch.zeros(count, dtype=dtype).share_memory_()
     except RuntimeError as error:
         reason = str(error).rpartition(": ")[2]
-        raise StorageError(f"{SHARED_MEMORY}: {reason}. {_ADVICE}") from error
+        raise SharedMemoryError(f"{SHARED_MEMORY}: {reason}. {_ADVICE}") from error
 
 
 def move_to_shared_memory(batch: tuple[ImageBatch | ImageViews, list[dict[str, Any]]]) -> Any:

@@ -23,7 +23,7 @@ _ABSENT = (errno.ENOENT, errno.EACCES, errno.EPERM)
 _console = logging.getLogger(__name__)
 
 
-class StorageError(Interruption):
+class ReadError(Interruption):
     """A file that existed could not be read for so long that the run ends; the message names it."""
 
     code = ExitCode.STORAGE
@@ -38,7 +38,7 @@ def read_bytes(path: str | Path, max_bytes: int | None, setting: str, retry_seco
         retry_seconds: how long to retry when the storage fails; None raises the first error.
 
     Raises:
-        StorageError: the storage still failed after that time.
+        ReadError: the storage still failed after that time.
         UserFileError: the file is too large; without retries, also if it is not a regular file.
         OSError: the path cannot be that of a file, for instance because it is a folder.
     """
@@ -60,7 +60,7 @@ def persist(
             of the dataset, and raised at once; otherwise the file has changed, which counts as a storage failure.
 
     Raises:
-        StorageError: the storage still failed after that time.
+        ReadError: the storage still failed after that time.
     """
     deadline, pause = time.monotonic() + retry_seconds, FIRST_PAUSE
     problem: Exception
@@ -78,7 +78,7 @@ def persist(
             problem, reason = error, error.strerror or str(error)
         if time.monotonic() + pause > deadline:
             tried = f", retried for {retry_seconds:g} s (data.retry_seconds)" if retry_seconds else ""
-            raise StorageError(
+            raise ReadError(
                 f"{path}: the storage cannot read this file: {reason}{tried}. Repair the storage or restore the "
                 "file, then start again; continue a training with --resume."
             ) from problem

@@ -56,7 +56,7 @@ class TrainerState:
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingParts:
     """The parts of a training that are saved.
 
     Attributes:
@@ -106,7 +106,7 @@ class Snapshot:
         write_text(folder / VALUES, json.dumps(self.values, indent=1))
 
 
-def take(training: Training) -> Snapshot:
+def take(training: TrainingParts) -> Snapshot:
     """Take a snapshot for the main process to write; every process calls it, since sharded tensors are gathered."""
     accelerator, named = training.accelerator, list(training.parameters())
     memory = [(name, key, t) for name, p in named for key, t in training.optimizer.state.get(p, {}).items()]
@@ -132,7 +132,7 @@ def take(training: Training) -> Snapshot:
     return Snapshot(tensors, values)
 
 
-def read(folder: Path, training: Training) -> Snapshot:
+def read(folder: Path, training: TrainingParts) -> Snapshot:
     """Read a snapshot, also one that Accelerate saved for an earlier version of the trainer; no code is executed.
 
     Raises:
@@ -156,7 +156,7 @@ def read(folder: Path, training: Training) -> Snapshot:
     return Snapshot(tensors, values)
 
 
-def put_back(training: Training, snapshot: Snapshot, source: Path) -> None:
+def put_back(training: TrainingParts, snapshot: Snapshot, source: Path) -> None:
     """Restore a training from a snapshot.
 
     Args:

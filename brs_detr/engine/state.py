@@ -20,14 +20,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from brs_detr.engine.distributed import is_sharded
-from brs_detr.engine.snapshot import Snapshot, Training, put_back, read, take
+from brs_detr.engine.snapshot import Snapshot, TrainingParts, put_back, read, take
 from brs_detr.engine.storage import FULL, CheckpointError, flush_folder, together, write_text, writing
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)(\.former)?")
 
 
-def save_state(folder: Path, training: Training, facts: dict[str, Any], keep: int = 2) -> list[str]:
+def save_state(folder: Path, training: TrainingParts, facts: dict[str, Any], keep: int = 2) -> list[str]:
     """Save a training; every process calls it.
 
     If the disk is full, older states are removed to make room for the new one.
@@ -69,7 +69,7 @@ def save_state(folder: Path, training: Training, facts: dict[str, Any], keep: in
     return notes
 
 
-def load_state(state: Path, training: Training) -> None:
+def load_state(state: Path, training: TrainingParts) -> None:
     """Restore a training from a saved state; every process calls it.
 
     Raises:

@@ -48,7 +48,7 @@ from brs_detr.engine.nonfinite import (
 )
 from brs_detr.engine.optim import Schedule, set_learning_rate
 from brs_detr.engine.signals import stop_signals
-from brs_detr.engine.snapshot import TrainerState, Training
+from brs_detr.engine.snapshot import TrainerState, TrainingParts
 from brs_detr.engine.state import load_state, save_state
 from brs_detr.engine.storage import StorageError, together
 from brs_detr.exit_codes import ExitCode, Interruption
@@ -424,9 +424,9 @@ class Trainer:
             )
             position.best = None
 
-    def _training(self) -> Training:
+    def _training(self) -> TrainingParts:
         average = self.ema.module if self.ema is not None else None
-        return Training(self.accelerator, self.model, self.optimizer, average, self.position, self.meter)
+        return TrainingParts(self.accelerator, self.model, self.optimizer, average, self.position, self.meter)
 
     def save_state(self) -> None:
         """Save a state from which the run can be resumed; every process calls it.

@@ -283,7 +283,7 @@ def _after(advice: str) -> str:
     return f" {advice}" if advice else ""
 
 
-def answers(url: str, patience: float = PATIENCE) -> bool:
+def is_reachable(url: str, patience: float = PATIENCE) -> bool:
     """Check whether a server answers at all, if only with a refusal."""
     try:
         with _opened(url, {}, patience, ""):

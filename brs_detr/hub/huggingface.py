@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from brs_detr.hub.download import DownloadError, answers
+from brs_detr.hub.download import DownloadError, is_reachable
 from brs_detr.hub.sources import WEIGHTS, SourceError
 
 
@@ -25,7 +25,7 @@ def fetch(repository: str, revision: str | None = None) -> Path:
     name = f"hf://{repository}{f'@{revision}' if revision else ''}"
     cached = try_to_load_from_cache(repository, WEIGHTS, revision=revision)
     # a quick look-up first: the client retries for most of a minute
-    if constants.HF_HUB_OFFLINE or not answers(constants.ENDPOINT):
+    if constants.HF_HUB_OFFLINE or not is_reachable(constants.ENDPOINT):
         if isinstance(cached, str):
             return Path(cached)
         raise DownloadError(
@@ -75,7 +75,7 @@ def push(folder: Path, repository: str, *, private: bool = False, message: str =
 
     if repository.count("/") != 1:
         raise SourceError(f"{repository}: not the name of a repository. Write user/repository.")
-    if constants.HF_HUB_OFFLINE or not answers(constants.ENDPOINT):
+    if constants.HF_HUB_OFFLINE or not is_reachable(constants.ENDPOINT):
         raise DownloadError(f"{repository}: {constants.ENDPOINT} does not answer. Connect to the network.")
     api: Any = HfApi()
     try:

@@ -55,7 +55,7 @@ def draw_noise(count: int, num_classes: int, generator: torch.Generator | None =
     )
 
 
-class Layout(NamedTuple):
+class DenoisingLayout(NamedTuple):
     """Where the noised objects of a batch are among its (B, P) denoising rows, on the host.
 
     Row b * M + j of an image is that of its object j in block b; blocks 2g and 2g + 1 are those of group g. An image
@@ -75,7 +75,7 @@ class Layout(NamedTuple):
     present: np.ndarray
 
     @classmethod
-    def of(cls, counts: Sequence[int], queries: int) -> Layout:
+    def of(cls, counts: Sequence[int], queries: int) -> DenoisingLayout:
         """Arrange `counts` objects of each image in groups of about `queries` positives altogether."""
         objects = max(counts)
         groups = max(queries // objects, 1) if objects else 1
@@ -185,7 +185,7 @@ class Denoising(nn.Module):
         """
         targets = self.bounded(targets)
         counts, device = [end - start for start, end in targets.spans], targets.boxes.device
-        layout = Layout.of(counts, self.config.queries)
+        layout = DenoisingLayout.of(counts, self.config.queries)
         blocks = 2 * layout.groups
         noise = self.draw(blocks * sum(counts), self.label_embedding.num_embeddings, self.generator)
         noise = Noise(*(part.to(device, non_blocking=True) for part in noise))

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from brs_detr.config import Config, ConfigError, from_dict
-from brs_detr.data.anchor_fit import Boxes, Fit, Layout, at_training_size, best_scale, boxes_of
+from brs_detr.data.anchor_fit import AnchorLayout, Boxes, Fit, at_training_size, best_scale, boxes_of
 from brs_detr.models.cnn_config import ModelConfig, YOLACTHeadConfig
 from brs_detr.models.config import DenseHeadConfig, DETRConfig, RPNConfig
 from brs_detr.models.neck import pyramid_strides
@@ -23,17 +23,19 @@ from brs_detr.run.dataset import TrainSet
 from brs_detr.run.weights import locate, read
 
 
-def layouts(model: ModelConfig) -> dict[str, Layout]:
+def layouts(model: ModelConfig) -> dict[str, AnchorLayout]:
     """Return the anchors of each head of a detector by the name of its section; empty for one without anchors."""
     strides = pyramid_strides(model.backbone.levels, model.levels + isinstance(model, DETRConfig))
     found = {}
     for name in model.dense_heads if isinstance(model, DETRConfig) else ("rpn", "head"):
         head = getattr(model, name, None)
         if isinstance(head, YOLACTHeadConfig):
-            found[name] = Layout(strides, head.anchor_scale, 1, head.anchor_ratios, offset=0.5, even=True)
+            found[name] = AnchorLayout(strides, head.anchor_scale, 1, head.anchor_ratios, offset=0.5, even=True)
         elif isinstance(head, (RPNConfig, DenseHeadConfig)):
             border = head.allowed_border if isinstance(head, RPNConfig) else None
-            found[name] = Layout(strides, head.anchor_scale, head.scales_per_octave, head.anchor_ratios, border=border)
+            found[name] = AnchorLayout(
+                strides, head.anchor_scale, head.scales_per_octave, head.anchor_ratios, border=border
+            )
     return found
 
 
@@ -51,7 +53,7 @@ def with_scales(model: ModelConfig, scales: Mapping[str, float]) -> ModelConfig:
     return replace(model, **{"anchors": "fixed", **heads}) if own else model
 
 
-def fit_heads(model: ModelConfig, boxes: Boxes) -> dict[str, tuple[Layout, Fit]]:
+def fit_heads(model: ModelConfig, boxes: Boxes) -> dict[str, tuple[AnchorLayout, Fit]]:
     """Choose the scale of each head for boxes at their training size: its anchors with it, and how they fit."""
     return {name: best_scale(boxes, layout) for name, layout in layouts(model).items()}
 

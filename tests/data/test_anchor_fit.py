@@ -9,9 +9,9 @@ from brs_detr.config import apply_overrides, load_config
 from brs_detr.data.anchor_fit import (
     MAX_OBJECTS,
     SCALES,
+    AnchorLayout,
     Boxes,
     Fit,
-    Layout,
     at_training_size,
     best_overlap,
     best_scale,
@@ -28,12 +28,12 @@ from brs_detr.ops.anchors import AnchorGrid, inside_image, octave_scales, valid_
 from brs_detr.ops.images import resized_size
 
 LAYOUTS = {
-    "rpn": Layout((4, 8, 16, 32), 2.0, 3, (0.5, 1.0, 2.0)),
-    "one a cell": Layout((8, 16, 32), 4.0, 1, (1.0,)),
-    "not beyond the border": Layout((4, 8, 16, 32, 64), 3.0, 2, (0.5, 1.0, 2.0), border=0.0),
-    "a little beyond the border": Layout((8, 16), 4.0, 1, (0.5, 2.0), border=5.0),
-    "points": Layout((8, 16, 32), 3.0, 1, (1.0, 2.0), offset=0.5),
-    "cells divide the image": Layout((8, 16, 32), 3.0, 1, (0.5, 1.0), offset=0.5, even=True),
+    "rpn": AnchorLayout((4, 8, 16, 32), 2.0, 3, (0.5, 1.0, 2.0)),
+    "one a cell": AnchorLayout((8, 16, 32), 4.0, 1, (1.0,)),
+    "not beyond the border": AnchorLayout((4, 8, 16, 32, 64), 3.0, 2, (0.5, 1.0, 2.0), border=0.0),
+    "a little beyond the border": AnchorLayout((8, 16), 4.0, 1, (0.5, 2.0), border=5.0),
+    "points": AnchorLayout((8, 16, 32), 3.0, 1, (1.0, 2.0), offset=0.5),
+    "cells divide the image": AnchorLayout((8, 16, 32), 3.0, 1, (0.5, 1.0), offset=0.5, even=True),
 }
 
 
@@ -81,7 +81,7 @@ def test_the_best_overlap_is_that_with_every_anchor_of_the_grid(name):
 def test_an_anchor_beside_its_object_by_half_a_cell_overlaps_it_as_counted_by_hand():
     """8 pixels, 2 pixels beside it both ways: 36 of 128 - 36; of the same shape and place: all of it."""
     boxes = Boxes(torch.tensor([[6.0, 6, 14, 14], [4, 4, 12, 12]]), torch.full((2, 2), 64.0))
-    assert best_overlap(boxes, Layout((4,), 2.0, 1, (1.0,))).tolist() == pytest.approx([36 / 92, 1.0])
+    assert best_overlap(boxes, AnchorLayout((4,), 2.0, 1, (1.0,))).tolist() == pytest.approx([36 / 92, 1.0])
 
 
 def test_no_objects_fit_nothing():
@@ -105,7 +105,7 @@ def test_objects_as_large_as_the_anchors_of_a_scale_have_that_scale():
     """On the grid of the finest level, at cells in whole images."""
     centers = torch.arange(40, 60, 4.0)
     boxes = torch.stack([centers - 16, centers - 16, centers + 16, centers + 16], dim=1)
-    chosen, fitted = best_scale(Boxes(boxes, torch.full((5, 2), 128.0)), Layout((4,), 2.0, 1, (1.0,)))
+    chosen, fitted = best_scale(Boxes(boxes, torch.full((5, 2), 128.0)), AnchorLayout((4,), 2.0, 1, (1.0,)))
     assert fitted == Fit(1.0, 1.0) and 6.8 <= chosen.scale <= 9.6  # nearest to 2 of those above .7
 
 

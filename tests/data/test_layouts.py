@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from brs_detr.data.issues import DataError
-from brs_detr.data.layouts import Layout, is_yolo_yaml, recognize, split_of_name
+from brs_detr.data.layouts import DatasetLayout, is_yolo_yaml, recognize, split_of_name
 
 COCO = json.dumps({"info": {"description": "x" * 300}, "images": [], "annotations": [], "categories": []})
 XML = '<?xml version="1.0"?>\n<annotation verified="yes"><filename>a.jpg</filename></annotation>'
@@ -29,7 +29,7 @@ def write(folder, *names, **contents):
     return folder
 
 
-def splits(layout: Layout):
+def splits(layout: DatasetLayout):
     return {split: path.relative_to(layout.root).as_posix() for split, path in layout.jsons.items()}
 
 

@@ -11,7 +11,7 @@ from brs_detr.data import coco, image_io, storage
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.image_io import ImageError, read_image, read_image_info
 from brs_detr.data.loader import build_train_loader
-from brs_detr.data.storage import StorageError, read_bytes
+from brs_detr.data.storage import ReadError, read_bytes
 from brs_detr.exit_codes import ExitCode
 
 
@@ -50,9 +50,7 @@ def test_a_file_that_went_away_for_good_is_neither_replaced_nor_left_out(path, t
     dataset = CocoDetection(path, path.parent / "images", train=train, retry_seconds=0.2)
     file = Path(dataset.path(1))
     file.rename(file.with_suffix(".away"))
-    with pytest.raises(
-        StorageError, match=rf"{file.name}: the storage .*No such file or directory, retried for 0\.2 s"
-    ):
+    with pytest.raises(ReadError, match=rf"{file.name}: the storage .*No such file or directory, retried for 0\.2 s"):
         dataset[1]
     file.with_suffix(".away").rename(file)
     dataset[1]  # it is remembered as nothing
@@ -64,7 +62,7 @@ def test_an_image_that_has_become_a_pipe_is_the_storages_fault_but_not_one_from_
     file = Path(dataset.path(1))
     file.unlink()
     os.mkfifo(file)
-    with pytest.raises(StorageError, match="named pipe, not a regular file, retried for"):
+    with pytest.raises(ReadError, match="named pipe, not a regular file, retried for"):
         dataset[1]
     with pytest.raises(ImageError, match="named pipe"):
         read_image_info(file, retry_seconds=60)
@@ -104,7 +102,7 @@ def test_a_header_is_tried_again_but_not_that_of_a_file_which_is_absent_from_the
     monkeypatch.setattr(image_io, "_inspect", failing)
     assert read_image_info(file, retry_seconds=60).stored_size == (40, 60)
     errors += [OSError(errno.EIO, "Input/output error")] * 99
-    with pytest.raises(StorageError, match="Input/output error"):
+    with pytest.raises(ReadError, match="Input/output error"):
         read_image_info(file, retry_seconds=0.0)
     errors.clear()
     with pytest.raises(ImageError, match="does not exist"):
@@ -116,7 +114,7 @@ def test_a_worker_hands_on_the_error_with_its_words_and_code(path):
     loader = build_train_loader(dataset, batch_size=2, workers=1)
     for index in range(3):
         Path(dataset.path(index)).unlink()
-    with pytest.raises(StorageError) as error:
+    with pytest.raises(ReadError) as error:
         next(iter(loader))
     loader.close()
     assert error.value.code == ExitCode.STORAGE

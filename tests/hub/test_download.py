@@ -14,7 +14,7 @@ import pytest
 
 from brs_detr.exit_codes import ExitCode
 from brs_detr.hub import download as module
-from brs_detr.hub.download import DownloadError, answers, cache_folder, download
+from brs_detr.hub.download import DownloadError, cache_folder, download, is_reachable
 
 CONTENT = bytes(range(256)) * 4000
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -137,10 +137,10 @@ def test_a_server_that_never_answers_is_given_up(tmp_path, monkeypatch):
 
 def test_a_closed_port_does_not_answer_and_a_refusal_does(server):
     server.status = 401
-    assert answers(server.url)
+    assert is_reachable(server.url)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        assert not answers(f"http://127.0.0.1:{unused.getsockname()[1]}/")
+        assert not is_reachable(f"http://127.0.0.1:{unused.getsockname()[1]}/")
 
 
 def test_a_cache_that_cannot_be_written_names_the_variable(server, tmp_path):

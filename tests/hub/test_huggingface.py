@@ -65,7 +65,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
-    monkeypatch.setattr(huggingface, "answers", lambda *_: True)
+    monkeypatch.setattr(huggingface, "is_reachable", lambda *_: True)
     return calls
 
 
@@ -140,7 +140,7 @@ def test_a_refusal_of_the_hub_names_the_login(run, hub, capsys, fault):
 
 
 def test_without_a_network_nothing_is_tried(run, hub, monkeypatch, capsys):
-    monkeypatch.setattr(huggingface, "answers", lambda *_: False)
+    monkeypatch.setattr(huggingface, "is_reachable", lambda *_: False)
     for command in (["push", str(run), "alice/cells"], ["eval", "hf://alice/cells"]):
         assert cli.main(command) == 2
         said = capsys.readouterr().err

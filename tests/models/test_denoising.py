@@ -15,7 +15,7 @@ from brs_detr.data.coco import CocoDetection
 from brs_detr.data.transforms import resize_sample
 from brs_detr.models.build import build_model
 from brs_detr.models.config import BRSDINOConfig, CoDINOConfig, DenoisingConfig, RoIConfig, RPNConfig
-from brs_detr.models.denoising import Denoising, Layout, Noise, draw_noise, noised_boxes, noised_labels
+from brs_detr.models.denoising import Denoising, DenoisingLayout, Noise, draw_noise, noised_boxes, noised_labels
 from brs_detr.ops.targets import PackedTargets
 from brs_detr.run.setup import describe_detector
 
@@ -65,7 +65,7 @@ def denoising(**settings):
 @pytest.mark.parametrize("counts", [(3, 1), (2, 2, 2), (0, 4), (5,), (0, 0), (300, 2)])
 @pytest.mark.parametrize("queries", [1, 7, 100])
 def test_layout_is_that_of_loops(counts, queries):
-    layout = Layout.of(counts, queries)
+    layout = DenoisingLayout.of(counts, queries)
     most = max(counts)
     groups = max(queries // most, 1) if most else 1
     assert (layout.groups, layout.objects) == (groups, most)
@@ -94,7 +94,7 @@ def _blocks(counts, groups):
 @pytest.mark.parametrize("ignore_missing", [True, False])
 def test_rows_see_their_group_and_the_main_queries(ignore_missing):
     counts = (3, 1)
-    layout = Layout.of(counts, queries=7)  # two groups of three objects
+    layout = DenoisingLayout.of(counts, queries=7)  # two groups of three objects
     visible = layout.visible(QUERIES, torch.device("cpu"), ignore_missing=ignore_missing)
     rows = 2 * 2 * 3
     for image, count in enumerate(counts):

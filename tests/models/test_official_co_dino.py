@@ -19,7 +19,7 @@ from support import valid_rows
 
 from brs_detr.checkpoints.keys import to_ours
 from brs_detr.models.config import HardNMS, NoNMS, SoftNMS
-from brs_detr.models.denoising import Layout
+from brs_detr.models.denoising import DenoisingLayout
 from brs_detr.models.transformer.attention import sine_of_cells
 from brs_detr.models.transformer.encoder import level_masks
 from brs_detr.models.transformer.two_stage import token_anchors
@@ -123,7 +123,7 @@ def test_every_gradient_equals_the_official_one(golden, step, case):
 
 def test_denoising_rows(step):
     arrays, ((packed, queries), rows) = step.arrays, step.seen["denoising"][0]
-    layout = Layout.of([end - start for start, end in packed.spans], step.model.denoising.config.queries)
+    layout = DenoisingLayout.of([end - start for start, end in packed.spans], step.model.denoising.config.queries)
     size = int(arrays["dn.pad_size"])
     assert (layout.groups, layout.present.shape[1]) == (int(arrays["dn.num_groups"]), size)
     if not size:

@@ -61,13 +61,13 @@ def read_yolo(source: str | Path, *, classes: Sequence[str] = (), limits: Limits
         DataError: there is no image, no label file, or no usable line in them.
     """
     notes = Notes()
-    layout = find_layout(Path(source), notes)
-    names = dict(enumerate(classes)) or layout.names
-    files = find_label_files(path for paths in layout.splits.values() for path in paths)
-    splits = _labeled_splits(layout, files, notes)
+    dataset = find_dataset(Path(source), notes)
+    names = dict(enumerate(classes)) or dataset.names
+    files = find_label_files(path for paths in dataset.splits.values() for path in paths)
+    splits = _labeled_splits(dataset, files, notes)
     samples: dict[Path, Sample | None] = {}
     for path in tqdm(dict.fromkeys(path for paths in splits.values() for path in paths), disable=None, leave=False):
-        samples[path] = _sample(path, files[path], names, layout.keypoints, notes, limits)
+        samples[path] = _sample(path, files[path], names, dataset.keypoints, notes, limits)
     imported = {split: [sample for path in paths if (sample := samples[path])] for split, paths in splits.items()}
     if not names:
         numbers = {item["category_id"] for group in imported.values() for sample in group for item in sample.objects}
@@ -78,10 +78,10 @@ def read_yolo(source: str | Path, *, classes: Sequence[str] = (), limits: Limits
     return ImportedDataset(names, imported, notes)
 
 
-def _labeled_splits(layout: Layout, files: dict[Path, Path | None], notes: Notes) -> dict[str, list[Path]]:
+def _labeled_splits(dataset: YoloDataset, files: dict[Path, Path | None], notes: Notes) -> dict[str, list[Path]]:
     """Return the splits that have at least one label file."""
     splits = {}
-    for split, images in layout.splits.items():
+    for split, images in dataset.splits.items():
         if any(files[image] for image in images):
             splits[split] = list(dict.fromkeys(images))
         elif images:
@@ -90,7 +90,7 @@ def _labeled_splits(layout: Layout, files: dict[Path, Path | None], notes: Notes
         image = next(iter(files))
         tried = ", ".join(map(str, label_candidates(image)))
         others = count_endings(image.parent, (".xml", ".json"))
-        raise DataError(f"{layout.source}: no image has a label file. For {image} these were tried: {tried}{others}.")
+        raise DataError(f"{dataset.source}: no image has a label file. For {image} these were tried: {tried}{others}.")
     return splits
 
 
@@ -142,7 +142,7 @@ _CLASS_FILES = ("classes.txt", "obj.names", "_darknet.labels")
 
 
 @dataclass
-class Layout:
+class YoloDataset:
     """Contents of a YOLO dataset.
 
     Attributes:
@@ -158,7 +158,7 @@ class Layout:
     keypoints: int = 0
 
 
-def find_layout(source: Path, notes: Notes) -> Layout:
+def find_dataset(source: Path, notes: Notes) -> YoloDataset:
     """Find the images and class names of a .yaml, of darknet's .data, or of a folder with or without one of them.
 
     Raises:
@@ -221,27 +221,27 @@ def _is_about_images(settings: dict[str, Any]) -> bool:
     return "names" in settings or any(isinstance(settings.get(key), (str, list)) for key in ("train", "val"))
 
 
-def _of_settings(settings: dict[str, Any], file: Path, notes: Notes) -> Layout:
+def _of_settings(settings: dict[str, Any], file: Path, notes: Notes) -> YoloDataset:
     file = Path(os.path.abspath(file))
     base = str(settings.get("path") or "")
     root = locate(base, (file.parent, Path.cwd())) if base else None
     if base and root is None:
         notes.add("paths not found, the file's own folder is used", f"{file}: path: {base}")
     roots = tuple(dict.fromkeys((root or file.parent, file.parent, Path.cwd())))
-    layout = Layout(file, {}, keypoints=_keypoints(settings, file))
+    dataset = YoloDataset(file, {}, keypoints=_keypoints(settings, file))
     if not any(settings.get(key) for key in _SPLIT_KEYS):
-        layout.splits = _of_folder(file.parent, notes).splits
+        dataset.splits = _of_folder(file.parent, notes).splits
     for key, split in _SPLIT_KEYS.items():
         entries = settings.get(key) or []
         for entry in entries if isinstance(entries, list) else [entries]:
             images = images_of(entry, roots, f"{file.name}: {key}: {entry}", notes)
-            layout.splits[split] = layout.splits.get(split, []) + images
-    if not any(layout.splits.values()) or not layout.splits.get("train", [""]):
-        what = "for its `train`" if any(layout.splits.values()) else "for its splits"
+            dataset.splits[split] = dataset.splits.get(split, []) + images
+    if not any(dataset.splits.values()) or not dataset.splits.get("train", [""]):
+        what = "for its `train`" if any(dataset.splits.values()) else "for its splits"
         download = ". Download the images first; its `download` is not run" if settings.get("download") else ""
         raise DataError(f"{file}: no image was found {what} ({'; '.join(notes.lines(1))}){download}.")
-    layout.names = _names_of_settings(settings, file, roots, notes) or names_of_text(_name_folders(roots[0], layout))
-    return layout
+    dataset.names = _names_of_settings(settings, file, roots, notes) or names_of_text(_name_folders(roots[0], dataset))
+    return dataset
 
 
 def _keypoints(settings: dict[str, Any], file: Path) -> int:
@@ -282,7 +282,7 @@ def _names_of_settings(settings: dict[str, Any], file: Path, roots: Iterable[Pat
         raise DataError(f"{file}: `names` must be a list of names or `number: name` pairs, `nc` a number.") from None
 
 
-def _of_folder(source: Path, notes: Notes) -> Layout:
+def _of_folder(source: Path, notes: Notes) -> YoloDataset:
     """Find splits by lists in the folder (train.txt, ...) or by folder names; else all images are train."""
     root = Path(os.path.abspath(source))
     # archives often unpack to a single folder around everything
@@ -291,12 +291,12 @@ def _of_folder(source: Path, notes: Notes) -> Layout:
             break
         root = inside[0]
         if _settings_file(root):
-            return find_layout(root, notes)
+            return find_dataset(root, notes)
     lists = {key: f"{key}.txt" for key in _SPLIT_KEYS if _is_list(root / f"{key}.txt")}
     if lists:
         return _of_settings(lists, root / next(iter(lists.values())), notes)
     image_folders = [path for path in inside if path.is_dir() and path.name.lower() in IMAGE_FOLDERS]
-    layout = Layout(root, {})
+    dataset = YoloDataset(root, {})
     groups: dict[str | None, list[Path]] = {}
     for image in [path for folder in image_folders or [root] for path in find_files(folder, IMAGE_ENDINGS, notes)]:
         groups.setdefault(split_of(image, root), []).append(image)
@@ -305,11 +305,11 @@ def _of_folder(source: Path, notes: Notes) -> Layout:
         for image in rest:
             notes.add("images left out beside the folders of the splits", image)
     splits = {name: images for name, images in groups.items() if name is not None}
-    layout.splits = splits or {split_named(root.name) or "train": rest}
-    if not any(layout.splits.values()):
+    dataset.splits = splits or {split_named(root.name) or "train": rest}
+    if not any(dataset.splits.values()):
         raise DataError(f"{source}: no image was found here. Give the folder or data.yaml of a YOLO dataset.")
-    layout.names = names_of_text(_name_folders(root, layout))
-    return layout
+    dataset.names = names_of_text(_name_folders(root, dataset))
+    return dataset
 
 
 def _is_list(path: Path) -> bool:
@@ -318,10 +318,10 @@ def _is_list(path: Path) -> bool:
     return first.lower().endswith(IMAGE_ENDINGS)
 
 
-def _name_folders(root: Path, layout: Layout) -> list[Path]:
+def _name_folders(root: Path, dataset: YoloDataset) -> list[Path]:
     """Return the folders that may contain a file of class names."""
     folders = [root, root / "data", *(root / name for name in LABEL_FOLDERS)]
-    for images in layout.splits.values():
+    for images in dataset.splits.values():
         folders += [path.parent for path in (label_candidates(images[0]) if images else [])]
     return list(dict.fromkeys(folders))
 

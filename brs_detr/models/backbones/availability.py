@@ -41,7 +41,7 @@ def where_weights_are(name: str, patience: float = PATIENCE) -> Literal["cache",
         url = hf_hub_url(config.hf_hub_id, config.hf_hub_filename or _NAMES[0])
     else:
         url = str(config.url or "")
-    return "network" if url and answers(url, patience) else None
+    return "network" if url and has_file(url, patience) else None
 
 
 def require_reachable(name: str) -> None:
@@ -70,7 +70,7 @@ def require_reachable(name: str) -> None:
 
 
 def connects(url: str, patience: float) -> bool:
-    """Check whether a server can be connected to within so many seconds; in a thread, as in `answers`."""
+    """Check whether a server can be connected to within so many seconds; in a thread, as in `has_file`."""
     connected, address = threading.Event(), urlsplit(url)
 
     def connect() -> None:
@@ -95,8 +95,8 @@ def is_cached(config: PretrainedCfg) -> bool:
     )
 
 
-def answers(url: str, patience: float = PATIENCE) -> bool:
-    """Ask a server for the head of a file; False if it refuses, or does not answer in time.
+def has_file(url: str, patience: float = PATIENCE) -> bool:
+    """Check whether a server has a file: False if it refuses, or does not answer in time.
 
     In a thread that is left behind: the look-up of a name has no timeout, and can take minutes without a network.
     """

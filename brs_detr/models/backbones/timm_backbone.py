@@ -24,7 +24,7 @@ from brs_detr.models.backbones.deformable import make_deformable
 from brs_detr.models.backbones.norms import freeze_batch_norm, group_norm_for_batch_norm
 from brs_detr.models.backbones.swin import SwinBackbone, rename_official_swin
 from brs_detr.models.backbones.vit import ViTBackbone, rename_eva
-from brs_detr.models.backbones.weights_io import State, flat_name, load_weights
+from brs_detr.models.backbones.weights_io import State, flat_name, load_backbone_weights
 from brs_detr.models.config import BackboneConfig
 
 FIRST_STAGE_STRIDE = 4  # maps of a smaller stride belong to the stem
@@ -136,7 +136,7 @@ def build_backbone(config: BackboneConfig) -> SwinBackbone | TimmBackbone | ViTB
     elif norm == "frozen":
         freeze_batch_norm(backbone, random_weights=not (config.pretrained or config.checkpoint))
     if config.checkpoint is not None:
-        load_weights(backbone, config.checkpoint, rename)
+        load_backbone_weights(backbone, config.checkpoint, rename)
     freeze_stages(backbone, config.frozen_stages)
     if config.channels_last:
         # A convolution passes on the layout of its weights, so the maps have it too. Loading and moving keep it.

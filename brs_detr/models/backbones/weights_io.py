@@ -1,8 +1,8 @@
 """Reading of backbone weights and of official detector checkpoints, without executing any of their content.
 
-`load_weights` accepts files of torchvision, timm and the original Swin, and of detectors, whose `backbone.` part it
-takes. `read_official` reads checkpoints of MMCV, a pickled dict with `state_dict`, `meta` (class names, epoch) and
-`optimizer`, of which only tensors and plain values are unpickled.
+`load_backbone_weights` accepts files of torchvision, timm and the original Swin, and of detectors, whose `backbone.`
+part it takes. `read_official` reads checkpoints of MMCV, a pickled dict with `state_dict`, `meta` (class names, epoch)
+and `optimizer`, of which only tensors and plain values are unpickled.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def strip_prefixes(state: State) -> State:
     return state
 
 
-def load_weights(backbone: nn.Module, path: str | Path, rename: Callable[[State], State] | None = None) -> None:
+def load_backbone_weights(
+    backbone: nn.Module, path: str | Path, rename: Callable[[State], State] | None = None
+) -> None:
     """Load a local file into `backbone`; the main process prints what matched.
 
     Args:

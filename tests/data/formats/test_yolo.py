@@ -10,7 +10,7 @@ import pytest
 
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.formats.base import Notes, to_coco
-from brs_detr.data.formats.yolo import find_layout, read_yolo
+from brs_detr.data.formats.yolo import find_dataset, read_yolo
 from brs_detr.data.issues import DataError
 
 
@@ -134,7 +134,7 @@ def make(root, files):
 
 def look(source):
     notes = Notes()
-    layout = find_layout(source, notes)
+    layout = find_dataset(source, notes)
     splits = {split: [path.name for path in paths] for split, paths in layout.splits.items()}
     return layout, splits, "\n".join(notes.lines())
 

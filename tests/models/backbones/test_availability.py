@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from brs_detr.models.backbones import availability
-from brs_detr.models.backbones.availability import answers, where_weights_are
+from brs_detr.models.backbones.availability import has_file, where_weights_are
 
 NAME = "resnet50.tv_in1k"
 
@@ -70,7 +70,7 @@ def test_a_server_that_has_the_file_is_asked_for_that_of_timm(monkeypatch, serve
 
 @pytest.mark.parametrize("url", ["{}/other", "http://127.0.0.1:9/model.safetensors", "no address", "http://[", ""])
 def test_whatever_else_happens_is_no_answer(server, url):
-    assert not answers(url.format(server))
+    assert not has_file(url.format(server))
 
 
 def test_a_server_that_never_answers_takes_no_longer_than_patience(silent, monkeypatch):
@@ -87,18 +87,18 @@ def test_a_name_that_is_looked_up_for_ever_takes_no_longer_than_patience(monkeyp
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     began = time.monotonic()
-    assert not answers("http://slow.example/model.safetensors", patience=0.3)
+    assert not has_file("http://slow.example/model.safetensors", patience=0.3)
     assert time.monotonic() - began < 2.5
 
 
 def test_cached_weights_need_no_network(monkeypatch):
-    monkeypatch.setattr(availability, "answers", lambda *_: pytest.fail("asked the network"))
+    monkeypatch.setattr(availability, "has_file", lambda *_: pytest.fail("asked the network"))
     monkeypatch.setattr(availability, "try_to_load_from_cache", lambda repository, file: "/cache/" + file)
     assert where_weights_are(NAME) == "cache"
 
 
 def test_offline_is_taken_at_its_word(monkeypatch):
-    monkeypatch.setattr(availability, "answers", lambda *_: pytest.fail("asked the network"))
+    monkeypatch.setattr(availability, "has_file", lambda *_: pytest.fail("asked the network"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert where_weights_are(NAME) is None
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from brs_detr.config import ConfigError, load_config
 from brs_detr.models.backbones.norms import FrozenBatchNorm, GroupNorm, freeze_batch_norm
 from brs_detr.models.backbones.timm_backbone import build_backbone
-from brs_detr.models.backbones.weights_io import load_weights, read_weights
+from brs_detr.models.backbones.weights_io import load_backbone_weights, read_weights
 from brs_detr.models.config import BackboneConfig
 from brs_detr.run.setup import for_weights_file, require_known_backbone
 
@@ -290,7 +290,7 @@ def test_report_names_what_is_missing_misshapen_and_unused(tmp_path, small, caps
     state["conv1.weight"] = torch.zeros(64, 1, 7, 7)
     state["fc.bias"] = torch.zeros(1000)
     save_file(state, tmp_path / "w.safetensors")
-    load_weights(copy.deepcopy(small), tmp_path / "w.safetensors")
+    load_backbone_weights(copy.deepcopy(small), tmp_path / "w.safetensors")
     report = capsys.readouterr().out
     assert "missing 1 (layer4.1.conv2.weight)" in report
     assert "conv1.weight (64, 1, 7, 7) instead of (64, 3, 7, 7)" in report
@@ -306,7 +306,7 @@ def test_files_that_cannot_serve_are_refused_in_one_sentence(tmp_path, small):
         read_weights(tmp_path / "absent.pth")
     torch.save({"other.weight": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="none of its 1 tensors belongs to this backbone"):
-        load_weights(copy.deepcopy(small), tmp_path / "other.pth")
+        load_backbone_weights(copy.deepcopy(small), tmp_path / "other.pth")
     torch.save({"a": Payload()}, tmp_path / "objects.pth")
     with pytest.raises(ValueError, match="holds Python objects"):
         read_weights(tmp_path / "objects.pth")
