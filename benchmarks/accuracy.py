@@ -45,7 +45,7 @@ from brs_detr.data.build import open_val_set
 from brs_detr.data.loader import build_eval_loader
 from brs_detr.engine.predict import predict_with_all_heads
 from brs_detr.evaluate import score_detections
-from brs_detr.evaluation.coco_eval import GroundTruth
+from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.run import setup
 
 ROOT = Path(__file__).resolve().parents[1]

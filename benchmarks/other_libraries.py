@@ -40,7 +40,7 @@ from brs_detr.data.loader import EpochBatches, build_eval_loader, build_train_lo
 from brs_detr.engine.optim import build_optimizer, set_learning_rate
 from brs_detr.engine.predict import predict
 from brs_detr.evaluate import score_detections
-from brs_detr.evaluation.coco_eval import GroundTruth
+from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.models.backbones.timm_backbone import build_backbone
 from brs_detr.models.detector import PIXEL_MEAN, PIXEL_STD, to_stored_images
 from brs_detr.ops.images import ImageBatch

@@ -32,13 +32,10 @@ from brs_detr.data.coco import CocoDetection
 from brs_detr.data.issues import DROPPED, POLICY, DataError
 from brs_detr.engine.predict import join_heads, limited, predict, predict_with_all_heads, require_all
 from brs_detr.evaluation.calibration import Calibration, calibrated, fit_calibration
-from brs_detr.evaluation.coco_eval import (
-    GroundTruth,
-    detections_to_results,
-    evaluate_coco,
-    match_folds,
-)
+from brs_detr.evaluation.coco_eval import evaluate_coco, match_folds
+from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.evaluation.reliability import assess, cross_fitted, merge
+from brs_detr.evaluation.results import detections_to_results
 from brs_detr.evaluation.summary import Summary
 from brs_detr.exit_codes import ExitCode, Failure
 from brs_detr.models.detector import Detector

@@ -29,6 +29,10 @@ class MissingPackageError(Failure, ImportError):
     """An optional package is not installed; the message has the command that installs it."""
 
 
+class CheckpointError(Failure, ValueError):
+    """A checkpoint that cannot be used; the message names the file and what to do."""
+
+
 class Interruption(Failure):
     """An event that ends the run, which the same command with `--resume` may continue later.
 

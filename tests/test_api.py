@@ -14,8 +14,8 @@ from brs_detr import api, cli
 from brs_detr.api import TrainingResult, as_words
 from brs_detr.config import load_config
 from brs_detr.config_io import ConfigError
-from brs_detr.engine.checkpoint import CheckpointError, read_extra
-from brs_detr.exit_codes import Failure
+from brs_detr.engine.checkpoint import read_extra
+from brs_detr.exit_codes import CheckpointError, Failure
 
 
 @pytest.fixture(scope="module")

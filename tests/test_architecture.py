@@ -23,7 +23,7 @@ ALLOWED = {
     "config_aliases": set(),
     "recipes": {"config_io", "user_files"},
     "config": {"config_aliases", "config_fields", "config_io", "data", "engine", "models", "recipes"},
-    "checkpoints": {"config", "config_io", "engine", "models", "ops", "parsing", "user_files"},
+    "checkpoints": {"config", "config_io", "engine", "exit_codes", "models", "ops", "parsing", "user_files"},
     "hub": {"engine", "exit_codes", "user_files"},
     "export": {"evaluation", "models", "ops", "user_files"},
     "run": {

@@ -15,7 +15,7 @@ from brs_detr.data.issues import DataError
 from brs_detr.engine.config import EvalConfig
 from brs_detr.engine.predict import join_heads, limited
 from brs_detr.evaluation.calibration import Calibration
-from brs_detr.evaluation.coco_eval import GroundTruth
+from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.evaluation.reliability import assess
 from brs_detr.models.ensemble import Ensemble
 from brs_detr.ops.images import ImageBatch

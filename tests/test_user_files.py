@@ -17,8 +17,9 @@ from brs_detr.checkpoints.architecture import name_classes
 from brs_detr.config import load_config
 from brs_detr.config_io import ConfigError
 from brs_detr.data.formats.base import read_lines
-from brs_detr.engine.checkpoint import CheckpointError, load_weights
+from brs_detr.engine.checkpoint import load_weights
 from brs_detr.evaluation.ground_truth import GroundTruth
+from brs_detr.exit_codes import CheckpointError
 from brs_detr.models.backbones.weights_io import read_official, read_weights
 from brs_detr.user_files import UserFileError, open_regular, printable, read_file, read_start, unpack_gzip
 

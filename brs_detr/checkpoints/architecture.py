@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from brs_detr.checkpoints.keys import decoder_layers
-from brs_detr.engine.checkpoint import CheckpointError
+from brs_detr.exit_codes import CheckpointError
 from brs_detr.parsing import TwoValuesError, dict_of_pairs
 from brs_detr.user_files import UserFileError, read_file
 

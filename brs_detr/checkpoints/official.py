@@ -28,8 +28,9 @@ from brs_detr.checkpoints.released import (
     training_of,
 )
 from brs_detr.config_io import merge
-from brs_detr.engine.checkpoint import CheckpointError, Weights, load_weights
+from brs_detr.engine.checkpoint import Weights, load_weights
 from brs_detr.engine.storage import write_file
+from brs_detr.exit_codes import CheckpointError
 from brs_detr.models.backbones.weights_io import OfficialFile
 from brs_detr.models.build import build_model
 from brs_detr.models.cnn_config import ModelConfig

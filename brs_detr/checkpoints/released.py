@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from brs_detr.checkpoints.architecture import Architecture
-from brs_detr.engine.checkpoint import CheckpointError
+from brs_detr.exit_codes import CheckpointError
 
 Augmentation = Literal["detr", "lsj"]
 

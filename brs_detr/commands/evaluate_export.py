@@ -21,7 +21,7 @@ from brs_detr.data.coco import CocoDetection
 from brs_detr.data.transforms import EvalTransforms
 from brs_detr.engine.predict import predict
 from brs_detr.evaluate import dataset_notes, score_detections
-from brs_detr.evaluation.coco_eval import GroundTruth
+from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.evaluation.reliability import assess
 from brs_detr.evaluation.summary import Summary, text_table
 from brs_detr.exit_codes import ExitCode, Failure

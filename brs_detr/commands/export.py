@@ -15,7 +15,8 @@ from torch import Tensor
 from brs_detr.commands.export_precision import PIXELS, as_input, calibration_files, narrow, padded
 from brs_detr.config import Config, ConfigError, differences, from_dict, to_dict
 from brs_detr.data.image_io import read_image
-from brs_detr.engine.checkpoint import Weights, publish
+from brs_detr.engine.checkpoint import Weights
+from brs_detr.engine.storage import publish
 from brs_detr.evaluation.calibration import NEVER, Calibration
 from brs_detr.export.graphs import ExportError, require_exportable
 from brs_detr.export.onnx import soft_nms_of, write_onnx

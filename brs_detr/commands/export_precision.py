@@ -15,7 +15,7 @@ from torchvision.transforms.v2.functional import resize
 
 from brs_detr.config import Config, ConfigError
 from brs_detr.data.image_io import ImageError, is_image_name, read_image
-from brs_detr.engine.checkpoint import publish
+from brs_detr.engine.storage import publish
 from brs_detr.export.graphs import ExportError
 from brs_detr.export.onnx import PROPOSALS, RAW_SCORES
 from brs_detr.export.parity import ExportedDetector, match_best

@@ -9,8 +9,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from brs_detr import config as configuration
-from brs_detr.engine.checkpoint import Weights, save_weights, write_text
+from brs_detr.engine.checkpoint import Weights, save_weights
 from brs_detr.engine.logging import read_metrics
+from brs_detr.engine.storage import write_text
 from brs_detr.hub.huggingface import push
 from brs_detr.hub.model_card import model_card
 from brs_detr.hub.sources import WEIGHTS

@@ -19,10 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from brs_detr.engine.storage import CheckpointError, publish, write_text
 from brs_detr.engine.tensor_file import not_finite, read_tensors, write_tensors
-
-__all__ = ["CheckpointError", "Weights", "find_weights", "load_weights", "publish", "save_weights", "write_text"]
+from brs_detr.exit_codes import CheckpointError
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from brs_detr.engine.distributed import full_tensor, local_tensor
-from brs_detr.engine.storage import NonFiniteError, write_file
+from brs_detr.engine.storage import write_file
 from brs_detr.losses.balance import EpochBalance
 from brs_detr.ops.images import Batch
-
-__all__ = ["Batch", "NonFiniteError", "RunningStatistics", "describe_reports", "finite", "inspect_step", "save_batch"]
 
 
 class RunningStatistics:

@@ -23,8 +23,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from brs_detr.engine.distributed import full_tensor
 from brs_detr.engine.logging import LossMeter
-from brs_detr.engine.storage import CheckpointError, write_text
+from brs_detr.engine.storage import write_text
 from brs_detr.engine.tensor_file import read_tensors, write_tensors
+from brs_detr.exit_codes import CheckpointError
 from brs_detr.user_files import require_unpacked
 
 MODEL, AVERAGE, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"

@@ -21,7 +21,8 @@ from accelerate.utils import broadcast_object_list
 
 from brs_detr.engine.distributed import is_sharded
 from brs_detr.engine.snapshot import Snapshot, TrainingParts, put_back, read, take
-from brs_detr.engine.storage import FULL, CheckpointError, flush_folder, together, write_text, writing
+from brs_detr.engine.storage import FULL, flush_folder, together, write_text, writing
+from brs_detr.exit_codes import CheckpointError
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)(\.former)?")

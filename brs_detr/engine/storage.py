@@ -16,8 +16,7 @@ from typing import BinaryIO
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from brs_detr.exit_codes import ExitCode, Failure
-from brs_detr.models.backbones.weights_io import CheckpointError
+from brs_detr.exit_codes import CheckpointError, ExitCode, Failure
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _REASONS = {

@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from brs_detr.engine.storage import CheckpointError, NonFiniteError, write_file
+from brs_detr.engine.storage import NonFiniteError, write_file
+from brs_detr.exit_codes import CheckpointError
 
 _TYPES = {
     torch.float64: "F64",

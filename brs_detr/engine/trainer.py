@@ -38,19 +38,12 @@ from brs_detr.engine.distributed import (
     unsharded_weights,
 )
 from brs_detr.engine.logging import LossMeter, Progress, RatioMeter, RunLog, Stopwatch, duration, grouped, json_number
-from brs_detr.engine.nonfinite import (
-    NonFiniteError,
-    RunningStatistics,
-    describe_reports,
-    finite,
-    inspect_step,
-    save_batch,
-)
+from brs_detr.engine.nonfinite import RunningStatistics, describe_reports, finite, inspect_step, save_batch
 from brs_detr.engine.optim import Schedule, set_learning_rate
 from brs_detr.engine.signals import stop_signals
 from brs_detr.engine.snapshot import TrainerState, TrainingParts
 from brs_detr.engine.state import load_state, save_state
-from brs_detr.engine.storage import StorageError, together
+from brs_detr.engine.storage import NonFiniteError, StorageError, together
 from brs_detr.exit_codes import ExitCode, Interruption
 from brs_detr.ops.images import Batch
 

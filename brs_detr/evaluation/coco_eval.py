@@ -24,10 +24,8 @@ from brs_detr.evaluation.federated import countable, frequency_means, incomplete
 from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.evaluation.matching import ClassMatches, confusion_matrix, match_classes, optimal_lrp
 from brs_detr.evaluation.reliability import FOLDS, fold_of_images
-from brs_detr.evaluation.results import Result, check_results, detections_to_results, finite_results
+from brs_detr.evaluation.results import Result, check_results
 from brs_detr.evaluation.summary import MASK, Summary
-
-__all__ = ["GroundTruth", "Summary", "detections_to_results", "evaluate_coco", "finite_results", "match_folds"]
 
 LRP_NAMES = ("oLRP", "oLRPloc", "oLRPfp", "oLRPfn")
 DESCRIPTION = ("name", "category_id", "images", "objects")  # entries of a class's row that are no measures

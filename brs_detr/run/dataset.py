@@ -21,7 +21,7 @@ from brs_detr.data.issues import DataError
 from brs_detr.data.json_file import load_json
 from brs_detr.data.loader import build_eval_loader
 from brs_detr.data.watched_loader import WatchedLoader
-from brs_detr.engine.checkpoint import write_text
+from brs_detr.engine.storage import write_text
 from brs_detr.exit_codes import Failure
 
 FOLDER = "dataset"  # in the folder of a run or evaluation: the jsons of a dataset of another format

@@ -17,7 +17,7 @@ from brs_detr.data.image_io import ImageError
 from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.storage import write_text, writing
 from brs_detr.evaluation.calibration import Calibration
-from brs_detr.evaluation.coco_eval import finite_results
+from brs_detr.evaluation.results import finite_results
 from brs_detr.evaluation.summary import Summary
 from brs_detr.ops.masks import decode_masks
 from brs_detr.run.report import write_report

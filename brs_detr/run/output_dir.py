@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from brs_detr.config import Config, ConfigError, differences, from_dict
 from brs_detr.engine.batch_plan import BatchPlan
-from brs_detr.engine.storage import CheckpointError
+from brs_detr.exit_codes import CheckpointError
 from brs_detr.models.cnn_config import MaskRCNNConfig
 
 try:

@@ -24,14 +24,14 @@ from brs_detr.data.loader import EpochBatches, build_train_loader
 from brs_detr.data.watched_loader import WatchedLoader
 from brs_detr.engine.batch_plan import BatchPlan, TrainingLength, plan_length
 from brs_detr.engine.batch_search import free_memory, search_batch_size
-from brs_detr.engine.checkpoint import Transfer, Weights, save_weights, write_text
+from brs_detr.engine.checkpoint import Transfer, Weights, save_weights
 from brs_detr.engine.compilation import compile_layers, require_compiler
 from brs_detr.engine.diagnostics import largest_step
 from brs_detr.engine.distributed import is_sharded, keep_known_layers, keep_scalars_whole
 from brs_detr.engine.logging import RunLog
 from brs_detr.engine.optim import build_optimizer, build_schedule
 from brs_detr.engine.state import agreed_state, read_facts
-from brs_detr.engine.storage import remove_partials
+from brs_detr.engine.storage import remove_partials, write_text
 from brs_detr.engine.trainer import BEST, Trainer
 from brs_detr.evaluation.calibration import Calibration
 from brs_detr.evaluation.summary import Summary

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from brs_detr.checkpoints.official import from_official
-from brs_detr.engine.checkpoint import CheckpointError, Weights, find_weights, load_weights
+from brs_detr.engine.checkpoint import Weights, find_weights, load_weights
+from brs_detr.exit_codes import CheckpointError
 from brs_detr.hub.sources import in_cache, local_path
 from brs_detr.models.backbones.weights_io import read_official
 from brs_detr.models.detector import Detector

@@ -10,7 +10,7 @@ from brs_detr.checkpoints.released import from_name, trained_settings, training_
 from brs_detr.config import from_dict, load_config
 from brs_detr.config_io import merge
 from brs_detr.data.config import AugmentConfig, LSJConfig
-from brs_detr.engine.checkpoint import CheckpointError
+from brs_detr.exit_codes import CheckpointError
 from brs_detr.hub.published import TABLE
 
 SWIN = "swin_large_patch4_window12_384.ms_in22k"

@@ -12,8 +12,8 @@ from brs_detr.checkpoints.architecture import recognize
 from brs_detr.checkpoints.keys import original_swin, to_official, to_ours, why_dropped
 from brs_detr.checkpoints.official import expected_shapes, settings_of
 from brs_detr.config import from_dict, load_config
-from brs_detr.engine.checkpoint import CheckpointError
 from brs_detr.engine.config import OptimConfig
+from brs_detr.exit_codes import CheckpointError
 from brs_detr.models.config import CoDINOConfig, SoftNMS
 
 LISTS = {

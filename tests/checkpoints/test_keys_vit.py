@@ -20,7 +20,8 @@ from brs_detr.checkpoints.released import trained_settings, training_of
 from brs_detr.config import from_dict, load_config
 from brs_detr.config_io import merge
 from brs_detr.data.config import LSJConfig
-from brs_detr.engine.checkpoint import CheckpointError, save_weights
+from brs_detr.engine.checkpoint import save_weights
+from brs_detr.exit_codes import CheckpointError
 from brs_detr.models.backbones.timm_backbone import build_backbone
 from brs_detr.models.backbones.vit import rename_eva
 from brs_detr.models.backbones.weights_io import read_official

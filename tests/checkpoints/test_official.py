@@ -15,7 +15,8 @@ from brs_detr.checkpoints.keys import to_official
 from brs_detr.checkpoints.official import expected_shapes, from_official
 from brs_detr.config import Config, to_dict
 from brs_detr.data.config import AugmentConfig, LSJConfig
-from brs_detr.engine.checkpoint import CheckpointError, Weights, load_weights, save_weights
+from brs_detr.engine.checkpoint import Weights, load_weights, save_weights
+from brs_detr.exit_codes import CheckpointError
 from brs_detr.models.backbones.weights_io import read_official
 from brs_detr.models.config import BRSDETRConfig, SoftNMS
 from brs_detr.run.setup import restore

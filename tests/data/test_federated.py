@@ -5,7 +5,7 @@ import pytest
 
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.federated import describe_repeats, repeat_factors
-from brs_detr.evaluation.coco_eval import GroundTruth
+from brs_detr.evaluation.ground_truth import GroundTruth
 
 
 @pytest.fixture()

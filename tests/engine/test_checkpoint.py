@@ -7,16 +7,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from brs_detr.engine.checkpoint import (
-    CheckpointError,
-    Weights,
-    find_weights,
-    load_matching,
-    load_weights,
-    rows_per_class,
-    save_weights,
-)
+from brs_detr.engine.checkpoint import Weights, find_weights, load_matching, load_weights, rows_per_class, save_weights
 from brs_detr.engine.snapshot import _load_optimizer
+from brs_detr.exit_codes import CheckpointError
 
 WEIGHTS = Weights({"a": torch.arange(6.0).view(2, 3)}, ["cat", "dög"], [3, 90], {"seed": 1}, {"epoch": 4})
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from support import Killed
 
-from brs_detr.engine.checkpoint import CheckpointError
 from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.state import find_fault, latest_state, read_facts
+from brs_detr.exit_codes import CheckpointError
 
 ARGUMENTS = ("--ema", "0.9", "--save-every", "3", "--count", "9")  # 5 steps an epoch, saved in the middle of one
 

@@ -12,8 +12,9 @@ import torch
 from brs_detr.commands.replay import read_saved
 from brs_detr.config import ConfigError
 from brs_detr.engine import state as state_module
-from brs_detr.engine.checkpoint import CheckpointError, load_weights
+from brs_detr.engine.checkpoint import load_weights
 from brs_detr.engine.state import find_fault, latest_state, read_facts
+from brs_detr.exit_codes import CheckpointError
 from brs_detr.models.backbones.weights_io import read_official, read_weights
 
 EARLIER = ["custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl", "optimizer.bin", "random_states_0.pkl", "scaler.pt"]

@@ -7,7 +7,8 @@ import pytest
 
 from brs_detr.evaluation import calibration
 from brs_detr.evaluation.calibration import Calibration, calibrated, fit_calibration, fit_isotonic, fit_platt
-from brs_detr.evaluation.coco_eval import GroundTruth, evaluate_coco, match_folds
+from brs_detr.evaluation.coco_eval import evaluate_coco, match_folds
+from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.evaluation.matching import ClassMatches
 from brs_detr.evaluation.reliability import merge
 

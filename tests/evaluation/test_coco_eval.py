@@ -11,7 +11,9 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from brs_detr.evaluation.coco_eval import GroundTruth, detections_to_results, evaluate_coco, fast_backend_installed
+from brs_detr.evaluation.coco_eval import evaluate_coco, fast_backend_installed
+from brs_detr.evaluation.ground_truth import GroundTruth
+from brs_detr.evaluation.results import detections_to_results
 
 
 def dataset(boxes, images=(1,), categories=((7, "cell"),), size=100):

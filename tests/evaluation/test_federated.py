@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from brs_detr.evaluation.coco_eval import GroundTruth, evaluate_coco, fast_backend_installed
+from brs_detr.evaluation.coco_eval import evaluate_coco, fast_backend_installed
 from brs_detr.evaluation.federated import countable
+from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.ops.rle import as_text, encode
 
 BACKENDS = ["pycocotools", pytest.param("faster", marks=pytest.mark.skipif(not fast_backend_installed(), reason="no"))]

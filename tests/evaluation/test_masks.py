@@ -14,8 +14,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy.stats import spearmanr
 
-from brs_detr.evaluation.coco_eval import GroundTruth, detections_to_results, evaluate_coco, fast_backend_installed
+from brs_detr.evaluation.coco_eval import evaluate_coco, fast_backend_installed
+from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.evaluation.matching import ClassMatches
+from brs_detr.evaluation.results import detections_to_results
 from brs_detr.ops.rle import as_text, encode
 
 BACKENDS = ["pycocotools", pytest.param("faster", marks=pytest.mark.skipif(not fast_backend_installed(), reason="no"))]

@@ -15,7 +15,7 @@ from brs_detr import cli
 from brs_detr.checkpoints.keys import to_official
 from brs_detr.checkpoints.official import expected_shapes
 from brs_detr.config import ConfigError, load_config
-from brs_detr.engine.checkpoint import CheckpointError
+from brs_detr.exit_codes import CheckpointError
 from brs_detr.hub import published, sources
 from brs_detr.hub.download import DownloadError
 from brs_detr.hub.published import TABLE, find, nearest

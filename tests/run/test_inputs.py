@@ -7,7 +7,7 @@ from support import DEMO, ROOT, SMALL_DETECTOR, SMALL_IMAGES, reset_accelerate, 
 from brs_detr import cli
 from brs_detr.config import ConfigError, load_config
 from brs_detr.data.synthetic import make_dataset
-from brs_detr.engine.checkpoint import CheckpointError
+from brs_detr.exit_codes import CheckpointError
 from brs_detr.run.inputs import is_random_and_frozen, require_learning_backbone
 from brs_detr.run.weights import read
 

@@ -21,13 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from brs_detr.exit_codes import Failure
+from brs_detr.exit_codes import CheckpointError
 from brs_detr.user_files import UserFileError, require_unpacked
-
-
-class CheckpointError(Failure, ValueError):
-    """A checkpoint that cannot be used; the message names the file and what to do."""
-
 
 # Keys under which training codes store the state dict, and prefixes that wrappers add to its names.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "model_ema", "ema", "module")
