@@ -34,7 +34,7 @@ def refusal(sentence: str) -> int:
     return 2
 
 
-def read_facts(path: Path) -> dict:
+def read_metadata(path: Path) -> dict:
     """The metadata of the ONNX file."""
     import onnx
 
@@ -42,7 +42,7 @@ def read_facts(path: Path) -> dict:
     return {entry.key: json.loads(entry.value) for entry in model.metadata_props}
 
 
-def build(trt, path: Path, facts: dict, max_batch: int, workspace_gb: float) -> bytes:
+def build(trt, path: Path, metadata: dict, max_batch: int, workspace_gb: float) -> bytes:
     """A serialized engine for one to `max_batch` images; of a file of any size, up to the test size."""
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
@@ -55,9 +55,9 @@ def build(trt, path: Path, facts: dict, max_batch: int, workspace_gb: float) -> 
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(workspace_gb * 2**30))
     profile = builder.create_optimization_profile()
-    long = facts["long_side"]
-    largest, smallest = tuple(facts["size"] or (long, long)), tuple(facts["size"] or (64, 64))
-    usual = tuple(facts["size"] or (facts["short_side"], long))
+    long = metadata["long_side"]
+    largest, smallest = tuple(metadata["size"] or (long, long)), tuple(metadata["size"] or (64, 64))
+    usual = tuple(metadata["size"] or (metadata["short_side"], long))
     shapes = [(count, 3, *size) for count, size in ((1, smallest), (1, usual), (max_batch, largest))]
     profile.set_shape("pixels", *shapes)
     profile.set_shape("sizes", (1, 2), (1, 2), (max_batch, 2))
@@ -132,19 +132,19 @@ def main() -> None:
     parser.add_argument("--threshold", type=float, help="lowest score (default: of each class's best F1 in validation)")
     options = parser.parse_args()
     trt, torch = require_gpu()
-    facts = read_facts(options.model)
+    metadata = read_metadata(options.model)
     if options.engine is not None and options.engine.exists():
         engine = options.engine.read_bytes()
     else:
-        engine = build(trt, options.model, facts, options.max_batch, options.workspace)
+        engine = build(trt, options.model, metadata, options.max_batch, options.workspace)
         if options.engine is not None:
             options.engine.write_bytes(engine)
     run = make_runner(trt, torch, engine, options.engine or options.model)
 
     image = Image.open(options.image, formats=["JPEG", "PNG"]).convert("RGB")
-    pixels, sizes = as_input(image, facts, np.float32)
+    pixels, sizes = as_input(image, metadata, np.float32)
     boxes, scores, labels = (array[0] for array in run(pixels, sizes))
-    show(to_image(boxes, image, sizes), scores, labels, facts, options.threshold)
+    show(to_image(boxes, image, sizes), scores, labels, metadata, options.threshold)
 
 
 if __name__ == "__main__":

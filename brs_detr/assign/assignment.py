@@ -82,7 +82,7 @@ class HeadAssignment(NamedTuple):
         rows: (P,) int64 ascending rows of the positives.
         targets: (P, 4) xyxy pixels of each positive's object.
         valid: (N,) bool; False rows are ignored. None: all rows count.
-        objects: (P,) int64 each positive's object, counted through all images; None where nobody asks.
+        matched_idxs: (P,) int64 each positive's object, counted through all images; None where nobody asks.
         masks: per image (m, h, w) bitmaps of its objects; None where no masks are learned.
         counts: positives of each image; None where the host does not know them.
     """
@@ -92,7 +92,7 @@ class HeadAssignment(NamedTuple):
     rows: Tensor
     targets: Tensor
     valid: Tensor | None = None
-    objects: Tensor | None = None
+    matched_idxs: Tensor | None = None
     masks: list[Tensor] | None = None
     counts: list[int] | None = None
 

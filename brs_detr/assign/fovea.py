@@ -27,8 +27,8 @@ class FoveaAssigner:
 
     Attributes:
         strides: pixels per cell of each level.
-        size_ranges: least and largest square root of an object's area, in pixels, for each level; an object may belong
-            to two levels, or to none.
+        size_ranges: minimum and maximum square root of an object's area, in pixels, for each level; an object may
+            belong to two levels, or to none.
         sigma: sides of the center region, as a fraction of those of the object.
     """
 
@@ -65,8 +65,8 @@ class FoveaAssigner:
         centers = ((anchors[:, :2] + anchors[:, 2:]) * 0.5).split(list(level_counts))
         area = (objects[:, 2:] - objects[:, :2]).clamp(min=0).prod(dim=1)
         levels = []
-        for own, stride, (least, largest) in zip(centers, self.strides, self.size_ranges, strict=True):
-            fits = (area.sqrt() >= least) & (area.sqrt() <= largest)
+        for own, stride, (min_size, max_size) in zip(centers, self.strides, self.size_ranges, strict=True):
+            fits = (area.sqrt() >= min_size) & (area.sqrt() <= max_size)
             claims = fits & self._in_region(own / stride - 0.5, objects / stride)
             smallest, index = torch.where(claims, area, torch.inf).min(dim=1)
             levels.append(torch.where(smallest.isfinite(), index, BACKGROUND))

@@ -43,7 +43,7 @@ def solo_assign(
         centers: (m, 2) x, y pixels, of `mass_centers`; an object whose center is nan has no cell.
         frame: (h, w) pixels of the padded batch, which every grid divides evenly.
         grids: cells along each side, one per level.
-        size_ranges: least and largest size in pixels of each level's objects; an object may belong to two levels.
+        size_ranges: minimum and maximum size in pixels of each level's objects; an object may belong to two levels.
         sigma: sides of the center region, as a fraction of the box's.
 
     Returns:
@@ -54,7 +54,7 @@ def solo_assign(
     half = sides * sigma / 2
     number = torch.arange(len(boxes), device=boxes.device)[:, None, None]
     levels = []
-    for grid, (least, largest) in zip(grids, size_ranges, strict=True):
+    for grid, (min_size, max_size) in zip(grids, size_ranges, strict=True):
         per_cell = torch.tensor([frame[1] / grid, frame[0] / grid], dtype=boxes.dtype)
         per_cell = per_cell.to(boxes.device, non_blocking=True)
         center = (centers / per_cell).floor()
@@ -63,7 +63,7 @@ def solo_assign(
         cells = torch.arange(grid, device=boxes.device)
         # comparisons with nan are false, so that an empty mask claims nothing
         inside = (cells >= first[..., None]) & (cells <= last[..., None])  # (m, 2, grid)
-        fits = (size >= least) & (size <= largest)
+        fits = (size >= min_size) & (size <= max_size)
         claims = inside[:, 1, :, None] & inside[:, 0, None, :] & fits[:, None, None]
         claimed = torch.where(claims, number, len(boxes))
         # one more row, so that an image without objects has a minimum too

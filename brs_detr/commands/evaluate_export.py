@@ -119,13 +119,13 @@ def evaluate_file(path: Path, overrides: list[str], out: Path | None = None, ima
     return summary
 
 
-def settings(path: Path, facts: dict[str, Any], overrides: Sequence[str]) -> Config:
+def settings(path: Path, metadata: dict[str, Any], overrides: Sequence[str]) -> Config:
     """Return the settings of an evaluation: the file's, changed as the command line says.
 
     Raises:
         ConfigError: neither says where the images are.
     """
-    stored = facts.get("config", {})
+    stored = metadata.get("config", {})
     config = configuration.apply_overrides(configuration.from_dict(stored, str(path)), overrides)
     given = {text.lstrip("-").partition("=")[0].strip() for text in overrides}
     held = {f"data.{name}" for name in stored.get("data", {})}
@@ -152,9 +152,9 @@ def file_notes(file: ExportedFile, dataset: CocoDetection) -> list[str]:
     ]
 
 
-def comparison(facts: dict[str, Any], summary: Summary, dataset: CocoDetection) -> str:
+def comparison(metadata: dict[str, Any], summary: Summary, dataset: CocoDetection) -> str:
     """Format the figures in percent below those of the original, or say why there are none."""
-    validation = facts.get("validation")
+    validation = metadata.get("validation")
     if not validation:
         return "The file holds no figures of the original: its weights had no validation with these settings."
     original = validation["figures"]

@@ -76,8 +76,8 @@ def is_batch(saved: Any) -> bool:
     kinds = {"seed": int, "step": int, "process": int, "facts": dict, "weights": dict, "batches": list}
     if not isinstance(saved, dict) or not all(isinstance(saved.get(key), kind) for key, kind in kinds.items()):
         return False
-    facts = saved["facts"]
-    if not (isinstance(facts.get("config"), dict) and isinstance(facts.get("classes"), list)):
+    metadata = saved["facts"]
+    if not (isinstance(metadata.get("config"), dict) and isinstance(metadata.get("classes"), list)):
         return False
     return all(_is_stored(batch) for batch in saved["batches"])
 

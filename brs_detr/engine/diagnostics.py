@@ -30,7 +30,7 @@ def largest_step(
     batch_size: int,
     accumulate: int,
     size: tuple[int, int],
-    objects: int,
+    num_objects: int,
     num_classes: int,
     masks: bool = False,
 ) -> str:
@@ -43,7 +43,7 @@ def largest_step(
         batch_size: images that a process holds at once.
         accumulate: batches per optimizer step; from two on, gradients are in memory during the forward pass.
         size: (height, width) in pixels.
-        objects: ground-truth boxes per image, as many as the fullest image of the dataset has.
+        num_objects: ground-truth boxes per image, as many as the fullest image of the dataset has.
         num_classes: labels run from 0 to num_classes - 1.
         masks: give every object a bitmap as large as the image.
 
@@ -54,7 +54,7 @@ def largest_step(
     device, batches = accelerator.device, min(accumulate, 2)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    images, targets = noise_batch(batch_size, size, objects, num_classes, device, masks)
+    images, targets = noise_batch(batch_size, size, num_objects, num_classes, device, masks)
     model.train()
     done = 0
     for _ in range(20):  # under fp16 the scaler skips steps until its scale fits
@@ -74,24 +74,30 @@ def largest_step(
         if done == 2:
             break
     return (
-        f"dry run: {batches} batch(es) of {batch_size} image(s) of {size[1]}x{size[0]} with {objects} objects each, "
-        f"then an optimizer step of {stepped:,} parameters, twice: loss {value:.4g}, {seconds:.2f} s the second time, "
-        f"peak memory {peak_memory_gb(device):.2f} GB"
+        f"dry run: {batches} batch(es) of {batch_size} image(s) of {size[1]}x{size[0]} with {num_objects} objects "
+        f"each, then an optimizer step of {stepped:,} parameters, twice: loss {value:.4g}, {seconds:.2f} s the second "
+        f"time, peak memory {peak_memory_gb(device):.2f} GB"
     )
 
 
 def noise_batch(
-    batch_size: int, size: tuple[int, int], objects: int, num_classes: int, device: torch.device, masks: bool = False
+    batch_size: int,
+    size: tuple[int, int],
+    num_objects: int,
+    num_classes: int,
+    device: torch.device,
+    masks: bool = False,
 ) -> Batch:
     """Make a batch of random pixels with random boxes and labels, always the same ones; arguments as above."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (batch_size, 3, *size), dtype=torch.uint8, generator=generator)
     images = ImageBatch(pixels, [size] * batch_size, [size] * batch_size).to(device)
+    extent = torch.tensor([size[1], size[0]], dtype=torch.float32)
     targets = []
     for index in range(batch_size):
-        corners = torch.rand(objects, 2, 2, generator=generator) * torch.tensor([size[1], size[0]], dtype=torch.float32)
+        corners = torch.rand(num_objects, 2, 2, generator=generator) * extent
         boxes = torch.cat([corners.amin(1), corners.amax(1) + 1], dim=1).to(device)
-        labels = torch.randint(0, num_classes, (objects,), generator=generator).to(device)
+        labels = torch.randint(0, num_classes, (num_objects,), generator=generator).to(device)
         targets.append({"boxes": boxes, "labels": labels, "image_id": index})
         if masks:
             targets[-1]["masks"] = filled_masks(boxes, size)

@@ -28,7 +28,7 @@ MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)(\.former)?")
 
 
-def save_state(folder: Path, training: TrainingParts, facts: dict[str, Any], keep: int = 2) -> list[str]:
+def save_state(folder: Path, training: TrainingParts, metadata: dict[str, Any], keep: int = 2) -> list[str]:
     """Save a training; every process calls it.
 
     If the disk is full, older states are removed to make room for the new one.
@@ -36,7 +36,7 @@ def save_state(folder: Path, training: TrainingParts, facts: dict[str, Any], kee
     Args:
         folder: the run's folder of states.
         training: what is saved; its step is part of the name.
-        facts: metadata stored in the manifest as JSON, e.g. the config.
+        metadata: stored in the manifest as JSON, e.g. the config.
         keep: number of states to keep.
 
     Returns:
@@ -48,7 +48,7 @@ def save_state(folder: Path, training: TrainingParts, facts: dict[str, Any], kee
     """
     position, accelerator = training.position, training.accelerator
     notes: list[str] = []
-    facts = facts | {"step": position.step, "epoch": position.epoch, "sharded": is_sharded(accelerator)}
+    metadata = metadata | {"step": position.step, "epoch": position.epoch, "sharded": is_sharded(accelerator)}
     snapshot = take(training)
 
     def save() -> None:
@@ -56,13 +56,13 @@ def save_state(folder: Path, training: TrainingParts, facts: dict[str, Any], kee
         final = folder / f"step-{position.step:08d}"
         with writing(folder, needed=snapshot.size()):
             try:
-                partial = _write(final, snapshot, facts)
+                partial = _write(final, snapshot, metadata)
             except OSError as error:
                 if error.errno not in FULL or not (removed := _make_room(folder, snapshot.size())):
                     raise
                 names = ", ".join(removed)
                 notes.append(f"{folder}: not enough room on the disk. Removed {names} to make room for {final.name}.")
-                partial = _write(final, snapshot, facts)
+                partial = _write(final, snapshot, metadata)
             _put_in_place(partial, final)
         _remove_old(folder, position.step, keep)
 
@@ -160,24 +160,24 @@ def find_fault(state: Path) -> str | None:
     return None
 
 
-def read_facts(state: Path) -> dict[str, Any]:
+def read_metadata(state: Path) -> dict[str, Any]:
     """Read the metadata given to `save_state`, with "step" and "epoch" (numbers of completed ones) and "sharded".
 
     Raises:
         CheckpointError: the manifest is damaged.
     """
-    facts: dict[str, Any] = _read_manifest(state)["facts"]
-    return facts
+    metadata: dict[str, Any] = _read_manifest(state)["facts"]
+    return metadata
 
 
-def _write(final: Path, snapshot: Snapshot, facts: dict[str, Any]) -> Path:
+def _write(final: Path, snapshot: Snapshot, metadata: dict[str, Any]) -> Path:
     """Write a complete state under a temporary name, and remove it if that fails."""
     partial = final.with_name(f".{final.name}.partial")
     try:
         partial.mkdir(parents=True)
         snapshot.write(partial)
         sums = {file.name: _checksum(file) for file in sorted(partial.iterdir())}
-        content = json.loads(json.dumps({"files": sums, "facts": facts}))  # as it will be read
+        content = json.loads(json.dumps({"files": sums, "facts": metadata}))  # as it will be read
         write_text(partial / MANIFEST, json.dumps(content | {"sha256": _sum_of(content)}, indent=1))
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -252,14 +252,14 @@ def _read_manifest(state: Path) -> dict[str, Any]:
         content: Any = json.loads((state / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         raise CheckpointError(f"{MANIFEST} cannot be read") from None
-    files, facts = (content.get(key) for key in ("files", "facts")) if isinstance(content, dict) else (None, None)
+    files, metadata = (content.get(key) for key in ("files", "facts")) if isinstance(content, dict) else (None, None)
     if (
-        not (isinstance(files, dict) and isinstance(facts, dict) and content.keys() <= {"files", "facts", "sha256"})
+        not (isinstance(files, dict) and isinstance(metadata, dict) and content.keys() <= {"files", "facts", "sha256"})
         or not files
         or not all(isinstance(value, str) for value in files.values())
     ):
         raise CheckpointError(f"{MANIFEST} is not the manifest of a state")
-    if not all(type(facts.get(key)) is int for key in ("step", "epoch")):
+    if not all(type(metadata.get(key)) is int for key in ("step", "epoch")):
         raise CheckpointError(f"{MANIFEST} does not say at which step and epoch the state was saved")
     if content.get("sha256", _sum_of(content)) != _sum_of(content):
         raise CheckpointError(f"{MANIFEST} has changed since it was written")

@@ -295,7 +295,7 @@ def _per_class(
             match = matches[category]
             undefined = {"score": -1.0, "precision": -1.0, "recall": -1.0, "f1": -1.0}
             error = optimal_lrp(match)
-            row |= match.best_f1() if match.objects else undefined
+            row |= match.best_f1() if match.num_objects else undefined
             parts = (error.error, error.localization, error.false_positives, error.false_negatives)
             row |= dict(zip(LRP_NAMES, parts, strict=True))
             row["AP90"] = _mean(precision[8, :, k, 0, -1])

@@ -27,13 +27,13 @@ class ClassMatches:
         scores: (D,) descending.
         matched: (D,) bool, True if the detection is matched with an object (a true positive).
         ious: (D,) IoU with that object; 0 if not matched.
-        objects: number of ground-truth objects, without crowds.
+        num_objects: number of ground-truth objects, without crowds.
     """
 
     scores: np.ndarray
     matched: np.ndarray
     ious: np.ndarray
-    objects: int
+    num_objects: int
 
     def rank_correlation(self) -> float | None:
         """Correlate the scores and the IoUs of the true positives by rank (Spearman).
@@ -52,13 +52,13 @@ class ClassMatches:
     def precision_recall(self) -> tuple[np.ndarray, np.ndarray]:
         """Compute precision and recall (D,) of the first 1, 2, ..., D detections, not interpolated."""
         hits = np.cumsum(self.matched)
-        return hits / np.maximum(np.arange(1, len(hits) + 1), 1), hits / max(self.objects, 1)
+        return hits / np.maximum(np.arange(1, len(hits) + 1), 1), hits / max(self.num_objects, 1)
 
     def best_f1(self) -> dict[str, float]:
         """Compute the best F1 = 2PR / (P + R) and its score, precision and recall; all 0 without detections."""
         precision, recall = self.precision_recall()
         last = _ends_of_ties(self.scores)  # a threshold cannot separate detections of equal score
-        if self.objects == 0 or not len(last):
+        if self.num_objects == 0 or not len(last):
             return {"score": 0.0, "precision": 0.0, "recall": 0.0, "f1": 0.0}
         f1 = 2 * precision[last] * recall[last] / np.maximum(precision[last] + recall[last], 1e-12)
         best = int(last[f1.argmax()])
@@ -330,13 +330,13 @@ def optimal_lrp(matches: ClassMatches, threshold: float = 0.5) -> OptimalLRP:
     """
     if not 0 <= threshold < 1:
         raise ValueError(f"LRP needs an IoU threshold in [0, 1), not {threshold}")
-    if matches.objects == 0:
+    if matches.num_objects == 0:
         return OptimalLRP(-1.0, -1.0, -1.0, -1.0, -1.0)
     hits = np.cumsum(matches.matched)
     if not len(hits) or not hits[-1]:
         return OptimalLRP(1.0, 1.0, 1.0, 1.0, 1.0)
     false = np.arange(1, len(hits) + 1) - hits
-    missed = matches.objects - hits
+    missed = matches.num_objects - hits
     loose = np.cumsum(np.where(matches.matched, 1 - matches.ious, 0.0))
     errors = (loose / (1 - threshold) + false + missed) / (hits + false + missed)
     last = _ends_of_ties(matches.scores)  # a threshold cannot separate detections of equal score
@@ -345,6 +345,6 @@ def optimal_lrp(matches: ClassMatches, threshold: float = 0.5) -> OptimalLRP:
         float(errors[best]),
         float(loose[best] / hits[best]) if hits[best] else 1.0,
         float(false[best] / (best + 1)),
-        float(missed[best] / matches.objects),
+        float(missed[best] / matches.num_objects),
         float(matches.scores[best]),
     )

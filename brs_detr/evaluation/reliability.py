@@ -138,7 +138,7 @@ def merge(parts: Sequence[Sequence[ClassMatches]]) -> list[ClassMatches]:
         order = np.argsort(-scores, kind="stable")
         matched = np.concatenate([match.matched for match in same])[order]
         ious = np.concatenate([match.ious for match in same])[order]
-        merged.append(ClassMatches(scores[order], matched, ious, sum(match.objects for match in same)))
+        merged.append(ClassMatches(scores[order], matched, ious, sum(match.num_objects for match in same)))
     return merged
 
 
@@ -178,7 +178,7 @@ def assess(
     Returns:
         The errors; None without objects, or with too few true positives to fit a map.
     """
-    if not any(match.objects for fold in folds for match in fold):
+    if not any(match.num_objects for fold in folds for match in fold):
         return None
     return cross_fitted(folds) if stored is None or same_images else of_stored(merge(folds), stored)
 

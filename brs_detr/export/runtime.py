@@ -15,7 +15,7 @@ from brs_detr.export.graphs import ExportError
 from brs_detr.export.onnx import RAW_SCORES
 from brs_detr.ops.images import ImageBatch, Size, pad_to
 
-FACTS = (
+METADATA = (
     "classes",
     "category_ids",
     "head",
@@ -57,16 +57,18 @@ class ExportedFile:
         self.path, self.providers, self.threads = path, _providers(device), threads or torch.get_num_threads()
         self.session = self._open(str(path))
         self._raw_session: Any = None
-        self.metadata = facts = self._read_metadata()
-        self.classes: list[str] = facts["classes"]
-        self.category_ids: list[int] = facts["category_ids"]
-        self.head, self.precision = str(facts["head"]), str(facts.get("precision", "fp32"))
-        self.size: Size | None = None if facts["size"] is None else (int(facts["size"][0]), int(facts["size"][1]))
-        self.short_side, self.long_side = int(facts["short_side"]), int(facts["long_side"])
-        self.antialias = bool(facts["antialias"])
-        self._thresholds = [float(value) for value in facts["thresholds"]]
-        self.has_canvas = facts.get("canvas") is not None  # files of before there were canvases have no such entry
-        stored = facts["calibration"]
+        self.metadata = metadata = self._read_metadata()
+        self.classes: list[str] = metadata["classes"]
+        self.category_ids: list[int] = metadata["category_ids"]
+        self.head, self.precision = str(metadata["head"]), str(metadata.get("precision", "fp32"))
+        self.size: Size | None = (
+            None if metadata["size"] is None else (int(metadata["size"][0]), int(metadata["size"][1]))
+        )
+        self.short_side, self.long_side = int(metadata["short_side"]), int(metadata["long_side"])
+        self.antialias = bool(metadata["antialias"])
+        self._thresholds = [float(value) for value in metadata["thresholds"]]
+        self.has_canvas = metadata.get("canvas") is not None  # files of before there were canvases have no such entry
+        stored = metadata["calibration"]
         try:
             self.calibration = None if stored is None else Calibration.from_dict(stored, len(self.classes))
         except ValueError as error:
@@ -133,18 +135,18 @@ class ExportedFile:
     def _read_metadata(self) -> dict[str, Any]:
         stored = self.session.get_modelmeta().custom_metadata_map
         try:
-            facts: dict[str, Any] = {name: json.loads(text) for name, text in stored.items()}
-            if any(name not in facts for name in FACTS):
+            metadata: dict[str, Any] = {name: json.loads(text) for name, text in stored.items()}
+            if any(name not in metadata for name in METADATA):
                 raise KeyError
-            count = len(facts["classes"])
-            if not len(facts["category_ids"]) == len(facts["thresholds"]) == count > 0:
+            count = len(metadata["classes"])
+            if not len(metadata["category_ids"]) == len(metadata["thresholds"]) == count > 0:
                 raise ValueError
         except (KeyError, ValueError, TypeError, RecursionError):
             raise ExportError(
                 f"{self.path}: lacks the metadata that `brs-detr export` writes (classes, thresholds, image size). "
                 "Export the weights again."
             ) from None
-        return facts
+        return metadata
 
     def _open(self, model: str | bytes) -> Any:
         import onnxruntime

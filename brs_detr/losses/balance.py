@@ -11,7 +11,7 @@ from .checks import check_number
 
 FLOOR = 1e-6  # smallest denominator; far below the loss of any box that still has something to learn
 CAP = 1e3  # largest ratio: the gradient of boxes that already fit stays bounded
-LEAST = 0.1
+MIN_TARGET = 0.1  # smallest value that box losses are balanced against, see `self_balance`
 
 
 def self_balance(
@@ -20,14 +20,14 @@ def self_balance(
     weight: float = 1.0,
     floor: float = FLOOR,
     cap: float = CAP,
-    least: float = LEAST,
+    min_target: float = MIN_TARGET,
 ) -> Tensor:
     """Scale a localization loss so that its value equals `weight * target`, without sending gradient into the scale.
 
-    The factor is weight * max(target, least) / max(term, floor), at most `weight * cap`: boxes that already fit (term
-    near 0) would otherwise get an unbounded gradient. The papers have no `least`: there the boxes stop learning when
-    the ranking is nearly perfect, as it soon is on few images, however badly the boxes fit. A target of 0.1 is a mean
-    precision of 0.9 or better with no sorting error left; above it the value is that of the papers.
+    The factor is weight * max(target, min_target) / max(term, floor), at most `weight * cap`: boxes that already fit
+    (term near 0) would otherwise get an unbounded gradient. The papers have no `min_target`: there the boxes stop
+    learning when the ranking is nearly perfect, as it soon is on few images, however badly the boxes fit. A target of
+    0.1 is a mean precision of 0.9 or better with no sorting error left; above it the value is that of the papers.
 
     Args:
         term: any shape, localization losses, >= 0.
@@ -35,12 +35,12 @@ def self_balance(
         weight: what the balanced value is multiplied with.
         floor: smallest denominator.
         cap: largest ratio of target and term.
-        least: smallest target; 0 is the papers' rule.
+        min_target: smallest target; 0 is the papers' rule.
 
     Returns:
         of the same shape, attached to the graph of `term` only.
     """
-    ratio = (target.detach().clamp(min=least) / term.detach().clamp(min=floor)).clamp(max=cap)
+    ratio = (target.detach().clamp(min=min_target) / term.detach().clamp(min=floor)).clamp(max=cap)
     return term * (ratio * weight)
 
 
@@ -67,23 +67,25 @@ class EpochBalance(nn.Module):
         period: counted iterations per epoch (the official heads count 3665).
         start: factor during the first epoch.
         cap: largest factor.
-        least: smallest mean of the loss over an epoch that is balanced against, for the reason given at `self_balance`;
-            0 is the paper's rule, from which the default differs only where the loss is below it.
+        min_target: smallest mean of the loss over an epoch that is balanced against, for the reason given at
+            `self_balance`; 0 is the paper's rule, from which the default differs only where the loss is below it.
     """
 
     factor: Tensor
     sums: Tensor
 
-    def __init__(self, period: int = 3665, start: float = 50.0, cap: float = CAP, least: float = LEAST) -> None:
+    def __init__(
+        self, period: int = 3665, start: float = 50.0, cap: float = CAP, min_target: float = MIN_TARGET
+    ) -> None:
         super().__init__()
         if period < 1:
             raise ValueError(f"period: {period} is out of range. Give a number of iterations that is at least 1.")
         check_number("start", start)
         check_number("cap", cap)
-        check_number("least", least)
+        check_number("min_target", min_target)
         self.period = period
         self.cap = cap
-        self.least = least
+        self.min_target = min_target
         self.register_buffer("factor", torch.tensor(float(start)))
         # Sums of both parts and their count, on the device so that no step waits for the host; in float32, as not
         # every device has more: over 3665 terms of about 1 the sums are exact to six digits.
@@ -113,7 +115,7 @@ class EpochBalance(nn.Module):
         sums = self.sums + torch.where(counted, parts, 0.0)
         full = sums[2] >= self.period
         # As in `self_balance`, the target (here the mean of both parts) has a smallest value.
-        target = torch.maximum(sums[0] + sums[1], self.least * sums[2])
+        target = torch.maximum(sums[0] + sums[1], self.min_target * sums[2])
         factor = (target / sums[1].clamp(min=FLOOR)).clamp(max=self.cap).to(self.factor)
         self.factor.copy_(torch.where(full, factor, self.factor))
         self.sums.copy_(torch.where(full, torch.zeros_like(sums), sums))

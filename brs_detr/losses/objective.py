@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .alrp import alrp_loss
 from .average_precision import average_precision_loss
-from .balance import LEAST, EpochBalance, box_scores, self_balance
+from .balance import MIN_TARGET, EpochBalance, box_scores, self_balance
 from .checks import check_number, single_or_wider
 from .classification import SCORE_LOSSES
 from .distributed import SCOPES, SharedCount, process_mean, scalar, scale_for_ddp, sum_over
@@ -81,7 +81,7 @@ class RankingObjective(WatchedObjective):
         box_weight: factor of every box term with "ap" and "bap", and of aLRP's if that is not balanced.
         box_weights: fixed factors of the box terms by name, instead of any balance and of the localization in aLRP's
             gradient: for a set that is so easy to rank that boxes balanced with it would stop learning.
-        least: smallest ranking loss that the balance follows, see `self_balance`.
+        min_target: smallest ranking loss that the balance follows, see `self_balance`.
         tau: least IoU of a positive, with aLRP: its error is (1 - IoU) / (1 - tau), or the GIoU loss / 2 / (1 - tau).
         period: iterations per epoch of aLRP's balance; None balances by value, as Rank & Sort does: for an objective
             that several prediction sets share, whose iterations are not to be averaged together.
@@ -103,7 +103,7 @@ class RankingObjective(WatchedObjective):
         score_weighted: bool = False,
         box_weight: float = 2.0,
         box_weights: Mapping[str, float] | None = None,
-        least: float = LEAST,
+        min_target: float = MIN_TARGET,
         tau: float = 0.5,
         period: int | None = 3665,
         balanced: bool = True,
@@ -119,7 +119,7 @@ class RankingObjective(WatchedObjective):
         self.family, self.method, paper_delta = RANKING_LOSSES[loss]
         self.weight = weight
         self.delta = paper_delta if delta is None else delta
-        numbers = {"weight": weight, "delta": self.delta, "box_weight": box_weight, "least": least}
+        numbers = {"weight": weight, "delta": self.delta, "box_weight": box_weight, "min_target": min_target}
         numbers |= {f"box_weights[{name!r}]": value for name, value in (box_weights or {}).items()}
         for name, value in numbers.items():
             check_number(name, value)
@@ -127,10 +127,12 @@ class RankingObjective(WatchedObjective):
         self.score_weighted = score_weighted
         self.box_weight = box_weight
         self.box_weights = None if box_weights is None else dict(box_weights)
-        self.least = least
+        self.min_target = min_target
         self.tau = tau
         self.balanced = balanced
-        self.epoch_balance = EpochBalance(period, least=least) if self.family == "alrp" and period is not None else None
+        self.epoch_balance = (
+            EpochBalance(period, min_target=min_target) if self.family == "alrp" and period is not None else None
+        )
 
     def forward(self, predictions: PredictionSet) -> dict[str, Tensor]:
         """Compute the loss terms of one set.
@@ -236,7 +238,7 @@ class RankingObjective(WatchedObjective):
         if not self.balanced:
             return localization * self.box_weight
         if self.epoch_balance is None:
-            return self_balance(localization, classification, least=self.least)
+            return self_balance(localization, classification, min_target=self.min_target)
         count = sum_over(torch.full((1,), float(positives), device=localization.device), self.scope)
         # One set after the other, each an iteration of its own: a factor of theirs may change between two of them.
         parts = zip(classification.unbind(), localization.unbind())
@@ -248,7 +250,7 @@ class RankingObjective(WatchedObjective):
             return term * self.box_weights[name]
         if self.family == "average_precision":
             return term * self.box_weight
-        return self_balance(term, target, self.weight, least=self.least)
+        return self_balance(term, target, self.weight, min_target=self.min_target)
 
 
 class ScoreObjective(WatchedObjective):

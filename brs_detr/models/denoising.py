@@ -62,34 +62,34 @@ class DenoisingLayout(NamedTuple):
     with fewer than M objects lacks the others.
 
     Attributes:
-        groups: G.
-        objects: M, the largest number of objects in an image.
+        num_groups: G.
+        max_objects: M, the largest number of objects in an image.
         rows: (2 * G * T,) int64, the row among the flattened B * P of each noised object; block by block, in a block in
             the order of the T objects.
         present: (B, P) bool, False for rows of objects that the image lacks.
     """
 
-    groups: int
-    objects: int
+    num_groups: int
+    max_objects: int
     rows: np.ndarray
     present: np.ndarray
 
     @classmethod
     def of(cls, counts: Sequence[int], queries: int) -> DenoisingLayout:
         """Arrange `counts` objects of each image in groups of about `queries` positives altogether."""
-        objects = max(counts)
-        groups = max(queries // objects, 1) if objects else 1
-        blocks = np.arange(2 * groups)
+        max_objects = max(counts)
+        num_groups = max(queries // max_objects, 1) if max_objects else 1
+        blocks = np.arange(2 * num_groups)
         images = np.repeat(np.arange(len(counts)), counts)
         inside = np.concatenate([np.arange(count) for count in counts])
-        rows = images * 2 * groups * objects + blocks[:, None] * objects + inside
-        present = np.zeros((len(counts), 2 * groups * objects), bool)
+        rows = images * 2 * num_groups * max_objects + blocks[:, None] * max_objects + inside
+        present = np.zeros((len(counts), 2 * num_groups * max_objects), bool)
         present.ravel()[rows] = True
-        return cls(groups, objects, rows.ravel().astype(np.int64), present)
+        return cls(num_groups, max_objects, rows.ravel().astype(np.int64), present)
 
     def positives(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows (G * T,) of the first blocks, ascending, and the object (0..T-1) of each."""
-        rows = self.rows.reshape(self.groups, 2, -1)[:, 0]
+        rows = self.rows.reshape(self.num_groups, 2, -1)[:, 0]
         objects = np.broadcast_to(np.arange(rows.shape[1]), rows.shape).ravel()
         order = rows.ravel().argsort()
         return rows.ravel()[order], objects[order]
@@ -102,7 +102,7 @@ class DenoisingLayout(NamedTuple):
             device: of the result.
             ignore_missing: rows of objects that an image lacks are not seen.
         """
-        group = torch.arange(self.present.shape[1], device=device) // max(2 * self.objects, 1)
+        group = torch.arange(self.present.shape[1], device=device) // max(2 * self.max_objects, 1)
         own = (group[:, None] == group)[None]
         if ignore_missing and not self.present.all():
             own = own & torch.from_numpy(self.present).to(device, non_blocking=True)[:, None]
@@ -186,7 +186,7 @@ class Denoising(nn.Module):
         targets = self.bounded(targets)
         counts, device = [end - start for start, end in targets.spans], targets.boxes.device
         layout = DenoisingLayout.of(counts, self.config.queries)
-        blocks = 2 * layout.groups
+        blocks = 2 * layout.num_groups
         noise = self.draw(blocks * sum(counts), self.label_embedding.num_embeddings, self.generator)
         noise = Noise(*(part.to(device, non_blocking=True) for part in noise))
         negative = torch.arange(blocks).repeat_interleave(sum(counts)).remainder(2).to(device, non_blocking=True)

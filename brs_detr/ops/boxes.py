@@ -42,11 +42,11 @@ class BoxCoder:
 
     Attributes:
         stds: divisors of (dx, dy, dw, dh).
-        largest_factor: sides change at most by this factor or its inverse when decoding.
+        max_factor: sides change at most by this factor or its inverse when decoding.
     """
 
     stds: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
-    largest_factor: float = 1000 / 16  # as in Faster R-CNN's code: exp() of an early prediction must not overflow
+    max_factor: float = 1000 / 16  # as in Faster R-CNN's code: exp() of an early prediction must not overflow
 
     def encode(self, references: Tensor, boxes: Tensor) -> Tensor:
         """Compute the offsets that turn each reference into the box of the same row.
@@ -80,7 +80,7 @@ class BoxCoder:
         dx, dy, dw, dh = _wide(deltas).unbind(-1)
         (sx, sy, sw, sh) = self.stds
         # Only the sides are bounded: a center far outside is harmless, a side of exp(large) is infinite.
-        max_log = math.log(self.largest_factor)
+        max_log = math.log(self.max_factor)
         center = center + torch.stack([dx * sx, dy * sy], dim=-1) * side
         half = 0.5 * side * torch.stack([dw * sw, dh * sh], dim=-1).clamp(-max_log, max_log).exp()
         return torch.cat([center - half, center + half], dim=-1)
@@ -93,13 +93,13 @@ class PointCoder:
     The point is the center of a reference box; a distance is the logarithm of its ratio to the reference's side.
 
     Attributes:
-        largest_target: encoded ratios are at most this, and at least its inverse, also for a side that the point lies
+        max_target: encoded ratios are at most this, and at least its inverse, also for a side that the point lies
             beyond.
-        largest_factor: decoded ratios are at most this, and at least its inverse: exp() must not overflow.
+        max_factor: decoded ratios are at most this, and at least its inverse: exp() must not overflow.
     """
 
-    largest_target: float = 16.0
-    largest_factor: float = 1000 / 16
+    max_target: float = 16.0
+    max_factor: float = 1000 / 16
 
     def encode(self, references: Tensor, boxes: Tensor) -> Tensor:
         """Compute log distances (..., 4), left, top, right, bottom, from references (..., 4) to boxes (..., 4) xyxy."""
@@ -107,12 +107,12 @@ class PointCoder:
         boxes = _wide(boxes)
         distance = torch.cat([center - boxes[..., :2], boxes[..., 2:] - center], dim=-1)
         ratio = distance / torch.cat([side, side], dim=-1)
-        return ratio.clamp(1 / self.largest_target, self.largest_target).log()
+        return ratio.clamp(1 / self.max_target, self.max_target).log()
 
     def decode(self, references: Tensor, deltas: Tensor) -> Tensor:
         """Compute boxes (..., 4) xyxy from log distances (..., 4); they are not clipped to any image."""
         center, side = _center_side(_wide(references))
-        limit = math.log(self.largest_factor)
+        limit = math.log(self.max_factor)
         ratio = _wide(deltas).clamp(-limit, limit).exp()
         return torch.cat([center - side * ratio[..., :2], center + side * ratio[..., 2:]], dim=-1)
 

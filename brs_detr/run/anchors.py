@@ -64,7 +64,7 @@ def is_automatic(config: Config) -> bool:
 
 
 def choose_anchors(
-    config: Config, facts: Mapping[str, Any] | None, accelerator: Accelerator, train_set: TrainSet
+    config: Config, metadata: Mapping[str, Any] | None, accelerator: Accelerator, train_set: TrainSet
 ) -> tuple[Config, list[str]]:
     """Replace `model.anchors=auto` by numbers.
 
@@ -74,7 +74,7 @@ def choose_anchors(
 
     Args:
         config: of the run.
-        facts: metadata of the state to resume from; None for a fresh start.
+        metadata: of the state to resume from; None for a fresh start.
         accelerator: of the launch.
         train_set: opens the training set.
 
@@ -87,8 +87,8 @@ def choose_anchors(
     """
     if not is_automatic(config):
         return config, []
-    if facts is not None:
-        source, model = "the resumed run", from_dict(facts["config"], "the state to resume from").model
+    if metadata is not None:
+        source, model = "the resumed run", from_dict(metadata["config"], "the state to resume from").model
         return _taken_over(config, model, source)
     if config.train.init_from is not None:
         file = locate(config.train.init_from)

@@ -52,14 +52,14 @@ _locks: list[IO[str]] = []  # a lock is held as long as its file is open
 
 
 def check_resumable(
-    config: Config, plan: BatchPlan, facts: dict[str, Any], state: Path, sharded: bool = False
+    config: Config, plan: BatchPlan, metadata: dict[str, Any], state: Path, sharded: bool = False
 ) -> list[str]:
     """Compare the settings of a saved run with this run's, and list the differences that would change its numbers.
 
     Args:
         config: of this run.
         plan: of this run.
-        facts: metadata stored with `state`.
+        metadata: stored with `state`.
         state: named in errors.
         sharded: True if this launch shards the weights.
 
@@ -70,15 +70,15 @@ def check_resumable(
         ConfigError: there are differences, and it does not.
         CheckpointError: the metadata is not of a training.
     """
-    launch = facts.get("launch")
-    if not isinstance(launch, dict) or "config" not in facts:
+    launch = metadata.get("launch")
+    if not isinstance(launch, dict) or "config" not in metadata:
         raise CheckpointError(f"{state}: the settings of its run are missing. Use the state before it.")
-    saved = from_dict(facts["config"], str(state))
+    saved = from_dict(metadata["config"], str(state))
     changes = [c for c in differences(_resolved(saved), _resolved(config)) if not c.startswith(_FREE_TO_CHANGE)]
     for name, value in dataclasses.asdict(plan).items():
         if launch.get(name) != value:
             changes.append(f"launch {name}: {launch.get(name)} -> {value}")
-    was_sharded = facts.get("sharded", sharded)  # not stored by earlier versions
+    was_sharded = metadata.get("sharded", sharded)  # not stored by earlier versions
     if was_sharded != sharded:
         changes.append(f"launch sharded (FSDP): {was_sharded} -> {sharded}")
     if changes and not config.train.allow_changes:
@@ -98,20 +98,20 @@ def _resolved(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(model, mask=mask))
 
 
-def require_same_data(config: Config, data: dict[str, str], facts: dict[str, Any], state: Path) -> None:
+def require_same_data(config: Config, data: dict[str, str], metadata: dict[str, Any], state: Path) -> None:
     """Raise if the annotations have changed since a run was saved: its epochs would have other images.
 
     Args:
         config: of this run.
         data: fingerprints of the "train" and "val" annotations.
-        facts: metadata stored with `state`.
+        metadata: stored with `state`.
         state: named in the error.
 
     Raises:
         ConfigError: naming the files, unless `train.allow_changes` permits it.
     """
     paths = {"train": config.data.train_json, "val": config.data.val_json}
-    former = facts.get("data", data)
+    former = metadata.get("data", data)
     former = former if isinstance(former, dict) else {}
     changed = [paths[split] for split, digest in data.items() if former.get(split) != digest]
     if changed and not config.train.allow_changes:

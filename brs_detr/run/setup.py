@@ -291,7 +291,7 @@ def largest_shape(config: Config, plan: BatchPlan, dataset: CocoDetection) -> di
         "batch_size": plan.per_device,
         "accumulate": plan.accumulate,
         "size": largest,
-        "objects": most + min(most, pasted),
+        "num_objects": most + min(most, pasted),
         "num_classes": dataset.num_classes,
         "masks": config.model.has_masks,
     }

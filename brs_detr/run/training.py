@@ -30,7 +30,7 @@ from brs_detr.engine.diagnostics import largest_step
 from brs_detr.engine.distributed import is_sharded, keep_known_layers, keep_scalars_whole
 from brs_detr.engine.logging import RunLog
 from brs_detr.engine.optim import build_optimizer, build_schedule
-from brs_detr.engine.state import agreed_state, read_facts
+from brs_detr.engine.state import agreed_state, read_metadata
 from brs_detr.engine.storage import remove_partials, write_text
 from brs_detr.engine.trainer import BEST, Trainer
 from brs_detr.evaluation.calibration import Calibration
@@ -164,13 +164,13 @@ def _open_log(
     state, notes = agreed_state(folder / "state", accelerator) if config.train.resume else (None, [])
     if state is None and not is_trial:  # a trial shows the cost of a step, which weights do not change
         require_learning_backbone(config)
-    config, chosen = choose_anchors(config, None if state is None else read_facts(state), accelerator, train_set)
+    config, chosen = choose_anchors(config, None if state is None else read_metadata(state), accelerator, train_set)
     if state is not None:
-        plan = setup.plan_batches(config, accelerator, stored_batch_size(read_facts(state)))
-        changes = check_resumable(config, plan, read_facts(state), state, is_sharded(accelerator))
+        plan = setup.plan_batches(config, accelerator, stored_batch_size(read_metadata(state)))
+        changes = check_resumable(config, plan, read_metadata(state), state, is_sharded(accelerator))
         notes += [f"resumed from {state}", *(f"changed since: {change}" for change in changes)]
     accelerator.wait_for_everyone()
-    log = RunLog(folder, accelerator, None if state is None else read_facts(state))
+    log = RunLog(folder, accelerator, None if state is None else read_metadata(state))
     searched = state is None and config.train.per_device_batch_size == "auto"
     split = f"total batch {plan.total}, its split is searched for below" if searched else str(plan)
     for note in [describe_machine(accelerator), split, *recognized, *notes, *chosen]:
@@ -197,9 +197,9 @@ def require_unsharded(config: Config, accelerator: Accelerator) -> None:
         raise ConfigError("train.compile: layers that FSDP shards are not compiled. Set it to none.")
 
 
-def stored_batch_size(facts: dict[str, Any]) -> int | None:
+def stored_batch_size(metadata: dict[str, Any]) -> int | None:
     """Return the images that a process of a saved run held at once; None where its state does not say."""
-    launch = facts.get("launch")
+    launch = metadata.get("launch")
     stored = launch.get("per_device") if isinstance(launch, dict) else None
     return stored if isinstance(stored, int) and stored > 0 else None
 
@@ -260,7 +260,7 @@ def open_data(run: Run) -> Data:
     require_same_categories(train_set.classes, train_set.category_ids, val_set, train_set.json_path)
     metadata = setup.run_metadata(config, run.plan, train_set, val_set)
     if run.state is not None:
-        require_same_data(config, metadata["data"], read_facts(run.state), run.state)
+        require_same_data(config, metadata["data"], read_metadata(run.state), run.state)
     elif run.accelerator.is_main_process:
         if config.train.overwrite and not config.train.resume:
             remove_run(run.folder)
@@ -333,12 +333,12 @@ def dry_run(run: Run, data: Data, model: nn.Module, optimizer: AcceleratedOptimi
     return largest_step(model, optimizer, run.accelerator, **shape)
 
 
-def report_best(run: Run, data: Data, facts: Mapping[str, Any]) -> None:
+def report_best(run: Run, data: Data, metadata: Mapping[str, Any]) -> None:
     """Write the figures, images and report of the last validation; whatever fails is a warning, the weights are safe.
 
     Args:
         run, data: of the training.
-        facts: stored with the weights: "epoch" and "step".
+        metadata: stored with the weights: "epoch" and "step".
     """
     found, out = data.validated[-1], run.folder / EVALUATION
     summary, results = found.summary, found.results
@@ -347,12 +347,12 @@ def report_best(run: Run, data: Data, facts: Mapping[str, Any]) -> None:
     report = run.folder / "report.html"
     if not report.exists():
         run.log.say(f"each best validation: figures and images in {out}, all in one page in {report}")
-    about = {"weights": BEST, "epoch": facts["epoch"], "annotations": data.val_set.json_path}
+    about = {"weights": BEST, "epoch": metadata["epoch"], "annotations": data.val_set.json_path}
     try:
         write_evaluation(out, summary, results, data.val_set, about, run=run.folder, report=report, images=EXAMPLES)
         drawn = {name: out / f"{name}.png" for name in SHOWN_IN_TRACKERS}
         images = {name: read_image(path).permute(1, 2, 0).numpy() for name, path in drawn.items() if path.is_file()}
-        run.log.images(images, facts["step"])
+        run.log.images(images, metadata["step"])
     except Exception as error:  # an image is no reason to end a training
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         run.log.say(f"warning: {out}: the report of the best validation is incomplete ({reason}). The run continues.")
@@ -370,11 +370,16 @@ def build_trainer(
     config, train_set = run.config, data.train_set
     stored = configuration.to_dict(setup.for_weights_file(config))
 
-    def save(name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        facts = {**facts, "thresholds": data.thresholds, **data.chosen, "validated_on": data.metadata["data"]["val"]}
-        save_weights(run.folder / name, Weights(tensors, train_set.classes, train_set.category_ids, stored, facts))
+    def save(name: str, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        metadata = {
+            **metadata,
+            "thresholds": data.thresholds,
+            **data.chosen,
+            "validated_on": data.metadata["data"]["val"],
+        }
+        save_weights(run.folder / name, Weights(tensors, train_set.classes, train_set.category_ids, stored, metadata))
         if name == BEST and config.eval.report and data.validated:
-            report_best(run, data, facts)
+            report_best(run, data, metadata)
 
     set_epoch_length(model, len(data.batches))
     trainer = Trainer(

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from brs_detr.data.loader import EpochBatches
-from brs_detr.engine.state import latest_state, read_facts
+from brs_detr.engine.state import latest_state, read_metadata
 
 
 class Positions:
@@ -51,8 +51,8 @@ def test_a_state_of_the_last_step_of_an_epoch_with_ragged_accumulation_can_be_re
     with pytest.raises(KeyboardInterrupt):
         killed.fit()
     state, _ = latest_state(tmp_path / "killed" / "state")
-    assert read_facts(state)["step"] == 3 and read_facts(state)["epoch"] == 0
-    resumed, _ = build(tmp_path / "killed", resumed_at=read_facts(state))
+    assert read_metadata(state)["step"] == 3 and read_metadata(state)["epoch"] == 0
+    resumed, _ = build(tmp_path / "killed", resumed_at=read_metadata(state))
     resumed.resume(state)
     assert resumed.fit() and resumed.position.step == 6
     assert all(

@@ -20,7 +20,7 @@ def test_gradients_are_exchanged_with_the_last_accumulated_batch_only(toy, tmp_p
     backward = accelerator.backward
     monkeypatch.setattr(accelerator, "no_sync", no_sync)
     monkeypatch.setattr(accelerator, "backward", lambda loss: events.append("backward") or backward(loss))
-    size = {"batch_size": 2, "accumulate": 3, "size": (8, 8), "objects": 4, "num_classes": 1}
+    size = {"batch_size": 2, "accumulate": 3, "size": (8, 8), "num_objects": 4, "num_classes": 1}
     said = largest_step(trainer.model, trainer.optimizer, accelerator, **size)
     assert events == ["alone", "backward", "backward"] * 2
     assert f"{sum(p.numel() for p in trainer.model.parameters())} parameters, twice" in said

@@ -12,7 +12,7 @@ import torch
 from support import Killed
 
 from brs_detr.engine.logging import read_metrics
-from brs_detr.engine.state import find_fault, latest_state, read_facts
+from brs_detr.engine.state import find_fault, latest_state, read_metadata
 from brs_detr.exit_codes import CheckpointError
 
 ARGUMENTS = ("--ema", "0.9", "--save-every", "3", "--count", "9")  # 5 steps an epoch, saved in the middle of one
@@ -54,7 +54,7 @@ def resume(toy, folder):
     """A trainer placed where the run in the folder stands."""
     state, _ = latest_state(folder / "state")
     options = {"ema": 0.9, "save_every": 3, "count": 9}
-    trainer, _ = toy.build(folder, resumed_at=None if state is None else read_facts(state), **options)
+    trainer, _ = toy.build(folder, resumed_at=None if state is None else read_metadata(state), **options)
     if state is not None:
         trainer.resume(state)
     return trainer
@@ -151,7 +151,7 @@ def test_a_stop_signal_during_validation_ends_after_it_without_another_step(toy,
     trainer.validate = stopped
     assert not trainer.fit()
     assert (trainer.position.epoch, trainer.position.step_in_epoch) == (1, 0)
-    assert read_facts(latest_state(tmp_path / "state")[0])["step"] == trainer.position.step == 4
+    assert read_metadata(latest_state(tmp_path / "state")[0])["step"] == trainer.position.step == 4
 
 
 def test_a_finished_run_that_is_resumed_says_so(toy, tmp_path, capsys):
@@ -217,7 +217,7 @@ def test_a_kill_while_a_state_of_the_same_step_is_written_leaves_one_of_them(toy
         with contextlib.suppress(Killed):
             trainer.fit()
         state, complaints = latest_state(folder / "state")
-        assert read_facts(state)["step"] == 3 and not complaints
+        assert read_metadata(state)["step"] == 3 and not complaints
         if moment == 4:  # not killed
             assert [path.name for path in (folder / "state").iterdir()] == ["step-00000003"]
 

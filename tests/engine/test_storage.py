@@ -16,7 +16,7 @@ from brs_detr.engine import state as state_module
 from brs_detr.engine import tensor_file
 from brs_detr.engine.checkpoint import Weights, find_weights, load_weights, save_weights
 from brs_detr.engine.logging import RunLog, read_metrics
-from brs_detr.engine.state import find_fault, latest_state, read_facts, tidy
+from brs_detr.engine.state import find_fault, latest_state, read_metadata, tidy
 from brs_detr.engine.storage import NonFiniteError, StorageError, write_file, write_text
 from brs_detr.engine.tensor_file import read_tensors, write_tensors
 from brs_detr.exit_codes import CheckpointError
@@ -54,7 +54,7 @@ def test_a_state_that_cannot_be_written_leaves_the_former_ones(toy, tmp_path):
     assert "ulimit -f" in str(error.value) and " free" in str(error.value) and error.value.errno == errno.EFBIG
     assert content(tmp_path / "state") == before
     trainer.save_state()
-    assert read_facts(latest_state(tmp_path / "state")[0])["step"] == trainer.position.step
+    assert read_metadata(latest_state(tmp_path / "state")[0])["step"] == trainer.position.step
 
 
 @pytest.mark.parametrize("enough", [True, False])
@@ -288,12 +288,12 @@ def test_a_manifest_covers_itself(toy, tmp_path):
     trainer.fit()
     state = latest_state(tmp_path / "state")[0]
     path = state / "manifest.json"
-    intact, facts = path.read_bytes(), read_facts(state)
+    intact, facts = path.read_bytes(), read_metadata(state)
     for place in range(len(intact)):
         damaged = bytearray(intact)
         damaged[place] ^= 1 << place % 7
         path.write_bytes(damaged)
-        assert find_fault(state) is not None or read_facts(state) == facts, damaged
+        assert find_fault(state) is not None or read_metadata(state) == facts, damaged
     for odd in ("[]", "null", '{"files": [], "facts": {}}', '{"files": {"a": 1}, "facts": {"step": 1, "epoch": 1}}'):
         path.write_text(odd)
         assert "manifest.json" in find_fault(state)

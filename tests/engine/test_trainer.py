@@ -14,7 +14,7 @@ from brs_detr.engine import trainer as loop
 from brs_detr.engine.distributed import seed_step
 from brs_detr.engine.logging import LossMeter, RatioMeter, read_metrics
 from brs_detr.engine.nonfinite import RunningStatistics
-from brs_detr.engine.state import latest_state, read_facts
+from brs_detr.engine.state import latest_state, read_metadata
 from brs_detr.engine.storage import NonFiniteError
 from brs_detr.losses import PredictionSet, RankingObjective
 from brs_detr.losses.balance import EpochBalance
@@ -293,7 +293,7 @@ def test_a_run_that_ended_early_trains_no_further_when_it_is_resumed(toy, tmp_pa
     trainer.validate = lambda module: {"AP": 0.5}
     trainer.fit()
     state, _ = latest_state(tmp_path / "state")
-    resumed, _ = toy.build(tmp_path, epochs=9, resumed_at=read_facts(state))
+    resumed, _ = toy.build(tmp_path, epochs=9, resumed_at=read_metadata(state))
     resumed.config = trainer.config
     resumed.resume(state)
     assert resumed.fit() and resumed.position.epoch == trainer.position.epoch == 3
@@ -447,7 +447,7 @@ def test_best_weights_that_were_deleted_are_missed(toy, tmp_path, capsys, weight
     assert "best.safetensors is gone, whose AP was 0.5000" in capsys.readouterr().out
     assert trainer.position.best == 0.2 and (tmp_path / "best.safetensors").is_file()
     (tmp_path / "best.safetensors").unlink()
-    resumed, _ = toy.build(tmp_path, epochs=4, resumed_at=read_facts(latest_state(tmp_path / "state")[0]))
+    resumed, _ = toy.build(tmp_path, epochs=4, resumed_at=read_metadata(latest_state(tmp_path / "state")[0]))
     resumed.resume(latest_state(tmp_path / "state")[0])
     resumed.validate = lambda module: {"AP": 0.1}
     resumed.fit()

@@ -13,7 +13,7 @@ from brs_detr.commands.replay import read_saved
 from brs_detr.config import ConfigError
 from brs_detr.engine import state as state_module
 from brs_detr.engine.checkpoint import load_weights
-from brs_detr.engine.state import find_fault, latest_state, read_facts
+from brs_detr.engine.state import find_fault, latest_state, read_metadata
 from brs_detr.exit_codes import CheckpointError
 from brs_detr.models.backbones.weights_io import read_official, read_weights
 
@@ -42,7 +42,7 @@ def planted(kind, mark, path):
 def sign(state):
     """Make the manifest fit what lies in a state."""
     sums = {file.name: state_module._checksum(file) for file in state.iterdir() if file.name != "manifest.json"}
-    content = {"files": sums, "facts": read_facts(state)}
+    content = {"files": sums, "facts": read_metadata(state)}
     (state / "manifest.json").write_text(json.dumps(content | {"sha256": state_module._sum_of(content)}))
     assert find_fault(state) is None
 
@@ -156,7 +156,7 @@ def test_a_state_of_an_earlier_version_goes_on_bit_for_bit(toy, tmp_path):
     facts = {"who": "toy", "step": 3, "epoch": 0}
     (state / "manifest.json").write_text(json.dumps({"files": sums, "facts": facts}))
     assert latest_state(tmp_path / "state") == (state, [])
-    resumed, _ = toy.build(tmp_path / "resumed", ema=0.9, epochs=2, resumed_at=read_facts(state))
+    resumed, _ = toy.build(tmp_path / "resumed", ema=0.9, epochs=2, resumed_at=read_metadata(state))
     resumed.resume(state)
     assert resumed.fit() and resumed.position == uninterrupted.position
     pairs = [(uninterrupted.model, resumed.model), (uninterrupted.ema.module, resumed.ema.module)]

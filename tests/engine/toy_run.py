@@ -18,7 +18,7 @@ from brs_detr.engine.checkpoint import Weights, save_weights
 from brs_detr.engine.config import OptimConfig, TrainConfig
 from brs_detr.engine.logging import RunLog
 from brs_detr.engine.optim import Schedule, build_optimizer
-from brs_detr.engine.state import latest_state, read_facts
+from brs_detr.engine.state import latest_state, read_metadata
 from brs_detr.engine.trainer import Trainer
 from brs_detr.ops.images import ImageBatch
 from brs_detr.train import fit
@@ -168,7 +168,7 @@ def main():
     folder, resume = options.pop("folder"), options.pop("resume")
     state, notes = latest_state(folder / "state") if resume else (None, [])
     print(*notes, sep="\n", flush=True)
-    trainer, _ = build(folder, resumed_at=None if state is None else read_facts(state), **options)
+    trainer, _ = build(folder, resumed_at=None if state is None else read_metadata(state), **options)
     if state is not None:
         trainer.resume(state)
     print("running", flush=True)

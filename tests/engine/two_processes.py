@@ -19,7 +19,7 @@ from brs_detr.config import Config, ConfigError, apply_overrides, load_config
 from brs_detr.engine.distributed import average_unsharded_gradients, clip_gradients, full_tensor, gradient_norm
 from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.predict import predict
-from brs_detr.engine.state import agreed_state, read_facts
+from brs_detr.engine.state import agreed_state, read_metadata
 from brs_detr.engine.storage import NonFiniteError, StorageError
 from brs_detr.exit_codes import ExitCode, Interruption
 from brs_detr.losses.distributed import without_other_processes
@@ -189,7 +189,7 @@ def check_resume(accelerator, folder):
     stopped.batches.stop_at = (1, 0, stopped)  # between two reports
     assert stopped.fit() is False
     state, _ = agreed_state(folder / "stopped" / "state", accelerator)
-    resumed, _ = toy.build(folder / "stopped", accelerator=accelerator, ema=0.9, resumed_at=read_facts(state))
+    resumed, _ = toy.build(folder / "stopped", accelerator=accelerator, ema=0.9, resumed_at=read_metadata(state))
     resumed.resume(state)
     assert 0 < resumed.position.step < uninterrupted.position.step
     resumed.fit()
@@ -282,7 +282,7 @@ def check_interrupted_validation(accelerator, folder):
 
 def assert_resumed_alike(accelerator, folder, reference):
     state, _ = agreed_state(folder / "state", accelerator)
-    resumed, _ = toy.build(folder, accelerator=accelerator, resumed_at=read_facts(state))
+    resumed, _ = toy.build(folder, accelerator=accelerator, resumed_at=read_metadata(state))
     resumed.resume(state)
     resumed.fit()
     assert [line["epoch"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "val"] == [1, 2, 3]

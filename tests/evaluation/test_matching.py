@@ -51,7 +51,7 @@ def test_matches_are_cocos(truths, found, limit):
         if not ignored
     ]
     assert list(zip(ours.scores.tolist(), ours.matched.tolist(), strict=True)) == sorted(rows, reverse=True)
-    assert ours.objects == sum(not t["iscrowd"] for t in truth)
+    assert ours.num_objects == sum(not t["iscrowd"] for t in truth)
     assert ((ours.ious >= 0.5) == ours.matched).all()
 
 

@@ -118,7 +118,7 @@ def test_a_stored_map_is_measured_on_other_images_only():
     measured = assess(others, stored, same_images=False)
     assert "77 images" in measured.source
     assert measured.dece[1] > 0.1  # of another distribution, for which the map is wrong
-    unannotated = [[replace(match, objects=0) for match in fold] for fold in folds_of(lambda s: 0 * s)]
+    unannotated = [[replace(match, num_objects=0) for match in fold] for fold in folds_of(lambda s: 0 * s)]
     assert assess(unannotated, stored, same_images=False) is None
 
 
@@ -126,7 +126,7 @@ def test_shown_are_the_detections_of_the_best_f1():
     matches = merge(folds_of(lambda s: s))
     for match, part in zip(matches, shown(matches, fit_calibration(matches)), strict=True):
         best = match.best_f1()
-        assert part.matched.mean() == best["precision"] and part.matched.sum() / match.objects == best["recall"]
+        assert part.matched.mean() == best["precision"] and part.matched.sum() / match.num_objects == best["recall"]
         assert part.raw.min() == best["score"]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from brs_detr.losses import EpochBalance, PredictionSet, RankingObjective, rank_sort_loss, self_balance
-from brs_detr.losses.balance import LEAST
+from brs_detr.losses.balance import MIN_TARGET
 
 RECORDED = json.loads((Path(__file__).resolve().parents[1] / "golden" / "alrp_balance.json").read_text())
 LABELS, ROWS, QUALITY = torch.tensor([0, 1, 1, 0]), torch.tensor([0, 3]), torch.tensor([0.9, 0.8])
@@ -16,10 +16,12 @@ LABELS, ROWS, QUALITY = torch.tensor([0, 1, 1, 0]), torch.tensor([0, 3]), torch.
 
 def test_the_value_is_that_of_the_ranking_down_to_the_least_target():
     term = torch.tensor(0.25, requires_grad=True)
-    for target in (LEAST, 0.3, 1.5):
+    for target in (MIN_TARGET, 0.3, 1.5):
         assert self_balance(term, torch.tensor(target), 2.0).item() == pytest.approx(2 * target)
-    assert self_balance(term, torch.tensor(LEAST / 10), 2.0).item() == pytest.approx(2 * LEAST)
-    assert self_balance(term, torch.tensor(LEAST / 10), 2.0, least=0.0).item() == pytest.approx(2 * LEAST / 10)
+    assert self_balance(term, torch.tensor(MIN_TARGET / 10), 2.0).item() == pytest.approx(2 * MIN_TARGET)
+    assert self_balance(term, torch.tensor(MIN_TARGET / 10), 2.0, min_target=0.0).item() == pytest.approx(
+        2 * MIN_TARGET / 10
+    )
 
 
 def test_the_ratio_obeys_its_cap():
@@ -41,7 +43,7 @@ def test_boxes_are_pulled_without_a_cliff_as_the_ranking_becomes_perfect():
     gaps = [0.0, 0.2, 0.4, 0.45, 0.49, 0.499, 0.49999, 0.5, 0.6, 2.0]
     pulls = [box_gradient(gap) for gap in gaps]
     assert all(earlier >= later - 1e-6 for earlier, later in pairwise(pulls))
-    assert pulls[-1] == pytest.approx(2 * LEAST / 0.2)
+    assert pulls[-1] == pytest.approx(2 * MIN_TARGET / 0.2)
     assert pulls[-4] == pytest.approx(pulls[-1], rel=1e-4)
 
 
@@ -49,7 +51,7 @@ def test_a_ranking_that_is_not_nearly_perfect_balances_as_published():
     logits = torch.randn(4, 1, requires_grad=True)
     logits.data[ROWS] -= 2
     ranking = sum(rank_sort_loss(logits, ROWS, QUALITY))
-    assert ranking > LEAST
+    assert ranking > MIN_TARGET
     boxes = {"giou": torch.rand(2)}
     terms = RankingObjective("rs", 2.0)(PredictionSet(logits, LABELS, quality=QUALITY, box_losses=boxes, rows=ROWS))
     assert terms["giou"].item() == pytest.approx(2 * ranking.item(), rel=1e-5)
@@ -84,12 +86,12 @@ def test_an_objective_counts_steps_with_objects_and_uses_the_factor_that_they_gi
 
 
 def test_boxes_of_a_nearly_perfect_ranking_are_still_balanced_against_the_least_value():
-    balance, paper = EpochBalance(2), EpochBalance(2, least=0.0)
+    balance, paper = EpochBalance(2), EpochBalance(2, min_target=0.0)
     for _ in range(2):
         for one in (balance, paper):
-            one(torch.tensor(0.0), torch.tensor(LEAST / 4))
+            one(torch.tensor(0.0), torch.tensor(MIN_TARGET / 4))
     assert balance.factor == pytest.approx(4) and paper.factor == 1
-    assert RankingObjective("alrp", least=0.3).epoch_balance.least == 0.3
+    assert RankingObjective("alrp", min_target=0.3).epoch_balance.min_target == 0.3
 
 
 def test_a_step_that_is_not_finite_does_not_spoil_the_factor():

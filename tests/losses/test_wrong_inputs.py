@@ -219,7 +219,7 @@ def test_settings_that_are_no_number_are_refused(value):
     for loss in LOSSES.values():
         with pytest.raises(ValueError, match="delta"):
             loss(logits, where, quality, delta=value)
-    for name in ("delta", "tau", "weight", "box_weight", "least"):
+    for name in ("delta", "tau", "weight", "box_weight", "min_target"):
         with pytest.raises(ValueError, match=f"^{name}: "):
             RankingObjective("alrp", **{name: value})
     for name in ("start", "cap"):

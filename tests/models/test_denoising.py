@@ -68,7 +68,7 @@ def test_layout_is_that_of_loops(counts, queries):
     layout = DenoisingLayout.of(counts, queries)
     most = max(counts)
     groups = max(queries // most, 1) if most else 1
-    assert (layout.groups, layout.objects) == (groups, most)
+    assert (layout.num_groups, layout.max_objects) == (groups, most)
     height = 2 * groups * most
     rows = [
         image * height + block * most + j

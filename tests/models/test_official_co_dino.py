@@ -125,7 +125,7 @@ def test_denoising_rows(step):
     arrays, ((packed, queries), rows) = step.arrays, step.seen["denoising"][0]
     layout = DenoisingLayout.of([end - start for start, end in packed.spans], step.model.denoising.config.queries)
     size = int(arrays["dn.pad_size"])
-    assert (layout.groups, layout.present.shape[1]) == (int(arrays["dn.num_groups"]), size)
+    assert (layout.num_groups, layout.present.shape[1]) == (int(arrays["dn.num_groups"]), size)
     if not size:
         assert rows.content.shape[1] == 0
         return

@@ -20,7 +20,7 @@ box = st.tuples(corner, corner, side, side).map(lambda b: (b[0], b[1], b[0] + b[
 @given(st.lists(st.tuples(box, box), min_size=1, max_size=5), st.sampled_from([(1.0,) * 4, (0.1, 0.1, 0.2, 0.2)]))
 def test_decoding_undoes_encoding(pairs, stds):
     references, boxes = torch.tensor(pairs, dtype=torch.float64).unbind(1)
-    coder = BoxCoder(stds, largest_factor=1000.0)
+    coder = BoxCoder(stds, max_factor=1000.0)
     torch.testing.assert_close(coder.decode(references, coder.encode(references, boxes)), boxes, rtol=1e-9, atol=1e-7)
 
 

@@ -254,7 +254,7 @@ class DenseHead(nn.Module):
             rows=rows,
             targets=matched.boxes[objects],
             valid=matched.assigned != IGNORED if self.assigner.may_ignore else None,
-            objects=objects,
+            matched_idxs=objects,
             counts=counts,
         )
 

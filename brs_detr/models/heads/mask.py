@@ -90,8 +90,8 @@ class MaskHead(nn.Module):
             # selects RoIs, classes, objects and, in the objective, scores.
             chosen = self.permute(len(rows), device)[: self.max_masks].sort()[0]
         rois, counts = self._chosen_rois(assignment, rows[chosen])
-        assert assignment.objects is not None  # `RoIHead.assign` gives them
-        wanted = self._targets(rois, assignment.objects[chosen].split(counts), targets)
+        assert assignment.matched_idxs is not None  # `RoIHead.assign` gives them
+        wanted = self._targets(rois, assignment.matched_idxs[chosen].split(counts), targets)
         logits = self(features, rois, assignment.labels[rows[chosen]])
         with torch.autocast(device.type, enabled=False):
             return {"mask": SubsetLoss(self.compare(logits.float(), wanted), chosen)}

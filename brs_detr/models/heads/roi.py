@@ -150,7 +150,7 @@ class RoIHead(nn.Module):
         joined = join(assigned, targets)
         rows = joined.positives(None if counts is None else sum(counts))
         objects, labels = joined.assigned[rows], joined.classes(self.num_classes)
-        return HeadAssignment(rois, labels, rows, joined.boxes[objects], objects=objects, counts=counts)
+        return HeadAssignment(rois, labels, rows, joined.boxes[objects], matched_idxs=objects, counts=counts)
 
     def terms(self, output: RoIOutput, assignment: HeadAssignment, further: BoxLosses) -> dict[str, Tensor]:
         """Compute the named terms of predictions with a known assignment; `further` losses join those of the boxes."""

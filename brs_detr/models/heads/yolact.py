@@ -129,14 +129,14 @@ class YOLACTHead(DenseHead):
     def dice(self, output: DenseOutput, extents: Sequence[Sequence[Size]], assignment: HeadAssignment) -> Tensor:
         """Compute the Dice coefficient (P,) of each positive's mask and its object's, in the order of the positives."""
         predicted, rows = _masks(output), assignment.rows
-        assert assignment.masks is not None and assignment.objects is not None  # those of `assign`
+        assert assignment.masks is not None and assignment.matched_idxs is not None  # those of `assign`
         coefficients = batch_rows(predicted.coefficients, extents)[rows]
         counts = count_per_image(rows, [len(own) for own in assignment.references])
         frame, size = predicted.frame, (predicted.prototypes.shape[2], predicted.prototypes.shape[3])
         scale = torch.tensor([size[1] / frame[1], size[0] / frame[0]] * 2, dtype=assignment.targets.dtype)
         scale = scale.to(assignment.targets.device, non_blocking=True)
         start, values = 0, []
-        columns = (coefficients, assignment.objects, assignment.targets * scale)
+        columns = (coefficients, assignment.matched_idxs, assignment.targets * scale)
         for prototypes, bitmaps, own in zip(
             predicted.prototypes, assignment.masks, zip(*(column.split(counts) for column in columns)), strict=True
         ):

@@ -111,7 +111,7 @@ def assignment_of(*counts, classes=3, background=5):
         rows.append(torch.arange(count) + start)
         objects.append(own + 2 * image)
         start += count + background
-    return HeadAssignment(rois, torch.cat(labels), torch.cat(rows), None, objects=torch.cat(objects))
+    return HeadAssignment(rois, torch.cat(labels), torch.cat(rows), None, matched_idxs=torch.cat(objects))
 
 
 def test_above_the_limit_masks_targets_labels_and_weights_stay_together():
@@ -127,7 +127,7 @@ def test_above_the_limit_masks_targets_labels_and_weights_stay_together():
     expected = []
     for positive in range(sum(counts)):  # one at a time, with RoIAlign written out
         image, roi = int(positive >= counts[0]), boxes[positive : positive + 1]
-        own = int(assignment.objects[positive]) - 2 * image
+        own = int(assignment.matched_idxs[positive]) - 2 * image
         bitmap = targets[image]["masks"][own].float()[None, None]
         wanted = (roi_align(bitmap, [roi], 28, sampling_ratio=0, aligned=True)[0] >= 0.5).float()
         label = assignment.labels[assignment.rows[positive : positive + 1]]

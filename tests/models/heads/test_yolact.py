@@ -75,7 +75,7 @@ def slow_dice(output, assignment, objects):
     inside = [torch.cat([_inside(cells, size).flatten() for cells in CELLS]) for size in SIZES]
     rows = torch.cat([own[kept] for own, kept in zip(coefficients, inside)])
     counts = [int(kept.sum()) for kept in inside]
-    for row, number in zip(assignment.rows.tolist(), assignment.objects.tolist()):
+    for row, number in zip(assignment.rows.tolist(), assignment.matched_idxs.tolist()):
         image = int(row >= counts[0])
         own = number - image * len(objects[0]["boxes"])
         bitmap = torch.zeros(1, 1, height, width)
@@ -100,7 +100,7 @@ def test_masks_dice_labels_and_weights_belong_to_the_same_anchors():
     head, objects = build(3), targets(OBJECTS, OBJECTS[1:])
     output = head(feature_maps(), FRAME)
     assignment = head.losses(output, SIZES, objects).assignment
-    assert assignment.objects.diff().min() < 0  # rows are not in the order of the objects
+    assert assignment.matched_idxs.diff().min() < 0  # rows are not in the order of the objects
     extents = head.extents(output, SIZES)
     expected = slow_dice(output, assignment, objects)
     torch.testing.assert_close(head.dice(output, extents, assignment), expected)
