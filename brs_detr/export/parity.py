@@ -21,6 +21,7 @@ from torchvision.ops import box_convert, box_iou, clip_boxes_to_image
 
 from brs_detr.evaluation.calibration import Calibration
 from brs_detr.export.onnx import OUTPUTS, PROPOSALS, RAW_SCORES
+from brs_detr.export.runtime import open_session
 from brs_detr.models.brs_detr import BRSDETR
 from brs_detr.models.config import HardNMS
 from brs_detr.models.detector import Detector
@@ -70,22 +71,14 @@ class ExportedDetector:
     """An ONNX file of `onnx.write_onnx` in onnxruntime on the CPU; its proposals and raw scores are outputs too.
 
     Args:
-        path: path of the file. onnx and onnxruntime must be installed.
+        path: of the file. onnxruntime must be installed.
+
+    Raises:
+        ExportError: onnxruntime cannot open the file, or onnx is not installed.
     """
 
     def __init__(self, path: Path) -> None:
-        import onnx
-        import onnxruntime
-
-        model = onnx.load(path)
-        for name in (PROPOSALS, RAW_SCORES):
-            if any(name in node.output for node in model.graph.node):
-                model.graph.output.add().CopyFrom(onnx.ValueInfoProto(name=name))
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        self.session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        self.session = open_session(path, [PROPOSALS, RAW_SCORES])
 
     def __call__(self, images: ImageBatch) -> dict[str, Tensor]:
         """Run a batch of the file's size: boxes (B, n, 4), scores and labels (B, n); proposals, raw scores if any."""

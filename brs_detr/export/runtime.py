@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,8 @@ class ExportedFile:
     def __init__(self, path: Path, device: str | None = None, threads: int = 0) -> None:
         if importlib.util.find_spec("onnxruntime") is None:
             raise ExportError(f"{path}: needs the package onnxruntime. Install it with: pip install onnxruntime")
-        self.path, self.providers, self.threads = path, _providers(device), threads or torch.get_num_threads()
-        self.session = self._open(str(path))
+        self.path, self.providers, self.threads = path, _providers(device), threads
+        self.session = open_session(path, providers=self.providers, threads=threads)
         self._raw_session: Any = None
         self.metadata = metadata = self._read_metadata()
         self.classes: list[str] = metadata["classes"]
@@ -118,18 +119,13 @@ class ExportedFile:
         """Open a calibrated file a second time, with the scores before the calibration as an output.
 
         Raises:
-            ExportError: onnx is not installed.
+            ExportError: onnx is not installed, or the file has no raw scores.
         """
         if self._raw_session is None:
-            try:
-                import onnx
-            except ImportError:
-                raise ExportError(
-                    f"{self.path}: raw scores need the package onnx. Install it with: pip install onnx"
-                ) from None
-            model = onnx.load(self.path)
-            model.graph.output.add().CopyFrom(onnx.ValueInfoProto(name=RAW_SCORES))
-            self._raw_session = self._open(model.SerializeToString())
+            session = open_session(self.path, [RAW_SCORES], providers=self.providers, threads=self.threads)
+            if RAW_SCORES not in [output.name for output in session.get_outputs()]:
+                raise ExportError(f"{self.path}: has no raw scores. Export the weights again.")
+            self._raw_session = session
         return self._raw_session
 
     def _read_metadata(self) -> dict[str, Any]:
@@ -148,19 +144,54 @@ class ExportedFile:
             ) from None
         return metadata
 
-    def _open(self, model: str | bytes) -> Any:
-        import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.log_severity_level = 3  # errors only
-        try:
-            return onnxruntime.InferenceSession(model, options, providers=self.providers)
-        except Exception as error:  # onnxruntime's own types, one per cause
-            reason = " ".join(str(error).split())[:160]
-            raise ExportError(
-                f"{self.path}: onnxruntime cannot open it ({reason}). Export the weights again."
-            ) from None
+def open_session(
+    path: Path,
+    extra_outputs: Sequence[str] = (),
+    *,
+    providers: Sequence[Any] = ("CPUExecutionProvider",),
+    threads: int = 0,
+) -> Any:
+    """Open an ONNX file in onnxruntime.
+
+    Args:
+        path: of the file.
+        extra_outputs: names of values inside the graph that become outputs; those that it lacks are left out.
+        providers: onnxruntime's names of the devices.
+        threads: that one operation may use; 0: torch's number.
+
+    Raises:
+        ExportError: onnxruntime cannot open the file, or further outputs are wanted and onnx is not installed.
+    """
+    import onnxruntime
+
+    model = _with_outputs(path, extra_outputs) if extra_outputs else str(path)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3  # errors only
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=list(providers))
+    except Exception as error:  # onnxruntime's own types, one per cause
+        reason = " ".join(str(error).split())[:160]
+        raise ExportError(f"{path}: onnxruntime cannot open it ({reason}). Export the weights again.") from None
+
+
+def _with_outputs(path: Path, names: Sequence[str]) -> bytes:
+    """Return an ONNX file whose outputs are also those of `names` that its graph computes."""
+    try:
+        import onnx
+    except ImportError:
+        what = ", ".join(names)
+        raise ExportError(
+            f"{path}: the outputs {what} need the package onnx. Install it with: pip install onnx"
+        ) from None
+    model = onnx.load(path)
+    computed = {output for node in model.graph.node for output in node.output}
+    for name in names:
+        if name in computed:
+            model.graph.output.add().CopyFrom(onnx.ValueInfoProto(name=name))
+    content: bytes = model.SerializeToString()
+    return content
 
 
 def _providers(device: str | None) -> list[Any]:
