@@ -31,11 +31,6 @@ def _zero(logits: Tensor) -> Tensor:
     return logits[:, :0].float().sum()
 
 
-def _pick(values: Tensor | None, index: Tensor) -> Tensor | None:
-    """Select positives of one set where there are any values."""
-    return None if values is None else values[:, index]
-
-
 class RankingLoss(NamedTuple):
     """How a name is computed: the loss function's family, its method, the half width its paper uses."""
 
@@ -150,13 +145,13 @@ class RankingObjective(WatchedObjective):
             raise ValueError(f"no weight for the box loss {missing[0]!r}: add it to box_weights")
         classes = predictions.logits.shape[-1]
         checked = predictions.checked(classes)
-        rows, entries, box_losses = checked.rows, checked.entries, checked.box_losses
+        rows, entries = checked.rows, checked.entries
         logits = single_or_wider(checked.logits).float()
         with torch.autocast(logits.device.type, enabled=False):
             labels = checked.positive_labels()
             logits = self.watched(logits, entries * classes + labels.flatten())
             positives = rows * classes + labels
-            terms = self._ranking_terms(logits, positives, checked.quality, box_losses, checked.counted())
+            terms = self._ranking_terms(logits, positives, checked.quality, checked.box_losses, checked.counted())
             target = terms["rank"] + terms["sort"] if "sort" in terms else terms["rank"]
             terms = {name: scale_for_ddp(term, self.scope) * self.weight for name, term in terms.items()}
             of_positives = logits.detach().flatten(0, 1)[entries]
@@ -164,16 +159,11 @@ class RankingObjective(WatchedObjective):
                 of_positives = of_positives.masked_fill(checked.ignored.flatten(0, 1)[entries], -torch.inf)
             of_positives = of_positives.view(*rows.shape, classes)
             of_all = self._box_weights(of_positives, checked.box_weight)
-            for name, loss in box_losses.items():
+            for name, values, given, chosen in checked.box_terms():
                 if name in terms:
                     continue
-                if isinstance(loss, SubsetLoss):
-                    values = loss.values[None]
-                    given = _pick(checked.box_weight, loss.chosen)
-                    weights, total = self._box_weights(of_positives[:, loss.chosen], given)
-                else:
-                    values, (weights, total) = loss, of_all
-                mean = sum_over(values.float() * weights, self.scope) / total + _zero(logits)
+                weights, total = of_all if chosen is None else self._box_weights(of_positives[:, chosen], given)
+                mean = sum_over(values * weights, self.scope) / total + _zero(logits)
                 terms[name] = scale_for_ddp(self._balance(name, mean, target), self.scope)
         return checked.shaped(terms)
 
@@ -314,7 +304,7 @@ class ScoreObjective(WatchedObjective):
             raise ValueError(f"no weight for the box loss {missing[0]!r}: add it to the objective's weights")
         classes = predictions.logits.shape[-1] - (self.classification == "cross_entropy")
         checked = predictions.checked(classes)
-        labels, entries, valid, box_weight = checked.labels, checked.entries, checked.valid, checked.box_weight
+        labels, entries, valid = checked.labels, checked.entries, checked.valid
         columns = checked.logits.shape[2]
         with torch.autocast(checked.logits.device.type, enabled=False):
             logits = checked.logits.float()
@@ -335,17 +325,13 @@ class ScoreObjective(WatchedObjective):
             if valid is not None:
                 row_losses = row_losses * valid
             terms = {"cls": row_losses.sum(1) / normalizer * self.weights["cls"]}
-            if box_weight is not None:
-                box_weight = box_weight.detach().float()
-                if self.normalizer == "positives":
-                    normalizer = process_mean(box_weight.sum(1))
-            for name, loss in checked.box_losses.items():
-                if isinstance(loss, SubsetLoss):
-                    values, factors = loss.values[None].float(), _pick(box_weight, loss.chosen)
-                    divisor = process_mean((torch.ones_like(values) if factors is None else factors).sum(1))
-                else:
-                    values, factors, divisor = loss.float(), box_weight, normalizer
-                values = values if factors is None else values * factors
+            if checked.box_weight is not None and self.normalizer == "positives":
+                normalizer = process_mean(checked.box_weight.detach().float().sum(1))
+            for name, values, weights, chosen in checked.box_terms():
+                divisor = normalizer
+                if chosen is not None:
+                    divisor = process_mean((torch.ones_like(values) if weights is None else weights).sum(1))
+                values = values if weights is None else values * weights
                 terms[name] = (values.sum(1) + _zero(logits)) / divisor * self.weights[name]
         return checked.shaped(terms)
 

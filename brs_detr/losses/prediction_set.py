@@ -1,6 +1,6 @@
 """One set of predictions as an objective takes it, and the check that its parts fit each other."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -154,6 +154,21 @@ class CheckedSet(NamedTuple):
     def positive_labels(self) -> Tensor:
         """Return the label of each positive, (L, P)."""
         return self.labels.gather(1, self.rows)
+
+    def box_terms(self) -> Iterator[tuple[str, Tensor, Tensor | None, Tensor | None]]:
+        """Go through the box losses in float32.
+
+        Yields:
+            the name; the losses (L, S), S = P but for a `SubsetLoss`; their weights (L, S), detached, None: all the
+            same; and of a `SubsetLoss` the positives (S,) that it is of, None: all.
+        """
+        weights = None if self.box_weight is None else self.box_weight.detach().float()
+        for name, loss in self.box_losses.items():
+            if isinstance(loss, SubsetLoss):
+                chosen = loss.chosen
+                yield name, loss.values[None].float(), None if weights is None else weights[:, chosen], chosen
+            else:
+                yield name, loss.float(), weights, None
 
     def shaped(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return terms (L,) as the caller expects them: scalars for one set."""
