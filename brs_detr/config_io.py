@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from brs_detr.config_fields import NotEmpty, Null, Range
+from brs_detr.config_fields import NotEmpty, Null, Range, marks_of
 from brs_detr.exit_codes import Failure
 from brs_detr.parsing import load_yaml
 
@@ -224,6 +224,34 @@ def merge(layer: dict[str, Any], other: Mapping[str, Any]) -> None:
             layer[key] = dict(value) if isinstance(value, Mapping) else value
 
 
+def given_settings(config: Any, layer: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, list[str]]]:
+    """Iterate over the settings in a layer that `update` has accepted for a config.
+
+    Yields:
+        (dotted name as it was given, value, names of the settings that it is): several for one given once for all
+        sections named `SHARED_SECTION`.
+    """
+    for key, value in layer.items():
+        name, own = f"{prefix}{key}", getattr(config, key, None)
+        if dataclasses.is_dataclass(own):
+            yield from given_settings(own, value, f"{name}.")
+        elif hasattr(config, key):
+            yield name, value, [name]
+        else:
+            paths = _shared_by(config, key)
+            for rest, inner in _flat(value):
+                yield name + rest, inner, [f"{prefix}{'.'.join((*path, key))}{rest}" for path in paths]
+
+
+def _flat(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (".a.b", value) of each value of a nested mapping; ("", value) of one that is none."""
+    if not isinstance(value, Mapping):
+        yield "", value
+        return
+    for key, inner in value.items():
+        yield from ((f".{key}{rest}", leaf) for rest, leaf in _flat(inner))
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Convert a config to nested plain values (tuples as lists), ready for YAML and JSON."""
     return {
@@ -264,7 +292,7 @@ def problems(config: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _range_problems(name: str, value: Any, hint: Any) -> Iterator[str]:
-    marks = list(_marks(hint))
+    marks = list(marks_of(hint))
     shown = list(value) if isinstance(value, tuple) else value
     if value == () and any(isinstance(mark, NotEmpty) for mark in marks):
         yield f"{name} needs at least one entry"
@@ -274,15 +302,6 @@ def _range_problems(name: str, value: Any, hint: Any) -> Iterator[str]:
         if complaint := limits.complaint(numbers):
             null = next((f", or null: {mark.meaning}" for mark in marks if isinstance(mark, Null)), "")
             yield f"{name}={shown} {complaint}{null}"
-
-
-def _marks(hint: Any) -> Iterator[Any]:
-    """Yield the annotations of a type and of the types in it."""
-    if typing.get_origin(hint) is Annotated:
-        yield from hint.__metadata__
-    if typing.get_origin(hint) is not Literal:
-        for inner in typing.get_args(hint):
-            yield from _marks(inner)
 
 
 class _Loader(yaml.SafeLoader):
