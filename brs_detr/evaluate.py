@@ -52,8 +52,6 @@ from brs_detr.run.training import Data, Run, Validated
 from brs_detr.run.weights import folder_for_results
 from brs_detr.user_files import complain, printable
 
-FIGURES = ("model.", "eval.", "data.test_", "data.antialias")  # beginnings of the settings that figures depend on
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -163,8 +161,7 @@ def evaluate(
 
 def changed_settings(stored: configuration.Config, used: configuration.Config) -> list[str]:
     """List the settings that bear on the figures and differ from those that the weights were validated with."""
-    changes = [change for change in configuration.differences(stored, used) if change.startswith(FIGURES)]
-    changes = [change for change in changes if not change.startswith(("eval.batch_size", "eval.calibrate"))]
+    changes = [change for change in configuration.differences(stored, used) if change.startswith(setup.METRIC_SETTINGS)]
     return [f"not as in the training: {'; '.join(changes)}"] if changes else []
 
 

@@ -42,6 +42,12 @@ from brs_detr.run.dataset import worker_count
 from brs_detr.run.inputs import is_random_and_frozen
 from brs_detr.run.weights import locate, read
 
+# beginnings of the settings on which the figures of a validation depend, whatever the number of images at once
+METRIC_SETTINGS = (
+    *("model.", "eval.max_detections", "eval.nms", "eval.predict_with", "eval.score_threshold", "eval.test_"),
+    *("data.test_", "data.antialias"),
+)
+
 
 def run_metadata(config: Config, plan: BatchPlan, train_set: CocoDetection, val_set: CocoDetection) -> dict[str, Any]:
     """Collect the metadata stored with every state, with which a resumed run is compared."""
