@@ -347,12 +347,13 @@ def dataset_notes(dataset: CocoDetection) -> list[str]:
     return notes
 
 
-def validator(run: Run, data: Data) -> Callable[[nn.Module], dict[str, float]]:
+def validator(run: Run, data: Data) -> Callable[[nn.Module], dict[str, Any]]:
     """Build what the trainer calls after an epoch: detector -> its figures, {} outside the main process.
 
-    Besides COCO's figures these are "images" and "images_left_out", the numbers of images measured and not. Each note
-    of an evaluation is logged the first time it occurs; `data.thresholds` gets the score of every class's best F1,
-    `data.chosen` the best head and the map of scores to precision of each, `data.validated` what was found.
+    Besides COCO's figures these are "images" and "images_left_out", the numbers of images measured and not, and "head",
+    the best of several heads. Each note of an evaluation is logged the first time it occurs; `data.thresholds` gets the
+    score of every class's best F1, `data.chosen` the best head and the map of scores to precision of each,
+    `data.validated` what was found.
 
     Raises:
         DataError: the dataset holds no object, so that no validation could tell good weights from bad ones.
@@ -365,7 +366,7 @@ def validator(run: Run, data: Data) -> Callable[[nn.Module], dict[str, float]]:
             "has nothing to measure; point data.val_json and data.val_images at annotated images"
         )
 
-    def validate(module: nn.Module) -> dict[str, float]:
+    def validate(module: nn.Module) -> dict[str, Any]:
         data.validated.clear()  # the detections of a large dataset are not kept twice
         listed = dataset.report["images_listed"]
         summary, results = score(
@@ -394,7 +395,8 @@ def validator(run: Run, data: Data) -> Callable[[nn.Module], dict[str, float]]:
         heads = {f"{head}_AP": stats["AP"] for head, stats in summary.heads.items()}
         images = {"images": summary.images, "images_left_out": summary.images_left_out}
         errors = summary.reliability.as_metrics() if summary.reliability else {}
-        return summary.stats | heads | errors | images
+        best = {} if summary.head in (None, "ensemble") else {"head": summary.head}
+        return summary.stats | heads | errors | images | best
 
     return validate
 
