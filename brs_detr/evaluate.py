@@ -149,6 +149,7 @@ def evaluate(
         summary.reliability = assess(summary.folds[model.predict_with], calibration, known)
     summary.notes += [f"{uncalibrated}."] if uncalibrated else []
     stored = configuration.from_dict(weights.config, str(file))
+    summary.notes += [note] if (note := setup.unused_nms(model, config)) else []
     summary.notes += [*dataset_notes(dataset), *changed_settings(stored, config)]
     epoch = weights.extra.get("epoch", "?")
     about = {"weights": str(file), "epoch": epoch, "annotations": dataset.json_path}

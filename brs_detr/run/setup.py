@@ -194,6 +194,18 @@ def calibration_of(model: Detector, weights: Weights, config: Config, file: Path
     )
 
 
+def unused_nms(model: Detector, config: Config) -> str:
+    """Say that `eval.nms` has no effect on the head that predicts; "" where it has, or is none."""
+    kind, head = config.eval.nms.kind, model.predict_with
+    if kind == "none" or head not in model.heads or head in model.overlapping or config.eval.joins_views:
+        return ""
+    others = " or ".join(model.overlapping)
+    return (
+        f"eval.nms.kind={kind}: has no effect on head {head}, which suppresses by model.{head}.nms_iou. Set that, or "
+        f"eval.predict_with={others}."
+    )
+
+
 def require_known_backbone(config: Config, file: Path) -> None:
     """Raise if the config in a weights file names a backbone outside timm's list: it could be anyone's.
 
