@@ -57,7 +57,7 @@ def _convert(args: argparse.Namespace) -> int:
     write_all(datasets, out)
     print_notes(imported.notes, out / NOTES_FILE)
     train, val = pick_train_val(imported)
-    print(next_steps(out, images, train, val, datasets[train], _as_argument(args, train)))
+    print(next_steps(out, images, train, val, datasets[train], None if val else _as_argument(args, train)))
     return 0
 
 

@@ -42,7 +42,7 @@ from brs_detr.run.dataset import worker_count
 from brs_detr.run.inputs import is_random_and_frozen
 from brs_detr.run.weights import locate, read
 
-# beginnings of the settings on which the figures of a validation depend, whatever the number of images at once
+# beginnings of the settings that the figures of a validation depend on
 METRIC_SETTINGS = (
     *("model.", "eval.max_detections", "eval.nms", "eval.predict_with", "eval.score_threshold", "eval.test_"),
     *("data.test_", "data.antialias"),
