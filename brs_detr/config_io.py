@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,8 +57,10 @@ def update(
         raise ConfigError(
             f"{source}: {prefix or 'the recipe'} is a section, not a value; write its settings one by one{example}"
         )
-    for shared in _shared_layers(config, layer):
-        config = update(config, shared, source, aliases, prefix=prefix, root=root)
+    tags = _shared_tags(config)
+    for key in sorted(layer, key=lambda key: key not in tags):  # which other settings there are depends on the tags
+        if shared := _shared_layer(config, str(key), layer[key]):
+            config = update(config, shared, source, aliases, prefix=prefix, root=root)
     hints = typing.get_type_hints(type(config), include_extras=True)
     names = [f.name for f in dataclasses.fields(config)]
     changes = {}
@@ -196,16 +199,19 @@ def _has(config: Any, path: Sequence[str]) -> bool:
     return True
 
 
-def _shared_layers(config: Any, layer: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a layer for every setting given once for all sections named `SHARED_SECTION`."""
-    for key, value in layer.items():
-        if hasattr(config, str(key)):
-            continue
-        shared: dict[str, Any] = {}
-        for path in _shared_by(config, str(key)):
-            merge(shared, nested(path, {key: value}))
-        if shared:
-            yield shared
+def _shared_layer(config: Any, key: str, value: Any) -> dict[str, Any]:
+    """Return the layer of a setting given once for all sections named `SHARED_SECTION`; empty for another setting."""
+    shared: dict[str, Any] = {}
+    for path in () if hasattr(config, key) else _shared_by(config, key):
+        merge(shared, nested(path, {key: value}))
+    return shared
+
+
+def _shared_tags(config: Any) -> set[str]:
+    """Return the first setting of each section named `SHARED_SECTION`, which chooses between alternatives of it."""
+    wanted = getattr(type(config), "SHARED_SECTION", None)
+    sections = [functools.reduce(getattr, path, config) for path in _sections(config, wanted)] if wanted else []
+    return {dataclasses.fields(section)[0].name for section in sections}
 
 
 def nested(path: Sequence[str], value: Any) -> Any:
