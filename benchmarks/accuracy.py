@@ -92,7 +92,9 @@ def settings_of(case: Case, variants: dict[str, list[str]]) -> list[str]:
     """What a case changes in its recipe."""
     if case.detector in FAMILY:
         name = PUBLISHED[case.detector] if case.loss == "score" else case.detector
-        loss = [f"model.name={name}", *FAMILY[case.detector]]
+        loss = [f"model.name={name}"]
+        if "model.denoising.loss=none" not in variants[case.variant]:  # else there is nothing that they could set
+            loss += FAMILY[case.detector]
         loss.append("model.matcher.cls=4" if case.loss == "score" else f"model.loss={case.loss}")
     else:
         loss = cnn_settings(case.detector, case.loss)

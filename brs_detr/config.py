@@ -2,14 +2,14 @@
 
 `load_config("configs/x.yaml", ["optim.lr=1e-4"])` starts from the defaults (the released R50 BRS-DETR), applies
 the recipe's `base:` if it names one, the recipe, then the command line. A key that does not exist, a value of the wrong
-type and a pair that cannot work together are refused at once, with the file and the nearest valid name. The number of
-classes is no setting: it is read from the data.
+type and a pair that cannot work together are refused at once, with the file and the nearest valid name; on the command
+line also a setting that would have no effect. The number of classes is no setting: it is read from the data.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from typing import Any
 import yaml
 
 from brs_detr.config_aliases import ALIASES, migrate
-from brs_detr.config_fields import one_of
+from brs_detr.config_fields import Unused, as_word, one_of, unused_settings
 from brs_detr.config_io import (
     ConfigError,
+    given_settings,
     leaves,
     merge,
     nearest_setting,
@@ -33,6 +34,7 @@ from brs_detr.config_io import (
 from brs_detr.data.config import DataConfig
 from brs_detr.engine.config import EvalConfig, OptimConfig, TrainConfig
 from brs_detr.models.cnn_config import MODELS, ModelConfig
+from brs_detr.models.config import DETRConfig
 from brs_detr.recipes import read_layers
 
 
@@ -47,6 +49,12 @@ class Config:
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+
+    def unused(self, _: str) -> Iterator[Unused]:
+        """Yield which settings are not read under those of other sections."""
+        if not isinstance(self.model, DETRConfig):
+            cause = f"model.name={self.model.name}"
+            yield Unused("optim.sampling_offsets_lr_factor", cause, "choose a detector with a decoder")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -84,10 +92,36 @@ def _require_named_code(config: Config, recipe: Config, overrides: Sequence[str]
 
 
 def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
-    """Apply `a.b=value` strings to a config and check the result."""
-    config = update_from_command_line(config, overrides)
+    """Apply `a.b=value` strings to a config and check the result.
+
+    Raises:
+        ConfigError: as `update_from_command_line` and `check`; or a setting among `overrides` has no effect in the
+            result. One of `config` may have none: a recipe is read by the command lines that change it, too.
+    """
+    layer = _read_overrides(config, overrides)
+    config = _updated(config, layer)
     check(config)
+    for name, value, complaint in _without_effect(config, layer):
+        raise ConfigError(
+            f"{name}={as_word(value)}: has no effect with {complaint.cause}. Leave it out, or {complaint.action}."
+        )
     return config
+
+
+def _without_effect(config: Config, layer: Mapping[str, Any]) -> Iterator[tuple[str, Any, Unused]]:
+    """Yield (name, value, reason) of each setting in a layer that is not read under the settings of a config.
+
+    What switches something off (null, false, an empty list) is as it was asked for where nothing is on.
+    """
+    unused = list(unused_settings(config))
+    off = {name for name, value in leaves(config) if value is None or value is False or value == ()}
+    for name, value, settings in given_settings(config, layer):
+        if off.issuperset(settings):
+            continue
+        found = [next((one for one in unused if f"{own}.".startswith(f"{one.name}.")), None) for own in settings]
+        reasons = [one for one in found if one is not None]
+        if reasons and len(reasons) == len(settings):
+            yield name, value, reasons[0]
 
 
 def update_from_command_line(config: Config, overrides: Sequence[str]) -> Config:
@@ -96,6 +130,11 @@ def update_from_command_line(config: Config, overrides: Sequence[str]) -> Config
     Raises:
         ConfigError: unknown name, wrong type, not of that form.
     """
+    return _updated(config, _read_overrides(config, overrides))
+
+
+def _read_overrides(config: Config, overrides: Sequence[str]) -> dict[str, Any]:
+    """Read `a.b=value` strings as one layer of settings of a config."""
     layer: dict[str, Any] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -111,8 +150,12 @@ def update_from_command_line(config: Config, overrides: Sequence[str]) -> Config
         if len(path) == 1:
             update(config, setting, "command line", ALIASES)  # a value in the place of a section would be merged over
         merge(layer, setting)
-    # at once, so that the order of model.name and of that detector's settings does not matter
     _refuse_two_datasets(layer)
+    return layer
+
+
+def _updated(config: Config, layer: Mapping[str, Any]) -> Config:
+    """Apply all settings of the command line at once, so that the order of `model.name` and others does not matter."""
     return update(config, _one_dataset(layer), "command line", ALIASES)
 
 

@@ -1,9 +1,11 @@
-"""How a settings dataclass says what its values may be: ranges in the annotations, alternatives in the fields.
+"""How a settings dataclass says what its values may be and when they are read: annotations, alternatives.
 
     @dataclass(frozen=True)
     class HeadConfig:
         nms_iou: Fraction = 0.7
         sample: Annotated[Count | None, Null("all")] = None
+        assigner: Literal["max_iou", "atss"] = "max_iou"
+        topk: Annotated[Count, OnlyWith("assigner", "atss")] = 9
         objective: RankingConfig | ScoreConfig = one_of(RankingConfig(), ScoreConfig())
 
 A field whose type is a union of dataclasses is chosen by their first field, the tag: `objective: {loss: focal}` takes
@@ -15,7 +17,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Annotated, Any, NamedTuple
+import typing
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, NamedTuple
 
 
 class Range(NamedTuple):
@@ -54,6 +58,43 @@ class NotEmpty:
     """Marks a list that needs at least one entry."""
 
 
+class Unused(NamedTuple):
+    """A setting or section that is not read under the other settings.
+
+    Attributes:
+        name: dotted.
+        cause: the other setting, `a.b=value`.
+        action: what would have it read, as the end of "Leave it out, or ...".
+    """
+
+    name: str
+    cause: str
+    action: str
+
+
+class OnlyWith:
+    """Marks a setting that is read only where another one has one of some values.
+
+    Args:
+        setting: the other one, by its dotted name below the section of the marked one.
+        values: with which it is read.
+    """
+
+    def __init__(self, setting: str, *values: Any) -> None:
+        self.setting, self.values = setting, values
+
+    def complaint(self, section: Any, prefix: str, key: str) -> Unused | None:
+        """Return why setting `key` of a section with this prefix is not read, or None if it is."""
+        value = section
+        for part in self.setting.split("."):
+            value = getattr(value, part)
+        if value in self.values:
+            return None
+        other, *words = (f"{prefix}{self.setting}", *map(as_word, self.values))
+        wanted = f"{other} to {', '.join(words[:-1])} or {words[-1]}" if words[1:] else f"{other}={words[0]}"
+        return Unused(f"{prefix}{key}", f"{other}={as_word(value)}", f"set {wanted}")
+
+
 Count = Annotated[int, Range(min=1)]
 Counts = Annotated[tuple[Count, ...], NotEmpty()]
 Positive = Annotated[float, Range(above=0)]
@@ -69,3 +110,35 @@ def one_of(default: Any, *others: Any) -> Any:
         others: what the field starts from when its tag is set to theirs.
     """
     return dataclasses.field(default=default, metadata={"alternatives": (default, *others)})
+
+
+def as_word(value: Any) -> str:
+    """Format a value as it is written on a command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"[{', '.join(map(as_word, value))}]" if isinstance(value, (list, tuple)) else str(value)
+
+
+def marks_of(hint: Any) -> Iterator[Any]:
+    """Yield the annotations of a type and of the types in it."""
+    if typing.get_origin(hint) is Annotated:
+        yield from hint.__metadata__
+    if typing.get_origin(hint) is not Literal:
+        for inner in typing.get_args(hint):
+            yield from marks_of(inner)
+
+
+def unused_settings(config: Any, prefix: str = "") -> Iterator[Unused]:
+    """Yield the settings and sections of a config dataclass that are not read under its other settings.
+
+    `OnlyWith` says so of a setting, and a section of those below it in a method `unused(name)`.
+    """
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        marks = [mark for mark in marks_of(hints[field.name]) if isinstance(mark, OnlyWith)]
+        found = (mark.complaint(config, prefix, field.name) for mark in marks)
+        yield from (one for one in found if one is not None)
+        if dataclasses.is_dataclass(value := getattr(config, field.name)):
+            yield from unused_settings(value, f"{prefix}{field.name}.")
+    if hasattr(config, "unused"):
+        yield from config.unused(prefix.rstrip("."))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from brs_detr.config_fields import NotEmpty, Null, Range
+from brs_detr.config_fields import NotEmpty, Null, Range, marks_of
 from brs_detr.exit_codes import Failure
 from brs_detr.parsing import load_yaml
 
@@ -56,8 +57,10 @@ def update(
         raise ConfigError(
             f"{source}: {prefix or 'the recipe'} is a section, not a value; write its settings one by one{example}"
         )
-    for shared in _shared_layers(config, layer):
-        config = update(config, shared, source, aliases, prefix=prefix, root=root)
+    tags = _shared_tags(config)
+    for key in sorted(layer, key=lambda key: key not in tags):  # which other settings there are depends on the tags
+        if shared := _shared_layer(config, str(key), layer[key]):
+            config = update(config, shared, source, aliases, prefix=prefix, root=root)
     hints = typing.get_type_hints(type(config), include_extras=True)
     names = [f.name for f in dataclasses.fields(config)]
     changes = {}
@@ -196,16 +199,19 @@ def _has(config: Any, path: Sequence[str]) -> bool:
     return True
 
 
-def _shared_layers(config: Any, layer: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a layer for every setting given once for all sections named `SHARED_SECTION`."""
-    for key, value in layer.items():
-        if hasattr(config, str(key)):
-            continue
-        shared: dict[str, Any] = {}
-        for path in _shared_by(config, str(key)):
-            merge(shared, nested(path, {key: value}))
-        if shared:
-            yield shared
+def _shared_layer(config: Any, key: str, value: Any) -> dict[str, Any]:
+    """Return the layer of a setting given once for all sections named `SHARED_SECTION`; empty for another setting."""
+    shared: dict[str, Any] = {}
+    for path in () if hasattr(config, key) else _shared_by(config, key):
+        merge(shared, nested(path, {key: value}))
+    return shared
+
+
+def _shared_tags(config: Any) -> set[str]:
+    """Return the first setting of each section named `SHARED_SECTION`, which chooses between alternatives of it."""
+    wanted = getattr(type(config), "SHARED_SECTION", None)
+    sections = [functools.reduce(getattr, path, config) for path in _sections(config, wanted)] if wanted else []
+    return {dataclasses.fields(section)[0].name for section in sections}
 
 
 def nested(path: Sequence[str], value: Any) -> Any:
@@ -222,6 +228,34 @@ def merge(layer: dict[str, Any], other: Mapping[str, Any]) -> None:
             merge(layer[key], value)
         else:
             layer[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def given_settings(config: Any, layer: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, list[str]]]:
+    """Iterate over the settings in a layer that `update` has accepted for a config.
+
+    Yields:
+        (dotted name as it was given, value, names of the settings that it is): several for one given once for all
+        sections named `SHARED_SECTION`.
+    """
+    for key, value in layer.items():
+        name, own = f"{prefix}{key}", getattr(config, key, None)
+        if dataclasses.is_dataclass(own):
+            yield from given_settings(own, value, f"{name}.")
+        elif hasattr(config, key):
+            yield name, value, [name]
+        else:
+            paths = _shared_by(config, key)
+            for rest, inner in _flat(value):
+                yield name + rest, inner, [f"{prefix}{'.'.join((*path, key))}{rest}" for path in paths]
+
+
+def _flat(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (".a.b", value) of each value of a nested mapping; ("", value) of one that is none."""
+    if not isinstance(value, Mapping):
+        yield "", value
+        return
+    for key, inner in value.items():
+        yield from ((f".{key}{rest}", leaf) for rest, leaf in _flat(inner))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -264,7 +298,7 @@ def problems(config: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _range_problems(name: str, value: Any, hint: Any) -> Iterator[str]:
-    marks = list(_marks(hint))
+    marks = list(marks_of(hint))
     shown = list(value) if isinstance(value, tuple) else value
     if value == () and any(isinstance(mark, NotEmpty) for mark in marks):
         yield f"{name} needs at least one entry"
@@ -274,15 +308,6 @@ def _range_problems(name: str, value: Any, hint: Any) -> Iterator[str]:
         if complaint := limits.complaint(numbers):
             null = next((f", or null: {mark.meaning}" for mark in marks if isinstance(mark, Null)), "")
             yield f"{name}={shown} {complaint}{null}"
-
-
-def _marks(hint: Any) -> Iterator[Any]:
-    """Yield the annotations of a type and of the types in it."""
-    if typing.get_origin(hint) is Annotated:
-        yield from hint.__metadata__
-    if typing.get_origin(hint) is not Literal:
-        for inner in typing.get_args(hint):
-            yield from _marks(inner)
 
 
 class _Loader(yaml.SafeLoader):

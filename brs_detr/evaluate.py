@@ -49,8 +49,6 @@ from brs_detr.run.training import Data, Run, Validated
 from brs_detr.run.weights import folder_for_results
 from brs_detr.user_files import complain, printable
 
-FIGURES = ("model.", "eval.", "data.test_", "data.antialias")  # beginnings of the settings that figures depend on
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -148,6 +146,7 @@ def evaluate(
         summary.reliability = assess(summary.folds[model.predict_with], calibration, known)
     summary.notes += [f"{uncalibrated}."] if uncalibrated else []
     stored = configuration.from_dict(weights.config, str(file))
+    summary.notes += [note] if (note := setup.unused_nms(model, config)) else []
     summary.notes += [*dataset_notes(dataset), *changed_settings(stored, config)]
     epoch = weights.extra.get("epoch", "?")
     about = {"weights": str(file), "epoch": epoch, "annotations": dataset.json_path}
@@ -160,8 +159,7 @@ def evaluate(
 
 def changed_settings(stored: configuration.Config, used: configuration.Config) -> list[str]:
     """List the settings that bear on the figures and differ from those that the weights were validated with."""
-    changes = [change for change in configuration.differences(stored, used) if change.startswith(FIGURES)]
-    changes = [change for change in changes if not change.startswith(("eval.batch_size", "eval.calibrate"))]
+    changes = [change for change in configuration.differences(stored, used) if change.startswith(setup.METRIC_SETTINGS)]
     return [f"not as in the training: {'; '.join(changes)}"] if changes else []
 
 
@@ -347,12 +345,13 @@ def dataset_notes(dataset: CocoDetection) -> list[str]:
     return notes
 
 
-def validator(run: Run, data: Data) -> Callable[[nn.Module], dict[str, float]]:
+def validator(run: Run, data: Data) -> Callable[[nn.Module], dict[str, Any]]:
     """Build what the trainer calls after an epoch: detector -> its figures, {} outside the main process.
 
-    Besides COCO's figures these are "images" and "images_left_out", the numbers of images measured and not. Each note
-    of an evaluation is logged the first time it occurs; `data.thresholds` gets the score of every class's best F1,
-    `data.chosen` the best head and the map of scores to precision of each, `data.validated` what was found.
+    Besides COCO's figures these are "images" and "images_left_out", the numbers of images measured and not, and "head",
+    the best of several heads. Each note of an evaluation is logged the first time it occurs; `data.thresholds` gets the
+    score of every class's best F1, `data.chosen` the best head and the map of scores to precision of each,
+    `data.validated` what was found.
 
     Raises:
         DataError: the dataset holds no object, so that no validation could tell good weights from bad ones.
@@ -365,7 +364,7 @@ def validator(run: Run, data: Data) -> Callable[[nn.Module], dict[str, float]]:
             "has nothing to measure; point data.val_json and data.val_images at annotated images"
         )
 
-    def validate(module: nn.Module) -> dict[str, float]:
+    def validate(module: nn.Module) -> dict[str, Any]:
         data.validated.clear()  # the detections of a large dataset are not kept twice
         listed = dataset.report["images_listed"]
         summary, results = score(
@@ -394,7 +393,8 @@ def validator(run: Run, data: Data) -> Callable[[nn.Module], dict[str, float]]:
         heads = {f"{head}_AP": stats["AP"] for head, stats in summary.heads.items()}
         images = {"images": summary.images, "images_left_out": summary.images_left_out}
         errors = summary.reliability.as_metrics() if summary.reliability else {}
-        return summary.stats | heads | errors | images
+        best = {} if summary.head in (None, "ensemble") else {"head": summary.head}
+        return summary.stats | heads | errors | images | best
 
     return validate
 

@@ -35,7 +35,7 @@ from brs_detr.ops.images import ImageBatch, ImageViews, Size
 from brs_detr.ops.masks import as_rles, decode_masks
 from brs_detr.ops.tiles import Tile, tile_grid
 from brs_detr.run.launch import choose_device
-from brs_detr.run.setup import calibration_of, restore
+from brs_detr.run.setup import calibration_of, restore, unused_nms
 from brs_detr.run.weights import score_thresholds
 from brs_detr.viz.boxes import draw_detections
 
@@ -80,6 +80,7 @@ class Predictor:
         limits: on files that are read.
         source: file that it was loaded from.
         note: why scores are not calibrated; "" if they are.
+        remark: which setting of these weights has no effect on the head that predicts; "" if none.
         config: of the weights; None for an exported file, whose settings are fixed.
     """
 
@@ -92,8 +93,10 @@ class Predictor:
         source: Path,
         note: str = "",
         config: Config | None = None,
+        remark: str = "",
     ) -> None:
         self.engine, self.limits, self.source, self.note, self.config = engine, limits, source, note, config
+        self.remark = remark
         self.classes, self.category_ids = list(classes), list(category_ids)
 
     @classmethod
@@ -122,7 +125,8 @@ class Predictor:
         thresholds = score_thresholds(model, weights, None)
         transforms = build_eval_transforms(config.data, config.eval.test_scales)
         engine = TorchEngine(model, choose_device(device), transforms, calibration, thresholds)
-        return cls(engine, weights.classes, weights.category_ids, config.data, file, note, config)
+        remark = unused_nms(model, config)
+        return cls(engine, weights.classes, weights.category_ids, config.data, file, note, config, remark)
 
     @classmethod
     def _of_exported(cls, path: Path, device: str | None) -> Predictor:

@@ -15,11 +15,12 @@ from pathlib import Path
 from brs_detr.cli import run_command
 from brs_detr.config import Config
 from brs_detr.engine.diagnostics import profile_steps
+from brs_detr.engine.logging import warnings_in
 from brs_detr.engine.storage import is_storage_fault, storage_error
 from brs_detr.engine.trainer import Trainer
 from brs_detr.evaluate import validator
 from brs_detr.exit_codes import ExitCode, Failure
-from brs_detr.run.training import build_trainer, choose_batch_size, dry_run, open_data, open_run, prepare_model
+from brs_detr.run.training import Run, build_trainer, choose_batch_size, dry_run, open_data, open_run, prepare_model
 from brs_detr.user_files import complain
 
 
@@ -40,7 +41,12 @@ def run_training(config: Config, trial: str | None = None) -> int:
 
 def train(config: Config, trial: str | None = None) -> int:
     """Train as the config says, or only try a "dry-run" or "profile" of it; returns the exit code."""
-    run = choose_batch_size(open_run(config, trial))
+    run = open_run(config, trial)
+    with warnings_in(run.log):
+        return _train(choose_batch_size(run), trial)
+
+
+def _train(run: Run, trial: str | None) -> int:
     data = open_data(run)
     model, optimizer, ema = prepare_model(run, data.train_set)
     if trial == "dry-run":

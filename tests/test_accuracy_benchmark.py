@@ -104,6 +104,13 @@ def test_the_published_counterpart_differs_in_its_losses_alone(accuracy, dataset
     assert (model.backbone, model.rpn.proposals) == (small.backbone, small.rpn.proposals)
 
 
+def test_a_variant_without_denoising_sets_nothing_of_it(accuracy):
+    case = accuracy.Case("demo", "brs_dino", "brs", "none", 0)
+    settings = accuracy.settings_of(case, {"none": ["model.denoising.loss=none"]})
+    config = load_config(ROOT / "configs" / accuracy.recipe_of(case), settings)
+    assert config.model.denoising.loss == "none"
+
+
 def test_a_variant_without_a_recipe_run_is_compared_with_the_published_losses(accuracy):
     results = {
         "bccd brs_detr brs half 0": result(0.50),

@@ -294,6 +294,14 @@ def test_a_loss_has_the_published_weights_of_that_loss_in_that_head():
     )
 
 
+def test_a_setting_given_once_for_all_heads_may_be_one_of_the_loss_given_beside_it():
+    for words in (["model.loss=focal", "model.weights.cls=3"], ["model.weights.cls=3", "model.loss=focal"]):
+        model = apply_overrides(Config(), words).model
+        assert {head.objective.weights.cls for head in (model, model.rpn, model.roi, model.atss)} == {3}
+    with pytest.raises(ConfigError, match=r"model\.weights\.cls is not a setting"):
+        apply_overrides(Config(), ["model.weights.cls=3"])
+
+
 def test_another_detector_keeps_what_was_changed_and_both_have():
     config = apply_overrides(Config(), ["model.dim=64", "model.backbone.name=resnet10t", "model.rpn.proposals=7"])
     model = apply_overrides(config, ["model.queries=9", "model.name=co_detr"]).model

@@ -1,6 +1,7 @@
 """What of an evaluation counts, what is said of it, and what is kept of it for later."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,15 +11,17 @@ from accelerate import Accelerator
 from torch import nn
 
 from brs_detr import evaluate
-from brs_detr.config import Config
+from brs_detr.config import Config, apply_overrides
 from brs_detr.data.issues import DataError
 from brs_detr.engine.config import EvalConfig
 from brs_detr.engine.predict import join_heads, limited
 from brs_detr.evaluation.calibration import Calibration
 from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.evaluation.reliability import assess
+from brs_detr.models.config import HardNMS, SoftNMS
 from brs_detr.models.ensemble import Ensemble
 from brs_detr.ops.images import ImageBatch
+from brs_detr.run import setup
 
 BOX = [10.0, 10.0, 50.0, 40.0]
 
@@ -167,9 +170,58 @@ def test_a_validation_keeps_the_best_head_for_the_weights(monkeypatch):
     assert list(ensemble["ap"]) == ["good", "late"]
     assert data.chosen == {"predict_with": "good", "head_thresholds": {"good": {"ring": 0.5}, "late": {}}}
     assert (metrics["AP"], metrics["good_AP"], metrics["late_AP"]) == pytest.approx((1.0, 1.0, 0.0))
+    assert metrics["head"] == "good"
     monkeypatch.setattr(TwoHeads, "shift", 90.0)  # later weights of which the other head is no worse
-    evaluate.validator(run, data)(TwoHeads())
-    assert data.chosen["predict_with"] == "late"
+    metrics = evaluate.validator(run, data)(TwoHeads())
+    assert data.chosen["predict_with"] == metrics["head"] == "late"
+
+
+@pytest.mark.parametrize("name", ["report", "batch_size", "calibrate"])
+def test_settings_that_change_no_figure_are_no_difference_to_the_training(name):
+    stored = Config()
+    value = {"report": False, "batch_size": 7, "calibrate": False}[name]
+    assert evaluate.changed_settings(stored, replace(stored, eval=replace(stored.eval, **{name: value}))) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        ("eval.test_flip=true", "eval.test_flip: False -> True"),
+        ("eval.test_scales=[64]", "eval.test_scales: () -> (64,)"),
+        ("eval.predict_with=roi", "eval.predict_with: auto -> roi"),
+        ("eval.max_detections=7", "eval.max_detections: 100 -> 7"),
+        ("eval.score_threshold=0.1", "eval.score_threshold: 0.0 -> 0.1"),
+        ("eval.nms.kind=soft", "eval.nms.kind: none -> soft"),
+        ("data.test_short_side=64", "data.test_short_side: 800 -> 64"),
+        ("data.antialias=false", "data.antialias: True -> False"),
+        ("model.roi.nms_iou=0.4", "model.roi.nms_iou: 0.5 -> 0.4"),
+    ],
+)
+def test_settings_that_figures_depend_on_are_said(override, difference):
+    [note] = evaluate.changed_settings(Config(), apply_overrides(Config(), [override]))
+    assert note.startswith("not as in the training: ") and difference in note
+
+
+@pytest.mark.parametrize(
+    ("settings", "head", "said"),
+    [
+        (
+            {"nms": SoftNMS()},
+            "roi",
+            "eval.nms.kind=soft: has no effect on head roi, which suppresses by model.roi",
+        ),
+        ({"nms": HardNMS()}, "atss", "eval.nms.kind=hard: has no effect on head atss"),
+        ({"nms": SoftNMS(), "test_flip": True}, "roi", "eval.nms.kind=soft"),
+        ({"nms": HardNMS(), "test_flip": True}, "roi", ""),  # joins the boxes of both views
+        ({"nms": SoftNMS()}, "decoder", ""),
+        ({"nms": SoftNMS()}, "ensemble", ""),  # in which the decoder has a part
+        ({}, "roi", ""),
+    ],
+)
+def test_a_suppression_that_the_head_does_not_use_is_said(settings, head, said):
+    model = SimpleNamespace(predict_with=head, heads=("decoder", "roi", "atss"), overlapping=("decoder",))
+    note = setup.unused_nms(model, Config(eval=EvalConfig(**settings)))
+    assert note.startswith(said) and bool(note) == bool(said)
 
 
 def many(classes=2, images=40):

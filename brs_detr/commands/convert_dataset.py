@@ -6,6 +6,7 @@ Images are not moved.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import sys
@@ -24,6 +25,7 @@ from brs_detr.data.formats.yolo import read_yolo
 from brs_detr.data.image_search import usual_folder
 from brs_detr.data.issues import DataError
 from brs_detr.data.json_file import load_json
+from brs_detr.data.layouts import recognize
 from brs_detr.user_files import printable
 
 NOTES_FILE = "convert-notes.txt"
@@ -55,7 +57,7 @@ def _convert(args: argparse.Namespace) -> int:
     write_all(datasets, out)
     print_notes(imported.notes, out / NOTES_FILE)
     train, val = pick_train_val(imported)
-    print(next_steps(out, images, train, val, datasets[train]))
+    print(next_steps(out, images, train, val, datasets[train], None if val else _as_argument(args, train)))
     return 0
 
 
@@ -94,6 +96,16 @@ def _split(args: argparse.Namespace) -> int:
     write_all(parts, out)
     print(next_steps(out, images, "train", "val"))
     return 0
+
+
+def _as_argument(args: argparse.Namespace, train: str) -> str | None:
+    """Return the dataset as `data=` takes it, which can hold out images itself; None where it would read another."""
+    if train != "train" or args.classes or args.one_based or args.keep_difficult:
+        return None
+    with contextlib.suppress(DataError):
+        if recognize(args.source).kind == args.format:
+            return os.path.abspath(args.source)
+    return None
 
 
 def _out_folder(args: argparse.Namespace) -> Path:
@@ -149,25 +161,54 @@ def _class_names(text: str | None) -> list[str]:
     return names
 
 
-def next_steps(out: Path, images: str, train: str, val: str | None, data: dict[str, Any] | None = None) -> str:
-    """Format the command lines that check the dataset and, with the annotations of split `train`, that train on it.
+def next_steps(
+    out: Path,
+    images: str,
+    train: str,
+    val: str | None,
+    data: dict[str, Any] | None = None,
+    source: str | None = None,
+) -> str:
+    """Format the command lines that check the dataset and that train on it.
 
-    Those of a json of the user's may have faults: then `check-data` prints the line to train with.
+    Args:
+        out: folder of the jsons.
+        images: folder of the images.
+        train, val: names of the splits; None: there is no val split.
+        data: annotations of split `train`; None for those of a json of the user's, which may have faults.
+        source: of the conversion, where `data=` takes it: what is trained on without a val split.
     """
     lines = ["next:"]
     for split in filter(None, (train, val)):
         words = ["python", "-m", "brs_detr", "check-data", str(out / f"{split}.json"), "--images", images]
         lines.append(printable(shlex.join(words)))
+    paths: dict[str, object] = {"data.root": images, "data.train_json": str(out / f"{train}.json")}
+    paths |= {"data.train_images": ".", "data.val_json": str(out / f"{val}.json"), "data.val_images": "."}
     if val is None:
         hint = "training needs a train and a val split; --val-fraction 0.1 splits val off train"
-        return "\n".join([*lines, hint])
-    if data is None:
-        return "\n".join(lines)
+        if source is None:
+            return "\n".join([*lines, hint])
+        lines.append(f"{hint}, as data.val_fraction=0.1 does without converting:")
+        paths = {"data": source, "data.val_fraction": 0.1}
+    with contextlib.suppress(DataError):  # `check-data` says what is wrong with the json
+        lines.append(_recipe(out / f"{train}.json", images, data, paths))
+    return "\n".join(lines)
+
+
+def _recipe(path: Path, images: str, data: dict[str, Any] | None, paths: Mapping[str, object]) -> str:
+    """Describe the recipe to start from; the other arguments as of `next_steps`, with the settings that name the data.
+
+    Raises:
+        DataError: the json cannot be trained on.
+    """
     from brs_detr.commands.first_recipe import Dataset, first_recipe  # torch takes seconds, the conversion often less
     from brs_detr.data.anchor_fit import boxes_of_json
 
-    paths = {"data.root": images, "data.train_json": str(out / f"{train}.json"), "data.train_images": "."}
-    paths |= {"data.val_json": str(out / f"{val}.json"), "data.val_images": "."}
+    if data is None:
+        from brs_detr.commands.check_data import facts_of
+        from brs_detr.data.coco import CocoDetection
+
+        return first_recipe(facts_of(CocoDetection(path, images, train=True), paths))
     per_image = Counter(annotation["image_id"] for annotation in data["annotations"])
     fullest = max(per_image.values(), default=0)
-    return "\n".join([*lines, first_recipe(Dataset(boxes_of_json(data), len(data["images"]), fullest, paths))])
+    return first_recipe(Dataset(boxes_of_json(data), len(data["images"]), fullest, paths))

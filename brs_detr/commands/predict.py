@@ -34,6 +34,8 @@ def run(options: argparse.Namespace) -> int:
     predictor = Predictor.load(options.weights, device=options.device, overrides=options.overrides)
     if predictor.note and not options.raw_scores:
         print(printable(f"{predictor.note}."))
+    if predictor.remark:
+        print(predictor.remark)
     drawings = dict(zip((one.name for one in sources), drawing_names([Path(one.stem) for one in sources]), strict=True))
     stems = {name: drawing.with_suffix("") for name, drawing in drawings.items()}
     labels = Labels(predictor.classes, predictor.category_ids, stems)

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from brs_detr.config_fields import Count, Counts, Fraction, Null, Positive, Range, one_of
+from brs_detr.config_fields import Count, Counts, Fraction, Null, OnlyWith, Positive, Range, one_of
 
 Preset = Literal["none", "light", "strong", "aerial", "industrial"]
 _CUSTOM = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+_CROPPED = OnlyWith("crop_policy", True)
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,10 @@ class AugmentConfig:
     short_sides: Counts = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     long_side: Count = 1333
     crop_policy: bool = True  # half of the images: resize, crop, resize again
-    crop_short_sides: Counts = (400, 500, 600)
-    crop_long_side: Count = 4200
-    crop_min: Count = 384
-    crop_max: Count = 600
+    crop_short_sides: Annotated[Counts, _CROPPED] = (400, 500, 600)
+    crop_long_side: Annotated[Count, _CROPPED] = 4200
+    crop_min: Annotated[Count, _CROPPED] = 384
+    crop_max: Annotated[Count, _CROPPED] = 600
     flip: Fraction = 0.5
     preset: Preset = "none"  # colors, blur, noise and turns on top; what and why: docs/data.md
     # package.module:name of a transform of one's own, applied first; from a recipe only if the command line repeats it
@@ -113,8 +115,8 @@ class DataConfig(Limits):
     min_side: int = 32  # smaller images are not trained on
     antialias: bool = True  # low-pass filter when shrinking; the released code had none
     augment: AugmentConfig | SSDConfig | LSJConfig = one_of(AugmentConfig(), SSDConfig(), LSJConfig())
-    test_short_side: Count = 800
-    test_long_side: Count = 1333
+    test_short_side: Annotated[Count, OnlyWith("test_canvas", None)] = 800
+    test_long_side: Annotated[Count, OnlyWith("test_canvas", None)] = 1333
     # side in pixels of a square to resize to whatever the aspect ratio; null: keep it
     test_square: Annotated[Count | None, Null("keep the aspect ratio")] = None
     # side in pixels of a gray square to fit the image into, which the detector sees as a part of it; null: none

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from brs_detr.config_fields import BelowOne, Count, Fraction, one_of
+from brs_detr.config_fields import BelowOne, Count, Fraction, OnlyWith, Unused, one_of
 from brs_detr.models.config import HardNMS, NMSConfig, NoNMS, SoftNMS
 
 
@@ -17,8 +17,8 @@ class OptimConfig:
     name: Literal["adamw", "sgd"] = "adamw"
     lr: float = 2e-4
     weight_decay: float = 1e-4
-    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)  # of AdamW
-    momentum: BelowOne = 0.9  # of SGD
+    betas: Annotated[tuple[BelowOne, BelowOne], OnlyWith("name", "adamw")] = (0.9, 0.999)
+    momentum: Annotated[BelowOne, OnlyWith("name", "sgd")] = 0.9
     clip_norm: float | None = 0.1
     backbone_lr_factor: float = 0.1
     sampling_offsets_lr_factor: float = 0.1
@@ -31,11 +31,11 @@ class OptimConfig:
 class TrainConfig:
     """Length, schedule and bookkeeping of the training."""
 
-    epochs: Count = 12
+    epochs: Annotated[Count, OnlyWith("steps", None)] = 12
     steps: Count | None = None  # optimizer steps instead, rounded up to full epochs; for the cosine schedule
     schedule: Literal["step", "cosine"] = "step"
-    lr_steps: tuple[int, ...] = (10, 11)  # epochs after which the rate falls
-    lr_gamma: float = 0.2
+    lr_steps: Annotated[tuple[int, ...], OnlyWith("schedule", "step")] = (10, 11)  # epochs after which the rate falls
+    lr_gamma: Annotated[float, OnlyWith("schedule", "step")] = 0.2  # factor by which it falls
     warmup_steps: int = 0  # optimizer steps
     warmup_start: Fraction = 0.0  # factor of the learning rate from which it rises
     total_batch_size: Count = 16  # images an optimizer step, over all processes and accumulated batches
@@ -53,7 +53,8 @@ class TrainConfig:
     tf32: bool = True  # float32 products on a GPU may round their inputs to 10 bits
     overfit_batches: Count | None = None  # train and validate on the first images only, that many batches
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    max_skipped: Count = 20  # steps skipped in a row after which the training stops all the same
+    # steps skipped in a row after which the training stops all the same
+    max_skipped: Annotated[Count, OnlyWith("on_nonfinite", "skip")] = 20
     freeze: tuple[str, ...] = ()  # parts that stay as they are, by the beginning of their parameters' names
     init_from: str | None = None  # run, file, official .pth or name of weights; other classes are allowed
     resume: bool = False  # go on with the run in `output_dir`
@@ -77,6 +78,11 @@ class TrainConfig:
                 f"{name}.lr_steps={steps} are epochs, {name}.steps={self.steps} leaves none; set {name}.schedule=cosine"
             )
 
+    def unused(self, name: str) -> Iterator[Unused]:
+        """Yield which settings are not read under the others; `name` is that of the section."""
+        if self.warmup_steps == 0:
+            yield Unused(f"{name}.warmup_start", f"{name}.warmup_steps=0", f"set {name}.warmup_steps above 0")
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -97,3 +103,14 @@ class EvalConfig:
     calibrate: bool = True  # scores are precisions, by the map that the validation stores; false: as the detector's
     # a training writes the files of its best validation, their images to the trackers too, and report.html
     report: bool = True
+
+    def unused(self, name: str) -> Iterator[Unused]:
+        """Yield which settings are not read under the others; `name` is that of the section."""
+        if self.predict_with in ("roi", "atss") and not isinstance(self.nms, NoNMS) and not self.joins_views:
+            action = f"set {name}.predict_with to decoder, auto or ensemble"
+            yield Unused(f"{name}.nms", f"{name}.predict_with={self.predict_with}", action)
+
+    @property
+    def joins_views(self) -> bool:
+        """Whether `nms` joins the boxes of several views of an image, whatever the head."""
+        return isinstance(self.nms, HardNMS) and (self.test_flip or len(self.test_scales) > 1)

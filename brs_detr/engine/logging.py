@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,36 @@ class RunLog:
             self.warned.add(about)
             with contextlib.suppress(OSError):
                 tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+class _ToRunLog(logging.Handler):
+    """Hands the records of this process to a run's log, and those of loader workers forked from it to stderr."""
+
+    def __init__(self, log: RunLog) -> None:
+        super().__init__(logging.WARNING)
+        self.log, self.process = log, os.getpid()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record as a line of the log."""
+        if os.getpid() != self.process:  # a fork may have been made while a thread held the console's lock
+            logging.lastResort.handle(record)  # type: ignore[union-attr]
+            return
+        self.log.say(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+@contextlib.contextmanager
+def warnings_in(log: RunLog) -> Iterator[None]:
+    """Let what the package warns of through `logging` reach a run's log inside, and not only stderr.
+
+    Lower parts, such as the detectors, know no run. In all but the main process, whose log is silent, nothing changes.
+    """
+    logger, handler = logging.getLogger(__package__.partition(".")[0]), _ToRunLog(log)
+    if log.main:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _is_later(line: dict[str, Any], resumed_at: dict[str, Any]) -> bool:

@@ -81,7 +81,8 @@ class Trainer:
         clip_norm: largest norm of the gradients; None does not clip.
         metadata: stored with every state, see `setup.run_metadata`.
         validate: called in every process with the module to evaluate (the averaged one under EMA); returns the metrics,
-            among them "AP", in the main process and {} in the others. None: no validation.
+            among them "AP", in the main process and {} in the others; "head" names the head they are of. None: no
+            validation.
         save: called in the main process with (file name, state dict, metadata) to write a weights file.
         ema: the averaged model, or None.
         check_targets: called with every batch's targets while they are still on the CPU; raises if they are invalid.
@@ -103,7 +104,7 @@ class Trainer:
         seed: int,
         clip_norm: float | None,
         metadata: dict[str, Any],
-        validate: Callable[[nn.Module], dict[str, float]] | None,
+        validate: Callable[[nn.Module], dict[str, Any]] | None,
         save: Callable[[str, dict[str, Tensor], dict[str, Any]], None],
         ema: ModelEmaV3 | None = None,
         check_targets: Callable[[Sequence[dict[str, Any]]], None] | None = None,
@@ -380,18 +381,20 @@ class Trainer:
         if accelerator.num_processes > 1:
             share_buffers(module)
         with unsharded_weights(module, accelerator):
-            metrics = self.validate(module) if self.validate is not None else {}
+            metrics = dict(self.validate(module)) if self.validate is not None else {}
         weights = module.state_dict() if self.ema is not None else accelerator.get_state_dict(self.model)
         score = self._from_main(metrics.get("AP", math.nan))
         better = not math.isnan(score) and (position.best is None or score > position.best)
         position.best, position.worse = (score, 0) if better else (position.best, position.worse + 1)
         if metrics:
             self.log.metrics("val", position.step, {"epoch": position.epoch, **metrics})
+            head = metrics.pop("head", None)  # the weights file has it by another name
             best = math.nan if position.best is None else position.best
             mark = " (best so far)" if better else f" (best {best:.4f})"
             shown = " ".join(
                 f"{name} {value:.4f}" for name, value in metrics.items() if name in SHOWN or name.endswith("_AP")
             )
+            shown += f", best head {head}" if head is not None else ""
             if missing := metrics.get("images_left_out"):
                 shown += f" on {metrics['images']:,} of {metrics['images'] + missing:,} images"
             self.log.say(f"epoch {position.epoch}/{self.length.epochs} validation: {shown}{mark}")

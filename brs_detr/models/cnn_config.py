@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, ClassVar, Literal
 
-from brs_detr.config_fields import Count, Counts, Fraction, NotEmpty, Positive, one_of
+from brs_detr.config_fields import Count, Counts, Fraction, NotEmpty, OnlyWith, Positive, Unused, one_of
 from brs_detr.models.config import (
     Anchors,
     ATSSHeadConfig,
     BackboneConfig,
+    Beta,
     BRSDETRConfig,
     BRSDINOConfig,
     CoDETRConfig,
@@ -31,6 +32,7 @@ from brs_detr.models.objective_config import (
     needs_positives,
     needs_trained_boxes,
     needs_weights,
+    unused_weights,
 )
 
 _SOFTMAX_CASCADE = ScoreConfig("cross_entropy", TermWeights(l1=1.0, giou=10.0), normalizer="rows")
@@ -85,6 +87,9 @@ class MaskConfig:
         return replace(self, loss="dice" if isinstance(objective, RankingConfig) else "binary_cross_entropy")
 
 
+_MaxIoU = Annotated[Fraction, OnlyWith("assigner", "max_iou")]
+
+
 @dataclass(frozen=True)
 class RetinaNetHeadConfig(DenseHeadConfig):
     """RetinaNet's head: anchors are assigned by fixed IoU thresholds, or as in ATSS."""
@@ -93,16 +98,20 @@ class RetinaNetHeadConfig(DenseHeadConfig):
     anchor_ratios: Annotated[tuple[Positive, ...], NotEmpty()] = (0.5, 1.0, 2.0)
     nms_iou: Fraction = 0.5
     assigner: Literal["max_iou", "atss"] = "max_iou"
-    positive_iou: Fraction = 0.5  # with max_iou: minimum IoU of a positive anchor
-    negative_iou: Fraction = 0.4  # with max_iou: below, an anchor is background; between, it is ignored
-    topk: Count = 9  # with atss: candidates per level and object
+    positive_iou: _MaxIoU = 0.5  # minimum IoU of a positive anchor
+    negative_iou: _MaxIoU = 0.4  # below, an anchor is background; between, it is ignored
+    topk: Annotated[Count, OnlyWith("assigner", "atss")] = 9  # candidates per level and object
     box_loss: Literal["giou", "iou", "l1", "smooth_l1"] = "giou"  # of decoded boxes, or on offsets: the sum, the mean
-    beta: Positive = 1.0  # of smooth_l1: the error at which it turns from quadratic to linear
+    beta: Beta = 1.0  # of smooth_l1: the error at which it turns from quadratic to linear
 
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
         yield from super().problems(name)
         yield from needs_trained_boxes(self.objective, self.box_loss, name)
+
+    def unused(self, name: str) -> Iterator[Unused]:
+        """Yield which weights are of no term; `name` is that of the section."""
+        yield from unused_weights(self.objective, (self.box_loss,), name)
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,7 @@ class PAAHeadConfig(DenseHeadConfig):
     topk: Count = 9  # cheapest candidates of each level that an object's mixture is fitted to
     box_cost: float = 1.0  # factor of the GIoU loss in the cost; focal PAA uses its weight, 1.3
     iou_branch: bool = False  # predict each box's IoU and weigh its score with it, as focal PAA does
-    iou_weight: float = 0.5  # of the branch's loss
+    iou_weight: Annotated[float, OnlyWith("iou_branch", True)] = 0.5  # of the branch's loss
 
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
@@ -122,6 +131,10 @@ class PAAHeadConfig(DenseHeadConfig):
         yield from needs_positives(self.objective, name)
         if self.iou_branch and self.iou_weight == 0:
             yield f"{name}.iou_weight=0 leaves the IoU branch untrained; set it above 0"
+
+    def unused(self, name: str) -> Iterator[Unused]:
+        """Yield which weights are of no term; `name` is that of the section."""
+        yield from unused_weights(self.objective, ("giou",), name)
 
 
 # The paper's; it sums smooth L1 over the four distances, of which ours is the mean.
@@ -139,7 +152,7 @@ class FoveaHeadConfig:
     sigma: Fraction = 0.4  # sides of the region of positive cells, as a fraction of the object's
     base_scale: Positive = 2.0  # what distances are divided by, in strides
     box_loss: Literal["giou", "l1", "smooth_l1"] = "giou"  # of decoded boxes, or on distances: the sum, the mean
-    beta: Positive = 0.11  # of smooth_l1: the error at which it turns from quadratic to linear
+    beta: Beta = 0.11  # of smooth_l1: the error at which it turns from quadratic to linear
     before_nms: Count = 1000
     score_threshold: float = 0.0
     nms_iou: Fraction = 0.5
@@ -150,14 +163,20 @@ class FoveaHeadConfig:
         yield from needs_no_background(self.objective, name)
         yield from needs_trained_boxes(self.objective, self.box_loss, name)
 
+    def unused(self, name: str) -> Iterator[Unused]:
+        """Yield which weights are of no term; `name` is that of the section."""
+        yield from unused_weights(self.objective, (self.box_loss,), name)
+
 
 @dataclass(frozen=True)
 class YOLACTHeadConfig:
     """YOLACT's head: anchors as RetinaNet's, and masks as sums of prototypes."""
 
     objective: ObjectiveConfig = one_of(CNN_RANKING, ScoreConfig(weights=TermWeights(giou=2.0, mask=2.0)))
-    # quality that a ranking loss sorts by: of boxes, masks, or both; binary: none, all positives are equal
-    label: Literal["iou", "dice", "mean", "binary"] = "iou"
+    # quality that positives are sorted by: of boxes, masks, or both; binary: none, all positives are equal
+    label: Annotated[
+        Literal["iou", "dice", "mean", "binary"], OnlyWith("objective.loss", "brs", "rs", "quality_focal")
+    ] = "iou"
     prototypes: Count = 32
     anchor_scale: Positive = 3.0  # in strides
     anchor_ratios: Annotated[tuple[Positive, ...], NotEmpty()] = (0.5, 1.0, 2.0)  # height / width
@@ -172,6 +191,10 @@ class YOLACTHeadConfig:
         """Yield what is wrong between settings; `name` is that of the section."""
         yield from needs_no_background(self.objective, name)
         yield from needs_weights(self.objective, ("giou", "mask"), name)
+
+    def unused(self, name: str) -> Iterator[Unused]:
+        """Yield which weights are of no term; `name` is that of the section."""
+        yield from unused_weights(self.objective, ("giou", "mask"), name)
 
 
 @dataclass(frozen=True)
@@ -208,6 +231,10 @@ class SOLOv2HeadConfig:
                     f"{name}.{setting}={getattr(self, setting)} must be a multiple of "
                     f"{name}.norm_groups={self.norm_groups}"
                 )
+
+    def unused(self, name: str) -> Iterator[Unused]:
+        """Yield which weights are of no term; `name` is that of the section."""
+        yield from unused_weights(self.objective, ("mask",), name)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from brs_detr.config_fields import Count, Counts, Fraction, NotEmpty, Null, Positive, Range, one_of
+from brs_detr.config_fields import (
+    Count,
+    Counts,
+    Fraction,
+    NotEmpty,
+    Null,
+    OnlyWith,
+    Positive,
+    Range,
+    Unused,
+    as_word,
+    one_of,
+)
 from brs_detr.models.objective_config import (
     BINARY_RPN,
     CNN_RANKING,
@@ -23,9 +35,11 @@ from brs_detr.models.objective_config import (
     needs_scores,
     needs_trained_boxes,
     needs_weights,
+    unused_weights,
 )
 
 Stds = tuple[Positive, Positive, Positive, Positive]
+Beta = Annotated[float, Range(above=0), OnlyWith("box_loss", "smooth_l1")]
 AuxHeads = tuple[Literal["roi", "atss"], ...]
 # auto: when a training begins, anchor_scale of every head is chosen from the boxes it is trained on
 Anchors = Literal["fixed", "auto"]
@@ -60,6 +74,12 @@ class BackboneConfig:
             )
         if list(self.levels) != sorted(set(self.levels)):
             yield f"{name}.levels={list(self.levels)} must be strides that increase"
+
+    def unused(self, name: str) -> Iterator[Unused]:
+        """Yield which settings are not read under the others; `name` is that of the section."""
+        if not self.name.startswith("eva02_") and ":" not in self.name:  # a name of the hub may be of any network
+            for setting in ("window_size", "global_every"):
+                yield Unused(f"{name}.{setting}", f"{name}.name={self.name}", "choose an EVA-02 (eva02_*)")
 
 
 @dataclass(frozen=True)
@@ -105,7 +125,7 @@ class RPNConfig:
     # Positives of an RPN have an IoU of at least 0.7, but for the best anchor of an object.
     objective: ObjectiveConfig = one_of(RankingConfig(tau=0.7), FOCAL_RPN, BINARY_RPN)
     box_loss: Literal["giou", "l1", "smooth_l1"] = "giou"  # of decoded boxes, or on offsets: the sum, the mean
-    beta: Positive = 1.0  # of smooth_l1: the error at which it turns from quadratic to linear
+    beta: Beta = 1.0  # of smooth_l1: the error at which it turns from quadratic to linear
     sample: Annotated[Count | None, Null("all")] = None  # anchors sampled an image; null: all of them
     proposals_before_nms: Count = 4000  # per level
     proposals: Count = 4000
@@ -125,6 +145,10 @@ class RPNConfig:
         yield from needs_no_background(self.objective, name)
         yield from needs_trained_boxes(self.objective, self.box_loss, name)
 
+    def unused(self, name: str) -> Iterator[Unused]:
+        """Yield which weights are of no term; `name` is that of the section."""
+        yield from unused_weights(self.objective, (self.box_loss,), name)
+
 
 @dataclass(frozen=True)
 class RegionConfig:
@@ -132,7 +156,7 @@ class RegionConfig:
 
     objective: ObjectiveConfig = one_of(RankingConfig(weight=5.0), FOCAL_ROI, SOFTMAX_ROI)
     box_loss: Literal["giou", "l1", "smooth_l1"] = "giou"  # of decoded boxes, or on offsets: the sum, the mean
-    beta: Positive = 1.0  # of smooth_l1: the error at which it turns from quadratic to linear
+    beta: Beta = 1.0  # of smooth_l1: the error at which it turns from quadratic to linear
     stacked_convs: int = 0  # 3x3, with GroupNorm, before the fully connected layers, of which one is left then
     fc_dim: Count = 1024
     class_agnostic: bool = False  # one box per RoI instead of one per class
@@ -148,6 +172,11 @@ class RegionConfig:
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
         yield from needs_trained_boxes(self.objective, self.box_loss, name)
+
+    def unused(self, name: str) -> Iterator[Unused]:
+        """Yield which weights are of no term; `name` is that of the section."""
+        found = unused_weights(self.objective, (self.box_loss,), name)
+        yield from (one for one in found if not one.name.endswith(".mask"))  # that of Mask R-CNN's branch
 
 
 @dataclass(frozen=True)
@@ -195,6 +224,10 @@ class ATSSHeadConfig(DenseHeadConfig):
             )
         yield from needs_weights(self.objective, ("giou", "centerness") if self.centerness else ("giou",), name)
         yield from needs_positives(self.objective, name)
+
+    def unused(self, name: str) -> Iterator[Unused]:
+        """Yield which weights are of no term; `name` is that of the section."""
+        yield from unused_weights(self.objective, ("giou", "centerness") if self.centerness else ("giou",), name)
 
 
 @dataclass(frozen=True)
@@ -295,6 +328,15 @@ class DETRConfig:
                 f"set {name}.objective.balance=value"
             )
 
+    def unused(self, name: str) -> Iterator[Unused]:
+        """Yield which settings are not read under the others; `name` is that of the section."""
+        yield from unused_weights(self.objective, ("l1", "giou"), name)
+        cause = f"{name}.aux_heads={as_word(self.aux_heads)}"
+        for head in {"rpn", "roi", "atss"} - set(self.dense_heads):
+            yield Unused(f"{name}.{head}", cause, f"add {'roi' if head == 'rpn' else head} to {name}.aux_heads")
+        if not self.aux_heads:
+            yield Unused(f"{name}.max_aux_queries", cause, f"add roi or atss to {name}.aux_heads")
+
 
 @dataclass(frozen=True)
 class BRSDETRConfig(DETRConfig):
@@ -323,17 +365,21 @@ class CoDETRConfig(BRSDETRConfig):
         yield from needs_scores(self.objective, name, self.name, "brs_detr")
 
 
+_DENOISED = OnlyWith("loss", "quality_focal", "rank")
+
+
 @dataclass(frozen=True)
 class DenoisingConfig:
     """Queries made of noised objects, in training only (DINO, Zhang et al. 2023, section 3.3)."""
 
     # rank: by the loss of the decoder, in a list of its own; none: there are no such queries
     loss: Literal["quality_focal", "rank", "none"] = "quality_focal"
-    queries: Count = 100  # of an image that are positive, about; as many are negative
-    label_noise: Fraction = 0.5  # of the queries half of this share get a random class
+    queries: Annotated[Count, _DENOISED] = 100  # of an image that are positive, about; as many are negative
+    label_noise: Annotated[Fraction, _DENOISED] = 0.5  # of the queries half of this share get a random class
     # by which share of half its side a box may move; a negative by one more. Above 0.5, negatives can turn inside out
-    box_noise: float = 1.0
-    max_rows: Annotated[Count, Range(min=2)] = 600  # most of an image; of more objects a random choice gets queries
+    box_noise: Annotated[float, _DENOISED] = 1.0
+    # most of an image; of more objects a random choice gets queries
+    max_rows: Annotated[Count, Range(min=2), _DENOISED] = 600
 
 
 @dataclass(frozen=True)

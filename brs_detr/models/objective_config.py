@@ -5,11 +5,13 @@ A head of section `model.rpn` has them in `model.rpn.objective`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
-from brs_detr.config_fields import Fraction, Range
+from brs_detr.config_fields import Fraction, OnlyWith, Range, Unused
+
+_WITH_ALRP = OnlyWith("loss", "alrp", "balrp")
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,18 @@ class RankingConfig:
     delta: float | None = None  # half width of the ranking's step; null: the loss's own (Rank & Sort 0.5, others 1)
     score_weighted: bool = False  # box losses weighted by the scores of their boxes
     box_weight: float = 2.0  # of box terms that are not balanced: with ap and bap, and with aLRP where balance is none
-    tau: Annotated[float, Range(below=1)] = 0.5  # with aLRP: minimum IoU of a positive
+    tau: Annotated[float, Range(below=1), _WITH_ALRP] = 0.5  # with aLRP: minimum IoU of a positive
     # with aLRP: follow the values of each step, or as published their means over an epoch, or nothing
-    balance: Literal["value", "epoch", "none"] = "value"
+    balance: Annotated[Literal["value", "epoch", "none"], _WITH_ALRP] = "value"
     scope: Literal["process", "global"] = "process"  # rank each process's batch, or that of all processes
+
+    def unused(self, name: str) -> Iterator[Unused]:
+        """Yield which settings are not read under the others; `name` is that of the section."""
+        if self.loss in ("alrp", "balrp") and self.balance != "none":
+            yield Unused(f"{name}.box_weight", f"{name}.balance={self.balance}", f"set {name}.balance=none")
+        if self.loss not in ("alrp", "balrp", "ap", "bap"):
+            action = f"set {name}.loss to ap or bap"
+            yield Unused(f"{name}.box_weight", f"{name}.loss={self.loss}", action)
 
 
 # As published in CNN detectors. Following each step instead starves aLRP's boxes as soon as the ranking is perfect.
@@ -52,8 +62,8 @@ class ScoreConfig:
     loss: Literal["focal", "quality_focal", "binary_cross_entropy", "cross_entropy"] = "focal"
     weights: TermWeights = TermWeights()
     normalizer: Literal["positives", "rows"] = "positives"  # what the classification loss is divided by the number of
-    alpha: Fraction = 0.25  # of focal loss
-    gamma: float = 2.0  # of focal and quality focal loss
+    alpha: Annotated[Fraction, OnlyWith("loss", "focal")] = 0.25
+    gamma: Annotated[float, OnlyWith("loss", "focal", "quality_focal")] = 2.0
 
 
 ObjectiveConfig = RankingConfig | ScoreConfig
@@ -89,6 +99,20 @@ def needs_positives(objective: ObjectiveConfig, name: str) -> Iterator[str]:
     """Yield what is wrong with the normalizer of section `name`, whose terms are divided by the positives."""
     if isinstance(objective, ScoreConfig) and objective.normalizer != "positives":
         yield f"{name}.objective.normalizer={objective.normalizer} is of sampled heads; set it to positives"
+
+
+def unused_weights(objective: ObjectiveConfig, terms: Sequence[str], name: str) -> Iterator[Unused]:
+    """Yield the fixed weights of section `name` that are of no term of the head, whose other terms are `terms`.
+
+    A weight of 0 is accepted: it leaves out what there is not.
+    """
+    if isinstance(objective, ScoreConfig):
+        shown = f"{', '.join(['cls', *terms[:-1]])} and {terms[-1]}"
+        given = [field.name for field in fields(objective.weights) if getattr(objective.weights, field.name) != 0]
+        for term in given:
+            if term not in ("cls", *terms):
+                weight = f"{name}.objective.weights.{term}"
+                yield Unused(weight, f"{name}, whose terms are {shown}", "give the weight of one of them")
 
 
 def needs_no_background(objective: ObjectiveConfig, name: str) -> Iterator[str]:

@@ -42,6 +42,12 @@ from brs_detr.run.dataset import worker_count
 from brs_detr.run.inputs import is_random_and_frozen
 from brs_detr.run.weights import locate, read
 
+# beginnings of the settings that the figures of a validation depend on
+METRIC_SETTINGS = (
+    *("model.", "eval.max_detections", "eval.nms", "eval.predict_with", "eval.score_threshold", "eval.test_"),
+    *("data.test_", "data.antialias"),
+)
+
 
 def run_metadata(config: Config, plan: BatchPlan, train_set: CocoDetection, val_set: CocoDetection) -> dict[str, Any]:
     """Collect the metadata stored with every state, with which a resumed run is compared."""
@@ -185,6 +191,18 @@ def calibration_of(model: Detector, weights: Weights, config: Config, file: Path
     return None, (
         f"scores are not calibrated: {file} holds no map for head {model.predict_with}. Compare them with each other "
         "only; a validation with enough true positives stores the map"
+    )
+
+
+def unused_nms(model: Detector, config: Config) -> str:
+    """Say that `eval.nms` has no effect on the head that predicts; "" where it has, or is none."""
+    kind, head = config.eval.nms.kind, model.predict_with
+    if kind == "none" or head not in model.heads or head in model.overlapping or config.eval.joins_views:
+        return ""
+    others = " or ".join(model.overlapping)
+    return (
+        f"eval.nms.kind={kind}: has no effect on head {head}, which suppresses by model.{head}.nms_iou. Set that, or "
+        f"eval.predict_with={others}."
     )
 
 

@@ -61,7 +61,7 @@ from brs_detr.run.output_dir import (
 from brs_detr.run.weights import EVALUATION
 from brs_detr.viz.boxes import write_samples
 
-Validate = Callable[[nn.Module], dict[str, float]]
+Validate = Callable[[nn.Module], dict[str, Any]]
 EXAMPLES = 12  # images drawn of a validation
 SHOWN_IN_TRACKERS = ("detections", "confusion", "precision_recall", "reliability")
 

@@ -91,10 +91,10 @@ def test_denoising_waits_for_nothing(step):
             boxes = target["boxes"][:1].repeat(count, 1)
             target.update(boxes=boxes, labels=torch.arange(count) % CLASSES)
         waits = []
-        for loss in ("rank", "none"):
-            bounded = [f"model.denoising.loss={loss}", "model.denoising.queries=10", "model.denoising.max_rows=20"]
+        bounded = ["model.denoising.loss=rank", "model.denoising.queries=10", "model.denoising.max_rows=20"]
+        for denoising in (bounded, ["model.denoising.loss=none"]):
             config = load_config(
-                ROOT / "configs" / "demo.yaml", [*SMALL_DETECTOR, *TINY, "model.name=brs_dino", *bounded]
+                ROOT / "configs" / "demo.yaml", [*SMALL_DETECTOR, *TINY, "model.name=brs_dino", *denoising]
             )
             found = step.count_step(config, (images, targets), CLASSES, fused=True)
             waits.append(found.waits + found.copies)

@@ -145,6 +145,8 @@ def test_figures_are_stored_for_the_head_that_is_exported_unless_settings_have_c
     model.predict_with = "roi"
     assert validation(model, weights, config) is not None  # it suppresses in its own way, as its graph does
     assert validation(model, weights, replace(config, data=replace(config.data, test_short_side=99))) is None
+    assert validation(model, weights, replace(config, eval=replace(config.eval, test_flip=True))) is None
+    assert validation(model, weights, replace(config, eval=replace(config.eval, predict_with="roi", batch_size=7)))
     assert validation(model, replace(weights, extra={}), config) is None
 
 

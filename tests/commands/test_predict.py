@@ -311,6 +311,19 @@ def test_weights_without_a_map_say_so_once(weights, tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out.count("scores are not calibrated") == 1
 
 
+def test_a_suppression_that_the_chosen_head_does_not_use_is_said(weights, tmp_path, capsys):
+    words = ["predict", str(weights), str(image(tmp_path / "a.png")), "--no-images", "--out", str(tmp_path / "out")]
+    stored = load_weights(weights)
+    file, extra = tmp_path / "roi.safetensors", {"predict_with": "roi"}  # auto, and the last validation chose it
+    save_weights(file, replace(stored, extra=extra))
+    assert cli.main([*words[:1], str(file), *words[2:], "eval.nms.kind=soft"]) == 0
+    assert "eval.nms.kind=soft: has no effect on head roi, which suppresses by" in capsys.readouterr().out
+    assert cli.main([*words, "eval.nms.kind=soft"]) == 0
+    assert "has no effect" not in capsys.readouterr().out
+    assert cli.main([*words, "eval.nms.kind=soft", "eval.predict_with=roi"]) == 2
+    assert "eval.nms.kind=soft: has no effect with eval.predict_with=roi." in capsys.readouterr().err
+
+
 def test_no_object_above_the_threshold_names_the_best_score(weights, tmp_path, monkeypatch, capsys):
     extra = {"calibration": {"decoder": STORED}}
     assert predicted(weights, tmp_path, monkeypatch, extra, "--threshold", "0.75") == []

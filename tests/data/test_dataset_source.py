@@ -1,6 +1,7 @@
 """Opening a dataset argument: the splits of each purpose, what is written where, and what is refused."""
 
 import json
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from brs_detr import cli
 from brs_detr.config import Config, ConfigError, load_config
 from brs_detr.data import dataset_source
+from brs_detr.data.build import open_train_set, open_val_set
 from brs_detr.data.dataset_source import open_source
 from brs_detr.data.issues import DataError
 
@@ -213,11 +215,24 @@ def test_convert_dataset_coco_splits_a_json(single, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"{single.parent}/train.json: 9 images, 12 objects, 3 classes" in said
     assert f"check-data {single.parent}/val.json --images {single.parent}/images" in said
+    (training,) = [shlex.split(line) for line in said.splitlines() if " brs_detr train " in line]
+    data = load_config(training[4], training[5:]).data
+    assert (len(open_train_set(data, 0)), len(open_val_set(data))) == (9, 3)
     first = read(single.parent / "val.json")
     assert cli.main([*words, "--val-fraction", "0.25", "--out", str(tmp_path / "again")]) == 0
     assert read(tmp_path / "again" / "val.json") == first
     assert cli.main([*words, str(tmp_path / "seeded"), "--val-fraction", "0.25", "--seed", "5"]) == 0
     assert read(tmp_path / "seeded" / "val.json")["images"] != first["images"]
+
+
+def test_no_recipe_is_proposed_for_a_json_that_cannot_be_trained_on(single, tmp_path, capsys):
+    content = read(single)
+    for annotation in content["annotations"]:
+        annotation["bbox"] = "none"
+    single.write_text(json.dumps(content))
+    assert cli.main(["convert-dataset", "coco", str(single), str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "check-data" in said and " brs_detr train " not in said
 
 
 @pytest.mark.parametrize(

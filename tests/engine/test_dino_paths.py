@@ -97,6 +97,11 @@ def test_a_killed_run_ends_as_if_it_had_not_been(run, data, tmp_path, monkeypatc
     assert len(logged) == STEPS and all("denoising.0.giou" in terms for terms in logged)
 
 
+def test_the_log_says_once_that_objects_are_left_out_of_denoising(run):
+    said = (run / "log.txt").read_text()
+    assert said.count("warning: model.denoising.max_rows=4: an image has") == 1
+
+
 def test_each_process_and_each_step_draws_noise_of_its_own():
     """As from any generator of torch on the host: the trainer seeds it for each step and process."""
     drawn = []

@@ -342,6 +342,16 @@ def test_figures_of_fewer_images_say_so_in_their_own_line(toy, tmp_path, capsys)
     assert (line["images"], line["images_left_out"]) == (4998, 2)
 
 
+def test_the_best_head_is_named_in_the_log_and_in_the_metrics(toy, tmp_path, capsys, weights):
+    trainer, _ = toy.build(tmp_path, epochs=1)
+    trainer.validate = lambda module: {"AP": 0.25, "decoder_AP": 0.125, "roi_AP": 0.25, "head": "roi"}
+    trainer.fit()
+    said = "epoch 1/1 validation: AP 0.2500 decoder_AP 0.1250 roi_AP 0.2500, best head roi (best so far)"
+    assert said in capsys.readouterr().out and said in (tmp_path / "log.txt").read_text()
+    line = next(line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "val")
+    assert line["head"] == "roi"
+
+
 def test_a_head_without_any_loss_in_an_epoch_is_named(toy, tmp_path, capsys):
     trainer, _ = toy.build(tmp_path, epochs=1)
     forward = trainer.model.forward

@@ -106,10 +106,10 @@ def check_empty_images(accelerator):
 
     DDP would refuse the second step if a parameter had no part in the first.
     """
-    config = load_config(DEMO)
+    config = load_config(DEMO, TINY)
     for settings in VARIANTS:
         torch.manual_seed(0)
-        detector = build_model(apply_overrides(config, [*TINY, *settings]).model, 3)
+        detector = build_model(apply_overrides(config, settings).model, 3)
         model = accelerator.prepare_model(detector)
         for full in ({0}, set(), {accelerator.num_processes - 1}, set()):
             step_on_full(accelerator, model, accelerator.process_index in full)
@@ -165,7 +165,7 @@ def check_denoising(accelerator):
     """
     for settings in DENOISING:
         scope = [] if settings == DENOISING[0] else ["model.scope=global"]
-        config = apply_overrides(load_config(DEMO), [*TINY, *settings, *scope, *SAME]).model
+        config = apply_overrides(load_config(DEMO, TINY), [*settings, *scope, *SAME]).model
         for counts in ((3, 1), (0, 2)):
             expected, single = denoising_step(config, counts, [0, 1])
             terms, gradients = denoising_step(config, counts, [accelerator.process_index], accelerator)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import DEMO, SMALL_DETECTOR
 
-from brs_detr.config import ConfigError, load_config
+from brs_detr.config import ConfigError, apply_overrides, load_config
 from brs_detr.export.graphs import DetectorGraph
 from brs_detr.models.build import build_model
 from brs_detr.ops.images import ImageBatch
@@ -20,7 +20,8 @@ CHOICES = [("roi", "atss"), ("roi",), ("atss",), ()]
 
 def settings(heads, query_boxes="encoder"):
     chosen = [f"model.aux_heads=[{','.join(heads)}]", f"model.query_boxes={query_boxes}"]
-    return load_config(DEMO, [*SMALL_DETECTOR, *chosen]).model
+    # in two steps: on one command line, settings of a head that is left out are refused
+    return apply_overrides(load_config(DEMO, SMALL_DETECTOR), chosen).model
 
 
 @pytest.mark.parametrize("query_boxes", ["encoder", "rpn"])

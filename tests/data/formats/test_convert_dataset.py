@@ -12,6 +12,7 @@ from brs_detr import cli
 from brs_detr.commands.convert_dataset import NOTES_FILE
 from brs_detr.config import load_config
 from brs_detr.data.build import open_train_set, open_val_set
+from brs_detr.data.dataset_source import open_source
 from brs_detr.data.formats.voc import read_voc
 from brs_detr.data.formats.yolo import read_yolo
 
@@ -53,11 +54,23 @@ def test_the_printed_commands_work_as_printed(yolo, tmp_path, capsys, monkeypatc
     assert len(checks) == 2 and (len(train), len(val)) == (9, 3) and train.classes == ["cat", "🐕 dog"]
 
 
-def test_without_a_val_split_it_says_how_to_make_one(yolo, tmp_path, capsys):
+def test_without_a_val_split_it_says_how_to_make_one_and_trains_on_a_part(yolo, tmp_path, capsys):
     assert convert("yolo", yolo, tmp_path / "out") == 0
     printed = capsys.readouterr().out
-    assert "--val-fraction" in printed and "brs_detr train" not in printed
+    assert "--val-fraction" in printed
+    (training,) = [shlex.split(line) for line in printed.splitlines() if " brs_detr train " in line]
+    data = load_config(training[4], training[5:]).data
+    assert (data.source, data.val_fraction) == (str(yolo), 0.1)
+    opened = open_source(data, tmp_path / "run")
+    assert {name: split.number for name, split in opened.splits.items()} == {"train": 11, "val": 1}
     assert [path.name for path in sorted((tmp_path / "out").iterdir())] == [NOTES_FILE, "train.json"]
+
+
+def test_what_another_reading_would_change_is_not_proposed(yolo, tmp_path, capsys):
+    """`data=` takes no names of classes."""
+    assert convert("yolo", yolo, tmp_path / "out", "--classes", "x, y") == 0
+    printed = capsys.readouterr().out
+    assert "--val-fraction 0.1 splits val off train" in printed and " brs_detr train " not in printed
 
 
 def test_every_note_is_written_down(yolo, tmp_path, capsys):
