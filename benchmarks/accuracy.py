@@ -44,9 +44,9 @@ from brs_detr.config import load_config
 from brs_detr.data.build import open_val_set
 from brs_detr.data.loader import build_eval_loader
 from brs_detr.engine.predict import predict_with_all_heads
-from brs_detr.evaluate import score_detections
 from brs_detr.evaluation.coco_eval import GroundTruth
 from brs_detr.run import setup
+from brs_detr.run.scoring import score_detections
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy.json"

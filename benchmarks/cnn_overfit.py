@@ -33,12 +33,12 @@ from brs_detr.config import Config, dump, load_config
 from brs_detr.data.build import build_eval_transforms, open_val_set
 from brs_detr.data.loader import collate
 from brs_detr.engine.optim import Schedule, build_optimizer, set_learning_rate
-from brs_detr.evaluate import score
 from brs_detr.evaluation.coco_eval import GroundTruth
 from brs_detr.losses.balance import set_epoch_length
 from brs_detr.ops.images import Batch
 from brs_detr.run import setup
 from brs_detr.run.dataset import write_subset
+from brs_detr.run.scoring import score
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cnn_overfit_cpu.md"

@@ -39,11 +39,11 @@ from brs_detr.data.build import open_train_set, open_val_set
 from brs_detr.data.loader import EpochBatches, build_eval_loader, build_train_loader
 from brs_detr.engine.optim import build_optimizer, set_learning_rate
 from brs_detr.engine.predict import predict
-from brs_detr.evaluate import score_detections
 from brs_detr.evaluation.coco_eval import GroundTruth
 from brs_detr.models.backbones.timm_backbone import build_backbone
 from brs_detr.models.detector import PIXEL_MEAN, PIXEL_STD, to_stored_images
 from brs_detr.ops.images import ImageBatch
+from brs_detr.run.scoring import score_detections
 
 WIDTH = 64  # of the pyramid, as `model.dim` in the small recipes; torchvision's 256 would be several times slower
 ROI_SIDE = 7

@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from brs_detr import evaluate
 from brs_detr.config import Config
 from brs_detr.data.issues import DataError
 from brs_detr.engine.config import EvalConfig
@@ -19,6 +18,7 @@ from brs_detr.evaluation.coco_eval import GroundTruth
 from brs_detr.evaluation.reliability import assess
 from brs_detr.models.ensemble import Ensemble
 from brs_detr.ops.images import ImageBatch
+from brs_detr.run import scoring, validation
 
 BOX = [10.0, 10.0, 50.0, 40.0]
 
@@ -38,9 +38,9 @@ def found(image, score=0.25, unreadable=False):
 
 
 def outcome(monkeypatch, detections, **settings):
-    monkeypatch.setattr(evaluate, "predict", lambda *_, **__: detections)
+    monkeypatch.setattr(scoring, "predict", lambda *_, **__: detections)
     truth, config = GroundTruth.read(annotations()), Config(eval=EvalConfig(**settings))
-    return evaluate.score(None, [5], truth, None, config, Accelerator(cpu=True))
+    return scoring.score(None, [5], truth, None, config, Accelerator(cpu=True))
 
 
 def test_a_image_that_cannot_be_read_counts_neither_for_nor_against(monkeypatch):
@@ -69,9 +69,9 @@ def test_a_validation_keeps_the_scores_of_the_best_f1_and_says_a_note_once(monke
         chosen={},
         validated=[],
     )
-    validate = evaluate.validator(run, data)
+    validate = validation.validator(run, data)
     for score in (0.25, 0.75):
-        monkeypatch.setattr(evaluate, "predict", lambda *_, s=score, **__: [found(image, s) for image in (1, 2, 3)])
+        monkeypatch.setattr(scoring, "predict", lambda *_, s=score, **__: [found(image, s) for image in (1, 2, 3)])
         assert validate(None)["AP"] == pytest.approx(1.0)
         assert thresholds == {"ring": score}
     assert len(said) == 1 and "best 10 detection(s)" in said[0]
@@ -98,7 +98,7 @@ def score_two_heads(name="auto", **options):
     truth, config = GroundTruth.read(annotations()), Config(eval=EvalConfig(predict_with=name))
     images = ImageBatch.from_list([torch.zeros(3, 90, 90)])
     batches = [(images, [{"image_id": image}]) for image in (1, 2, 3)]
-    return evaluate.score(TwoHeads(), [5], truth, batches, config, Accelerator(cpu=True), **options)
+    return scoring.score(TwoHeads(), [5], truth, batches, config, Accelerator(cpu=True), **options)
 
 
 def test_every_head_is_scored_and_the_best_one_returned():
@@ -162,13 +162,13 @@ def test_a_validation_keeps_the_best_head_for_the_weights(monkeypatch):
         chosen={},
         validated=[],
     )
-    metrics = evaluate.validator(run, data)(TwoHeads())
+    metrics = validation.validator(run, data)(TwoHeads())
     ensemble = data.chosen.pop("ensemble")
     assert list(ensemble["ap"]) == ["good", "late"]
     assert data.chosen == {"predict_with": "good", "head_thresholds": {"good": {"ring": 0.5}, "late": {}}}
     assert (metrics["AP"], metrics["good_AP"], metrics["late_AP"]) == pytest.approx((1.0, 1.0, 0.0))
     monkeypatch.setattr(TwoHeads, "shift", 90.0)  # later weights of which the other head is no worse
-    evaluate.validator(run, data)(TwoHeads())
+    validation.validator(run, data)(TwoHeads())
     assert data.chosen["predict_with"] == "late"
 
 
@@ -199,7 +199,7 @@ def many(classes=2, images=40):
 
 def validated(monkeypatch, content, detections, **settings):
     """Validate; returns (metrics, data)."""
-    monkeypatch.setattr(evaluate, "predict", lambda *_, **__: detections)
+    monkeypatch.setattr(scoring, "predict", lambda *_, **__: detections)
     dataset = SimpleNamespace(
         ground_truth=lambda: content, json_path="val.json", report={"images_listed": 40}, masks=False
     )
@@ -209,7 +209,7 @@ def validated(monkeypatch, content, detections, **settings):
     data = SimpleNamespace(
         train_set=train_set, val_set=dataset, val_loader=None, thresholds={}, chosen={}, validated=[]
     )
-    return evaluate.validator(run, data)(SimpleNamespace(predict_with="head")), data
+    return validation.validator(run, data)(SimpleNamespace(predict_with="head")), data
 
 
 def test_a_validation_stores_the_map_of_its_scores_and_measures_it_held_out(monkeypatch):
@@ -234,8 +234,8 @@ def test_calibrated_results_have_the_same_ap_although_the_cut_compares_classes(m
     maps, truth = Calibration.from_dict(stored, 2), GroundTruth.read(content)
     config, shared = Config(eval=EvalConfig(max_detections=2)), Accelerator(cpu=True)
     cut = [{**image, **{key: image[key][:2] for key in ("boxes", "scores", "labels")}} for image in detections]
-    raw, results = evaluate.score_detections(cut, [5, 6], truth, config, shared)
-    same, mapped = evaluate.score_detections(cut, [5, 6], truth, config, shared, calibration=maps)
+    raw, results = scoring.score_detections(cut, [5, 6], truth, config, shared)
+    same, mapped = scoring.score_detections(cut, [5, 6], truth, config, shared, calibration=maps)
     assert same.stats == pytest.approx(raw.stats, abs=1e-9)
     assert [row["bbox"] for row in results] == [row["bbox"] for row in mapped]
     assert {row["category_id"] for row in mapped if row["score"] > 0.97} == {6}
@@ -246,7 +246,7 @@ def test_calibrated_results_have_the_same_ap_although_the_cut_compares_classes(m
 
 def test_the_report_says_what_the_figures_are_held_out_from(monkeypatch, tmp_path):
     content, detections = many()
-    summary, _ = evaluate.score_detections(
+    summary, _ = scoring.score_detections(
         detections, [5, 6], GroundTruth.read(content), Config(), Accelerator(cpu=True)
     )
     assert "calibration errors" not in summary.table()
