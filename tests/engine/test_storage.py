@@ -16,9 +16,8 @@ from brs_detr.engine import state as state_module
 from brs_detr.engine import tensor_file
 from brs_detr.engine.checkpoint import CheckpointError, Weights, find_weights, load_weights, save_weights
 from brs_detr.engine.logging import RunLog, read_metrics
-from brs_detr.engine.nonfinite import NonFiniteError
 from brs_detr.engine.state import find_fault, latest_state, read_facts, tidy
-from brs_detr.engine.storage import StorageError, write_file, write_text
+from brs_detr.engine.storage import NonFiniteError, StorageError, write_file, write_text
 from brs_detr.engine.tensor_file import read_tensors, write_tensors
 
 WEIGHTS = Weights({"a": torch.arange(6.0).view(2, 3)}, ["cat", "dog"], [3, 90], {"seed": 1}, {"epoch": 4})

@@ -13,8 +13,9 @@ from torch import nn
 from brs_detr.engine import trainer as loop
 from brs_detr.engine.distributed import seed_step
 from brs_detr.engine.logging import LossMeter, RatioMeter, read_metrics
-from brs_detr.engine.nonfinite import NonFiniteError, RunningStatistics
+from brs_detr.engine.nonfinite import RunningStatistics
 from brs_detr.engine.state import latest_state, read_facts
+from brs_detr.engine.storage import NonFiniteError
 from brs_detr.losses import PredictionSet, RankingObjective
 from brs_detr.losses.balance import EpochBalance
 from brs_detr.ops.images import ImageBatch

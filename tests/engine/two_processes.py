@@ -18,10 +18,9 @@ from torch.distributed.fsdp import fully_shard
 from brs_detr.config import Config, ConfigError, apply_overrides, load_config
 from brs_detr.engine.distributed import average_unsharded_gradients, clip_gradients, full_tensor, gradient_norm
 from brs_detr.engine.logging import read_metrics
-from brs_detr.engine.nonfinite import NonFiniteError
 from brs_detr.engine.predict import predict
 from brs_detr.engine.state import agreed_state, read_facts
-from brs_detr.engine.storage import StorageError
+from brs_detr.engine.storage import NonFiniteError, StorageError
 from brs_detr.exit_codes import ExitCode, Interruption
 from brs_detr.losses.distributed import without_other_processes
 from brs_detr.models.build import build_model
