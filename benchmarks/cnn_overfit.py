@@ -85,7 +85,7 @@ def read_batches(
     samples = [resize(*dataset.load(index)) for index in range(len(dataset))]
     size = config.train.total_batch_size
     batches = [collate(samples[start : start + size]) for start in range(0, len(samples), size)]
-    return batches, GroundTruth.read(dataset.ground_truth(), dataset.masks), dataset.category_ids
+    return batches, GroundTruth.from_dataset(dataset.ground_truth(), dataset.masks), dataset.category_ids
 
 
 def train_and_score(config: Config, batches: list[Batch], truth: GroundTruth, ids: list[int], steps: int) -> dict:

@@ -224,7 +224,7 @@ def train_and_score(name: str, config: Config, seconds: float) -> dict[str, Any]
     accelerator = Accelerator(cpu=True)
     evaluation = build_eval_loader(val_set, config.eval.batch_size, workers=0)
     detections = predict(model, evaluation, accelerator, max_detections=config.eval.max_detections)
-    truth = GroundTruth.read(val_set.ground_truth(), val_set.masks)
+    truth = GroundTruth.from_dataset(val_set.ground_truth(), val_set.masks)
     summary, _ = score_detections(detections, train_set.category_ids, truth, config, accelerator)
     assert summary is not None
     figures = {key: summary.stats[key] for key in FIGURES if key in summary.stats}

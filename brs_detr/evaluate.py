@@ -110,7 +110,7 @@ def evaluate(
     dataset = open_val_set(config.data, config.model.has_masks, config.eval.test_scales)
     require_same_categories(weights.classes, weights.category_ids, dataset, str(file))
     loader = val_loader(dataset, config, accelerator)
-    truth, listed = GroundTruth.read(dataset.ground_truth(), dataset.masks), dataset.report["images_listed"]
+    truth, listed = GroundTruth.from_dataset(dataset.ground_truth(), dataset.masks), dataset.report["images_listed"]
     with contextlib.closing(loader):
         model.to(accelerator.device)
         summary, results = score(

@@ -92,7 +92,7 @@ def evaluate_file(path: Path, overrides: list[str], out: Path | None = None, ima
     }
     with contextlib.closing(loader):
         detections = predict(detector, loader, accelerator, **limits, progress=True)
-    truth, listed = GroundTruth.read(dataset.ground_truth(), dataset.masks), dataset.report["images_listed"]
+    truth, listed = GroundTruth.from_dataset(dataset.ground_truth(), dataset.masks), dataset.report["images_listed"]
     summary, results = score_detections(
         detections,
         file.category_ids,

@@ -52,7 +52,7 @@ def validator(run: Run, data: Data) -> Callable[[nn.Module], dict[str, float]]:
         DataError: the dataset holds no object, so that no validation could tell good weights from bad ones.
     """
     dataset, category_ids, thresholds = data.val_set, data.train_set.category_ids, data.thresholds
-    truth, reported = GroundTruth.read(dataset.ground_truth(), dataset.masks), set()
+    truth, reported = GroundTruth.from_dataset(dataset.ground_truth(), dataset.masks), set()
     if not truth.max_objects(truth.image_ids)[0]:
         raise DataError(
             f"{dataset.json_path}: none of its {len(dataset):,} images holds an object that counts, so validation "

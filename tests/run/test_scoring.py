@@ -14,7 +14,7 @@ from brs_detr.data.issues import DataError
 from brs_detr.engine.config import EvalConfig
 from brs_detr.engine.predict import join_heads, limited
 from brs_detr.evaluation.calibration import Calibration
-from brs_detr.evaluation.coco_eval import GroundTruth
+from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.evaluation.reliability import assess
 from brs_detr.models.ensemble import Ensemble
 from brs_detr.ops.images import ImageBatch
@@ -25,7 +25,8 @@ BOX = [10.0, 10.0, 50.0, 40.0]
 
 def annotations():
     """Three images with one object each."""
-    entries = [{"id": i, "image_id": i, "category_id": 5, "bbox": [10, 10, 40, 30], "area": 1200} for i in (1, 2, 3)]
+    shared = {"category_id": 5, "bbox": [10, 10, 40, 30], "area": 1200, "iscrowd": 0}
+    entries = [{"id": i, "image_id": i, **shared} for i in (1, 2, 3)]
     images = [{"id": i, "width": 90, "height": 90, "file_name": f"{i}.png"} for i in (1, 2, 3)]
     return {"images": images, "annotations": entries, "categories": [{"id": 5, "name": "ring"}]}
 
@@ -39,7 +40,7 @@ def found(image, score=0.25, unreadable=False):
 
 def outcome(monkeypatch, detections, **settings):
     monkeypatch.setattr(scoring, "predict", lambda *_, **__: detections)
-    truth, config = GroundTruth.read(annotations()), Config(eval=EvalConfig(**settings))
+    truth, config = GroundTruth.from_dataset(annotations()), Config(eval=EvalConfig(**settings))
     return scoring.score(None, [5], truth, None, config, Accelerator(cpu=True))
 
 
@@ -95,7 +96,7 @@ class TwoHeads(nn.Module):
 
 
 def score_two_heads(name="auto", **options):
-    truth, config = GroundTruth.read(annotations()), Config(eval=EvalConfig(predict_with=name))
+    truth, config = GroundTruth.from_dataset(annotations()), Config(eval=EvalConfig(predict_with=name))
     images = ImageBatch.from_list([torch.zeros(3, 90, 90)])
     batches = [(images, [{"image_id": image}]) for image in (1, 2, 3)]
     return scoring.score(TwoHeads(), [5], truth, batches, config, Accelerator(cpu=True), **options)
@@ -182,7 +183,7 @@ def many(classes=2, images=40):
     }
     detections = []
     for image in range(1, images + 1):
-        own = {"image_id": image, "category_id": 5, "bbox": [10, 10, 40, 30], "area": 1200}
+        own = {"image_id": image, "category_id": 5, "bbox": [10, 10, 40, 30], "area": 1200, "iscrowd": 0}
         for label in range(classes):
             number = len(content["annotations"]) + 1
             content["annotations"].append({**own, "id": number, "category_id": 5 + label})
@@ -231,7 +232,7 @@ def test_calibrated_results_have_the_same_ap_although_the_cut_compares_classes(m
     # a map under which the second class is always ahead of the first: before the cut it would change what is kept
     curves = [{**stored["curves"][0], "scores": [0, 1], "precisions": ends} for ends in ([0, 0.5], [0.98, 0.99])]
     stored |= {"curves": curves, "of_label": [0, 1]}
-    maps, truth = Calibration.from_dict(stored, 2), GroundTruth.read(content)
+    maps, truth = Calibration.from_dict(stored, 2), GroundTruth.from_dataset(content)
     config, shared = Config(eval=EvalConfig(max_detections=2)), Accelerator(cpu=True)
     cut = [{**image, **{key: image[key][:2] for key in ("boxes", "scores", "labels")}} for image in detections]
     raw, results = scoring.score_detections(cut, [5, 6], truth, config, shared)
@@ -247,7 +248,7 @@ def test_calibrated_results_have_the_same_ap_although_the_cut_compares_classes(m
 def test_the_report_says_what_the_figures_are_held_out_from(monkeypatch, tmp_path):
     content, detections = many()
     summary, _ = scoring.score_detections(
-        detections, [5, 6], GroundTruth.read(content), Config(), Accelerator(cpu=True)
+        detections, [5, 6], GroundTruth.from_dataset(content), Config(), Accelerator(cpu=True)
     )
     assert "calibration errors" not in summary.table()
     summary.reliability = assess(summary.folds["detector"], None, same_images=True)
