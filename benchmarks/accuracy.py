@@ -44,9 +44,9 @@ from brs_detr.config import load_config
 from brs_detr.data.build import open_val_set
 from brs_detr.data.loader import build_eval_loader
 from brs_detr.engine.predict import predict_with_all_heads
-from brs_detr.evaluate import score_detections
 from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.run import setup
+from brs_detr.run.scoring import score_detections
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy.json"
@@ -133,7 +133,7 @@ def figures_by_head(weights: Path, data: Path) -> dict[str, dict[str, float]]:
     model, loaded, config, _ = setup.restore(weights, [f"data.root={data}"])
     accelerator, dataset = Accelerator(cpu=True), open_val_set(config.data, config.model.has_masks)
     loader = build_eval_loader(dataset, config.eval.batch_size, workers=0)
-    truth = GroundTruth.read(dataset.ground_truth(), dataset.masks)
+    truth = GroundTruth.from_dataset(dataset.ground_truth(), dataset.masks)
     limits = {"score_threshold": config.eval.score_threshold, "max_detections": config.eval.max_detections}
     found: dict[str, list[dict[str, Any]]] = predict_with_all_heads(model, loader, accelerator, **limits)
     if "decoder" in found:

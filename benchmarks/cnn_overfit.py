@@ -33,12 +33,12 @@ from brs_detr.config import Config, dump, load_config
 from brs_detr.data.build import build_eval_transforms, open_val_set
 from brs_detr.data.loader import collate
 from brs_detr.engine.optim import Schedule, build_optimizer, set_learning_rate
-from brs_detr.evaluate import score
 from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.losses.balance import set_epoch_length
 from brs_detr.ops.images import Batch
 from brs_detr.run import setup
 from brs_detr.run.dataset import write_subset
+from brs_detr.run.scoring import score
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cnn_overfit_cpu.md"
@@ -85,7 +85,7 @@ def read_batches(
     samples = [resize(*dataset.load(index)) for index in range(len(dataset))]
     size = config.train.total_batch_size
     batches = [collate(samples[start : start + size]) for start in range(0, len(samples), size)]
-    return batches, GroundTruth.read(dataset.ground_truth(), dataset.masks), dataset.category_ids
+    return batches, GroundTruth.from_dataset(dataset.ground_truth(), dataset.masks), dataset.category_ids
 
 
 def train_and_score(config: Config, batches: list[Batch], truth: GroundTruth, ids: list[int], steps: int) -> dict:

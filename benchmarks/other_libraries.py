@@ -39,11 +39,11 @@ from brs_detr.data.build import open_train_set, open_val_set
 from brs_detr.data.loader import EpochBatches, build_eval_loader, build_train_loader
 from brs_detr.engine.optim import build_optimizer, set_learning_rate
 from brs_detr.engine.predict import predict
-from brs_detr.evaluate import score_detections
 from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.models.backbones.timm_backbone import build_backbone
 from brs_detr.models.detector import PIXEL_MEAN, PIXEL_STD, to_stored_images
 from brs_detr.ops.images import ImageBatch
+from brs_detr.run.scoring import score_detections
 
 WIDTH = 64  # of the pyramid, as `model.dim` in the small recipes; torchvision's 256 would be several times slower
 ROI_SIDE = 7
@@ -224,7 +224,7 @@ def train_and_score(name: str, config: Config, seconds: float) -> dict[str, Any]
     accelerator = Accelerator(cpu=True)
     evaluation = build_eval_loader(val_set, config.eval.batch_size, workers=0)
     detections = predict(model, evaluation, accelerator, max_detections=config.eval.max_detections)
-    truth = GroundTruth.read(val_set.ground_truth(), val_set.masks)
+    truth = GroundTruth.from_dataset(val_set.ground_truth(), val_set.masks)
     summary, _ = score_detections(detections, train_set.category_ids, truth, config, accelerator)
     assert summary is not None
     figures = {key: summary.stats[key] for key in FIGURES if key in summary.stats}

@@ -18,9 +18,9 @@ from brs_detr.engine.diagnostics import profile_steps
 from brs_detr.engine.logging import warnings_in
 from brs_detr.engine.storage import is_storage_fault, storage_error
 from brs_detr.engine.trainer import Trainer
-from brs_detr.evaluate import validator
 from brs_detr.exit_codes import ExitCode, Failure
 from brs_detr.run.training import Run, build_trainer, choose_batch_size, dry_run, open_data, open_run, prepare_model
+from brs_detr.run.validation import validator
 from brs_detr.user_files import complain
 
 

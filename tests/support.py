@@ -15,8 +15,11 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from brs_detr.data.coco import CocoDetection
 from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.trainer import Trainer
+from brs_detr.evaluation.coco_eval import evaluate_coco
+from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.models.config import BackboneConfig
 from brs_detr.models.heads.step import RegionStep, read_counts
 from brs_detr.ops.boxes import Regions
@@ -55,6 +58,17 @@ def module_from(path):
 def script(name):
     """`main` of train.py or eval.py."""
     return module_from(ROOT / f"{name}.py").main
+
+
+def opened(folder, name="val", masks=False):
+    """The ground truth of a dataset in COCO format, as an evaluation opens it."""
+    dataset = CocoDetection(folder / "annotations" / f"{name}.json", folder / "images", train=False, masks=masks)
+    return GroundTruth.from_dataset(dataset.ground_truth(), masks)
+
+
+def evaluated(content, results, masks=False, **options):
+    """The summary of an evaluation against hand-made ground truth."""
+    return evaluate_coco(GroundTruth.from_dataset(content, masks), results, masks=masks, **options)
 
 
 def region_losses(head, features, proposals, sizes, targets, branch=None):

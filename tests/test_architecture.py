@@ -14,7 +14,7 @@ ALLOWED = {
     "ops": {"exit_codes"},
     "assign": {"ops"},
     "models": {"assign", "config_fields", "exit_codes", "losses", "ops", "user_files"},
-    "evaluation": {"ops", "parsing", "user_files"},
+    "evaluation": {"ops"},
     "viz": {"evaluation", "user_files"},
     "data": {"config_fields", "exit_codes", "ops", "parsing", "user_files", "viz"},
     "engine": {"assign", "config_fields", "exit_codes", "losses", "models", "ops", "user_files"},

@@ -518,7 +518,7 @@ def test_a_report_that_cannot_be_drawn_is_a_warning(data, tmp_path, monkeypatch)
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("brs_detr.run.training.write_evaluation", fail)
+    monkeypatch.setattr("brs_detr.run.validation.write_evaluation", fail)
     command = [DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}", "eval.report=true", "train.epochs=1"]
     assert train(command) == 0
     assert "the report of the best validation is incomplete" in (tmp_path / "log.txt").read_text()

@@ -17,8 +17,8 @@ from brs_detr.checkpoints.architecture import name_classes
 from brs_detr.config import load_config
 from brs_detr.config_io import ConfigError
 from brs_detr.data.formats.base import read_lines
+from brs_detr.data.json_file import load_json
 from brs_detr.engine.checkpoint import load_weights
-from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.exit_codes import CheckpointError
 from brs_detr.models.backbones.weights_io import read_official, read_weights
 from brs_detr.user_files import UserFileError, open_regular, printable, read_file, read_start, unpack_gzip
@@ -117,7 +117,7 @@ def test_compressed_tensors_are_refused(tmp_path):
 READERS = {
     "recipe": (load_config, ConfigError),
     "lines": (read_lines, ValueError),
-    "truth": (GroundTruth.read, ValueError),
+    "dataset": (load_json, ValueError),
     "classes": (lambda path: name_classes(3, {}, path, "x"), CheckpointError),
     "weights": (load_weights, CheckpointError),
     "official": (read_official, CheckpointError),
@@ -138,7 +138,7 @@ def test_a_key_with_two_values_is_refused_wherever_a_dataset_is_read(tmp_path):
         '{"images": [], "categories": [{"id": 1, "name": "a", "id": 2}], "annotations": []}'
     )
     with pytest.raises(ValueError, match=r"x\.json: one of its objects has the key `id` twice"):
-        GroundTruth.read(tmp_path / "x.json")
+        load_json(tmp_path / "x.json")
     with pytest.raises(CheckpointError, match="key `id` twice"):
         name_classes(1, {}, tmp_path / "x.json", "x")
 

@@ -20,7 +20,6 @@ from brs_detr.data.build import open_val_set
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.transforms import EvalTransforms
 from brs_detr.engine.predict import predict
-from brs_detr.evaluate import dataset_notes, score_detections
 from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.evaluation.reliability import assess
 from brs_detr.evaluation.summary import Summary, text_table
@@ -31,6 +30,7 @@ from brs_detr.run.dataset import require_same_categories, val_loader, with_sourc
 from brs_detr.run.drawings import write_evaluation
 from brs_detr.run.launch import start_accelerator
 from brs_detr.run.output_dir import require_writable
+from brs_detr.run.scoring import dataset_notes, score_detections
 from brs_detr.user_files import complain, printable
 
 COMPARED = ("AP", "AP50", "AP75", "AP90", "APs", "APm", "APl", "AR100")
@@ -92,7 +92,7 @@ def evaluate_file(path: Path, overrides: list[str], out: Path | None = None, ima
     }
     with contextlib.closing(loader):
         detections = predict(detector, loader, accelerator, **limits, progress=True)
-    truth, listed = GroundTruth.read(dataset.ground_truth(), dataset.masks), dataset.report["images_listed"]
+    truth, listed = GroundTruth.from_dataset(dataset.ground_truth(), dataset.masks), dataset.report["images_listed"]
     summary, results = score_detections(
         detections,
         file.category_ids,

@@ -6,9 +6,9 @@ Malformed entries are handled by the policy of `issues.py`. No image is opened h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -128,6 +128,50 @@ def image_name(entry: dict[str, Any]) -> Any:
 _NUMBERS_OF_ANNOTATIONS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "ignore")
 
 
+class _Row(NamedTuple):
+    """A well-formed annotation: its value in each column of `Objects`."""
+
+    id: int
+    row: int
+    label: int
+    xywh: list[float]
+    area: float
+    crowd: bool
+    mask: Any
+
+
+_TYPES = np.dtype(
+    [
+        ("id", np.int64),
+        ("row", np.int64),
+        ("label", np.int32),
+        ("xywh", np.float64, (4,)),
+        ("area", np.float64),
+        ("crowd", bool),
+        ("mask", object),
+    ]
+)
+
+
+@dataclass
+class _Known:
+    """What annotations are checked against, and what was met so far.
+
+    Attributes:
+        images: the usable images.
+        row_of: index of an image by its id.
+        label_of: label by category id.
+        ids: of the annotations so far.
+        unlisted: category ids of annotations of these images that are not in the list of categories.
+    """
+
+    images: Images
+    row_of: dict[int, int]
+    label_of: dict[int, int]
+    ids: set[int] = field(default_factory=set)
+    unlisted: set[int | None] = field(default_factory=set)
+
+
 def read_objects(
     data: dict[str, Any], images: Images, category_ids: list[int], log: IssueLog, masks: bool = False
 ) -> Objects:
@@ -141,59 +185,58 @@ def read_objects(
         masks: also collect the segmentations.
     """
     row_of = {int(key): row for row, key in enumerate(images.ids)}
-    label_of = {key: label for label, key in enumerate(category_ids)}
-    ids, rows, labels, boxes, areas, crowd, segmentations = ([] for _ in range(7))
-    seen: set[int] = set()
-    unlisted: set[int | None] = set()
-    for position, entry in enumerate(data["annotations"]):
-        if not isinstance(entry, dict) or "image_id" not in entry or "category_id" not in entry:
-            log.add("annotation_malformed", f"annotation entry {position}", repr(entry)[:80])
-            continue
-        box = entry.get("bbox")
-        # exact types first, for speed: this loop runs once per annotation
-        if str in map(type, entry.values()) or (type(box) is list and str in map(type, box)):
-            if coerce_numbers(entry, _NUMBERS_OF_ANNOTATIONS):
-                log.add("number_as_text", f"annotation entry {position}")
-            box = entry.get("bbox")
-        key, row, label = entry.get("id"), _get(row_of, entry["image_id"]), _get(label_of, entry["category_id"])
-        if row is None or label is None:
-            kind = "image_id_unknown" if row is None else "category_id_unknown"
-            name = kind.removesuffix("_unknown")
-            log.add(kind, _where(entry, position), f"{name} {entry[name]!r}")
-            if row is not None:
-                unlisted.add(as_int(entry["category_id"]))
-            continue
-        box_issue, key = _check_box(box), as_int(key)
-        if box_issue:
-            log.add(box_issue, _where(entry, position, images.names[row]), f"bbox {box!r}" if "bbox" in entry else "")
-            continue
-        is_crowd, area, issues = _crowd_and_area(entry, box)
-        if BOX_FROM_MASK in entry:
-            issues.append(("box_from_mask", ""))
-        if key in seen:
-            issues.append(("annotation_id_duplicate", ""))
-        elif key is not None:
-            seen.add(key)
-        for kind, detail in issues:
-            log.add(kind, _where(entry, position, images.names[row]), detail)
-        ids.append(key or 0)
-        rows.append(row)
-        labels.append(label)
-        boxes.append(box)
-        areas.append(area)
-        crowd.append(is_crowd)
-        segmentations.append(entry.get("segmentation"))
-    if unlisted:
-        _log_shifted_ids(category_ids, unlisted | {category_ids[label] for label in set(labels)}, log)
+    known = _Known(images, row_of, {key: label for label, key in enumerate(category_ids)})
+    read = (_read_entry(entry, position, known, log) for position, entry in enumerate(data["annotations"]))
+    # without a list in between: millions of tuples would take memory and the garbage collector's time
+    table = np.fromiter((row for row in read if row is not None), _TYPES)
+    columns = {name: np.ascontiguousarray(table[name]) for name in _Row._fields if masks or name != "mask"}
+    if known.unlisted:
+        used = {category_ids[label] for label in np.unique(columns["label"])}
+        _log_shifted_ids(category_ids, known.unlisted | used, log)
     return Objects(
-        ids=np.array(ids, np.int64),
-        rows=np.array(rows, np.int64),
-        labels=np.array(labels, np.int32),
-        xywh=np.array(boxes, np.float64).reshape(-1, 4),
-        areas=np.array(areas, np.float64),
-        crowd=np.array(crowd, bool),
-        masks=np.array(segmentations, object) if masks else None,
+        ids=columns["id"],
+        rows=columns["row"],
+        labels=columns["label"],
+        xywh=columns["xywh"],
+        areas=columns["area"],
+        crowd=columns["crowd"],
+        masks=columns.get("mask"),
     )
+
+
+def _read_entry(entry: Any, position: int, known: _Known, log: IssueLog) -> _Row | None:
+    """Check an annotation, the one of number `position`, and log its issues; None if it is not usable."""
+    if not isinstance(entry, dict) or "image_id" not in entry or "category_id" not in entry:
+        log.add("annotation_malformed", f"annotation entry {position}", repr(entry)[:80])
+        return None
+    box: Any = entry.get("bbox")
+    # exact types first, for speed: this is called once per annotation
+    if str in map(type, entry.values()) or (type(box) is list and str in map(type, box)):
+        if coerce_numbers(entry, _NUMBERS_OF_ANNOTATIONS):
+            log.add("number_as_text", f"annotation entry {position}")
+        box = entry.get("bbox")
+    row, label = _get(known.row_of, entry["image_id"]), _get(known.label_of, entry["category_id"])
+    if row is None or label is None:
+        name = "image_id" if row is None else "category_id"
+        log.add(f"{name}_unknown", _where(entry, position), f"{name} {entry[name]!r}")
+        if row is not None:
+            known.unlisted.add(as_int(entry["category_id"]))
+        return None
+    if box_issue := _check_box(box):
+        where = _where(entry, position, known.images.names[row])
+        log.add(box_issue, where, f"bbox {box!r}" if "bbox" in entry else "")
+        return None
+    crowd, area, issues = _crowd_and_area(entry, box)
+    if BOX_FROM_MASK in entry:
+        issues.append(("box_from_mask", ""))
+    key = as_int(entry.get("id"))
+    if key in known.ids:
+        issues.append(("annotation_id_duplicate", ""))
+    elif key is not None:
+        known.ids.add(key)
+    for kind, detail in issues:
+        log.add(kind, _where(entry, position, known.images.names[row]), detail)
+    return _Row(key or 0, row, label, box, area, crowd, entry.get("segmentation"))
 
 
 def _log_shifted_ids(listed: list[int], used: set[int | None], log: IssueLog) -> None:

@@ -27,6 +27,8 @@ from tqdm import tqdm
 from brs_detr.engine.storage import describe_fault, write_text
 from brs_detr.losses.gradient_ratio import watch_gradients
 
+SHOWN = ("AP", "AP50", "AP75")  # of the figures of a validation, besides the AP of masks and of each head
+
 
 class RunLog:
     """log.txt, metrics.jsonl and Accelerate's trackers of one run; silent on all but the main process.
@@ -269,6 +271,43 @@ def duration(seconds: float) -> str:
     if rounded < 3600:
         return f"{rounded // 60} min {rounded % 60:02d} s"
     return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"
+
+
+def training_line(loss: float, terms: dict[str, float], lr: float, speed: dict[str, float], remaining: int) -> str:
+    """Format the progress of a training: loss, rate, speed and time left.
+
+    Args:
+        loss: sum of the terms.
+        terms: means of the loss terms.
+        lr: learning rate.
+        speed: as `Stopwatch.read` returns it.
+        remaining: steps until the end.
+    """
+    parts = " ".join(f"{name} {value:.3g}" for name, value in grouped(terms).items())
+    return (
+        f"loss {loss:.4g} ({parts}) lr {lr:.2g} {speed['images_per_s']:.3g} images/s "
+        f"step {speed['step_s']:.3g} s (data {speed['data_s']:.2g} s) ETA {duration(remaining * speed['step_s'])}"
+    )
+
+
+def validation_line(
+    epoch: int, epochs: int, metrics: dict[str, float], best: float | None, better: bool, head: str | None = None
+) -> str:
+    """Format the figures of a validation.
+
+    Args:
+        epoch, epochs: epochs trained, and those of the training.
+        metrics: of the validation.
+        best: highest AP so far; None before the first validation with one.
+        better: this validation has the highest AP.
+        head: the best of several heads.
+    """
+    mark = " (best so far)" if better else f" (best {math.nan if best is None else best:.4f})"
+    shown = " ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name in SHOWN or name.endswith("_AP"))
+    shown += f", best head {head}" if head is not None else ""
+    if missing := metrics.get("images_left_out"):
+        shown += f" on {metrics['images']:,} of {metrics['images'] + missing:,} images"
+    return f"epoch {epoch}/{epochs} validation: {shown}{mark}"
 
 
 class RatioMeter:

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from brs_detr.engine.distributed import full_tensor, local_tensor
-from brs_detr.engine.storage import write_file
+from brs_detr.engine.storage import StorageError, write_file
 from brs_detr.losses.balance import EpochBalance
 from brs_detr.ops.images import Batch
 
@@ -128,6 +130,51 @@ def describe_reports(reports: list[NonFiniteReport]) -> tuple[str, int]:
     if name is None:
         return f"losses and gradients are finite, but their sum overflows (images {images})", 0
     return f"every loss term is finite, but the gradient of {name} is not (images {images})", 0
+
+
+def handle_failed_step(
+    terms: list[dict[str, Tensor]],
+    batches: list[Batch],
+    model: nn.Module,
+    statistics: RunningStatistics,
+    *,
+    accelerator: Accelerator,
+    step: int,
+    folder: Path | None,
+    seed: int,
+    metadata: dict[str, Any],
+) -> str:
+    """Diagnose a failed step, restore the running statistics and save the step's batches; every process calls it.
+
+    Args:
+        terms: loss terms of each accumulated batch.
+        batches: the batches, in the same order.
+        model: the bare detector, which holds the gradients of the step.
+        statistics: of the model, kept before the step.
+        accelerator: of the launch.
+        step: its number.
+        folder: for the file of the batches; None saves nothing.
+        seed: of the run.
+        metadata: of the run, saved with the batches.
+
+    Returns:
+        What is not finite, and the command that runs the saved batches again.
+    """
+    what, process = describe_reports(gather_object([inspect_step(terms, batches, model)]))
+    statistics.restore()
+    if folder is None:
+        return what
+    several = accelerator.num_processes > 1
+    own_path, bad_path = (
+        folder / f"nonfinite-{step}{f'-process{rank}' if several else ''}.pt"
+        for rank in (accelerator.process_index, process)
+    )
+    origin = {"process": accelerator.process_index, "facts": metadata, "seed": seed}
+    try:
+        save_batch(own_path, step=step, batches=batches, model=model, **origin)
+    except StorageError as error:
+        return f"{what}; the batch is not saved ({error})"
+    return f"{what}; the batch is saved, see `python -m brs_detr replay {bad_path}`"
 
 
 def save_batch(

@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import gather_object
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.profiler import record_function
@@ -37,18 +36,27 @@ from brs_detr.engine.distributed import (
     to_device,
     unsharded_weights,
 )
-from brs_detr.engine.logging import LossMeter, Progress, RatioMeter, RunLog, Stopwatch, duration, grouped, json_number
-from brs_detr.engine.nonfinite import RunningStatistics, describe_reports, finite, inspect_step, save_batch
+from brs_detr.engine.logging import (
+    LossMeter,
+    Progress,
+    RatioMeter,
+    RunLog,
+    Stopwatch,
+    grouped,
+    json_number,
+    training_line,
+    validation_line,
+)
+from brs_detr.engine.nonfinite import RunningStatistics, finite, handle_failed_step
 from brs_detr.engine.optim import Schedule, set_learning_rate
 from brs_detr.engine.signals import stop_signals
 from brs_detr.engine.snapshot import TrainerState, TrainingParts
 from brs_detr.engine.state import load_state, save_state
-from brs_detr.engine.storage import NonFiniteError, StorageError, together
+from brs_detr.engine.storage import NonFiniteError, together
 from brs_detr.exit_codes import ExitCode, Interruption
 from brs_detr.ops.images import Batch
 
 BEST, LAST = "best.safetensors", "last.safetensors"
-SHOWN = ("AP", "AP50", "AP75")  # of the figures of a validation, besides the AP of masks and of each head
 
 
 class Batches(Protocol):
@@ -291,36 +299,34 @@ class Trainer:
 
     def _not_finite(self, group: list[Batch], all_terms: list[dict[str, Tensor]]) -> None:
         """Diagnose a failed step, and raise or skip it as the settings say."""
-        accelerator, config, step = self.accelerator, self.config, self.position.step
-        model = accelerator.unwrap_model(self.model)
-        what, process = describe_reports(gather_object([inspect_step(all_terms, group, model)]))
-        self.statistics.restore()
-        self.position.skipped += 1
-        self.position.skipped_in_a_row += 1
-        if config.on_nonfinite == "stop" or self.position.skipped == 1:
-            several = accelerator.num_processes > 1
-            own_path, bad_path = (
-                self.folder / f"nonfinite-{step}{f'-process{rank}' if several else ''}.pt"
-                for rank in (accelerator.process_index, process)
-            )
-            facts = {"process": accelerator.process_index, "facts": self.metadata, "seed": self.seed}
-            try:
-                save_batch(own_path, step=step, batches=group, model=model, **facts)
-                what += f"; the batch is saved, see `python -m brs_detr replay {bad_path}`"
-            except StorageError as error:
-                what += f"; the batch is not saved ({error})"
-        if config.on_nonfinite == "stop":
-            accelerator.wait_for_everyone()  # a launcher kills all processes as soon as one has ended
-            raise NonFiniteError(f"step {step}: {what}. To skip such steps, set train.on_nonfinite=skip.")
+        accelerator, config, position = self.accelerator, self.config, self.position
+        stop = config.on_nonfinite == "stop"
+        what = handle_failed_step(
+            all_terms,
+            group,
+            accelerator.unwrap_model(self.model),
+            self.statistics,
+            accelerator=accelerator,
+            step=position.step,
+            folder=self.folder if stop or position.skipped == 0 else None,  # the first one only: it may be gigabytes
+            seed=self.seed,
+            metadata=self.metadata,
+        )
+        position.skipped += 1
+        position.skipped_in_a_row += 1
         max_skipped = min(config.max_skipped, self.length.epochs * self.steps_per_epoch)
-        if self.position.skipped_in_a_row >= max_skipped:
-            accelerator.wait_for_everyone()
-            raise NonFiniteError(
-                f"step {step}: {what}. {max_skipped} steps in a row were skipped (train.max_skipped). "
-                "Lower optim.lr, or check the images."
+        if stop:
+            advice = "To skip such steps, set train.on_nonfinite=skip."
+        elif position.skipped_in_a_row >= max_skipped:
+            advice = (
+                f"{max_skipped} steps in a row were skipped (train.max_skipped). Lower optim.lr, or check the images."
             )
-        self.log.say(f"step {step}: {what}; skipped ({self.position.skipped} so far)")
-        self.log.metrics("skipped", step, {"reason": what, "count": self.position.skipped})
+        else:
+            self.log.say(f"step {position.step}: {what}; skipped ({position.skipped} so far)")
+            self.log.metrics("skipped", position.step, {"reason": what, "count": position.skipped})
+            return
+        accelerator.wait_for_everyone()  # a launcher kills all processes as soon as one has ended
+        raise NonFiniteError(f"step {position.step}: {what}. {advice}")
 
     def _report(self) -> str:
         """Log the means since the last report; return them as a short line."""
@@ -338,11 +344,7 @@ class Trainer:
             values["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         self.log.metrics("train", position.step, values)
         self.epoch_sums.update(grouped(terms))
-        parts = " ".join(f"{name} {value:.3g}" for name, value in grouped(terms).items())
-        return (
-            f"loss {loss:.4g} ({parts}) lr {self.lr:.2g} {speed['images_per_s']:.3g} images/s "
-            f"step {speed['step_s']:.3g} s (data {speed['data_s']:.2g} s) ETA {duration(remaining * speed['step_s'])}"
-        )
+        return training_line(loss, terms, self.lr, speed, remaining)
 
     def _warn_of_zero_losses(self) -> None:
         """Warn of heads whose loss was zero for an entire epoch: no anchor was positive, so they learn nothing."""
@@ -389,15 +391,7 @@ class Trainer:
         if metrics:
             self.log.metrics("val", position.step, {"epoch": position.epoch, **metrics})
             head = metrics.pop("head", None)  # the weights file has it by another name
-            best = math.nan if position.best is None else position.best
-            mark = " (best so far)" if better else f" (best {best:.4f})"
-            shown = " ".join(
-                f"{name} {value:.4f}" for name, value in metrics.items() if name in SHOWN or name.endswith("_AP")
-            )
-            shown += f", best head {head}" if head is not None else ""
-            if missing := metrics.get("images_left_out"):
-                shown += f" on {metrics['images']:,} of {metrics['images'] + missing:,} images"
-            self.log.say(f"epoch {position.epoch}/{self.length.epochs} validation: {shown}{mark}")
+            self.log.say(validation_line(position.epoch, self.length.epochs, metrics, position.best, better, head))
         facts = {"epoch": position.epoch, "step": position.step, "metrics": metrics}
         names = (LAST, BEST) if better or self.validate is None else (LAST,)
         together(accelerator, lambda: [self.save(name, weights, facts) for name in names])

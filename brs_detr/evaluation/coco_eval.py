@@ -14,7 +14,6 @@ import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ SIZES = ("", "s", "m", "l")  # COCO's area ranges: all, under 32^2, under 96^2, 
 
 
 def evaluate_coco(
-    annotations: str | Path | dict[str, Any] | GroundTruth,
+    truth: GroundTruth,
     results: Sequence[Result] | Mapping[str, Any],
     *,
     image_ids: Sequence[int] | None = None,
@@ -43,27 +42,26 @@ def evaluate_coco(
     score_thresholds: Sequence[float] = (),
     backend: str = "auto",
 ) -> Summary:
-    """Evaluate detections against annotations as COCO does, and as LVIS does where they have its lists of categories.
+    """Evaluate detections against ground truth as COCO does, and as LVIS does where it has its lists of categories.
 
     Args:
-        annotations: a COCO json, its content, or a checked `GroundTruth` (saves reading it for every evaluation).
+        truth: the ground truth, with masks if they are to be evaluated.
         results: COCO results with original category ids: a list of dicts, or columns `image_id`, `category_id`,
             `bbox` (n, 4) xywh, `score` and, for masks, `segmentation`.
-        image_ids: images to evaluate; by default all of the annotation file.
+        image_ids: images to evaluate; by default all of the ground truth.
         max_detections: maximum numbers of detections per image and class; AP uses the largest, AR is computed for each.
         extended: also match at IoU 0.5 for precision, recall and F1 at the best score, oLRP, the correlation of scores
             and IoUs, and the confusion matrix.
-        masks: also evaluate masks; their figures begin with `mask_`. A `GroundTruth` must have been read with masks.
+        masks: also evaluate masks; their figures begin with `mask_`.
         score_thresholds: also evaluate the detections above each of these scores. Since a detection suppresses only
             those of lower score, this equals a detector with that threshold before its NMS (RS Loss, Table S11).
         backend: `auto`, `pycocotools` or `faster`.
 
     Raises:
-        FileNotFoundError: there is no such annotation file.
-        ValueError: the annotations are not in COCO's format, or the results name unknown images or categories, or, for
-            `masks`, have none.
+        ValueError: the results name unknown images or categories, or, for `masks`, they or the ground truth have none.
     """
-    truth = GroundTruth.read(annotations, masks=masks)
+    if masks and not truth.masks:
+        raise ValueError("the ground truth was read without masks. Open the dataset with masks=True.")
     detections, num_invalid = check_results(results, truth.image_ids, truth.names, truth.sizes if masks else None)
     chosen = sorted(set(truth.image_ids if image_ids is None else image_ids))
     if unknown := set(chosen) - set(truth.image_ids):
@@ -90,7 +88,7 @@ def evaluate_coco(
 
 
 def match_folds(
-    annotations: GroundTruth,
+    truth: GroundTruth,
     results: Sequence[Result],
     category_ids: Sequence[int],
     image_ids: Sequence[int],
@@ -99,24 +97,24 @@ def match_folds(
     """Match the boxes of detections at IoU 0.5, for each fold of the images and each class of `category_ids`.
 
     Args:
-        annotations: the ground truth.
+        truth: the ground truth.
         results: COCO results with original category ids.
         category_ids: the classes, in the order of the result.
         image_ids: the images that count.
         max_detections: maximum number of detections per image and class, the best ones.
     """
-    detections, _ = check_results(results, annotations.image_ids, annotations.names)
-    if annotations.federated:
-        detections = countable(annotations, detections, max_detections)
+    detections, _ = check_results(results, truth.image_ids, truth.names)
+    if truth.federated:
+        detections = countable(truth, detections, max_detections)
     folds = fold_of_images(image_ids)
     sides: list[list[list[dict]]] = []
-    for rows in (annotations.dataset["annotations"], detections):
+    for rows in (truth.dataset["annotations"], detections):
         parts: list[list[dict]] = [[] for _ in range(FOLDS)]
         for row in rows:
             if row["image_id"] in folds:
                 parts[folds[row["image_id"]]].append(row)
         sides.append(parts)
-    options: dict[str, Any] = {"max_detections": max_detections, "incomplete": incomplete_pairs(annotations)}
+    options: dict[str, Any] = {"max_detections": max_detections, "incomplete": incomplete_pairs(truth)}
     matched = [match_classes(own, found, category_ids, **options) for own, found in zip(*sides, strict=True)]
     return [[fold[category] for category in category_ids] for fold in matched]
 
@@ -316,7 +314,7 @@ def _curves(names: Mapping[int, str], precision: np.ndarray) -> dict[str, list[f
 
 def _notes(truth: GroundTruth, image_ids: list[int], max_dets: int, num_invalid: int, detections: int) -> list[str]:
     """List what a reader of the figures should know."""
-    notes = [f"{count:,} x {issue}" for issue, count in sorted(truth.issues.items())]
+    notes = []
     max_objects, image = truth.max_objects(image_ids)
     if max_objects > max_dets:
         notes.append(

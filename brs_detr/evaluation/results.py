@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from brs_detr.evaluation.ground_truth import parse_id
 from brs_detr.ops.rle import RLE, as_text, checked_runs
 
 Result = dict[str, Any]
@@ -127,7 +126,15 @@ def finite_results(results: Iterable[Result]) -> list[Result]:
 def _ids(values: Sequence[Any] | np.ndarray) -> np.ndarray:
     """Convert ids to (n,) integers: unless it is an integer array already, of any size, and quoted ones too."""
     array = np.asarray(values)
-    return array if array.dtype.kind in "iu" else np.array([parse_id(value) for value in values], object)
+    return array if array.dtype.kind in "iu" else np.array([_as_int(value) for value in values], object)
+
+
+def _as_int(value: Any) -> int | None:
+    """Return an id as int, which some tools quote or write as 3.0; None for anything else."""
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        return int(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return int(value) if is_number and value == value // 1 else None
 
 
 def _columns(results: Sequence[Result]) -> dict[str, list[Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,6 @@ from brs_detr.config import Config, ConfigError
 from brs_detr.data.build import open_val_set
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.federated import describe_repeats
-from brs_detr.data.image_io import read_image
 from brs_detr.data.loader import EpochBatches, build_train_loader
 from brs_detr.data.watched_loader import WatchedLoader
 from brs_detr.engine.batch_plan import BatchPlan, TrainingLength, plan_length
@@ -33,8 +32,6 @@ from brs_detr.engine.optim import build_optimizer, build_schedule
 from brs_detr.engine.state import agreed_state, read_metadata
 from brs_detr.engine.storage import remove_partials, write_text
 from brs_detr.engine.trainer import BEST, Trainer
-from brs_detr.evaluation.calibration import Calibration
-from brs_detr.evaluation.summary import Summary
 from brs_detr.losses.balance import set_epoch_length
 from brs_detr.models.detector import Detector
 from brs_detr.ops.targets import check_targets
@@ -48,7 +45,6 @@ from brs_detr.run.dataset import (
     with_subset,
     worker_count,
 )
-from brs_detr.run.drawings import calibrated_results, write_evaluation
 from brs_detr.run.inputs import require_learning_backbone
 from brs_detr.run.launch import describe_machine, start_accelerator
 from brs_detr.run.output_dir import (
@@ -58,12 +54,10 @@ from brs_detr.run.output_dir import (
     require_same_data,
     require_shared_folder,
 )
-from brs_detr.run.weights import EVALUATION
+from brs_detr.run.validation import Validated, report_best
 from brs_detr.viz.boxes import write_samples
 
 Validate = Callable[[nn.Module], dict[str, Any]]
-EXAMPLES = 12  # images drawn of a validation
-SHOWN_IN_TRACKERS = ("detections", "confusion", "precision_recall", "reliability")
 
 
 @dataclass(frozen=True)
@@ -90,21 +84,6 @@ class Run:
     def folder(self) -> Path:
         """Return the run's folder."""
         return Path(self.config.output_dir)
-
-
-@dataclass(frozen=True)
-class Validated:
-    """A validation that has ended, in the main process.
-
-    Attributes:
-        summary: its figures.
-        results: the detections in COCO's format, with the detector's own scores.
-        calibration: the map of their scores that was fitted to them; None where there is too little to fit.
-    """
-
-    summary: Summary
-    results: list[dict[str, Any]]
-    calibration: Calibration | None
 
 
 @dataclass(frozen=True)
@@ -331,31 +310,6 @@ def dry_run(run: Run, data: Data, model: nn.Module, optimizer: AcceleratedOptimi
     """Take two steps at the largest shape that the data can have, and describe their memory."""
     shape = setup.largest_shape(run.config, run.plan, data.train_set)
     return largest_step(model, optimizer, run.accelerator, **shape)
-
-
-def report_best(run: Run, data: Data, metadata: Mapping[str, Any]) -> None:
-    """Write the figures, images and report of the last validation; whatever fails is a warning, the weights are safe.
-
-    Args:
-        run, data: of the training.
-        metadata: stored with the weights: "epoch" and "step".
-    """
-    found, out = data.validated[-1], run.folder / EVALUATION
-    summary, results = found.summary, found.results
-    if found.calibration is not None and run.config.eval.calibrate:
-        summary, results = calibrated_results(summary, results, found.calibration, data.val_set.category_ids)
-    report = run.folder / "report.html"
-    if not report.exists():
-        run.log.say(f"each best validation: figures and images in {out}, all in one page in {report}")
-    about = {"weights": BEST, "epoch": metadata["epoch"], "annotations": data.val_set.json_path}
-    try:
-        write_evaluation(out, summary, results, data.val_set, about, run=run.folder, report=report, images=EXAMPLES)
-        drawn = {name: out / f"{name}.png" for name in SHOWN_IN_TRACKERS}
-        images = {name: read_image(path).permute(1, 2, 0).numpy() for name, path in drawn.items() if path.is_file()}
-        run.log.images(images, metadata["step"])
-    except Exception as error:  # an image is no reason to end a training
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        run.log.say(f"warning: {out}: the report of the best validation is incomplete ({reason}). The run continues.")
 
 
 def build_trainer(

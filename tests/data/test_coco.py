@@ -113,6 +113,24 @@ def test_a_faulty_annotation_is_left_out_and_counted(kind, two, change):
     assert POLICY[kind][1] in dataset.summary()
 
 
+def test_ground_truth_is_what_the_json_means_and_no_more(two, change):
+    """COCO's code would miss an annotation 0, count one to ignore, and end at a missing area."""
+
+    def edit(data):
+        data["annotations"][0].update(id=0, area=7.5)
+        data["annotations"][1].update(ignore=1)
+        del data["annotations"][2]["area"], data["annotations"][2]["iscrowd"]
+        data["annotations"].append({**data["annotations"][0], "id": 4, "bbox": [0, 0, float("nan"), 5]})
+
+    before = json.loads(two.read_text())["annotations"]
+    truth = open_set(change(two, edit), train=False).ground_truth()
+    assert [a["id"] for a in truth["annotations"]] == [1, 2, 3]
+    assert [a["bbox"] for a in truth["annotations"]] == [a["bbox"] for a in before]
+    assert [a["iscrowd"] for a in truth["annotations"]] == [0, 1, 0]
+    width, height = before[2]["bbox"][2:]
+    assert [truth["annotations"][i]["area"] for i in (0, 2)] == [7.5, width * height]
+
+
 def test_boxes_are_clipped_in_training_and_kept_in_evaluation(two, change):
     path = change(two, lambda data: data["annotations"][0].update(bbox=[-5, 30, 20, 30]))
     assert open_set(path)[0][1]["boxes"][0].tolist() == [0, 30, 15, 40]

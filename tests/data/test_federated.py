@@ -33,14 +33,14 @@ def test_images_are_those_of_the_url(lvis, folder):
 
 
 def test_the_lists_reach_the_evaluation(lvis):
-    truth = GroundTruth.read(CocoDetection(lvis, lvis.parent, train=False).ground_truth())
+    truth = GroundTruth.from_dataset(CocoDetection(lvis, lvis.parent, train=False).ground_truth())
     assert truth.federated and truth.frequency == {90: "r", 1: "c", 17: "f"}
     assert truth.negative[1000] == {17} and truth.not_exhaustive[1000] == {90} and truth.negative[993] == frozenset()
 
 
 def test_other_datasets_have_none(tmp_path, write_dataset):
     path = write_dataset(tmp_path, sizes=[(40, 60)], boxes=[[(1, 2, 3, 20, 20)]])
-    truth = GroundTruth.read(CocoDetection(path, tmp_path / "images", train=False).ground_truth())
+    truth = GroundTruth.from_dataset(CocoDetection(path, tmp_path / "images", train=False).ground_truth())
     assert not truth.federated and not truth.frequency
 
 

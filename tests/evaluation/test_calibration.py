@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from support import evaluated
 
 from brs_detr.evaluation import calibration
 from brs_detr.evaluation.calibration import Calibration, calibrated, fit_calibration, fit_isotonic, fit_platt
-from brs_detr.evaluation.coco_eval import evaluate_coco, match_folds
+from brs_detr.evaluation.coco_eval import match_folds
 from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.evaluation.matching import ClassMatches
 from brs_detr.evaluation.reliability import merge
@@ -57,7 +58,7 @@ def scene(seed=0, images=60, classes=(9, 4, 6)):
 
 
 def fitted(content, found, category_ids, images=60):
-    truth = GroundTruth.read(content)
+    truth = GroundTruth.from_dataset(content)
     folds = match_folds(truth, found, category_ids, truth.image_ids, 100)
     return fit_calibration(merge(folds), images)
 
@@ -74,7 +75,7 @@ def test_ap_and_everything_but_the_scores_stay(precision):
     content, found, ids = scene()
     maps = fitted(content, found, ids)
     calibrated_results = [{**row, "score": float(precision(row["score"]))} for row in mapped(found, ids, maps)]
-    before, after = evaluate_coco(content, found), evaluate_coco(content, calibrated_results)
+    before, after = evaluated(content, found), evaluated(content, calibrated_results)
     assert 0.2 < before.stats["AP"] < 0.9 and len(set(maps.of_label)) == 3
     assert after.stats == pytest.approx(before.stats, abs=1e-4)
     for old, new in zip(before.per_class, after.per_class, strict=True):

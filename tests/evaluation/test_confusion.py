@@ -1,12 +1,11 @@
 """The confusion matrix against a slow reading of its rule, hand-made cases, and the class table it must agree with."""
 
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
+from support import opened
 
 from brs_detr.evaluation.coco_eval import evaluate_coco
 from brs_detr.evaluation.matching import Confusion, confusion_matrix
@@ -143,8 +142,8 @@ def noisy(data, seed=0):
 
 @pytest.mark.parametrize("name", ["bccd", "nuclei", "tiny_coco"])
 def test_the_diagonal_over_its_row_is_recall_and_over_its_column_precision(shared_data, name):
-    data = json.loads((shared_data / name / "annotations" / "val.json").read_text())
-    summary = evaluate_coco(data, noisy(data))
+    truth = opened(shared_data / name)
+    summary = evaluate_coco(truth, noisy(truth.dataset))
     counts = summary.confusion.counts
     compared = 0
     for row, count, column in zip(summary.per_class, counts, counts.T, strict=False):

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from support import evaluated
 
-from brs_detr.evaluation.coco_eval import evaluate_coco, fast_backend_installed
+from brs_detr.evaluation.coco_eval import fast_backend_installed
 from brs_detr.evaluation.federated import countable
 from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.ops.rle import as_text, encode
@@ -32,7 +33,8 @@ def lvis(annotations, negative, not_exhaustive, images=(11, 5)):
             {"id": EEL, "name": "eel", "frequency": "r"},
         ],
         "annotations": [
-            {"id": n, "image_id": i, "category_id": c, "bbox": list(b), "area": b[2] * b[3], "segmentation": rle(b)}
+            {"id": n, "image_id": i, "category_id": c, "bbox": list(b), "area": b[2] * b[3], "iscrowd": 0}
+            | {"segmentation": rle(b)}
             for n, (i, c, b) in enumerate(annotations, 1)
         ],
     }
@@ -66,7 +68,7 @@ def test_by_hand(backend, masks):
         found(5, CAT, A, 0.7),
         found(11, EEL, A, 0.99),  # there is none, but no eel anywhere: the class has no AP
     ]
-    summary = evaluate_coco(truth, results, backend=backend, masks=masks, max_detections=(300,))
+    summary = evaluated(truth, results, backend=backend, masks=masks, max_detections=(300,))
     by_name = {row["name"]: row for row in summary.per_class}
     for prefix in ("", "mask_") if masks else ("",):
         assert by_name["cat"][prefix + "AP"] == pytest.approx(1)
@@ -79,7 +81,7 @@ def test_by_hand(backend, masks):
 
 
 def test_the_best_of_all_classes_count():
-    truth = GroundTruth.read(lvis([(11, CAT, A), (11, DOG, B)], {11: [EEL]}, {}))
+    truth = GroundTruth.from_dataset(lvis([(11, CAT, A), (11, DOG, B)], {11: [EEL]}, {}))
     results = [found(11, EEL, A, 0.3), found(11, CAT, A, 0.9), found(11, DOG, A, 0.2), found(11, CAT, B, 0.5)]
     assert [d["score"] for d in countable(truth, results, 3)] == [0.3, 0.9, 0.5]
     assert [d["score"] for d in countable(truth, results, 2)] == [0.9, 0.5]
@@ -159,6 +161,6 @@ def test_generated_images_agree_with_the_slow_form(seed, backend):
         box = [*rng.integers(0, 60, 2).tolist(), *rng.integers(15, 40, 2).tolist()]
         results.append(found(int(rng.choice(images)), int(rng.choice(categories)), box, float(next(scores))))
     for limit in (300, 8):
-        summary = evaluate_coco(truth, results, backend=backend, max_detections=(limit,))
+        summary = evaluated(truth, results, backend=backend, max_detections=(limit,))
         expected = counted_by_hand(truth, results, limit)
         assert {row["category_id"]: row["AP"] for row in summary.per_class} == pytest.approx(expected)
