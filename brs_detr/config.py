@@ -8,7 +8,6 @@ classes is no setting: it is read from the data.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from brs_detr.config_aliases import ALIASES, migrate
 from brs_detr.config_fields import one_of
 from brs_detr.config_io import (
     ConfigError,
+    is_text,
     leaves,
     merge,
     nearest_setting,
@@ -105,15 +105,27 @@ def update_from_command_line(config: Config, overrides: Sequence[str]) -> Config
         path = key.split(".")
         if key == "data" and value and value[0] not in "{[":
             path = ["data", "source"]
-            if value[0] not in "\"'" and value != "null":  # a path may hold what YAML would read otherwise
-                value = json.dumps(value)
-        setting = nested(path, parse_yaml(value, f"command line, {key}") if value else None)
+        setting = nested(path, _read_value(path, value, key))
         if len(path) == 1:
             update(config, setting, "command line", ALIASES)  # a value in the place of a section would be merged over
         merge(layer, setting)
     # at once, so that the order of model.name and of that detector's settings does not matter
     _refuse_two_datasets(layer)
     return update(config, _one_dataset(layer), "command line", ALIASES)
+
+
+def _read_value(path: Sequence[str], written: str, key: str) -> Any:
+    """Read a value of the command line: as YAML, but as it is written where the setting at `path` is text.
+
+    A path may hold ` #`, `: ` or bytes that are not UTF-8, which YAML would read otherwise or refuse. Quotes around it
+    all, brackets and the words for null mean what they mean in YAML.
+    """
+    text = written.strip()
+    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    nulls = ("null",) if key == "data" else ("", "null", "Null", "NULL", "~")  # data=~ is a folder
+    if is_text(Config(), path) and not is_quoted and text not in nulls and text[:1] not in ("[", "{"):
+        return text
+    return parse_yaml(written, f"command line, {key}") if written else None
 
 
 _PATHS = ("root", "train_json", "train_images", "val_json", "val_images")
