@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from brs_detr.config_aliases import ALIASES, migrate
-from brs_detr.config_fields import one_of
+from brs_detr.config_fields import FilePath, one_of
 from brs_detr.config_io import (
     ConfigError,
     is_text,
@@ -29,6 +29,7 @@ from brs_detr.config_io import (
     setting_names,
     to_dict,
     update,
+    with_home,
 )
 from brs_detr.data.config import DataConfig
 from brs_detr.engine.config import EvalConfig, OptimConfig, TrainConfig
@@ -41,7 +42,7 @@ class Config:
     """The settings of a run."""
 
     seed: int = 0
-    output_dir: str = "runs/default"
+    output_dir: FilePath = "runs/default"
     data: DataConfig = DataConfig()
     model: ModelConfig = one_of(*MODELS)
     optim: OptimConfig = OptimConfig()
@@ -111,7 +112,7 @@ def update_from_command_line(config: Config, overrides: Sequence[str]) -> Config
         merge(layer, setting)
     # at once, so that the order of model.name and of that detector's settings does not matter
     _refuse_two_datasets(layer)
-    return update(config, _one_dataset(layer), "command line", ALIASES)
+    return with_home(update(config, _one_dataset(layer), "command line", ALIASES))
 
 
 def _read_value(path: Sequence[str], written: str, key: str) -> Any:

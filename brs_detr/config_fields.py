@@ -50,10 +50,15 @@ class Null(NamedTuple):
     meaning: str
 
 
+class UserPath:
+    """Marks a path, in which `~` stands for the user's home."""
+
+
 class NotEmpty:
     """Marks a list that needs at least one entry."""
 
 
+FilePath = Annotated[str, UserPath()]
 Count = Annotated[int, Range(min=1)]
 Counts = Annotated[tuple[Count, ...], NotEmpty()]
 Positive = Annotated[float, Range(above=0)]

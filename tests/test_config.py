@@ -277,6 +277,20 @@ def test_an_integer_is_decimal(tmp_path, written, value):
     assert load_config(write(tmp_path / "recipe.yaml", f"seed: {written}")).seed == value
 
 
+def test_the_home_of_paths_is_that_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/u")
+    recipe = write(tmp_path / "recipe.yaml", "output_dir: ~/runs\nmodel: {backbone: {checkpoint: ~/b.pth}}")
+    config = load_config(recipe, ["data.root=~u/d", "data.val_json='~/v'", "train.init_from=a~/x"])
+    assert (config.output_dir, config.model.backbone.checkpoint) == ("/home/u/runs", "/home/u/b.pth")
+    assert (config.data.root, config.data.val_json, config.train.init_from) == (
+        "~u/d",
+        "/home/u/v",
+        "a~/x",
+    )  # no user u
+    assert apply_overrides(Config(output_dir="~/runs"), ["data=~/coco"]).data.source == "/home/u/coco"
+    assert apply_overrides(Config(output_dir="~/runs"), []).output_dir == "/home/u/runs"
+
+
 def test_a_config_cannot_be_changed_by_accident():
     with pytest.raises(AttributeError):
         Config().seed = 1
