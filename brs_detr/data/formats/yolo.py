@@ -111,8 +111,9 @@ def _sample(
         notes.add("images without a label file: kept as background", image)
     elif file.stat().st_size == 0:
         notes.add("images with an empty label file: kept as background", image)
-    if info.orientation in (2, 3, 4):  # these keep height and width, so the size does not tell if they were applied
-        notes.add("images that EXIF mirrors or turns by 180 degrees: boxes are written for the stored pixels", image)
+    height, width = info.upright_size
+    if info.orientation > 1 and (info.orientation < 5 or height == width):  # its size does not tell if it was applied
+        notes.add("images that EXIF mirrors or turns to the same size: boxes are written for the stored pixels", image)
     objects = []
     for place, (label, shape) in read_labels(file, keypoints, notes) if file else ():
         if names and label not in names:
