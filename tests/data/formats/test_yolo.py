@@ -257,6 +257,25 @@ def test_class_names_of_a_yaml(tmp_path, text, names):
     assert look(make(tmp_path, IMAGES | files))[0].names == names
 
 
+@pytest.mark.parametrize(
+    "names", ["{outside}/notes.txt", "../outside/notes.txt", "notes.txt", "..\\outside\\notes.txt"]
+)
+@pytest.mark.parametrize("path", ["", "path: ../outside\n"])
+def test_a_file_outside_the_dataset_does_not_name_its_classes(tmp_path, monkeypatch, names, path):
+    """A data.yaml may come from anyone; its lines would go into logs and published weights."""
+    outside = make(tmp_path / "outside", {"notes.txt": "secret\n", "person": "secret\n"})
+    monkeypatch.chdir(outside)
+    text = f"{path}train: {tmp_path}/mine/images/train\nnames: {names.format(outside=outside)}\n"
+    root = make(tmp_path / "mine", IMAGES | {"data.yaml": text})
+    with pytest.raises(DataError, match=r"is a file outside .*mine, which is not read\. Copy it there"):
+        look(root)
+    (root / "notes.txt").write_text("cat\n")
+    (root / "data.yaml").write_text(text.replace(names.format(outside=outside), "notes.txt"))
+    assert look(root)[0].names == {0: "cat"}
+    (root / "data.yaml").write_text("train: images/train\nnames: person\n")
+    assert look(root)[0].names == {0: "person"}
+
+
 def test_a_yaml_with_names_only_leaves_the_splits_to_the_folders(tmp_path):
     layout, splits, _ = look(make(tmp_path, IMAGES | {"data.yaml": "names: [cat]\n"}))
     assert splits == BOTH and layout.names == {0: "cat"}
