@@ -8,7 +8,6 @@ line also a setting that would have no effect. The number of classes is no setti
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,11 @@ from typing import Any
 import yaml
 
 from brs_detr.config_aliases import ALIASES, migrate
-from brs_detr.config_fields import Unused, as_word, one_of, unused_settings
+from brs_detr.config_fields import FilePath, Unused, as_word, one_of, unused_settings
 from brs_detr.config_io import (
     ConfigError,
     given_settings,
+    is_text,
     leaves,
     merge,
     nearest_setting,
@@ -30,6 +30,7 @@ from brs_detr.config_io import (
     setting_names,
     to_dict,
     update,
+    with_home,
 )
 from brs_detr.data.config import DataConfig
 from brs_detr.engine.config import EvalConfig, OptimConfig, TrainConfig
@@ -43,7 +44,7 @@ class Config:
     """The settings of a run."""
 
     seed: int = 0
-    output_dir: str = "runs/default"
+    output_dir: FilePath = "runs/default"
     data: DataConfig = DataConfig()
     model: ModelConfig = one_of(*MODELS)
     optim: OptimConfig = OptimConfig()
@@ -144,9 +145,7 @@ def _read_overrides(config: Config, overrides: Sequence[str]) -> dict[str, Any]:
         path = key.split(".")
         if key == "data" and value and value[0] not in "{[":
             path = ["data", "source"]
-            if value[0] not in "\"'" and value != "null":  # a path may hold what YAML would read otherwise
-                value = json.dumps(value)
-        setting = nested(path, parse_yaml(value, f"command line, {key}") if value else None)
+        setting = nested(path, _read_value(path, value, key))
         if len(path) == 1:
             update(config, setting, "command line", ALIASES)  # a value in the place of a section would be merged over
         merge(layer, setting)
@@ -156,7 +155,21 @@ def _read_overrides(config: Config, overrides: Sequence[str]) -> dict[str, Any]:
 
 def _updated(config: Config, layer: Mapping[str, Any]) -> Config:
     """Apply all settings of the command line at once, so that the order of `model.name` and others does not matter."""
-    return update(config, _one_dataset(layer), "command line", ALIASES)
+    return with_home(update(config, _one_dataset(layer), "command line", ALIASES))
+
+
+def _read_value(path: Sequence[str], written: str, key: str) -> Any:
+    """Read a value of the command line: as YAML, but as it is written where the setting at `path` is text.
+
+    A path may hold ` #`, `: ` or bytes that are not UTF-8, which YAML would read otherwise or refuse. Quotes around it
+    all, brackets and the words for null mean what they mean in YAML.
+    """
+    text = written.strip()
+    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    nulls = ("null",) if key == "data" else ("", "null", "Null", "NULL", "~")  # data=~ is a folder
+    if is_text(Config(), path) and not is_quoted and text not in nulls and text[:1] not in ("[", "{"):
+        return text
+    return parse_yaml(written, f"command line, {key}") if written else None
 
 
 _PATHS = ("root", "train_json", "train_images", "val_json", "val_images")

@@ -54,6 +54,10 @@ class Null(NamedTuple):
     meaning: str
 
 
+class UserPath:
+    """Marks a path, in which `~` stands for the user's home."""
+
+
 class NotEmpty:
     """Marks a list that needs at least one entry."""
 
@@ -95,6 +99,7 @@ class OnlyWith:
         return Unused(f"{prefix}{key}", f"{other}={as_word(value)}", f"set {wanted}")
 
 
+FilePath = Annotated[str, UserPath()]
 Count = Annotated[int, Range(min=1)]
 Counts = Annotated[tuple[Count, ...], NotEmpty()]
 Positive = Annotated[float, Range(above=0)]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import os
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +18,9 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from brs_detr.config_fields import NotEmpty, Null, Range, marks_of
+from brs_detr.config_fields import NotEmpty, Null, Range, UserPath, marks_of
 from brs_detr.exit_codes import Failure
-from brs_detr.parsing import load_yaml
+from brs_detr.parsing import SettingsLoader, load_yaml
 
 NO_ALIASES: Mapping[str, str] = types.MappingProxyType({})
 
@@ -310,30 +312,40 @@ def _range_problems(name: str, value: Any, hint: Any) -> Iterator[str]:
             yield f"{name}={shown} {complaint}{null}"
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's view of scalars: `no` is a word, 1e-4 a number; and a key written twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            key = repr(key) if isinstance(key, (list, dict)) else key  # refused below
-            if key in keys:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is written twice", node.start_mark)
-            keys.add(key)
-        return super().construct_mapping(node, deep)
+def is_text(config: Any, path: Sequence[str]) -> bool:
+    """Check whether a setting is any text, such as a path, in a config or with another alternative of its sections."""
+    places = [config]
+    for key in path[:-1]:
+        places = [place for place in places if key in {field.name for field in dataclasses.fields(place)}]
+        inner = [section for place in places for section in (getattr(place, key), *_alternatives_of(place, key))]
+        places = [section for section in inner if dataclasses.is_dataclass(section)]
+    hints = [typing.get_type_hints(type(place), include_extras=True).get(path[-1]) for place in places]
+    return any(str in map(_bare, _options(hint)) for hint in hints)
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.split(":")[-1] in ("null", "int", "merge")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
+def _options(hint: Any) -> tuple[Any, ...]:
+    """Return the types of a union, and of any other type itself."""
+    bare = _bare(hint)
+    return typing.get_args(bare) if typing.get_origin(bare) in (types.UnionType, typing.Union) else (bare,)
+
+
+def with_home(config: Any) -> Any:
+    """Return a config with the user's home for the `~` of its paths: few shells put it there, and no recipe."""
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    changes = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = with_home(value)
+        elif isinstance(value, str) and any(isinstance(mark, UserPath) for mark in marks_of(hints[field.name])):
+            changes[field.name] = os.path.expanduser(value)
+    return dataclasses.replace(config, **changes)
 
 
 def parse_yaml(text: str, source: str) -> Any:
     """Parse a YAML text; ConfigError naming `source` where it is not YAML."""
     try:
-        return load_yaml(text, _Loader)
+        return load_yaml(text, SettingsLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
 
@@ -440,7 +452,8 @@ def _scalar(value: Any, kind: type) -> Any:
     if kind is str:
         return str(value) if isinstance(value, (str, int, float)) else None
     if kind is int:
-        return value if isinstance(value, int) else None
+        written = isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]{1,18}", value)  # 007 is 7, as in YAML 1.2
+        return int(value) if isinstance(value, int) or written else None
     try:
         number = float(value)
     except (TypeError, ValueError):

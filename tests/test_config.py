@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from brs_detr.api import as_words
+from brs_detr.commands.arguments import dataset_setting
 from brs_detr.config import (
     Config,
     ConfigError,
@@ -91,6 +93,8 @@ def test_a_base_has_no_base(tmp_path):
             "model.backbone.nmae=x",
             "command line: model.backbone.nmae is not a setting; did you mean model.backbone.name?",
         ),
+        ("model.problems.x=1", "model.problems.x is not a setting"),
+        ("model.SHARED_SECTION=1", "model.SHARED_SECTION is not a setting"),
         ("lr=1", "lr is not a setting; did you mean optim.lr"),
         ("model.epochs=1", "did you mean train.epochs"),
         ("optim.lr=fast", "optim.lr must be a number, not 'fast'"),
@@ -98,6 +102,11 @@ def test_a_base_has_no_base(tmp_path):
         ("optim.betas=[0.9]", "optim.betas must be a list of 2 numbers"),
         ("train.epochs=1.5", "train.epochs must be an integer"),
         ("train.epochs=true", "train.epochs must be an integer"),
+        ("train.epochs=1_000", "train.epochs must be an integer, not '1_000'"),
+        ("train.epochs=0x10", "train.epochs must be an integer, not '0x10'"),
+        (f"seed={'1' * 5000}", "seed must be an integer"),
+        ("output_dir=[a]", "output_dir must be a string, not ['a']"),
+        ("data={root: [a]}", "data.root must be a string, not ['a']"),
         ("train.epochs=0", "train.epochs=0 must be at least 1"),
         ("train.epochs=", "train.epochs must be an integer"),
         ("optim.lr=-1", "optim.lr=-1.0 must be at least 0"),
@@ -214,7 +223,72 @@ def test_values_become_the_type_of_the_setting(override, name, value):
 def test_no_is_a_word():
     """YAML 1.1 reads `no` as false; here it is the precision of that name."""
     assert apply_overrides(Config(), ["train.precision=no"]).train.precision == "no"
-    assert apply_overrides(Config(), ["data.root=007"]).data.root in ("007", "7")
+
+
+NAMES = ("007", "2024_01_15", "12:30", "0x1F", "+5", "1e3", "-0", "9" * 5000, "yes", "runs/日本 \U0001f600", "a\u00a0b")
+
+
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+def test_a_name_is_what_is_written(tmp_path, name):
+    """YAML 1.1 takes 007 for 7, 12:30 for 750 and 2024_01_15 for 20240115, which are other folders."""
+    assert apply_overrides(Config(), [f"output_dir={name}"]).output_dir == name
+    assert apply_overrides(Config(), as_words({"output_dir": name})).output_dir == name
+    config = load_config(write(tmp_path / "recipe.yaml", f"output_dir: {name}\ntrain: {{freeze: [{name}]}}"))
+    assert (config.output_dir, config.train.freeze) == (name, (name,))
+    assert load_config(write(tmp_path / "dumped.yaml", dump(config))) == config
+
+
+@pytest.mark.parametrize(
+    "name", ["/data/a #b", "#1", "a: b", "&a b", "'tis", "*", "%x", "/data/\udcff", "\U0001f600\udcff"]
+)
+def test_a_path_on_the_command_line_may_hold_what_yaml_reads_otherwise(tmp_path, name):
+    for word in (f"data.root={name}", f"--data.root={name}", *as_words({"data.root": name})):
+        config = apply_overrides(Config(), [word])
+        assert config.data.root == name
+    assert apply_overrides(Config(), [f"data={name}"]).data.source == name
+    assert apply_overrides(Config(), [dataset_setting(Path(name))]).data.source == name
+    assert load_config(write(tmp_path / "dumped.yaml", dump(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("'null'", "null"),
+        ('"a # b"', "a # b"),
+        (" a ", "a"),
+        ("true", "true"),
+        ('"\\ud83d\\ude00"', "\U0001f600"),  # as JSON writes it
+    ],
+)
+def test_null_and_quotes_mean_what_they_mean_in_yaml(written, value):
+    assert apply_overrides(Config(), [f"train.init_from={written}"]).train.init_from == value
+    if value is None:
+        with pytest.raises(ConfigError, match="output_dir must be a string"):
+            apply_overrides(Config(), [f"output_dir={written}"])
+
+
+@pytest.mark.parametrize(("written", "value"), [("020", 20), ("+5", 5), ("'3'", 3), ("-0", 0)])
+def test_an_integer_is_decimal(tmp_path, written, value):
+    """In YAML 1.1, 020 is 16."""
+    assert apply_overrides(Config(), [f"seed={written}"]).seed == value
+    assert load_config(write(tmp_path / "recipe.yaml", f"seed: {written}")).seed == value
+
+
+def test_the_home_of_paths_is_that_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/u")
+    recipe = write(tmp_path / "recipe.yaml", "output_dir: ~/runs\nmodel: {backbone: {checkpoint: ~/b.pth}}")
+    config = load_config(recipe, ["data.root=~u/d", "data.val_json='~/v'", "train.init_from=a~/x"])
+    assert (config.output_dir, config.model.backbone.checkpoint) == ("/home/u/runs", "/home/u/b.pth")
+    assert (config.data.root, config.data.val_json, config.train.init_from) == (
+        "~u/d",
+        "/home/u/v",
+        "a~/x",
+    )  # no user u
+    assert apply_overrides(Config(output_dir="~/runs"), ["data=~/coco"]).data.source == "/home/u/coco"
+    assert apply_overrides(Config(output_dir="~/runs"), []).output_dir == "/home/u/runs"
 
 
 def test_a_config_cannot_be_changed_by_accident():

@@ -48,6 +48,15 @@ def test_a_recipe_and_a_dataset_of_laughs_are_refused_in_one_sentence(tmp_path):
         find_dataset(path, Notes())
 
 
+def test_a_mapping_takes_over_what_another_says():
+    text = "a: {b: &b {<<: &c {x: 1, y: 1}, x: 2}}\nd: {<<: *b, y: 3}\ne: {<<: [*c, {y: 4, z: 4}]}"
+    expected = {"a": {"b": {"x": 2, "y": 1}}, "d": {"x": 2, "y": 3}, "e": {"x": 1, "y": 1, "z": 4}}
+    assert parse_yaml(text, "x") == yaml.safe_load(text) == expected
+    for twice in ("{<<: {a: 1}, a: 1, a: 2}", "{<<: {a: 1, a: 2}}", "{<<: {a: 1}, <<: {b: 1}}", "{<<: 1}"):
+        with pytest.raises(ConfigError):
+            parse_yaml(twice, "x")
+
+
 def test_many_keys_do_not_take_the_square_of_their_number():
     """A hundred thousand keys took an hour when each was compared with all before it."""
     text = json.dumps({f"k{i}": 0 for i in range(20_000)}, separators=(",", ": "))

@@ -21,6 +21,7 @@ from brs_detr.recipes import ENDINGS
 WEIGHTS = (
     "run folder (its best weights), .safetensors, official .pth, or a name: of a published checkpoint, hf://user/repo"
 )
+SHEET_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # which Pillow writes
 MIN_TILE, MAX_OVERLAP = 32, 0.9  # as `ops/tiles.py`, which needs torch
 
 
@@ -141,6 +142,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def at_least_zero(text: str) -> int:
+    """Parse an integer that is not negative."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not an integer of at least 0")
+    return int(text)
+
+
 def height_and_width(text: str) -> tuple[int, int]:
     """Parse a size as 800x1333, height first."""
     height, times, width = text.lower().partition("x")
@@ -158,8 +166,10 @@ def check_data(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--images", help="image folder of a json (default: searched in the usual places)")
     parser.add_argument("--sheet", default="check-data.png", help="contact sheet to write (default check-data.png)")
-    parser.add_argument("--samples", type=int, default=16, help="images on the contact sheet (default 16; 0: no sheet)")
-    parser.add_argument("--show", type=int, default=5, help="examples printed of each issue (default 5)")
+    parser.add_argument(
+        "--samples", type=at_least_zero, default=16, help="images on the contact sheet (default 16; 0: no sheet)"
+    )
+    parser.add_argument("--show", type=at_least_zero, default=5, help="examples printed of each issue (default 5)")
     parser.add_argument("--csv", help="file to write every issue to")
     parser.add_argument("--strict", action="store_true", help="also fail if anything is dropped or warned about")
     parser.add_argument("overrides", nargs="*", default=[], help="settings to change, e.g. data.root=/data/coco")
@@ -168,11 +178,13 @@ def check_data(parser: argparse.ArgumentParser) -> None:
 def make_dataset(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `make-dataset`."""
     parser.add_argument("out", help="folder to write to")
-    parser.add_argument("--train", type=int, default=1000, help="training images (default 1000)")
-    parser.add_argument("--val", type=int, default=200, help="validation images (default 200)")
-    parser.add_argument("--image-size", type=int, default=80, help="long side in pixels (default 80)")
-    parser.add_argument("--max-objects", type=int, default=4, help="maximum number of objects in an image (default 4)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train", type=positive, default=1000, help="training images (default 1000)")
+    parser.add_argument("--val", type=positive, default=200, help="validation images (default 200)")
+    parser.add_argument("--image-size", type=positive, default=80, help="long side in pixels (default 80)")
+    parser.add_argument(
+        "--max-objects", type=positive, default=4, help="maximum number of objects in an image (default 4)"
+    )
+    parser.add_argument("--seed", type=at_least_zero, default=0)
 
 
 def convert_dataset(parser: argparse.ArgumentParser) -> None:
@@ -298,7 +310,9 @@ def check_benchmark(options: argparse.Namespace) -> None:
 
 
 def check_dataset(options: argparse.Namespace) -> None:
-    """Refuse settings that cannot be used with the recipe or json of `check-data`."""
+    """Refuse settings that cannot be used with the recipe or json of `check-data`, and a sheet that is no image."""
+    if options.samples and Path(options.sheet).suffix.lower() not in SHEET_ENDINGS:  # before every image is decoded
+        raise ConfigError(f"--sheet={options.sheet}: the ending is not one of {', '.join(SHEET_ENDINGS)}. Add .png.")
     target = Path(options.target)
     if target.is_dir() or is_yolo_yaml(target):
         apply_overrides(Config(), [*options.overrides, dataset_setting(target)])

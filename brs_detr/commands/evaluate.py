@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from brs_detr.commands.arguments import WEIGHTS
+from brs_detr.commands.arguments import WEIGHTS, at_least_zero
 from brs_detr.config import Config, ConfigError, update_from_command_line
 from brs_detr.data.layouts import recognize
 from brs_detr.hub.sources import local_path, require_source
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S,S,...",
         help="also evaluate the detections above each of these scores, e.g. 1e-4,1e-3,1e-2,.1,.4,.6,.8",
     )
-    parser.add_argument("--images", type=int, default=12, help="example images to draw (default 12; 0: none)")
+    parser.add_argument("--images", type=at_least_zero, default=12, help="example images to draw (default 12; 0: none)")
 
 
 def score_list(text: str) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from brs_detr.config_fields import Count, Counts, Fraction, Null, OnlyWith, Positive, Range, one_of
+from brs_detr.config_fields import Count, Counts, FilePath, Fraction, Null, OnlyWith, Positive, Range, one_of
 
 Preset = Literal["none", "light", "strong", "aerial", "industrial"]
 _CUSTOM = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -100,14 +100,14 @@ class DataConfig(Limits):
     """
 
     # folder in COCO's, Roboflow's, YOLO's or VOC's layout, a data.yaml or a COCO json, instead of the paths below
-    source: Annotated[str | None, Null("the paths")] = None
+    source: Annotated[FilePath | None, Null("the paths")] = None
     # of the images of a source without a validation split, held out for validation
     val_fraction: Annotated[float | None, Range(above=0, below=1), Null("it has such a split")] = None
-    root: str = "datasets/coco"
-    train_json: str = "annotations/instances_train2017.json"
-    train_images: str = "train2017"
-    val_json: str = "annotations/instances_val2017.json"
-    val_images: str = "val2017"
+    root: FilePath = "datasets/coco"
+    train_json: FilePath = "annotations/instances_train2017.json"
+    train_images: FilePath = "train2017"
+    val_json: FilePath = "annotations/instances_val2017.json"
+    val_images: FilePath = "val2017"
     workers: int = 4
     timeout: Positive | None = 300.0  # seconds to wait for a batch before the run ends, saved; null: for ever
     retry_seconds: float = 60.0  # for how long a file is tried again where the storage fails

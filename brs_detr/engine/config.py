@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from brs_detr.config_fields import BelowOne, Count, Fraction, OnlyWith, Unused, one_of
+from brs_detr.config_fields import BelowOne, Count, FilePath, Fraction, OnlyWith, Unused, one_of
 from brs_detr.models.config import HardNMS, NMSConfig, NoNMS, SoftNMS
 
 
@@ -56,7 +56,7 @@ class TrainConfig:
     # steps skipped in a row after which the training stops all the same
     max_skipped: Annotated[Count, OnlyWith("on_nonfinite", "skip")] = 20
     freeze: tuple[str, ...] = ()  # parts that stay as they are, by the beginning of their parameters' names
-    init_from: str | None = None  # run, file, official .pth or name of weights; other classes are allowed
+    init_from: FilePath | None = None  # run, file, official .pth or name of weights; other classes are allowed
     resume: bool = False  # go on with the run in `output_dir`
     overwrite: bool = False  # start over although `output_dir` holds a run
     allow_changes: bool = False  # resume although settings have changed

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from brs_detr.config_fields import (
     Count,
     Counts,
+    FilePath,
     Fraction,
     NotEmpty,
     Null,
@@ -51,7 +52,7 @@ class BackboneConfig:
 
     name: str = "resnet50.tv_in1k"
     pretrained: bool = True  # downloads unless `checkpoint` names a local file, which is then read instead
-    checkpoint: str | None = None
+    checkpoint: FilePath | None = None
     frozen_stages: int = 1  # 0: none; 1: stem and first stage; ...
     norm: Literal["frozen", "batch", "group"] = "frozen"
     drop_path: float = 0.0

@@ -18,7 +18,7 @@ from brs_detr.data.build import open_train_set
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.dataset_source import open_source
 from brs_detr.data.issues import DataError
-from brs_detr.data.json_file import load_json
+from brs_detr.data.json_file import as_int, coerce_numbers, load_json
 from brs_detr.data.loader import build_eval_loader
 from brs_detr.data.watched_loader import WatchedLoader
 from brs_detr.engine.storage import write_text
@@ -168,10 +168,13 @@ def write_subset(data: dict[str, Any], target: Path, count: int) -> int:
     Returns:
         The number of images written.
     """
-    entries = {key: [entry for entry in data[key] if isinstance(entry, dict)] for key in ("images", "annotations")}
-    occupied = {annotation.get("image_id") for annotation in entries["annotations"] if not annotation.get("iscrowd")}
-    images = [image for image in entries["images"] if image.get("id") in occupied][:count]
-    ids = {image["id"] for image in images}
-    annotations = [annotation for annotation in entries["annotations"] if annotation.get("image_id") in ids]
+    images, annotations = ([e for e in data[key] if isinstance(e, dict)] for key in ("images", "annotations"))
+    for entry in [*images, *annotations]:  # as the dataset reads them: numbers may be written as text
+        coerce_numbers(entry, ("id", "image_id", "iscrowd"))
+    occupied = {as_int(annotation.get("image_id")) for annotation in annotations if not annotation.get("iscrowd")}
+    occupied.discard(None)
+    images = [image for image in images if as_int(image.get("id")) in occupied][:count]
+    ids = {as_int(image["id"]) for image in images}
+    annotations = [annotation for annotation in annotations if as_int(annotation.get("image_id")) in ids]
     write_text(target, json.dumps({**data, "images": images, "annotations": annotations}))
     return len(images)

@@ -84,7 +84,7 @@ def write_images(
     Returns:
         The sheet's path and those of the images; empty for none.
     """
-    step = max(1, len(dataset) // count) if count else 0
+    step = max(1, len(dataset) // count) if count > 0 else 0
     chosen = range(0, len(dataset), step)[:count] if step else range(0)
     labels = {category: label for label, category in enumerate(dataset.category_ids)}
     score_thresholds = {

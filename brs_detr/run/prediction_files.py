@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from brs_detr.config import ConfigError
-from brs_detr.data.annotations import categories_differ
+from brs_detr.data.annotations import categories_differ, read_categories, read_images
+from brs_detr.data.issues import IssueLog
 from brs_detr.data.json_file import load_json
 from brs_detr.engine.storage import write_file, write_text
 
@@ -68,20 +69,20 @@ def read_records(lines: Path) -> Iterator[Record]:
 def read_image_ids(path: Path, labels: Labels, max_bytes: int) -> dict[str, int]:
     """Read the ids of images from a COCO json, by file name, and by its last part where that is unique.
 
+    As a dataset reads them: numbers may be written as text, and images without an integer id are left out.
+
     Raises:
         DataError: it is not a COCO json.
         ConfigError: its categories are not those of the weights.
     """
-    content = load_json(path, max_bytes, annotated=False)
-    own = ([one.get("id") for one in content["categories"]], [one.get("name") for one in content["categories"]])
+    content, log = load_json(path, max_bytes, annotated=False), IssueLog()
+    own = read_categories(content, path, log)
     if differ := categories_differ((labels.category_ids, labels.classes), own):
         raise ConfigError(f"--annotations={path}: its categories are not those of the weights: {differ}.")
-    images = [one for one in content["images"] if isinstance(one.get("file_name"), str) and "id" in one]
-    last = Counter(one["file_name"].rpartition("/")[2] for one in images)
-    short = {one["file_name"].rpartition("/")[2]: one["id"] for one in images}
-    return {name: image_id for name, image_id in short.items() if last[name] == 1} | {
-        one["file_name"]: one["id"] for one in images
-    }
+    images = read_images(content, path, log)
+    ids = dict(zip(images.names, images.ids.tolist(), strict=True))
+    last = Counter(name.rpartition("/")[2] for name in images.names)
+    return {short: ids[name] for name in ids if last[short := name.rpartition("/")[2]] == 1} | ids
 
 
 def id_of(name: str, image_ids: Mapping[str, int]) -> int | None:

@@ -1,4 +1,4 @@
-"""The list of score thresholds on the command line."""
+"""The numbers on the command line of `eval`."""
 
 import argparse
 
@@ -22,3 +22,13 @@ def test_what_is_no_score_is_refused(text, capsys):
     with pytest.raises(SystemExit) as stop:
         parser.parse_args(["runs/a", f"--score-thresholds={text}"])
     assert stop.value.code == 2 and "scores in [0, 1)" in capsys.readouterr().err
+
+
+def test_fewer_than_no_images_are_refused(capsys):
+    """A count of -1 would draw all images but one."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert [parser.parse_args(["runs/a", *words]).images for words in ([], ["--images=0"])] == [12, 0]
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["runs/a", "--images", "-1"])
+    assert stop.value.code == 2 and "--images: -1 is not an integer of at least 0" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
+from brs_detr import cli
 from brs_detr.commands import arguments
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.synthetic import (
@@ -116,6 +117,17 @@ def test_command(tmp_path, capsys):
     assert run(parser.parse_args([str(tmp_path), "--train", "2", "--val", "1", "--image-size", "64"])) == 0
     assert "2 images" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "annotations" / "val.json").read_text())["images"]) == 1
+
+
+@pytest.mark.parametrize(
+    "words", ["--max-objects 0", "--image-size 0", "--seed -1", "--train -3", "--val 0", "--seed x"]
+)
+def test_numbers_of_no_dataset_are_refused_before_anything_is_written(tmp_path, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["make-dataset", str(tmp_path / "out"), *words.split()])
+    option, value = words.split()
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and f"argument {option}: {value} is not a" in said and not (tmp_path / "out").exists()
 
 
 def draw(polygons, shape):

@@ -14,6 +14,7 @@ from brs_detr.data.build import open_train_set, open_val_set
 from brs_detr.data.dataset_source import open_source
 from brs_detr.data.formats.coco import split_coco
 from brs_detr.data.loader import build_train_loader
+from brs_detr.run.dataset import write_subset
 from brs_detr.run.setup import build_detector
 
 FAST = [
@@ -79,6 +80,24 @@ def test_nothing_is_written_into_the_dataset_and_the_same_jsons_come_again(layou
     first, second = (content(tmp_path / again) for again in ("a", "b"))
     assert [path.name for path in first] == [path.name for path in second]
     assert list(first.values()) == list(second.values()) and bool(first) == (name != "coco")
+
+
+def test_a_subset_has_the_images_with_objects_however_ids_are_written(tmp_path):
+    """As the dataset reads them: a json that can be trained on can also be overfitted."""
+    images = [
+        {"id": "4", "file_name": "a"},
+        {"id": 5, "file_name": "b"},
+        {"file_name": "c"},
+        {"id": 6, "file_name": "d"},
+    ]
+    owners = [("4", 0), (5.0, "0"), ([6], 0), (None, 0), (6, "1"), ("6", 1)]
+    annotations = [{"image_id": owner, "iscrowd": crowd} for owner, crowd in owners]
+    data = {"images": [None, *images], "annotations": [*annotations, 1], "categories": []}
+    assert write_subset(data, tmp_path / "subset.json", 9) == 2
+    written = json.loads((tmp_path / "subset.json").read_text())
+    assert [image["file_name"] for image in written["images"]] == ["a", "b"]
+    assert [annotation["image_id"] for annotation in written["annotations"]] == [4, 5.0]
+    assert write_subset(data, tmp_path / "subset.json", 1) == 1
 
 
 @pytest.mark.slow

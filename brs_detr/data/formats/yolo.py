@@ -40,6 +40,7 @@ from brs_detr.data.formats.yolo_labels import (
     to_annotation,
 )
 from brs_detr.data.image_io import IMAGE_ENDINGS, ImageError, read_image_info
+from brs_detr.data.image_search import leads_outside
 from brs_detr.data.issues import DataError
 from brs_detr.parsing import load_yaml
 
@@ -111,8 +112,9 @@ def _sample(
         notes.add("images without a label file: kept as background", image)
     elif file.stat().st_size == 0:
         notes.add("images with an empty label file: kept as background", image)
-    if info.orientation in (2, 3, 4):  # these keep height and width, so the size does not tell if they were applied
-        notes.add("images that EXIF mirrors or turns by 180 degrees: boxes are written for the stored pixels", image)
+    height, width = info.upright_size
+    if info.orientation > 1 and (info.orientation < 5 or height == width):  # its size does not tell if it was applied
+        notes.add("images that EXIF mirrors or turns to the same size: boxes are written for the stored pixels", image)
     objects = []
     for place, (label, shape) in read_labels(file, keypoints, notes) if file else ():
         if names and label not in names:
@@ -258,9 +260,7 @@ def _names_of_settings(settings: dict[str, Any], file: Path, roots: Iterable[Pat
     """Read `names`: a list, a dictionary, or a path; without it, `nc` default names."""
     names, count = settings.get("names"), settings.get("nc")
     if isinstance(names, str) and names:
-        place = locate(names, roots)
-        names = [line for line in read_lines(place)] if place and place.is_file() else [names]
-        names = {number: name for number, name in enumerate(names) if name}
+        names = {number: name for number, name in enumerate(_lines_of_names(names, file, roots)) if name}
     if isinstance(names, list):
         names = dict(enumerate(names))
     try:
@@ -280,6 +280,26 @@ def _names_of_settings(settings: dict[str, Any], file: Path, roots: Iterable[Pat
         raise
     except (AttributeError, TypeError, ValueError):
         raise DataError(f"{file}: `names` must be a list of names or `number: name` pairs, `nc` a number.") from None
+
+
+def _lines_of_names(text: str, file: Path, roots: Iterable[Path]) -> list[str]:
+    """Return the lines of the file that `names` is the path of, else the one name that it is.
+
+    Raises:
+        DataError: the file is not in the folder of the settings. They may come from anyone, and each line would be the
+            name of a class: in logs, in weights, and where these are published.
+    """
+    found = [locate(text, (file.parent,)), locate(text, roots)]
+    places = [place for place in found if place is not None and place.is_file()]
+    for place in places:
+        if not leads_outside(str(place), file.parent):
+            return list(read_lines(place))
+    if places and (Path(text).suffix or "/" in text or "\\" in text):
+        raise DataError(
+            f"{file}: names: {text} is a file outside {file.parent}, which is not read. Copy it there, or write the "
+            "names as a list."
+        )
+    return [text]
 
 
 def _of_folder(source: Path, notes: Notes) -> YoloDataset:

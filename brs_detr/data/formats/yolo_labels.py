@@ -128,8 +128,8 @@ def _ends_in_visibilities(values: list[float]) -> bool:
 def to_annotation(shape: np.ndarray, size: tuple[int, int], orientation: int) -> dict[str, Any]:
     """Convert a box or polygon to a COCO annotation in pixels of the frame that training uses.
 
-    Fractions refer to the image as displayed. If EXIF mirrors it or turns it by 180 degrees, the size does not tell
-    whether that was applied, and training uses the pixels as stored; so the shape is turned back instead.
+    Fractions refer to the image as displayed. If EXIF mirrors it or turns it by 180 degrees, or it is square, the size
+    does not tell whether that was applied, and training uses the pixels as stored; so the shape is turned back instead.
 
     Args:
         shape: (4,) cx, cy, w, h or (k, 2), fractions.
@@ -139,11 +139,12 @@ def to_annotation(shape: np.ndarray, size: tuple[int, int], orientation: int) ->
     height, width = size
     points = shape.copy().reshape(-1, 2)
     centers = points[:1] if shape.ndim == 1 else points
-    if orientation in (2, 3):
+    is_turned = orientation >= 5 and height == width  # by 90 degrees; other images are turned when they are read
+    if orientation in (2, 3) or (is_turned and orientation in (6, 7)):
         centers[:, 0] = 1 - centers[:, 0]
-    if orientation in (3, 4):
+    if orientation in (3, 4) or (is_turned and orientation in (7, 8)):
         centers[:, 1] = 1 - centers[:, 1]
-    points = points * (width, height)
+    points = (points[:, ::-1] if is_turned else points) * (width, height)
     if shape.ndim == 1:
         (cx, cy), (w, h) = points.tolist()
         return {"bbox": [cx - w / 2, cy - h / 2, w, h], "iscrowd": 0}

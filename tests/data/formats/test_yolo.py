@@ -99,29 +99,37 @@ def test_no_label_file_at_all_is_refused_and_says_where_they_were_looked_for(yol
         read_yolo(tmp_path)
 
 
+@pytest.mark.parametrize("height", [40, 80])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_boxes_lie_on_the_same_pixels_whatever_exif_says(yolo, tmp_path, orientation):
-    """The image's own top left as shown is marked; what training loads must show the mark inside the box."""
+@pytest.mark.parametrize("line", ["0 0.25 0.125 0.5 0.25", "0 0 0 0.5 0 0.5 0.25 0 0.25"])
+def test_boxes_lie_on_the_same_pixels_whatever_exif_says(yolo, tmp_path, line, orientation, height):
+    """The image's own top left as shown is marked; what training loads must show the mark inside the box.
+
+    A square image is read as stored: its size does not tell that it is to be turned.
+    """
     from PIL import Image, ImageOps
 
-    yolo({"a": "0 0.25 0.125 0.5 0.25"})
+    yolo({"a": line})
     exif = Image.Exif()
     exif[0x0112] = orientation
     undo = {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}[orientation]  # what turns the shown image to the stored
-    shown = Image.new("RGB", (80, 40))
-    shown.paste((255, 255, 255), (0, 0, 40, 10))
+    shown = Image.new("RGB", (80, height))
+    shown.paste((255, 255, 255), (0, 0, 40, height // 4))
     turn = Image.Exif()
     turn[0x0112] = undo
     shown.save(tmp_path / "shown.png", exif=turn)
     ImageOps.exif_transpose(Image.open(tmp_path / "shown.png")).save(
         tmp_path / "images" / "a.jpg", exif=exif, quality=100
     )
-    datasets, base = to_coco(read_yolo(tmp_path))
+    imported = read_yolo(tmp_path)
+    datasets, base = to_coco(imported)
     (tmp_path / "x.json").write_text(json.dumps(datasets["train"]))
     image, target = CocoDetection(tmp_path / "x.json", base, train=True)[0]
+    is_stored = orientation in (2, 3, 4) or (orientation > 4 and height == 80)
+    assert any("stored pixels" in note for note in imported.notes.lines()) == is_stored
     x0, y0, x1, y1 = target["boxes"][0].round().int().tolist()
     white = image[0] > 128
-    assert white[y0:y1, x0:x1].all() and white.sum() == (y1 - y0) * (x1 - x0) == 400
+    assert white[y0:y1, x0:x1].all() and white.sum() == (y1 - y0) * (x1 - x0) == 10 * height
 
 
 def make(root, files):
@@ -247,6 +255,25 @@ def test_images_beside_the_split_folders_are_noted(tmp_path):
 def test_class_names_of_a_yaml(tmp_path, text, names):
     files = {"data.yaml": f"train: images/train\n{text}\n", "my.names": "cat\ndog\n\n"}
     assert look(make(tmp_path, IMAGES | files))[0].names == names
+
+
+@pytest.mark.parametrize(
+    "names", ["{outside}/notes.txt", "../outside/notes.txt", "notes.txt", "..\\outside\\notes.txt"]
+)
+@pytest.mark.parametrize("path", ["", "path: ../outside\n"])
+def test_a_file_outside_the_dataset_does_not_name_its_classes(tmp_path, monkeypatch, names, path):
+    """A data.yaml may come from anyone; its lines would go into logs and published weights."""
+    outside = make(tmp_path / "outside", {"notes.txt": "secret\n", "person": "secret\n"})
+    monkeypatch.chdir(outside)
+    text = f"{path}train: {tmp_path}/mine/images/train\nnames: {names.format(outside=outside)}\n"
+    root = make(tmp_path / "mine", IMAGES | {"data.yaml": text})
+    with pytest.raises(DataError, match=r"is a file outside .*mine, which is not read\. Copy it there"):
+        look(root)
+    (root / "notes.txt").write_text("cat\n")
+    (root / "data.yaml").write_text(text.replace(names.format(outside=outside), "notes.txt"))
+    assert look(root)[0].names == {0: "cat"}
+    (root / "data.yaml").write_text("train: images/train\nnames: person\n")
+    assert look(root)[0].names == {0: "person"}
 
 
 def test_a_yaml_with_names_only_leaves_the_splits_to_the_folders(tmp_path):
