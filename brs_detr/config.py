@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from brs_detr.config_aliases import ALIASES, migrate
-from brs_detr.config_fields import FilePath, Unused, as_word, one_of, unused_settings
+from brs_detr.config_fields import FilePath, Unused, as_word, one_of, unused_settings, with_home
 from brs_detr.config_io import (
     ConfigError,
     given_settings,
@@ -30,7 +30,6 @@ from brs_detr.config_io import (
     setting_names,
     to_dict,
     update,
-    with_home,
 )
 from brs_detr.data.config import DataConfig
 from brs_detr.engine.config import EvalConfig, OptimConfig, TrainConfig

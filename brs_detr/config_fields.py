@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import typing
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple
@@ -147,3 +148,16 @@ def unused_settings(config: Any, prefix: str = "") -> Iterator[Unused]:
             yield from unused_settings(value, f"{prefix}{field.name}.")
     if hasattr(config, "unused"):
         yield from config.unused(prefix.rstrip("."))
+
+
+def with_home(config: Any) -> Any:
+    """Return a config with the user's home for the `~` of its paths: few shells put it there, and no recipe."""
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    changes = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = with_home(value)
+        elif isinstance(value, str) and any(isinstance(mark, UserPath) for mark in marks_of(hints[field.name])):
+            changes[field.name] = os.path.expanduser(value)
+    return dataclasses.replace(config, **changes)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import os
 import re
 import types
 import typing
@@ -18,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from brs_detr.config_fields import NotEmpty, Null, Range, UserPath, marks_of
+from brs_detr.config_fields import NotEmpty, Null, Range, marks_of
 from brs_detr.exit_codes import Failure
 from brs_detr.parsing import SettingsLoader, load_yaml
 
@@ -327,19 +326,6 @@ def _options(hint: Any) -> tuple[Any, ...]:
     """Return the types of a union, and of any other type itself."""
     bare = _bare(hint)
     return typing.get_args(bare) if typing.get_origin(bare) in (types.UnionType, typing.Union) else (bare,)
-
-
-def with_home(config: Any) -> Any:
-    """Return a config with the user's home for the `~` of its paths: few shells put it there, and no recipe."""
-    hints = typing.get_type_hints(type(config), include_extras=True)
-    changes = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            changes[field.name] = with_home(value)
-        elif isinstance(value, str) and any(isinstance(mark, UserPath) for mark in marks_of(hints[field.name])):
-            changes[field.name] = os.path.expanduser(value)
-    return dataclasses.replace(config, **changes)
 
 
 def parse_yaml(text: str, source: str) -> Any:
