@@ -189,6 +189,26 @@ def test_overwriting_a_run_by_one_that_cannot_begin_leaves_it_as_it_is(run, caps
     assert (run / "best.safetensors").exists() and list((run / "state").glob("step-*"))
 
 
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_resuming_a_run_of_which_only_the_weights_are_left_leaves_it_as_it_is(run, data, tmp_path, capsys):
+    """Its states were deleted to save space: starting from scratch would replace the weights by those of an epoch."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / "state")
+    before = contents(folder)
+    command = [DEMO, *TINY, f"data.root={data}", f"output_dir={folder}", "--resume"]
+    assert train(command) == 2
+    error = capsys.readouterr().err
+    assert f"{folder}: no saved state to resume from, but weights (best.safetensors, last.safetensors)" in error
+    assert "Add --overwrite" in error and contents(folder) == before
+    reset_accelerate()
+    assert train([*command, "--overwrite", "train.epochs=1"]) == 0
+    assert [line["epoch"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "val"] == [1]
+
+
 def test_a_changed_recipe_is_not_resumed_unless_allowed(run, data, capsys):
     command = [DEMO, *TINY, f"data.root={data}", f"output_dir={run}", "optim.lr=0.5", "--resume"]
     assert train(command) == 2

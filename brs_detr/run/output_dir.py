@@ -48,6 +48,7 @@ _FREE_TO_CHANGE = (
     "eval.batch_size",
 )
 
+_WEIGHTS = ("best.safetensors", "last.safetensors")
 _locks: list[IO[str]] = []  # a lock is held as long as its file is open
 
 
@@ -144,8 +145,32 @@ def check_output_dir(config: Config) -> None:
 def remove_run(folder: Path) -> None:
     """Remove the states and weights of a run that is overwritten; called once the new run is sure to begin."""
     shutil.rmtree(folder / "state", ignore_errors=True)
-    for name in ("best.safetensors", "last.safetensors"):
+    for name in _WEIGHTS:
         (folder / name).unlink(missing_ok=True)
+
+
+def require_state(config: Config, state: Path | None, accelerator: Accelerator) -> None:
+    """Raise if a run is resumed of which only the weights are left: starting from scratch would replace them.
+
+    Args:
+        config: of the run.
+        state: the saved state to resume from, the same in every process; None if there is none.
+        accelerator: of the launch.
+
+    Raises:
+        ConfigError: in every process, naming the weights.
+    """
+    if state is not None or not config.train.resume or config.train.overwrite:
+        return
+    folder = Path(config.output_dir)
+    left = [name for name in _WEIGHTS if (folder / name).is_file()] if accelerator.is_main_process else []
+    [left] = broadcast_object_list([left])
+    if left:
+        raise ConfigError(
+            f"{folder}: no saved state to resume from, but weights ({', '.join(left)}), which a training from scratch "
+            f"would replace. Add --overwrite to permit that, or train on from them in another output_dir with "
+            f"train.init_from={folder / left[0]}."
+        )
 
 
 def lock_output_dir(folder: Path) -> None:

@@ -53,6 +53,7 @@ from brs_detr.run.output_dir import (
     remove_run,
     require_same_data,
     require_shared_folder,
+    require_state,
 )
 from brs_detr.run.validation import Validated, report_best
 from brs_detr.viz.boxes import write_samples
@@ -138,9 +139,10 @@ def _open_log(
     """Open the run's log, find the saved state to resume from (None for a fresh start) and choose the anchors."""
     folder, plan = Path(config.output_dir), setup.plan_batches(config, accelerator)
     require_shared_folder(config, accelerator)
+    state, notes = agreed_state(folder / "state", accelerator) if config.train.resume else (None, [])
+    require_state(config, state, accelerator)
     purposes = ("train",) if config.train.overfit_batches is not None else ("train", "val")
     config, recognized = with_source(config, folder, accelerator, purposes)
-    state, notes = agreed_state(folder / "state", accelerator) if config.train.resume else (None, [])
     if state is None and not is_trial:  # a trial shows the cost of a step, which weights do not change
         require_learning_backbone(config)
     config, chosen = choose_anchors(config, None if state is None else read_metadata(state), accelerator, train_set)
