@@ -125,6 +125,7 @@ def test_a_state_whose_deletion_was_interrupted_is_no_state(toy, tmp_path, monke
 def test_a_log_that_cannot_be_written_ends_no_run(toy, tmp_path, capsys):
     _, accelerator = toy.build(tmp_path)
     log = RunLog(tmp_path, accelerator)
+    log.begin()
     log.say("before" * 10)
     log.metrics("train", 1, {"loss": 1.0})
     for size in (20, 70):
