@@ -19,6 +19,7 @@ from brs_detr.engine.logging import warnings_in
 from brs_detr.engine.storage import is_storage_fault, storage_error
 from brs_detr.engine.trainer import Trainer
 from brs_detr.exit_codes import ExitCode, Failure
+from brs_detr.run.output_dir import locks_released
 from brs_detr.run.training import (
     Run,
     begin_run,
@@ -48,6 +49,7 @@ def run_training(config: Config, trial: str | None = None) -> int:
         return ExitCode.STORAGE
 
 
+@locks_released()
 def train(config: Config, trial: str | None = None) -> int:
     """Train as the config says, or only try a "dry-run" or "profile" of it; returns the exit code."""
     run = open_run(config, trial)

@@ -8,6 +8,8 @@ import shutil
 import socket
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -174,7 +176,9 @@ def require_state(config: Config, state: Path | None, accelerator: Accelerator) 
 
 
 def lock_output_dir(folder: Path) -> None:
-    """Lock a folder against other trainings until this process ends in any way; for the main process only.
+    """Lock a folder against other trainings; for the main process only.
+
+    The lock lasts until `locks_released` or the end of this process, whichever way it ends.
 
     A killed launcher may leave its processes training. Windows has no such locks: there nothing is locked.
 
@@ -196,6 +200,16 @@ def lock_output_dir(folder: Path) -> None:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     _locks.append(file)
+
+
+@contextmanager
+def locks_released() -> Iterator[None]:
+    """Release the locks of this process after a training, however it ends: a notebook lives on."""
+    try:
+        yield
+    finally:
+        while _locks:
+            _locks.pop().close()
 
 
 def require_shared_folder(config: Config, accelerator: Accelerator) -> None:
