@@ -20,7 +20,7 @@ from brs_detr.config import ConfigError
 from brs_detr.data.annotations import categories_differ, read_categories, read_images
 from brs_detr.data.issues import IssueLog
 from brs_detr.data.json_file import load_json
-from brs_detr.engine.storage import write_file, write_text
+from brs_detr.engine.storage import PARTIAL_BYTES, write_file, write_text
 
 Record = dict[str, Any]
 FORMATS = ("json", "coco", "yolo", "csv")
@@ -185,7 +185,7 @@ def _line(record: Record) -> bytes:
 
 def _with_ending(stem: Path, ending: str) -> Path:
     """Append an ending to a path, whatever dots its name has; a name that becomes too long ends in a hash."""
-    room = MAX_NAME_BYTES - len(ending) - len("..partial")  # `write_file` adds this for a while
+    room = MAX_NAME_BYTES - len(ending) - PARTIAL_BYTES  # `write_file` adds these for a while
     name = os.fsencode(stem.name)
     if len(name) <= room:
         return stem.with_name(stem.name + ending)

@@ -31,7 +31,7 @@ from brs_detr.engine.logging import RunLog
 from brs_detr.engine.optim import build_optimizer, build_schedule
 from brs_detr.engine.state import agreed_state, read_metadata
 from brs_detr.engine.storage import remove_partials, together, write_text
-from brs_detr.engine.trainer import BEST, Trainer
+from brs_detr.engine.trainer import BEST, LAST, Trainer
 from brs_detr.losses.balance import set_epoch_length
 from brs_detr.models.detector import Detector
 from brs_detr.ops.targets import check_targets
@@ -59,6 +59,8 @@ from brs_detr.run.validation import Validated, report_best
 from brs_detr.viz.boxes import write_samples
 
 Validate = Callable[[nn.Module], dict[str, Any]]
+# files that only a training writes into its folder, unlike report.html and exports
+WRITTEN = (BEST, LAST, "config.yaml", "metrics.jsonl", "log.txt", "overfit.json", "nonfinite-*.pt")
 
 
 @dataclass(frozen=True)
@@ -277,7 +279,7 @@ def begin_run(run: Run, train_set: CocoDetection) -> None:
             write_samples(train_set, run.folder / "train_samples.png", 16)  # first: an image may be unreadable
             if run.config.train.overwrite:
                 remove_run(run.folder)
-        remove_partials(run.folder)
+        remove_partials(run.folder, WRITTEN)
         run.log.begin(None if run.state is None else read_metadata(run.state))
         write_text(run.folder / "config.yaml", run.settings)
 
