@@ -60,10 +60,11 @@ def convert(lines: Path, out: Path, kind: str, labels: Labels) -> None:
 
 
 def read_records(lines: Path) -> Iterator[Record]:
-    """Iterate over the records of a file of lines."""
+    """Iterate over the records of a file of lines; the last line is left out if a full disk or Ctrl-C cut it short."""
     with open(lines, encoding="utf-8") as file:
         for line in file:
-            yield json.loads(line)
+            if line.endswith("\n"):
+                yield json.loads(line)
 
 
 def read_image_ids(path: Path, labels: Labels, max_bytes: int) -> dict[str, int]:
