@@ -182,6 +182,44 @@ def to_rle(words: np.ndarray, size: Size) -> RLE:
     return merged
 
 
+def shifted(rle: RLE, top: int, left: int, size: Size) -> RLE:
+    """Move a mask of a part of an image to the image, run by run: no bitmap of the image is drawn.
+
+    Args:
+        rle: compressed run lengths of a part of (h, w) pixels, its `size`.
+        top, left: of the part, in pixels of the image; all of the part lies in the image.
+        size: (H, W) pixels of the image.
+
+    Returns:
+        Compressed run lengths of the image, with `counts` as str.
+
+    Raises:
+        ValueError: the run lengths are malformed.
+    """
+    height, width = (int(side) for side in rle["size"])
+    runs = checked_runs(rle["counts"], height, width)
+    if runs is None:
+        raise ValueError(f"mask: these are not run lengths of {width}x{height} pixels: {str(rle)[:80]}.")
+    ends = np.cumsum(runs)
+    first, last = ends[:-1:2], ends[1::2]
+    first, last = first[last > first], last[last > first]
+    # a run goes on at the top of the next column: where the part has fewer rows than the image, it is cut there
+    columns = (last - 1) // height - first // height + 1  # that each run reaches
+    of_run = np.repeat(np.arange(len(first)), columns)
+    column = first[of_run] // height + np.arange(len(of_run)) - np.repeat(np.cumsum(columns) - columns, columns)
+    begin = np.maximum(first[of_run] - column * height, 0) + top
+    end = np.minimum(last[of_run] - column * height, height) + top
+    offset = (column + left) * size[0]
+    begin, end = begin + offset, end + offset
+    # runs that touch are one
+    apart = begin[1:] > end[:-1]
+    begin, end = begin[np.r_[True, apart][: len(begin)]], end[np.r_[apart, True][: len(end)]]
+    counts = np.diff(np.concatenate([[0], np.stack([begin, end], 1).ravel(), [size[0] * size[1]]])).tolist()
+    if len(begin) and not counts[-1]:  # the object reaches the last pixel
+        counts.pop()
+    return as_text(coco_mask.frPyObjects({"size": list(size), "counts": counts}, *size))
+
+
 def box_bitmap(box: np.ndarray, size: Size) -> np.ndarray:
     """Draw a box (4,) xyxy pixels as (h, w) uint8; at least one pixel, where the box is in the image."""
     bitmap = np.zeros(size, np.uint8)
