@@ -43,9 +43,7 @@ def join_outputs(
     if "masks" in outputs[0]:
         runs = [as_rles(output["masks"]) for output in outputs]
         places = zip(tiles[kept].tolist(), rows[kept].tolist(), strict=True)
-        joined["masks"] = [
-            shifted(runs[number][row], grid[number].y1, grid[number].x1, size) for number, row in places
-        ]
+        joined["masks"] = [shifted(runs[number][row], grid[number].y1, grid[number].x1, size) for number, row in places]
     return joined
 
 

@@ -171,7 +171,7 @@ def test_an_output_folder_removed_during_the_run_is_created_again(toy, tmp_path,
 
 
 def test_two_processes_may_write_the_same_file_at_the_same_time(tmp_path):
-    """As `eval` does while the training reports its best validation: each writes a complete file, the last one stays."""
+    """As `eval` and a training that reports its best validation: each file is complete, the last one stays."""
     path = tmp_path / "report.html"
 
     def write(file):

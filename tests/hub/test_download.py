@@ -190,9 +190,9 @@ def test_a_lock_that_may_not_be_removed_is_no_endless_wait(server, tmp_path, mon
 
     monkeypatch.setattr(Path, "unlink", denied)
     monkeypatch.setattr(module.time, "sleep", waits)
-    with pytest.raises(DownloadError, match=r"cannot be written to \(Permission denied\).*set BRS_DETR_CACHE") as caught:
+    with pytest.raises(DownloadError, match=r"cannot be written to \(Permission denied\).*set BRS_DETR_CACHE") as error:
         download(server.url, tmp_path / "x.pth")
-    assert caught.value.code == ExitCode.STORAGE and server.requests == []
+    assert error.value.code == ExitCode.STORAGE and server.requests == []
 
 
 def test_a_file_that_takes_long_to_check_is_not_taken_over(server, tmp_path, monkeypatch):
