@@ -264,7 +264,8 @@ def box_sampled(box: np.ndarray, size: Size, rows: np.ndarray, columns: np.ndarr
     x1, y1 = np.floor(np.asarray(box[2:], np.float64) + 0.5).clip(0).astype(int)
     x0, y0 = min(x0, size[1] - 1), min(y0, size[0] - 1)
     in_rows = (rows >= y0) & (rows < max(y1, y0 + 1))
-    return (in_rows[:, None] & (columns >= x0) & (columns < max(x1, x0 + 1))).astype(np.uint8)
+    bitmap: np.ndarray = in_rows[:, None] & (columns >= x0) & (columns < max(x1, x0 + 1))
+    return bitmap.astype(np.uint8)
 
 
 def encode(bitmap: np.ndarray) -> RLE:
