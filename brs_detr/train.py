@@ -19,7 +19,17 @@ from brs_detr.engine.logging import warnings_in
 from brs_detr.engine.storage import is_storage_fault, storage_error
 from brs_detr.engine.trainer import Trainer
 from brs_detr.exit_codes import ExitCode, Failure
-from brs_detr.run.training import Run, build_trainer, choose_batch_size, dry_run, open_data, open_run, prepare_model
+from brs_detr.run.output_dir import locks_released
+from brs_detr.run.training import (
+    Run,
+    begin_run,
+    build_trainer,
+    choose_batch_size,
+    dry_run,
+    open_data,
+    open_run,
+    prepare_model,
+)
 from brs_detr.run.validation import validator
 from brs_detr.user_files import complain
 
@@ -39,6 +49,7 @@ def run_training(config: Config, trial: str | None = None) -> int:
         return ExitCode.STORAGE
 
 
+@locks_released()
 def train(config: Config, trial: str | None = None) -> int:
     """Train as the config says, or only try a "dry-run" or "profile" of it; returns the exit code."""
     run = open_run(config, trial)
@@ -50,10 +61,12 @@ def _train(run: Run, trial: str | None) -> int:
     data = open_data(run)
     model, optimizer, ema = prepare_model(run, data.train_set)
     if trial == "dry-run":
+        begin_run(run, data.train_set)
         run.log.say(dry_run(run, data, model, optimizer))
         return ExitCode.OK
 
     trainer = build_trainer(run, data, model, optimizer, ema, validator(run, data))
+    begin_run(run, data.train_set)
     with contextlib.closing(data.train_loader), contextlib.closing(data.val_loader):
         if trial == "profile":
             run.log.say(profile_steps(trainer, run.folder))

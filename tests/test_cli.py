@@ -184,9 +184,62 @@ def test_a_run_is_not_overwritten_by_accident(run, data, capsys):
     assert (run / "best.safetensors").exists()
 
 
-def test_overwriting_a_run_by_one_that_cannot_begin_leaves_it_as_it_is(run, capsys):
-    assert train([DEMO, *TINY, "data.root=nowhere", f"output_dir={run}", "--overwrite"]) == 2
-    assert (run / "best.safetensors").exists() and list((run / "state").glob("step-*"))
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_overwriting_a_run_by_one_that_cannot_begin_leaves_it_as_it_is(run, data, tmp_path, capsys):
+    """Whatever refuses it: the paths, the dataset, the weights to start from, or a validation without objects."""
+    bare = tmp_path / "bare"
+    shutil.copytree(data, bare)
+    annotations = json.loads((data / "annotations" / "val.json").read_text())
+    (bare / "annotations" / "val.json").write_text(json.dumps({**annotations, "annotations": []}))
+    others = tmp_path / "others"
+    shutil.copytree(data, others)
+    categories = [{**category, "name": f"another {category['id']}"} for category in annotations["categories"]]
+    (others / "annotations" / "val.json").write_text(json.dumps({**annotations, "categories": categories}))
+    torch.save({}, tmp_path / "damaged.pth")
+    before = contents(run)
+    for settings, said in (
+        (["data.root=nowhere"], "does not exist"),
+        ([f"data.root={others}"], "its categories are not those of"),
+        ([f"data.root={data}", f"model.backbone.checkpoint={tmp_path / 'damaged.pth'}"], "damaged.pth"),
+        ([f"data.root={bare}"], "validation has nothing to measure"),
+    ):
+        reset_accelerate()
+        assert train([DEMO, *TINY, *settings, f"output_dir={run}", "--overwrite"]) == 2
+        assert said in capsys.readouterr().err and contents(run) == before, said
+
+
+def test_overwriting_starts_with_files_of_its_own(run, data, tmp_path):
+    """It may start from the weights that it overwrites, and its log has what was said before it began."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    start = f"train.init_from={folder / 'best.safetensors'}"
+    command = [DEMO, *TINY, f"data.root={data}", f"output_dir={folder}", start, "train.epochs=1", "seed=7"]
+    assert train([*command, "--overwrite"]) == 0
+    assert load_config(folder / "config.yaml").seed == 7
+    assert [line["step"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "train"] == [1, 2, 3]
+    assert sorted(path.name for path in (folder / "state").iterdir()) == ["step-00000002", "step-00000003"]
+    log = (folder / "log.txt").read_text()
+    assert log.index("process(es)") < log.index("10 of 10 images") < log.index("epoch 1/1 step 1/3")
+    assert "epoch 2" not in log and log.count("process(es)") == 1
+
+
+def test_resuming_a_run_of_which_only_the_weights_are_left_leaves_it_as_it_is(run, data, tmp_path, capsys):
+    """Its states were deleted to save space: starting from scratch would replace the weights by those of an epoch."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / "state")
+    before = contents(folder)
+    command = [DEMO, *TINY, f"data.root={data}", f"output_dir={folder}", "--resume"]
+    assert train(command) == 2
+    error = capsys.readouterr().err
+    assert f"{folder}: no saved state to resume from, but weights (best.safetensors, last.safetensors)" in error
+    assert "Add --overwrite" in error and contents(folder) == before
+    reset_accelerate()
+    assert train([*command, "--overwrite", "train.epochs=1"]) == 0
+    assert [line["epoch"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "val"] == [1]
 
 
 def test_a_changed_recipe_is_not_resumed_unless_allowed(run, data, capsys):

@@ -28,9 +28,8 @@ from brs_detr.data.image_search import guess_folder, resolve_image_paths
 from brs_detr.data.image_sizes import check_box_format, clip_and_filter_boxes, resolve_image_sizes, same_aspect
 from brs_detr.data.issues import DROPPED, KEPT, POLICY, REPAIRED, WARNED, DataError, IssueLog
 from brs_detr.data.json_file import load_json
-from brs_detr.data.packed import check_masks, draw_masks, encode_masks, pack
+from brs_detr.data.packed import check_masks, draw_masks_in, encode_masks, pack
 from brs_detr.data.shared_memory import shared_zeros
-from brs_detr.ops.masks import fit_masks, resize_masks
 from brs_detr.ops.rle import RLE
 from brs_detr.user_files import printable
 
@@ -256,8 +255,8 @@ class CocoDetection(Dataset):
             "original_size": frame,
         }
         if self.masks and masks:
-            drawn = torch.from_numpy(draw_masks(packed, rows, drawn_in))
-            target["masks"] = resize_masks(drawn, size) if frame == drawn_in else fit_masks(drawn, size)
+            drawn = draw_masks_in(packed, rows, drawn_in, size, is_scaled=frame == drawn_in)
+            target["masks"] = torch.from_numpy(drawn)
         return image, target
 
     def ground_truth(self) -> dict[str, Any]:

@@ -12,7 +12,20 @@ import numpy as np
 
 from brs_detr.data.annotations import Images, Objects
 from brs_detr.data.issues import IssueLog
-from brs_detr.ops.rle import RLE, Size, as_text, box_bitmap, boxes_of, draw, encode, stated_size, to_rle
+from brs_detr.ops.rle import (
+    RLE,
+    Size,
+    as_text,
+    box_bitmap,
+    box_sampled,
+    boxes_of,
+    draw,
+    draw_sampled,
+    encode,
+    nearest_centers,
+    stated_size,
+    to_rle,
+)
 
 MIN_MASK_IOU = 0.5  # between an object's box and the box around its mask: below, one of them is not the object's
 _ONE_PIXEL = np.array([-1.0, -1.0, 1.0, 1.0])
@@ -165,6 +178,32 @@ def draw_masks(packed: PackedAnnotations, rows: np.ndarray, frame: Size) -> np.n
             draw(words, frame, out=mask)
         if not mask.any():
             mask[:] = box_bitmap(packed.boxes[row], frame)
+    return masks
+
+
+def draw_masks_in(packed: PackedAnnotations, rows: np.ndarray, frame: Size, size: Size, is_scaled: bool) -> np.ndarray:
+    """Draw the masks of some objects of one image in its own size, which need not be that of its annotations' frame.
+
+    The pixels of another frame are read off its run lengths: its bitmaps may take gigabytes.
+
+    Args:
+        packed, rows, frame: as of `draw_masks`.
+        size: (h, w) pixels of the image.
+        is_scaled: the image is the frame, resized: each pixel is that of the nearest center. Otherwise the masks are
+            cut or padded at the right and bottom.
+
+    Returns:
+        (n, h, w) uint8, 1 inside, of what `draw_masks` draws.
+    """
+    if size == frame:
+        return draw_masks(packed, rows, frame)
+    masks = np.zeros((len(rows), *size), np.uint8)
+    sides = zip(frame, size, strict=True)
+    y, x = (nearest_centers(before, side) if is_scaled else np.arange(min(before, side)) for before, side in sides)
+    for mask, row in zip(masks, rows, strict=True):
+        words = _words(packed, row)
+        drawn = draw_sampled(words, frame, y, x) if len(words) else None
+        mask[: len(y), : len(x)] = box_sampled(packed.boxes[row], frame, y, x) if drawn is None else drawn
     return masks
 
 

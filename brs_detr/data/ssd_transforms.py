@@ -9,6 +9,7 @@ Random numbers come from the caller's generator, as in `transforms.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -78,6 +79,7 @@ class SSDTransforms:
 
     def __call__(self, image: Tensor, target: Target, generator: torch.Generator) -> tuple[Tensor, Target]:
         """Augment one image; arguments and result as of `TrainTransforms`."""
+        image, target = self._shrunk(image, target)
         image = self._distort(image, generator)
         canvas = self._expanded(image.shape[-2], image.shape[-1], generator)
         area, keep = self._part(canvas, target["boxes"], generator)
@@ -91,6 +93,18 @@ class SSDTransforms:
     def largest_sizes(self, height: int, width: int) -> list[Size]:
         """Return (h, w) of the largest images that one of this size can become, as `TrainTransforms` does."""
         return [self.size]
+
+    def _shrunk(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+        """Shrink an image of which even the smallest part has more pixels than the result.
+
+        Colors are distorted as float32, and a canvas may have 16 times the pixels: of a photo of 24 megapixels that
+        would be 0.3 and 1.2 GB in each worker.
+        """
+        height, width = image.shape[-2:]
+        scale = max(self.size[0] / (self.min_crop * height), self.size[1] / (self.min_crop * width))
+        if scale >= 1:
+            return image, target
+        return resize_sample(image, target, (math.ceil(scale * height), math.ceil(scale * width)), self.antialias)
 
     def _distort(self, image: Tensor, generator: torch.Generator) -> Tensor:
         """Change brightness, contrast, saturation and hue of (3, h, w) uint8, each with the given probability.

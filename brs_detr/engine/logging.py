@@ -33,33 +33,43 @@ SHOWN = ("AP", "AP50", "AP75")  # of the figures of a validation, besides the AP
 class RunLog:
     """log.txt, metrics.jsonl and Accelerate's trackers of one run; silent on all but the main process.
 
-    Once the run has begun, a line that cannot be written does not end it: a warning is printed once on stderr, and the
-    next line is tried again. A folder that was removed is created again.
+    Until `begin` is called, lines of log.txt are held back: the files may be of a run that a start overwrites, if
+    nothing refuses it. From then on, a line that cannot be written does not end the run: a warning is printed once on
+    stderr, and the next line is tried again. A folder that was removed is created again.
 
     Args:
         folder: the run's folder.
         accelerator: of the launch; its trackers, if any were initialized, get every metric too.
-        resumed_at: {"step", "epoch"} completed by the resumed state: later lines of metrics.jsonl are of steps and
-            validations that will be repeated, and are dropped; None for a fresh run, which starts with empty files.
-
-    Raises:
-        StorageError: the files cannot be written.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, resumed_at: dict[str, Any] | None = None) -> None:
+    def __init__(self, folder: Path, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.main = accelerator.is_main_process
         self.text_path, self.metrics_path = folder / "log.txt", folder / "metrics.jsonl"
+        self.held: list[str] | None = []  # lines of log.txt from before the beginning; None after it
         self.torn: set[Path] = set()  # files whose last line may be incomplete
         self.warned: set[str] = set()  # subjects of warnings printed so far
+
+    def begin(self, resumed_at: dict[str, Any] | None = None) -> None:
+        """Make the files those of this run, and write the lines that were held back.
+
+        Args:
+            resumed_at: {"step", "epoch"} completed by the resumed state: later lines of metrics.jsonl are of steps and
+                validations that will be repeated, and are dropped; None for a fresh run, which starts with empty files.
+
+        Raises:
+            StorageError: the files cannot be written.
+        """
         if not self.main:
             return
         if resumed_at is None:
             write_text(self.metrics_path, "")
             write_text(self.text_path, "")
-            return
-        kept = [line for line in read_metrics(self.metrics_path) if not _is_later(line, resumed_at)]
-        write_text(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
+        else:
+            kept = [line for line in read_metrics(self.metrics_path) if not _is_later(line, resumed_at)]
+            write_text(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
+        held, self.held = self.held, None
+        self._append(self.text_path, "".join(held or []))
 
     def say(self, text: str) -> None:
         """Print a message and append it to log.txt, without breaking a progress bar."""
@@ -72,8 +82,13 @@ class RunLog:
 
     def note(self, text: str) -> None:
         """Append a message to log.txt only."""
-        if self.main:
-            self._append(self.text_path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        if not self.main:
+            return
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n"
+        if self.held is not None:
+            self.held.append(line)
+        else:
+            self._append(self.text_path, line)
 
     def metrics(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append one line `{"kind": ..., "step": ..., **values}` and send its numbers to the trackers.

@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +19,8 @@ from accelerate.utils import broadcast_object_list
 
 from brs_detr.exit_codes import CheckpointError, ExitCode, Failure
 
+TOKEN_BYTES = 4  # random, in the name of an unfinished file: two processes may write the same file at the same time
+PARTIAL_BYTES = len("..partial") + 2 * TOKEN_BYTES + 1  # by which the name of an unfinished file is longer
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _REASONS = {
     errno.ENOSPC: "not enough room on the disk",
@@ -113,7 +116,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         StorageError: the file cannot be written; no partial file is left.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(TOKEN_BYTES)}.partial")
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -159,12 +162,20 @@ def write_text(path: Path, text: str) -> None:
     write_file(path, lambda file: file.write(text.encode()))
 
 
-def remove_partials(folder: Path) -> None:
-    """Remove the unfinished files that a killed process has left in a folder."""
-    for partial in folder.glob(".*.partial"):
-        if partial.is_file():
-            with contextlib.suppress(OSError):
-                partial.unlink()
+def remove_partials(folder: Path, patterns: Sequence[str]) -> None:
+    """Remove the unfinished files that a killed process has left in a folder.
+
+    Args:
+        folder: where they are.
+        patterns: names of files, as `Path.glob` takes them, that no other process writes there.
+    """
+    token = "[0-9a-f]" * (2 * TOKEN_BYTES)
+    for pattern in patterns:
+        # without a token: of earlier versions
+        for partial in (*folder.glob(f".{pattern}.{token}.partial"), *folder.glob(f".{pattern}.partial")):
+            if partial.is_file():
+                with contextlib.suppress(OSError):
+                    partial.unlink()
 
 
 def together(accelerator: Accelerator, work: Callable[[], object]) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from brs_detr.ops.images import Size
-from brs_detr.ops.masks import as_rles, decode_masks, encode_masks
-from brs_detr.ops.rle import RLE
+from brs_detr.ops.masks import as_rles
+from brs_detr.ops.rle import shifted
 from brs_detr.ops.tiles import Tile, join_tiles, seen_better, touches_edge
 
 
@@ -24,7 +24,7 @@ def join_outputs(
         grid: the tiles, one for each output.
         size: (h, w) pixels of the image.
         thresholds: (K,) minimum score of each class. Detections below it suppress none: a large box with a low score
-            would otherwise stand for its good parts. Where nothing reaches it, all take part.
+            would otherwise stand for its good parts. Where none reaches it, only the best one is returned.
 
     Returns:
         The same of the image, best first; masks as compressed run lengths.
@@ -36,13 +36,14 @@ def join_outputs(
     tiles = torch.cat([torch.full((len(one["scores"]),), number) for number, one in enumerate(moved)])
     rows = torch.cat([one["rows"] for one in moved])  # of each detection in the output of its tile
     reached = scores.double() >= torch.from_numpy(thresholds)[labels]
-    taken = (reached if reached.any() else torch.ones_like(reached)).nonzero()[:, 0]
+    # the best one alone says what the image lacks; to join thousands that nobody is shown would take seconds
+    taken = reached.nonzero()[:, 0] if reached.any() else scores.argsort(descending=True, stable=True)[:1]
     kept = taken[join_tiles(boxes[taken], scores[taken], labels[taken], tiles[taken], is_part[taken])]
     joined: dict[str, Any] = {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}
     if "masks" in outputs[0]:
         runs = [as_rles(output["masks"]) for output in outputs]
         places = zip(tiles[kept].tolist(), rows[kept].tolist(), strict=True)
-        joined["masks"] = [_moved_mask(runs[number][row], grid[number], size) for number, row in places]
+        joined["masks"] = [shifted(runs[number][row], grid[number].y1, grid[number].x1, size) for number, row in places]
     return joined
 
 
@@ -58,10 +59,3 @@ def _moved(output: dict[str, Any], tile: Tile) -> dict[str, torch.Tensor]:
         "is_part": touches_edge(boxes[rows], tile).any(dim=1),
         "rows": rows,
     }
-
-
-def _moved_mask(runs: RLE, tile: Tile, size: Size) -> RLE:
-    """Move the mask of a tile to the image."""
-    mask = torch.zeros(1, *size, dtype=torch.uint8)
-    mask[:, tile.y1 : tile.y2, tile.x1 : tile.x2] = decode_masks([runs], (tile.y2 - tile.y1, tile.x2 - tile.x1))
-    return encode_masks(mask)[0]

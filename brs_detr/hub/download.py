@@ -29,7 +29,8 @@ PATIENCE = 4.0  # seconds for the connection: no network is reported in less tha
 STALL = 30.0  # seconds without an answer, or a byte of it, after which the connection is given up
 ATTEMPTS = 5  # in a row without a further byte
 _CHUNK = 2**20
-_LOCK_AGE = 120.0  # seconds after which the lock of a process that was killed no longer counts; renewed each chunk
+_LOCK_AGE = 120.0  # seconds after which the lock of a process that was killed no longer counts
+_LOCK_RENEWALS = 6  # in that time, by its owner
 _AGENT = "brs-detr"
 
 
@@ -144,15 +145,12 @@ def _fetch_rest(url: str, part: Path, start: int, patience: float, advice: str) 
 
 def _copy(answer: Any, file: BinaryIO, start: int, expected: int | None, part: Path) -> None:
     """Copy the body of an answer to a file, with a bar on a terminal."""
-    lock = _lock_file(part.with_name(part.name.removesuffix(".part")))
     with tqdm(
         total=expected, initial=start, desc=part.stem, unit="B", unit_scale=True, unit_divisor=1000, disable=None
     ) as bar:
         while chunk := answer.read(_CHUNK):
             file.write(chunk)
             bar.update(len(chunk))
-            with contextlib.suppress(OSError):
-                os.utime(lock)
 
 
 @contextlib.contextmanager
@@ -234,26 +232,38 @@ def _fault_of_zip(path: Path) -> str:
 
 @contextlib.contextmanager
 def _locked(target: Path) -> Iterator[None]:
-    """Keep other processes from downloading the same file; works on every platform and on network disks."""
-    lock = _lock_file(target)
+    """Keep other processes from downloading the same file; works on every platform and on network disks.
+
+    Raises:
+        OSError: the lock of a process that was killed may not be removed, or none may be created.
+    """
+    lock = target.with_name(f".{target.name}.lock")
     while True:
         try:
             os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             break
         except FileExistsError:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(FileNotFoundError):  # its owner has just removed it
                 if time.time() - lock.stat().st_mtime > _LOCK_AGE:
-                    lock.unlink(missing_ok=True)
+                    lock.unlink()
                     continue
             time.sleep(0.2)
+    ended = threading.Event()
+
+    def renew() -> None:
+        while not ended.wait(_LOCK_AGE / _LOCK_RENEWALS):
+            with contextlib.suppress(OSError):
+                os.utime(lock)
+
+    # in a thread: to check a large file on a slow disk takes minutes, without a step between
+    renewing = threading.Thread(target=renew, daemon=True)
+    renewing.start()
     try:
         yield
     finally:
+        ended.set()
+        renewing.join()
         lock.unlink(missing_ok=True)
-
-
-def _lock_file(target: Path) -> Path:
-    return target.with_name(f".{target.name}.lock")
 
 
 def _etag_file(part: Path) -> Path:

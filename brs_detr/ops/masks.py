@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-from brs_detr.ops.rle import RLE, Size, as_text, draw, encode, pack_segmentation, stated_size
+from brs_detr.ops.rle import RLE, Size, as_text, draw, encode, nearest_centers, pack_segmentation, stated_size
 
 _CHUNK_PIXELS = 2**25  # pixels that are resampled at once, 128 MB as float32
 
@@ -32,10 +32,7 @@ def resize_masks(masks: Tensor, size: Size) -> Tensor:
     if masks.device.type != "cpu":
         return F.interpolate(masks[:, None], list(size), mode="nearest-exact")[:, 0]
     old, new = masks.numpy(), masks.new_zeros(len(masks), *size)
-    sources = [
-        ((np.arange(side, dtype=np.float32) + 0.5) * np.float32(before / side)).astype(np.int64).clip(max=before - 1)
-        for side, before in zip(size, old.shape[1:], strict=True)
-    ]
+    sources = [nearest_centers(before, side) for side, before in zip(size, old.shape[1:], strict=True)]
     for before, after in zip(old, new.numpy(), strict=True):
         # the new rows and columns between the first and the last that are not empty
         spans = [np.flatnonzero(before.any(axis)[source]) for axis, source in ((1, sources[0]), (0, sources[1]))]
@@ -43,14 +40,6 @@ def resize_masks(masks: Tensor, size: Size) -> Tensor:
             (y0, y1), (x0, x1) = ((int(span[0]), int(span[-1]) + 1) for span in spans)
             after[y0:y1, x0:x1] = before[sources[0][y0:y1, None], sources[1][x0:x1]]
     return new
-
-
-def fit_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cut or pad masks (n, h, w) at the right and bottom to the (h, w) of the image that they are taken to be of."""
-    fitted = masks.new_zeros(len(masks), *size)
-    height, width = min(masks.shape[1], size[0]), min(masks.shape[2], size[1])
-    fitted[:, :height, :width] = masks[:, :height, :width]
-    return fitted
 
 
 def boxes_around(masks: Tensor) -> Tensor:

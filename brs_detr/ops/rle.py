@@ -140,10 +140,7 @@ def draw(words: np.ndarray, size: Size, out: np.ndarray | None = None) -> np.nda
         (h, w) uint8, 1 inside.
     """
     bitmap = np.zeros(size, np.uint8) if out is None else out
-    runs = decode_counts(to_rle(words, size)["counts"].decode("ascii")) if words[0] else words[3:]
-    ends = np.cumsum(runs, dtype=np.int64)
-    first, last = ends[:-1:2], ends[1::2]
-    first, last = first[last > first], last[last > first]
+    first, last = _inside(words, size)
     if len(first):
         # only the object's columns: most of the pixels of an image with many objects belong to none of them
         height = size[0]
@@ -153,6 +150,42 @@ def draw(words: np.ndarray, size: Size, out: np.ndarray | None = None) -> np.nda
         steps[last - left * height] -= 1
         bitmap[:, left:right] = np.cumsum(steps[:-1], dtype=np.int8).reshape(right - left, height).T
     return bitmap
+
+
+def _inside(words: np.ndarray, size: Size) -> tuple[np.ndarray, np.ndarray]:
+    """Return begin and end of each run inside a packed segmentation, counted down the columns of (h, w) pixels."""
+    runs = decode_counts(to_rle(words, size)["counts"].decode("ascii")) if words[0] else words[3:]
+    ends = np.cumsum(runs, dtype=np.int64)
+    first, last = ends[:-1:2], ends[1::2]
+    return first[last > first], last[last > first]
+
+
+def draw_sampled(words: np.ndarray, size: Size, rows: np.ndarray, columns: np.ndarray) -> np.ndarray | None:
+    """Return `draw(words, size)[rows][:, columns]` without drawing it: that of a large image may be of gigabytes.
+
+    Args:
+        words: as `pack_segmentation` makes them; run lengths must be of this size.
+        size: (h, w) pixels.
+        rows, columns: (r,) and (c,) int64, ascending.
+
+    Returns:
+        (r, c) uint8; None if the segmentation has no pixel at all.
+    """
+    first, last = _inside(words, size)
+    if not len(first):
+        return None
+    bitmap, height = np.zeros((len(rows), len(columns)), np.uint8), size[0]
+    left, right = np.searchsorted(columns, [first[0] // height, (last[-1] - 1) // height + 1])
+    place = columns[left:right, None] * height + rows
+    run = np.searchsorted(first, place, side="right") - 1
+    bitmap[:, left:right] = ((run >= 0) & (place < last[run])).T
+    return bitmap
+
+
+def nearest_centers(before: int, after: int) -> np.ndarray:
+    """Return the pixel (after,) int64 of `before` in a row whose center is nearest to that of each of `after`."""
+    centers = (np.arange(after, dtype=np.float32) + 0.5) * np.float32(before / after)
+    return centers.astype(np.int64).clip(max=before - 1)
 
 
 def to_rle(words: np.ndarray, size: Size) -> RLE:
@@ -182,14 +215,57 @@ def to_rle(words: np.ndarray, size: Size) -> RLE:
     return merged
 
 
+def shifted(rle: RLE, top: int, left: int, size: Size) -> RLE:
+    """Move a mask of a part of an image to the image, run by run: no bitmap of the image is drawn.
+
+    Args:
+        rle: compressed run lengths of a part of (h, w) pixels, its `size`.
+        top, left: of the part, in pixels of the image; all of the part lies in the image.
+        size: (H, W) pixels of the image.
+
+    Returns:
+        Compressed run lengths of the image, with `counts` as str.
+
+    Raises:
+        ValueError: the run lengths are malformed.
+    """
+    height, width = (int(side) for side in rle["size"])
+    runs = checked_runs(rle["counts"], height, width)
+    if runs is None:
+        raise ValueError(f"mask: these are not run lengths of {width}x{height} pixels: {str(rle)[:80]}.")
+    ends = np.cumsum(runs)
+    first, last = ends[:-1:2], ends[1::2]
+    first, last = first[last > first], last[last > first]
+    # a run goes on at the top of the next column: where the part has fewer rows than the image, it is cut there
+    columns = (last - 1) // height - first // height + 1  # that each run reaches
+    of_run = np.repeat(np.arange(len(first)), columns)
+    column = first[of_run] // height + np.arange(len(of_run)) - np.repeat(np.cumsum(columns) - columns, columns)
+    begin = np.maximum(first[of_run] - column * height, 0) + top
+    end = np.minimum(last[of_run] - column * height, height) + top
+    offset = (column + left) * size[0]
+    begin, end = begin + offset, end + offset
+    # runs that touch are one
+    apart = begin[1:] > end[:-1]
+    begin, end = begin[np.r_[True, apart][: len(begin)]], end[np.r_[apart, True][: len(end)]]
+    counts = np.diff(np.concatenate([[0], np.stack([begin, end], 1).ravel(), [size[0] * size[1]]])).tolist()
+    if len(begin) and not counts[-1]:  # the object reaches the last pixel
+        counts.pop()
+    return as_text(coco_mask.frPyObjects({"size": list(size), "counts": counts}, *size))
+
+
 def box_bitmap(box: np.ndarray, size: Size) -> np.ndarray:
     """Draw a box (4,) xyxy pixels as (h, w) uint8; at least one pixel, where the box is in the image."""
-    bitmap = np.zeros(size, np.uint8)
+    return box_sampled(box, size, np.arange(size[0]), np.arange(size[1]))
+
+
+def box_sampled(box: np.ndarray, size: Size, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Return `box_bitmap(box, size)[rows][:, columns]`; arguments as of `draw_sampled`."""
     x0, y0 = np.floor(np.asarray(box[:2], np.float64) + 0.5).clip(0).astype(int)
     x1, y1 = np.floor(np.asarray(box[2:], np.float64) + 0.5).clip(0).astype(int)
     x0, y0 = min(x0, size[1] - 1), min(y0, size[0] - 1)
-    bitmap[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)] = 1
-    return bitmap
+    in_rows = (rows >= y0) & (rows < max(y1, y0 + 1))
+    bitmap: np.ndarray = in_rows[:, None] & (columns >= x0) & (columns < max(x1, x0 + 1))
+    return bitmap.astype(np.uint8)
 
 
 def encode(bitmap: np.ndarray) -> RLE:

@@ -8,6 +8,8 @@ import shutil
 import socket
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,6 +50,7 @@ _FREE_TO_CHANGE = (
     "eval.batch_size",
 )
 
+_WEIGHTS = ("best.safetensors", "last.safetensors")
 _locks: list[IO[str]] = []  # a lock is held as long as its file is open
 
 
@@ -144,12 +147,38 @@ def check_output_dir(config: Config) -> None:
 def remove_run(folder: Path) -> None:
     """Remove the states and weights of a run that is overwritten; called once the new run is sure to begin."""
     shutil.rmtree(folder / "state", ignore_errors=True)
-    for name in ("best.safetensors", "last.safetensors"):
+    for name in _WEIGHTS:
         (folder / name).unlink(missing_ok=True)
 
 
+def require_state(config: Config, state: Path | None, accelerator: Accelerator) -> None:
+    """Raise if a run is resumed of which only the weights are left: starting from scratch would replace them.
+
+    Args:
+        config: of the run.
+        state: the saved state to resume from, the same in every process; None if there is none.
+        accelerator: of the launch.
+
+    Raises:
+        ConfigError: in every process, naming the weights.
+    """
+    if state is not None or not config.train.resume or config.train.overwrite:
+        return
+    folder = Path(config.output_dir)
+    left = [name for name in _WEIGHTS if (folder / name).is_file()] if accelerator.is_main_process else []
+    [left] = broadcast_object_list([left])
+    if left:
+        raise ConfigError(
+            f"{folder}: no saved state to resume from, but weights ({', '.join(left)}), which a training from scratch "
+            f"would replace. Add --overwrite to permit that, or train on from them in another output_dir with "
+            f"train.init_from={folder / left[0]}."
+        )
+
+
 def lock_output_dir(folder: Path) -> None:
-    """Lock a folder against other trainings until this process ends in any way; for the main process only.
+    """Lock a folder against other trainings; for the main process only.
+
+    The lock lasts until `locks_released` or the end of this process, whichever way it ends.
 
     A killed launcher may leave its processes training. Windows has no such locks: there nothing is locked.
 
@@ -171,6 +200,16 @@ def lock_output_dir(folder: Path) -> None:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     _locks.append(file)
+
+
+@contextmanager
+def locks_released() -> Iterator[None]:
+    """Release the locks of this process after a training, however it ends: a notebook lives on."""
+    try:
+        yield
+    finally:
+        while _locks:
+            _locks.pop().close()
 
 
 def require_shared_folder(config: Config, accelerator: Accelerator) -> None:

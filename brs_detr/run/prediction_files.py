@@ -20,7 +20,7 @@ from brs_detr.config import ConfigError
 from brs_detr.data.annotations import categories_differ, read_categories, read_images
 from brs_detr.data.issues import IssueLog
 from brs_detr.data.json_file import load_json
-from brs_detr.engine.storage import write_file, write_text
+from brs_detr.engine.storage import PARTIAL_BYTES, write_file, write_text
 
 Record = dict[str, Any]
 FORMATS = ("json", "coco", "yolo", "csv")
@@ -60,10 +60,11 @@ def convert(lines: Path, out: Path, kind: str, labels: Labels) -> None:
 
 
 def read_records(lines: Path) -> Iterator[Record]:
-    """Iterate over the records of a file of lines."""
+    """Iterate over the records of a file of lines; the last line is left out if a full disk or Ctrl-C cut it short."""
     with open(lines, encoding="utf-8") as file:
         for line in file:
-            yield json.loads(line)
+            if line.endswith("\n"):
+                yield json.loads(line)
 
 
 def read_image_ids(path: Path, labels: Labels, max_bytes: int) -> dict[str, int]:
@@ -185,7 +186,7 @@ def _line(record: Record) -> bytes:
 
 def _with_ending(stem: Path, ending: str) -> Path:
     """Append an ending to a path, whatever dots its name has; a name that becomes too long ends in a hash."""
-    room = MAX_NAME_BYTES - len(ending) - len("..partial")  # `write_file` adds this for a while
+    room = MAX_NAME_BYTES - len(ending) - PARTIAL_BYTES  # `write_file` adds these for a while
     name = os.fsencode(stem.name)
     if len(name) <= room:
         return stem.with_name(stem.name + ending)

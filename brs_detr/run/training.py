@@ -30,8 +30,8 @@ from brs_detr.engine.distributed import is_sharded, keep_known_layers, keep_scal
 from brs_detr.engine.logging import RunLog
 from brs_detr.engine.optim import build_optimizer, build_schedule
 from brs_detr.engine.state import agreed_state, read_metadata
-from brs_detr.engine.storage import remove_partials, write_text
-from brs_detr.engine.trainer import BEST, Trainer
+from brs_detr.engine.storage import remove_partials, together, write_text
+from brs_detr.engine.trainer import BEST, LAST, Trainer
 from brs_detr.losses.balance import set_epoch_length
 from brs_detr.models.detector import Detector
 from brs_detr.ops.targets import check_targets
@@ -53,16 +53,19 @@ from brs_detr.run.output_dir import (
     remove_run,
     require_same_data,
     require_shared_folder,
+    require_state,
 )
 from brs_detr.run.validation import Validated, report_best
 from brs_detr.viz.boxes import write_samples
 
 Validate = Callable[[nn.Module], dict[str, Any]]
+# files that only a training writes into its folder, unlike report.html and exports
+WRITTEN = (BEST, LAST, "config.yaml", "metrics.jsonl", "log.txt", "overfit.json", "nonfinite-*.pt")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training that has begun.
+    """A training that is set up; `begin_run` makes the folder its own.
 
     Attributes:
         config: of the run; with `train.overfit_batches` its data are the subset.
@@ -70,6 +73,7 @@ class Run:
         plan: how the total batch is split.
         log: to the console and to files.
         state: the saved state to resume from; None for a fresh start.
+        settings: the content of config.yaml, in which `data` is not the subset.
         train_set: opens the training set.
     """
 
@@ -78,6 +82,7 @@ class Run:
     plan: BatchPlan
     log: RunLog
     state: Path | None
+    settings: str
     train_set: TrainSet = field(default_factory=TrainSet)
 
     @property
@@ -129,7 +134,8 @@ def open_run(config: Config, trial: str | None = None) -> Run:
         require_compiler(accelerator.device)
     train_set = TrainSet()
     config, plan, state, log = _open_log(config, accelerator, train_set, is_trial=trial is not None)
-    return Run(with_subset(config, accelerator), accelerator, plan, log, state, train_set)
+    settings = configuration.dump(config)
+    return Run(with_subset(config, accelerator), accelerator, plan, log, state, settings, train_set)
 
 
 def _open_log(
@@ -138,9 +144,10 @@ def _open_log(
     """Open the run's log, find the saved state to resume from (None for a fresh start) and choose the anchors."""
     folder, plan = Path(config.output_dir), setup.plan_batches(config, accelerator)
     require_shared_folder(config, accelerator)
+    state, notes = agreed_state(folder / "state", accelerator) if config.train.resume else (None, [])
+    require_state(config, state, accelerator)
     purposes = ("train",) if config.train.overfit_batches is not None else ("train", "val")
     config, recognized = with_source(config, folder, accelerator, purposes)
-    state, notes = agreed_state(folder / "state", accelerator) if config.train.resume else (None, [])
     if state is None and not is_trial:  # a trial shows the cost of a step, which weights do not change
         require_learning_backbone(config)
     config, chosen = choose_anchors(config, None if state is None else read_metadata(state), accelerator, train_set)
@@ -149,14 +156,11 @@ def _open_log(
         changes = check_resumable(config, plan, read_metadata(state), state, is_sharded(accelerator))
         notes += [f"resumed from {state}", *(f"changed since: {change}" for change in changes)]
     accelerator.wait_for_everyone()
-    log = RunLog(folder, accelerator, None if state is None else read_metadata(state))
+    log = RunLog(folder, accelerator)
     searched = state is None and config.train.per_device_batch_size == "auto"
     split = f"total batch {plan.total}, its split is searched for below" if searched else str(plan)
     for note in [describe_machine(accelerator), split, *recognized, *notes, *chosen]:
         log.say(note)
-    if accelerator.is_main_process:
-        remove_partials(folder)
-        write_text(folder / "config.yaml", configuration.dump(config))
     return config, plan, state, log
 
 
@@ -226,7 +230,7 @@ def choose_batch_size(run: Run) -> Run:
 
 
 def open_data(run: Run) -> Data:
-    """Open the datasets and build their loaders; a fresh start draws samples of the training images.
+    """Open the datasets and build their loaders.
 
     Raises:
         DataError: there is nothing to train or to evaluate on.
@@ -240,10 +244,6 @@ def open_data(run: Run) -> Data:
     metadata = setup.run_metadata(config, run.plan, train_set, val_set)
     if run.state is not None:
         require_same_data(config, metadata["data"], read_metadata(run.state), run.state)
-    elif run.accelerator.is_main_process:
-        if config.train.overwrite and not config.train.resume:
-            remove_run(run.folder)
-        write_samples(train_set, run.folder / "train_samples.png", 16)
     train_loader = build_train_loader(
         train_set,
         run.plan.per_device,
@@ -263,6 +263,27 @@ def open_data(run: Run) -> Data:
         log.say(warning)
     loader = val_loader(val_set, config, run.accelerator)
     return Data(train_set, val_set, train_loader, loader, batches, length, metadata)
+
+
+def begin_run(run: Run, train_set: CocoDetection) -> None:
+    """Make the folder that of this run, once nothing can refuse it any more; every process calls it.
+
+    Until then it may hold a run that is to be overwritten. A fresh start draws samples of the training images.
+
+    Raises:
+        StorageError: in every process: the folder cannot be written to.
+    """
+
+    def begin() -> None:
+        if run.state is None:
+            write_samples(train_set, run.folder / "train_samples.png", 16)  # first: an image may be unreadable
+            if run.config.train.overwrite:
+                remove_run(run.folder)
+        remove_partials(run.folder, WRITTEN)
+        run.log.begin(None if run.state is None else read_metadata(run.state))
+        write_text(run.folder / "config.yaml", run.settings)
+
+    together(run.accelerator, begin)
 
 
 def prepare_model(run: Run, train_set: CocoDetection) -> tuple[nn.Module, AcceleratedOptimizer, ModelEmaV3 | None]:

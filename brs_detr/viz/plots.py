@@ -32,6 +32,7 @@ DPI = 100
 PANEL = (6.4, 4.0)  # inches
 MAX_LEGEND = 12  # entries
 FEW_CURVES = 4  # whose legend has room inside the panel
+MAX_SMOOTHED = 2000  # points of a smoothed curve, more than a panel has pixels
 MAX_FLOAT32 = 3.4e38
 # DejaVu Sans comes with matplotlib; glyphs that it lacks are taken from these where they are installed
 OTHER_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC", "SimHei")
@@ -233,7 +234,13 @@ def draw_confusion(confusion: Confusion, out_png: str | Path | None = None) -> F
 
 
 def smoothed(points: Points, span: int) -> Points:
-    """Compute the running median of `span` points, centered, fewer at both ends: a single spike leaves no trace."""
+    """Compute the running median of `span` points, centered, fewer at both ends: a single spike leaves no trace.
+
+    Of more than `MAX_SMOOTHED` points only every second, third, ... one takes part: a median sorts its span, and other
+    processes of the training may be waiting.
+    """
+    step = -(-len(points) // MAX_SMOOTHED) or 1
+    points, span = points[::step], max(1, span // step)
     values, half = [y for _, y in points], span // 2
     return [(x, statistics.median(values[max(0, i - half) : i + half + 1])) for i, (x, _) in enumerate(points)]
 

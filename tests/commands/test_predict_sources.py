@@ -183,6 +183,30 @@ def test_a_low_score_does_not_take_the_place_of_parts():
         assert found["scores"].tolist() == pytest.approx(scores)
 
 
+def test_of_tiles_without_a_detection_only_the_best_one_is_joined():
+    """Each of the others would take part in the suppression, and have its mask moved, for nobody to see."""
+    grid = tile_grid((640, 640), (64, 64), 0.2)
+    generator = torch.Generator().manual_seed(0)
+    bitmap = torch.zeros(30, 64, 64, dtype=torch.uint8)
+    bitmap[:, 25:35, 25:35] = 1
+    outputs = [
+        {
+            "boxes": torch.tensor([[25.0, 25, 35, 35]]).expand(30, 4),
+            "scores": 0.4 * torch.rand(30, generator=generator),
+            "labels": torch.arange(30),
+            "masks": encode_masks(bitmap),
+        }
+        for _ in grid
+    ]
+    outputs[7]["scores"][3] = 0.45
+    joined = join_outputs(outputs, grid, (640, 640), np.full(30, 0.5))
+    assert joined["scores"].tolist() == pytest.approx([0.45]) and joined["labels"].tolist() == [3]
+    x, y = grid[7].x1, grid[7].y1
+    assert joined["boxes"].tolist() == [[x + 25, y + 25, x + 35, y + 35]] and len(joined["masks"]) == 1
+    nothing = [{name: value[:0] for name, value in output.items()} for output in outputs]
+    assert len(join_outputs(nothing, grid, (640, 640), np.zeros(30))["scores"]) == 0
+
+
 def written(out):
     return sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
 

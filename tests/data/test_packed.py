@@ -1,14 +1,18 @@
 """Masks of a dataset are those that pycocotools draws; faults are counted and have the box as mask."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.loader import build_eval_loader, build_train_loader
+from brs_detr.data.packed import draw_masks, draw_masks_in
 from brs_detr.data.synthetic import make_dataset
 from brs_detr.data.transforms import EvalTransforms, TrainTransforms
 from brs_detr.ops.rle import draw, pack_segmentation
@@ -34,6 +38,62 @@ def test_masks_equal_what_pycocotools_draws(shared_data, name):
         rle, size = ground[annotation["image_id"], *annotation["bbox"]], truth.annToMask(annotation).shape
         drawn = draw(np.frombuffer(pack_segmentation(json.loads(json.dumps(rle))), np.uint32), size)
         assert np.array_equal(drawn, truth.annToMask(annotation))
+
+
+def annotations_of(frame):
+    """A dataset of one image, of (h, w) pixels by its json, with 20 objects: polygons, run lengths, none, thin."""
+    height, width = frame
+    shapes = []
+    for number in range(20):
+        x, y, side = (0.04 * number * width, 0.03 * number * height, 0.2 * min(frame))
+        runs = np.zeros(frame, np.uint8, order="F")
+        runs[int(y) : int(y + side), int(x) : int(x + side / 2)] = 1
+        polygon = [[x, y, x + side, y + 0.1 * side, x + 0.4 * side, y + side, x + 0.1 * side, y + 0.5 * side]]
+        thin = [[x, y, x + side, y, x + side, y + 0.01]]
+        rle = coco_mask.encode(runs)
+        coded = {"size": list(frame), "counts": rle["counts"].decode()}
+        shape = {"segmentation": [polygon, coded, None, thin][number % 4], "bbox": [x, y, side, side]}
+        shapes.append({"id": number + 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": side**2, **shape})
+    image = {"id": 1, "file_name": "a.png", "height": height, "width": width}
+    return {"images": [image], "annotations": shapes, "categories": [{"id": 1, "name": "a"}]}
+
+
+@pytest.mark.parametrize("size", [(30, 40), (61, 83), (97, 129), (360, 480), (50, 200), (500, 90)])
+def test_masks_of_a_json_of_another_size_are_those_of_its_frame_resized(tmp_path, size):
+    """To the nearest center where the aspect ratio is that of the json, else cut or padded."""
+    path, frame = tmp_path / "a.json", (240, 320)
+    path.write_text(json.dumps(annotations_of(frame)))
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", frame[::-1]).save(tmp_path / "images" / "a.png")
+    packed = open_set(path, inspect=False).packed
+    rows = np.arange(20)
+    masks = torch.from_numpy(draw_masks(packed, rows, frame))
+    resized = torch.nn.functional.interpolate(masks[:, None], size, mode="nearest-exact")[:, 0]
+    assert np.array_equal(draw_masks_in(packed, rows, frame, size, is_scaled=True), resized.numpy())
+    padded = torch.nn.functional.pad(masks, (0, 500, 0, 500))[:, : size[0], : size[1]]
+    assert np.array_equal(draw_masks_in(packed, rows, frame, size, is_scaled=False), padded.numpy())
+
+
+def test_a_small_image_of_a_large_json_takes_no_memory_of_the_json_s_size(tmp_path):
+    """48 megapixels in the json, half a megapixel in the file: the bitmaps of one object would take 48 MB."""
+    path = tmp_path / "a.json"
+    content = annotations_of((600, 800))
+    for shape in content["annotations"]:
+        shape["bbox"] = [10 * value for value in shape["bbox"]]
+        if isinstance(shape["segmentation"], list):
+            shape["segmentation"] = [[10 * value for value in part] for part in shape["segmentation"]]
+    content["images"][0] |= {"height": 6000, "width": 8000}
+    content["annotations"] = [s for s in content["annotations"] if not isinstance(s["segmentation"], dict)]
+    path.write_text(json.dumps(content))
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (800, 600)).save(tmp_path / "images" / "a.png")
+    dataset = open_set(path, inspect=False)
+    tracemalloc.start()
+    target = dataset.load(0)[1]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert target["masks"].shape == (15, 600, 800) and target["masks"].flatten(1).any(1).all()
+    assert peak < 30e6, peak  # 7 MB of them are the masks
 
 
 FAULTS = {

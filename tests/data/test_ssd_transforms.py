@@ -151,6 +151,40 @@ def test_brightness_is_added_and_contrast_multiplies():
     assert 50 <= min(scaled) < 60 and 140 < max(scaled) <= 150 and 70 < scaled.count(100) < 130
 
 
+def test_a_large_photo_is_shrunk_first_and_augmented_as_a_smaller_one():
+    """Never below the pixels of the smallest part: what follows has the same draws and, but for resampling, results."""
+    image, target = scene(240, 400)
+    large = image.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    masks = target["masks"].repeat_interleave(8, 1).repeat_interleave(8, 2)
+    target_of_large = {**target, "boxes": 8 * target["boxes"], "masks": masks}
+    transform = SSDTransforms(size=(60, 60), min_crop=0.3)
+    sizes, distort = [], SSDTransforms._distort
+
+    def watched(self, pixels, generator):
+        sizes.append(tuple(pixels.shape[-2:]))
+        return distort(self, pixels, generator)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SSDTransforms, "_distort", watched)
+        for seed in range(20):
+            ours = transform(large, target_of_large, seeded(seed))
+            theirs = transform(image, target, seeded(seed))
+            assert ours[0].shape == theirs[0].shape == (3, 60, 60) and len(ours[1]["masks"]) == len(ours[1]["boxes"])
+            if len(ours[1]["boxes"]) == len(theirs[1]["boxes"]):
+                assert (ours[1]["boxes"] - theirs[1]["boxes"]).abs().max() < 1.5, seed
+                assert (ours[0].float() - theirs[0].float()).abs().mean() < 8, seed
+    assert set(sizes) == {(200, 334)}  # 60 / 0.3 is 200: a part of 0.3 of each side has 60 rows
+    assert large.shape == (3, 1920, 3200) and target_of_large["boxes"].max() == 1440
+
+
+def test_images_of_common_sizes_are_not_shrunk():
+    """As in the papers: no image of COCO has 512 / 0.3 pixels a side."""
+    image = torch.randint(256, (3, 640, 640), dtype=torch.uint8, generator=seeded(0))
+    target = {"boxes": torch.tensor([[1.5, 2.5, 300, 400]]), "labels": torch.tensor([0])}
+    shrunk, same = SSDTransforms()._shrunk(image, target)
+    assert shrunk is image and same is target
+
+
 @pytest.mark.parametrize("wrong", [{"min_crop": 0}, {"max_expand": 0.5}])
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

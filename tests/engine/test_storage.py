@@ -6,6 +6,8 @@ import json
 import os
 import resource
 import shutil
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,9 +19,10 @@ from brs_detr.engine import tensor_file
 from brs_detr.engine.checkpoint import Weights, find_weights, load_weights, save_weights
 from brs_detr.engine.logging import RunLog, read_metrics
 from brs_detr.engine.state import find_fault, latest_state, read_metadata, tidy
-from brs_detr.engine.storage import NonFiniteError, StorageError, write_file, write_text
+from brs_detr.engine.storage import NonFiniteError, StorageError, remove_partials, write_file, write_text
 from brs_detr.engine.tensor_file import read_tensors, write_tensors
 from brs_detr.exit_codes import CheckpointError
+from brs_detr.run.training import WRITTEN
 
 WEIGHTS = Weights({"a": torch.arange(6.0).view(2, 3)}, ["cat", "dog"], [3, 90], {"seed": 1}, {"epoch": 4})
 
@@ -125,6 +128,7 @@ def test_a_state_whose_deletion_was_interrupted_is_no_state(toy, tmp_path, monke
 def test_a_log_that_cannot_be_written_ends_no_run(toy, tmp_path, capsys):
     _, accelerator = toy.build(tmp_path)
     log = RunLog(tmp_path, accelerator)
+    log.begin()
     log.say("before" * 10)
     log.metrics("train", 1, {"loss": 1.0})
     for size in (20, 70):
@@ -164,6 +168,41 @@ def test_an_output_folder_removed_during_the_run_is_created_again(toy, tmp_path,
     assert f"{folder}: was removed while the run was writing to it" in capsys.readouterr().err
     assert latest_state(folder / "state")[0].name == "step-00000012"
     assert (folder / "best.safetensors").is_file() and (folder / "last.safetensors").is_file()
+
+
+def test_two_processes_may_write_the_same_file_at_the_same_time(tmp_path):
+    """As `eval` and a training that reports its best validation: each file is complete, the last one stays."""
+    path = tmp_path / "report.html"
+
+    def write(file):
+        file.write(b"first")
+        write_file(path, lambda other: other.write(b"second"))
+        assert path.read_bytes() == b"second"
+        file.write(b", complete")
+
+    write_file(path, write)
+    assert content(tmp_path) == {Path("report.html"): b"first, complete"}
+
+
+def test_only_unfinished_files_of_a_training_are_removed(tmp_path):
+    """Those of an earlier version too; not what an export or an evaluation is writing into the same folder."""
+    weights = tmp_path / "best.safetensors"
+    with pytest.raises(SystemExit):
+        write_file(weights, lambda file: sys.exit())
+    assert content(tmp_path) == {}
+
+    def killed(file):
+        shutil.copy(file.name, f"{file.name}-copy")  # what a kill would leave
+
+    write_file(weights, killed)
+    [left] = tmp_path.glob("*-copy")
+    left.rename(tmp_path / left.name.removesuffix("-copy"))
+    (tmp_path / ".last.safetensors.partial").touch()
+    others = [".model.onnx.partial", ".best.safetensors.onnx.partial", ".report.html.01234567.partial"]
+    for name in others:
+        (tmp_path / name).touch()
+    remove_partials(tmp_path, WRITTEN)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "best.safetensors"])
 
 
 def test_files_get_the_permissions_of_the_umask(tmp_path):

@@ -125,6 +125,8 @@ def build(
     def validate(module):
         return {"AP": sum(p.detach().sum().item() for p in module.parameters())} if accelerator.is_main_process else {}
 
+    log = RunLog(folder, accelerator)
+    log.begin(resumed_at)
     steps = epochs * -(-count // accumulate)
     trainer = ToyTrainer(
         accelerator=accelerator,
@@ -133,7 +135,7 @@ def build(
         schedule=Schedule("cosine", steps, warmup_steps=3),
         batches=batches,
         folder=folder,
-        log=RunLog(folder, accelerator, resumed_at),
+        log=log,
         config=TrainConfig(
             log_every=2,
             save_every=save_every,

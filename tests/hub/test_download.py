@@ -1,11 +1,13 @@
 """A file arrives complete and checked, or not at all, and what has arrived is not fetched twice."""
 
+import errno
 import hashlib
 import io
 import multiprocessing
 import os
 import socket
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -172,6 +174,48 @@ def test_the_lock_of_a_killed_process_is_passed_over(server, tmp_path):
     os.utime(lock, (1, 1))
     download(server.url, tmp_path / "x.pth", DIGEST)
     assert leftovers(tmp_path) == ["x.pth"]
+
+
+def test_a_lock_that_may_not_be_removed_is_no_endless_wait(server, tmp_path, monkeypatch):
+    """Of a killed process, in a cache of another user or on a disk that has become read-only."""
+    lock = tmp_path / ".x.pth.lock"
+    lock.touch()
+    os.utime(lock, (1, 1))
+
+    def denied(path, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    def waits(_):
+        raise AssertionError("it waits for a lock that nobody renews")
+
+    monkeypatch.setattr(Path, "unlink", denied)
+    monkeypatch.setattr(module.time, "sleep", waits)
+    with pytest.raises(DownloadError, match=r"cannot be written to \(Permission denied\).*set BRS_DETR_CACHE") as error:
+        download(server.url, tmp_path / "x.pth")
+    assert error.value.code == ExitCode.STORAGE and server.requests == []
+
+
+def test_a_file_that_takes_long_to_check_is_not_taken_over(server, tmp_path, monkeypatch):
+    """As one of gigabytes on a slow disk: another process would ask for the rest of it, and remove what is checked."""
+    server.content = CONTENT
+    monkeypatch.setattr(module, "_LOCK_AGE", 0.6)
+    begun = threading.Event()
+
+    def slowly(*arguments):
+        begun.set()
+        time.sleep(2.0)
+        return check(*arguments)
+
+    check = module._checked
+    monkeypatch.setattr(module, "_checked", slowly)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(download(server.url, tmp_path / "x.pth"))) for _ in "ab"]
+    threads[0].start()
+    assert begun.wait(10)
+    threads[1].start()
+    for thread in threads:
+        thread.join(30)
+    assert found == [DIGEST, ""] and len(server.requests) == 1 and leftovers(tmp_path) == ["x.pth"]
 
 
 @pytest.mark.parametrize(

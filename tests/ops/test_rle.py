@@ -15,8 +15,10 @@ from brs_detr.ops.rle import (
     boxes_of,
     checked_runs,
     draw,
+    draw_sampled,
     encode,
     pack_segmentation,
+    shifted,
     stated_size,
     to_rle,
 )
@@ -150,3 +152,35 @@ def test_boxes_are_around_the_pixels_of_masks():
     boxes = boxes_of([as_text(encode(mask)) for mask in masks])
     assert boxes.tolist() == [[5, 3, 7, 9], [29, 19, 30, 20], [0, 0, 30, 20], [0, 0, 0, 0]]
     assert boxes_of([]).shape == (0, 4)
+
+
+@given(arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9))), *[st.integers(0, 4)] * 4)
+@settings(max_examples=300, deadline=None)
+def test_a_mask_of_a_part_is_moved_to_the_image(mask, top, left, below, beside):
+    """To every place, also where the part has all rows of the image; as if it were drawn and encoded there."""
+    image = np.pad(mask, ((top, below), (left, beside)))
+    for coded in (as_text(encode(mask)), {"size": list(mask.shape), "counts": runs_of(mask)}):
+        assert shifted(coded, top, left, image.shape) == as_text(encode(image))
+
+
+def test_no_bitmap_of_the_image_is_drawn_for_a_mask_of_a_part():
+    """One of this image would take 1.8 GB."""
+    moved = shifted(as_text(encode(np.ones((20, 10), bool))), 30_000, 40_000, (42_000, 42_000))
+    assert coco_mask.area(moved) == 200
+    assert coco_mask.toBbox(moved).tolist() == [40_000, 30_000, 10, 20]
+
+
+def test_a_mask_of_a_part_that_is_malformed_is_refused():
+    with pytest.raises(ValueError, match="not run lengths of 4x3 pixels"):
+        shifted({"size": [3, 4], "counts": [5, 50]}, 0, 0, (9, 9))
+
+
+@given(arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9))), st.randoms(use_true_random=False))
+@settings(max_examples=300, deadline=None)
+def test_rows_and_columns_are_read_off_the_runs(mask, random):
+    rows, columns = (np.array(sorted(random.choices(range(side), k=random.randint(0, 12))), int) for side in mask.shape)
+    packed = words(as_text(encode(mask)))
+    sampled = draw_sampled(packed, mask.shape, rows, columns)
+    assert (sampled is None) == (not mask.any())
+    if sampled is not None:
+        assert np.array_equal(sampled, mask[rows][:, columns])

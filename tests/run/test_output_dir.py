@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import reset_accelerate
 
 from brs_detr.config import Config, ConfigError, apply_overrides, to_dict
+from brs_detr.data.issues import DataError
 from brs_detr.engine.batch_plan import split_batch_size
 from brs_detr.engine.config import TrainConfig
 from brs_detr.run.output_dir import check_output_dir, check_resumable, lock_output_dir, remove_run
+from brs_detr.train import train
 
 HOLD = """
 import sys, pathlib, brs_detr.run.output_dir as r
@@ -33,6 +36,21 @@ def test_a_folder_is_held_by_one_process_until_it_ends_even_if_it_is_killed(tmp_
     other.communicate()
     lock_output_dir(tmp_path)
     lock_output_dir(tmp_path)  # the same process may go on with its own run
+
+
+def test_a_training_that_has_ended_leaves_the_folder_to_others_while_its_process_lives_on(tmp_path):
+    """In a notebook, for one; here the training ends with an error."""
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.json").write_text("{}")
+    words = [f"data.root={tmp_path}", "data.train_json=train.json", "data.val_json=val.json"]
+    words += [f"output_dir={tmp_path / 'run'}", "model.backbone.pretrained=false", "model.backbone.norm=batch"]
+    reset_accelerate()
+    with pytest.raises(DataError):
+        train(apply_overrides(Config(), [*words, "model.backbone.frozen_stages=0"]))
+    assert (tmp_path / "run" / ".lock").is_file()  # it was locked; to open it here would release it
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    other = subprocess.run(command, cwd=Path(__file__).parents[2], input="\n", capture_output=True, text=True)
+    assert other.stdout == "held\n", other.stderr
 
 
 def run_metadata(config, plan):

@@ -286,3 +286,12 @@ def test_the_reliability_diagram_shows_raw_and_calibrated_scores_beside_the_diag
     assert of_calibrated.get_xydata().tolist() == [[0.4, 0.4], [0.9, 0.9]]
     assert quality.get_ydata().tolist() == [0.4, 0.4]
     draw_reliability([], tmp_path / "empty.png")
+
+
+def test_long_curves_are_smoothed_from_fewer_points():
+    """A median for each of 100,000 reports, of thousands of them, would take minutes, while other processes wait."""
+    points = [(float(x), 1e9 if x % 1000 == 0 else x / 100) for x in range(100_000)]
+    curve = smoothed(points, 4000)
+    assert 1000 <= len(curve) <= 2000 and curve[0][0] == 0 and curve[-1][0] > 99_900
+    assert all(y == pytest.approx(x / 100, abs=2) for x, y in curve if 3000 < x < 97_000)  # also at the spikes
+    assert smoothed(points[:2000], 5) == [(x, pytest.approx(x / 100, abs=0.03)) for x, _ in points[:2000]]
