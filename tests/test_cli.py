@@ -242,6 +242,17 @@ def test_resuming_a_run_of_which_only_the_weights_are_left_leaves_it_as_it_is(ru
     assert [line["epoch"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "val"] == [1]
 
 
+def test_a_run_killed_between_its_first_weights_and_its_first_state_begins_again(run, data, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / "state")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    first = next(number for number, line in enumerate(lines) if json.loads(line)["kind"] == "val")
+    (folder / "metrics.jsonl").write_text("".join(lines[: first + 1]))
+    assert train([DEMO, *TINY, f"data.root={data}", f"output_dir={folder}", "--resume"]) == 0
+    assert read_metrics(folder / "metrics.jsonl") and list((folder / "state").glob("step-*"))
+
+
 def test_a_changed_recipe_is_not_resumed_unless_allowed(run, data, capsys):
     command = [DEMO, *TINY, f"data.root={data}", f"output_dir={run}", "optim.lr=0.5", "--resume"]
     assert train(command) == 2

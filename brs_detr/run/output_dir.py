@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from brs_detr.config import Config, ConfigError, differences, from_dict
 from brs_detr.engine.batch_plan import BatchPlan
+from brs_detr.engine.logging import read_metrics
 from brs_detr.exit_codes import CheckpointError
 from brs_detr.models.cnn_config import MaskRCNNConfig
 
@@ -154,6 +155,8 @@ def remove_run(folder: Path) -> None:
 def require_state(config: Config, state: Path | None, accelerator: Accelerator) -> None:
     """Raise if a run is resumed of which only the weights are left: starting from scratch would replace them.
 
+    After one validation it is a run that was killed before its first state: a start from scratch repeats it.
+
     Args:
         config: of the run.
         state: the saved state to resume from, the same in every process; None if there is none.
@@ -165,7 +168,10 @@ def require_state(config: Config, state: Path | None, accelerator: Accelerator) 
     if state is not None or not config.train.resume or config.train.overwrite:
         return
     folder = Path(config.output_dir)
-    left = [name for name in _WEIGHTS if (folder / name).is_file()] if accelerator.is_main_process else []
+    left = []
+    if accelerator.is_main_process:
+        validations = [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "val"]
+        left = [name for name in _WEIGHTS if (folder / name).is_file() and len(validations) != 1]
     [left] = broadcast_object_list([left])
     if left:
         raise ConfigError(
