@@ -1,6 +1,6 @@
 """Draw the results of `accuracy.py`: the AP of every loss, each seed as a dot, the mean as a line; or AP by epoch.
 
-    python benchmarks/accuracy_plot.py --out docs/images/study.png
+    python benchmarks/accuracy_plot.py --detectors brs_detr --out docs/images/study.png
     python benchmarks/accuracy_plot.py --curves bccd --out docs/images/dino_curves.png
 
 A panel is a dataset, a detector and one of its heads, with two losses or more. Only runs of one variant are drawn (the
@@ -121,10 +121,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=RESULTS.with_suffix(".png"))
+    parser.add_argument("--detectors", nargs="+", help="draw these alone")
     parser.add_argument("--curves", metavar="DATASET", help="draw AP by epoch on this dataset instead")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(args.results.read_text())
+    if args.detectors is not None:
+        results = {name: result for name, result in results.items() if name.split()[1] in args.detectors}
     (draw_curves(results, args.curves) if args.curves else draw(results)).savefig(args.out)
     print(f"written: {args.out}")
 
