@@ -19,7 +19,9 @@ SPEED = {"images_per_s": 12.3456, "step_s": 0.5, "data_s": 0.0123}
 
 @pytest.fixture
 def log(tmp_path):
-    return RunLog(tmp_path, Accelerator(cpu=True))
+    log = RunLog(tmp_path, Accelerator(cpu=True))
+    log.begin()
+    return log
 
 
 def crowded_image(number):
