@@ -4,7 +4,7 @@
     python benchmarks/soft_nms.py --device cuda
 
 Candidates are the best pairs of query and class: drawn objects, each found by several boxes around it with scores that
-fall as these move away, as a detector leaves them. Medians of alternating calls, on one thread of a CPU.
+fall as these move away, as a detector leaves them. Medians of alternating calls, in CPU time of one thread.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from torchvision.ops import batched_nms
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cnn_overfit import machine
+from cnn_step import Clock
 
 from brs_detr.ops.soft_nms import decay, survives
 
@@ -66,18 +66,9 @@ def hard(boxes: Tensor, scores: Tensor, labels: Tensor) -> list[Tensor]:
 
 def medians(functions: list[Callable[[], object]], device: torch.device, rounds: int) -> list[float]:
     """Time the functions in turn; returns the median milliseconds of each."""
-    times: list[list[float]] = [[] for _ in functions]
-    for number in range(rounds + 2):
-        for own, function in zip(times, functions, strict=True):
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if number >= 2:  # after a warm-up
-                own.append(1000 * (time.perf_counter() - start))
-    return [statistics.median(own) for own in times]
+    clock = Clock(device.type)
+    times = [[1000 * clock.seconds(function) for function in functions] for _ in range(rounds + 2)]
+    return [statistics.median(own) for own in zip(*times[2:], strict=True)]  # after a warm-up
 
 
 def parse_arguments() -> argparse.Namespace:

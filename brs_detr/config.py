@@ -166,7 +166,7 @@ def _read_value(path: Sequence[str], written: str, key: str) -> Any:
     text = written.strip()
     is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
     nulls = ("null",) if key == "data" else ("", "null", "Null", "NULL", "~")  # data=~ is a folder
-    if is_text(Config(), path) and not is_quoted and text not in nulls and text[:1] not in ("[", "{"):
+    if not is_quoted and text not in nulls and text[:1] not in ("[", "{") and is_text(Config(), path):
         return text
     return parse_yaml(written, f"command line, {key}") if written else None
 

@@ -154,7 +154,11 @@ def draw(words: np.ndarray, size: Size, out: np.ndarray | None = None) -> np.nda
 
 def _inside(words: np.ndarray, size: Size) -> tuple[np.ndarray, np.ndarray]:
     """Return begin and end of each run inside a packed segmentation, counted down the columns of (h, w) pixels."""
-    runs = decode_counts(to_rle(words, size)["counts"].decode("ascii")) if words[0] else words[3:]
+    return _spans(decode_counts(to_rle(words, size)["counts"].decode("ascii")) if words[0] else words[3:])
+
+
+def _spans(runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return begin and end of each run inside, from the lengths of runs outside and inside in turn."""
     ends = np.cumsum(runs, dtype=np.int64)
     first, last = ends[:-1:2], ends[1::2]
     return first[last > first], last[last > first]
@@ -233,9 +237,7 @@ def shifted(rle: RLE, top: int, left: int, size: Size) -> RLE:
     runs = checked_runs(rle["counts"], height, width)
     if runs is None:
         raise ValueError(f"mask: these are not run lengths of {width}x{height} pixels: {str(rle)[:80]}.")
-    ends = np.cumsum(runs)
-    first, last = ends[:-1:2], ends[1::2]
-    first, last = first[last > first], last[last > first]
+    first, last = _spans(runs)
     # a run goes on at the top of the next column: where the part has fewer rows than the image, it is cut there
     columns = (last - 1) // height - first // height + 1  # that each run reaches
     of_run = np.repeat(np.arange(len(first)), columns)

@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from brs_detr.config import Config, ConfigError, differences, from_dict
 from brs_detr.engine.batch_plan import BatchPlan
 from brs_detr.engine.logging import read_metrics
+from brs_detr.engine.trainer import BEST, LAST
 from brs_detr.exit_codes import CheckpointError
 from brs_detr.models.cnn_config import MaskRCNNConfig
 
@@ -51,7 +52,7 @@ _FREE_TO_CHANGE = (
     "eval.batch_size",
 )
 
-_WEIGHTS = ("best.safetensors", "last.safetensors")
+_WEIGHTS = (BEST, LAST)
 _locks: list[IO[str]] = []  # a lock is held as long as its file is open
 
 
