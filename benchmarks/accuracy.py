@@ -10,8 +10,8 @@ last epoch's averaged weights with every head: no epoch is chosen on the images 
 json beside the table, and what is in it is not run again; an interrupted run is resumed. A variant is a named change of
 settings, compared with the run of the same seed without it ("a,b": with that of the variant "a"); with
 train.eval_every=2 in it the json has the curve, too. A name that stands for other settings in the json is refused.
-"decoder+nms" are the decoder's detections after class-wise NMS. Intervals are those of Student's t over paired
-differences of seeds.
+"decoder+nms" are the decoder's detections after class-wise NMS, "ensemble" those of all heads, joined by what the other
+half of the images says of the heads. Intervals are those of Student's t over paired differences of seeds.
 """
 
 from __future__ import annotations
@@ -43,10 +43,13 @@ from cnn_overfit import settings as cnn_settings
 from brs_detr.config import load_config
 from brs_detr.data.build import open_val_set
 from brs_detr.data.loader import build_eval_loader
-from brs_detr.engine.predict import predict_with_all_heads
+from brs_detr.engine.predict import join_heads, predict_with_all_heads
+from brs_detr.evaluation.coco_eval import evaluate_coco
 from brs_detr.evaluation.ground_truth import GroundTruth
+from brs_detr.evaluation.results import detections_to_results
+from brs_detr.evaluation.summary import Summary
 from brs_detr.run import setup
-from brs_detr.run.scoring import score_detections
+from brs_detr.run.scoring import learn_ensemble, score_detections
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy.json"
@@ -137,7 +140,10 @@ def figures_by_head(weights: Path, data: Path) -> dict[str, dict[str, float]]:
     limits = {"score_threshold": config.eval.score_threshold, "max_detections": config.eval.max_detections}
     found: dict[str, list[dict[str, Any]]] = predict_with_all_heads(model, loader, accelerator, **limits)
     if "decoder" in found:
-        found["decoder+nms"] = [suppress(image) for image in found["decoder"]]
+        found |= {
+            "decoder+nms": [suppress(image) for image in found["decoder"]],
+            "ensemble": join_by_other_half(found, loaded.category_ids, truth, model.join_iou),
+        }
     figures = {}
     for head, detections in found.items():
         summary, _ = score_detections(detections, loaded.category_ids, truth, config, accelerator)
@@ -151,6 +157,24 @@ def suppress(image: dict[str, Any]) -> dict[str, Any]:
     boxes, scores, labels = (torch.as_tensor(image[name]) for name in ("boxes", "scores", "labels"))
     kept = batched_nms(boxes.float(), scores, labels, NMS_IOU).numpy()
     return image | {name: image[name][kept] for name in ("boxes", "scores", "labels")}
+
+
+def join_by_other_half(
+    found: dict[str, list[dict[str, Any]]], category_ids: list[int], truth: GroundTruth, nms_iou: float
+) -> list[dict[str, Any]]:
+    """Join the heads' detections of each half of the images (every other one) as learned on the other half."""
+    halves = [{head: images[start::2] for head, images in found.items()} for start in (0, 1)]
+    joined = []
+    for own, other in zip(halves, reversed(halves), strict=True):
+        summaries = {head: summarize(images, category_ids, truth) for head, images in other.items()}
+        joined += join_heads(own, learn_ensemble(other, summaries), nms_iou)
+    return sorted(joined, key=lambda image: image["image_id"])
+
+
+def summarize(images: list[dict[str, Any]], category_ids: list[int], truth: GroundTruth) -> Summary:
+    """Evaluate the detections of some images of a dataset."""
+    results = [result for one in images for result in detections_to_results(one["image_id"], one, category_ids)]
+    return evaluate_coco(truth, results, image_ids=[one["image_id"] for one in images])
 
 
 def run(case: Case, data: Path, settings: list[str], work: Path) -> dict[str, Any]:
@@ -206,7 +230,8 @@ def table(results: dict[str, dict]) -> str:
         ]
         for (loss, variant), seeds in runs.items():
             for head in heads:
-                lines.append(line(runs, loss, variant, head, seeds))
+                own = {seed: one for seed, one in seeds.items() if head in one["heads"]}  # older runs lack the ensemble
+                lines += [line(runs, loss, variant, head, own)] if own else []
         lines.append("")
     return "\n".join(lines)
 
@@ -223,7 +248,8 @@ def line(
         if reference in runs and reference != (loss, variant):
             against, name = runs[reference], " ".join(new for new, own in zip(reference, (loss, variant)) if new != own)
             break
-    paired = [one["AP"] - against[seed]["heads"][head]["AP"] for seed, one in figures.items() if seed in against]
+    others = {seed: one["heads"][head]["AP"] for seed, one in against.items() if head in one["heads"]}
+    paired = [one["AP"] - others[seed] for seed, one in figures.items() if seed in others]
     difference = f"{interval(paired)} ({name}, {len(paired)})" if paired else ""
     ap, ap50 = (spread([one[key] for one in figures.values()]) for key in ("AP", "AP50"))
     # null where a training was killed together with this script, which then knows only the seconds of the last part

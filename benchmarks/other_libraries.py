@@ -1,12 +1,14 @@
 """Detectors of other libraries with a recipe's backbone, data and augmentation, for equal CPU seconds.
 
-    python benchmarks/other_libraries.py demo=datasets/demo --seconds 300
+    python benchmarks/other_libraries.py demo=datasets/demo --seconds 380
+    python benchmarks/other_libraries.py bccd=BCCD --seconds 290 --variant half
 
 torchvision's Faster R-CNN and RetinaNet on a feature pyramid over the same strides and, where transformers is
 installed, its two-stage Deformable DETR, all of the recipe's widths. The networks, their losses, samplers and
 post-processing are the libraries' own. Trained with the recipe's optimizer, a cosine schedule over the CPU seconds, and
 evaluated as in `accuracy.py`, to whose json the results are added (detector `torchvision_faster_rcnn`, loss `score`).
-Detections an image are as many as the recipe's; proposals are 200, which no recipe of ours exceeds.
+Detections an image are as many as the recipe's; proposals are 200, which no recipe of ours exceeds. `--variant` names
+the runs of `accuracy.py` whose seconds these are.
 """
 
 from __future__ import annotations
@@ -239,6 +241,7 @@ def parse_arguments() -> argparse.Namespace:
     names += ["transformers_deformable_detr"] * (importlib.util.find_spec("transformers") is not None)
     parser.add_argument("--detectors", nargs="+", choices=names, default=names)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--variant", default="recipe", help="name under which the results are kept")
     parser.add_argument("--lr", type=float, help="instead of the recipe's")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the json of accuracy.py")
     return parser.parse_args()
@@ -250,7 +253,7 @@ def main() -> None:
     for seed in args.seeds:
         for dataset, folder in (item.split("=", 1) for item in args.data):
             for name in args.detectors:
-                variant = "recipe" if args.lr is None else f"lr{args.lr:g}"
+                variant = args.variant if args.lr is None else f"{args.variant},lr{args.lr:g}"
                 case = f"{dataset} {name} score {variant} {seed}"
                 if case in stored(args.out):
                     continue

@@ -10,6 +10,7 @@ import pytest
 from support import ROOT
 
 from brs_detr.config import load_config
+from brs_detr.evaluation.ground_truth import GroundTruth
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,18 @@ def test_differences_are_those_of_equal_seeds(accuracy):
     assert "| 3 | 53.3 ± 32.1 |" in brs and "+2.5 ± 6.4 (focal, 2)" in brs
     assert next(line for line in lines if "cost8" in line).count("+1.0 (recipe, 1)") == 1
     assert "(focal" not in next(line for line in lines if line.startswith("| focal"))
+
+
+def test_older_results_without_a_head_are_left_out_of_its_line(accuracy):
+    heads = {"decoder": {"AP": 0.5, "AP50": 0.7}, "ensemble": {"AP": 0.6, "AP50": 0.8}}
+    results = {
+        "bccd brs_detr brs half 0": result(0.4),
+        "bccd brs_detr brs half 1": result(0.4) | {"heads": heads},
+        "bccd brs_detr score half 0": result(0.3),
+        "bccd brs_detr score half 1": result(0.3),
+    }
+    lines = [line for line in accuracy.table(results).splitlines() if "| ensemble |" in line]
+    assert lines == ["| brs | half | ensemble | 1 | 60.0 | 80.0 |  | 100 |"]
 
 
 def test_results_of_several_studies_are_joined_in_one_file(accuracy, tmp_path):
@@ -202,3 +215,39 @@ def test_curves_are_means_over_seeds_by_epoch(accuracy):
         "brs_detr score half (1)": ([2, 4], pytest.approx([10, 40])),
     }
     assert {line.get_label(): line.get_linestyle() for line in axes.lines}["brs_detr score half (1)"] == "--"
+
+
+def test_joined_heads_of_an_image_know_nothing_of_its_own_half(accuracy):
+    rng = np.random.default_rng(0)
+    sides = np.array([8.0, 16.0, 12.0])
+    boxes = [rng.uniform(0, 60, (3, 2)) for _ in range(6)]
+
+    def truth(skipped):
+        rows = [(image, corner, side) for image, own in enumerate(boxes) for corner, side in zip(own, sides)]
+        rows = [row for row in rows if row[0] not in skipped]
+        annotations = [
+            {"id": i, "image_id": image, "category_id": 1, "bbox": [*corner, side, side], "area": side**2, "iscrowd": 0}
+            for i, (image, corner, side) in enumerate(rows, start=1)
+        ]
+        images = [{"id": image, "height": 80, "width": 80} for image in range(len(boxes))]
+        content = {"images": images, "categories": [{"id": 1, "name": "a"}], "annotations": annotations}
+        return GroundTruth.from_dataset(content)
+
+    def detected(shift, high):
+        images = []
+        for image, own in enumerate(boxes):
+            corners = own + shift
+            scores = np.sort(rng.uniform(0, high, 3).astype(np.float32))[::-1].copy()
+            found = np.concatenate([corners, corners + sides[:, None]], axis=1).astype(np.float32)
+            labels = np.zeros(3, np.int64)
+            images.append({"image_id": image, "unreadable": False, "boxes": found, "scores": scores, "labels": labels})
+        return images
+
+    found = {"decoder": detected(0.0, 0.9), "roi": detected(0.5, 0.01)}
+    joined = accuracy.join_by_other_half(found, [1], truth(()), 0.6)
+    assert [image["image_id"] for image in joined] == list(range(6))
+    # without the objects of the first half the second one learns nothing, the first one the same
+    blind = accuracy.join_by_other_half(found, [1], truth((0, 2, 4)), 0.6)
+    for image in (0, 2, 4):
+        np.testing.assert_array_equal(joined[image]["scores"], blind[image]["scores"])
+    assert any(not np.array_equal(joined[image]["scores"], blind[image]["scores"]) for image in (1, 3, 5))
