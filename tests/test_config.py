@@ -34,7 +34,10 @@ def write(path, text):
 def test_every_recipe_loads_and_starts_with_its_launch_command(path):
     load_config(path)
     first = path.read_text().splitlines()[0]
-    assert first.startswith(f"# accelerate launch train.py configs/{path.relative_to(CONFIGS).as_posix()}")
+    # `accelerate launch` computes on one thread unless it is told otherwise
+    on_cpu = path.stem.endswith(("demo", "_cpu")) or (path.parent.name == "cnn" and path.stem.endswith("_small"))
+    launcher = "python" if on_cpu else "accelerate launch"
+    assert first.startswith(f"# {launcher} train.py configs/{path.relative_to(CONFIGS).as_posix()}")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

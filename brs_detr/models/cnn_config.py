@@ -259,7 +259,10 @@ class OneStageConfig:
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
         if self.levels < len(self.backbone.levels):
-            yield f"{name}.levels={self.levels} is less than the {len(self.backbone.levels)} backbone levels"
+            yield (
+                f"{name}.levels={self.levels} is less than the {len(self.backbone.levels)} of {name}.backbone.levels="
+                f"{list(self.backbone.levels)}; raise it, or leave some out"
+            )
         groups = getattr(self, "norm_groups", 1)
         if self.dim % groups != 0 or self.dim == groups:
             yield f"{name}.dim={self.dim} must be a multiple of {name}.norm_groups={groups}, and larger"
@@ -383,7 +386,10 @@ class TwoStageConfig:
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
         if self.levels < len(self.backbone.levels):
-            yield f"{name}.levels={self.levels} is less than the {len(self.backbone.levels)} backbone levels"
+            yield (
+                f"{name}.levels={self.levels} is less than the {len(self.backbone.levels)} of {name}.backbone.levels="
+                f"{list(self.backbone.levels)}; raise it, or leave some out"
+            )
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def test_masks_cover_the_part_of_the_batch_that_the_image_is():
         ("yolact", "model.loss=cross_entropy", "needs a background class"),
         ("solov2", "model.head.grids=[40, 36]", "must have one number per level, model.levels=5"),
         ("solov2", "model.head.conv_dim=30", "model.head.conv_dim=30 must be a multiple of model.head.norm_groups=4"),
-        ("solov2", "model.levels=3", "must have one number per level|less than the 4 backbone levels"),
+        ("solov2", "model.levels=3", "less than the 4 of model.backbone.levels=.*raise it"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(name, override, message):

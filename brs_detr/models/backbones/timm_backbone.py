@@ -148,7 +148,7 @@ def freeze_stages(backbone: nn.Module, count: int) -> None:
     """Stop training the stem and the first `count` stages, batch statistics included; 0 freezes nothing.
 
     Raises:
-        ValueError: the backbone has fewer stages.
+        ValueError: the backbone has fewer stages, or no module of its own for one, like HRNet.
     """
     stages: list[str] = cast(Any, backbone).stages
     if not 0 <= count <= len(stages):
@@ -159,8 +159,12 @@ def freeze_stages(backbone: nn.Module, count: int) -> None:
     modules = [module for _, module in backbone.named_modules()]
     names = [flat_name(name.removeprefix("features.")) for name, _ in backbone.named_modules()]
     # Modules are registered in order of use: all up to the stage's last one belong to it or come before it.
-    last = max(index for index, name in enumerate(names) if name == stage or name.startswith(stage + "_"))
-    for module in modules[: last + 1]:
+    own = [index for index, name in enumerate(names) if name == stage or name.startswith(stage + "_")]
+    if not own:
+        raise ValueError(
+            f"model.backbone.frozen_stages={count}: this backbone has no module for stage {stage}. Set it to 0."
+        )
+    for module in modules[: own[-1] + 1]:
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(False)
 

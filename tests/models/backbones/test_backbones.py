@@ -202,6 +202,9 @@ def test_frozen_stages_count_the_stem():
         assert found - {"bn1"} == frozen
     with pytest.raises(ValueError, match=r"frozen_stages=9.*4 stages"):
         build_backbone(BackboneConfig("resnet18", pretrained=False, frozen_stages=9))
+    hrnet = BackboneConfig("hrnet_w18_small", pretrained=False, frozen_stages=1)  # its branches run side by side
+    with pytest.raises(ValueError, match=r"frozen_stages=1: this backbone has no module for stage .*Set it to 0"):
+        build_backbone(hrnet)
 
 
 @pytest.mark.parametrize("norm", ["frozen", "batch", "group"])
