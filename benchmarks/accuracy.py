@@ -44,6 +44,7 @@ from brs_detr.config import load_config
 from brs_detr.data.build import open_val_set
 from brs_detr.data.loader import build_eval_loader
 from brs_detr.engine.predict import join_heads, predict_with_all_heads
+from brs_detr.engine.storage import write_text
 from brs_detr.evaluation.coco_eval import evaluate_coco
 from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.evaluation.results import detections_to_results
@@ -140,10 +141,8 @@ def figures_by_head(weights: Path, data: Path) -> dict[str, dict[str, float]]:
     limits = {"score_threshold": config.eval.score_threshold, "max_detections": config.eval.max_detections}
     found: dict[str, list[dict[str, Any]]] = predict_with_all_heads(model, loader, accelerator, **limits)
     if "decoder" in found:
-        found |= {
-            "decoder+nms": [suppress(image) for image in found["decoder"]],
-            "ensemble": join_by_other_half(found, loaded.category_ids, truth, model.join_iou),
-        }
+        joined = {"ensemble": join_by_other_half(found, loaded.category_ids, truth, model.join_iou)}
+        found |= {"decoder+nms": [suppress(image) for image in found["decoder"]]} | (joined if len(found) > 1 else {})
     figures = {}
     for head, detections in found.items():
         summary, _ = score_detections(detections, loaded.category_ids, truth, config, accelerator)
@@ -177,16 +176,19 @@ def summarize(images: list[dict[str, Any]], category_ids: list[int], truth: Grou
     return evaluate_coco(truth, results, image_ids=[one["image_id"] for one in images])
 
 
+def folder_of(case: Case, work: Path) -> Path:
+    """Return the folder of a case's training."""
+    return work / str(case).replace(" ", "-")
+
+
 def run(case: Case, data: Path, settings: list[str], work: Path) -> dict[str, Any]:
-    """Train and evaluate a case; its folder is deleted afterwards."""
-    folder = work / str(case).replace(" ", "-")
+    """Train and evaluate a case."""
+    folder = folder_of(case, work)
     folder.parent.mkdir(parents=True, exist_ok=True)
     seconds = train(case, data, settings, folder)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     validations = [line for line in lines if line["kind"] == "val"]
     figures = figures_by_head(folder / "last.safetensors", data)
-    shutil.rmtree(folder)
-    folder.with_suffix(".seconds").unlink()
     return {
         "heads": figures,
         "curve": [{key: line[key] for key in line if key == "epoch" or key.endswith("AP")} for line in validations],
@@ -313,8 +315,8 @@ def keep(out: Path, results: dict[str, dict]) -> None:
     with out.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         results = dict(sorted((stored(out) | results).items()))
-        out.write_text(json.dumps(results, indent=1) + "\n")
-        out.with_suffix(".md").write_text(table(results))
+        write_text(out, json.dumps(results, indent=1) + "\n")
+        write_text(out.with_suffix(".md"), table(results))
 
 
 def main() -> None:
@@ -326,6 +328,8 @@ def main() -> None:
     def finish(case: Case) -> None:
         result = run(case, Path(folders[case.dataset]).resolve(), settings_of(case, variants), args.work)
         keep(args.out, {str(case): result})
+        shutil.rmtree(folder_of(case, args.work))
+        folder_of(case, args.work).with_suffix(".seconds").unlink()
         shown = ", ".join(
             f"{head} {figures['AP']:.3f}/{figures['AP50']:.3f}" for head, figures in result["heads"].items()
         )

@@ -191,7 +191,41 @@ def test_a_result_keeps_the_validations_of_its_run(accuracy, tmp_path, monkeypat
         {"epoch": 2, "AP": 0.3, "decoder_AP": 0.2, "roi_AP": 0.3},
         {"epoch": 4, "AP": 0.4, "decoder_AP": 0.4, "roi_AP": 0.35},
     ]
-    assert found["steps"] == 104 and found["cpu_seconds"] == 12 and not list((tmp_path / "work").iterdir())
+    assert found["steps"] == 104 and found["cpu_seconds"] == 12
+    assert accuracy.folder_of(case, tmp_path / "work").is_dir()  # until the result is kept
+
+
+def test_a_result_is_kept_before_its_training_is_deleted(accuracy, tmp_path, monkeypatch, capsys):
+    out, work = tmp_path / "accuracy.json", tmp_path / "work"
+
+    def trained(case, data, settings, folder):
+        accuracy.folder_of(case, folder).mkdir(parents=True)
+        accuracy.folder_of(case, folder).with_suffix(".seconds").touch()
+        return result(0.4)
+
+    monkeypatch.setattr(accuracy, "run", trained)
+    arguments = ["accuracy.py", f"demo={tmp_path}", "--seeds", "0", "--out", str(out), "--work", str(work)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with monkeypatch.context() as full, pytest.raises(OSError, match="no space"):
+        full.setattr(accuracy, "keep", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+        accuracy.main()
+    assert len(list(work.iterdir())) == 2 and not out.exists()
+    monkeypatch.setattr(accuracy, "run", lambda *_: result(0.4))
+    accuracy.main()
+    assert not list(work.iterdir()) and list(accuracy.stored(out)) == ["demo brs_detr brs recipe 0"]
+
+
+def test_the_study_can_be_repeated_from_the_settings_in_its_results(accuracy):
+    own = ("torchvision", "transformers")
+    checked = 0
+    for name, kept in accuracy.stored(accuracy.RESULTS).items():
+        *words, seed = name.split()
+        case = accuracy.Case(*words, int(seed))
+        if case.detector.startswith(own) or any("copy of the code" in setting for setting in kept["settings"]):
+            continue
+        load_config(ROOT / "configs" / accuracy.recipe_of(case), kept["settings"])
+        checked += 1
+    assert checked > 100
 
 
 def test_curves_are_means_over_seeds_by_epoch(accuracy):

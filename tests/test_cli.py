@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from support import DEMO, ROOT, SMALL_DETECTOR, SMALL_IMAGES, reset_accelerate, script
 
 from brs_detr import cli
+from brs_detr.commands import info
 from brs_detr.config import from_dict, load_config
 from brs_detr.data.storage import ReadError
 from brs_detr.data.synthetic import make_dataset
@@ -168,6 +169,20 @@ def test_a_path_that_cannot_be_used_is_named_in_one_sentence(data, tmp_path, cap
     for bad, reason in ((tmp_path, "Is a directory"), (json_path / "x.csv", "Not a directory")):
         assert cli.main([*command, str(bad)]) == 2
         assert capsys.readouterr().err == f"error: {bad}: {reason}\n"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ("brs_detr_small_cpu", "\n1,000 steps of batch 4, adamw lr 0.002, weight decay 0.0001, cosine schedule\n"),
+        (
+            "cnn/atss_r50_brs_12e_coco",
+            "\n12 epochs of batch 16, sgd lr 0.008, weight decay 0.0001, step schedule [8, 11]\n",
+        ),
+    ],
+)
+def test_info_gives_the_length_that_is_trained(recipe, said):
+    assert said in info.heading(load_config(ROOT / "configs" / f"{recipe}.yaml"), 80, "as in COCO") + "\n"
 
 
 def test_what_holds_no_image_and_no_json_is_refused_in_one_sentence(run, tmp_path, capsys):

@@ -59,11 +59,13 @@ def heading(config: Config, classes: int, source: str) -> str:
     """Format name, loss, backbone, classes and schedule."""
     train, backbone = config.train, config.model.backbone
     weights = backbone.checkpoint or ("downloaded once" if backbone.pretrained else "random")
+    length = f"{train.epochs} epochs" if train.steps is None else f"{train.steps:,} steps"
+    milestones = f" {list(train.lr_steps)}" if train.schedule == "step" else ""
     return (
         f"{describe_detector(config.model)}, {classes} classes ({source})\n"
         f"backbone {backbone.name}, weights: {weights}, norm {backbone.norm}, {backbone.frozen_stages} frozen stages\n"
-        f"{train.epochs} epochs of batch {train.total_batch_size}, {config.optim.name} lr {config.optim.lr:g}, "
-        f"weight decay {config.optim.weight_decay:g}, {train.schedule} schedule {list(train.lr_steps)}"
+        f"{length} of batch {train.total_batch_size}, {config.optim.name} lr {config.optim.lr:g}, "
+        f"weight decay {config.optim.weight_decay:g}, {train.schedule} schedule{milestones}"
     )
 
 

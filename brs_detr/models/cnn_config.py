@@ -21,6 +21,7 @@ from brs_detr.models.config import (
     RoIConfig,
     RPNConfig,
     Stds,
+    too_few_levels,
 )
 from brs_detr.models.objective_config import (
     CNN_RANKING,
@@ -258,11 +259,7 @@ class OneStageConfig:
 
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
-        if self.levels < len(self.backbone.levels):
-            yield (
-                f"{name}.levels={self.levels} is less than the {len(self.backbone.levels)} of {name}.backbone.levels="
-                f"{list(self.backbone.levels)}; raise it, or leave some out"
-            )
+        yield from too_few_levels(self.levels, self.backbone, name)
         groups = getattr(self, "norm_groups", 1)
         if self.dim % groups != 0 or self.dim == groups:
             yield f"{name}.dim={self.dim} must be a multiple of {name}.norm_groups={groups}, and larger"
@@ -385,11 +382,7 @@ class TwoStageConfig:
 
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
-        if self.levels < len(self.backbone.levels):
-            yield (
-                f"{name}.levels={self.levels} is less than the {len(self.backbone.levels)} of {name}.backbone.levels="
-                f"{list(self.backbone.levels)}; raise it, or leave some out"
-            )
+        yield from too_few_levels(self.levels, self.backbone, name)
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,15 @@ class BackboneConfig:
                 yield Unused(f"{name}.{setting}", f"{name}.name={self.name}", "choose an EVA-02 (eva02_*)")
 
 
+def too_few_levels(levels: int, backbone: BackboneConfig, name: str) -> Iterator[str]:
+    """Yield what is wrong if section `name` has fewer `levels` than the backbone hands to its neck."""
+    if levels < len(backbone.levels):
+        yield (
+            f"{name}.levels={levels} is less than the {len(backbone.levels)} of {name}.backbone.levels="
+            f"{list(backbone.levels)}; raise it, or leave some out"
+        )
+
+
 @dataclass(frozen=True)
 class NoNMS:
     """Detections may overlap."""
@@ -305,18 +314,14 @@ class DETRConfig:
 
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
-        dim, groups, strides = self.dim, self.norm_groups, self.backbone.levels
+        dim, groups = self.dim, self.norm_groups
         if dim % self.heads != 0:
             yield f"{name}.dim={dim} must be a multiple of {name}.heads={self.heads}"
         if dim % groups != 0 or dim == groups:
             yield f"{name}.dim={dim} must be a multiple of {name}.norm_groups={groups}, and larger"
         if dim % 4 != 0:
             yield f"{name}.dim={dim} must be a multiple of 4 (sine and cosine of x and y)"
-        if self.levels < len(strides):
-            yield (
-                f"{name}.levels={self.levels} is less than the {len(strides)} of {name}.backbone.levels="
-                f"{list(strides)}; raise it, or leave some out"
-            )
+        yield from too_few_levels(self.levels, self.backbone, name)
         if len(set(self.aux_heads)) < len(self.aux_heads):
             yield f"{name}.aux_heads={list(self.aux_heads)} names a head twice"
         yield from needs_no_background(self.objective, name)

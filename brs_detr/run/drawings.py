@@ -159,7 +159,7 @@ def calibrated_results(
     """Return an evaluation of raw scores with the scores of its detections and of its thresholds mapped to precisions.
 
     Args:
-        summary: of the raw scores; its order-based figures stay.
+        summary: of the raw scores; its order-based figures stay, and the thresholds of classes that have none.
         results: detections in COCO's format.
         calibration: the map.
         category_ids: the dataset's id of each label.
@@ -168,5 +168,8 @@ def calibrated_results(
     numbers = np.array([labels[result["category_id"]] for result in results], int)
     scores = calibration.apply(np.array([result["score"] for result in results]), numbers)
     mapped = [result | {"score": score} for result, score in zip(results, scores.tolist(), strict=True)]
-    rows = [row | {"score": calibration.thresholds[labels[row["category_id"]]]} for row in summary.per_class]
+    rows = [
+        row | {"score": calibration.thresholds[labels[row["category_id"]]]} if row.get("f1", -1) > 0 else row
+        for row in summary.per_class
+    ]
     return replace(summary, per_class=rows), mapped

@@ -19,6 +19,7 @@ from brs_detr.evaluation.reliability import assess
 from brs_detr.models.ensemble import Ensemble
 from brs_detr.ops.images import ImageBatch
 from brs_detr.run import scoring, validation
+from brs_detr.run.drawings import calibrated_results
 
 BOX = [10.0, 10.0, 50.0, 40.0]
 
@@ -241,6 +242,10 @@ def test_calibrated_results_have_the_same_ap_although_the_cut_compares_classes(m
     assert same.stats == pytest.approx(raw.stats, abs=1e-9)
     assert [row["bbox"] for row in results] == [row["bbox"] for row in mapped]
     assert {row["category_id"] for row in mapped if row["score"] > 0.97} == {6}
+    # a class that was never found has no score at which it is found best, calibrated or not
+    raw.per_class[0] |= {"f1": -1.0, "score": -1.0}
+    first, second = calibrated_results(raw, results, maps, [5, 6])[0].per_class
+    assert first["score"] == -1 and second["score"] == maps.thresholds[1]
     # errors are of the raw scores before and after, whichever are evaluated
     (first,), (second,) = raw.folds.values(), same.folds.values()
     assert all(np.array_equal(a.scores, b.scores) for x, y in zip(first, second) for a, b in zip(x, y))
