@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-from brs_detr.config import Config, ConfigError, apply_overrides, load_config, update_from_command_line
+from brs_detr.config import Config, ConfigError, apply_overrides, check_overrides, load_config
 from brs_detr.data.config import Limits
 from brs_detr.data.layouts import is_yolo_yaml, recognize
 from brs_detr.data.sources import require_sources
@@ -258,10 +258,11 @@ def check_info(options: argparse.Namespace) -> None:
 def check_weights(options: argparse.Namespace) -> None:
     """Refuse weights that do not exist and settings with a wrong name or type, as `predict` and `export` get them.
 
-    Weights that are given by name are downloaded at their first use.
+    Which detector the settings are of, and whether they fit, the config in the file has to say. Weights that are given
+    by name are downloaded at their first use.
     """
     require_source(options.weights)
-    update_from_command_line(Config(), options.overrides)
+    check_overrides(options.overrides)
     options.weights = local_path(options.weights)
 
 
