@@ -22,7 +22,7 @@ from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.evaluation.results import detections_to_results
 from brs_detr.evaluation.summary import Summary
 from brs_detr.models.detector import Detector
-from brs_detr.models.ensemble import MAX_JOINED, Ensemble
+from brs_detr.models.ensemble import Ensemble
 from brs_detr.user_files import printable
 
 COCO_LIMIT = 100  # detections of an image that COCO's AP counts
@@ -117,9 +117,8 @@ def score_all_heads(
         evaluate_head: called with the detections, and the `name` and `calibration` of the head.
     """
     limits = _limits(config)
-    # what `join_heads` needs, limited below
-    most = max(MAX_JOINED, config.eval.max_detections)
-    by_head = predict_with_all_heads(detector, loader, accelerator, max_detections=most, progress=True)
+    # all of them, which `join_heads` needs; limited below
+    by_head = predict_with_all_heads(detector, loader, accelerator, max_detections=None, progress=True)
     scored = {
         name: evaluate_head(limited(detections, **limits), name=name, calibration=calibrations.get(name))
         for name, detections in by_head.items()

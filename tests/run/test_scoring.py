@@ -144,6 +144,20 @@ def test_an_ensemble_has_the_detections_that_the_detector_itself_makes():
     assert all((host[key] == device[key].numpy()).all() for key in device)
 
 
+@pytest.mark.parametrize(("limit", "kept"), [(300, 150), (120, 120)])
+def test_an_evaluation_joins_all_that_the_heads_return(monkeypatch, limit, kept):
+    def many_found(self, shift):
+        boxes = torch.arange(150.0)[:, None] * 20 + torch.tensor([0.0, 0.0, 10.0, 10.0])
+        return [{"boxes": boxes, "scores": torch.linspace(1, 0.5, 150), "labels": torch.zeros(150).long()}]
+
+    monkeypatch.setattr(TwoHeads, "found", many_found)
+    truth = GroundTruth.from_dataset(annotations())
+    batches = [(ImageBatch.from_list([torch.zeros(3, 90, 90)]), [{"image_id": image}]) for image in (1, 2, 3)]
+    config = Config(eval=EvalConfig(predict_with="ensemble", max_detections=limit))
+    _, results = scoring.score(TwoHeads(), [5], truth, batches, config, Accelerator(cpu=True), learn=True)
+    assert len(results) == 3 * kept
+
+
 def test_limits_hold_after_joining():
     """A head is joined with all it has; what is reported is limited."""
     entry = found(1) | {"boxes": np.zeros((3, 4)), "scores": np.array([0.9, 0.5, 0.1]), "labels": np.zeros(3)}
