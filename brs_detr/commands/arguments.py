@@ -303,9 +303,18 @@ def is_setting(word: str) -> bool:
 
 
 def check_benchmark(options: argparse.Namespace) -> None:
-    """Refuse a recipe that cannot be used, and weights that do not exist."""
+    """Refuse a recipe that cannot be used, and weights that do not exist.
+
+    Raises:
+        ConfigError: a setting; or all heads of a recipe are to be joined, whose scores no validation has compared.
+    """
     if options.target.suffix in ENDINGS or not (options.target.suffix or options.target.exists()):
-        load_config(options.target, options.overrides)
+        config = load_config(options.target, options.overrides)
+        if config.eval.predict_with == "ensemble":
+            raise ConfigError(
+                f"{options.target}: eval.predict_with=ensemble needs weights whose validation scored all heads, and a "
+                f"recipe has random ones. Give a run, or use one of {', '.join(config.model.detection_limits)}."
+            )
     else:
         check_weights(argparse.Namespace(weights=options.target, overrides=options.overrides))
 
