@@ -16,10 +16,12 @@ from typing import Any
 import yaml
 
 from brs_detr.config_aliases import ALIASES, migrate
-from brs_detr.config_fields import FilePath, Unused, as_word, one_of, unused_settings, with_home
+from brs_detr.config_fields import FilePath, Unused, as_word, one_of, unused_settings, variants, with_home
 from brs_detr.config_io import (
     ConfigError,
+    flat,
     given_settings,
+    has_path,
     is_text,
     leaves,
     merge,
@@ -124,13 +126,31 @@ def _without_effect(config: Config, layer: Mapping[str, Any]) -> Iterator[tuple[
             yield name, value, reasons[0]
 
 
-def update_from_command_line(config: Config, overrides: Sequence[str]) -> Config:
-    """Apply `a.b=value` strings to a config; names and types are checked, but not whether the values fit.
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Check names and types of `a.b=value` strings that are for the config of a file, before it is read.
+
+    A setting passes that any detector has, or any other alternative of its section: the file says which one it is of.
 
     Raises:
         ConfigError: unknown name, wrong type, not of that form.
     """
-    return _updated(config, _read_overrides(config, overrides))
+    for name, value in flat(_read_overrides(Config(), overrides)):
+        path = name[1:].split(".")
+        # those first that have the setting, or its section: what they say of the value or of a misspelt name is raised
+        configs = sorted(variants(Config(), path), key=lambda one: [not has_path(one, path[:n]) for n in (None, -1)])
+        refusals = (_refusal(config, nested(path, value)) for config in configs)
+        first = next(refusals)
+        if first is not None and all(refusals):
+            raise first
+
+
+def _refusal(config: Config, layer: Mapping[str, Any]) -> ConfigError | None:
+    """Return what is wrong with the settings of the command line for a config."""
+    try:
+        update(config, layer, "command line", ALIASES)
+    except ConfigError as error:
+        return error
+    return None
 
 
 def _read_overrides(config: Config, overrides: Sequence[str]) -> dict[str, Any]:
@@ -145,7 +165,7 @@ def _read_overrides(config: Config, overrides: Sequence[str]) -> dict[str, Any]:
         if key == "data" and value and value[0] not in "{[":
             path = ["data", "source"]
         setting = nested(path, _read_value(path, value, key))
-        if len(path) == 1:
+        if len(path) == 1 and not isinstance(setting[path[0]], Mapping):
             update(config, setting, "command line", ALIASES)  # a value in the place of a section would be merged over
         merge(layer, setting)
     _refuse_two_datasets(layer)

@@ -19,7 +19,7 @@ import dataclasses
 import math
 import os
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 
@@ -116,6 +116,23 @@ def one_of(default: Any, *others: Any) -> Any:
         others: what the field starts from when its tag is set to theirs.
     """
     return dataclasses.field(default=default, metadata={"alternatives": (default, *others)})
+
+
+def alternatives_of(config: Any, key: str) -> tuple[Any, ...]:
+    """Return what the section `key` of a config can start from; empty where its type is no union."""
+    field = next(f for f in dataclasses.fields(config) if f.name == key)
+    return tuple(field.metadata.get("alternatives", ()))
+
+
+def variants(config: Any, path: Sequence[str]) -> Iterator[Any]:
+    """Yield a config, and the same with each alternative of the sections on the path of a setting."""
+    key, *rest = path
+    section = getattr(config, key, None)
+    if not rest or not dataclasses.is_dataclass(section):
+        yield config
+        return
+    for one in (section, *alternatives_of(config, key)):
+        yield from (dataclasses.replace(config, **{key: inner}) for inner in variants(one, rest))
 
 
 def as_word(value: Any) -> str:

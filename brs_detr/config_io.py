@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from brs_detr.config_fields import NotEmpty, Null, Range, marks_of
+from brs_detr.config_fields import NotEmpty, Null, Range, alternatives_of, marks_of
 from brs_detr.exit_codes import Failure
 from brs_detr.parsing import SettingsLoader, load_yaml
 
@@ -91,7 +91,7 @@ def _choose(config: Any, key: str, layer: Any, name: str, source: str) -> Any:
 
     Settings that differ from the former alternative's are kept where the new one has them too.
     """
-    current, alternatives = getattr(config, key), _alternatives_of(config, key)
+    current, alternatives = getattr(config, key), alternatives_of(config, key)
     tag = dataclasses.fields(current)[0].name
     if not alternatives or not isinstance(layer, Mapping) or tag not in layer:
         return current
@@ -104,15 +104,9 @@ def _choose(config: Any, key: str, layer: Any, name: str, source: str) -> Any:
     return _carry_over(former, current, dataclasses.replace(chosen, **{tag: layer[tag]}))
 
 
-def _alternatives_of(config: Any, key: str) -> Sequence[Any]:
-    """Return what the section `key` of a config can start from; empty where its type is no union."""
-    field = next(f for f in dataclasses.fields(config) if f.name == key)
-    return tuple(field.metadata.get("alternatives", ()))
-
-
 def _refuse_settings_of_others(config: Any, key: str, chosen: Any, layer: Any, name: str, source: str) -> None:
     """Raise for a setting that only other alternatives of section `key` have, with their tags."""
-    alternatives, tag = _alternatives_of(config, key), dataclasses.fields(chosen)[0].name
+    alternatives, tag = alternatives_of(config, key), dataclasses.fields(chosen)[0].name
     own = {f.name for f in dataclasses.fields(chosen)}
     for wanted in layer if isinstance(layer, Mapping) else ():
         others = [item for item in alternatives if wanted in {f.name for f in dataclasses.fields(item)}]
@@ -180,7 +174,7 @@ def _carry_all(before: Any, now: Any, target: Any) -> Any:
 def _shared_by(config: Any, key: str) -> list[tuple[str, ...]]:
     """Return the paths of the sections, named `SHARED_SECTION`, to which a setting given for all of them belongs."""
     wanted = getattr(type(config), "SHARED_SECTION", None)
-    return [path for path in _sections(config, wanted) if _has(config, (*path, key))] if wanted else []
+    return [path for path in _sections(config, wanted) if has_path(config, (*path, key))] if wanted else []
 
 
 def _sections(config: Any, wanted: str) -> Iterator[tuple[str, ...]]:
@@ -192,7 +186,8 @@ def _sections(config: Any, wanted: str) -> Iterator[tuple[str, ...]]:
             yield from ((field.name, *path) for path in _sections(value, wanted))
 
 
-def _has(config: Any, path: Sequence[str]) -> bool:
+def has_path(config: Any, path: Sequence[str]) -> bool:
+    """Check whether a config has such a setting or section."""
     for key in path:
         if not hasattr(config, key):
             return False
@@ -246,17 +241,17 @@ def given_settings(config: Any, layer: Mapping[str, Any], prefix: str = "") -> I
             yield name, value, [name]
         else:
             paths = _shared_by(config, key)
-            for rest, inner in _flat(value):
+            for rest, inner in flat(value):
                 yield name + rest, inner, [f"{prefix}{'.'.join((*path, key))}{rest}" for path in paths]
 
 
-def _flat(value: Any) -> Iterator[tuple[str, Any]]:
+def flat(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield (".a.b", value) of each value of a nested mapping; ("", value) of one that is none."""
     if not isinstance(value, Mapping):
         yield "", value
         return
     for key, inner in value.items():
-        yield from ((f".{key}{rest}", leaf) for rest, leaf in _flat(inner))
+        yield from ((f".{key}{rest}", leaf) for rest, leaf in flat(inner))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -316,7 +311,7 @@ def is_text(config: Any, path: Sequence[str]) -> bool:
     places = [config]
     for key in path[:-1]:
         places = [place for place in places if key in {field.name for field in dataclasses.fields(place)}]
-        inner = [section for place in places for section in (getattr(place, key), *_alternatives_of(place, key))]
+        inner = [section for place in places for section in (getattr(place, key), *alternatives_of(place, key))]
         places = [section for section in inner if dataclasses.is_dataclass(section)]
     hints = [typing.get_type_hints(type(place), include_extras=True).get(path[-1]) for place in places]
     return any(str in map(_bare, _options(hint)) for hint in hints)

@@ -36,8 +36,10 @@ def data(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("data"), train=8, val=3, image_size=72)
 
 
-@pytest.mark.parametrize(("detector", "heads"), [("atss", {"head"}), ("faster_rcnn", {"rpn", "roi"})])
-def test_a_detector_is_trained_evaluated_and_used(detector, heads, data, tmp_path):
+@pytest.mark.parametrize(
+    ("detector", "heads", "head"), [("atss", {"head"}, "model.head"), ("faster_rcnn", {"rpn", "roi"}, "model.roi")]
+)
+def test_a_detector_is_trained_evaluated_and_used(detector, heads, head, data, tmp_path):
     run, recipe = tmp_path / "run", str(CONFIGS / f"{detector}_small.yaml")
     assert cli.main(["train", recipe, *SHORT, f"data.root={data}", f"output_dir={run}"]) == 0
     lines = read_metrics(run / "metrics.jsonl")
@@ -45,15 +47,17 @@ def test_a_detector_is_trained_evaluated_and_used(detector, heads, data, tmp_pat
     assert {name.split(".")[0] for name in lines[0]["terms"]} == heads
 
     reset_accelerate()
-    assert cli.main(["eval", str(run / "last.safetensors"), "--out", str(tmp_path / "eval"), "--images", "1"]) == 0
+    words = [str(run / "last.safetensors"), f"{head}.max_detections=100", "--images", "1"]
+    assert cli.main(["eval", *words, "--out", str(tmp_path / "eval")]) == 0
     figures = json.loads((tmp_path / "eval" / "evaluation.json").read_text())["stats"]
     logged = [line for line in lines if line["kind"] == "val"][-1]
     assert figures["AP"] == pytest.approx(logged["AP"], abs=1e-12)
 
     images = str(data / "images" / "val")
-    assert cli.main(["predict", str(run), images, "--out", str(tmp_path / "out"), "--threshold", "0"]) == 0
+    words = [str(run), images, f"{head}.max_detections=3", "--threshold", "0"]
+    assert cli.main(["predict", *words, "--out", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out" / "predictions.json").read_text())
-    assert len(found) == 3 and all(entry["objects"] for entry in found)
+    assert [len(entry["objects"]) for entry in found] == [3, 3, 3]
     assert len(list((tmp_path / "out" / "detections").iterdir())) == 3
 
 

@@ -49,6 +49,9 @@ ANSWERS = [
     (["train", "demo", "--dry_run"], "did you mean --dry-run?"),
     (["eval", "nowhere"], "nowhere: neither a weights file nor a run folder"),
     (["eval", ".", "evla.batch_size=1"], "did you mean eval.batch_size?"),
+    (["eval", ".", "model.head.max_detection=1"], "did you mean model.head.max_detections?"),
+    (["predict", ".", "full", "model.head.nms_uoi=1"], "did you mean model.head.nms_iou?"),
+    (["benchmark", "demo", "eval.predict_with=ensemble"], "needs weights whose validation scored all heads"),
     (["trian", "demo"], "did you mean train?"),
 ]
 PROBE = """

@@ -11,6 +11,7 @@ from brs_detr.config import (
     Config,
     ConfigError,
     apply_overrides,
+    check_overrides,
     differences,
     dump,
     from_dict,
@@ -434,6 +435,42 @@ def test_another_detector_keeps_the_sizes_of_heads_that_both_have():
 def test_a_setting_of_another_alternative_is_refused_with_those_that_have_it(overrides, message):
     with pytest.raises(ConfigError) as error:
         apply_overrides(Config(), overrides)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.head.max_detections=50", "data=~/birds"],
+        ["model={mask: {loss: dice}}"],
+        ["model.denoising.queries=20"],
+        ["model.roi.objective.alpha=0.3"],
+        ["model.weights.cls=1"],
+        ["eval.nms.min_score=0.1"],
+        ["eval.nms.iou=0.7"],
+    ],
+)
+def test_a_setting_that_some_detector_has_passes_until_the_file_says_which_it_is_of(overrides):
+    check_overrides(overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.head.max_detections=5", "model.head.max_detection=5"], "did you mean model.head.max_detections?"),
+        (["model.head.max_detections=many"], "model.head.max_detections must be an integer"),
+        (["model.head.objective={loss: focal, gamma: x}"], "model.head.objective.gamma must be a number"),
+        (["model.head=5"], "model.head is a section"),
+        (["eval.nms.kind=sfot"], "did you mean soft?"),
+        (["optim.lrr=1"], "did you mean optim.lr?"),
+        (["model=5"], "model is a section"),
+        (["data=x", "data.root=y"], "data=x stands for all paths"),
+        (["model.head"], "is not of the form section.setting=value"),
+    ],
+)
+def test_a_setting_that_no_detector_has_is_refused_before_the_file_is_read(overrides, message):
+    with pytest.raises(ConfigError) as error:
+        check_overrides(overrides)
     assert message in str(error.value)
 
 

@@ -120,7 +120,8 @@ def test_pycocotools_gives_the_same_figures_for_the_json_and_the_results(run, da
 
 @pytest.mark.parametrize("most", [1, 10, 300])
 def test_other_limits_than_cocos_leave_every_figure_defined_and_are_said(run, tmp_path, most):
-    assert evaluate([str(run), f"eval.max_detections={most}", "--out", str(tmp_path), "--images", "0"]) == 0
+    words = [f"eval.max_detections={most}", "eval.predict_with=decoder", "--out", str(tmp_path), "--images", "0"]
+    assert evaluate([str(run), *words]) == 0
     content = report(tmp_path)
     recalls = {name for name in content["stats"] if name.startswith("AR") and name[2:].isdigit()}
     assert recalls == {f"AR{limit}" for limit in {1, min(10, most), most}}

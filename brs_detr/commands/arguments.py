@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-from brs_detr.config import Config, ConfigError, apply_overrides, load_config, update_from_command_line
+from brs_detr.config import Config, ConfigError, apply_overrides, check_overrides, load_config
 from brs_detr.data.config import Limits
 from brs_detr.data.layouts import is_yolo_yaml, recognize
 from brs_detr.data.sources import require_sources
@@ -258,10 +258,11 @@ def check_info(options: argparse.Namespace) -> None:
 def check_weights(options: argparse.Namespace) -> None:
     """Refuse weights that do not exist and settings with a wrong name or type, as `predict` and `export` get them.
 
-    Weights that are given by name are downloaded at their first use.
+    Which detector the settings are of, and whether they fit, the config in the file has to say. Weights that are given
+    by name are downloaded at their first use.
     """
     require_source(options.weights)
-    update_from_command_line(Config(), options.overrides)
+    check_overrides(options.overrides)
     options.weights = local_path(options.weights)
 
 
@@ -302,9 +303,18 @@ def is_setting(word: str) -> bool:
 
 
 def check_benchmark(options: argparse.Namespace) -> None:
-    """Refuse a recipe that cannot be used, and weights that do not exist."""
+    """Refuse a recipe that cannot be used, and weights that do not exist.
+
+    Raises:
+        ConfigError: a setting; or all heads of a recipe are to be joined, whose scores no validation has compared.
+    """
     if options.target.suffix in ENDINGS or not (options.target.suffix or options.target.exists()):
-        load_config(options.target, options.overrides)
+        config = load_config(options.target, options.overrides)
+        if config.eval.predict_with == "ensemble":
+            raise ConfigError(
+                f"{options.target}: eval.predict_with=ensemble needs weights whose validation scored all heads, and a "
+                f"recipe has random ones. Give a run, or use one of {', '.join(config.model.detection_limits)}."
+            )
     else:
         check_weights(argparse.Namespace(weights=options.target, overrides=options.overrides))
 

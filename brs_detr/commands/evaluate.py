@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from brs_detr.commands.arguments import WEIGHTS, at_least_zero
-from brs_detr.config import Config, ConfigError, update_from_command_line
+from brs_detr.config import Config, ConfigError, apply_overrides, check_overrides
 from brs_detr.data.layouts import recognize
 from brs_detr.hub.sources import local_path, require_source
 
@@ -67,10 +67,11 @@ def run(options: argparse.Namespace) -> int:
         return evaluate_export(options)
     if options.weights.suffix == ".pt2":
         raise ConfigError(f"{options.weights}: a file of torch.export is not evaluated. Give its weights, or an .onnx.")
-    # whether the values fit, the stored config has to say
-    data = update_from_command_line(Config(), options.overrides).data
-    if data.source is not None:
-        recognize(data.source)
+    check_overrides(options.overrides)  # whether they fit, the stored config has to say
+    given = [text for text in options.overrides if text.lstrip("-").startswith(("data=", "data.source="))]
+    source = apply_overrides(Config(), given).data.source
+    if source is not None:
+        recognize(source)
     weights = local_path(options.weights)
     from brs_detr.evaluate import run_evaluation  # torch takes seconds to import: only once all this is right
 
@@ -83,7 +84,7 @@ def evaluate_export(options: argparse.Namespace) -> int:
     Raises:
         ConfigError: a setting is fixed in the file.
     """
-    update_from_command_line(Config(), options.overrides)
+    check_overrides(options.overrides)
     for text in options.overrides:
         name = text.lstrip("-").partition("=")[0].strip()
         if name != "data" and not name.startswith(FREE_IN_EXPORTS):

@@ -23,7 +23,7 @@ from brs_detr.engine.compilation import uncompiled
 from brs_detr.engine.distributed import raise_together
 from brs_detr.exit_codes import Interruption
 from brs_detr.models.detector import Detector
-from brs_detr.models.ensemble import MAX_JOINED, Ensemble
+from brs_detr.models.ensemble import Ensemble
 from brs_detr.ops.images import Batch, ImageBatch
 from brs_detr.ops.masks import as_rles
 
@@ -80,10 +80,13 @@ def predict_with_all_heads(
     accelerator: Accelerator,
     *,
     score_threshold: float = 0.0,
-    max_detections: int = 100,
+    max_detections: int | None = 100,
     progress: bool = False,
 ) -> dict[str, list[Detections]]:
-    """Detect objects with every head of a detector, which share its features; arguments and lists as for `predict`."""
+    """Detect objects with every head of a detector, which share its features; arguments and lists as for `predict`.
+
+    With `max_detections` None, all that a head returns is kept.
+    """
     return _predict(
         model.detect_with_all_heads,
         model,
@@ -102,7 +105,7 @@ def _predict(
     accelerator: Accelerator,
     *,
     score_threshold: float,
-    max_detections: int,
+    max_detections: int | None,
     progress: bool,
 ) -> dict[str, list[Detections]]:
     training = model.training
@@ -138,7 +141,7 @@ def join_heads(by_head: Mapping[str, Sequence[Detections]], ensemble: Ensemble, 
     """Join the detections of all heads, lists as `predict` returns them, as the detector itself does with each image.
 
     Args:
-        by_head: the detections; of a head at least the best `MAX_JOINED` of an image.
+        by_head: the detections, all that the heads return.
         ensemble: what a validation has learned of the heads.
         nms_iou: as for `Ensemble.join`.
     """
@@ -148,7 +151,7 @@ def join_heads(by_head: Mapping[str, Sequence[Detections]], ensemble: Ensemble, 
             head: {key: torch.from_numpy(own[key]) for key in ("boxes", "scores", "labels")}
             for head, own in zip(by_head, images, strict=True)
         }
-        kept = _to_host(ensemble.join(tensors, nms_iou), 0.0, MAX_JOINED)
+        kept = _to_host(ensemble.join(tensors, nms_iou), 0.0, None)
         joined.append({"image_id": images[0]["image_id"], "unreadable": images[0]["unreadable"], **kept})
     return joined
 
@@ -182,7 +185,7 @@ def full_float32() -> Iterator[None]:
             library.allow_tf32 = value
 
 
-def _to_host(output: dict[str, Any], threshold: float, max_detections: int) -> Detections:
+def _to_host(output: dict[str, Any], threshold: float, max_detections: int | None) -> Detections:
     """Sort, limit and threshold the detections of one image, as numpy arrays."""
     # Stable, so that detections of equal score keep the model's order in every run.
     sorted_scores, order = output["scores"].float().sort(descending=True, stable=True)

@@ -55,7 +55,7 @@ def require_exportable(model: Detector) -> None:
     if model.predict_with == "ensemble":
         raise ExportError(
             "eval.predict_with=ensemble: one head can be exported, not several. "
-            f"Set eval.predict_with to one of {', '.join(model.heads)}."
+            f"Set eval.predict_with to auto, the best one in validation, or to one of {', '.join(model.heads)}."
         )
     if model.test_flip or model.test_scales:
         raise ExportError(

@@ -253,9 +253,9 @@ class OneStageConfig:
     has_masks: ClassVar[bool] = False  # whether instance masks are learned and predicted
 
     @property
-    def detection_limit(self) -> tuple[str, int]:
-        """Return the setting that limits the detections of an image, and its value."""
-        return "model.head.max_detections", self.head.max_detections
+    def detection_limits(self) -> dict[str, tuple[str, int]]:
+        """Return by head the setting that limits the detections of an image, and its value."""
+        return {"head": ("model.head.max_detections", self.head.max_detections)}
 
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
@@ -376,9 +376,9 @@ class TwoStageConfig:
     has_masks: ClassVar[bool] = False  # whether instance masks are learned and predicted
 
     @property
-    def detection_limit(self) -> tuple[str, int]:
-        """Return the setting that limits the detections of an image, and its value."""
-        return "model.roi.max_detections", self.roi.max_detections
+    def detection_limits(self) -> dict[str, tuple[str, int]]:
+        """Return by head the setting that limits the detections of an image, and its value."""
+        return {"roi": ("model.roi.max_detections", self.roi.max_detections)}
 
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""

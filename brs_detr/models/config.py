@@ -297,9 +297,12 @@ class DETRConfig:
     has_masks: ClassVar[bool] = False  # whether instance masks are learned and predicted
 
     @property
-    def detection_limit(self) -> tuple[str, int]:
-        """Return the setting that limits the detections of an image, and its value."""
-        return "model.detections_per_image", self.detections_per_image
+    def detection_limits(self) -> dict[str, tuple[str, int]]:
+        """Return by head the setting that limits the detections of an image, and its value."""
+        limits = {"decoder": ("model.detections_per_image", self.detections_per_image)}
+        for head in self.aux_heads:
+            limits[head] = f"model.{head}.max_detections", getattr(self, head).max_detections
+        return limits
 
     @property
     def candidates(self) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from brs_detr.ops.boxes import join_boxes
 
 LEVELS = 64  # steps in which a comparable score is kept
-MAX_JOINED = 100  # best detections of a head that are joined, and that remain
+MIN_LIMIT = 100  # of the detections that remain, where no head returns more
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,11 @@ class Ensemble:
 
         Where detections of a class overlap by more than `nms_iou`, the box of the best head stays. Its score is the
         mean of the comparable scores of all heads there, weighted by AP; a head without a detection there counts as 0.
+        As many remain as the head with the most has, and 100 if that is less.
         """
-        parts = [{key: value[:MAX_JOINED] for key, value in found[head].items()} for head in self.ap]
+        parts = [found[head] for head in self.ap]
+        limit = max(MIN_LIMIT, *(len(part["scores"]) for part in parts))
         boxes, labels = (torch.cat([part[key] for part in parts]) for key in ("boxes", "labels"))
         scores = [self.comparable(head, part["scores"]) for head, part in zip(self.ap, parts, strict=True)]
         weights = boxes.new_tensor(list(self.ap.values())).clamp(min=1e-6)
-        return join_boxes(boxes, labels, scores, weights, nms_iou=nms_iou, max_detections=MAX_JOINED)
+        return join_boxes(boxes, labels, scores, weights, nms_iou=nms_iou, max_detections=limit)

@@ -22,7 +22,7 @@ from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.evaluation.results import detections_to_results
 from brs_detr.evaluation.summary import Summary
 from brs_detr.models.detector import Detector
-from brs_detr.models.ensemble import MAX_JOINED, Ensemble
+from brs_detr.models.ensemble import MIN_LIMIT, Ensemble
 from brs_detr.user_files import printable
 
 COCO_LIMIT = 100  # detections of an image that COCO's AP counts
@@ -117,9 +117,8 @@ def score_all_heads(
         evaluate_head: called with the detections, and the `name` and `calibration` of the head.
     """
     limits = _limits(config)
-    # what `join_heads` needs, limited below
-    most = max(MAX_JOINED, config.eval.max_detections)
-    by_head = predict_with_all_heads(detector, loader, accelerator, max_detections=most, progress=True)
+    # all of them, which `join_heads` needs; limited below
+    by_head = predict_with_all_heads(detector, loader, accelerator, max_detections=None, progress=True)
     scored = {
         name: evaluate_head(limited(detections, **limits), name=name, calibration=calibrations.get(name))
         for name, detections in by_head.items()
@@ -191,7 +190,7 @@ def score_detections(
     if unreadable:
         shown = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")
         summary.notes.append(f"{len(unreadable)} image(s) cannot be read and are left out: image id {shown}")
-    summary.notes += setting_notes(config, truth, readable)
+    summary.notes += setting_notes(config, truth, readable, name)
     return summary, results
 
 
@@ -206,8 +205,15 @@ def learn_ensemble(by_head: Mapping[str, Sequence[dict[str, Any]]], summaries: M
     return Ensemble.learn(scores, {head: one.stats["AP"] for head, one in summaries.items()}, objects)
 
 
-def setting_notes(config: Config, truth: GroundTruth, image_ids: Sequence[int]) -> list[str]:
-    """List the settings that make AP another measure than COCO's, or bound it for these images."""
+def setting_notes(config: Config, truth: GroundTruth, image_ids: Sequence[int], head: str) -> list[str]:
+    """List the settings that make AP another measure than COCO's, or bound it for these images.
+
+    Args:
+        config: of the evaluation and the detector.
+        truth: of the dataset.
+        image_ids: of the images that are evaluated.
+        head: whose detections are evaluated; "ensemble": those of all heads, of whose limits the largest counts.
+    """
     notes, threshold, max_detections = [], config.eval.score_threshold, config.eval.max_detections
     if threshold > 0:
         notes.append(
@@ -219,7 +225,11 @@ def setting_notes(config: Config, truth: GroundTruth, image_ids: Sequence[int]) 
             f"all figures count the best {max_detections} detection(s) of an image (eval.max_detections), "
             f"COCO's are of {COCO_LIMIT}"
         )
-    setting, returned = config.model.detection_limit
+    limits = config.model.detection_limits
+    heads = [head] if head in limits else list(limits)
+    setting, returned = " and ".join(limits[one][0] for one in heads), max(limits[one][1] for one in heads)
+    if head == "ensemble":
+        returned = max(returned, MIN_LIMIT)
     if max(returned, COCO_LIMIT) < max_detections:
         notes.append(f"the detector returns {returned} detections an image, not {max_detections}: raise {setting} too")
     objects, image = truth.max_objects(image_ids, by_class=False)
@@ -227,9 +237,8 @@ def setting_notes(config: Config, truth: GroundTruth, image_ids: Sequence[int]) 
         objects > min(max_detections, returned) and truth.max_objects(image_ids)[0] <= max_detections
     ):  # else the summary says so itself
         notes.append(
-            f"image {image} holds {objects} objects but at most {min(max_detections, returned)} detections of a "
-            "image count: "
-            f"its recall cannot reach 1; raise eval.max_detections and {setting}"
+            f"image {image} holds {objects} objects but at most {min(max_detections, returned)} detections of an "
+            f"image count: its recall cannot reach 1; raise eval.max_detections and {setting}"
         )
     return notes
 

@@ -142,29 +142,40 @@ def restore(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tupl
             f"the file {len(unexpected)} that the model lacks ({', '.join(unexpected[:3])} ...). "
             "Check the overridden model settings."
         )
-    if config.eval.predict_with == "auto" and weights.extra.get("predict_with") in model.heads:
-        model.predict_with = str(weights.extra["predict_with"])
-    restore_ensemble(model, weights, file)
+    if config.eval.predict_with == "auto":
+        model.predict_with = best_head(weights, model.heads, file)
+    if model.predict_with == "ensemble":
+        model.ensemble = stored_ensemble(weights, model.heads, file)
     return model.eval(), weights, config, file
 
 
-def restore_ensemble(model: Detector, weights: Weights, file: Path) -> None:
-    """Give the detector what the validation of its weights learned of the heads, if they are to be joined.
+def best_head(weights: Weights, heads: tuple[str, ...], file: Path) -> str:
+    """Return the head that was the best one in the validation of the weights; "auto" where it did not compare heads.
+
+    Raises:
+        ConfigError: what it learned of the heads is damaged.
+    """
+    chosen = weights.extra.get("predict_with")
+    if chosen == "ensemble":  # the training measured all heads joined; `auto` asks for one
+        return next(iter(stored_ensemble(weights, heads, file).ap))
+    return chosen if chosen in heads else "auto"
+
+
+def stored_ensemble(weights: Weights, heads: tuple[str, ...], file: Path) -> Ensemble:
+    """Read what the validation of the weights learned of the heads.
 
     Raises:
         ConfigError: no validation scored all heads, or what it learned is damaged.
     """
-    if model.predict_with != "ensemble":
-        return
     if "ensemble" not in weights.extra:
         raise ConfigError(
             f"{file}: eval.predict_with=ensemble needs weights whose validation scored all heads. Train with "
-            f"eval.predict_with=auto or ensemble, or use one of {', '.join(model.heads)}."
+            f"eval.predict_with=auto or ensemble, or use one of {', '.join(heads)}."
         )
     try:
-        model.ensemble = Ensemble.restore(weights.extra["ensemble"], model.heads)
+        return Ensemble.restore(weights.extra["ensemble"], heads)
     except ValueError as error:
-        raise ConfigError(f"{file}: {error}. Use one of {', '.join(model.heads)} as eval.predict_with.") from None
+        raise ConfigError(f"{file}: {error}. Use one of {', '.join(heads)} as eval.predict_with.") from None
 
 
 def stored_calibrations(weights: Weights, file: Path) -> dict[str, Calibration]:

@@ -80,6 +80,7 @@ def exported_file(tmp_path_factory):
         ([DEMO, "--size", "800"], "800 is no size. Write height and width"),
         ([DEMO, "--batch", "0"], "0 is not a positive integer"),
         ([DEMO, "model.nonsense=1"], "model.nonsense is not a setting"),
+        ([DEMO, "eval.predict_with=ensemble"], "Give a run, or use one of decoder, roi, atss."),
     ],
 )
 def test_what_cannot_be_timed_is_refused(words, said, capsys):

@@ -211,7 +211,9 @@ def test_onnxruntime_finds_what_co_dino_finds(dino, tmp_path):
 
 
 def test_an_ensemble_is_refused_with_the_heads_that_can_be_exported(detector):
-    with pytest.raises(ExportError, match=r"eval\.predict_with=ensemble: one head .* one of decoder, roi, atss\."):
+    with pytest.raises(
+        ExportError, match=r"eval\.predict_with=ensemble: one head .* to auto, the best .* one of decoder, roi, atss\."
+    ):
         require_exportable(with_head(detector, "ensemble"))
 
 

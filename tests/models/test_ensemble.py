@@ -75,6 +75,14 @@ def test_a_head_without_detections_is_joined():
     assert len(linear(a=0.5).join({"a": found()}, nms_iou=0.6)["scores"]) == 0
 
 
+@pytest.mark.parametrize(("returned", "kept"), [((300, 300, 100), 300), ((60, 60, 10), 100), ((30, 10, 0), 40)])
+def test_as_many_remain_as_the_head_with_the_most_has_and_a_hundred_if_that_is_less(returned, kept):
+    """Boxes of all heads lie apart."""
+    rows = [[(20 * i, 0.5, label) for i in range(count)] for label, count in enumerate(returned)]
+    detections = dict(zip("abc", (found(*own) for own in rows), strict=True))
+    assert len(linear(a=0.6, b=0.5, c=0.4).join(detections, nms_iou=0.6)["scores"]) == kept
+
+
 def test_what_is_written_to_a_file_is_read_back():
     ensemble = Ensemble.learn({"a": torch.rand(50), "b": torch.rand(70)}, {"a": 0.3, "b": 0.4}, 10)
     assert list(ensemble.ap) == ["b", "a"]

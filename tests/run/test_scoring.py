@@ -16,6 +16,7 @@ from brs_detr.engine.predict import join_heads, limited
 from brs_detr.evaluation.calibration import Calibration
 from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.evaluation.reliability import assess
+from brs_detr.models.config import BRSDETRConfig, RoIConfig
 from brs_detr.models.ensemble import Ensemble
 from brs_detr.ops.images import ImageBatch
 from brs_detr.run import scoring, validation
@@ -143,6 +144,59 @@ def test_an_ensemble_has_the_detections_that_the_detector_itself_makes():
     (host,) = join_heads(by_head, ensemble, 0.6)
     device = ensemble.join({head: own[0] for head, own in model.detect_with_all_heads(images).items()}, 0.6)
     assert all((host[key] == device[key].numpy()).all() for key in device)
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(300, 150), (120, 120)])
+def test_an_evaluation_joins_all_that_the_heads_return(monkeypatch, limit, kept):
+    def many_found(self, shift):
+        boxes = torch.arange(150.0)[:, None] * 20 + torch.tensor([0.0, 0.0, 10.0, 10.0])
+        return [{"boxes": boxes, "scores": torch.linspace(1, 0.5, 150), "labels": torch.zeros(150).long()}]
+
+    monkeypatch.setattr(TwoHeads, "found", many_found)
+    truth = GroundTruth.from_dataset(annotations())
+    batches = [(ImageBatch.from_list([torch.zeros(3, 90, 90)]), [{"image_id": image}]) for image in (1, 2, 3)]
+    config = Config(eval=EvalConfig(predict_with="ensemble", max_detections=limit))
+    _, results = scoring.score(TwoHeads(), [5], truth, batches, config, Accelerator(cpu=True), learn=True)
+    assert len(results) == 3 * kept
+
+
+CROWDED = annotations()
+CROWDED["annotations"] = [{**CROWDED["annotations"][0], "id": i, "category_id": 5 + i % 4} for i in range(1, 301)]
+CROWDED["categories"] = [{"id": 5 + i, "name": f"class {i}"} for i in range(4)]
+DECODER, ROI, ATSS = "model.detections_per_image", "model.roi.max_detections", "model.atss.max_detections"
+
+
+@pytest.mark.parametrize(
+    ("head", "settings", "said"),
+    [
+        ("decoder", {}, f"100 detections an image, not 300: raise {DECODER} too"),
+        ("roi", {"detections_per_image": 300}, f"100 detections an image, not 300: raise {ROI} too"),
+        ("atss", {"detections_per_image": 300}, f"100 detections an image, not 300: raise {ATSS} too"),
+        ("ensemble", {}, f"100 detections an image, not 300: raise {DECODER} and {ROI} and {ATSS} too"),
+        ("decoder", {"detections_per_image": 300}, None),
+        ("roi", {"roi": RoIConfig(max_detections=300)}, None),
+        ("ensemble", {"detections_per_image": 300}, None),
+    ],
+)
+def test_the_limit_of_crowded_images_is_that_of_the_head(head, settings, said):
+    truth = GroundTruth.from_dataset(CROWDED)
+    config = Config(model=BRSDETRConfig(**settings), eval=EvalConfig(max_detections=300))
+    empty = [found(image) | {"boxes": np.zeros((0, 4)), "scores": np.zeros(0), "labels": []} for image in (1, 2, 3)]
+    summary, _ = scoring.score_detections(empty, [5, 6, 7, 8], truth, config, Accelerator(cpu=True), name=head)
+    limits = [note for note in summary.notes if "detections an image" in note or "objects but" in note]
+    assert len(limits) == (2 if said else 0)
+    if said:
+        setting = said.split("raise ")[1].removesuffix(" too")
+        assert limits[0].endswith(said) and limits[1].endswith(f"raise eval.max_detections and {setting}")
+
+
+def test_the_largest_limit_of_all_heads_is_that_of_the_ensemble():
+    """Of which a hundred remain in any case."""
+    model = BRSDETRConfig(aux_heads=("roi",), detections_per_image=10, roi=RoIConfig(max_detections=20))
+    config = Config(model=model, eval=EvalConfig(max_detections=100))
+    truth, ids = GroundTruth.from_dataset(CROWDED), [1, 2, 3]
+    for head, most in {"ensemble": 100, "roi": 20, "decoder": 10}.items():
+        assert f"at most {most} detections of an image count" in scoring.setting_notes(config, truth, ids, head)[0]
 
 
 def test_limits_hold_after_joining():

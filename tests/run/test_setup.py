@@ -1,0 +1,42 @@
+"""What a weights file says of the detector in it."""
+
+import pytest
+from support import DEMO, SMALL_DETECTOR
+
+from brs_detr.config import ConfigError, load_config, to_dict
+from brs_detr.engine.checkpoint import Weights, save_weights
+from brs_detr.models.ensemble import LEVELS
+from brs_detr.run.setup import build_detector, restore
+
+
+def weights_of(folder, trained_with, **extra):
+    """A file of random weights whose training had `eval.predict_with=trained_with`."""
+    config = load_config(DEMO, [*SMALL_DETECTOR, f"eval.predict_with={trained_with}"])
+    tensors = build_detector(config, 2, initial_weights=False).state_dict()
+    save_weights(folder / "x.safetensors", Weights(tensors, ["a", "b"], [1, 2], to_dict(config), extra))
+    return folder / "x.safetensors"
+
+
+def scored(**ap):
+    """What a validation keeps of the heads."""
+    return {"ap": ap, "levels": {head: [0.0] * (LEVELS + 1) for head in ap}}
+
+
+def test_auto_is_the_best_head_also_where_the_training_joined_all(tmp_path):
+    heads = scored(roi=0.5, atss=0.4, decoder=0.2)
+    file = weights_of(tmp_path, "ensemble", predict_with="ensemble", ensemble=heads)
+    assert restore(file, ["eval.predict_with=auto"])[0].predict_with == "roi"
+    joined = restore(file)[0]
+    assert joined.predict_with == "ensemble" and list(joined.ensemble.ap) == ["roi", "atss", "decoder"]
+    assert restore(file, ["eval.predict_with=decoder"])[0].predict_with == "decoder"
+
+
+@pytest.mark.parametrize(("extra", "head"), [({"predict_with": "atss"}, "atss"), ({}, "decoder")])
+def test_auto_is_the_head_that_the_validation_chose(tmp_path, extra, head):
+    assert restore(weights_of(tmp_path, "auto", **extra))[0].predict_with == head
+
+
+def test_what_a_file_says_of_other_heads_is_refused(tmp_path):
+    file = weights_of(tmp_path, "auto", predict_with="ensemble", ensemble=scored(head=0.5))
+    with pytest.raises(ConfigError, match=r"Use one of decoder, roi, atss as eval\.predict_with"):
+        restore(file)
