@@ -23,8 +23,10 @@ from brs_detr.config import from_dict, load_config
 from brs_detr.data.storage import ReadError
 from brs_detr.data.synthetic import make_dataset
 from brs_detr.engine.logging import read_metrics
+from brs_detr.engine.state import latest_state, read_metadata
 from brs_detr.engine.trainer import Trainer
 from brs_detr.run.setup import build_detector
+from brs_detr.run.weights import read
 
 TINY = [
     *SMALL_DETECTOR,
@@ -224,6 +226,21 @@ def test_overwriting_starts_with_files_of_its_own(run, data, tmp_path):
     log = (folder / "log.txt").read_text()
     assert log.index("process(es)") < log.index("10 of 10 images") < log.index("epoch 1/1 step 1/3")
     assert "epoch 2" not in log and log.count("process(es)") == 1
+
+
+def test_the_flags_of_a_start_are_not_stored_so_that_its_config_yaml_removes_no_run(data, tmp_path, capsys):
+    folder = tmp_path / "run"
+    command = [DEMO, *TINY, f"data.root={data}", f"output_dir={folder}", "train.epochs=1"]
+    for flags in (["--overwrite"], ["--resume"], ["--resume", "train.overwrite=true"]):
+        reset_accelerate()
+        assert train([*command, *flags]) == 0
+        state, _ = latest_state(folder / "state")
+        stored = [load_config(folder / "config.yaml"), from_dict(read_metadata(state)["config"], "state")]
+        stored += [from_dict(read(folder / name).config, name) for name in ("best.safetensors", "last.safetensors")]
+        assert not any(config.train.resume or config.train.overwrite for config in stored), flags
+    reset_accelerate()
+    assert train([str(folder / "config.yaml"), "train.epochs=2"]) == 2
+    assert "holds a run already" in capsys.readouterr().err and state.is_dir()
 
 
 def test_resuming_a_run_of_which_only_the_weights_are_left_leaves_it_as_it_is(run, data, tmp_path, capsys):

@@ -134,7 +134,7 @@ def open_run(config: Config, trial: str | None = None) -> Run:
         require_compiler(accelerator.device)
     train_set = TrainSet()
     config, plan, state, log = _open_log(config, accelerator, train_set, is_trial=trial is not None)
-    settings = configuration.dump(config)
+    settings = configuration.dump(setup.without_flags(config))
     return Run(with_subset(config, accelerator), accelerator, plan, log, state, settings, train_set)
 
 
