@@ -278,6 +278,24 @@ def test_a_changed_recipe_is_not_resumed_unless_allowed(run, data, capsys):
     assert train([*command, "train.allow_changes=true"]) == 0
 
 
+def test_the_best_ap_of_another_measure_does_not_count_any_more(run, data, tmp_path, monkeypatch, capsys):
+    """Else the best weights stay those that a harder measure cannot beat."""
+    folder, ap = tmp_path / "run", iter([0.6, 0.5, 0.4])
+    shutil.copytree(run, folder)
+    monkeypatch.setattr("brs_detr.train.validator", lambda run, data: lambda module: {"AP": next(ap)})
+    command = [DEMO, *TINY, f"data.root={data}", f"output_dir={folder}", "--resume", "train.allow_changes=true"]
+    for epochs, settings, best in ((3, [], 3), (4, ["eval.predict_with=decoder"], 4)):
+        reset_accelerate()
+        assert train([*command, f"train.epochs={epochs}", *settings]) == 0
+        assert read(folder / "best.safetensors").extra["epoch"] == best
+    said = capsys.readouterr().out
+    assert said.count("AP is measured differently") == 1
+    assert "(eval.predict_with: auto -> decoder), so the best one so far, 0.6000, no longer counts" in said
+    reset_accelerate()
+    assert train([*command, "train.epochs=5", "eval.predict_with=decoder"]) == 0  # 0.4 under the same measure
+    assert read(folder / "best.safetensors").extra["epoch"] == 4
+
+
 def test_fine_tuning_from_other_classes_says_what_it_did(run, data, tmp_path, capsys):
     other = tmp_path / "data"
     for split in ("train", "val"):

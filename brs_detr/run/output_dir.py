@@ -22,6 +22,7 @@ from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.trainer import BEST, LAST
 from brs_detr.exit_codes import CheckpointError
 from brs_detr.models.cnn_config import MaskRCNNConfig
+from brs_detr.run.setup import METRIC_SETTINGS
 
 try:
     import fcntl
@@ -52,6 +53,8 @@ _FREE_TO_CHANGE = (
     "eval.batch_size",
 )
 
+# Parts of names in section `model` of settings of the training alone: the same weights score the same under others.
+_NO_MEASURE = ("objective.", "matcher.", "denoising.", "loss")
 _WEIGHTS = (BEST, LAST)
 _locks: list[IO[str]] = []  # a lock is held as long as its file is open
 
@@ -124,6 +127,27 @@ def require_same_data(config: Config, data: dict[str, str], metadata: dict[str, 
             f"{' and '.join(changed)} changed since {state} was saved, or images are missing. Restore them, "
             "or continue with train.allow_changes=true."
         )
+
+
+def changes_of_measure(config: Config, data: dict[str, str], metadata: dict[str, Any], state: Path) -> list[str]:
+    """List what makes the figures of this run's validations incomparable with those of a saved run.
+
+    Args:
+        config: of this run.
+        data: fingerprints of the "train" and "val" annotations.
+        metadata: stored with `state`.
+        state: named in errors.
+    """
+    saved = from_dict(metadata["config"], str(state))
+    changes = []
+    for change in differences(_resolved(saved), _resolved(config)):
+        name = change.partition(":")[0]
+        if name.startswith(METRIC_SETTINGS) and not any(part in name for part in _NO_MEASURE):
+            changes.append(change)
+    former = metadata.get("data")
+    if isinstance(former, dict) and former.get("val") != data["val"]:
+        changes.append(f"the images or objects of {config.data.val_json}")
+    return changes
 
 
 def check_output_dir(config: Config) -> None:

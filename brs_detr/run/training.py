@@ -48,6 +48,7 @@ from brs_detr.run.dataset import (
 from brs_detr.run.inputs import require_learning_backbone
 from brs_detr.run.launch import describe_machine, start_accelerator
 from brs_detr.run.output_dir import (
+    changes_of_measure,
     check_output_dir,
     check_resumable,
     remove_run,
@@ -378,6 +379,26 @@ def build_trainer(
     )
     if run.state is not None:
         trainer.resume(run.state)
+        forget_other_measure(
+            trainer, changes_of_measure(config, data.metadata["data"], read_metadata(run.state), run.state)
+        )
     for loader in (data.train_loader, data.val_loader):
         loader.interrupted = lambda: trainer.asked_to_stop
     return trainer
+
+
+def forget_other_measure(trainer: Trainer, changes: Sequence[str]) -> None:
+    """Forget the best AP of a resumed run, and warn, if the validation has changed: a harder one would never beat it.
+
+    Args:
+        trainer: with the state of the run.
+        changes: what has changed since; empty keeps the AP.
+    """
+    position = trainer.position
+    if changes and position.best is not None:
+        trainer.log.say(
+            f"warning: AP is measured differently from now on ({'; '.join(changes)}), so the best one so far, "
+            f"{position.best:.4f}, no longer counts. The weights of the next validation are saved as the best ones, "
+            "whatever their AP."
+        )
+        position.best, position.worse = None, 0
