@@ -90,7 +90,7 @@ def test_a_step_is_seeded_by_the_seed_the_step_and_the_process_and_has_its_own_r
     monkeypatch.setattr(loop, "seed_step", lambda *key: seeds.append(key))
     monkeypatch.setattr(type(trainer.accelerator), "process_index", 3)
     for step in (0, 2):  # the third is the first at the full rate
-        trainer.position.step = step
+        trainer.position.step = trainer.position.step_in_epoch = step
         trainer.step(list(toy.ToyBatches(2).epoch(0)))
         assert trainer.lr == pytest.approx(1e-2 * trainer.schedule.factor(step))
     assert seeds == [(5, 0, 3), (5, 2, 3)]
