@@ -259,15 +259,26 @@ def test_resuming_a_run_of_which_only_the_weights_are_left_leaves_it_as_it_is(ru
     assert [line["epoch"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "val"] == [1]
 
 
-def test_a_run_killed_between_its_first_weights_and_its_first_state_begins_again(run, data, tmp_path):
+def test_a_run_killed_between_its_first_weights_and_its_first_state_begins_again(data, tmp_path, monkeypatch, capsys):
+    """Unless it is one whose states were deleted, though it had a single validation, too."""
     folder = tmp_path / "run"
-    shutil.copytree(run, folder)
-    shutil.rmtree(folder / "state")
-    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    first = next(number for number, line in enumerate(lines) if json.loads(line)["kind"] == "val")
-    (folder / "metrics.jsonl").write_text("".join(lines[: first + 1]))
-    assert train([DEMO, *TINY, f"data.root={data}", f"output_dir={folder}", "--resume"]) == 0
-    assert read_metrics(folder / "metrics.jsonl") and list((folder / "state").glob("step-*"))
+    command = [DEMO, *TINY, f"data.root={data}", f"output_dir={folder}", "train.epochs=1", "train.save_every=null"]
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "save_state", killed)
+        train(command)
+    assert (folder / "last.safetensors").is_file() and not list((folder / "state").glob("step-*"))
+    reset_accelerate()
+    assert train([*command, "--resume"]) == 0
+    assert [path.name for path in (folder / "state").iterdir()] == ["step-00000003"]
+    (folder / "state" / "step-00000003").rename(tmp_path / "state")  # the folder itself stays
+    before = contents(folder)
+    reset_accelerate()
+    assert train([*command, "--resume"]) == 2
+    assert "no saved state to resume from, but weights" in capsys.readouterr().err and contents(folder) == before
 
 
 def test_a_changed_recipe_is_not_resumed_unless_allowed(run, data, capsys):

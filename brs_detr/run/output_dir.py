@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from brs_detr.config import Config, ConfigError, differences, from_dict
 from brs_detr.engine.batch_plan import BatchPlan
-from brs_detr.engine.logging import read_metrics
+from brs_detr.engine.state import lacks_first_state
 from brs_detr.engine.trainer import BEST, LAST
 from brs_detr.exit_codes import CheckpointError
 from brs_detr.models.cnn_config import MaskRCNNConfig
@@ -180,7 +180,7 @@ def remove_run(folder: Path) -> None:
 def require_state(config: Config, state: Path | None, accelerator: Accelerator) -> None:
     """Raise if a run is resumed of which only the weights are left: starting from scratch would replace them.
 
-    After one validation it is a run that was killed before its first state: a start from scratch repeats it.
+    A run that was killed between its first weights and its first state is none of these: it repeats its first epochs.
 
     Args:
         config: of the run.
@@ -194,9 +194,8 @@ def require_state(config: Config, state: Path | None, accelerator: Accelerator) 
         return
     folder = Path(config.output_dir)
     left = []
-    if accelerator.is_main_process:
-        validations = [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "val"]
-        left = [name for name in _WEIGHTS if (folder / name).is_file() and len(validations) != 1]
+    if accelerator.is_main_process and not lacks_first_state(folder / "state"):
+        left = [name for name in _WEIGHTS if (folder / name).is_file()]
     [left] = broadcast_object_list([left])
     if left:
         raise ConfigError(

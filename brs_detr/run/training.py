@@ -29,7 +29,7 @@ from brs_detr.engine.diagnostics import largest_step
 from brs_detr.engine.distributed import is_sharded, keep_known_layers, keep_scalars_whole
 from brs_detr.engine.logging import RunLog
 from brs_detr.engine.optim import build_optimizer, build_schedule
-from brs_detr.engine.state import agreed_state, read_metadata
+from brs_detr.engine.state import agreed_state, expect_first_state, read_metadata
 from brs_detr.engine.storage import remove_partials, together, write_text
 from brs_detr.engine.trainer import BEST, LAST, Trainer
 from brs_detr.losses.balance import set_epoch_length
@@ -280,6 +280,7 @@ def begin_run(run: Run, train_set: CocoDetection) -> None:
             write_samples(train_set, run.folder / "train_samples.png", 16)  # first: an image may be unreadable
             if run.config.train.overwrite:
                 remove_run(run.folder)
+            expect_first_state(run.folder / "state")
         remove_partials(run.folder, WRITTEN)
         run.log.begin(None if run.state is None else read_metadata(run.state))
         write_text(run.folder / "config.yaml", run.settings)
