@@ -353,12 +353,15 @@ class RatioMeter:
     def pop(self, means: dict[str, float]) -> dict[str, float | None]:
         """Move the means of these terms out of all means: negatives over positives by head, null without positives.
 
-        A ratio of means and not a mean of ratios, which a step without objects would make infinite.
+        A ratio of means and not a mean of ratios, which a step without objects would make infinite. Means of what is
+        not watched are dropped: a resumed run may have pending ones of before `train.gradient_ratio` was turned off.
         """
         found = {}
         for name in self.sums:
             negatives, positives = (means.pop(f"{kind} of {name}", math.nan) for kind in ("negatives", "positives"))
             found[name] = json_number(negatives / (positives or math.nan))
+        for name in [name for name in means if name.startswith(("negatives of ", "positives of "))]:
+            del means[name]
         return found
 
 

@@ -255,6 +255,20 @@ def test_the_ratio_of_gradients_is_logged_where_it_is_wanted(toy, tmp_path):
     assert [line["loss"] for line in without] == [line["loss"] for line in lines]
 
 
+def test_a_ratio_that_is_turned_off_on_resume_is_no_part_of_the_loss(toy, tmp_path):
+    """The state may hold the sums of steps that were not reported yet."""
+    trainer, _ = toy.build(tmp_path, model=Ranked("alrp"), gradient_ratio=True, save_every=1)
+    trainer.train_epoch()
+    trainer.meter.add({"head.rank": torch.tensor(1.0), **trainer.ratios.take(torch.tensor(0.0))})
+    trainer.save_state()
+    resumed, _ = toy.build(tmp_path, model=Ranked("alrp"), resumed_at={"step": trainer.position.step, "epoch": 1})
+    resumed.resume(latest_state(tmp_path / "state")[0])
+    assert any(name.startswith("negatives of ") for names, _ in resumed.meter.pending for name in names)
+    resumed._report()
+    line = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert (line["loss"], line["terms"]) == (1.0, {"head.rank": 1.0}) and "gradient_ratio" not in line
+
+
 def test_the_ratio_is_null_without_a_positive():
     meter, losses = RatioMeter(Ranked("alrp")), LossMeter()
     losses.add({"head.rank": torch.zeros(()), **meter.take(torch.zeros(()))})
