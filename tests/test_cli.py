@@ -24,8 +24,10 @@ from brs_detr.config import from_dict, load_config
 from brs_detr.data.storage import ReadError
 from brs_detr.data.synthetic import make_dataset
 from brs_detr.engine.logging import read_metrics
+from brs_detr.engine.state import latest_state, read_metadata
 from brs_detr.engine.trainer import Trainer
 from brs_detr.run.setup import build_detector
+from brs_detr.run.weights import read
 
 TINY = [
     *SMALL_DETECTOR,
@@ -241,6 +243,21 @@ def test_overwriting_starts_with_files_of_its_own(run, data, tmp_path):
     assert "epoch 2" not in log and log.count("process(es)") == 1
 
 
+def test_the_flags_of_a_start_are_not_stored_so_that_its_config_yaml_removes_no_run(data, tmp_path, capsys):
+    folder = tmp_path / "run"
+    command = [DEMO, *TINY, f"data.root={data}", f"output_dir={folder}", "train.epochs=1"]
+    for flags in (["--overwrite"], ["--resume"], ["--resume", "train.overwrite=true"]):
+        reset_accelerate()
+        assert train([*command, *flags]) == 0
+        state, _ = latest_state(folder / "state")
+        stored = [load_config(folder / "config.yaml"), from_dict(read_metadata(state)["config"], "state")]
+        stored += [from_dict(read(folder / name).config, name) for name in ("best.safetensors", "last.safetensors")]
+        assert not any(config.train.resume or config.train.overwrite for config in stored), flags
+    reset_accelerate()
+    assert train([str(folder / "config.yaml"), "train.epochs=2"]) == 2
+    assert "holds a run already" in capsys.readouterr().err and state.is_dir()
+
+
 def test_resuming_a_run_of_which_only_the_weights_are_left_leaves_it_as_it_is(run, data, tmp_path, capsys):
     """Its states were deleted to save space: starting from scratch would replace the weights by those of an epoch."""
     folder = tmp_path / "run"
@@ -257,15 +274,26 @@ def test_resuming_a_run_of_which_only_the_weights_are_left_leaves_it_as_it_is(ru
     assert [line["epoch"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "val"] == [1]
 
 
-def test_a_run_killed_between_its_first_weights_and_its_first_state_begins_again(run, data, tmp_path):
+def test_a_run_killed_between_its_first_weights_and_its_first_state_begins_again(data, tmp_path, monkeypatch, capsys):
+    """Unless it is one whose states were deleted, though it had a single validation, too."""
     folder = tmp_path / "run"
-    shutil.copytree(run, folder)
-    shutil.rmtree(folder / "state")
-    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    first = next(number for number, line in enumerate(lines) if json.loads(line)["kind"] == "val")
-    (folder / "metrics.jsonl").write_text("".join(lines[: first + 1]))
-    assert train([DEMO, *TINY, f"data.root={data}", f"output_dir={folder}", "--resume"]) == 0
-    assert read_metrics(folder / "metrics.jsonl") and list((folder / "state").glob("step-*"))
+    command = [DEMO, *TINY, f"data.root={data}", f"output_dir={folder}", "train.epochs=1", "train.save_every=null"]
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "save_state", killed)
+        train(command)
+    assert (folder / "last.safetensors").is_file() and not list((folder / "state").glob("step-*"))
+    reset_accelerate()
+    assert train([*command, "--resume"]) == 0
+    assert [path.name for path in (folder / "state").iterdir()] == ["step-00000003"]
+    (folder / "state" / "step-00000003").rename(tmp_path / "state")  # the folder itself stays
+    before = contents(folder)
+    reset_accelerate()
+    assert train([*command, "--resume"]) == 2
+    assert "no saved state to resume from, but weights" in capsys.readouterr().err and contents(folder) == before
 
 
 def test_a_changed_recipe_is_not_resumed_unless_allowed(run, data, capsys):
@@ -274,6 +302,24 @@ def test_a_changed_recipe_is_not_resumed_unless_allowed(run, data, capsys):
     assert "optim.lr: 0.001 -> 0.5" in capsys.readouterr().err
     reset_accelerate()
     assert train([*command, "train.allow_changes=true"]) == 0
+
+
+def test_the_best_ap_of_another_measure_does_not_count_any_more(run, data, tmp_path, monkeypatch, capsys):
+    """Else the best weights stay those that a harder measure cannot beat."""
+    folder, ap = tmp_path / "run", iter([0.6, 0.5, 0.4])
+    shutil.copytree(run, folder)
+    monkeypatch.setattr("brs_detr.train.validator", lambda run, data: lambda module: {"AP": next(ap)})
+    command = [DEMO, *TINY, f"data.root={data}", f"output_dir={folder}", "--resume", "train.allow_changes=true"]
+    for epochs, settings, best in ((3, [], 3), (4, ["eval.predict_with=decoder"], 4)):
+        reset_accelerate()
+        assert train([*command, f"train.epochs={epochs}", *settings]) == 0
+        assert read(folder / "best.safetensors").extra["epoch"] == best
+    said = capsys.readouterr().out
+    assert said.count("AP is measured differently") == 1
+    assert "(eval.predict_with: auto -> decoder), so the best one so far, 0.6000, no longer counts" in said
+    reset_accelerate()
+    assert train([*command, "train.epochs=5", "eval.predict_with=decoder"]) == 0  # 0.4 under the same measure
+    assert read(folder / "best.safetensors").extra["epoch"] == 4
 
 
 def test_fine_tuning_from_other_classes_says_what_it_did(run, data, tmp_path, capsys):

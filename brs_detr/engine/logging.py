@@ -186,9 +186,11 @@ def warnings_in(log: RunLog) -> Iterator[None]:
 
 def _is_later(line: dict[str, Any], resumed_at: dict[str, Any]) -> bool:
     """Return True if a line was written after the state that the run resumes from."""
-    # A state may be saved between the last step of an epoch and its validation, so the step alone does not decide.
-    later: bool = line["step"] > resumed_at["step"]
-    return later or (line["kind"] == "val" and line["epoch"] > resumed_at["epoch"])
+    # A state may be saved between the last step of an epoch and its validation, so the step alone does not decide. Nor
+    # does the epoch: a run whose length is in steps counts fewer epochs once they have become longer.
+    step, resumed_step = line["step"], resumed_at["step"]
+    unseen = step == resumed_step and line["kind"] == "val" and line["epoch"] > resumed_at["epoch"]
+    return bool(step > resumed_step or unseen)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -351,12 +353,15 @@ class RatioMeter:
     def pop(self, means: dict[str, float]) -> dict[str, float | None]:
         """Move the means of these terms out of all means: negatives over positives by head, null without positives.
 
-        A ratio of means and not a mean of ratios, which a step without objects would make infinite.
+        A ratio of means and not a mean of ratios, which a step without objects would make infinite. Means of what is
+        not watched are dropped: a resumed run may have pending ones of before `train.gradient_ratio` was turned off.
         """
         found = {}
         for name in self.sums:
             negatives, positives = (means.pop(f"{kind} of {name}", math.nan) for kind in ("negatives", "positives"))
             found[name] = json_number(negatives / (positives or math.nan))
+        for name in [name for name in means if name.startswith(("negatives of ", "positives of "))]:
+            del means[name]
         return found
 
 

@@ -40,6 +40,7 @@ class TrainerState:
     Attributes:
         epoch: epochs completed; also the number, from 0, of the current one.
         step_in_epoch: optimizer steps done in the current epoch.
+        steps_per_epoch: optimizer steps of an epoch; 0 in states of earlier versions, which did not store them.
         step: optimizer steps done in total.
         best: highest validation AP so far; None before the first validation.
         worse: validations since the best one.
@@ -49,11 +50,31 @@ class TrainerState:
 
     epoch: int = 0
     step_in_epoch: int = 0
+    steps_per_epoch: int = 0
     step: int = 0
     best: float | None = None
     worse: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+
+    def convert(self, steps_per_epoch: int, by_steps: bool) -> bool:
+        """Go on with epochs of another number of steps; return True if that moves the position.
+
+        Args:
+            steps_per_epoch: of this run; the saved one may have had another total batch or training set.
+            by_steps: True where the training's length is a number of steps: as many stay done. Otherwise the epochs
+                stay, and the share done of the current one.
+        """
+        former, self.steps_per_epoch = self.steps_per_epoch, steps_per_epoch
+        if former in (0, steps_per_epoch) or self.step == 0:
+            return False
+        if by_steps:
+            unvalidated = int(self.step_in_epoch == former)  # saved between an epoch's last step and its validation
+            self.epoch, done = divmod(self.step - unvalidated, steps_per_epoch)
+            self.step_in_epoch = done + unvalidated
+        else:  # rounded down: some images come twice rather than not at all
+            self.step_in_epoch = self.step_in_epoch * steps_per_epoch // former
+        return True
 
 
 @dataclass(frozen=True)

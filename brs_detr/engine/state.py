@@ -25,6 +25,7 @@ from brs_detr.engine.storage import FULL, flush_folder, together, write_text, wr
 from brs_detr.exit_codes import CheckpointError
 
 MANIFEST = "manifest.json"
+NONE_YET = ".none-yet"  # in the folder of states until the first is saved; without it they were deleted
 _NAME = re.compile(r"step-(\d+)(\.former)?")
 
 
@@ -64,10 +65,25 @@ def save_state(folder: Path, training: TrainingParts, metadata: dict[str, Any], 
                 notes.append(f"{folder}: not enough room on the disk. Removed {names} to make room for {final.name}.")
                 partial = _write(final, snapshot, metadata)
             _put_in_place(partial, final)
+            (folder / NONE_YET).unlink(missing_ok=True)
         _remove_old(folder, position.step, keep)
 
     together(accelerator, save)
     return notes
+
+
+def expect_first_state(folder: Path) -> None:
+    """Note in the folder of states of a run that begins from scratch that none is saved yet.
+
+    Raises:
+        StorageError: the folder cannot be written to.
+    """
+    write_text(folder / NONE_YET, "")
+
+
+def lacks_first_state(folder: Path) -> bool:
+    """Return True if a run has begun and saved no state yet, False if its states were deleted."""
+    return (folder / NONE_YET).is_file()
 
 
 def load_state(state: Path, training: TrainingParts) -> None:

@@ -125,7 +125,7 @@ class Trainer:
         self.meter, self.watch = LossMeter(), Stopwatch()
         self.ratios = RatioMeter(accelerator.unwrap_model(model) if config.gradient_ratio else None)
         self.epoch_sums: Counter[str] = Counter()
-        self.position = TrainerState()
+        self.position = TrainerState(steps_per_epoch=self.steps_per_epoch)
         self.statistics = RunningStatistics(model)
         self.asked_to_stop = self.stopped = False
         self.stop_signal = "a stop signal"  # its name, in the process that received it
@@ -136,6 +136,11 @@ class Trainer:
         """Return the optimizer steps per epoch; the last may accumulate fewer batches."""
         return math.ceil(len(self.batches) / self.accumulate)
 
+    @property
+    def step_of_schedule(self) -> int:
+        """Return the steps of this run's length that are done; not `position.step` if epochs had other numbers."""
+        return self.position.epoch * self.steps_per_epoch + self.position.step_in_epoch
+
     def resume(self, state: Path) -> None:
         """Continue from a saved state; every process calls it, before the first epoch.
 
@@ -143,6 +148,11 @@ class Trainer:
             CheckpointError: the state is damaged or of another detector.
         """
         load_state(state, self._training())
+        if self.position.convert(self.steps_per_epoch, by_steps=self.config.steps is not None):
+            self.log.say(
+                f"an epoch has another number of optimizer steps now, {self.steps_per_epoch:,}: {self.position.epoch} "
+                f"epochs and {self.position.step_in_epoch:,} steps are done; the learning rate goes on from there"
+            )
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -245,7 +255,7 @@ class Trainer:
         """Take one optimizer step over accumulated batches; return True if any process was asked to stop."""
         accelerator, position = self.accelerator, self.position
         seed_step(self.seed, position.step, accelerator.process_index)
-        self.lr = set_learning_rate(self.optimizer, self.schedule.factor(position.step))
+        self.lr = set_learning_rate(self.optimizer, self.schedule.factor(self.step_of_schedule))
         self.statistics.keep()
         all_terms = []
         for index, (images, targets) in enumerate(group):
@@ -335,7 +345,7 @@ class Trainer:
         speed["images_per_s"] *= self.accelerator.num_processes
         norm, ratios = terms.pop("gradient_norm", math.nan), self.ratios.pop(terms)
         loss, position = sum(terms.values()) if terms else math.nan, self.position
-        remaining = self.length.epochs * self.steps_per_epoch - position.step
+        remaining = self.length.epochs * self.steps_per_epoch - self.step_of_schedule
         epoch = position.epoch + position.step_in_epoch / self.steps_per_epoch
         values: dict[str, Any] = {"epoch": epoch, "lr": self.lr}
         values |= {"loss": json_number(loss), "gradient_norm": json_number(norm), **speed, "terms": terms}

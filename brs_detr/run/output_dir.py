@@ -18,10 +18,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from brs_detr.config import Config, ConfigError, differences, from_dict
 from brs_detr.engine.batch_plan import BatchPlan
-from brs_detr.engine.logging import read_metrics
+from brs_detr.engine.state import lacks_first_state
 from brs_detr.engine.trainer import BEST, LAST
 from brs_detr.exit_codes import CheckpointError
 from brs_detr.models.cnn_config import MaskRCNNConfig
+from brs_detr.run.setup import METRIC_SETTINGS
 
 try:
     import fcntl
@@ -52,6 +53,8 @@ _FREE_TO_CHANGE = (
     "eval.batch_size",
 )
 
+# Parts of names in section `model` of settings of the training alone: the same weights score the same under others.
+_NO_MEASURE = ("objective.", "matcher.", "denoising.", "loss")
 _WEIGHTS = (BEST, LAST)
 _locks: list[IO[str]] = []  # a lock is held as long as its file is open
 
@@ -126,6 +129,27 @@ def require_same_data(config: Config, data: dict[str, str], metadata: dict[str, 
         )
 
 
+def changes_of_measure(config: Config, data: dict[str, str], metadata: dict[str, Any], state: Path) -> list[str]:
+    """List what makes the figures of this run's validations incomparable with those of a saved run.
+
+    Args:
+        config: of this run.
+        data: fingerprints of the "train" and "val" annotations.
+        metadata: stored with `state`.
+        state: named in errors.
+    """
+    saved = from_dict(metadata["config"], str(state))
+    changes = []
+    for change in differences(_resolved(saved), _resolved(config)):
+        name = change.partition(":")[0]
+        if name.startswith(METRIC_SETTINGS) and not any(part in name for part in _NO_MEASURE):
+            changes.append(change)
+    former = metadata.get("data")
+    if isinstance(former, dict) and former.get("val") != data["val"]:
+        changes.append(f"the images or objects of {config.data.val_json}")
+    return changes
+
+
 def check_output_dir(config: Config) -> None:
     """Raise if the output folder holds a run that is neither resumed nor overwritten; lock it against other trainings.
 
@@ -156,7 +180,7 @@ def remove_run(folder: Path) -> None:
 def require_state(config: Config, state: Path | None, accelerator: Accelerator) -> None:
     """Raise if a run is resumed of which only the weights are left: starting from scratch would replace them.
 
-    After one validation it is a run that was killed before its first state: a start from scratch repeats it.
+    A run that was killed between its first weights and its first state is none of these: it repeats its first epochs.
 
     Args:
         config: of the run.
@@ -170,9 +194,8 @@ def require_state(config: Config, state: Path | None, accelerator: Accelerator) 
         return
     folder = Path(config.output_dir)
     left = []
-    if accelerator.is_main_process:
-        validations = [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "val"]
-        left = [name for name in _WEIGHTS if (folder / name).is_file() and len(validations) != 1]
+    if accelerator.is_main_process and not lacks_first_state(folder / "state"):
+        left = [name for name in _WEIGHTS if (folder / name).is_file()]
     [left] = broadcast_object_list([left])
     if left:
         raise ConfigError(

@@ -53,11 +53,19 @@ def run_metadata(config: Config, plan: BatchPlan, train_set: CocoDetection, val_
     """Collect the metadata stored with every state, with which a resumed run is compared."""
     # Annotations by fingerprint and not by path: the dataset may have moved.
     return {
-        "config": configuration.to_dict(config),
+        "config": configuration.to_dict(without_flags(config)),
         "launch": dataclasses.asdict(plan),
         "data": {"train": train_set.fingerprint(), "val": val_set.fingerprint()},
         "classes": train_set.classes,
     }
+
+
+def without_flags(config: Config) -> Config:
+    """Return the config that a run's files hold: `--resume` and `--overwrite` are of one start, not of those after it.
+
+    A start from the stored file would otherwise remove the run without being asked.
+    """
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, resume=False, overwrite=False))
 
 
 def build_detector(config: Config, num_classes: int, *, initial_weights: bool = True) -> Detector:
@@ -233,7 +241,7 @@ def require_known_backbone(config: Config, file: Path) -> None:
 
 def for_weights_file(config: Config) -> Config:
     """Return the config to store in a weights file, with timm's own name of the backbone: it needs no look-up."""
-    backbone = config.model.backbone
+    config, backbone = without_flags(config), config.model.backbone
     try:
         backbone = dataclasses.replace(backbone, name=plain_name(backbone.name))
     except (ValueError, RuntimeError, OSError) as error:

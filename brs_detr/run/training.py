@@ -29,7 +29,7 @@ from brs_detr.engine.diagnostics import largest_step
 from brs_detr.engine.distributed import is_sharded, keep_known_layers, keep_scalars_whole
 from brs_detr.engine.logging import RunLog
 from brs_detr.engine.optim import build_optimizer, build_schedule
-from brs_detr.engine.state import agreed_state, read_metadata
+from brs_detr.engine.state import agreed_state, expect_first_state, read_metadata
 from brs_detr.engine.storage import remove_partials, together, write_text
 from brs_detr.engine.trainer import BEST, LAST, Trainer
 from brs_detr.losses.balance import set_epoch_length
@@ -48,6 +48,7 @@ from brs_detr.run.dataset import (
 from brs_detr.run.inputs import require_learning_backbone
 from brs_detr.run.launch import describe_machine, start_accelerator
 from brs_detr.run.output_dir import (
+    changes_of_measure,
     check_output_dir,
     check_resumable,
     remove_run,
@@ -134,7 +135,7 @@ def open_run(config: Config, trial: str | None = None) -> Run:
         require_compiler(accelerator.device)
     train_set = TrainSet()
     config, plan, state, log = _open_log(config, accelerator, train_set, is_trial=trial is not None)
-    settings = configuration.dump(config)
+    settings = configuration.dump(setup.without_flags(config))
     return Run(with_subset(config, accelerator), accelerator, plan, log, state, settings, train_set)
 
 
@@ -279,6 +280,7 @@ def begin_run(run: Run, train_set: CocoDetection) -> None:
             write_samples(train_set, run.folder / "train_samples.png", 16)  # first: an image may be unreadable
             if run.config.train.overwrite:
                 remove_run(run.folder)
+            expect_first_state(run.folder / "state")
         remove_partials(run.folder, WRITTEN)
         run.log.begin(None if run.state is None else read_metadata(run.state))
         write_text(run.folder / "config.yaml", run.settings)
@@ -378,6 +380,26 @@ def build_trainer(
     )
     if run.state is not None:
         trainer.resume(run.state)
+        forget_other_measure(
+            trainer, changes_of_measure(config, data.metadata["data"], read_metadata(run.state), run.state)
+        )
     for loader in (data.train_loader, data.val_loader):
         loader.interrupted = lambda: trainer.asked_to_stop
     return trainer
+
+
+def forget_other_measure(trainer: Trainer, changes: Sequence[str]) -> None:
+    """Forget the best AP of a resumed run, and warn, if the validation has changed: a harder one would never beat it.
+
+    Args:
+        trainer: with the state of the run.
+        changes: what has changed since; empty keeps the AP.
+    """
+    position = trainer.position
+    if changes and position.best is not None:
+        trainer.log.say(
+            f"warning: AP is measured differently from now on ({'; '.join(changes)}), so the best one so far, "
+            f"{position.best:.4f}, no longer counts. The weights of the next validation are saved as the best ones, "
+            "whatever their AP."
+        )
+        position.best, position.worse = None, 0

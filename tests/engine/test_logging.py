@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from brs_detr.engine.logging import RunLog, training_line, validation_line, warnings_in
+from brs_detr.engine.logging import RunLog, read_metrics, training_line, validation_line, warnings_in
 from brs_detr.models.config import DenoisingConfig
 from brs_detr.models.denoising import Denoising
 from brs_detr.ops.targets import PackedTargets
@@ -38,6 +38,15 @@ def test_a_detectors_warning_is_in_the_log_once(log, tmp_path, capsys):
     warning = "warning: model.denoising.max_rows=8: an image has 9 objects, of which a random 4 become"
     assert (tmp_path / "log.txt").read_text().count(warning) == 1
     assert capsys.readouterr().out.count(warning) == 1
+
+
+def test_lines_that_a_resumed_run_repeats_are_dropped_and_those_of_shorter_epochs_before_it_are_not(log, tmp_path):
+    lines = [("train", 8, 8.0), ("val", 8, 8), ("train", 10, 5.0), ("val", 10, 5), ("train", 12, 6.0)]
+    for kind, step, epoch in lines:
+        log.metrics(kind, step, {"epoch": epoch})
+    resumed = RunLog(tmp_path, log.accelerator)
+    resumed.begin({"step": 10, "epoch": 4})
+    assert [(line["kind"], line["step"], line["epoch"]) for line in read_metrics(resumed.metrics_path)] == lines[:3]
 
 
 def test_what_is_logged_before_and_after_a_run_is_not_its_own(log, tmp_path, capfd):

@@ -1,6 +1,7 @@
 """A run that is killed and resumed ends exactly where the run that was never killed ends."""
 
 import contextlib
+import dataclasses
 import random
 import shutil
 import signal
@@ -152,6 +153,43 @@ def test_a_stop_signal_during_validation_ends_after_it_without_another_step(toy,
     assert not trainer.fit()
     assert (trainer.position.epoch, trainer.position.step_in_epoch) == (1, 0)
     assert read_metadata(latest_state(tmp_path / "state")[0])["step"] == trainer.position.step == 4
+
+
+@pytest.mark.parametrize(
+    ("former", "place", "now", "length", "expected"),
+    [
+        (1, (12, 1, 4), 2, "epochs", (1, 2)),  # 8 steps an epoch, then 4
+        (2, (6, 1, 2), 1, "epochs", (1, 4)),
+        (1, (13, 1, 5), 2, "epochs", (1, 2)),
+        (1, (16, 1, 8), 2, "epochs", (1, 4)),  # before the validation of the epoch
+        (1, (16, 2, 0), 2, "epochs", (2, 0)),
+        (1, (13, 1, 5), 2, "steps", (3, 1)),
+        (2, (6, 1, 2), 1, "steps", (0, 6)),
+        (1, (16, 1, 8), 2, "steps", (3, 4)),
+        (1, (16, 2, 0), 2, "steps", (4, 0)),
+        (2, (0, 0, 0), 1, "steps", (0, 0)),
+        (1, (13, 1, 5), 1, "steps", (1, 5)),
+    ],
+)
+def test_with_another_number_of_steps_an_epoch_the_rate_goes_on_from_the_same_place(
+    toy, tmp_path, capsys, former, place, now, length, expected
+):
+    """Of another total batch or training set: the schedule ends with the training, at a rate of almost 0."""
+    before, _ = toy.build(tmp_path, accumulate=former, count=8)
+    vars(before.position).update(zip(("step", "epoch", "step_in_epoch"), place, strict=True))
+    before.save_state()
+    epochs = 24 // (8 // now) if length == "steps" else 3
+    trainer, _ = toy.build(tmp_path, epochs=epochs, accumulate=now, count=8)
+    trainer.config = dataclasses.replace(trainer.config, steps=24 if length == "steps" else None)
+    trainer.resume(latest_state(tmp_path / "state")[0])
+    position, rates, step = trainer.position, [], trainer.step
+    assert (position.step, position.epoch, position.step_in_epoch) == (place[0], *expected)
+    assert ("another number of optimizer steps" in capsys.readouterr().out) == (former != now and place[0] > 0)
+    trainer.step = lambda group: (step(group), rates.append(trainer.lr))[0]
+    assert trainer.fit()
+    done, total = expected[0] * (8 // now) + expected[1], epochs * (8 // now)
+    assert rates == pytest.approx([1e-2 * trainer.schedule.factor(index) for index in range(done, total)])
+    assert position.step == place[0] + total - done and position.epoch == epochs
 
 
 def test_a_finished_run_that_is_resumed_says_so(toy, tmp_path, capsys):

@@ -90,7 +90,7 @@ def test_a_step_is_seeded_by_the_seed_the_step_and_the_process_and_has_its_own_r
     monkeypatch.setattr(loop, "seed_step", lambda *key: seeds.append(key))
     monkeypatch.setattr(type(trainer.accelerator), "process_index", 3)
     for step in (0, 2):  # the third is the first at the full rate
-        trainer.position.step = step
+        trainer.position.step = trainer.position.step_in_epoch = step
         trainer.step(list(toy.ToyBatches(2).epoch(0)))
         assert trainer.lr == pytest.approx(1e-2 * trainer.schedule.factor(step))
     assert seeds == [(5, 0, 3), (5, 2, 3)]
@@ -253,6 +253,20 @@ def test_the_ratio_of_gradients_is_logged_where_it_is_wanted(toy, tmp_path):
     without = [line for line in read_metrics(tmp_path / "without" / "metrics.jsonl") if line["kind"] == "train"]
     assert all("gradient_ratio" not in line for line in without)
     assert [line["loss"] for line in without] == [line["loss"] for line in lines]
+
+
+def test_a_ratio_that_is_turned_off_on_resume_is_no_part_of_the_loss(toy, tmp_path):
+    """The state may hold the sums of steps that were not reported yet."""
+    trainer, _ = toy.build(tmp_path, model=Ranked("alrp"), gradient_ratio=True, save_every=1)
+    trainer.train_epoch()
+    trainer.meter.add({"head.rank": torch.tensor(1.0), **trainer.ratios.take(torch.tensor(0.0))})
+    trainer.save_state()
+    resumed, _ = toy.build(tmp_path, model=Ranked("alrp"), resumed_at={"step": trainer.position.step, "epoch": 1})
+    resumed.resume(latest_state(tmp_path / "state")[0])
+    assert any(name.startswith("negatives of ") for names, _ in resumed.meter.pending for name in names)
+    resumed._report()
+    line = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert (line["loss"], line["terms"]) == (1.0, {"head.rank": 1.0}) and "gradient_ratio" not in line
 
 
 def test_the_ratio_is_null_without_a_positive():

@@ -13,7 +13,13 @@ from brs_detr.config import Config, ConfigError, apply_overrides, to_dict
 from brs_detr.data.issues import DataError
 from brs_detr.engine.batch_plan import split_batch_size
 from brs_detr.engine.config import TrainConfig
-from brs_detr.run.output_dir import check_output_dir, check_resumable, lock_output_dir, remove_run
+from brs_detr.run.output_dir import (
+    changes_of_measure,
+    check_output_dir,
+    check_resumable,
+    lock_output_dir,
+    remove_run,
+)
 from brs_detr.train import train
 
 HOLD = """
@@ -80,6 +86,25 @@ def test_a_run_saved_with_the_mask_loss_that_follows_from_its_objective_goes_on(
         else:
             with pytest.raises(ConfigError, match=rf"model.mask.loss: {chosen} -> "):
                 check_resumable(config, plan, saved, tmp_path)
+
+
+def test_what_a_validation_depends_on_is_told_from_what_only_the_training_does(tmp_path):
+    saved, data = run_metadata(Config(), split_batch_size(16, 2, 4)), {"train": "a", "val": "b"}
+    changes = {
+        "eval.predict_with=roi": ["eval.predict_with: auto -> roi"],
+        "model.roi.nms_iou=0.6": ["model.roi.nms_iou: 0.5 -> 0.6"],
+        "model.roi.objective.weight=2": [],
+        "model.matcher.cls=4": [],
+        "optim.lr=1": [],
+    }
+    for override, expected in changes.items():
+        config = apply_overrides(Config(), [override])
+        assert changes_of_measure(config, data, {**saved, "data": data}, tmp_path) == expected
+        assert changes_of_measure(config, data, saved, tmp_path) == expected  # of an earlier version
+    other = {"train": "c", "val": "d"}
+    assert changes_of_measure(Config(), other, {**saved, "data": data}, tmp_path) == [
+        f"the images or objects of {Config().data.val_json}"
+    ]
 
 
 @pytest.mark.parametrize("flag", [None, "resume", "overwrite"])
