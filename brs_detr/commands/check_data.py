@@ -33,6 +33,10 @@ from brs_detr.data.layouts import is_yolo_yaml, recognize
 from brs_detr.data.transforms import EvalTransforms
 from brs_detr.recipes import ENDINGS, find_recipe
 
+CANNOT_BE_DIVIDED = (
+    "no validation set was found, and one image with objects cannot be divided: annotate more images for a command"
+)
+
 
 def run(options: argparse.Namespace) -> int:
     """Check a dataset, or the training and validation sets of a config, and return the exit code."""
@@ -124,6 +128,8 @@ def recipe_for_folder(start: Start, has_val: bool, dataset: CocoDetection) -> st
     """Describe the recipe to start from with a dataset argument, and the command line that trains it."""
     paths: dict[str, object] = {"data": str(start.data.source)}
     if not has_val:
+        if not can_be_divided(dataset):
+            return CANNOT_BE_DIVIDED
         paths["data.val_fraction"] = 0.1
     return first_recipe(facts_of(dataset, {**paths, **start.given}), start.here)
 
@@ -139,13 +145,35 @@ def recipe_for(start: Start, dataset: CocoDetection) -> str:
     root, annotations = os.path.abspath(dataset.image_dir), Path(dataset.json_path).absolute()
     if held_out(annotations.name):
         return "this looks like a validation set; check the training set for the recipe to start from"
-    paths = {"data.root": root, "data.train_json": str(annotations), "data.train_images": "."}
+    paths: dict[str, object] = {"data.root": root, "data.train_json": str(annotations), "data.train_images": "."}
     val, notes = validation_of(annotations, dataset.limits), []
-    if val is None:
-        val = ("VAL.json", "VAL_IMAGES")
+    if val is not None:
+        paths |= {"data.val_json": val[0], "data.val_images": val[1]}
+    elif is_argument(dataset):
+        if not can_be_divided(dataset):
+            return CANNOT_BE_DIVIDED
+        paths = {"data": str(annotations), "data.val_fraction": 0.1}
+        notes = ["no validation json was found beside it: a tenth of its images is held out"]
+    else:
+        paths |= {"data.val_json": "VAL.json", "data.val_images": "VAL_IMAGES"}
         notes = ["no validation json was found beside it: replace VAL.json and VAL_IMAGES by yours"]
-    paths |= {"data.val_json": val[0], "data.val_images": val[1]}
     return "\n".join([first_recipe(facts_of(dataset, {**start.given, **paths}), start.here), *notes])
+
+
+def is_argument(dataset: CocoDetection) -> bool:
+    """Check whether `data=` takes the json of a dataset and finds its images."""
+    names = [dataset.file_name(index) for index in range(len(dataset))]
+    try:
+        recognize(dataset.json_path)
+        found = usual_folder(dataset.json_path, names)
+    except DataError:
+        return False
+    return os.path.realpath(found) == os.path.realpath(dataset.image_dir)
+
+
+def can_be_divided(dataset: CocoDetection) -> bool:
+    """Check whether there can be an object on both sides of a split."""
+    return int((np.diff(dataset.packed.offsets) > 0).sum()) >= 2
 
 
 def held_out(name: str) -> bool:

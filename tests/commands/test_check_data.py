@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from brs_detr import cli
+from brs_detr.commands.check_data import with_paths
 from brs_detr.config import load_config
-from brs_detr.data.build import open_train_set
+from brs_detr.data.build import open_train_set, open_val_set
 
 
 @pytest.fixture(autouse=True)
@@ -67,3 +68,21 @@ def test_sizes_of_the_command_line_do_not_stand_beside_those_that_are_proposed(t
     write(tmp_path, [64], "val")
     assert cli.main(["check-data", str(target), "--samples", "0", "data.test_short_side=500"]) == 0
     assert "500" not in " ".join(command_in(capsys.readouterr().out))
+
+
+def test_a_json_alone_is_divided_by_the_command(tmp_path, capsys):
+    alone = write(tmp_path, [64] * 12, "annotations")
+    assert cli.main(["check-data", str(alone), "--samples", "0", "data.min_side=8"]) == 0
+    printed = capsys.readouterr().out
+    assert "VAL.json" not in printed and "a tenth of its images is held out" in printed
+    name, *settings = command_in(printed)
+    opened = with_paths(load_config(name, settings), tmp_path / "out").data
+    assert (len(open_train_set(opened, 0)), len(open_val_set(opened))) == (11, 1) and opened.min_side == 8
+
+
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_one_image_with_objects_is_not_answered_with_a_command(tmp_path, capsys, as_folder):
+    alone = write(tmp_path, [64, -64], "train")
+    assert cli.main(["check-data", str(tmp_path if as_folder else alone), "--samples", "0"]) == 0
+    printed = capsys.readouterr().out
+    assert "one image with objects cannot be divided" in printed and "brs_detr train" not in printed
