@@ -86,3 +86,19 @@ def test_one_image_with_objects_is_not_answered_with_a_command(tmp_path, capsys,
     assert cli.main(["check-data", str(tmp_path if as_folder else alone), "--samples", "0"]) == 0
     printed = capsys.readouterr().out
     assert "one image with objects cannot be divided" in printed and "brs_detr train" not in printed
+
+
+@pytest.mark.parametrize(
+    ("target", "answer"),
+    [
+        ("there/is/no/such", "there/is/no/such: there is no such folder, json or recipe. Name the folder"),
+        ("/there/is/no/dmeo", "no/dmeo: there is no such folder, json or recipe. Name the folder"),
+        ("dmeo", "dmeo: there is no such folder, json or recipe. Did you mean the recipe demo? Name the folder"),
+        ("data.root=/x", "this is a setting. Name the recipe before it"),
+    ],
+)
+def test_a_target_that_is_not_there_is_answered_in_a_line(tmp_path, monkeypatch, capsys, target, answer):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["check-data", target]) == 2
+    said = capsys.readouterr().err
+    assert answer in said and "The recipes are" not in said
