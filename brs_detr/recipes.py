@@ -34,6 +34,12 @@ def recipe_names() -> list[str]:
     return sorted({path.stem for folder in _folders() for path in folder.glob("*.yaml")})
 
 
+def nearest_recipe(name: str | Path) -> str | None:
+    """Return the recipe whose name is most like that of a file, if one is."""
+    stem = Path(name).name.removesuffix(".yaml").removesuffix(".yml")
+    return next(iter(difflib.get_close_matches(stem, recipe_names(), n=1, cutoff=0.5)), None)
+
+
 def find_recipe(name: str | Path) -> Path:
     """Return the file of a recipe.
 
@@ -128,10 +134,9 @@ def _about_folder(path: Path) -> str:
 def _about_unknown_name(name: str) -> str:
     if re.match(r"-*[a-z_]+(\.[a-z_0-9]+)*=", name):
         return f"{printable(name)}: this is a setting. Name the recipe before it, e.g. demo {printable(name)}"
-    names, stem = recipe_names(), Path(name).name.removesuffix(".yaml").removesuffix(".yml")
-    near = difflib.get_close_matches(stem, names, n=1, cutoff=0.5)
-    hint = f"Did you mean {near[0]}? " if near else ""
+    near = nearest_recipe(name)
+    hint = f"Did you mean {near}? " if near else ""
     return (
         f"{printable(name)}: the recipe cannot be read (No such file or directory). {hint}"
-        f"The recipes are {', '.join(names)}."
+        f"The recipes are {', '.join(recipe_names())}."
     )

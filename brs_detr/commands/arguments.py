@@ -16,7 +16,8 @@ from brs_detr.data.config import Limits
 from brs_detr.data.layouts import is_yolo_yaml, recognize
 from brs_detr.data.sources import require_sources
 from brs_detr.hub.sources import local_path, require_source
-from brs_detr.recipes import ENDINGS
+from brs_detr.recipes import ENDINGS, find_recipe, nearest_recipe
+from brs_detr.user_files import printable
 
 WEIGHTS = (
     "run folder (its best weights), .safetensors, official .pth, or a name: of a published checkpoint, hf://user/repo"
@@ -324,6 +325,8 @@ def check_dataset(options: argparse.Namespace) -> None:
     if options.samples and Path(options.sheet).suffix.lower() not in SHEET_ENDINGS:  # before every image is decoded
         raise ConfigError(f"--sheet={options.sheet}: the ending is not one of {', '.join(SHEET_ENDINGS)}. Add .png.")
     target = Path(options.target)
+    if not (target.suffix or target.exists() or is_setting(options.target)):
+        _require_recipe(target)
     if target.is_dir() or is_yolo_yaml(target):
         apply_overrides(Config(), [*options.overrides, dataset_setting(target)])
         recognize(target)
@@ -335,3 +338,16 @@ def check_dataset(options: argparse.Namespace) -> None:
         apply_overrides(Config(), [*options.overrides, dataset_setting(target)])
     else:
         apply_overrides(Config(), options.overrides)
+
+
+def _require_recipe(target: Path) -> None:
+    """Refuse what is neither there nor the name of a recipe: most often a folder that is spelled otherwise."""
+    try:
+        find_recipe(target)
+    except ConfigError:
+        near = None if target.is_absolute() else nearest_recipe(target)
+        hint = f"Did you mean the recipe {near}? " if near else ""
+        raise ConfigError(
+            f"{printable(target)}: there is no such folder, json or recipe. {hint}Name the folder of a dataset, a COCO "
+            "json or a recipe."
+        ) from None

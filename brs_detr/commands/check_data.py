@@ -11,13 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from brs_detr.commands.anchor_report import describe_anchors
 from brs_detr.commands.arguments import dataset_setting
-from brs_detr.commands.first_recipe import Dataset, first_recipe
+from brs_detr.commands.first_recipe import Dataset, Surroundings, choose_recipe, first_recipe, look_around
 from brs_detr.config import Config, ConfigError, apply_overrides, load_config
+from brs_detr.config_io import leaves
 from brs_detr.data import check
 from brs_detr.data.anchor_fit import boxes_of
 from brs_detr.data.build import build_eval_transforms, build_train_transforms, masks_to_read
@@ -30,6 +32,10 @@ from brs_detr.data.issues import DataError
 from brs_detr.data.layouts import is_yolo_yaml, recognize
 from brs_detr.data.transforms import EvalTransforms
 from brs_detr.recipes import ENDINGS, find_recipe
+
+CANNOT_BE_DIVIDED = (
+    "no validation set was found, and one image with objects cannot be divided: annotate more images for a command"
+)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -44,8 +50,7 @@ def run(options: argparse.Namespace) -> int:
         if target.suffix in ENDINGS:
             config = with_paths(load_config(options.target, options.overrides), Path(folder))
             return check.run(options, lambda _: sources_of(config), describe=partial(anchors_of, config))
-    limits = apply_overrides(Config(), options.overrides).data
-    return check.run(options, limits=limits, describe=recipe_for)
+        return check_json(options)
 
 
 def is_dataset(target: Path, overrides: Sequence[str]) -> bool:
@@ -55,11 +60,19 @@ def is_dataset(target: Path, overrides: Sequence[str]) -> bool:
     return target.is_dir() or is_yolo or (to_divide and target.suffix not in ENDINGS)
 
 
+def check_json(options: argparse.Namespace) -> int:
+    """Check a json as a training with the recipe that is proposed for it opens it."""
+    start = start_from(options.overrides)
+    sources = partial(source_of_json, images=options.images, config=start.data)
+    return check.run(options, lambda target: [sources(target)], describe=partial(recipe_for, start))
+
+
 def check_folder(options: argparse.Namespace, target: Path, folder: Path) -> int:
     """Check what a dataset argument names; jsons are written to `folder` where it is of another format."""
     if options.images:
         raise ConfigError(f"--images: the images of {target} are found with it. Leave it out.")
-    data = apply_overrides(Config(), [*options.overrides, dataset_setting(target)]).data
+    start = start_from([*options.overrides, dataset_setting(target)])
+    data = start.data
     try:
         opened = open_source(data, folder)
     except DataError:  # perhaps a split is missing: what is there can be checked all the same
@@ -70,8 +83,31 @@ def check_folder(options: argparse.Namespace, target: Path, folder: Path) -> int
     for purpose, split in opened.splits.items():
         source = source_of_json(str(split.json), str(split.images), data)
         sources.append(source if purpose == "train" else replace(source, transforms=EvalTransforms(), train=False))
-    describe = partial(recipe_for_folder, data, "val" in opened.splits)
-    return check.run(options, lambda _: sources, describe=describe)
+    return check.run(options, lambda _: sources, describe=partial(recipe_for_folder, start, "val" in opened.splits))
+
+
+class Start(NamedTuple):
+    """What a check without a recipe goes by.
+
+    Attributes:
+        here: what the choice of a recipe depends on.
+        data: section `data` of that recipe, with the settings of the command line.
+        given: settings of the command line that the proposed command repeats.
+    """
+
+    here: Surroundings
+    data: DataConfig
+    given: Mapping[str, object]
+
+
+def start_from(overrides: Sequence[str]) -> Start:
+    """Read the recipe that will be proposed, as far as it decides what is trained on."""
+    here = look_around()
+    name, _ = choose_recipe(0, here)  # the one for many images leaves out the same ones
+    data = apply_overrides(load_config(name), overrides).data
+    names = {word.partition("=")[0].strip().lstrip("-") for word in overrides}
+    sizes = ("data.augment.", "data.test_")  # proposed from the boxes, and of no effect on the check
+    return Start(here, data, {k: v for k, v in leaves(data, "data.") if k in names and not k.startswith(sizes)})
 
 
 def with_paths(config: Config, folder: Path) -> Config:
@@ -88,12 +124,14 @@ def anchors_of(config: Config, dataset: CocoDetection) -> str:
     return describe_anchors(config, boxes_of(dataset.packed))
 
 
-def recipe_for_folder(config: DataConfig, has_val: bool, dataset: CocoDetection) -> str:
+def recipe_for_folder(start: Start, has_val: bool, dataset: CocoDetection) -> str:
     """Describe the recipe to start from with a dataset argument, and the command line that trains it."""
-    paths: dict[str, object] = {"data": str(config.source)}
-    if config.val_fraction is not None or not has_val:
-        paths["data.val_fraction"] = config.val_fraction or 0.1
-    return first_recipe(facts_of(dataset, paths))
+    paths: dict[str, object] = {"data": str(start.data.source)}
+    if not has_val:
+        if not can_be_divided(dataset):
+            return CANNOT_BE_DIVIDED
+        paths["data.val_fraction"] = 0.1
+    return first_recipe(facts_of(dataset, {**paths, **start.given}), start.here)
 
 
 def facts_of(dataset: CocoDetection, paths: Mapping[str, object]) -> Dataset:
@@ -102,18 +140,40 @@ def facts_of(dataset: CocoDetection, paths: Mapping[str, object]) -> Dataset:
     return Dataset(boxes_of(packed), len(packed), int(np.diff(packed.offsets).max(initial=0)), paths)
 
 
-def recipe_for(dataset: CocoDetection) -> str:
+def recipe_for(start: Start, dataset: CocoDetection) -> str:
     """Describe the recipe to start from with a json, and the command line that trains it."""
     root, annotations = os.path.abspath(dataset.image_dir), Path(dataset.json_path).absolute()
     if held_out(annotations.name):
         return "this looks like a validation set; check the training set for the recipe to start from"
-    paths = {"data.root": root, "data.train_json": str(annotations), "data.train_images": "."}
+    paths: dict[str, object] = {"data.root": root, "data.train_json": str(annotations), "data.train_images": "."}
     val, notes = validation_of(annotations, dataset.limits), []
-    if val is None:
-        val = ("VAL.json", "VAL_IMAGES")
+    if val is not None:
+        paths |= {"data.val_json": val[0], "data.val_images": val[1]}
+    elif is_argument(dataset):
+        if not can_be_divided(dataset):
+            return CANNOT_BE_DIVIDED
+        paths = {"data": str(annotations), "data.val_fraction": 0.1}
+        notes = ["no validation json was found beside it: a tenth of its images is held out"]
+    else:
+        paths |= {"data.val_json": "VAL.json", "data.val_images": "VAL_IMAGES"}
         notes = ["no validation json was found beside it: replace VAL.json and VAL_IMAGES by yours"]
-    paths |= {"data.val_json": val[0], "data.val_images": val[1]}
-    return "\n".join([first_recipe(facts_of(dataset, paths)), *notes])
+    return "\n".join([first_recipe(facts_of(dataset, {**start.given, **paths}), start.here), *notes])
+
+
+def is_argument(dataset: CocoDetection) -> bool:
+    """Check whether `data=` takes the json of a dataset and finds its images."""
+    names = [dataset.file_name(index) for index in range(len(dataset))]
+    try:
+        recognize(dataset.json_path)
+        found = usual_folder(dataset.json_path, names)
+    except DataError:
+        return False
+    return os.path.realpath(found) == os.path.realpath(dataset.image_dir)
+
+
+def can_be_divided(dataset: CocoDetection) -> bool:
+    """Check whether there can be an object on both sides of a split."""
+    return int((np.diff(dataset.packed.offsets) > 0).sum()) >= 2
 
 
 def held_out(name: str) -> bool:

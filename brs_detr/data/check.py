@@ -20,7 +20,7 @@ from torch import Tensor
 
 from brs_detr.data.annotations import categories_differ, image_name
 from brs_detr.data.coco import CocoDetection, Transform
-from brs_detr.data.config import Limits
+from brs_detr.data.config import DataConfig, Limits
 from brs_detr.data.image_io import IMAGE_ENDINGS, ImageError, has_zeroed_part, read_image_info
 from brs_detr.data.image_search import usual_folder
 from brs_detr.data.issues import DROPPED, KEPT, POLICY, REPAIRED, WARNED, DataError, IssueLog
@@ -111,22 +111,23 @@ def _names(data: dict[str, Any]) -> list[str]:
     return [name for name in names if isinstance(name, str) and name]
 
 
-def source_of_json(json_path: str, images: str | None, limits: Limits | None = None) -> Source:
+def source_of_json(json_path: str, images: str | None, config: DataConfig | None = None) -> Source:
     """Return a json's dataset as training without a recipe would open it; with masks if any annotation has one.
 
     Args:
         json_path: annotation file.
         images: folder of its images; by default it is searched for.
-        limits: maximum sizes of files.
+        config: section `data`, for its limits and for which images are trained on; its paths are not read.
 
     Raises:
         DataError: the json cannot be read.
     """
-    limits = limits or Limits()
-    data = load_json(json_path, limits.max_json_bytes, masks="pack")
+    config = config or DataConfig()
+    data = load_json(json_path, config.max_json_bytes, masks="pack")
     masks = any(isinstance(entry, dict) and "segmentation" in entry for entry in data["annotations"])
     folder = images or str(usual_folder(json_path, _names(data)))
-    return Source(json_path, folder, TrainTransforms(), options={"limits": limits, "masks": masks}, content=[data])
+    options = {"limits": config, "masks": masks, "keep_empty": config.keep_empty, "min_side": config.min_side}
+    return Source(json_path, folder, TrainTransforms(), options=options, content=[data])
 
 
 def _find_unlisted(dataset: CocoDetection, listed: Collection[str], log: IssueLog) -> None:
@@ -193,15 +194,13 @@ def write_csv(log: IssueLog, path: str | Path) -> None:
 def run(
     args: argparse.Namespace,
     resolve: Callable[[str], Sequence[Source]] | None = None,
-    limits: Limits | None = None,
     describe: Callable[[CocoDetection], str] | None = None,
 ) -> int:
     """Run `check-data`: print the results and write the contact sheet.
 
     Args:
         args: as made by `add_arguments`.
-        resolve: returns the datasets of a config or folder; the command line reads configs, this package does not.
-        limits: for a json that is checked without a config.
+        resolve: returns the datasets of a target; the command line reads configs, this package does not.
         describe: what else to print of a dataset to train on.
 
     Returns:
@@ -209,7 +208,7 @@ def run(
     """
     sources: Sequence[Source]
     try:
-        sources = resolve(args.target) if resolve else [source_of_json(args.target, args.images, limits)]
+        sources = resolve(args.target) if resolve else [source_of_json(args.target, args.images)]
     except DataError as error:
         return _refuse(error)
     code = EXIT_TRAINABLE

@@ -15,6 +15,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from brs_detr.data.formats.coco import require_free
+from brs_detr.data.issues import DataError
+
+_DESCRIPTION = "BRS-DETR synthetic scenes"
+_BEGINNING = f'{{"info": {{"description": "{_DESCRIPTION}'  # first characters of every json that is written here
 # ids with gaps and out of order, as in real datasets: code that takes an id for a label fails on it
 CATEGORY_IDS = {"disc": 7, "ring": 3, "rectangle": 20, "triangle": 11, "star": 42}
 SUPERSAMPLING = 3  # masks are drawn this much larger, for soft edges and boxes of fractions of a pixel
@@ -43,9 +48,15 @@ def make_dataset(
 
     Returns:
         the folder.
+
+    Raises:
+        DataError: the folder holds a dataset that was not made here; nothing has been written.
     """
     out = Path(out_dir)
+    _require_own(out)
     (out / "annotations").mkdir(parents=True, exist_ok=True)
+    # before the images: a folder in which this command was interrupted is its own, too
+    (out / "annotations" / "train.json").write_text(f'{_BEGINNING}"}}}}')
     for split, (name, count) in enumerate((("train", train), ("val", val))):
         (out / "images" / name).mkdir(parents=True, exist_ok=True)
         images: list[dict[str, Any]] = []
@@ -60,10 +71,25 @@ def make_dataset(
             images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
             annotations += [{"id": len(annotations) + 1 + i, "image_id": image_id, **o} for i, o in enumerate(objects)]
         categories = [{"id": key, "name": shape, "supercategory": "shape"} for shape, key in CATEGORY_IDS.items()]
-        info = {"description": f"BRS-DETR synthetic scenes, seed {seed}"}
+        info = {"description": f"{_DESCRIPTION}, seed {seed}"}
         data = {"info": info, "images": images, "annotations": annotations, "categories": categories}
         (out / "annotations" / f"{name}.json").write_text(json.dumps(data))
     return out
+
+
+def _require_own(out: Path) -> None:
+    """Refuse a folder in which annotations or images of the user would be overwritten; earlier scenes are replaced.
+
+    Raises:
+        DataError: names the file or folder.
+    """
+    jsons = [out / "annotations" / f"{split}.json" for split in ("train", "val")]
+    require_free(jsons, _BEGINNING)
+    if any(path.exists() for path in jsons):
+        return
+    for folder in (out / "images" / "train", out / "images" / "val"):  # of other jsons, or of none
+        if folder.is_dir() and any(folder.iterdir()):
+            raise DataError(f"{folder}: this folder holds files that this command has not made. Choose another folder.")
 
 
 def draw_scene(random: np.random.Generator, image_size: int, max_objects: int) -> tuple[np.ndarray, list[dict]]:

@@ -5,6 +5,7 @@ A polygon drawn again gives the mask it came from.
 
 import argparse
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -52,6 +53,28 @@ def test_same_seed_same_bytes_and_a_image_does_not_depend_on_their_number(tmp_pa
     fewer = make_dataset(tmp_path / "fewer", train=1, val=1, image_size=64, seed=1)
     name = "images/train/000000.jpg"
     assert (fewer / name).read_bytes() == (first / name).read_bytes()
+
+
+def test_only_a_folder_of_this_command_is_written_to_again(tmp_path, capsys):
+    own, other, images = (tmp_path / name for name in ("own", "other", "images alone"))
+    assert cli.main(["make-dataset", str(own), "--train", "2", "--val", "1", "--image-size", "64"]) == 0
+    assert cli.main(["make-dataset", str(own), "--train", "1", "--val", "1", "--image-size", "64"]) == 0
+    for file in (other / "annotations" / "val.json", images / "images" / "train" / "000000.jpg"):
+        file.parent.mkdir(parents=True)
+        file.write_text("mine")
+    for folder, named in ((other, "annotations/val.json"), (images, "images/train")):
+        before = files_of(folder)
+        assert cli.main(["make-dataset", str(folder), "--train", "1", "--val", "1"]) == 2
+        assert f"error: {folder / named}: this f" in capsys.readouterr().err and files_of(folder) == before
+
+
+def test_a_folder_in_which_the_command_was_interrupted_is_its_own(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Image.Image, "save", Mock(side_effect=KeyboardInterrupt))
+        make_dataset(tmp_path, train=1, val=1, image_size=64)
+    (tmp_path / "images" / "train" / "000000.jpg").write_bytes(b"half")
+    make_dataset(tmp_path, train=1, val=1, image_size=64)
+    assert len(CocoDetection(tmp_path / "annotations" / "train.json", tmp_path / "images" / "train", train=False)) == 1
 
 
 def test_ids_have_gaps_and_are_listed_out_of_order(truth):

@@ -81,18 +81,22 @@ def without_category(data: dict[str, Any], category: dict[str, Any]) -> dict[str
     return {**data, "categories": [entry for entry in data["categories"] if entry != category]}
 
 
-def require_free(paths: Iterable[Path]) -> None:
+def require_free(paths: Iterable[Path], beginning: str = _BEGINNING) -> None:
     """Refuse to overwrite a json that was not written here; earlier conversions are replaced.
+
+    Args:
+        paths: of the jsons to write.
+        beginning: first characters of every json that the command writes.
 
     Raises:
         DataError: the message names the file.
     """
     for path in filter(Path.exists, paths):
         try:
-            is_conversion = read_start(path, len(_BEGINNING)) == _BEGINNING.encode()
+            is_own = read_start(path, len(beginning)) == beginning.encode()
         except UserFileError:
-            is_conversion = False
-        if not is_conversion:
+            is_own = False
+        if not is_own:
             raise DataError(f"{path}: this file exists and was not made by this command. Choose another folder.")
 
 
