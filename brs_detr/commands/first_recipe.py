@@ -18,7 +18,7 @@ import yaml
 from brs_detr.commands.anchor_report import side_lengths, with_finer_maps, with_sizes
 from brs_detr.config import Config, load_config
 from brs_detr.config_io import leaves
-from brs_detr.data.anchor_fit import Boxes, Fit, at_training_size
+from brs_detr.data.anchor_fit import Boxes, Fit, at_training_size, resized_sizes
 from brs_detr.models.backbones.availability import where_weights_are
 from brs_detr.models.config import DETRConfig
 from brs_detr.run.anchors import fit_heads, is_automatic
@@ -132,14 +132,22 @@ def propose(recipe: Config, stored: Boxes) -> Config:
 
 def _by_cost(recipe: Config, stored: Boxes) -> Iterator[Config]:
     """Yield a recipe at rising costs: with images as they are or smaller, with finer maps, with larger images."""
-    short = float(stored.sizes.amin(dim=1).median()) if len(stored.sizes) else math.inf
-    smaller = min(1.0, short / recipe.data.test_short_side)
+    smaller = min(1.0, _as_stored(recipe, stored))
     for factor in (smaller, 1.5 * smaller):
         sized = recipe if factor == 1 else with_sizes(recipe, factor)
         if factor == smaller:
             yield sized
         finer = with_finer_maps(sized)
         yield sized if finer is None else finer
+
+
+def _as_stored(recipe: Config, stored: Boxes) -> float:
+    """Return the factor for the sizes of a recipe with which half of the objects are no longer in enlarged images."""
+    if not len(stored.sizes):
+        return 1.0
+    short, long = stored.sizes.amin(dim=1), stored.sizes.amax(dim=1)
+    # of wide images the limit of the long side decides: the factor is where neither limit lets them grow
+    return float(torch.maximum(short / recipe.data.test_short_side, long / recipe.data.test_long_side).median())
 
 
 def _differences(recipe: Config, config: Config) -> Iterator[tuple[str, object]]:
@@ -170,8 +178,9 @@ def _describe_boxes(config: Config, stored: Boxes) -> Iterator[str]:
     boxes = at_training_size(stored, config.data)
     if not len(boxes.boxes):
         return
-    short, strides = config.data.test_short_side, ", ".join(map(str, config.model.backbone.levels))
-    yield f"at a short side of {short} pixels: {side_lengths(boxes)}; strides {strides}"
+    sizes = resized_sizes(stored.sizes, config.data.test_short_side, config.data.test_long_side)
+    short, strides = float(sizes.amin(dim=1).median()), ", ".join(map(str, config.model.backbone.levels))
+    yield f"at a short side of {short:.0f} pixels: {side_lengths(boxes)}; strides {strides}"
     if is_automatic(config):
         fits = ", ".join(
             f"{fitted.at_50:.0%} and {fitted.at_70:.0%} ({name}, anchor_scale {layout.scale:g})"

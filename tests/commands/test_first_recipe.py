@@ -98,6 +98,16 @@ def test_small_images_are_not_enlarged_before_finer_maps_are_tried():
     assert config.data.test_short_side == 80 and config.model.backbone.levels == (4, 8, 16)
 
 
+def test_wide_images_are_neither_enlarged_nor_made_smaller_than_the_recipe_makes_them():
+    recipe = load_config("brs_detr_small")
+    assert propose(recipe, objects(90, short=375, long=1242)) == recipe  # its long side is what limits them: 1066x322
+    assert propose(recipe, objects(90, short=1242, long=375)) == recipe
+    data = propose(recipe, objects(100, short=512, long=1024)).data  # the recipe would enlarge them to 1066x533
+    assert (data.test_short_side, data.test_long_side) == (615, 1024)
+    text = first_recipe(Dataset(objects(90, short=375, long=1242), 100, 3, {}), Surroundings(GPU, "cache"))
+    assert "at a short side of 322 pixels" in text
+
+
 def test_a_finer_map_replaces_the_coarsest_where_there_would_be_too_many():
     assert with_finer_maps(load_config("brs_detr_small_cpu")).model.backbone.levels == (4, 8, 16)
     assert with_finer_maps(load_config("brs_detr_small")).model.backbone.levels == (4, 8, 16, 32)
