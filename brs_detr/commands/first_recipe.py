@@ -15,13 +15,13 @@ from typing import NamedTuple
 import torch
 import yaml
 
-from brs_detr.commands.anchor_report import side_lengths, with_finer_maps, with_sizes
+from brs_detr.commands.anchor_report import describe_sides, with_finer_maps, with_sizes
 from brs_detr.config import Config, load_config
 from brs_detr.config_io import leaves
 from brs_detr.data.anchor_fit import Boxes, Fit, at_training_size, resized_sizes
 from brs_detr.models.backbones.availability import where_weights_are
 from brs_detr.models.config import DETRConfig
-from brs_detr.run.anchors import fit_heads, is_automatic
+from brs_detr.run.anchors import fit_heads, is_automatic, warn_of_misfit
 from brs_detr.user_files import printable
 
 SMALL, SMALL_CPU, LARGE = "brs_detr_small", "brs_detr_small_cpu", "brs_detr_r50_12e_coco"
@@ -100,6 +100,7 @@ def first_recipe(dataset: Dataset, here: Surroundings | None = None) -> str:
     room = _room_for(config, dataset.fullest)
     changed = dict(_differences(recipe, config)) | room
     lines = [
+        *_warn(config, dataset.boxes),
         f"start from configs/{name}.yaml: {reason}",
         f"{dataset.images:,} images: {describe_length(config, dataset.images)}",
         *([f"up to {dataset.fullest:,} objects an image: limits are raised to {max(room.values())}"] if room else []),
@@ -173,6 +174,12 @@ def describe_length(config: Config, images: int) -> str:
     return f"{epochs * an_epoch:,} steps of {train.total_batch_size} images are {epochs:,} {plural}"
 
 
+def _warn(config: Config, stored: Boxes) -> list[str]:
+    """Return a warning where the anchors of the first head, that of the RPN, fit too few objects."""
+    fits = fit_heads(config.model, at_training_size(stored, config.data))
+    return warn_of_misfit(config.data, stored, next(iter(fits.values()))[1])
+
+
 def _describe_boxes(config: Config, stored: Boxes) -> Iterator[str]:
     """Yield lines on the objects at the size they are trained at, and on the anchors chosen for them."""
     boxes = at_training_size(stored, config.data)
@@ -180,7 +187,7 @@ def _describe_boxes(config: Config, stored: Boxes) -> Iterator[str]:
         return
     sizes = resized_sizes(stored.sizes, config.data.test_short_side, config.data.test_long_side)
     short, strides = float(sizes.amin(dim=1).median()), ", ".join(map(str, config.model.backbone.levels))
-    yield f"at a short side of {short:.0f} pixels: {side_lengths(boxes)}; strides {strides}"
+    yield f"at a short side of {short:.0f} pixels: {describe_sides(boxes)}; strides {strides}"
     if is_automatic(config):
         fits = ", ".join(
             f"{fitted.at_50:.0%} and {fitted.at_70:.0%} ({name}, anchor_scale {layout.scale:g})"

@@ -208,6 +208,34 @@ def test_what_costs_much_more_than_the_recipe_is_said():
     assert "the maps have 9 times as many cells" in printed(22)  # and 1.5 times the sides
 
 
+@pytest.mark.parametrize(
+    ("side", "here", "tile", "size"),
+    [
+        (10, Surroundings(None, None), 140, "4800x3600"),
+        (10, Surroundings(GPU, "cache"), 533, "4800x3600"),
+        (20, Surroundings(GPU, "cache"), 1600, "2400x1800"),
+    ],
+)
+def test_objects_too_small_to_be_found_are_a_warning_with_what_would_help(side, here, tile, size):
+    warning = first_recipe(Dataset(objects(side, short=3000, long=4000), 100, 3, {}), here).splitlines()[0]
+    assert warning.startswith("warning: objects: half are under ") and f"on images of {size} pixels" in warning
+    assert f"into tiles of at most {tile} pixels and predict with --tiles {tile}, or train" in warning
+    tiles = first_recipe(Dataset(objects(side, short=tile, long=tile), 100, 3, {}), here)
+    assert "warning" not in tiles  # cut as it says, they are large enough
+
+
+def test_no_tiles_are_proposed_for_images_that_are_smaller():
+    warning = first_recipe(Dataset(objects(2, short=24, long=30), 100, 3, {}), Surroundings(None, None)).splitlines()[0]
+    assert warning.startswith("warning: ") and "tiles" not in warning and "Train on images of 180x144 pixels" in warning
+    for side in (40, 100, 200):
+        assert "warning" not in first_recipe(Dataset(objects(side), 100, 3, {}), Surroundings(None, None))
+
+
+def test_the_report_of_a_recipe_begins_with_the_warning():
+    text = describe_anchors(load_config("brs_detr_small_cpu"), objects(10, short=3000, long=4000))
+    assert text.startswith("warning: objects: half are under 1 pixels at the size of training, and 0% have an anchor")
+
+
 def test_values_are_written_as_the_command_line_reads_them():
     for value in ("plain", "/my data", "12", "null", "a: b"):
         assert load_config("demo", [f"data.root={module.as_yaml(value)}"]).data.root == value
