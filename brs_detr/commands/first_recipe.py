@@ -30,6 +30,7 @@ ENOUGH = 0.85  # mean of both shares from which nothing costlier is looked for
 # settings that limit the objects of an image
 _PER_IMAGE = (
     "model.queries",
+    "model.max_aux_queries",
     "model.detections_per_image",
     "model.rpn.proposals_before_nms",
     "model.rpn.proposals",
@@ -37,7 +38,10 @@ _PER_IMAGE = (
     "model.rpn.test_proposals",
     "model.roi.max_detections",
     "model.atss.max_detections",
+    "eval.max_detections",
 )
+MOST = 500  # objects of an image that limits are raised to: every image pays for its queries and regions
+FULL = 0.99  # share of the images that limits have room for
 WORTH_IT = 0.05  # gain in the mean of both shares from which a costlier proposal replaces a cheaper one
 
 
@@ -54,13 +58,13 @@ class Dataset(NamedTuple):
     Attributes:
         boxes: its objects at the size of their images.
         images: their number.
-        fullest: objects of the image that has most.
+        counts: objects of each image by its file name, without crowds.
         paths: settings of section `data` that name it; without a validation set the command has capitals to replace.
     """
 
     boxes: Boxes
     images: int
-    fullest: int
+    counts: Mapping[str, int]
     paths: Mapping[str, object]
 
 
@@ -97,13 +101,13 @@ def first_recipe(dataset: Dataset, here: Surroundings | None = None) -> str:
     name, reason = choose_recipe(dataset.images, look_around() if here is None else here)
     recipe = load_config(name)
     config = recipe if name == LARGE else propose(recipe, dataset.boxes)
-    room = _room_for(config, dataset.fullest)
+    room = _room_for(config, dataset.counts)
     changed = dict(_differences(recipe, config)) | room
     lines = [
         *_warn(config, dataset.boxes),
         f"start from configs/{name}.yaml: {reason}",
         f"{dataset.images:,} images: {describe_length(config, dataset.images)}",
-        *([f"up to {dataset.fullest:,} objects an image: limits are raised to {max(room.values())}"] if room else []),
+        *_describe_room(config, dataset.counts, room),
         *_describe_boxes(config, dataset.boxes),
         *_describe_cost(recipe, config),
     ]
@@ -157,12 +161,30 @@ def _differences(recipe: Config, config: Config) -> Iterator[tuple[str, object]]
     yield from ((name, value) for name, value in leaves(config) if before[name] != value)
 
 
-def _room_for(config: Config, fullest: int) -> dict[str, int]:
-    """Return settings for images with more objects than the recipe can propose and detect."""
-    if not isinstance(config.model, DETRConfig):
+def _room_for(config: Config, counts: Mapping[str, int]) -> dict[str, int]:
+    """Return settings for images with more objects than the recipe can propose, detect and count."""
+    if not isinstance(config.model, DETRConfig) or not counts:
         return {}
-    settings = dict(leaves(config.model, "model."))
-    return {name: math.ceil(fullest / 50) * 50 for name in _PER_IMAGE if settings[name] < fullest}
+    full = sorted(counts.values())[math.ceil(FULL * (len(counts) - 1))]
+    room = min(MOST, math.ceil(full / 50) * 50)
+    settings = dict(leaves(config))
+    return {name: room for name in _PER_IMAGE if settings[name] < min(full, MOST)}
+
+
+def _describe_room(config: Config, counts: Mapping[str, int], room: Mapping[str, int]) -> Iterator[str]:
+    """Yield a line on the limits that are raised, and on the images with more objects than they have room for."""
+    settings = dict(leaves(config)) | room
+    limit = min((settings[name] for name in _PER_IMAGE if name in settings), default=0)
+    fullest = max(counts.values(), default=0)
+    above = [name for name in sorted(counts, key=lambda name: -counts[name]) if counts[name] > limit]
+    parts = [f"up to {fullest:,} objects an image"]
+    if room:
+        parts.append(f"limits are raised to {limit}")
+    if above:
+        shown = ", ".join(f"{name} ({counts[name]:,})" for name in above[:3]) + (", ..." if len(above) > 3 else "")
+        parts.append(f"{len(above):,} with more than {limit} cannot be found completely: {shown}")
+    if room or above:
+        yield printable("; ".join(parts))
 
 
 def describe_length(config: Config, images: int) -> str:
