@@ -8,9 +8,9 @@ from typing import Any
 
 from brs_detr.config import Config
 from brs_detr.config_io import problems
-from brs_detr.data.anchor_fit import Boxes, Fit, at_training_size, fit
+from brs_detr.data.anchor_fit import Boxes, Fit, at_training_size, fit, side_lengths
 from brs_detr.data.config import AugmentConfig, DataConfig, LSJConfig, SSDConfig
-from brs_detr.run.anchors import fit_heads, is_automatic, layouts
+from brs_detr.run.anchors import fit_heads, is_automatic, layouts, warn_of_misfit
 
 WORTH_SAYING = 0.02  # gain in the mean of both shares from which another setting is proposed
 
@@ -26,7 +26,7 @@ def describe_anchors(config: Config, stored: Boxes) -> str:
     if not heads:
         return f"anchors: {config.model.name} has none"
     boxes = at_training_size(stored, config.data)
-    lines = [f"anchors at the training resolution ({training_size(config.data)}), {side_lengths(boxes)}:"]
+    lines = [f"anchors at the training resolution ({training_size(config.data)}), {describe_sides(boxes)}:"]
     now = {name: fit(boxes, layout) for name, layout in heads.items()}
     for name, (at_50, at_70) in now.items():
         shares = f"{at_50:.1%} of the objects have an anchor at IoU >= .5, {at_70:.1%} at IoU >= .7"
@@ -39,7 +39,10 @@ def describe_anchors(config: Config, stored: Boxes) -> str:
         lines.append(f"  model.anchors=auto raises the mean of both: {better}")
     else:
         lines.append("  no other scale fits clearly better")
-    return "\n".join([*lines, *further_settings(config, stored, chosen[next(iter(heads))][1])])
+    reached = chosen[next(iter(heads))][1]
+    return "\n".join(
+        [*warn_of_misfit(config.data, stored, reached), *lines, *further_settings(config, stored, reached)]
+    )
 
 
 def further_settings(config: Config, stored: Boxes, reached: Fit) -> Iterator[str]:
@@ -78,9 +81,9 @@ def training_size(data: DataConfig) -> str:
     return f"short side {low} to {high} pixels" if low < high else f"short side {low} pixels"
 
 
-def side_lengths(boxes: Boxes) -> str:
+def describe_sides(boxes: Boxes) -> str:
     """Format how large objects are."""
-    sides = (boxes.boxes[:, 2:] - boxes.boxes[:, :2]).prod(dim=1).sqrt()
+    sides = side_lengths(boxes)
     low, high = (float(sides.quantile(share)) if len(sides) else 0.0 for share in (0.1, 0.9))
     return f"objects of {low:.0f} to {high:.0f} pixels (square root of the area, 10th to 90th percentile)"
 

@@ -137,7 +137,10 @@ def recipe_for_folder(start: Start, has_val: bool, dataset: CocoDetection) -> st
 def facts_of(dataset: CocoDetection, paths: Mapping[str, object]) -> Dataset:
     """Return what the choice of a recipe needs to know of a training set."""
     packed = dataset.packed
-    return Dataset(boxes_of(packed), len(packed), int(np.diff(packed.offsets).max(initial=0)), paths)
+    rows = np.repeat(np.arange(len(packed)), np.diff(packed.offsets))[~packed.iscrowd]
+    names = map(packed.file_name, range(len(packed)))
+    counts = dict(zip(names, np.bincount(rows, minlength=len(packed)).tolist(), strict=True))
+    return Dataset(boxes_of(packed), len(packed), counts, paths)
 
 
 def recipe_for(start: Start, dataset: CocoDetection) -> str:

@@ -209,6 +209,7 @@ def _recipe(path: Path, images: str, data: dict[str, Any] | None, paths: Mapping
         from brs_detr.data.coco import CocoDetection
 
         return first_recipe(facts_of(CocoDetection(path, images, train=True), paths))
-    per_image = Counter(annotation["image_id"] for annotation in data["annotations"])
-    fullest = max(per_image.values(), default=0)
-    return first_recipe(Dataset(boxes_of_json(data), len(data["images"]), fullest, paths))
+    rows = (a["image_id"] for a in data["annotations"] if not a.get("iscrowd") and not a.get("ignore"))
+    per_image = Counter(rows)
+    counts = {image["file_name"]: per_image[image["id"]] for image in data["images"]}
+    return first_recipe(Dataset(boxes_of_json(data), len(data["images"]), counts, paths))

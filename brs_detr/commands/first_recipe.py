@@ -15,13 +15,13 @@ from typing import NamedTuple
 import torch
 import yaml
 
-from brs_detr.commands.anchor_report import side_lengths, with_finer_maps, with_sizes
+from brs_detr.commands.anchor_report import describe_sides, with_finer_maps, with_sizes
 from brs_detr.config import Config, load_config
 from brs_detr.config_io import leaves
-from brs_detr.data.anchor_fit import Boxes, Fit, at_training_size
+from brs_detr.data.anchor_fit import Boxes, Fit, at_training_size, resized_sizes
 from brs_detr.models.backbones.availability import where_weights_are
 from brs_detr.models.config import DETRConfig
-from brs_detr.run.anchors import fit_heads, is_automatic
+from brs_detr.run.anchors import fit_heads, is_automatic, warn_of_misfit
 from brs_detr.user_files import printable
 
 SMALL, SMALL_CPU, LARGE = "brs_detr_small", "brs_detr_small_cpu", "brs_detr_r50_12e_coco"
@@ -30,6 +30,7 @@ ENOUGH = 0.85  # mean of both shares from which nothing costlier is looked for
 # settings that limit the objects of an image
 _PER_IMAGE = (
     "model.queries",
+    "model.max_aux_queries",
     "model.detections_per_image",
     "model.rpn.proposals_before_nms",
     "model.rpn.proposals",
@@ -37,7 +38,10 @@ _PER_IMAGE = (
     "model.rpn.test_proposals",
     "model.roi.max_detections",
     "model.atss.max_detections",
+    "eval.max_detections",
 )
+MOST = 500  # objects of an image that limits are raised to: every image pays for its queries and regions
+FULL = 0.99  # share of the images that limits have room for
 WORTH_IT = 0.05  # gain in the mean of both shares from which a costlier proposal replaces a cheaper one
 
 
@@ -54,13 +58,13 @@ class Dataset(NamedTuple):
     Attributes:
         boxes: its objects at the size of their images.
         images: their number.
-        fullest: objects of the image that has most.
+        counts: objects of each image by its file name, without crowds.
         paths: settings of section `data` that name it; without a validation set the command has capitals to replace.
     """
 
     boxes: Boxes
     images: int
-    fullest: int
+    counts: Mapping[str, int]
     paths: Mapping[str, object]
 
 
@@ -97,12 +101,13 @@ def first_recipe(dataset: Dataset, here: Surroundings | None = None) -> str:
     name, reason = choose_recipe(dataset.images, look_around() if here is None else here)
     recipe = load_config(name)
     config = recipe if name == LARGE else propose(recipe, dataset.boxes)
-    room = _room_for(config, dataset.fullest)
+    room = _room_for(config, dataset.counts)
     changed = dict(_differences(recipe, config)) | room
     lines = [
+        *_warn(config, dataset.boxes),
         f"start from configs/{name}.yaml: {reason}",
         f"{dataset.images:,} images: {describe_length(config, dataset.images)}",
-        *([f"up to {dataset.fullest:,} objects an image: limits are raised to {max(room.values())}"] if room else []),
+        *_describe_room(config, dataset.counts, room),
         *_describe_boxes(config, dataset.boxes),
         *_describe_cost(recipe, config),
     ]
@@ -132,8 +137,7 @@ def propose(recipe: Config, stored: Boxes) -> Config:
 
 def _by_cost(recipe: Config, stored: Boxes) -> Iterator[Config]:
     """Yield a recipe at rising costs: with images as they are or smaller, with finer maps, with larger images."""
-    short = float(stored.sizes.amin(dim=1).median()) if len(stored.sizes) else math.inf
-    smaller = min(1.0, short / recipe.data.test_short_side)
+    smaller = min(1.0, _as_stored(recipe, stored))
     for factor in (smaller, 1.5 * smaller):
         sized = recipe if factor == 1 else with_sizes(recipe, factor)
         if factor == smaller:
@@ -142,18 +146,45 @@ def _by_cost(recipe: Config, stored: Boxes) -> Iterator[Config]:
         yield sized if finer is None else finer
 
 
+def _as_stored(recipe: Config, stored: Boxes) -> float:
+    """Return the factor for the sizes of a recipe with which half of the objects are no longer in enlarged images."""
+    if not len(stored.sizes):
+        return 1.0
+    short, long = stored.sizes.amin(dim=1), stored.sizes.amax(dim=1)
+    # of wide images the limit of the long side decides: the factor is where neither limit lets them grow
+    return float(torch.maximum(short / recipe.data.test_short_side, long / recipe.data.test_long_side).median())
+
+
 def _differences(recipe: Config, config: Config) -> Iterator[tuple[str, object]]:
     """Yield (name, value) of each setting in which a proposal differs from its recipe."""
     before = dict(leaves(recipe))
     yield from ((name, value) for name, value in leaves(config) if before[name] != value)
 
 
-def _room_for(config: Config, fullest: int) -> dict[str, int]:
-    """Return settings for images with more objects than the recipe can propose and detect."""
-    if not isinstance(config.model, DETRConfig):
+def _room_for(config: Config, counts: Mapping[str, int]) -> dict[str, int]:
+    """Return settings for images with more objects than the recipe can propose, detect and count."""
+    if not isinstance(config.model, DETRConfig) or not counts:
         return {}
-    settings = dict(leaves(config.model, "model."))
-    return {name: math.ceil(fullest / 50) * 50 for name in _PER_IMAGE if settings[name] < fullest}
+    full = sorted(counts.values())[math.ceil(FULL * (len(counts) - 1))]
+    room = min(MOST, math.ceil(full / 50) * 50)
+    settings = dict(leaves(config))
+    return {name: room for name in _PER_IMAGE if settings[name] < min(full, MOST)}
+
+
+def _describe_room(config: Config, counts: Mapping[str, int], room: Mapping[str, int]) -> Iterator[str]:
+    """Yield a line on the limits that are raised, and on the images with more objects than they have room for."""
+    settings = dict(leaves(config)) | room
+    limit = min((settings[name] for name in _PER_IMAGE if name in settings), default=0)
+    fullest = max(counts.values(), default=0)
+    above = [name for name in sorted(counts, key=lambda name: -counts[name]) if counts[name] > limit]
+    parts = [f"up to {fullest:,} objects an image"]
+    if room:
+        parts.append(f"limits are raised to {limit}")
+    if above:
+        shown = ", ".join(f"{name} ({counts[name]:,})" for name in above[:3]) + (", ..." if len(above) > 3 else "")
+        parts.append(f"{len(above):,} with more than {limit} cannot be found completely: {shown}")
+    if room or above:
+        yield printable("; ".join(parts))
 
 
 def describe_length(config: Config, images: int) -> str:
@@ -165,13 +196,20 @@ def describe_length(config: Config, images: int) -> str:
     return f"{epochs * an_epoch:,} steps of {train.total_batch_size} images are {epochs:,} {plural}"
 
 
+def _warn(config: Config, stored: Boxes) -> list[str]:
+    """Return a warning where the anchors of the first head, that of the RPN, fit too few objects."""
+    fits = fit_heads(config.model, at_training_size(stored, config.data))
+    return warn_of_misfit(config.data, stored, next(iter(fits.values()))[1])
+
+
 def _describe_boxes(config: Config, stored: Boxes) -> Iterator[str]:
     """Yield lines on the objects at the size they are trained at, and on the anchors chosen for them."""
     boxes = at_training_size(stored, config.data)
     if not len(boxes.boxes):
         return
-    short, strides = config.data.test_short_side, ", ".join(map(str, config.model.backbone.levels))
-    yield f"at a short side of {short} pixels: {side_lengths(boxes)}; strides {strides}"
+    sizes = resized_sizes(stored.sizes, config.data.test_short_side, config.data.test_long_side)
+    short, strides = float(sizes.amin(dim=1).median()), ", ".join(map(str, config.model.backbone.levels))
+    yield f"at a short side of {short:.0f} pixels: {describe_sides(boxes)}; strides {strides}"
     if is_automatic(config):
         fits = ", ".join(
             f"{fitted.at_50:.0%} and {fitted.at_70:.0%} ({name}, anchor_scale {layout.scale:g})"

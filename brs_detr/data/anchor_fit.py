@@ -112,6 +112,11 @@ def at_training_size(stored: Boxes, data: DataConfig) -> Boxes:
     return _resized(stored, [resized_sizes(stored.sizes, *limits) for limits in sides])
 
 
+def side_lengths(boxes: Boxes) -> Tensor:
+    """Return how large each object is: the square root of its area, (N,) pixels."""
+    return (boxes.boxes[:, 2:] - boxes.boxes[:, :2]).prod(dim=1).sqrt()
+
+
 def resized_sizes(sizes: Tensor, short_side: float, long_side: float) -> Tensor:
     """Compute `ops.images.resized_size` of many images: (N, 2) (h, w) pixels."""
     scale = torch.minimum(long_side / sizes.amax(dim=1), short_side / sizes.amin(dim=1))

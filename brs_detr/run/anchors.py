@@ -6,6 +6,7 @@ and its weights hold the numbers, so evaluation, prediction, export and a resume
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,17 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from brs_detr.config import Config, ConfigError, from_dict
-from brs_detr.data.anchor_fit import AnchorLayout, Boxes, Fit, at_training_size, best_scale, boxes_of
+from brs_detr.data.anchor_fit import AnchorLayout, Boxes, Fit, at_training_size, best_scale, boxes_of, side_lengths
+from brs_detr.data.config import AugmentConfig, DataConfig
 from brs_detr.models.cnn_config import ModelConfig, YOLACTHeadConfig
 from brs_detr.models.config import DenseHeadConfig, DETRConfig, RPNConfig
 from brs_detr.models.neck import pyramid_strides
 from brs_detr.run.dataset import TrainSet
 from brs_detr.run.weights import locate, read
+
+FEW = 0.5  # share of the objects with an anchor at IoU .5 below which a training is not expected to find them
+TINY, VISIBLE = 8, 12  # pixels: under the first no anchors help, and from the second on those of stride 4 fit
+SMALLEST_TILE = 64  # pixels; of images cut smaller than this too little is seen around an object
 
 
 def layouts(model: ModelConfig) -> dict[str, AnchorLayout]:
@@ -56,6 +62,42 @@ def with_scales(model: ModelConfig, scales: Mapping[str, float]) -> ModelConfig:
 def fit_heads(model: ModelConfig, boxes: Boxes) -> dict[str, tuple[AnchorLayout, Fit]]:
     """Choose the scale of each head for boxes at their training size: its anchors with it, and how they fit."""
     return {name: best_scale(boxes, layout) for name, layout in layouts(model).items()}
+
+
+def warn_of_misfit(data: DataConfig, stored: Boxes, reached: Fit) -> list[str]:
+    """Return a warning if objects are too small at their training size, or fitted by too few anchors; else nothing.
+
+    Args:
+        data: how images are resized.
+        stored: objects of the training set at the size of their images.
+        reached: the fit of the first head: of several the one that makes the proposals.
+    """
+    if not len(stored.boxes):
+        return []
+    median = float(side_lengths(at_training_size(stored, data)).median())
+    found = f"{reached.at_50:.0%} have an anchor at IoU >= .5"
+    if median < TINY or (median < VISIBLE and reached.at_50 < FEW):
+        small = f"half are under {math.ceil(median)} pixels at the size of training, and {found}"
+        return [f"warning: objects: {small}: so small ones are seldom found. {_what_shows_them(data, stored)}"]
+    if reached.at_50 < FEW:
+        return [f"warning: objects: only {found}. Look with `check-data RECIPE` for settings that fit more."]
+    return []
+
+
+def _what_shows_them(data: DataConfig, stored: Boxes) -> str:
+    """Say how large images, or tiles of them, have to be for objects that are trained on too small."""
+    enlarge = VISIBLE / float(side_lengths(stored).median())
+    height, width = (enlarge * stored.sizes.median(dim=0).values).tolist()
+    whole = (
+        f"on images of {width:.0f}x{height:.0f} pixels (sizes of section data) with maps from stride 4, where the "
+        f"median object has {VISIBLE} pixels."
+    )
+    seen = data.test_short_side if isinstance(data.augment, AugmentConfig) else data.augment.size
+    tile = int(seen / enlarge)
+    if not SMALLEST_TILE <= tile < stored.sizes.max():
+        return f"Train {whole}"
+    tiles = f"tiles of at most {tile} pixels and predict with --tiles {tile}"
+    return f"Cut images and annotations into {tiles}, or train {whole}"
 
 
 def is_automatic(config: Config) -> bool:
@@ -98,17 +140,18 @@ def choose_anchors(
     chosen: list[Any] = [None]
     if accelerator.is_main_process:
         dataset = train_set(config)
-        heads = fit_heads(config.model, at_training_size(boxes_of(dataset.packed), config.data))
-        count = dataset.report["objects"]
-        chosen = [{name: (layout.scale, tuple(fit)) for name, (layout, fit) in heads.items()}, count]
-    chosen = broadcast_object_list([chosen])[0]
-    heads, count = chosen
+        stored = boxes_of(dataset.packed)
+        heads = fit_heads(config.model, at_training_size(stored, config.data))
+        warning = warn_of_misfit(config.data, stored, next(iter(heads.values()))[1])
+        numbers = {name: (layout.scale, tuple(fit)) for name, (layout, fit) in heads.items()}
+        chosen = [numbers, dataset.report["objects"], warning]
+    heads, count, warning = broadcast_object_list([chosen])[0]
     shown = ", ".join(
         f"model.{name}.anchor_scale={scale:g} (IoU >= .5 for {at_50:.0%} of the objects, >= .7 for {at_70:.0%})"
         for name, (scale, (at_50, at_70)) in heads.items()
     )
     model = with_scales(config.model, {name: scale for name, (scale, _) in heads.items()})
-    return replace(config, model=model), [f"anchors chosen from {count:,} objects: {shown}"]
+    return replace(config, model=model), [f"anchors chosen from {count:,} objects: {shown}", *warning]
 
 
 def _taken_over(config: Config, model: ModelConfig, source: str) -> tuple[Config, list[str]]:

@@ -5,16 +5,19 @@ import shlex
 
 import pytest
 import torch
+from PIL import Image
 from support import ROOT
 
 from brs_detr import cli
 from brs_detr.commands import first_recipe as module
 from brs_detr.commands.anchor_report import describe_anchors, with_finer_maps, with_sizes
-from brs_detr.commands.check_data import held_out
+from brs_detr.commands.check_data import facts_of, held_out
+from brs_detr.commands.convert_dataset import next_steps
 from brs_detr.commands.first_recipe import Dataset, Surroundings, choose_recipe, describe_length, first_recipe, propose
 from brs_detr.config import apply_overrides, load_config
 from brs_detr.data.anchor_fit import Boxes, at_training_size, boxes_of, fit
 from brs_detr.data.build import open_train_set, open_val_set
+from brs_detr.data.coco import CocoDetection
 from brs_detr.data.synthetic import make_dataset
 from brs_detr.run.anchors import fit_heads, layouts
 
@@ -51,7 +54,7 @@ def no_network(monkeypatch):
 def test_the_recipe_follows_from_what_is_there(images, here, name, reason):
     chosen, why = choose_recipe(images, here)
     assert chosen == name and reason in why
-    text = first_recipe(Dataset(objects(100), images, 20, {"data.root": "/my data"}), here)
+    text = first_recipe(Dataset(objects(100), images, {"a.jpg": 20}, {"data.root": "/my data"}), here)
     assert f"start from configs/{name}.yaml: {why}" in text and (ROOT / "configs" / f"{name}.yaml").is_file()
     words = shlex.split(text.splitlines()[-1])
     assert words[:5] == ["python", "-m", "brs_detr", "train", name]
@@ -98,6 +101,16 @@ def test_small_images_are_not_enlarged_before_finer_maps_are_tried():
     assert config.data.test_short_side == 80 and config.model.backbone.levels == (4, 8, 16)
 
 
+def test_wide_images_are_neither_enlarged_nor_made_smaller_than_the_recipe_makes_them():
+    recipe = load_config("brs_detr_small")
+    assert propose(recipe, objects(90, short=375, long=1242)) == recipe  # its long side is what limits them: 1066x322
+    assert propose(recipe, objects(90, short=1242, long=375)) == recipe
+    data = propose(recipe, objects(100, short=512, long=1024)).data  # the recipe would enlarge them to 1066x533
+    assert (data.test_short_side, data.test_long_side) == (615, 1024)
+    text = first_recipe(Dataset(objects(90, short=375, long=1242), 100, {"a.jpg": 3}, {}), Surroundings(GPU, "cache"))
+    assert "at a short side of 322 pixels" in text
+
+
 def test_a_finer_map_replaces_the_coarsest_where_there_would_be_too_many():
     assert with_finer_maps(load_config("brs_detr_small_cpu")).model.backbone.levels == (4, 8, 16)
     assert with_finer_maps(load_config("brs_detr_small")).model.backbone.levels == (4, 8, 16, 32)
@@ -113,18 +126,50 @@ def test_all_sizes_grow_together():
     assert data.augment.size == data.test_square == 144
 
 
-def test_images_full_of_objects_raise_every_limit_that_is_lower():
-    def printed(fullest):
-        text = first_recipe(Dataset(objects(100), 100, fullest, {}), Surroundings(None, None))
-        return load_config("brs_detr_small_cpu", shlex.split(text.splitlines()[-1])[5:]), text
+def crowded(*counts):
+    """What is printed for images of so many objects, and the config of the printed command."""
+    images = {f"{number}.jpg": count for number, count in enumerate(counts)}
+    text = first_recipe(Dataset(objects(100), len(images), images, {}), Surroundings(None, None))
+    return load_config("brs_detr_small_cpu", shlex.split(text.splitlines()[-1])[5:]), text
 
+
+def test_images_full_of_objects_raise_every_limit_that_is_lower():
     recipe = load_config("brs_detr_small_cpu")
-    config, text = printed(60)
-    assert config.model == recipe.model and "limits" not in text
-    config, text = printed(369)
+    config, text = crowded(60)
+    assert (config.model, config.eval) == (recipe.model, recipe.eval) and "objects an image" not in text
+    config, text = crowded(369, 8)
     model = config.model
     limits = (model.queries, model.detections_per_image, model.rpn.test_proposals, model.roi.max_detections)
-    assert set(limits) == {400} and "up to 369 objects an image: limits are raised to 400" in text
+    assert {*limits, model.max_aux_queries, config.eval.max_detections} == {400}  # what is found is counted, too
+    assert "up to 369 objects an image; limits are raised to 400" in text and "cannot" not in text
+
+
+def test_a_few_images_fuller_than_all_others_are_named_instead():
+    config, text = crowded(*[110] * 298, 170, 1500)
+    assert config.model.queries == config.eval.max_detections == 150
+    assert (
+        "limits are raised to 150; 2 with more than 150 cannot be found completely: 299.jpg (1,500), 298.jpg (170)"
+        in text
+    )
+    config, text = crowded(*[900] * 5)
+    assert config.model.queries == 500 and "5 with more than 500" in text and text.count("(900)") == 3
+    config, text = crowded(*[20] * 199, 80)
+    assert config.model == load_config("brs_detr_small_cpu").model
+    assert "up to 80 objects an image; 1 with more than 60 cannot be found completely: 199.jpg (80)" in text
+
+
+def test_crowds_are_no_objects_to_make_room_for(tmp_path):
+    box = {"category_id": 1, "bbox": [1, 2, 30, 40], "area": 1200}
+    data = {
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 80, "height": 60}],
+        "annotations": [{"id": i, "image_id": 1, "iscrowd": int(i > 1), **box} for i in range(1, 72)],
+        "categories": [{"id": 1, "name": "cell"}],
+    }
+    (tmp_path / "train.json").write_text(json.dumps(data))
+    Image.new("RGB", (80, 60)).save(tmp_path / "a.jpg")
+    dataset = CocoDetection(tmp_path / "train.json", tmp_path, train=True)
+    assert facts_of(dataset, {}).counts == {"a.jpg": 1}
+    assert "objects an image" not in next_steps(tmp_path, str(tmp_path), "train", "val", data)
 
 
 def test_the_report_of_a_recipe_says_what_its_anchors_reach_and_what_would_raise_it(data, capsys):
@@ -185,17 +230,47 @@ def test_names_of_validation_sets_are_recognized():
 
 def test_a_dataset_without_objects_at_hand_has_a_recipe_all_the_same():
     empty = Boxes(torch.zeros(0, 4), torch.zeros(0, 2))
-    text = first_recipe(Dataset(empty, 3, 0, {}), Surroundings(None, None))
+    text = first_recipe(Dataset(empty, 3, {}, {}), Surroundings(None, None))
     assert "start from configs/brs_detr_small_cpu.yaml" in text
 
 
 def test_what_costs_much_more_than_the_recipe_is_said():
     def printed(side):
-        return first_recipe(Dataset(objects(side), 100, 3, {}), Surroundings(None, None))
+        return first_recipe(Dataset(objects(side), 100, {"a.jpg": 3}, {}), Surroundings(None, None))
 
     assert "times as many cells" not in printed(150)
     assert "the maps have 4 times as many cells as the recipe's" in printed(40)  # half the strides
     assert "the maps have 9 times as many cells" in printed(22)  # and 1.5 times the sides
+
+
+@pytest.mark.parametrize(
+    ("side", "here", "tile", "size"),
+    [
+        (10, Surroundings(None, None), 140, "4800x3600"),
+        (10, Surroundings(GPU, "cache"), 533, "4800x3600"),
+        (20, Surroundings(GPU, "cache"), 1600, "2400x1800"),
+    ],
+)
+def test_objects_too_small_to_be_found_are_a_warning_with_what_would_help(side, here, tile, size):
+    warning = first_recipe(Dataset(objects(side, short=3000, long=4000), 100, {"a.jpg": 3}, {}), here).splitlines()[0]
+    assert warning.startswith("warning: objects: half are under ") and f"on images of {size} pixels" in warning
+    assert f"into tiles of at most {tile} pixels and predict with --tiles {tile}, or train" in warning
+    tiles = first_recipe(Dataset(objects(side, short=tile, long=tile), 100, {"a.jpg": 3}, {}), here)
+    assert "warning" not in tiles  # cut as it says, they are large enough
+
+
+def test_no_tiles_are_proposed_for_images_that_are_smaller():
+    warning = first_recipe(
+        Dataset(objects(2, short=24, long=30), 100, {"a.jpg": 3}, {}), Surroundings(None, None)
+    ).splitlines()[0]
+    assert warning.startswith("warning: ") and "tiles" not in warning and "Train on images of 180x144 pixels" in warning
+    for side in (40, 100, 200):
+        assert "warning" not in first_recipe(Dataset(objects(side), 100, {"a.jpg": 3}, {}), Surroundings(None, None))
+
+
+def test_the_report_of_a_recipe_begins_with_the_warning():
+    text = describe_anchors(load_config("brs_detr_small_cpu"), objects(10, short=3000, long=4000))
+    assert text.startswith("warning: objects: half are under 1 pixels at the size of training, and 0% have an anchor")
 
 
 def test_values_are_written_as_the_command_line_reads_them():

@@ -87,6 +87,16 @@ def test_the_scales_chosen_are_the_best_for_the_boxes_of_training(data, name):
     assert choose_anchors(chosen, None, Accelerator(cpu=True), TrainSet()) == (chosen, [])
 
 
+def test_the_log_warns_where_objects_are_too_small_or_shaped_otherwise(data):
+    tiny = automatic(data, "data.augment.short_sides=[24]", "data.augment.long_side=24")
+    _, [line, warning] = choose_anchors(tiny, None, Accelerator(cpu=True), TrainSet())
+    assert "anchors chosen from" in line and warning.startswith("warning: objects: half are under ")
+    assert "on images of " in warning and "--tiles" not in warning  # the images are smaller than such a tile
+    flat = automatic(data, "model.rpn.anchor_ratios=[0.05]")
+    _, [line, warning] = choose_anchors(flat, None, Accelerator(cpu=True), TrainSet())
+    assert warning.startswith("warning: objects: only 0% have an anchor at IoU >= .5. ")
+
+
 def test_a_resumed_run_keeps_the_anchors_that_it_began_with():
     began = load_config(DEMO, ["model.rpn.anchor_scale=3.25", "model.atss.anchor_scale=5.5"])
     config = load_config(DEMO, ["model.anchors=auto", "data.root=nowhere"])
