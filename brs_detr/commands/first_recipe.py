@@ -173,7 +173,7 @@ def _room_for(config: Config, counts: Mapping[str, int]) -> dict[str, int]:
 
 def _describe_room(config: Config, counts: Mapping[str, int], room: Mapping[str, int]) -> Iterator[str]:
     """Yield a line on the limits that are raised, and on the images with more objects than they have room for."""
-    settings = dict(leaves(config)) | room
+    settings = {**dict(leaves(config)), **room}
     limit = min((settings[name] for name in _PER_IMAGE if name in settings), default=0)
     fullest = max(counts.values(), default=0)
     above = [name for name in sorted(counts, key=lambda name: -counts[name]) if counts[name] > limit]
