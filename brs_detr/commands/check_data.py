@@ -78,7 +78,7 @@ def check_folder(options: argparse.Namespace, target: Path, folder: Path) -> int
     except DataError:  # perhaps a split is missing: what is there can be checked all the same
         only = "val" if set(recognize(target).jsons) & {"val", "test"} else "train"
         opened = open_source(data, folder, (only,))
-    print("\n".join(opened.describe()) + "\n")
+    print("\n".join(opened.describe(kept=False)) + "\n")
     sources = []
     for purpose, split in opened.splits.items():
         source = source_of_json(str(split.json), str(split.images), data)
@@ -115,7 +115,7 @@ def with_paths(config: Config, folder: Path) -> Config:
     if config.data.source is None:
         return config
     opened = open_source(config.data, folder)
-    print("\n".join(opened.describe()) + "\n")
+    print("\n".join(opened.describe(kept=False)) + "\n")
     return replace(config, data=opened.settings(config.data))
 
 

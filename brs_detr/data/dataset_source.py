@@ -51,19 +51,28 @@ class Opened:
     Attributes:
         layout: as recognized.
         splits: those asked for, by purpose: "train", "val".
-        remarks: what was passed over, left out or written.
+        remarks: what was passed over or guessed.
+        notes: what a conversion left out.
+        files: what was written, a line each.
     """
 
     layout: DatasetLayout
     splits: dict[str, Split]
     remarks: list[str] = field(default_factory=list)
+    notes: Notes = field(default_factory=Notes)
+    files: list[str] = field(default_factory=list)
 
-    def describe(self) -> list[str]:
-        """Format what was recognized in a line, then a line per remark."""
+    def describe(self, kept: bool = True) -> list[str]:
+        """Format what was recognized in a line, then a line per remark and kind of note.
+
+        Args:
+            kept: True if what was written stays, with the file of all notes; it is named then.
+        """
         counts = {k: "" if split.number is None else f" {split.number:,} images" for k, split in self.splits.items()}
         parts = [f"{name}{counts[name]} ({split.origin})" for name, split in self.splits.items()]
         head = f"data={printable(self.layout.source)}: {NAMES[self.layout.kind]}; {', '.join(parts)}"
-        return [head, *(f"  {remark}" for remark in self.remarks)]
+        below = [*self.remarks, *self.notes.lines(1), *self.files] if kept else [*self.remarks, *self.notes.lines()]
+        return [head, *(f"  {line}" for line in below)]
 
     def settings(self, config: DataConfig) -> DataConfig:
         """Return the settings with the paths of the splits, relative to the dataset where they are in it."""
@@ -113,7 +122,7 @@ def _open_coco(layout: DatasetLayout, config: DataConfig, folder: Path, purposes
     if group is not None:
         name = printable(group.get("name"))
         remarks.append(f"category 0, {name}, is no class: it groups the others, and no annotation is of it")
-    return Opened(layout, splits, [*remarks, *_written(splits, folder)])
+    return Opened(layout, splits, remarks, files=_written(splits, folder))
 
 
 class _Head(NamedTuple):
@@ -228,17 +237,17 @@ def _convert(layout: DatasetLayout, config: DataConfig, folder: Path, purposes: 
     remarks = [f"{len(imported.classes)} classes {order}: {names}"]
     if unused := [name for name in imported.splits if name not in (train, val)]:
         remarks.append(f"not used: split {', '.join(unused)}")
-    notes = _write_notes(imported.notes, folder / NOTES_FILE)
-    return Opened(layout, splits, [*remarks, *notes, *_written(splits, folder)])
+    files = [*_write_notes(imported.notes, folder / NOTES_FILE), *_written(splits, folder)]
+    return Opened(layout, splits, remarks, imported.notes, files)
 
 
 def _write_notes(notes: Notes, path: Path) -> list[str]:
-    """Write all notes of a conversion to a file, and return a line for each kind."""
+    """Write all notes of a conversion to a file, and name it if there are any."""
     path.unlink(missing_ok=True)
     lines = [f"{kind}: {place}\n" for kind, places in notes.places.items() for place in places]
     if lines:
         path.write_text("".join(lines), encoding="utf-8")
-    return [*notes.lines(1), *([f"every case: {printable(path)}"] if lines else [])]
+    return [f"every case: {printable(path)}"] if lines else []
 
 
 def _written(splits: Mapping[str, Split], folder: Path) -> list[str]:

@@ -147,6 +147,19 @@ def test_notes_of_a_conversion_are_counted_and_kept(tmp_path, write_image):
     assert f"  every case: {tmp_path / 'out' / 'notes.txt'}" in lines and (tmp_path / "out" / "notes.txt").is_file()
 
 
+def test_a_check_names_no_file_that_is_gone_when_it_ends_and_shows_more_cases(tmp_path, write_image, capsys):
+    for i in range(5):
+        write_image(tmp_path / "data" / f"{i}.jpg")
+        (tmp_path / "data" / f"{i}.txt").write_text("0 0.5 0.5 0.5 0.5\n" if i < 2 else "")
+    for words in ([str(tmp_path / "data")], ["demo", f"data={tmp_path / 'data'}"]):
+        assert cli.main(["check-data", *words, "data.val_fraction=0.25", "--samples", "0"]) == 0
+        said = capsys.readouterr().out
+        assert "every case" not in said and "written:" not in said
+        (note,) = [line for line in said.splitlines() if "3 x images with an empty label file" in line]
+        assert all(f"{i}.txt" in note or f"{i}.jpg" in note for i in (2, 3, 4))
+        assert "convert-dataset --classes" in said
+
+
 # the argument beside the paths
 
 

@@ -142,7 +142,8 @@ def _objects(
             continue
         difficult = _text(item, "difficult").lower() in ("1", "true") and not keep_difficult
         if difficult:
-            notes.add("difficult objects made ignored regions (--keep-difficult: ordinary objects)", place)
+            hint = "convert-dataset --keep-difficult: ordinary objects"
+            notes.add(f"difficult objects made ignored regions ({hint})", place)
         for element in boxes:
             try:
                 x0, y0, x1, y1 = (float(_text(element, key)) for key in ("xmin", "ymin", "xmax", "ymax"))

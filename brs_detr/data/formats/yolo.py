@@ -138,7 +138,7 @@ def _note_label_files(files: dict[Path, Path | None], notes: Notes) -> None:
 
 _SPLIT_KEYS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
-DEFAULT_NAMES = "class names not found; using class_0, class_1, ... (set --classes)"
+DEFAULT_NAMES = "class names not found; using class_0, class_1, ... (convert-dataset --classes sets them)"
 _MAX_CLASSES = 100_000  # named class_0, class_1, ...: a mistyped `nc` must not fill the memory
 _CLASS_FILES = ("classes.txt", "obj.names", "_darknet.labels")
 
