@@ -120,8 +120,9 @@ def first_recipe(dataset: Dataset, here: Surroundings | None = None) -> str:
 def propose(recipe: Config, stored: Boxes) -> Config:
     """Adapt image size and strides of a recipe to the objects: the cheapest with which anchors fit most of them.
 
-    Images are made no larger than they are stored before finer maps have been tried, and never more than 1.5 times as
-    large as the recipe's. Where no proposal reaches `ENOUGH`, a costlier one counts if it fits clearly better.
+    Images are made no larger than they are stored before finer maps have been tried, then 1.5 times as large, and small
+    ones doubled from there on up to the recipe's size. Where no proposal reaches `ENOUGH`, a costlier one counts if it
+    fits clearly better.
     """
     chosen, best = None, Fit(0.0, 0.0)
     for config in _by_cost(recipe, stored):
@@ -138,7 +139,10 @@ def propose(recipe: Config, stored: Boxes) -> Config:
 def _by_cost(recipe: Config, stored: Boxes) -> Iterator[Config]:
     """Yield a recipe at rising costs: with images as they are or smaller, with finer maps, with larger images."""
     smaller = min(1.0, _as_stored(recipe, stored))
-    for factor in (smaller, 1.5 * smaller):
+    factors = [smaller, 1.5 * smaller]
+    while factors[-1] < 1:  # small images: what the recipe's own size costs is affordable
+        factors.append(min(1.0, 2 * factors[-1]))
+    for factor in factors:
         sized = recipe if factor == 1 else with_sizes(recipe, factor)
         if factor == smaller:
             yield sized

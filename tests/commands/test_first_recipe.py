@@ -101,6 +101,19 @@ def test_small_images_are_not_enlarged_before_finer_maps_are_tried():
     assert config.data.test_short_side == 80 and config.model.backbone.levels == (4, 8, 16)
 
 
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("brs_detr_small_cpu", (96, 168)), ("brs_detr_small", (96, 192, 384, 640))]
+)
+def test_small_images_with_smaller_objects_are_enlarged_up_to_the_size_of_the_recipe(name, sizes):
+    recipe, shorts = load_config(name), []
+    for side in (8, 4, 2, 1):
+        config = propose(recipe, objects(side, short=32, long=32))
+        shorts.append(config.data.test_short_side)
+        assert config.model.backbone.levels[0] == 4
+    assert shorts == sorted(shorts) and shorts[0] <= 96 and shorts[-1] == recipe.data.test_short_side
+    assert set(shorts) <= {32, 48, *sizes}
+
+
 def test_wide_images_are_neither_enlarged_nor_made_smaller_than_the_recipe_makes_them():
     recipe = load_config("brs_detr_small")
     assert propose(recipe, objects(90, short=375, long=1242)) == recipe  # its long side is what limits them: 1066x322
@@ -169,7 +182,8 @@ def test_crowds_are_no_objects_to_make_room_for(tmp_path):
     Image.new("RGB", (80, 60)).save(tmp_path / "a.jpg")
     dataset = CocoDetection(tmp_path / "train.json", tmp_path, train=True)
     assert facts_of(dataset, {}).counts == {"a.jpg": 1}
-    assert "objects an image" not in next_steps(tmp_path, str(tmp_path), "train", "val", data)
+    converted = next_steps(tmp_path, str(tmp_path), "train", "val", data)
+    assert "start from" in converted and "objects an image" not in converted
 
 
 def test_the_report_of_a_recipe_says_what_its_anchors_reach_and_what_would_raise_it(data, capsys):
@@ -261,9 +275,9 @@ def test_objects_too_small_to_be_found_are_a_warning_with_what_would_help(side, 
 
 def test_no_tiles_are_proposed_for_images_that_are_smaller():
     warning = first_recipe(
-        Dataset(objects(2, short=24, long=30), 100, {"a.jpg": 3}, {}), Surroundings(None, None)
+        Dataset(objects(2, short=120, long=150), 100, {"a.jpg": 3}, {}), Surroundings(None, None)
     ).splitlines()[0]
-    assert warning.startswith("warning: ") and "tiles" not in warning and "Train on images of 180x144 pixels" in warning
+    assert warning.startswith("warning: ") and "tiles" not in warning and "Train on images of 900x720 pixels" in warning
     for side in (40, 100, 200):
         assert "warning" not in first_recipe(Dataset(objects(side), 100, {"a.jpg": 3}, {}), Surroundings(None, None))
 
