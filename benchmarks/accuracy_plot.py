@@ -3,9 +3,9 @@
     python benchmarks/accuracy_plot.py --detectors brs_detr --out docs/images/study.png
     python benchmarks/accuracy_plot.py --curves bccd --out docs/images/dino_curves.png
 
-A panel is a dataset, a detector and one of its heads, with two losses or more. Only runs of one variant are drawn (the
-recipe as it is; where a dataset and detector have no such runs, the variant that has most of them). Curves are means
-over seeds, of the runs that were validated during the training.
+A panel is a dataset, a detector and one of its heads, with two losses or more. Only runs of one variant are drawn, the
+one with most losses (the recipe as it is among equals). Curves are means over seeds, of the runs that were validated
+during the training.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import statistics
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -36,10 +36,10 @@ def panels_of(results: dict[str, dict], dataset: str) -> tuple[dict[str, str], P
         the variant of each detector that is drawn, and the panels.
     """
     cases = {tuple(name.split()): result for name, result in results.items() if name.split()[0] == dataset}
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for _, detector, _, variant, _ in cases:
-        counts[detector][variant] += 1
-    drawn = {key: "recipe" if "recipe" in own else own.most_common(1)[0][0] for key, own in counts.items()}
+    losses_of: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for _, detector, loss, variant, _ in cases:
+        losses_of[detector][variant].add(loss)
+    drawn = {key: max(own, key=lambda name: (len(own[name]), name == "recipe")) for key, own in losses_of.items()}
     panels: Panels = defaultdict(lambda: defaultdict(list))
     for (_, detector, loss, variant, _), result in sorted(cases.items()):
         for head, figures in result["heads"].items():

@@ -157,12 +157,15 @@ def test_a_name_of_other_settings_is_refused(accuracy):
         accuracy.refuse_other_settings([case], variants, kept)
 
 
-def test_panels_are_of_the_variant_that_a_detector_has_most_runs_of(accuracy):
+def test_panels_are_of_the_variant_that_a_detector_has_most_losses_of(accuracy):
     plot = importlib.import_module("accuracy_plot")
     results = {
         "bccd brs_detr brs half 0": result(0.5),
         "bccd brs_detr score half 0": result(0.4),
         "bccd brs_detr brs half_encoder 0": result(0.3),
+        "bccd brs_detr brs recipe 0": result(0.6),
+        "bccd brs_detr brs recipe 1": result(0.6),
+        "bccd brs_detr brs recipe 2": result(0.6),
         "bccd torchvision_faster_rcnn score recipe 0": result(0.2, "detector"),
     }
     variants, panels = plot.panels_of(results, "bccd")
