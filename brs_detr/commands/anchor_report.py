@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from brs_detr.config import Config
 from brs_detr.config_io import problems
 from brs_detr.data.anchor_fit import Boxes, Fit, at_training_size, fit, side_lengths
 from brs_detr.data.config import AugmentConfig, DataConfig, LSJConfig, SSDConfig
-from brs_detr.run.anchors import fit_heads, is_automatic, layouts, warn_of_misfit
+from brs_detr.run.anchors import FEW, fit_heads, is_automatic, layouts, warn_of_misfit
 
 WORTH_SAYING = 0.02  # gain in the mean of both shares from which another setting is proposed
 
@@ -46,7 +48,7 @@ def describe_anchors(config: Config, stored: Boxes) -> str:
 
 
 def further_settings(config: Config, stored: Boxes, reached: Fit) -> Iterator[str]:
-    """Yield a line on the one of finer maps and larger images with which the first head's anchors fit best.
+    """Yield a line on the one of finer maps, own ratios and larger images with which the first head's anchors fit best.
 
     Args:
         config: of the recipe.
@@ -56,6 +58,10 @@ def further_settings(config: Config, stored: Boxes, reached: Fit) -> Iterator[st
     options = {}
     if (finer := with_finer_maps(config)) is not None:
         options[f"model.backbone.levels={list(finer.model.backbone.levels)}"] = finer
+    if len(stored.boxes) and reached.at_50 < FEW:
+        shaped = with_own_ratios(config, stored)
+        name, layout = next(iter(layouts(shaped.model).items()))
+        options[f"model.{name}.anchor_ratios={list(layout.ratios)}"] = shaped
     options["images 1.5 times as large (all sizes of section data)"] = with_sizes(config, 1.5)
     fits = {}
     for text, changed in options.items():
@@ -86,6 +92,20 @@ def describe_sides(boxes: Boxes) -> str:
     sides = side_lengths(boxes)
     low, high = (float(sides.quantile(share)) if len(sides) else 0.0 for share in (0.1, 0.9))
     return f"objects of {low:.0f} to {high:.0f} pixels (square root of the area, 10th to 90th percentile)"
+
+
+def with_own_ratios(config: Config, stored: Boxes) -> Config:
+    """Return the config with ratios of the first head's anchors that are those of the objects: 10th to 90th percentile.
+
+    Elongated objects have no anchor at IoU .5 among ratios of 1:2 to 2:1, however large they are.
+    """
+    name = next(iter(layouts(config.model)))
+    boxes = at_training_size(stored, config.data).boxes
+    sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1e-3)
+    found = (sides[:, 1] / sides[:, 0]).quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+    ratios = tuple(sorted({float(f"{ratio:.2g}") for ratio in found}))
+    head = replace(getattr(config.model, name), anchor_ratios=ratios)
+    return replace(config, model=replace(config.model, **{name: head}))
 
 
 def with_finer_maps(config: Config) -> Config | None:

@@ -15,13 +15,13 @@ from typing import NamedTuple
 import torch
 import yaml
 
-from brs_detr.commands.anchor_report import describe_sides, with_finer_maps, with_sizes
+from brs_detr.commands.anchor_report import describe_sides, with_finer_maps, with_own_ratios, with_sizes
 from brs_detr.config import Config, load_config
 from brs_detr.config_io import leaves
 from brs_detr.data.anchor_fit import Boxes, Fit, at_training_size, resized_sizes
 from brs_detr.models.backbones.availability import where_weights_are
 from brs_detr.models.config import DETRConfig
-from brs_detr.run.anchors import fit_heads, is_automatic, warn_of_misfit
+from brs_detr.run.anchors import FEW, fit_heads, is_automatic, warn_of_misfit
 from brs_detr.user_files import printable
 
 SMALL, SMALL_CPU, LARGE = "brs_detr_small", "brs_detr_small_cpu", "brs_detr_r50_12e_coco"
@@ -122,8 +122,18 @@ def propose(recipe: Config, stored: Boxes) -> Config:
 
     Images are made no larger than they are stored before finer maps have been tried, then 1.5 times as large, and small
     ones doubled from there on up to the recipe's size. Where no proposal reaches `ENOUGH`, a costlier one counts if it
-    fits clearly better.
+    fits clearly better. Where few objects have an anchor all the same, the RPN's anchors get the shapes of the objects.
     """
+    config, reached = _cheapest(recipe, stored)
+    if len(stored.boxes) and reached.at_50 < FEW:
+        shaped, better = _cheapest(with_own_ratios(recipe, stored), stored)
+        if better.both >= reached.both + WORTH_IT:
+            return shaped
+    return config
+
+
+def _cheapest(recipe: Config, stored: Boxes) -> tuple[Config, Fit]:
+    """Return the proposal for the ratios of a recipe's anchors, and the fit of those of the RPN."""
     chosen, best = None, Fit(0.0, 0.0)
     for config in _by_cost(recipe, stored):
         fits = fit_heads(config.model, at_training_size(stored, config.data))
@@ -133,7 +143,7 @@ def propose(recipe: Config, stored: Boxes) -> Config:
         if fitted.both >= ENOUGH:
             break
     assert chosen is not None
-    return chosen
+    return chosen, best
 
 
 def _by_cost(recipe: Config, stored: Boxes) -> Iterator[Config]:

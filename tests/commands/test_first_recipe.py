@@ -24,10 +24,11 @@ from brs_detr.run.anchors import fit_heads, layouts
 GPU = "NVIDIA T4"
 
 
-def objects(side, short=480, long=640, number=200):
-    """Squares of a side, anywhere in images of one size."""
-    low = torch.rand(number, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([long - side, short - side])
-    return Boxes(torch.cat([low, low + side], dim=1), torch.tensor([[float(short), long]]).repeat(number, 1))
+def objects(side, short=480, long=640, number=200, high=None):
+    """Squares of a side, or boxes that are so high, anywhere in images of one size."""
+    size = torch.tensor([side, high or side])
+    low = torch.rand(number, 2, generator=torch.Generator().manual_seed(0)) * (torch.tensor([long, short]) - size)
+    return Boxes(torch.cat([low, low + size], dim=1), torch.tensor([[float(short), long]]).repeat(number, 1))
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +281,29 @@ def test_no_tiles_are_proposed_for_images_that_are_smaller():
     assert warning.startswith("warning: ") and "tiles" not in warning and "Train on images of 900x720 pixels" in warning
     for side in (40, 100, 200):
         assert "warning" not in first_recipe(Dataset(objects(side), 100, {"a.jpg": 3}, {}), Surroundings(None, None))
+
+
+def elongated(width, height):
+    sizes = [(width * 0.9, height), (width, height), (width * 1.2, height)]
+    return Boxes(*(torch.cat(columns) for columns in zip(*(objects(w, high=h) for w, h in sizes), strict=True)))
+
+
+def test_elongated_objects_get_anchors_of_their_shape():
+    for boxes, wanted in ((elongated(160, 20), (0.1, 0.12, 0.14)), (elongated(20, 200), (8.3, 10.0, 11.0))):
+        recipe = load_config("brs_detr_small_cpu")
+        config = propose(recipe, boxes)
+        assert config.model.rpn.anchor_ratios == wanted
+        fitted = fit_heads(config.model, at_training_size(boxes, config.data))["rpn"][1]
+        assert (
+            fitted.at_50 > 0.8 and fit_heads(recipe.model, at_training_size(boxes, recipe.data))["rpn"][1].at_50 < 0.1
+        )
+        text = first_recipe(Dataset(boxes, 100, {"a.jpg": 3}, {}), Surroundings(None, None))
+        assert load_config("brs_detr_small_cpu", shlex.split(text.splitlines()[-1])[5:]).model == config.model
+        assert f"with model.rpn.anchor_ratios={list(wanted)} and model.anchors=auto: " in describe_anchors(
+            recipe, boxes
+        )
+    for side in (3, 60):
+        assert "anchor_ratios" not in describe_anchors(load_config("brs_detr_small_cpu"), objects(side))
 
 
 def test_the_report_of_a_recipe_begins_with_the_warning():
