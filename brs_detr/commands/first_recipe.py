@@ -15,7 +15,13 @@ from typing import NamedTuple
 import torch
 import yaml
 
-from brs_detr.commands.anchor_report import describe_sides, with_finer_maps, with_own_ratios, with_sizes
+from brs_detr.commands.anchor_report import (
+    describe_anchors,
+    describe_sides,
+    with_finer_maps,
+    with_own_ratios,
+    with_sizes,
+)
 from brs_detr.config import Config, load_config
 from brs_detr.config_io import leaves
 from brs_detr.data.anchor_fit import Boxes, Fit, at_training_size, resized_sizes
@@ -230,6 +236,8 @@ def _describe_boxes(config: Config, stored: Boxes) -> Iterator[str]:
             for name, (layout, fitted) in fit_heads(config.model, boxes).items()
         )
         yield f"anchors are chosen from them; share of the objects with one at IoU >= .5 and at >= .7: {fits}"
+    else:  # of `LARGE`, whose sizes and anchors are the paper's: what would fit better is left to choose
+        yield describe_anchors(config, stored, warn=False)  # that line comes first
 
 
 def _describe_cost(recipe: Config, config: Config) -> Iterator[str]:

@@ -311,6 +311,15 @@ def test_the_report_of_a_recipe_begins_with_the_warning():
     assert text.startswith("warning: objects: half are under 1 pixels at the size of training, and 0% have an anchor")
 
 
+def test_of_a_large_dataset_the_fit_of_the_recipe_is_printed_and_what_would_raise_it():
+    here = Surroundings(GPU, "cache")
+    text = first_recipe(Dataset(objects(10, short=64, long=64), 12_000, {"a.jpg": 3}, {}), here)
+    assert "  model.rpn.anchor_scale=4: 100.0% of the objects have an anchor at IoU >= .5" in text
+    assert "model.anchors=auto raises" in text and "\npython -m brs_detr train brs_detr_r50_12e_coco output_dir" in text
+    text = first_recipe(Dataset(objects(10, short=3000, long=4000), 12_000, {"a.jpg": 3}, {}), here)
+    assert text.startswith("warning: objects: half are under 3 pixels") and text.count("warning") == 1
+
+
 def test_values_are_written_as_the_command_line_reads_them():
     for value in ("plain", "/my data", "12", "null", "a: b"):
         assert load_config("demo", [f"data.root={module.as_yaml(value)}"]).data.root == value
