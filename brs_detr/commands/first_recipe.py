@@ -48,6 +48,7 @@ _PER_IMAGE = (
 )
 MOST = 500  # objects of an image that limits are raised to: every image pays for its queries and regions
 FULL = 0.99  # share of the images that limits have room for
+MUCH = 2  # times the cells of the recipe from which the cost of a proposal is said
 WORTH_IT = 0.05  # gain in the mean of both shares from which a costlier proposal replaces a cheaper one
 
 
@@ -108,14 +109,16 @@ def first_recipe(dataset: Dataset, here: Surroundings | None = None) -> str:
     recipe = load_config(name)
     config = recipe if name == LARGE else propose(recipe, dataset.boxes)
     room = _room_for(config, dataset.counts)
-    changed = dict(_differences(recipe, config)) | room
+    changed, cost = dict(_differences(recipe, config)) | room, _cost(recipe, config)
+    if cost >= MUCH and config.train.per_device_batch_size is not None:  # as many images may not fit into a GPU
+        changed["train.per_device_batch_size"] = "auto"
     lines = [
         *_warn(config, dataset.boxes),
         f"start from configs/{name}.yaml: {reason}",
         f"{dataset.images:,} images: {describe_length(config, dataset.images)}",
         *_describe_room(config, dataset.counts, room),
         *_describe_boxes(config, dataset.boxes),
-        *_describe_cost(recipe, config),
+        *_describe_cost(cost),
     ]
     settings = {**dataset.paths, **changed, "output_dir": "runs/mine"}
     words = [f"{key}={as_yaml(value)}" for key, value in settings.items()]
@@ -193,7 +196,7 @@ def _room_for(config: Config, counts: Mapping[str, int]) -> dict[str, int]:
 
 def _describe_room(config: Config, counts: Mapping[str, int], room: Mapping[str, int]) -> Iterator[str]:
     """Yield a line on the limits that are raised, and on the images with more objects than they have room for."""
-    settings = dict(leaves(config)) | room
+    settings = {**dict(leaves(config)), **room}
     limit = min((settings[name] for name in _PER_IMAGE if name in settings), default=0)
     fullest = max(counts.values(), default=0)
     above = [name for name in sorted(counts, key=lambda name: -counts[name]) if counts[name] > limit]
@@ -240,16 +243,21 @@ def _describe_boxes(config: Config, stored: Boxes) -> Iterator[str]:
         yield describe_anchors(config, stored, warn=False)  # that line comes first
 
 
-def _describe_cost(recipe: Config, config: Config) -> Iterator[str]:
-    """Yield a line on what the proposed image size and strides cost, where that is much."""
+def _cost(recipe: Config, config: Config) -> float:
+    """Return how many times as many cells as the recipe's the proposed maps have."""
     before, after = (
         sum((settings.data.test_short_side / stride) ** 2 for stride in settings.model.backbone.levels)
         for settings in (recipe, config)
     )
-    if after >= 2 * before:
+    return after / before
+
+
+def _describe_cost(cost: float) -> Iterator[str]:
+    """Yield a line on what the proposed image size and strides cost, where that is much."""
+    if cost >= MUCH:
         yield (
-            f"the maps have {after / before:.0f} times as many cells as the recipe's, and take longer; for its own "
-            "sizes, leave out model.backbone.levels and those of section data"
+            f"the maps have {cost:.0f} times as many cells as the recipe's, and take longer and more memory; for its "
+            "own sizes, leave out model.backbone.levels and those of section data"
         )
 
 

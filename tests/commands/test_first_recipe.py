@@ -256,6 +256,19 @@ def test_what_costs_much_more_than_the_recipe_is_said():
     assert "times as many cells" not in printed(150)
     assert "the maps have 4 times as many cells as the recipe's" in printed(40)  # half the strides
     assert "the maps have 9 times as many cells" in printed(22)  # and 1.5 times the sides
+    assert "take longer and more memory" in printed(22) and "batch_size" not in printed(22)  # of a CPU all are held
+
+
+def test_on_a_gpu_a_costly_proposal_searches_for_the_images_that_fit():
+    def command(side):
+        boxes = objects(side, short=1080, long=1920)
+        text = first_recipe(Dataset(boxes, 100, {"a.jpg": 3}, {}), Surroundings(GPU, "cache"))
+        return load_config("brs_detr_small", shlex.split(text.splitlines()[-1])[5:])
+
+    assert command(200).train == load_config("brs_detr_small").train
+    costly = command(20)
+    assert costly.data.test_short_side == 960 and costly.model.backbone.levels[0] == 4
+    assert (costly.train.per_device_batch_size, costly.train.total_batch_size) == ("auto", 8)
 
 
 @pytest.mark.parametrize(
