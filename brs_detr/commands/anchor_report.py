@@ -17,12 +17,13 @@ from brs_detr.run.anchors import FEW, fit_heads, is_automatic, layouts, warn_of_
 WORTH_SAYING = 0.02  # gain in the mean of both shares from which another setting is proposed
 
 
-def describe_anchors(config: Config, stored: Boxes) -> str:
+def describe_anchors(config: Config, stored: Boxes, warn: bool = True) -> str:
     """Describe the fit of every head's anchors, and the settings that raise it most.
 
     Args:
         config: of the recipe.
         stored: objects of the training set at the size of their images.
+        warn: begin with a warning where too few objects are fitted.
     """
     heads = layouts(config.model)
     if not heads:
@@ -42,9 +43,8 @@ def describe_anchors(config: Config, stored: Boxes) -> str:
     else:
         lines.append("  no other scale fits clearly better")
     reached = chosen[next(iter(heads))][1]
-    return "\n".join(
-        [*warn_of_misfit(config.data, stored, reached), *lines, *further_settings(config, stored, reached)]
-    )
+    warning = warn_of_misfit(config.data, stored, reached) if warn else []
+    return "\n".join([*warning, *lines, *further_settings(config, stored, reached)])
 
 
 def further_settings(config: Config, stored: Boxes, reached: Fit) -> Iterator[str]:

@@ -15,7 +15,13 @@ from typing import NamedTuple
 import torch
 import yaml
 
-from brs_detr.commands.anchor_report import describe_sides, with_finer_maps, with_own_ratios, with_sizes
+from brs_detr.commands.anchor_report import (
+    describe_anchors,
+    describe_sides,
+    with_finer_maps,
+    with_own_ratios,
+    with_sizes,
+)
 from brs_detr.config import Config, load_config
 from brs_detr.config_io import leaves
 from brs_detr.data.anchor_fit import Boxes, Fit, at_training_size, resized_sizes
@@ -42,6 +48,7 @@ _PER_IMAGE = (
 )
 MOST = 500  # objects of an image that limits are raised to: every image pays for its queries and regions
 FULL = 0.99  # share of the images that limits have room for
+MUCH = 2  # times the cells of the recipe from which the cost of a proposal is said
 WORTH_IT = 0.05  # gain in the mean of both shares from which a costlier proposal replaces a cheaper one
 
 
@@ -102,14 +109,16 @@ def first_recipe(dataset: Dataset, here: Surroundings | None = None) -> str:
     recipe = load_config(name)
     config = recipe if name == LARGE else propose(recipe, dataset.boxes)
     room = _room_for(config, dataset.counts)
-    changed = dict(_differences(recipe, config)) | room
+    changed, cost = dict(_differences(recipe, config)) | room, _cost(recipe, config)
+    if cost >= MUCH and config.train.per_device_batch_size is not None:  # as many images may not fit into a GPU
+        changed["train.per_device_batch_size"] = "auto"
     lines = [
         *_warn(config, dataset.boxes),
         f"start from configs/{name}.yaml: {reason}",
         f"{dataset.images:,} images: {describe_length(config, dataset.images)}",
         *_describe_room(config, dataset.counts, room),
         *_describe_boxes(config, dataset.boxes),
-        *_describe_cost(recipe, config),
+        *_describe_cost(cost),
     ]
     settings = {**dataset.paths, **changed, "output_dir": "runs/mine"}
     words = [f"{key}={as_yaml(value)}" for key, value in settings.items()]
@@ -230,18 +239,25 @@ def _describe_boxes(config: Config, stored: Boxes) -> Iterator[str]:
             for name, (layout, fitted) in fit_heads(config.model, boxes).items()
         )
         yield f"anchors are chosen from them; share of the objects with one at IoU >= .5 and at >= .7: {fits}"
+    else:  # of `LARGE`, whose sizes and anchors are the paper's: what would fit better is left to choose
+        yield describe_anchors(config, stored, warn=False)  # that line comes first
 
 
-def _describe_cost(recipe: Config, config: Config) -> Iterator[str]:
-    """Yield a line on what the proposed image size and strides cost, where that is much."""
+def _cost(recipe: Config, config: Config) -> float:
+    """Return how many times as many cells as the recipe's the proposed maps have."""
     before, after = (
         sum((settings.data.test_short_side / stride) ** 2 for stride in settings.model.backbone.levels)
         for settings in (recipe, config)
     )
-    if after >= 2 * before:
+    return after / before
+
+
+def _describe_cost(cost: float) -> Iterator[str]:
+    """Yield a line on what the proposed image size and strides cost, where that is much."""
+    if cost >= MUCH:
         yield (
-            f"the maps have {after / before:.0f} times as many cells as the recipe's, and take longer; for its own "
-            "sizes, leave out model.backbone.levels and those of section data"
+            f"the maps have {cost:.0f} times as many cells as the recipe's, and take longer and more memory; for its "
+            "own sizes, leave out model.backbone.levels and those of section data"
         )
 
 

@@ -256,6 +256,19 @@ def test_what_costs_much_more_than_the_recipe_is_said():
     assert "times as many cells" not in printed(150)
     assert "the maps have 4 times as many cells as the recipe's" in printed(40)  # half the strides
     assert "the maps have 9 times as many cells" in printed(22)  # and 1.5 times the sides
+    assert "take longer and more memory" in printed(22) and "batch_size" not in printed(22)  # of a CPU all are held
+
+
+def test_on_a_gpu_a_costly_proposal_searches_for_the_images_that_fit():
+    def command(side):
+        boxes = objects(side, short=1080, long=1920)
+        text = first_recipe(Dataset(boxes, 100, {"a.jpg": 3}, {}), Surroundings(GPU, "cache"))
+        return load_config("brs_detr_small", shlex.split(text.splitlines()[-1])[5:])
+
+    assert command(200).train == load_config("brs_detr_small").train
+    costly = command(20)
+    assert costly.data.test_short_side == 960 and costly.model.backbone.levels[0] == 4
+    assert (costly.train.per_device_batch_size, costly.train.total_batch_size) == ("auto", 8)
 
 
 @pytest.mark.parametrize(
@@ -309,6 +322,15 @@ def test_elongated_objects_get_anchors_of_their_shape():
 def test_the_report_of_a_recipe_begins_with_the_warning():
     text = describe_anchors(load_config("brs_detr_small_cpu"), objects(10, short=3000, long=4000))
     assert text.startswith("warning: objects: half are under 1 pixels at the size of training, and 0% have an anchor")
+
+
+def test_of_a_large_dataset_the_fit_of_the_recipe_is_printed_and_what_would_raise_it():
+    here = Surroundings(GPU, "cache")
+    text = first_recipe(Dataset(objects(10, short=64, long=64), 12_000, {"a.jpg": 3}, {}), here)
+    assert "  model.rpn.anchor_scale=4: 100.0% of the objects have an anchor at IoU >= .5" in text
+    assert "model.anchors=auto raises" in text and "\npython -m brs_detr train brs_detr_r50_12e_coco output_dir" in text
+    text = first_recipe(Dataset(objects(10, short=3000, long=4000), 12_000, {"a.jpg": 3}, {}), here)
+    assert text.startswith("warning: objects: half are under 3 pixels") and text.count("warning") == 1
 
 
 def test_values_are_written_as_the_command_line_reads_them():
