@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from PIL import Image
 
 from brs_detr import cli
 from brs_detr.commands.check_data import with_paths
+from brs_detr.commands.first_recipe import LARGE, SMALL
 from brs_detr.config import load_config
 from brs_detr.data.build import open_train_set, open_val_set
+from brs_detr.data.config import Limits
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +64,12 @@ def test_images_are_left_out_as_the_proposed_recipe_leaves_them_out(tmp_path, ca
         assert all(word.lstrip("-") in settings for word in given)
         if not as_folder:
             assert len(open_train_set(load_config(name, settings).data, 0)) == used
+
+
+def test_the_recipe_for_many_images_leaves_out_what_the_one_for_few_does():
+    few, many = (load_config(name).data for name in (SMALL, LARGE))
+    assert (few.min_side, few.keep_empty) == (many.min_side, many.keep_empty)
+    assert all(getattr(few, field.name) == getattr(many, field.name) for field in fields(Limits))
 
 
 def test_sizes_of_the_command_line_do_not_stand_beside_those_that_are_proposed(tmp_path, capsys):
