@@ -35,7 +35,7 @@ def write(path, text):
 def test_every_recipe_loads_and_starts_with_its_launch_command(path):
     load_config(path)
     first = path.read_text().splitlines()[0]
-    # `accelerate launch` computes on one thread unless it is told otherwise
+    # `accelerate launch` computes on one thread unless `--num_cpu_threads_per_process` says more
     on_cpu = path.stem.endswith(("demo", "_cpu")) or (path.parent.name == "cnn" and path.stem.endswith("_small"))
     launcher = "python" if on_cpu else "accelerate launch"
     assert first.startswith(f"# {launcher} train.py configs/{path.relative_to(CONFIGS).as_posix()}")

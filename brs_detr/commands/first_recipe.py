@@ -24,7 +24,7 @@ from brs_detr.commands.anchor_report import (
 )
 from brs_detr.config import Config, load_config
 from brs_detr.config_io import leaves
-from brs_detr.data.anchor_fit import Boxes, Fit, at_training_size, resized_sizes
+from brs_detr.data.anchor_fit import AnchorLayout, Boxes, Fit, at_training_size, resized_sizes
 from brs_detr.models.backbones.availability import where_weights_are
 from brs_detr.models.config import DETRConfig
 from brs_detr.run.anchors import FEW, fit_heads, is_automatic, warn_of_misfit
@@ -112,12 +112,13 @@ def first_recipe(dataset: Dataset, here: Surroundings | None = None) -> str:
     changed, cost = dict(_differences(recipe, config)) | room, _cost(recipe, config)
     if cost >= MUCH and config.train.per_device_batch_size is not None:  # as many images may not fit into a GPU
         changed["train.per_device_batch_size"] = "auto"
+    fits = fit_heads(config.model, at_training_size(dataset.boxes, config.data))
     lines = [
-        *_warn(config, dataset.boxes),
+        *warn_of_misfit(config.data, dataset.boxes, next(iter(fits.values()))[1]),  # of the RPN
         f"start from configs/{name}.yaml: {reason}",
         f"{dataset.images:,} images: {describe_length(config, dataset.images)}",
         *_describe_room(config, dataset.counts, room),
-        *_describe_boxes(config, dataset.boxes),
+        *_describe_boxes(config, dataset.boxes, fits),
         *_describe_cost(cost),
     ]
     settings = {**dataset.paths, **changed, "output_dir": "runs/mine"}
@@ -219,13 +220,7 @@ def describe_length(config: Config, images: int) -> str:
     return f"{epochs * an_epoch:,} steps of {train.total_batch_size} images are {epochs:,} {plural}"
 
 
-def _warn(config: Config, stored: Boxes) -> list[str]:
-    """Return a warning where the anchors of the first head, that of the RPN, fit too few objects."""
-    fits = fit_heads(config.model, at_training_size(stored, config.data))
-    return warn_of_misfit(config.data, stored, next(iter(fits.values()))[1])
-
-
-def _describe_boxes(config: Config, stored: Boxes) -> Iterator[str]:
+def _describe_boxes(config: Config, stored: Boxes, fits: Mapping[str, tuple[AnchorLayout, Fit]]) -> Iterator[str]:
     """Yield lines on the objects at the size they are trained at, and on the anchors chosen for them."""
     boxes = at_training_size(stored, config.data)
     if not len(boxes.boxes):
@@ -234,11 +229,11 @@ def _describe_boxes(config: Config, stored: Boxes) -> Iterator[str]:
     short, strides = float(sizes.amin(dim=1).median()), ", ".join(map(str, config.model.backbone.levels))
     yield f"at a short side of {short:.0f} pixels: {describe_sides(boxes)}; strides {strides}"
     if is_automatic(config):
-        fits = ", ".join(
+        shown = ", ".join(
             f"{fitted.at_50:.0%} and {fitted.at_70:.0%} ({name}, anchor_scale {layout.scale:g})"
-            for name, (layout, fitted) in fit_heads(config.model, boxes).items()
+            for name, (layout, fitted) in fits.items()
         )
-        yield f"anchors are chosen from them; share of the objects with one at IoU >= .5 and at >= .7: {fits}"
+        yield f"anchors are chosen from them; share of the objects with one at IoU >= .5 and at >= .7: {shown}"
     else:  # of `LARGE`, whose sizes and anchors are the paper's: what would fit better is left to choose
         yield describe_anchors(config, stored, warn=False)  # that line comes first
 
