@@ -85,8 +85,7 @@ def _require_named_code(config: Config, recipe: Config, overrides: Sequence[str]
         ConfigError: with the setting that allows it.
     """
     setting, custom = "data.augment.custom", config.data.augment.custom
-    named = any(text.partition("=")[0].strip().lstrip("-") == setting for text in overrides)
-    if custom is not None and custom == recipe.data.augment.custom and not named:
+    if custom is not None and custom == recipe.data.augment.custom and setting not in override_names(overrides):
         raise ConfigError(
             f"{path}: {setting}={custom} is code to import, and a recipe may come from anyone. If you trust it, add "
             f"{setting}={custom} to the command line, else {setting}=null."
@@ -97,8 +96,8 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """Apply `a.b=value` strings to a config and check the result.
 
     Raises:
-        ConfigError: as `update_from_command_line` and `check`; or a setting among `overrides` has no effect in the
-            result. One of `config` may have none: a recipe is read by the command lines that change it, too.
+        ConfigError: as `check`; one of `overrides` is no setting, has no `=` or has no effect in the result. One
+            of `config` may have none: a recipe is read by the command lines that change it, too.
     """
     layer = _read_overrides(config, overrides)
     config = _updated(config, layer)
@@ -153,12 +152,22 @@ def _refusal(config: Config, layer: Mapping[str, Any]) -> ConfigError | None:
     return None
 
 
+def override_names(overrides: Sequence[str]) -> list[str]:
+    """Return the names of the settings that `a.b=value` strings change, in their order."""
+    return [_split_override(text)[0] for text in overrides]
+
+
+def _split_override(text: str) -> tuple[str, str, str]:
+    """Split `a.b=value`, which may be written as the option `--a.b=value`, at its first `=`."""
+    key, equals, value = text.partition("=")
+    return key.strip().lstrip("-"), equals, value
+
+
 def _read_overrides(config: Config, overrides: Sequence[str]) -> dict[str, Any]:
     """Read `a.b=value` strings as one layer of settings of a config."""
     layer: dict[str, Any] = {}
     for text in overrides:
-        key, equals, value = text.partition("=")
-        key = key.strip().lstrip("-")
+        key, equals, value = _split_override(text)
         if not equals or not key:
             raise ConfigError(f"command line: {text!r} is not of the form section.setting=value{_written_out(text)}")
         path = key.split(".")

@@ -18,7 +18,7 @@ import numpy as np
 from brs_detr.commands.anchor_report import describe_anchors
 from brs_detr.commands.arguments import dataset_setting
 from brs_detr.commands.first_recipe import Dataset, Surroundings, choose_recipe, first_recipe, look_around
-from brs_detr.config import Config, ConfigError, apply_overrides, load_config
+from brs_detr.config import Config, ConfigError, apply_overrides, load_config, override_names
 from brs_detr.config_io import leaves
 from brs_detr.data import check
 from brs_detr.data.anchor_fit import boxes_of
@@ -105,7 +105,7 @@ def start_from(overrides: Sequence[str]) -> Start:
     here = look_around()
     name, _ = choose_recipe(0, here)  # the one for many images leaves out the same ones
     data = apply_overrides(load_config(name), overrides).data
-    names = {word.partition("=")[0].strip().lstrip("-") for word in overrides}
+    names = set(override_names(overrides))
     sizes = ("data.augment.", "data.test_")  # proposed from the boxes, and of no effect on the check
     return Start(here, data, {k: v for k, v in leaves(data, "data.") if k in names and not k.startswith(sizes)})
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from brs_detr.commands.arguments import WEIGHTS, at_least_zero
-from brs_detr.config import Config, ConfigError, apply_overrides, check_overrides
+from brs_detr.config import Config, ConfigError, apply_overrides, check_overrides, override_names
 from brs_detr.data.layouts import recognize
 from brs_detr.hub.sources import local_path, require_source
 
@@ -85,8 +85,7 @@ def evaluate_export(options: argparse.Namespace) -> int:
         ConfigError: a setting is fixed in the file.
     """
     check_overrides(options.overrides)
-    for text in options.overrides:
-        name = text.lstrip("-").partition("=")[0].strip()
+    for name in override_names(options.overrides):
         if name != "data" and not name.startswith(FREE_IN_EXPORTS):
             raise ConfigError(
                 f"{name}: is fixed in an exported file. Leave it out, or export again with this setting; "

@@ -127,7 +127,7 @@ def settings(path: Path, metadata: dict[str, Any], overrides: Sequence[str]) -> 
     """
     stored = metadata.get("config", {})
     config = configuration.apply_overrides(configuration.from_dict(stored, str(path)), overrides)
-    given = {text.lstrip("-").partition("=")[0].strip() for text in overrides}
+    given = set(configuration.override_names(overrides))
     held = {f"data.{name}" for name in stored.get("data", {})}
     missing = [name for name in ("data.root", "data.val_json", "data.val_images") if name not in given | held]
     if missing and config.data.source is None:
