@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import math
 import os
 import shutil
 import statistics
@@ -109,6 +110,7 @@ def train(case: Case, data: Path, settings: list[str], folder: Path) -> float:
     """Train in a process of its own, or go on with what an interrupted one saved; returns its CPU seconds so far."""
     log, clock = folder.with_suffix(".log"), folder.with_suffix(".seconds")
     before = float(clock.read_text()) if clock.exists() else 0.0
+    clock.write_text("nan")  # of a part that is killed together with this script nobody learns the seconds
     command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "configs" / recipe_of(case))]
     command += [
         f"data.root={data}",
@@ -192,11 +194,19 @@ def run(case: Case, data: Path, settings: list[str], work: Path) -> dict[str, An
     return {
         "heads": figures,
         "curve": [{key: line[key] for key in line if key == "epoch" or key.endswith("AP")} for line in validations],
-        "cpu_seconds": round(seconds),
+        "cpu_seconds": None if math.isnan(seconds) else round(seconds),
         "steps": validations[-1]["step"],
         "settings": settings,
         "machine": machine(),
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """The commit of the code that runs, with a `+` where files differ from it; empty without git."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"]
+    done = subprocess.run(git, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def interval(values: list[float]) -> str:
@@ -247,17 +257,21 @@ def line(
     references = [(loss, variant.rpartition(",")[0]), (loss, "recipe")]
     references += [("score", variant), ("score", "recipe"), ("focal", "recipe")]
     for reference in references:
-        if reference in runs and reference != (loss, variant):
+        if reference != (loss, variant) and _steps(runs.get(reference, {})) == _steps(seeds):
             against, name = runs[reference], " ".join(new for new, own in zip(reference, (loss, variant)) if new != own)
             break
     others = {seed: one["heads"][head]["AP"] for seed, one in against.items() if head in one["heads"]}
     paired = [one["AP"] - others[seed] for seed, one in figures.items() if seed in others]
     difference = f"{interval(paired)} ({name}, {len(paired)})" if paired else ""
     ap, ap50 = (spread([one[key] for one in figures.values()]) for key in ("AP", "AP50"))
-    # null where a training was killed together with this script, which then knows only the seconds of the last part
     known = [one["cpu_seconds"] for one in seeds.values() if one["cpu_seconds"] is not None]
     seconds = f"{statistics.mean(known):.0f}" if known else ""
     return f"| {loss} | {variant} | {head} | {len(seeds)} | {ap} | {ap50} | {difference} | {seconds} |"
+
+
+def _steps(seeds: dict[int, dict]) -> set[int]:
+    """Lengths of some runs."""
+    return {one["steps"] for one in seeds.values()}
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -2,13 +2,15 @@
 
     python benchmarks/other_libraries.py demo=datasets/demo --seconds 380
     python benchmarks/other_libraries.py bccd=BCCD --seconds 290 --variant half
+    python benchmarks/other_libraries.py demo=datasets/demo --seconds 380 --set model.rpn.proposals=60
 
 torchvision's Faster R-CNN and RetinaNet on a feature pyramid over the same strides and, where transformers is
 installed, its two-stage Deformable DETR, all of the recipe's widths. The networks, their losses, samplers and
-post-processing are the libraries' own. Trained with the recipe's optimizer, a cosine schedule over the CPU seconds, and
-evaluated as in `accuracy.py`, to whose json the results are added (detector `torchvision_faster_rcnn`, loss `score`).
-Detections an image are as many as the recipe's; proposals are 200, which no recipe of ours exceeds. `--variant` names
-the runs of `accuracy.py` whose seconds these are.
+post-processing are the libraries' own; proposals and detections an image are as many as the recipe's. Trained with the
+recipe's optimizer, a cosine schedule over the CPU seconds and averaged weights, and evaluated as in `accuracy.py`, to
+whose json the results are added (detector `torchvision_faster_rcnn`, loss `score`). The seconds are those of the steps
+and their data, while those of `accuracy.py` hold the start of the process and its validation, too. `--variant` names
+the runs of `accuracy.py` whose seconds these are, `--set` changes the recipe.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -33,7 +36,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_conve
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from accuracy import FIGURES, RECIPES, RESULTS, ROOT, keep, stored
+from accuracy import FIGURES, RECIPES, RESULTS, ROOT, commit, keep, stored
 from cnn_overfit import machine
 
 from brs_detr.config import Config, load_config
@@ -49,7 +52,6 @@ from brs_detr.run.scoring import score_detections
 
 WIDTH = 64  # of the pyramid, as `model.dim` in the small recipes; torchvision's 256 would be several times slower
 ROI_SIDE = 7
-PROPOSALS_BEFORE_NMS, PROPOSALS = 300, 200  # the first per level
 WARMUP = 0.06  # share of the time in which the learning rate rises, about that of the small recipes
 
 
@@ -82,7 +84,7 @@ class TorchvisionDetector(nn.Module):
         }
         # Anchors as in the recipe's RPN, with two sizes an octave for its three.
         sides = [config.model.rpn.anchor_scale * stride for stride in pyramid.backbone.strides]
-        most = config.model.detections_per_image
+        most, rpn = config.model.detections_per_image, config.model.rpn
         if name == "faster_rcnn":
             anchors = AnchorGenerator(tuple((side, side * 2**0.5) for side in sides), ((0.5, 1.0, 2.0),) * len(sides))
             names, width = [str(level) for level in range(len(sides))], config.model.roi.fc_dim
@@ -92,10 +94,10 @@ class TorchvisionDetector(nn.Module):
                 box_head=TwoMLPHead(WIDTH * ROI_SIDE**2, width),
                 box_predictor=FastRCNNPredictor(width, num_classes + 1),
                 box_roi_pool=MultiScaleRoIAlign(names, output_size=ROI_SIDE, sampling_ratio=2),
-                rpn_pre_nms_top_n_train=PROPOSALS_BEFORE_NMS,
-                rpn_post_nms_top_n_train=PROPOSALS,
-                rpn_pre_nms_top_n_test=PROPOSALS_BEFORE_NMS,
-                rpn_post_nms_top_n_test=PROPOSALS,
+                rpn_pre_nms_top_n_train=rpn.proposals_before_nms,  # per level in both
+                rpn_post_nms_top_n_train=rpn.proposals,
+                rpn_pre_nms_top_n_test=rpn.test_proposals_before_nms,
+                rpn_post_nms_top_n_test=rpn.test_proposals,
                 box_score_thresh=0.0,
                 box_detections_per_img=most,
                 **options,
@@ -211,6 +213,7 @@ def train_and_score(name: str, config: Config, seconds: float) -> dict[str, Any]
     model = build_detector(name, config, train_set.num_classes)
     optimizer = build_optimizer(config.optim, model)
     loader = build_train_loader(train_set, config.train.total_batch_size, seed=config.seed)
+    average = ModelEmaV3(model, decay=config.train.ema_decay, use_warmup=True)  # as `train.py` does
     started, steps = time.process_time(), 0
     for images, targets in chain.from_iterable(map(EpochBatches(loader).epoch, count())):
         share = (time.process_time() - started) / seconds
@@ -223,14 +226,21 @@ def train_and_score(name: str, config: Config, seconds: float) -> dict[str, Any]
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or math.inf)
         optimizer.step()
         steps += 1
+        average.update(model, step=steps)
     accelerator = Accelerator(cpu=True)
     evaluation = build_eval_loader(val_set, config.eval.batch_size, workers=0)
-    detections = predict(model, evaluation, accelerator, max_detections=config.eval.max_detections)
+    detections = predict(average.module, evaluation, accelerator, max_detections=config.eval.max_detections)
     truth = GroundTruth.from_dataset(val_set.ground_truth(), val_set.masks)
     summary, _ = score_detections(detections, train_set.category_ids, truth, config, accelerator)
     assert summary is not None
     figures = {key: summary.stats[key] for key in FIGURES if key in summary.stats}
-    return {"heads": {"detector": figures}, "cpu_seconds": round(seconds), "steps": steps, "machine": machine()}
+    return {
+        "heads": {"detector": figures},
+        "cpu_seconds": round(seconds),
+        "steps": steps,
+        "machine": machine(),
+        "commit": commit(),
+    }
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -242,9 +252,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--detectors", nargs="+", choices=names, default=names)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--variant", default="recipe", help="name under which the results are kept")
-    parser.add_argument("--lr", type=float, help="instead of the recipe's")
+    parser.add_argument("--set", nargs="+", default=[], metavar="SETTING=VALUE", help="changes of the recipe")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the json of accuracy.py")
     return parser.parse_args()
+
+
+def variant_of(variant: str, settings: list[str]) -> str:
+    """Name of a case's variant: that of the command line, and the changes of the recipe behind a comma."""
+    return ",".join([variant, *(text.rpartition(".")[2].replace("=", "") for text in settings)])
 
 
 def main() -> None:
@@ -253,15 +268,18 @@ def main() -> None:
     for seed in args.seeds:
         for dataset, folder in (item.split("=", 1) for item in args.data):
             for name in args.detectors:
-                variant = args.variant if args.lr is None else f"{args.variant},lr{args.lr:g}"
-                case = f"{dataset} {name} score {variant} {seed}"
-                if case in stored(args.out):
+                case = f"{dataset} {name} score {variant_of(args.variant, args.set)} {seed}"
+                if (known := stored(args.out).get(case)) is not None:
+                    if known["cpu_seconds"] != round(args.seconds):
+                        raise SystemExit(
+                            f"other_libraries.py: the result of `{case}` is of {known['cpu_seconds']} seconds, not "
+                            f"{args.seconds:g}. Give the variant another name."
+                        )
                     continue
-                settings = [f"data.root={folder}", f"seed={seed}", "data.workers=0"]
-                settings += [] if args.lr is None else [f"optim.lr={args.lr}"]
+                settings = [f"data.root={folder}", f"seed={seed}", "data.workers=0", *args.set]
                 config = load_config(ROOT / "configs" / RECIPES[dataset]["brs_detr"], settings)
                 result = train_and_score(name, config, args.seconds)
-                keep(args.out, {case: result | {"settings": settings[3:]}})
+                keep(args.out, {case: result | {"settings": args.set}})
                 print(f"{case}: {result['heads']}, {result['steps']} steps", flush=True)
 
 
