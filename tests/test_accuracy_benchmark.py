@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import statistics
 import sys
 
@@ -133,6 +134,33 @@ def test_a_variant_without_a_recipe_run_is_compared_with_the_published_losses(ac
     lines = accuracy.table(results).splitlines()
     assert "+5.0 (score, 1)" in next(line for line in lines if line.startswith("| brs | half"))
     assert "(" not in next(line for line in lines if line.startswith("| score | half"))
+
+
+def test_runs_of_other_lengths_are_not_compared(accuracy):
+    results = {"bccd brs_detr brs recipe 0": result(0.5), "bccd brs_detr brs half 0": result(0.4) | {"steps": 416}}
+    half = "bccd brs_detr score half 0"
+    line = next(line for line in accuracy.table(results).splitlines() if "| half |" in line)
+    assert "(recipe" not in line
+    lines = accuracy.table(results | {half: result(0.3) | {"steps": 416}}).splitlines()
+    assert "+10.0 (score, 1)" in next(line for line in lines if line.startswith("| brs | half |"))
+
+
+def test_seconds_of_a_training_that_was_killed_with_the_script_are_unknown(accuracy, tmp_path, monkeypatch):
+    """What it took before is lost, so the rest must not stand for the whole."""
+    case, folder = accuracy.Case("demo", "atss", "brs", "recipe", 0), tmp_path / "one"
+
+    class Killed:
+        def __init__(self, *args, **options):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(accuracy.subprocess, "Popen", Killed)
+        with pytest.raises(KeyboardInterrupt):
+            accuracy.train(case, tmp_path, [], folder)
+    monkeypatch.setattr(accuracy, "ROOT", tmp_path)
+    (tmp_path / "train.py").write_text("")
+    assert math.isnan(accuracy.train(case, tmp_path, [], folder))
+    assert accuracy.train(case, tmp_path, [], tmp_path / "other") < 30
 
 
 def test_a_change_to_a_variant_is_compared_with_that_variant(accuracy):
