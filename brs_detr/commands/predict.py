@@ -30,7 +30,12 @@ REPORT_EVERY = 100  # frames of a video
 
 def run(options: argparse.Namespace) -> int:
     """Predict every image and frame and return the exit code: 1 if none could be read."""
-    sources = expand(options.sources)
+    folder = options.out / "detections"  # of the drawings, which must not become images of the next start
+    sources, drawn = expand(options.sources, folder)
+    if drawn:
+        print(f"{printable(folder)}: {drawn} images or videos are left out, as drawings are written there.")
+    if not sources:
+        raise FileNotFoundError(f"{' '.join(options.sources)}: only drawings are in it. Name {folder} to look at them.")
     predictor = Predictor.load(options.weights, device=options.device, overrides=options.overrides)
     if predictor.note and not options.raw_scores:
         print(printable(f"{predictor.note}."))
@@ -44,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         labels = labels._replace(image_ids=image_ids)
     require_writable(options.out, "--out")
     partial = options.out / "predictions.partial.jsonl"  # remains if this process is killed
-    drawer = None if options.no_images else Drawer(options.out / "detections", drawings, predictor.classes)
+    drawer = None if options.no_images else Drawer(folder, drawings, predictor.classes)
     report = Report(labels)
     with open(partial, "w", encoding="utf-8") as lines:
         try:

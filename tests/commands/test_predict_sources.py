@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,18 @@ def test_a_list_by_batch_4_has_the_boxes_of_one_by_one(weights, folder, tmp_path
     assert [(one["width"], one["height"]) for one in alone] == [(90, 70), (64, 80), (90, 70), (90, 70), (80, 64)]
     assert_same(batched, alone)
     assert not (tmp_path / "4" / "detections").exists() and len(list((tmp_path / "1" / "detections").iterdir())) == 5
+
+
+def test_a_folder_with_the_results_in_it_gives_the_same_results_again(weights, folder, tmp_path, monkeypatch, capsys):
+    own = tmp_path / "images"
+    shutil.copytree(folder, own)
+    monkeypatch.chdir(own)
+    first = predict(weights, Path("predictions"), ".")
+    capsys.readouterr()
+    assert predict(weights, Path("predictions"), ".") == first and len(first) == 5
+    assert "predictions/detections: 5 images or videos are left out, as drawings are" in capsys.readouterr().out
+    assert cli.main(["predict", str(weights), "predictions"]) == 2
+    assert "predictions: only drawings are in it. Name predictions/detections to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("settings", [[], ["eval.test_scales=[48,64]", "eval.test_flip=true"]])
@@ -284,7 +297,7 @@ def test_a_video_has_the_boxes_of_its_frames_one_by_one(weights, clip, tmp_path,
     assert [line["frame"] for line in lines] == list(range(30))
     assert [line["time"] for line in lines] == pytest.approx([number / 12 for number in range(30)], abs=1e-4)
     assert "clip.mp4: 30 frames, " in capsys.readouterr().out
-    for number, frame in enumerate(video.read_sources(sources.expand([str(clip)]), Limits())):
+    for number, frame in enumerate(video.read_sources(sources.expand([str(clip)])[0], Limits())):
         Image.fromarray(frame.pixels.permute(1, 2, 0).numpy()).save(tmp_path / f"{number:02d}.png")
     alone = predict(weights, tmp_path / "alone", tmp_path / "*.png", "--no-images")
     assert_same([{**line, "file_name": ""} for line in lines], [{**one, "file_name": ""} for one in alone])
