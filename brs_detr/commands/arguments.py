@@ -108,7 +108,7 @@ def export(parser: argparse.ArgumentParser) -> None:
         "--calibration-images",
         type=Path,
         metavar="FOLDER",
-        help="images for --precision int8 (default: data.train_images)",
+        help="images for --precision int8 (default: those that data.train_json lists)",
     )
     parser.add_argument("--height", type=int, help="input height in pixels (default: data.test_long_side)")
     parser.add_argument("--width", type=int, help="input width in pixels (default: data.test_long_side)")
