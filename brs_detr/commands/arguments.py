@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-from brs_detr.config import Config, ConfigError, apply_overrides, check_overrides, load_config
+from brs_detr.config import Config, ConfigError, apply_overrides, check_overrides, load_config, override_names
 from brs_detr.data.config import Limits
 from brs_detr.data.layouts import is_yolo_yaml, recognize
 from brs_detr.data.sources import require_sources
@@ -261,9 +261,17 @@ def check_weights(options: argparse.Namespace) -> None:
 
     Which detector the settings are of, and whether they fit, the config in the file has to say. Weights that are given
     by name are downloaded at their first use.
+
+    Raises:
+        ConfigError: a setting, or a dataset, which these commands do not open.
     """
     require_source(options.weights)
     check_overrides(options.overrides)
+    if dataset := next((name for name in override_names(options.overrides) if name in ("data", "data.source")), None):
+        raise ConfigError(
+            f"{dataset}: has no effect, as this command opens no dataset. Leave it out; export --precision int8 takes "
+            "--calibration-images FOLDER."
+        )
     options.weights = local_path(options.weights)
 
 

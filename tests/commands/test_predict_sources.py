@@ -120,6 +120,7 @@ def test_words_with_an_equals_sign_are_settings_unless_they_are_files(weights, f
         (["--tiles", "64", "--tile-overlap", "1"], "--tile-overlap=1: must lie between 0 and 0.9"),
         (["--whole-image"], "Add --tiles"),
         (["--annotations", "x.json"], "--annotations: only --format coco"),
+        (["data.source=x"], "data.source: has no effect, as this command opens no dataset. Leave it out"),
         (["missing.jpg"], "missing.jpg: no such image, video or folder."),
     ],
 )

@@ -135,6 +135,7 @@ def test_without_the_exporters_packages_nothing_begins(weights, tmp_path, capsys
         (["--out", "model.onnx", "--format", "torch"], "must end in .pt2"),
         (["--out", "model.pt2", "--precision", "fp16"], "--precision=fp16: is for ONNX files"),
         (["--out", "model.onnx", "--precision", "int8"], "there is none of datasets/demo/annotations/train.json. Give"),
+        (["--out", "model.onnx", "--precision", "int8", "data=new"], "data: has no effect, as this command opens no"),
         (["--out", "model.onnx", "--any-size", "--width", "64"], "Leave out --height and --width"),
         (["--out", "model.onnx", "--height", "12"], "--height=12: the coarsest feature map of this detector needs"),
         (["--out", "model.onnx", "--opset", "9"], "--opset=9"),
