@@ -54,6 +54,21 @@ def images_at_once(batch_size: int) -> int:
     return batch_size * WINDOW
 
 
+def require_threshold(threshold: float | None) -> None:
+    """Refuse a minimum score that is no score: one in percent, or one for each class.
+
+    Raises:
+        ValueError: it is neither None nor a number in [0, 1].
+    """
+    try:
+        usable = threshold is None or 0 <= float(threshold) <= 1  # a NaN compares as False
+    except (TypeError, ValueError):
+        usable = False
+    if not usable:
+        shown = " ".join(str(threshold).split())[:40]
+        raise ValueError(f"threshold={shown}: scores lie between 0 and 1. Give one number for all classes, as 0.5.")
+
+
 class Engine(Protocol):
     """What runs a detector: torch, or onnxruntime on an exported file."""
 
@@ -175,7 +190,7 @@ class Predictor:
         Args:
             images: path, PIL image, (h, w, 3) or (h, w) uint8 RGB array, or (3, h, w) uint8 RGB tensor; or a list or
                 tuple of them. Files are read as those of a dataset: an EXIF rotation is not applied.
-            threshold: minimum score; None: of each class the score of its best F1 in validation.
+            threshold: minimum score, in [0, 1]; None: of each class the score of its best F1 in validation.
             batch_size: images that are computed at once; it does not change what is found. Only images of one size
                 after resizing share a batch, since padding would change their features.
             raw_scores: scores as the detector's, not calibrated.
@@ -185,7 +200,7 @@ class Predictor:
 
         Raises:
             ImageError: an image cannot be read or used.
-            ValueError: the batch size is not positive.
+            ValueError: the batch size is not positive, or the threshold not in [0, 1].
         """
         options: dict[str, Any] = {"threshold": threshold, "batch_size": batch_size, "raw_scores": raw_scores}
         if isinstance(images, (list, tuple)):
@@ -202,6 +217,7 @@ class Predictor:
         raw_scores: bool = False,
     ) -> Iterator[Detections]:
         """Iterate over the detections of images that need not fit into memory, in their order; as for `predict`."""
+        require_threshold(threshold)
         count, remaining = images_at_once(batch_size), iter(images)
         while window := [self.pixels(image) for image in islice(remaining, count)]:
             for image, output in zip(window, self._detect(window, batch_size, raw_scores), strict=True):
@@ -229,8 +245,9 @@ class Predictor:
 
         Raises:
             ImageError: the image cannot be read or used.
-            ValueError: the tile is too small, or the overlap too large.
+            ValueError: the tile is too small, the overlap too large, or the threshold not in [0, 1].
         """
+        require_threshold(threshold)
         count, pixels = images_at_once(batch_size), self.pixels(image)
         size = (pixels.shape[1], pixels.shape[2])
         grid = tile_grid(size, (tile[1], tile[0]), overlap)

@@ -292,6 +292,8 @@ def check_predict(options: argparse.Namespace) -> None:
     options.sources = [word for word in options.sources if not is_override[word]]
     if options.batch < 1:
         raise ConfigError(f"--batch={options.batch}: must be at least 1.")
+    if options.threshold is not None and not 0 <= options.threshold <= 1:  # a NaN compares as False
+        raise ConfigError(f"--threshold={options.threshold:g}: scores lie between 0 and 1. Give one of them, as 0.5.")
     if options.max_frames is not None and options.max_frames < 1:
         raise ConfigError(f"--max-frames={options.max_frames}: must be at least 1.")
     if not 0 <= options.tile_overlap <= MAX_OVERLAP:

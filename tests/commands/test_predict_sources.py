@@ -115,6 +115,8 @@ def test_words_with_an_equals_sign_are_settings_unless_they_are_files(weights, f
     ("words", "said"),
     [
         (["--batch", "0"], "--batch=0: must be at least 1"),
+        (["--threshold", "50"], "--threshold=50: scores lie between 0 and 1. Give one of them, as 0.5."),
+        (["--threshold", "nan"], "--threshold=nan: scores lie between 0 and 1."),
         (["--max-frames", "0"], "--max-frames=0: must be at least 1"),
         (["--tiles", "16x64"], "--tiles=16x64: a side needs at least 32 pixels"),
         (["--tiles", "64", "--tile-overlap", "1"], "--tile-overlap=1: must lie between 0 and 0.9"),
