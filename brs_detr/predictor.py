@@ -8,6 +8,7 @@ The command `predict` and `brs_detr.load` use it, so they find the same.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from os import PathLike
@@ -226,7 +227,7 @@ class Predictor:
     def predict_tiles(
         self,
         image: ImageInput,
-        tile: tuple[int, int],
+        tile: int | tuple[int, int],
         *,
         overlap: float = 0.2,
         whole_image: bool = False,
@@ -238,7 +239,7 @@ class Predictor:
 
         Args:
             image: as for `predict`.
-            tile: (width, height) of a tile in pixels of the image.
+            tile: (width, height) of a tile in pixels of the image, or one number for both.
             overlap: share of a tile's side that neighbors have in common; objects of that size are seen completely.
             whole_image: also look at the image as a whole, for objects larger than a tile.
             threshold, batch_size, raw_scores: as for `predict`; the batches are of tiles.
@@ -250,7 +251,8 @@ class Predictor:
         require_threshold(threshold)
         count, pixels = images_at_once(batch_size), self.pixels(image)
         size = (pixels.shape[1], pixels.shape[2])
-        grid = tile_grid(size, (tile[1], tile[0]), overlap)
+        width, height = (tile, tile) if isinstance(tile, int) else tile
+        grid = tile_grid(size, (height, width), overlap)
         if whole_image and len(grid) > 1:
             grid.append(Tile(0, 0, size[1], size[0]))
         found: list[dict[str, Any]] = []
@@ -279,6 +281,8 @@ class Predictor:
         Raises:
             ImageError: it cannot be read, or is no image of 8 bits.
         """
+        if isinstance(image, str) and re.match(r"[a-z]+://", image, re.IGNORECASE):  # a path would lose a slash of it
+            raise ImageError("image: this is a URL, which only the command `predict` reads. Open it with PIL first.")
         if isinstance(image, (str, PathLike)):
             return read_image(Path(image), limits=self.limits)
         if isinstance(image, Image.Image):

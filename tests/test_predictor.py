@@ -140,6 +140,7 @@ def test_pillow_images_are_read_as_the_files_are(predictor, tmp_path):
         (torch.zeros(4, 4, 3, dtype=torch.uint8), r"this is uint8 \(4, 4, 3\)"),
         (None, "NoneType is no image. Give a path"),
         ({"a": 1}, "dict is no image"),
+        ("https://user:secret@host/a.jpg", "^image: this is a URL, which only the command `predict` reads"),
         ("nowhere.jpg", r"nowhere\.jpg: this image cannot be read: the file does not exist"),
     ],
 )
@@ -148,6 +149,12 @@ def test_what_is_no_image_is_refused_in_a_sentence(predictor, image, said):
         predictor.predict(image)
     with pytest.raises(ImageError, match=said):
         predictor.predict([np.zeros((8, 8, 3), np.uint8), image])
+
+
+def test_one_number_is_a_square_tile(predictor, images):
+    square = predictor.predict_tiles(images[0], 64, threshold=0)
+    assert_alike(square, predictor.predict_tiles(images[0], (64, 64), threshold=0), pixels=0)
+    assert len(square) != len(predictor.predict(images[0], threshold=0))
 
 
 @pytest.mark.parametrize("threshold", [50, -0.1, float("nan"), [0.5, 0.4, 0.3], "high"])
