@@ -207,15 +207,15 @@ def record(frame: Frame, found: Detections) -> dict[str, Any]:
 def describe(found: Detections) -> list[dict]:
     """Convert detections to dictionaries with class names and category ids; boxes are (x, y, w, h) in image pixels.
 
-    Masks, if there are any, become COCO's compressed run lengths, `segmentation`.
+    Masks, if there are any, become COCO's compressed run lengths, `segmentation`. Scores have six digits, not decimals:
+    those of ranking losses are small, and equal scores would lose the order that AP depends on.
     """
     objects = []
     for one in found:
         x1, y1, x2, y2 = one["box"]
         box = [round(value, 2) for value in (x1, y1, x2 - x1, y2 - y1)]
-        objects.append(
-            {"name": one["name"], "category_id": one["category_id"], "score": round(one["score"], 4), "bbox": box}
-        )
+        score = float(f"{one['score']:.6g}")
+        objects.append({"name": one["name"], "category_id": one["category_id"], "score": score, "bbox": box})
     if found.masks is not None:
         for entry, runs in zip(objects, encode_masks(torch.from_numpy(found.masks)), strict=True):
             entry["segmentation"] = as_text(runs)
