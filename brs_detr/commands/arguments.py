@@ -13,15 +13,17 @@ from pathlib import Path
 
 from brs_detr.config import Config, ConfigError, apply_overrides, check_overrides, load_config, override_names
 from brs_detr.data.config import Limits
+from brs_detr.data.issues import DataError
 from brs_detr.data.layouts import is_yolo_yaml, recognize
 from brs_detr.data.sources import require_sources
 from brs_detr.hub.sources import local_path, require_source
-from brs_detr.recipes import ENDINGS, find_recipe, nearest_recipe
+from brs_detr.recipes import ENDINGS, find_recipe, is_run_folder, nearest_recipe
 from brs_detr.user_files import printable
 
-WEIGHTS = (
+IN_TORCH = (
     "run folder (its best weights), .safetensors, official .pth, or a name: of a published checkpoint, hf://user/repo"
 )
+WEIGHTS = f"{IN_TORCH}; or an exported .onnx"
 SHEET_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # which Pillow writes
 MIN_TILE, MAX_OVERLAP = 32, 0.9  # as `ops/tiles.py`, which needs torch
 
@@ -90,7 +92,7 @@ def _size(text: str) -> tuple[int, int]:
 
 def export(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `export`."""
-    parser.add_argument("weights", type=Path, help=WEIGHTS)
+    parser.add_argument("weights", type=Path, help=IN_TORCH)
     parser.add_argument(
         "overrides", nargs="*", default=[], help="settings to change, e.g. model.detections_per_image=50"
     )
@@ -339,7 +341,7 @@ def check_dataset(options: argparse.Namespace) -> None:
         _require_recipe(target)
     if target.is_dir() or is_yolo_yaml(target):
         apply_overrides(Config(), [*options.overrides, dataset_setting(target)])
-        recognize(target)
+        _require_dataset(target)
     elif target.suffix in ENDINGS or not (target.suffix or target.exists()):
         config = load_config(target, options.overrides)
         if config.data.source is not None:
@@ -348,6 +350,19 @@ def check_dataset(options: argparse.Namespace) -> None:
         apply_overrides(Config(), [*options.overrides, dataset_setting(target)])
     else:
         apply_overrides(Config(), options.overrides)
+
+
+def _require_dataset(target: Path) -> None:
+    """Refuse a folder or yaml that is no dataset."""
+    try:
+        recognize(target)
+    except DataError:
+        if not is_run_folder(target):
+            raise
+        raise ConfigError(
+            f"{printable(target)}: this is the folder of a run, not a dataset. `brs-detr check-data "
+            f"{printable(target / 'config.yaml')}` checks the one it was trained on."
+        ) from None
 
 
 def _require_recipe(target: Path) -> None:
