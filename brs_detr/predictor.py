@@ -8,6 +8,7 @@ The command `predict` and `brs_detr.load` use it, so they find the same.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from os import PathLike
@@ -52,6 +53,21 @@ def images_at_once(batch_size: int) -> int:
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be at least 1.")
     return batch_size * WINDOW
+
+
+def require_threshold(threshold: float | None) -> None:
+    """Refuse a minimum score that is no score: one in percent, or one for each class.
+
+    Raises:
+        ValueError: it is neither None nor a number in [0, 1].
+    """
+    try:
+        usable = threshold is None or 0 <= float(threshold) <= 1  # a NaN compares as False
+    except (TypeError, ValueError):
+        usable = False
+    if not usable:
+        shown = " ".join(str(threshold).split())[:40]
+        raise ValueError(f"threshold={shown}: scores lie between 0 and 1. Give one number for all classes, as 0.5.")
 
 
 class Engine(Protocol):
@@ -175,7 +191,7 @@ class Predictor:
         Args:
             images: path, PIL image, (h, w, 3) or (h, w) uint8 RGB array, or (3, h, w) uint8 RGB tensor; or a list or
                 tuple of them. Files are read as those of a dataset: an EXIF rotation is not applied.
-            threshold: minimum score; None: of each class the score of its best F1 in validation.
+            threshold: minimum score, in [0, 1]; None: of each class the score of its best F1 in validation.
             batch_size: images that are computed at once; it does not change what is found. Only images of one size
                 after resizing share a batch, since padding would change their features.
             raw_scores: scores as the detector's, not calibrated.
@@ -185,7 +201,7 @@ class Predictor:
 
         Raises:
             ImageError: an image cannot be read or used.
-            ValueError: the batch size is not positive.
+            ValueError: the batch size is not positive, or the threshold not in [0, 1].
         """
         options: dict[str, Any] = {"threshold": threshold, "batch_size": batch_size, "raw_scores": raw_scores}
         if isinstance(images, (list, tuple)):
@@ -202,6 +218,7 @@ class Predictor:
         raw_scores: bool = False,
     ) -> Iterator[Detections]:
         """Iterate over the detections of images that need not fit into memory, in their order; as for `predict`."""
+        require_threshold(threshold)
         count, remaining = images_at_once(batch_size), iter(images)
         while window := [self.pixels(image) for image in islice(remaining, count)]:
             for image, output in zip(window, self._detect(window, batch_size, raw_scores), strict=True):
@@ -210,7 +227,7 @@ class Predictor:
     def predict_tiles(
         self,
         image: ImageInput,
-        tile: tuple[int, int],
+        tile: int | tuple[int, int],
         *,
         overlap: float = 0.2,
         whole_image: bool = False,
@@ -222,18 +239,20 @@ class Predictor:
 
         Args:
             image: as for `predict`.
-            tile: (width, height) of a tile in pixels of the image.
+            tile: (width, height) of a tile in pixels of the image, or one number for both.
             overlap: share of a tile's side that neighbors have in common; objects of that size are seen completely.
             whole_image: also look at the image as a whole, for objects larger than a tile.
             threshold, batch_size, raw_scores: as for `predict`; the batches are of tiles.
 
         Raises:
             ImageError: the image cannot be read or used.
-            ValueError: the tile is too small, or the overlap too large.
+            ValueError: the tile is too small, the overlap too large, or the threshold not in [0, 1].
         """
+        require_threshold(threshold)
         count, pixels = images_at_once(batch_size), self.pixels(image)
         size = (pixels.shape[1], pixels.shape[2])
-        grid = tile_grid(size, (tile[1], tile[0]), overlap)
+        width, height = (tile, tile) if isinstance(tile, int) else tile
+        grid = tile_grid(size, (height, width), overlap)
         if whole_image and len(grid) > 1:
             grid.append(Tile(0, 0, size[1], size[0]))
         found: list[dict[str, Any]] = []
@@ -262,6 +281,8 @@ class Predictor:
         Raises:
             ImageError: it cannot be read, or is no image of 8 bits.
         """
+        if isinstance(image, str) and re.match(r"[a-z]+://", image, re.IGNORECASE):  # a path would lose a slash of it
+            raise ImageError("image: this is a URL, which only the command `predict` reads. Open it with PIL first.")
         if isinstance(image, (str, PathLike)):
             return read_image(Path(image), limits=self.limits)
         if isinstance(image, Image.Image):

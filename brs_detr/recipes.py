@@ -124,8 +124,13 @@ def _refuse_other_kinds(path: Path) -> None:
         )
 
 
+def is_run_folder(path: Path) -> bool:
+    """Check whether a folder holds weights or states of a training."""
+    return any((path / name).is_file() for name in _WEIGHTS_OF_RUN) or (path / "state").is_dir()
+
+
 def _about_folder(path: Path) -> str:
-    if any((path / name).is_file() for name in _WEIGHTS_OF_RUN) or (path / "state").is_dir():
+    if is_run_folder(path):
         again = f"{path / 'config.yaml'} --resume goes on with it"
         return f"{path}: this is the folder of a run, not a recipe: {again}, `brs-detr eval {path}` evaluates it"
     return f"{path}: this is a folder, not a recipe. Name a recipe first, e.g. brs_detr_small data={path}"

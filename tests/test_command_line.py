@@ -18,6 +18,8 @@ ANSWERS = [
     (["--help"], "check-data"),
     (["train", "--help"], "--dry-run"),
     (["eval", "--help"], "--images"),
+    (["eval", "--help"], "exported .onnx"),
+    (["predict", "--help"], "exported .onnx"),
     (["train", "demo", "optim.lrr=1"], "did you mean optim.lr?"),
     (["train", "dmeo"], "Did you mean demo?"),
     (["train", "demo"], "datasets/demo/annotations/train.json: this annotation file does not exist"),

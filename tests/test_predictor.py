@@ -140,6 +140,7 @@ def test_pillow_images_are_read_as_the_files_are(predictor, tmp_path):
         (torch.zeros(4, 4, 3, dtype=torch.uint8), r"this is uint8 \(4, 4, 3\)"),
         (None, "NoneType is no image. Give a path"),
         ({"a": 1}, "dict is no image"),
+        ("https://user:secret@host/a.jpg", "^image: this is a URL, which only the command `predict` reads"),
         ("nowhere.jpg", r"nowhere\.jpg: this image cannot be read: the file does not exist"),
     ],
 )
@@ -148,6 +149,19 @@ def test_what_is_no_image_is_refused_in_a_sentence(predictor, image, said):
         predictor.predict(image)
     with pytest.raises(ImageError, match=said):
         predictor.predict([np.zeros((8, 8, 3), np.uint8), image])
+
+
+def test_one_number_is_a_square_tile(predictor, images):
+    square = predictor.predict_tiles(images[0], 64, threshold=0)
+    assert_alike(square, predictor.predict_tiles(images[0], (64, 64), threshold=0), pixels=0)
+    assert len(square) != len(predictor.predict(images[0], threshold=0))
+
+
+@pytest.mark.parametrize("threshold", [50, -0.1, float("nan"), [0.5, 0.4, 0.3], "high"])
+def test_a_threshold_that_is_no_score_is_refused_in_a_sentence(predictor, images, threshold):
+    for find in (predictor.predict, lambda image, **options: predictor.predict_tiles(image, (64, 64), **options)):
+        with pytest.raises(ValueError, match=r"scores lie between 0 and 1\. Give one number for all classes"):
+            find(images[0], threshold=threshold)
 
 
 def test_a_pillow_image_of_half_a_file_is_refused(predictor, images, tmp_path):
@@ -178,9 +192,9 @@ def test_scores_are_mapped_in_order_and_cut_at_the_threshold_of_their_class(pred
 
 def test_nothing_found_names_the_best_score(predictor, images):
     best = predictor.predict(images[0], threshold=0.0)
-    found = predictor.predict(images[0], threshold=1.01)
+    found = predictor.predict(images[0], threshold=1)
     assert len(found) == 0 and found.boxes.shape == (0, 4) and list(found) == []
-    start = f"the best score is {best.scores[0]:.3g}, of {best.class_names[0]}, below its threshold 1.01"
+    start = f"the best score is {best.scores[0]:.3g}, of {best.class_names[0]}, below its threshold 1"
     assert found.note == start and start in repr(found) and best.note == ""
 
 

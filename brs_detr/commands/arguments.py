@@ -11,17 +11,19 @@ import os
 import re
 from pathlib import Path
 
-from brs_detr.config import Config, ConfigError, apply_overrides, check_overrides, load_config
+from brs_detr.config import Config, ConfigError, apply_overrides, check_overrides, load_config, override_names
 from brs_detr.data.config import Limits
+from brs_detr.data.issues import DataError
 from brs_detr.data.layouts import is_yolo_yaml, recognize
 from brs_detr.data.sources import require_sources
 from brs_detr.hub.sources import local_path, require_source
-from brs_detr.recipes import ENDINGS, find_recipe, nearest_recipe
+from brs_detr.recipes import ENDINGS, find_recipe, is_run_folder, nearest_recipe
 from brs_detr.user_files import printable
 
-WEIGHTS = (
+IN_TORCH = (
     "run folder (its best weights), .safetensors, official .pth, or a name: of a published checkpoint, hf://user/repo"
 )
+WEIGHTS = f"{IN_TORCH}; or an exported .onnx"
 SHEET_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # which Pillow writes
 MIN_TILE, MAX_OVERLAP = 32, 0.9  # as `ops/tiles.py`, which needs torch
 
@@ -90,7 +92,7 @@ def _size(text: str) -> tuple[int, int]:
 
 def export(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `export`."""
-    parser.add_argument("weights", type=Path, help=WEIGHTS)
+    parser.add_argument("weights", type=Path, help=IN_TORCH)
     parser.add_argument(
         "overrides", nargs="*", default=[], help="settings to change, e.g. model.detections_per_image=50"
     )
@@ -108,7 +110,7 @@ def export(parser: argparse.ArgumentParser) -> None:
         "--calibration-images",
         type=Path,
         metavar="FOLDER",
-        help="images for --precision int8 (default: data.train_images)",
+        help="images for --precision int8 (default: those that data.train_json lists)",
     )
     parser.add_argument("--height", type=int, help="input height in pixels (default: data.test_long_side)")
     parser.add_argument("--width", type=int, help="input width in pixels (default: data.test_long_side)")
@@ -261,9 +263,17 @@ def check_weights(options: argparse.Namespace) -> None:
 
     Which detector the settings are of, and whether they fit, the config in the file has to say. Weights that are given
     by name are downloaded at their first use.
+
+    Raises:
+        ConfigError: a setting, or a dataset, which these commands do not open.
     """
     require_source(options.weights)
     check_overrides(options.overrides)
+    if dataset := next((name for name in override_names(options.overrides) if name in ("data", "data.source")), None):
+        raise ConfigError(
+            f"{dataset}: has no effect, as this command opens no dataset. Leave it out; export --precision int8 takes "
+            "--calibration-images FOLDER."
+        )
     options.weights = local_path(options.weights)
 
 
@@ -284,6 +294,8 @@ def check_predict(options: argparse.Namespace) -> None:
     options.sources = [word for word in options.sources if not is_override[word]]
     if options.batch < 1:
         raise ConfigError(f"--batch={options.batch}: must be at least 1.")
+    if options.threshold is not None and not 0 <= options.threshold <= 1:  # a NaN compares as False
+        raise ConfigError(f"--threshold={options.threshold:g}: scores lie between 0 and 1. Give one of them, as 0.5.")
     if options.max_frames is not None and options.max_frames < 1:
         raise ConfigError(f"--max-frames={options.max_frames}: must be at least 1.")
     if not 0 <= options.tile_overlap <= MAX_OVERLAP:
@@ -329,7 +341,7 @@ def check_dataset(options: argparse.Namespace) -> None:
         _require_recipe(target)
     if target.is_dir() or is_yolo_yaml(target):
         apply_overrides(Config(), [*options.overrides, dataset_setting(target)])
-        recognize(target)
+        _require_dataset(target)
     elif target.suffix in ENDINGS or not (target.suffix or target.exists()):
         config = load_config(target, options.overrides)
         if config.data.source is not None:
@@ -338,6 +350,19 @@ def check_dataset(options: argparse.Namespace) -> None:
         apply_overrides(Config(), [*options.overrides, dataset_setting(target)])
     else:
         apply_overrides(Config(), options.overrides)
+
+
+def _require_dataset(target: Path) -> None:
+    """Refuse a folder or yaml that is no dataset."""
+    try:
+        recognize(target)
+    except DataError:
+        if not is_run_folder(target):
+            raise
+        raise ConfigError(
+            f"{printable(target)}: this is the folder of a run, not a dataset. `brs-detr check-data "
+            f"{printable(target / 'config.yaml')}` checks the one it was trained on."
+        ) from None
 
 
 def _require_recipe(target: Path) -> None:

@@ -42,8 +42,7 @@ def run(options: argparse.Namespace) -> int:
     calibration, uncalibrated = calibration_of(model, weights, config, file)
     if uncalibrated:
         print(printable(f"{uncalibrated}."))
-    if options.precision == "int8":
-        calibration_files(options, config)  # before a minute of exporting
+    files = calibration_files(options, config) if options.precision == "int8" else []  # before a minute of exporting
     size = input_size(config, options)
     canvas = None if options.any_size else size
     images = {str(path): read_image(path, limits=config.data) for path in options.image}
@@ -66,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
         cases = sample_inputs(images, config, options, size)
         check(model, partial, options, cases, calibration)
         if options.precision != "fp32":
-            narrow(partial, options, config, canvas, cases)
+            narrow(partial, options, config, canvas, cases, files)
         publish(partial, options.out)
     finally:
         partial.unlink(missing_ok=True)

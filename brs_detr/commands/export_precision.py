@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +14,11 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from brs_detr.config import Config, ConfigError
+from brs_detr.data.annotations import read_images
 from brs_detr.data.image_io import ImageError, is_image_name, read_image
+from brs_detr.data.image_search import resolve_image_paths
+from brs_detr.data.issues import IssueLog
+from brs_detr.data.json_file import load_json
 from brs_detr.engine.storage import publish
 from brs_detr.export.graphs import ExportError
 from brs_detr.export.onnx import PROPOSALS, RAW_SCORES
@@ -31,31 +35,37 @@ COMPARED = 20
 
 
 def narrow(
-    path: Path, options: argparse.Namespace, config: Config, canvas: Size | None, images: Mapping[str, ImageBatch]
+    path: Path,
+    options: argparse.Namespace,
+    config: Config,
+    canvas: Size | None,
+    images: Mapping[str, ImageBatch],
+    files: Sequence[Path],
 ) -> None:
     """Rewrite a float32 file in the precision of the options, and print how far its detections are from before.
 
     Args:
         path: of the file; replaced once the new one is complete.
         options: of the command.
-        config: how images are resized, and where the training images are.
+        config: how images are resized.
         canvas: (H, W) of the input; None if it is free.
         images: batches to compare with, by name.
+        files: images to measure ranges on, for int8.
 
     Raises:
         ExportError: the graph cannot be narrowed, or what the new file finds has nothing to do with what it found.
-        ConfigError: there are no images to measure ranges on.
+        ConfigError: no image to measure ranges on can be read.
     """
     target, images = path.with_name(f"{path.name}.narrow"), dict(images)
     try:
         if options.precision == "fp16":
             write_float16(path, target, [PROPOSALS, RAW_SCORES])
         else:
-            files = calibration_files(options, config)
             shown = dict(islice(read_inputs(files, options, config, canvas), COMPARED_IMAGES))
             if not shown:
                 raise ConfigError(f"--calibration-images: none of the {len(files)} images can be read. Give others.")
-            print(f"int8: ranges of activations measured on {len(files)} images of {image_folder(options, config)}")
+            place = options.calibration_images or Path(config.data.root, config.data.train_json)
+            print(f"int8: ranges of activations measured on {len(files)} images of {printable(place)}")
             batches = (batch for _, batch in read_inputs(files, options, config, canvas))
             inputs = ({"pixels": b.pixels.numpy(), "sizes": torch.tensor(b.sizes).numpy()} for b in batches)
             level = logging.getLogger().level
@@ -95,25 +105,43 @@ def compare_files(exact: Path, narrowed: Path, precision: str, images: Mapping[s
         )
 
 
-def image_folder(options: argparse.Namespace, config: Config) -> Path:
-    """Return the folder of the images for calibration."""
-    return options.calibration_images or Path(config.data.root, config.data.train_images)
-
-
 def calibration_files(options: argparse.Namespace, config: Config) -> list[Path]:
-    """List evenly spaced images of the folder.
+    """List evenly spaced images: of `--calibration-images`, else of those that the training json lists.
+
+    Not of the whole image folder: in many datasets the validation images lie there, too.
 
     Raises:
         ConfigError: there is none.
+        DataError: the training json cannot be used.
     """
-    folder = image_folder(options, config)
-    files = sorted(path for path in folder.rglob("*") if is_image_name(path.name)) if folder.is_dir() else []
+    folder = options.calibration_images
+    if folder is None:
+        files, place = training_files(config), f"of {Path(config.data.root, config.data.train_json)}"
+    else:
+        files, place = [path for path in folder.rglob("*") if is_image_name(path.name)], f"in {folder}"
     if not files:
         raise ConfigError(
-            f"--precision=int8: measures the ranges of activations on images, and there is none in {folder}. "
+            f"--precision=int8: measures the ranges of activations on images, and there is none {printable(place)}. "
             "Give --calibration-images FOLDER."
         )
-    return files[:: max(1, len(files) // MAX_CALIBRATION_IMAGES)][:MAX_CALIBRATION_IMAGES]
+    files = sorted(set(files))
+    count = min(len(files), MAX_CALIBRATION_IMAGES)
+    return [files[number * len(files) // count] for number in range(count)]
+
+
+def training_files(config: Config) -> list[Path]:
+    """List the files of the images in the training json; none where this machine has no such json.
+
+    Raises:
+        DataError: the json cannot be used.
+    """
+    path, folder = Path(config.data.root, config.data.train_json), Path(config.data.root, config.data.train_images)
+    if not path.is_file():
+        return []
+    log = IssueLog()
+    images = read_images(load_json(path, config.data.max_json_bytes), path, log)
+    exists = resolve_image_paths(images, folder, log, config.data.allow_outside_images)
+    return [folder / name for name in images.keep(exists).names]
 
 
 def read_inputs(

@@ -30,7 +30,12 @@ REPORT_EVERY = 100  # frames of a video
 
 def run(options: argparse.Namespace) -> int:
     """Predict every image and frame and return the exit code: 1 if none could be read."""
-    sources = expand(options.sources)
+    folder = options.out / "detections"  # of the drawings, which must not become images of the next start
+    sources, drawn = expand(options.sources, folder)
+    if drawn:
+        print(f"{printable(folder)}: {drawn} images or videos are left out, as drawings are written there.")
+    if not sources:
+        raise FileNotFoundError(f"{' '.join(options.sources)}: only drawings are in it. Name {folder} to look at them.")
     predictor = Predictor.load(options.weights, device=options.device, overrides=options.overrides)
     if predictor.note and not options.raw_scores:
         print(printable(f"{predictor.note}."))
@@ -44,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         labels = labels._replace(image_ids=image_ids)
     require_writable(options.out, "--out")
     partial = options.out / "predictions.partial.jsonl"  # remains if this process is killed
-    drawer = None if options.no_images else Drawer(options.out / "detections", drawings, predictor.classes)
+    drawer = None if options.no_images else Drawer(folder, drawings, predictor.classes)
     report = Report(labels)
     with open(partial, "w", encoding="utf-8") as lines:
         try:
@@ -202,15 +207,15 @@ def record(frame: Frame, found: Detections) -> dict[str, Any]:
 def describe(found: Detections) -> list[dict]:
     """Convert detections to dictionaries with class names and category ids; boxes are (x, y, w, h) in image pixels.
 
-    Masks, if there are any, become COCO's compressed run lengths, `segmentation`.
+    Masks, if there are any, become COCO's compressed run lengths, `segmentation`. Scores have six digits, not decimals:
+    those of ranking losses are small, and equal scores would lose the order that AP depends on.
     """
     objects = []
     for one in found:
         x1, y1, x2, y2 = one["box"]
         box = [round(value, 2) for value in (x1, y1, x2 - x1, y2 - y1)]
-        objects.append(
-            {"name": one["name"], "category_id": one["category_id"], "score": round(one["score"], 4), "bbox": box}
-        )
+        score = float(f"{one['score']:.6g}")
+        objects.append({"name": one["name"], "category_id": one["category_id"], "score": score, "bbox": box})
     if found.masks is not None:
         for entry, runs in zip(objects, encode_masks(torch.from_numpy(found.masks)), strict=True):
             entry["segmentation"] = as_text(runs)

@@ -13,10 +13,10 @@ from brs_detr.engine.checkpoint import Weights, save_weights
 from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.storage import write_text
 from brs_detr.hub.huggingface import push
-from brs_detr.hub.model_card import model_card
+from brs_detr.hub.model_card import class_figures, model_card
 from brs_detr.hub.sources import WEIGHTS
 from brs_detr.run.output_dir import require_writable
-from brs_detr.run.weights import locate, read
+from brs_detr.run.weights import EVALUATION, locate, read
 from brs_detr.user_files import printable
 
 
@@ -54,7 +54,14 @@ def write_repository(folder: Path, weights: Weights, file: Path, repository: str
         from brs_detr.viz.plots import draw_curves  # here, since only this needs matplotlib
 
         draw_curves(read_metrics(metrics), folder / "curves.png")
-    card = model_card(weights, repository, run=file.parent, license=license, has_curves=metrics.is_file())
+    evaluation = file.parent / EVALUATION / "evaluation.json"
+    classes = class_figures(weights, evaluation)
+    if not classes and evaluation.is_file():
+        print(
+            f"{printable(evaluation)}: has other figures than {printable(file.name)} (of other weights, images, "
+            "settings or another head), so the card has no AP of classes. Run eval again for it."
+        )
+    card = model_card(weights, repository, class_figures=classes, license=license, has_curves=metrics.is_file())
     write_text(folder / "README.md", card)
 
 

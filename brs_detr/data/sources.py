@@ -74,14 +74,23 @@ def require_sources(words: Sequence[str]) -> None:
             raise FileNotFoundError(f"{word}: {pattern}.")
 
 
-def expand(words: Sequence[str]) -> list[Source]:
+def expand(words: Sequence[str], drawings: Path | None = None) -> tuple[list[Source], int]:
     """List what the words name, each file once, files of a folder or pattern sorted by name.
+
+    Args:
+        words: of the command line.
+        drawings: folder that drawings are written to, perhaps by an earlier `predict` too; its files are left out of
+            what a folder or pattern around it names.
+
+    Returns:
+        The sources, and how many files were left out.
 
     Raises:
         FileNotFoundError: a word names nothing, or a folder without an image or video.
     """
     require_sources(words)
     found: list[Source | tuple[Path, str]] = []
+    drawn: list[Path] = []
     for word in words:
         path = Path(word)
         camera = _camera(word)
@@ -91,17 +100,21 @@ def expand(words: Sequence[str]) -> list[Source]:
             found.append(Source("camera", camera, camera, f"camera_{re.sub('[^0-9a-zA-Z]+', '_', camera).strip('_')}"))
         elif path.is_dir():
             above = Path(os.path.abspath(path)).name if len(words) > 1 else ""
-            found += [(file, Path(above, file.relative_to(path)).as_posix()) for file in _files_in(path)]
+            own, others = _split_off(drawings, path, _files_in(path))
+            drawn += own
+            found += [(file, Path(above, file.relative_to(path)).as_posix()) for file in others]
         elif os.path.lexists(word):
             found.append((path, path.name))
         else:
-            found += [(file, file.name) for file in _matches(word)]
+            own, others = _split_off(drawings, _fixed_part(word), _matches(word))
+            drawn += own
+            found += [(file, file.name) for file in others]
     files = {os.path.abspath(entry[0]): entry for entry in found if not isinstance(entry, Source)}
     if len({name for _, name in files.values()}) < len(files):  # files of one name in several folders
         root = _common_folder(list(files))
         files = {path: (file, Path(path).relative_to(root).as_posix()) for path, (file, _) in files.items()}
     entries = [entry if isinstance(entry, Source) else _of_file(*files[os.path.abspath(entry[0])]) for entry in found]
-    return list(dict.fromkeys(entries))
+    return list(dict.fromkeys(entries)), len({os.path.abspath(file) for file in drawn} - files.keys())
 
 
 def has_pyav() -> bool:
@@ -178,6 +191,23 @@ def _matches(pattern: str) -> list[Path]:
     if not glob.has_magic(pattern):
         return []
     return sorted(Path(name) for name in glob.iglob(pattern, recursive=True) if not os.path.isdir(name))
+
+
+def _fixed_part(pattern: str) -> Path:
+    """Return the folder that a pattern begins with."""
+    return Path(os.path.dirname(re.split(r"[*?\[]", pattern)[0]))
+
+
+def _split_off(drawings: Path | None, named: Path, files: list[Path]) -> tuple[list[Path], list[Path]]:
+    """Split files into those in a folder of drawings and the others; in a folder that was named, all are others."""
+    if drawings is None or _is_in(named, drawings):
+        return [], files
+    inside = {folder: _is_in(folder, drawings) for folder in {file.parent for file in files}}
+    return [file for file in files if inside[file.parent]], [file for file in files if not inside[file.parent]]
+
+
+def _is_in(path: Path, folder: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _common_folder(files: Sequence[str]) -> str:

@@ -208,4 +208,4 @@ def _providers(device: str | None) -> list[Any]:
     kind, _, number = str(device).partition(":")
     if kind == "cuda" and cuda in known and (not number or number.isdecimal()):
         return [(cuda, {"device_id": number or "0"}), "CPUExecutionProvider"]
-    raise ExportError(f"--device {device}: this onnxruntime has {', '.join(known)}. Leave it out, or write cpu.")
+    raise ExportError(f"device={device}: this onnxruntime has {', '.join(known)}. Leave it out, or write cpu.")

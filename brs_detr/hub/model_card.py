@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import html
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ def model_card(
     weights: Weights,
     repository: str,
     *,
-    run: Path | None = None,
+    class_figures: Mapping[int, Mapping[str, Any]] | None = None,
     license: str | None = None,
     has_curves: bool = False,
 ) -> str:
@@ -31,7 +31,7 @@ def model_card(
     Args:
         weights: of the run.
         repository: user/name, for the example.
-        run: folder of the run, whose `evaluation/per_class.csv` gives the figures of the classes.
+        class_figures: what `class_figures` returns.
         license: identifier of the hub, such as "apache-2.0"; None leaves it out.
         has_curves: whether `curves.png` lies beside the card.
     """
@@ -46,7 +46,7 @@ def model_card(
         _usage(repository, weights),
         _figures(figures, epoch),
         _scores(weights),
-        _per_class(weights, run),
+        _per_class(weights, class_figures or {}),
         "![Training curves](curves.png)" if has_curves else "",
         _settings(weights.config),
     ]
@@ -99,25 +99,40 @@ def _scores(weights: Weights) -> str:
     return "Scores are not calibrated: compare them with each other only."
 
 
-def _per_class(weights: Weights, run: Path | None) -> str:
-    """Write the table of classes, with AP where an evaluation of the run has it."""
-    found = _evaluated(None if run is None else run / "evaluation" / "per_class.csv")
-    lines = ["## Classes", "", "With AP of the run's last evaluation:" if found else "Not evaluated one by one:", ""]
+def class_figures(weights: Weights, path: Path) -> dict[int, dict[str, Any]]:
+    """Read the figures of classes from an evaluation with the very figures that the weights hold.
+
+    Any `eval` may have written there: of other weights, images, settings, or another head.
+
+    Args:
+        weights: of the card.
+        path: of an `evaluation.json`.
+
+    Returns:
+        The rows by category id; empty where there is no evaluation, or it is another one.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        found, epoch = {**content["stats"], "images": content["images"]}, content["about"]["epoch"]
+        stored = {name: value for name, value in weights.extra["metrics"].items() if name in (*FIGURES, "images")}
+        is_other = epoch != weights.extra["epoch"] or "AP" not in stored
+        # where another device has computed them, they are rounded otherwise
+        is_other = is_other or any(abs(found[name] - value) > 5e-4 for name, value in stored.items())
+        return {} if is_other else {row["category_id"]: row for row in content["per_class"]}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none, cut off, or of an earlier version
+        return {}
+
+
+def _per_class(weights: Weights, found: Mapping[int, Mapping[str, Any]]) -> str:
+    """Write the table of classes, with their AP where it is known."""
+    lines = ["## Classes", "", "With AP in this validation:" if found else "Not evaluated one by one:", ""]
     lines += ["| class | category id | AP | AP50 |", "|---|---|---|---|"]
     for name, number in list(zip(weights.classes, weights.category_ids, strict=True))[:MAX_CLASSES]:
-        row = found.get(name, {})
+        row = found.get(number, {})
         lines.append(f"| {_plain(name)} | {number} | {_cell(row.get('AP'))} | {_cell(row.get('AP50'))} |")
     if len(weights.classes) > MAX_CLASSES:
         lines.append(f"\n... and {len(weights.classes) - MAX_CLASSES} more.")
     return "\n".join(lines)
-
-
-def _evaluated(path: Path | None) -> dict[str, dict[str, str]]:
-    """Read the figures of classes by name; empty where there are none."""
-    if path is None or not path.is_file():
-        return {}
-    with open(path, encoding="utf-8", newline="") as file:
-        return {row.get("name") or row.get("class") or "": row for row in csv.DictReader(file)}
 
 
 def _settings(config: Mapping[str, Any]) -> str:

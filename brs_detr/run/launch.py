@@ -103,4 +103,4 @@ def choose_device(name: str | None) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0][:120]
-        raise ConfigError(f"--device {name}: cannot be used here ({reason}). Leave it out, or write cpu.") from None
+        raise ConfigError(f"device={name}: cannot be used here ({reason}). Leave it out, or write cpu.") from None

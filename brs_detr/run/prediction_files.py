@@ -142,7 +142,7 @@ def _write_yolo(lines: Path, out: Path, labels: Labels) -> None:
             width, height = record["width"], record["height"]
             shares = ((x + w / 2) / width, (y + h / 2) / height, w / width, h / height)
             row = " ".join(f"{share:.6f}" for share in shares)
-            rows.append(f"{of_category[one['category_id']]} {row} {one['score']:.4f}\n")
+            rows.append(f"{of_category[one['category_id']]} {row} {one['score']:.6g}\n")
         # not atomically: there may be many thousands, and a name may be as long as a name can be
         _with_ending(path, f"{frame}.txt").write_text("".join(rows), encoding="utf-8")
     write_text(out / "classes.txt", "".join(f"{name}\n" for name in labels.classes))

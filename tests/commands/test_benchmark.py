@@ -30,6 +30,12 @@ def test_a_recipe_is_timed_with_random_weights_and_its_costs_are_counted(capsys)
     assert 0 < float(median) <= float(slow) and float(rate) == pytest.approx(1000 / float(median), rel=0.02)
 
 
+def test_a_dataset_is_refused_with_weights_as_nothing_of_it_is_read(tmp_path, capsys):
+    (tmp_path / "x.safetensors").touch()
+    assert cli.main(["benchmark", str(tmp_path / "x.safetensors"), "data=new"]) == 2
+    assert "data: has no effect, as this command opens no dataset. Leave it out" in capsys.readouterr().err
+
+
 def test_the_operations_of_a_convolution_are_counted_as_on_paper():
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         nn.Conv2d(3, 8, 3, padding=1)(torch.zeros(1, 3, 10, 20))

@@ -111,3 +111,11 @@ def test_a_target_that_is_not_there_is_answered_in_a_line(tmp_path, monkeypatch,
     assert cli.main(["check-data", target]) == 2
     said = capsys.readouterr().err
     assert answer in said and "The recipes are" not in said
+
+
+def test_the_folder_of_a_run_is_named_as_one(tmp_path, capsys):
+    (tmp_path / "best.safetensors").touch()
+    (tmp_path / "config.yaml").touch()
+    assert cli.main(["check-data", str(tmp_path)]) == 2
+    said = f"{tmp_path}: this is the folder of a run, not a dataset. `brs-detr check-data {tmp_path}/config.yaml`"
+    assert said in capsys.readouterr().err

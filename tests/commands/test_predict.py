@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +18,7 @@ from brs_detr import cli, predictor
 from brs_detr.commands import predict
 from brs_detr.config import load_config, to_dict
 from brs_detr.data import video
+from brs_detr.detections import Detections
 from brs_detr.engine.checkpoint import Weights, load_weights, save_weights
 from brs_detr.ops.masks import decode_masks, encode_masks
 from brs_detr.run.setup import build_detector
@@ -181,6 +183,13 @@ def test_masks_are_written_and_drawn_with_their_objects(weights, tmp_path, monke
     assert torch.equal(decode_masks(masks, (30, 40)).bool(), bitmaps[[0, 2]])
     drawn = Image.open(out / "detections" / "a.png")
     assert drawn.getpixel((480, 320)) != drawn.getpixel((160, 400)) == (200, 30, 30)
+
+
+def test_small_scores_that_differ_stay_different():
+    """Those of a ranking loss: with four decimals they would be equal, and AP another one than that of `eval`."""
+    scores, boxes = np.array([0.0312346, 0.0312344, 8.76543e-6]), np.zeros((3, 4), np.float32)
+    found = Detections(boxes, scores, np.zeros(3, int), np.ones(3, int), ["a"] * 3, (8, 8))
+    assert [one["score"] for one in predict.describe(found)] == scores.tolist()
 
 
 def of_head(name, *heads):

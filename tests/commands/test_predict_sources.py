@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,18 @@ def test_a_list_by_batch_4_has_the_boxes_of_one_by_one(weights, folder, tmp_path
     assert not (tmp_path / "4" / "detections").exists() and len(list((tmp_path / "1" / "detections").iterdir())) == 5
 
 
+def test_a_folder_with_the_results_in_it_gives_the_same_results_again(weights, folder, tmp_path, monkeypatch, capsys):
+    own = tmp_path / "images"
+    shutil.copytree(folder, own)
+    monkeypatch.chdir(own)
+    first = predict(weights, Path("predictions"), ".")
+    capsys.readouterr()
+    assert predict(weights, Path("predictions"), ".") == first and len(first) == 5
+    assert "predictions/detections: 5 images or videos are left out, as drawings are" in capsys.readouterr().out
+    assert cli.main(["predict", str(weights), "predictions"]) == 2
+    assert "predictions: only drawings are in it. Name predictions/detections to" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("settings", [[], ["eval.test_scales=[48,64]", "eval.test_flip=true"]])
 def test_boxes_of_a_batch_equal_those_of_one_image_to_1e_4_pixels(weights, folder, settings):
     predictor = Predictor.load(weights, device="cpu", overrides=settings)
@@ -102,11 +115,14 @@ def test_words_with_an_equals_sign_are_settings_unless_they_are_files(weights, f
     ("words", "said"),
     [
         (["--batch", "0"], "--batch=0: must be at least 1"),
+        (["--threshold", "50"], "--threshold=50: scores lie between 0 and 1. Give one of them, as 0.5."),
+        (["--threshold", "nan"], "--threshold=nan: scores lie between 0 and 1."),
         (["--max-frames", "0"], "--max-frames=0: must be at least 1"),
         (["--tiles", "16x64"], "--tiles=16x64: a side needs at least 32 pixels"),
         (["--tiles", "64", "--tile-overlap", "1"], "--tile-overlap=1: must lie between 0 and 0.9"),
         (["--whole-image"], "Add --tiles"),
         (["--annotations", "x.json"], "--annotations: only --format coco"),
+        (["data.source=x"], "data.source: has no effect, as this command opens no dataset. Leave it out"),
         (["missing.jpg"], "missing.jpg: no such image, video or folder."),
     ],
 )
@@ -284,7 +300,7 @@ def test_a_video_has_the_boxes_of_its_frames_one_by_one(weights, clip, tmp_path,
     assert [line["frame"] for line in lines] == list(range(30))
     assert [line["time"] for line in lines] == pytest.approx([number / 12 for number in range(30)], abs=1e-4)
     assert "clip.mp4: 30 frames, " in capsys.readouterr().out
-    for number, frame in enumerate(video.read_sources(sources.expand([str(clip)]), Limits())):
+    for number, frame in enumerate(video.read_sources(sources.expand([str(clip)])[0], Limits())):
         Image.fromarray(frame.pixels.permute(1, 2, 0).numpy()).save(tmp_path / f"{number:02d}.png")
     alone = predict(weights, tmp_path / "alone", tmp_path / "*.png", "--no-images")
     assert_same([{**line, "file_name": ""} for line in lines], [{**one, "file_name": ""} for one in alone])

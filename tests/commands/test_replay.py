@@ -53,7 +53,7 @@ def test_it_draws_the_steps_numbers_freezes_what_was_frozen_and_names_the_batch(
 def test_a_device_that_is_not_there_is_one_sentence(saved, capsys, device):
     assert cli.main(["replay", str(saved), "--device", device]) == 2
     error = capsys.readouterr().err.strip()
-    assert error.startswith(f"error: --device {device}: ") and "write cpu" in error and "\n" not in error
+    assert error.startswith(f"error: device={device}: ") and "write cpu" in error and "\n" not in error
 
 
 class Root(torch.autograd.Function):

@@ -26,13 +26,13 @@ def folder(tmp_path, monkeypatch):
 
 
 def named(*words):
-    return [(source.kind, source.name) for source in expand(words)]
+    return [(source.kind, source.name) for source in expand(words)[0]]
 
 
 def test_a_folder_is_listed_and_its_files_are_named_within_it(folder):
     assert named("a") == [("image", "1.png"), ("image", "deep/2.png")]
     assert named(str(folder / "b")) == [("image", "1.png"), ("video", "clip.mp4")]
-    assert [source.address for source in expand(["a"])] == ["a/1.png", "a/deep/2.png"]
+    assert [source.address for source in expand(["a"])[0]] == ["a/1.png", "a/deep/2.png"]
 
 
 def test_files_are_named_without_their_folder_where_that_is_enough(folder):
@@ -52,15 +52,34 @@ def test_a_file_whose_name_is_a_pattern_or_a_number_is_a_file(folder):
     Image.new("RGB", (8, 8)).save(folder / "x[1].png")
     Image.new("RGB", (8, 8)).save(folder / "7", "PNG")
     assert named("x[1].png", "7") == [("image", "x[1].png"), ("image", "7")]
-    assert [source.kind for source in expand(["8"])] == ["camera"]
+    assert [source.kind for source in expand(["8"])[0]] == ["camera"]
+
+
+def test_drawings_of_an_earlier_predict_are_no_images_unless_they_are_named(folder):
+    drawings = folder / "a" / "out" / "detections"
+    drawings.mkdir(parents=True)
+    for name in ("1.png", "2.png"):
+        Image.new("RGB", (8, 8)).save(drawings / name)
+    relative = drawings.relative_to(folder)
+
+    def kept(*words):
+        found, left_out = expand(words, relative)
+        return [source.name for source in found], left_out
+
+    assert kept("a") == kept(str(folder / "a")) == (["1.png", "deep/2.png"], 2)
+    assert kept("a", "a/**/*.png") == (["1.png", "2.png"], 2)
+    assert kept("a/out/*/*.png", "b") == (["b/1.png", "b/clip.mp4"], 2) and kept("a/out") == ([], 2)
+    both = (["1.png", "2.png"], 0)
+    assert kept(str(drawings)) == kept("a/out/detections/*.png") == kept(*map(str, sorted(drawings.iterdir()))) == both
+    assert kept("a/out", str(relative))[1] == 0 and len(expand(["a"])[0]) == 4
 
 
 def test_urls():
-    (image,) = expand(["https://user:secret@host/a/Sch%C3%B6n%2Fx.jpg?w=1"])
+    [image], _ = expand(["https://user:secret@host/a/Sch%C3%B6n%2Fx.jpg?w=1"])
     assert (image.kind, image.name) == ("url", "https://host/a/Sch%C3%B6n%2Fx.jpg?w=1")
     assert image.stem == "Schön_x.jpg" and "secret" in image.address
     assert [
-        (one.kind, one.stem) for one in expand(["HTTP://host/v.MP4", "rtsp://u:p@cam:554/live", "http://h/.."])
+        (one.kind, one.stem) for one in expand(["HTTP://host/v.MP4", "rtsp://u:p@cam:554/live", "http://h/.."])[0]
     ] == [
         ("video", "v.MP4"),
         ("camera", "live"),
@@ -95,7 +114,7 @@ def test_without_pyav_the_command_that_installs_it_is_named(folder, monkeypatch,
     monkeypatch.setattr(sources, "has_pyav", lambda: False)
     with pytest.raises(MissingPackageError, match="pip install av"):
         require_sources([word])
-    assert expand(["b"])[1].kind == "video"  # among images it is passed over when it is read
+    assert expand(["b"])[0][1].kind == "video"  # among images it is passed over when it is read
 
 
 def test_words_are_checked_without_torch():

@@ -77,7 +77,7 @@ def server():
 
 
 def read(url, **limits):
-    (source,) = expand([url])
+    [source], _ = expand([url])
     (frame,) = read_source(source, Limits(**limits))
     return frame
 
@@ -115,7 +115,7 @@ def test_anything_else_is_one_sentence_that_names_the_url(server, monkeypatch, p
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/a.png", "http://h:port/a.png", "http://host.invalid/a.png"])
 def test_servers_that_do_not_exist(url):
-    (source,) = expand([url])
+    [source], _ = expand([url])
     with pytest.raises(ImageError, match="cannot be fetched"):
         list(read_source(source, Limits()))
 
@@ -126,7 +126,7 @@ def test_the_limit_of_pixels_holds_for_urls(server):
 
 
 def test_what_cannot_be_read_does_not_end_the_others(server):
-    found = list(read_sources(expand([f"{server}/page.jpg", f"{server}/image.png"]), Limits()))
+    found = list(read_sources(expand([f"{server}/page.jpg", f"{server}/image.png"])[0], Limits()))
     assert isinstance(found[0], ImageError) and found[1].pixels.shape == (3, 30, 40)
 
 
@@ -147,7 +147,7 @@ def test_a_video_is_read_from_a_server_frame_by_frame(tmp_path):
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
-        (source,) = expand([f"http://127.0.0.1:{running.server_port}/clip.mkv"])
+        [source], _ = expand([f"http://127.0.0.1:{running.server_port}/clip.mkv"])
         frames = list(read_source(source, Limits()))
         running.shutdown()
     assert [frame.index for frame in frames] == list(range(5)) and frames[0].pixels.shape == (3, 48, 64)

@@ -1,5 +1,6 @@
 """`python -m brs_detr export` and the example that reads what it writes, as a user types them."""
 
+import argparse
 import json
 import re
 import shutil
@@ -16,7 +17,7 @@ from support import module_from
 
 from brs_detr import cli
 from brs_detr.commands import export
-from brs_detr.config import apply_overrides, load_config, to_dict
+from brs_detr.config import Config, apply_overrides, load_config, to_dict
 from brs_detr.data.transforms import EvalTransforms
 from brs_detr.engine.checkpoint import Weights, load_weights, save_weights
 from brs_detr.export.parity import Differences, Match
@@ -133,7 +134,8 @@ def test_without_the_exporters_packages_nothing_begins(weights, tmp_path, capsys
         (["--out", "model.pt"], "must end in .onnx, or in .pt2 for torch"),
         (["--out", "model.onnx", "--format", "torch"], "must end in .pt2"),
         (["--out", "model.pt2", "--precision", "fp16"], "--precision=fp16: is for ONNX files"),
-        (["--out", "model.onnx", "--precision", "int8"], "there is none in datasets/demo/images/train. Give --calib"),
+        (["--out", "model.onnx", "--precision", "int8"], "there is none of datasets/demo/annotations/train.json. Give"),
+        (["--out", "model.onnx", "--precision", "int8", "data=new"], "data: has no effect, as this command opens no"),
         (["--out", "model.onnx", "--any-size", "--width", "64"], "Leave out --height and --width"),
         (["--out", "model.onnx", "--height", "12"], "--height=12: the coarsest feature map of this detector needs"),
         (["--out", "model.onnx", "--opset", "9"], "--opset=9"),
@@ -161,6 +163,32 @@ def test_every_image_fits_the_default_input_at_its_test_size(weights, tmp_path, 
     assert facts["classes"] == CLASSES and facts["category_ids"] == [7, 3, 12]
     assert facts["thresholds"] == [0.2, 0.1, 1.0]  # star: never found right in validation
     assert (facts["short_side"], facts["long_side"], facts["antialias"]) == (60, 90, True)
+
+
+def test_ranges_are_measured_on_images_that_the_training_json_lists(tmp_path):
+    """Both splits lie in one folder, as of YOLO, VOC and `data.val_fraction`."""
+    folder, names = tmp_path / "images", [f"{number:04}.jpg" for number in range(30)]
+    folder.mkdir()
+    for name in names:
+        (folder / name).touch()
+    listed = [{"id": number, "file_name": f"{number:04}.jpg"} for number in (9, 1, 40, 5)]  # 40 is not there
+    content = {"images": listed, "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    paths = [f"data.root={tmp_path}", "data.train_json=train.json", "data.train_images=images"]
+    config, options = load_config(ROOT / "configs" / "demo.yaml", paths), argparse.Namespace(calibration_images=None)
+    assert [path.name for path in export.calibration_files(options, config)] == ["0001.jpg", "0005.jpg", "0009.jpg"]
+    options.calibration_images = folder
+    assert [path.name for path in export.calibration_files(options, config)] == names
+
+
+@pytest.mark.parametrize(("count", "last"), [(100, 99), (101, 99), (199, 197), (999, 989)])
+def test_images_for_the_ranges_are_evenly_spaced_up_to_the_last(tmp_path, count, last):
+    for number in range(count):
+        (tmp_path / f"{number:04}.jpg").touch()
+    files = export.calibration_files(argparse.Namespace(calibration_images=tmp_path), Config())
+    numbers = np.array([int(path.stem) for path in files])
+    assert len(files) == 100 and numbers[0] == 0 and numbers[-1] == last
+    assert set(np.diff(numbers)) <= {count // 100, count // 100 + 1}
 
 
 @pytest.mark.parametrize(("precision", "found"), [("fp16", 10), ("int8", 5), ("int8", 4)])

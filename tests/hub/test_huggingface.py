@@ -1,6 +1,7 @@
 """A run on the hub: what is uploaded, how it is loaded again, and what is said without a network."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -34,7 +35,10 @@ def run(tmp_path_factory):
     lines.append({"kind": "val", "step": 4, "epoch": 1, "AP": 0.4, "AP50": 0.7})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "evaluation").mkdir()
-    (folder / "evaluation" / "per_class.csv").write_text("name,AP,AP50\nred | cell,0.5,0.75\n<b>white</b>,-1,\n")
+    rows = [{"category_id": 4, "AP": 0.5, "AP50": 0.75}, {"category_id": 9, "AP": -1, "AP50": None}]
+    content = {"about": {"weights": "best.safetensors", "epoch": 7}, "stats": METRICS, "images": 30}
+    content["per_class"] = rows
+    (folder / "evaluation" / "evaluation.json").write_text(json.dumps(content))
     return folder
 
 
@@ -106,6 +110,27 @@ def test_the_card_is_filled_in_from_the_run(run, hub):
     assert "| red \\| cell | 4 | 0.500 | 0.750 |" in body and "| &lt;b&gt;white&lt;/b&gt; | 9 |  |  |" in body
     assert "not calibrated" in body and "![Training curves](curves.png)" in body and "  queries: 10\n" in body
     assert huggingface_hub.ModelCard(card).data.library_name == "brs-detr"  # the hub's own reader takes it
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stats": {**METRICS, "AP": 0.018}},  # of another dataset or head
+        {"about": {"weights": "last.safetensors", "epoch": 8}},
+        {"stats": {"AP50": 0.7}},
+        {"images": 4},
+        None,  # a write that was cut off
+    ],
+)
+def test_the_card_has_no_ap_of_classes_from_an_evaluation_with_other_figures(run, tmp_path, capsys, change):
+    content = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    shutil.copytree(run, tmp_path / "run")
+    text = '{"about": {' if change is None else json.dumps({**content, **change})
+    (tmp_path / "run" / "evaluation" / "evaluation.json").write_text(text)
+    assert cli.main(["push", str(tmp_path / "run"), "alice/cells", "--out", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Not evaluated one by one" in card and "| red \\| cell | 4 |  |  |" in card and "| AP | 0.412 |" in card
+    assert "evaluation.json: has other figures than best.safetensors" in capsys.readouterr().out
 
 
 def test_the_card_of_weights_without_a_validation():
