@@ -84,8 +84,8 @@ def write_images(
     Returns:
         The sheet's path and those of the images; empty for none.
     """
-    step = max(1, len(dataset) // count) if count > 0 else 0
-    chosen = range(0, len(dataset), step)[:count] if step else range(0)
+    count = min(count, len(dataset))
+    chosen = [number * len(dataset) // count for number in range(count)]  # evenly spaced to the end
     labels = {category: label for label, category in enumerate(dataset.category_ids)}
     score_thresholds = {
         category: thresholds.get(name, math.inf) for category, name in zip(dataset.category_ids, dataset.classes)
