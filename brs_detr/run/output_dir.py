@@ -19,10 +19,13 @@ from accelerate.utils import broadcast_object_list, gather_object
 from brs_detr.config import Config, ConfigError, differences, from_dict
 from brs_detr.engine.batch_plan import BatchPlan
 from brs_detr.engine.state import lacks_first_state
+from brs_detr.engine.storage import writing
 from brs_detr.engine.trainer import BEST, LAST
 from brs_detr.exit_codes import CheckpointError
 from brs_detr.models.cnn_config import MaskRCNNConfig
+from brs_detr.run.drawings import remove_evaluation
 from brs_detr.run.setup import METRIC_SETTINGS
+from brs_detr.run.weights import EVALUATION
 
 try:
     import fcntl
@@ -171,10 +174,19 @@ def check_output_dir(config: Config) -> None:
 
 
 def remove_run(folder: Path) -> None:
-    """Remove the states and weights of a run that is overwritten; called once the new run is sure to begin."""
+    """Remove what a run that is overwritten has left of its own; called once the new run is sure to begin.
+
+    These are its states, weights, evaluation, report and batches that were not finite: beside the new run's files they
+    would seem to be of it. The log, metrics and settings are begun anew by the run itself.
+
+    Raises:
+        StorageError: a file cannot be removed.
+    """
     shutil.rmtree(folder / "state", ignore_errors=True)
-    for name in _WEIGHTS:
-        (folder / name).unlink(missing_ok=True)
+    with writing(folder):
+        for path in (*(folder / name for name in (*_WEIGHTS, "report.html")), *folder.glob("nonfinite-*.pt")):
+            path.unlink(missing_ok=True)
+        remove_evaluation(folder / EVALUATION)
 
 
 def require_state(config: Config, state: Path | None, accelerator: Accelerator) -> None:

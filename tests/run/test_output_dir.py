@@ -121,11 +121,15 @@ def test_a_folder_with_a_run_is_refused_unless_allowed_and_stays_as_it_is(tmp_pa
     assert state.exists()
 
 
-def test_a_run_that_is_removed_leaves_nothing_that_a_later_resume_would_mistake_for_its_own(tmp_path):
-    files = [tmp_path / "state" / "step-00000001" / "manifest.json", tmp_path / "best.safetensors"]
-    files += [tmp_path / "last.safetensors", tmp_path / "evaluation" / "evaluation.json"]
-    for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
+def test_a_run_that_is_removed_leaves_nothing_that_would_be_mistaken_for_a_later_ones(tmp_path):
+    """And nothing else is removed: what the user has put there stays."""
+    names = "state/step-00000001/manifest.json best.safetensors last.safetensors nonfinite-7-process1.pt report.html "
+    names += "evaluation/evaluation.json evaluation/results.json evaluation/curves.png evaluation/detections/12.png"
+    own = "notes.txt evaluation/notes.txt evaluation/detections/first.png model.onnx"
+    for name in (*names.split(), *own.split()):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
     remove_run(tmp_path)
-    assert [file.exists() for file in files] == [False] * 3 + [True]
+    left = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(left) == sorted(own.split())
+    remove_run(tmp_path / "empty")
