@@ -54,6 +54,8 @@ _FREE_TO_CHANGE = (
     "train.on_nonfinite",
     "train.max_skipped",
     "eval.batch_size",
+    "eval.calibrate",  # the map of scores is fitted and stored either way
+    "eval.report",
 )
 
 # Parts of names in section `model` of settings of the training alone: the same weights score the same under others.

@@ -73,6 +73,15 @@ def test_another_launch_is_another_run_unless_allowed(tmp_path):
     assert len(check_resumable(config, other, run_metadata(config, saved), tmp_path)) == 2
 
 
+def test_what_a_training_only_shows_of_its_validations_may_change(tmp_path):
+    plan = split_batch_size(16, 2, 4)
+    saved = run_metadata(Config(), plan)
+    config = apply_overrides(Config(), ["eval.report=false", "eval.calibrate=false"])
+    assert check_resumable(config, plan, saved, tmp_path) == []
+    with pytest.raises(ConfigError, match=r"other settings \(eval\.max_detections: "):
+        check_resumable(apply_overrides(config, ["eval.max_detections=50"]), plan, saved, tmp_path)
+
+
 @pytest.mark.parametrize("objective", ["brs", "cross_entropy"])
 def test_a_run_saved_with_the_mask_loss_that_follows_from_its_objective_goes_on(tmp_path, objective):
     overrides = ["model.name=mask_rcnn", f"model.roi.objective.loss={objective}"]
