@@ -24,6 +24,7 @@ from brs_detr.data.image_search import usual_folder
 from brs_detr.data.issues import DataError
 from brs_detr.data.json_file import load_json
 from brs_detr.data.layouts import NAMES, DatasetLayout, recognize
+from brs_detr.data.storage import raise_storage_fault
 from brs_detr.user_files import printable, read_start
 
 NOTES_FILE = "notes.txt"
@@ -93,6 +94,8 @@ def open_source(config: DataConfig, folder: Path, purposes: tuple[str, ...] = ("
 
     Raises:
         DataError: it is not recognized, or has no split for a purpose.
+        ReadError: the storage fails.
+        OSError: the disk of `folder` is full or read-only.
     """
     assert config.source is not None
     layout = recognize(config.source)
@@ -100,6 +103,7 @@ def open_source(config: DataConfig, folder: Path, purposes: tuple[str, ...] = ("
     try:
         return opened(layout, config, folder, purposes)
     except OSError as error:  # a file that may not be read, a folder that cannot be written to
+        raise_storage_fault(error, layout.source)
         raise DataError(f"{error.filename or layout.source}: {error.strerror or error}.") from error
 
 

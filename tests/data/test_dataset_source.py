@@ -1,6 +1,8 @@
 """Opening a dataset argument: the splits of each purpose, what is written where, and what is refused."""
 
+import errno
 import json
+import os
 import shlex
 from dataclasses import replace
 
@@ -8,10 +10,12 @@ import pytest
 
 from brs_detr import cli
 from brs_detr.config import Config, ConfigError, load_config
-from brs_detr.data import dataset_source
+from brs_detr.data import dataset_source, json_file, layouts
 from brs_detr.data.build import open_train_set, open_val_set
 from brs_detr.data.dataset_source import open_source
+from brs_detr.data.formats import coco
 from brs_detr.data.issues import DataError
+from brs_detr.data.storage import ReadError
 
 BOXES = [[(1, 2, 3, 20, 20)], [(17, 2, 3, 20, 20)], [(1, 2, 3, 9, 9), (90, 9, 9, 9, 9)]] * 4
 
@@ -271,3 +275,25 @@ def test_a_split_does_not_take_the_place_of_its_source_nor_of_another_json(singl
     (single.parent / "val.json").write_text("{}")
     assert cli.main(["convert-dataset", "coco", str(single)]) == 2
     assert "was not made by this command" in capsys.readouterr().err and not (single.parent / "train.json").exists()
+
+
+def test_a_storage_that_fails_is_not_taken_for_a_wrong_dataset(single, tmp_path, monkeypatch):
+    """A scheduler starts a run again after a fault of the storage, and not after a mistake of the user."""
+
+    def fail(number):
+        def failing(*_, **__):
+            raise OSError(number, os.strerror(number))
+
+        return failing
+
+    for place, name in ((json_file, "read_file"), (layouts, "_of_file"), (dataset_source, "load_json")):
+        with monkeypatch.context() as broken, pytest.raises(ReadError, match=rf"{single}: the storage fails: Stale fi"):
+            broken.setattr(place, name, fail(errno.ESTALE))
+            opened(single, tmp_path / "out", 0.25)
+    with monkeypatch.context() as full, pytest.raises(OSError, match="No space left") as error:
+        full.setattr(coco.os, "replace", fail(errno.ENOSPC))
+        opened(single, tmp_path / "out", 0.25)
+    assert not isinstance(error.value, DataError) and not list((tmp_path / "out").iterdir())
+    with monkeypatch.context() as closed, pytest.raises(DataError, match="Permission denied"):
+        closed.setattr(coco.os, "replace", fail(errno.EACCES))
+        opened(single, tmp_path / "out", 0.25)
