@@ -29,7 +29,7 @@ FOLDER = "dataset"  # in the folder of a run or evaluation: the jsons of a datas
 
 def with_source(
     config: Config, folder: Path, accelerator: Accelerator, purposes: tuple[str, ...] = ("train", "val")
-) -> tuple[Config, list[str]]:
+) -> tuple[Config, list[str], bool]:
     """Open `data.source`, if it is given, and set the paths of section `data` to what it holds.
 
     The main process reads and writes; the others take over its result, or its error.
@@ -41,15 +41,15 @@ def with_source(
         purposes: as of `open_source`.
 
     Returns:
-        The config, unchanged without `data.source`, and lines for the log.
+        The config, unchanged without `data.source`, lines for the log, and `Opened.divided`.
 
     Raises:
         DataError: in every process: the dataset is not recognized or lacks a split.
         ReadError, StorageError: in every process: it cannot be read, or what is converted cannot be written.
     """
     if config.data.source is None:
-        return config, []
-    result: list[Any] = [None, [], None]
+        return config, [], True
+    result: list[Any] = [None, [], True, None]
     if accelerator.is_main_process:
         target = folder / FOLDER
         try:
@@ -57,17 +57,17 @@ def with_source(
                 if "train" in purposes:  # of a training that was killed; evaluations may be writing at the same time
                     remove_unfinished(target)
                 opened = open_source(config.data, target, purposes)
-            result = [opened.settings(config.data), opened.describe(), None]
+            result = [opened.settings(config.data), opened.describe(), opened.divided, None]
         except Failure as error:
-            result = [None, [], error]
-    data, lines, failure = broadcast_object_list([result])[0]
+            result = [None, [], True, error]
+    data, lines, divided, failure = broadcast_object_list([result])[0]
     if failure is not None:
         raise failure
-    return replace(config, data=data), lines
+    return replace(config, data=data), lines, divided
 
 
-def with_source_of_evaluation(config: Config, out: Path, accelerator: Accelerator) -> Config:
-    """Call `with_source` for the val split, and print what was recognized.
+def with_source_of_evaluation(config: Config, out: Path, accelerator: Accelerator) -> tuple[Config, bool]:
+    """Call `with_source` for the val split, print what was recognized, and return the config and `Opened.divided`.
 
     Args:
         config: of the evaluation.
@@ -77,10 +77,10 @@ def with_source_of_evaluation(config: Config, out: Path, accelerator: Accelerato
     Raises:
         DataError, ReadError, StorageError: as `with_source`.
     """
-    config, recognized = with_source(config, out, accelerator, ("val",))
+    config, recognized, divided = with_source(config, out, accelerator, ("val",))
     if accelerator.is_main_process and recognized:
         print("\n".join(recognized))
-    return config
+    return config, divided
 
 
 class TrainSet:

@@ -72,6 +72,50 @@ def test_without_a_fraction_it_can_be_evaluated_on_but_not_trained_on(single, tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("folder", ["images/train", "images"])
+def test_a_training_split_alone_is_not_evaluated_on_but_a_dataset_without_splits_is(tmp_path, write_image, folder):
+    """As of COCO, where a train json alone is refused."""
+    for i in range(4):
+        write_image(tmp_path / "data" / folder / f"{i}.jpg")
+        label = tmp_path / "data" / folder.replace("images", "labels") / f"{i}.txt"
+        label.parent.mkdir(parents=True, exist_ok=True)
+        label.write_text("0 0.5 0.5 0.5 0.5\n")
+    source = tmp_path / "data"
+    if folder == "images":
+        whole = opened(source, tmp_path / "out", purposes=("val",))
+        assert whole.splits["val"].number == 4 and not whole.divided
+    else:
+        with pytest.raises(DataError, match=r"no validation split .found: train.. Set data.val_fraction as in"):
+            opened(source, tmp_path / "out", purposes=("val",))
+        assert opened(source, tmp_path / "out", 0.25, ("val",)).splits["val"].number == 1
+        for place in ("images", "labels"):  # what the error advises
+            (source / place / "train").rename(source / place / "val")
+        assert opened(source, tmp_path / "out", purposes=("val",)).splits["val"].number == 4
+
+
+def test_a_train_json_alone_is_evaluated_on_where_it_is_named(split, tmp_path):
+    (split / "annotations" / "val.json").unlink()
+    with pytest.raises(DataError, match=r"To measure all its images.*give its json, data=.*train.json\.") as error:
+        opened(split, tmp_path / "out", purposes=("val",))
+    advised = str(error.value).rpartition("data=")[2].removesuffix(".")
+    assert opened(advised, tmp_path / "out", purposes=("val",)).splits["val"].number == 9
+
+
+def test_annotations_of_voc_in_no_split_are_evaluated_on_and_those_listed_for_training_not(tmp_path, write_image):
+    data = tmp_path / "data"
+    for i in range(3):
+        write_image(data / "JPEGImages" / f"{i}.jpg")
+        box = "<bndbox><xmin>20</xmin><ymin>10</ymin><xmax>60</xmax><ymax>30</ymax></bndbox>"
+        (data / "Annotations").mkdir(exist_ok=True)
+        (data / "Annotations" / f"{i}.xml").write_text(f"<annotation><object><name>a</name>{box}</object></annotation>")
+    whole = opened(data, tmp_path / "out", purposes=("val",))
+    assert whole.splits["val"].number == 3 and not whole.divided
+    (data / "ImageSets" / "Main").mkdir(parents=True)
+    (data / "ImageSets" / "Main" / "train.txt").write_text("0\n1\n2\n")
+    with pytest.raises(DataError, match="no validation split"):
+        opened(data, tmp_path / "out", purposes=("val",))
+
+
 def test_an_evaluation_sees_the_images_that_training_holds_out(single, tmp_path):
     first, second = opened(single, tmp_path / "a", 0.25), opened(single, tmp_path / "b", 0.25, ("val",))
     assert read(first.splits["val"].json) == read(second.splits["val"].json)
