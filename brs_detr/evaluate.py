@@ -163,7 +163,7 @@ def trained_on(stored: configuration.Config, used: configuration.Config, images:
 
 def changed_settings(stored: configuration.Config, used: configuration.Config) -> list[str]:
     """List the settings that bear on the figures and differ from those that the weights were validated with."""
-    changes = [change for change in configuration.differences(stored, used) if change.startswith(setup.METRIC_SETTINGS)]
+    changes = [change for change in configuration.differences(stored, used) if setup.changes_figures(change)]
     return [f"not as in the training: {'; '.join(changes)}"] if changes else []
 
 

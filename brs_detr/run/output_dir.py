@@ -24,7 +24,7 @@ from brs_detr.engine.trainer import BEST, LAST
 from brs_detr.exit_codes import CheckpointError
 from brs_detr.models.cnn_config import MaskRCNNConfig
 from brs_detr.run.drawings import remove_evaluation
-from brs_detr.run.setup import METRIC_SETTINGS
+from brs_detr.run.setup import changes_figures
 from brs_detr.run.weights import EVALUATION
 
 try:
@@ -58,7 +58,8 @@ _FREE_TO_CHANGE = (
     "eval.report",
 )
 
-# Parts of names in section `model` of settings of the training alone: the same weights score the same under others.
+# Parts of names in section `model` of further settings of the training alone, which a resumed run can only change with
+# its losses.
 _NO_MEASURE = ("objective.", "matcher.", "denoising.", "loss")
 _WEIGHTS = (BEST, LAST)
 _locks: list[IO[str]] = []  # a lock is held as long as its file is open
@@ -147,7 +148,7 @@ def changes_of_measure(config: Config, data: dict[str, str], metadata: dict[str,
     changes = []
     for change in differences(_resolved(saved), _resolved(config)):
         name = change.partition(":")[0]
-        if name.startswith(METRIC_SETTINGS) and not any(part in name for part in _NO_MEASURE):
+        if changes_figures(change) and not any(part in name for part in _NO_MEASURE):
             changes.append(change)
     former = metadata.get("data")
     if isinstance(former, dict) and former.get("val") != data["val"]:

@@ -104,6 +104,10 @@ def test_what_a_validation_depends_on_is_told_from_what_only_the_training_does(t
         "model.roi.nms_iou=0.6": ["model.roi.nms_iou: 0.5 -> 0.6"],
         "model.roi.objective.weight=2": [],
         "model.matcher.cls=4": [],
+        "model.backbone.activation_checkpointing=true": [],
+        "model.roi.max_rois=64": [],
+        "model.rpn.proposals=100": [],
+        "model.rpn.test_proposals=100": ["model.rpn.test_proposals: 1000 -> 100"],
         "optim.lr=1": [],
     }
     for override, expected in changes.items():
