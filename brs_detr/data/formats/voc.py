@@ -29,8 +29,7 @@ from brs_detr.data.formats.base import (
     split_named,
     split_of,
 )
-from brs_detr.data.image_io import IMAGE_ENDINGS, ImageError, ImageInfo, read_image_info
-from brs_detr.data.image_sizes import same_aspect
+from brs_detr.data.image_io import IMAGE_ENDINGS, ImageError, ImageInfo, read_image_info, same_aspect
 from brs_detr.data.issues import DataError
 
 
@@ -106,7 +105,7 @@ def _sample(
 def _frame(xml: Path, tree: Element, info: ImageInfo, boxes: list[list[float]], notes: Notes) -> tuple[int, int]:
     """Return the (h, w) of the xml if it is plausible, else the frame of the image that contains the boxes.
 
-    Plausible are the image as stored, the image turned upright, and a resized one of the same aspect ratio.
+    Plausible are the image as stored, the image turned upright, and a resized one of the aspect ratio of either.
     """
 
     def holds(size: tuple[int, int]) -> bool:
@@ -121,7 +120,7 @@ def _frame(xml: Path, tree: Element, info: ImageInfo, boxes: list[list[float]], 
         return height, width
     if height > 0 and width > 0:
         sizes = f"{width}x{height}, the image {info.stored_size[1]}x{info.stored_size[0]}"
-        if same_aspect((height, width), info.stored_size) and holds((height, width)):
+        if any(same_aspect((height, width), frame) for frame in frames) and holds((height, width)):
             notes.add("annotation files whose image was resized: training scales the boxes", f"{xml} ({sizes})")
             return height, width
         notes.add("annotation files with a wrong size: the image's own is used", f"{xml} ({sizes})")
