@@ -104,7 +104,7 @@ def evaluate(
     require_writable(out, "--out")
     # prediction is in float32 whatever the training's precision, which this machine may not have
     accelerator = start_accelerator(replace(config, train=replace(config.train, precision="no")))
-    config = with_source_of_evaluation(config, out, accelerator)
+    config, divided = with_source_of_evaluation(config, out, accelerator)
     dataset = open_val_set(config.data, config.model.has_masks, config.eval.test_scales)
     require_same_categories(weights.classes, weights.category_ids, dataset, str(file))
     loader = val_loader(dataset, config, accelerator)
@@ -133,6 +133,7 @@ def evaluate(
     stored = configuration.from_dict(weights.config, str(file))
     summary.notes += [note] if (note := setup.unused_nms(model, config)) else []
     summary.notes += [*dataset_notes(dataset), *changed_settings(stored, config)]
+    summary.notes += [] if divided else trained_on(stored, config, listed)
     epoch = weights.extra.get("epoch", "?")
     about = {"weights": str(file), "epoch": epoch, "annotations": dataset.json_path}
     report = report_path(out, file.parent)
@@ -142,9 +143,27 @@ def evaluate(
     return Evaluation(summary, out, file, epoch, Path(dataset.json_path))
 
 
+def trained_on(stored: configuration.Config, used: configuration.Config, images: int) -> list[str]:
+    """Note that a dataset without splits is measured as a whole, where the training held out a part of its own.
+
+    Args:
+        stored: the settings of the training.
+        used: those of the evaluation.
+        images: number of images of the dataset.
+    """
+    fraction = stored.data.val_fraction
+    if fraction is None or used.data.val_fraction is not None:
+        return []
+    return [
+        f"all {images:,} images of data={printable(used.data.source)} are measured, and the training held out "
+        f"data.val_fraction={fraction:g} of its dataset: if it is the same one, most of these images were trained on "
+        f"and the figures are too good; add data.val_fraction={fraction:g}"
+    ]
+
+
 def changed_settings(stored: configuration.Config, used: configuration.Config) -> list[str]:
     """List the settings that bear on the figures and differ from those that the weights were validated with."""
-    changes = [change for change in configuration.differences(stored, used) if change.startswith(setup.METRIC_SETTINGS)]
+    changes = [change for change in configuration.differences(stored, used) if setup.changes_figures(change)]
     return [f"not as in the training: {'; '.join(changes)}"] if changes else []
 
 

@@ -38,6 +38,20 @@ def test_settings_that_figures_depend_on_are_said(override, difference):
     assert note.startswith("not as in the training: ") and difference in note
 
 
+def test_settings_of_the_training_alone_are_not_said():
+    words = ["model.backbone.activation_checkpointing=true", "model.deformable_attention=torch", "model.roi.max_rois=9"]
+    assert evaluate.changed_settings(Config(), apply_overrides(Config(), words)) == []
+
+
+def test_a_dataset_that_is_no_longer_divided_is_said_to_be_measured_as_a_whole():
+    stored = apply_overrides(Config(), ["data=here", "data.val_fraction=0.2"])
+    moved = apply_overrides(stored, ["data=there"])
+    [note] = evaluate.trained_on(stored, moved, 20)
+    assert note.startswith("all 20 images of data=there are measured") and note.endswith("add data.val_fraction=0.2")
+    assert evaluate.trained_on(stored, apply_overrides(moved, ["data.val_fraction=0.2"]), 20) == []
+    assert evaluate.trained_on(Config(), moved, 20) == []
+
+
 @pytest.mark.parametrize(
     ("settings", "head", "said"),
     [

@@ -26,6 +26,7 @@ from brs_detr.data.image_search import usual_folder
 from brs_detr.data.issues import DataError
 from brs_detr.data.json_file import load_json
 from brs_detr.data.layouts import recognize
+from brs_detr.data.storage import raise_storage_fault
 from brs_detr.user_files import printable
 
 NOTES_FILE = "convert-notes.txt"
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         return _convert(args)
     except OSError as error:  # a file that may not be read, a folder that cannot be written to
+        raise_storage_fault(error, args.source)
         raise DataError(f"{error.filename or args.source}: {error.strerror or error}.") from error
 
 

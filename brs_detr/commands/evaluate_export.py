@@ -81,7 +81,7 @@ def evaluate_file(path: Path, overrides: list[str], out: Path | None = None, ima
     out = out or path.with_name(f"{path.stem}-evaluation")
     require_writable(out, "--out")
     accelerator = start_accelerator(config)
-    config = with_source_of_evaluation(config, out, accelerator)
+    config, _ = with_source_of_evaluation(config, out, accelerator)
     dataset = open_val_set(config.data)
     dataset.transforms = EvalTransforms(file.short_side, file.long_side, file.antialias, within=file.size)
     require_same_categories(file.classes, file.category_ids, dataset, str(path))

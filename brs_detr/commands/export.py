@@ -25,7 +25,7 @@ from brs_detr.export.torch_file import TorchFile, inner_outputs, write_torch
 from brs_detr.models.detector import Detector
 from brs_detr.ops.images import ImageBatch, Size
 from brs_detr.run.output_dir import require_writable
-from brs_detr.run.setup import METRIC_SETTINGS, calibration_of, restore
+from brs_detr.run.setup import calibration_of, changes_figures, restore
 from brs_detr.run.weights import score_thresholds
 from brs_detr.user_files import printable
 
@@ -174,7 +174,7 @@ def validation(model: Detector, weights: Weights, config: Config) -> dict[str, A
     if soft_nms_of(model):
         return None
     metrics, stored = weights.extra.get("metrics"), from_dict(weights.config, "the weights file")
-    changed = [change for change in differences(stored, config) if change.startswith(METRIC_SETTINGS)]
+    changed = [change for change in differences(stored, config) if changes_figures(change)]
     if not isinstance(metrics, dict) or any(not change.startswith("eval.predict_with") for change in changed):
         return None
     own = stored.eval.predict_with

@@ -23,9 +23,9 @@ from brs_detr.data import annotations as reading
 from brs_detr.data.annotations import read_categories
 from brs_detr.data.config import Limits
 from brs_detr.data.federated import read_federated
-from brs_detr.data.image_io import ImageError, read_image
+from brs_detr.data.image_io import ImageError, read_image, same_aspect
 from brs_detr.data.image_search import guess_folder, resolve_image_paths
-from brs_detr.data.image_sizes import check_box_format, clip_and_filter_boxes, resolve_image_sizes, same_aspect
+from brs_detr.data.image_sizes import check_box_format, clip_and_filter_boxes, resolve_image_sizes
 from brs_detr.data.issues import DROPPED, KEPT, POLICY, REPAIRED, WARNED, DataError, IssueLog
 from brs_detr.data.json_file import load_json
 from brs_detr.data.packed import check_masks, draw_masks_in, encode_masks, pack

@@ -24,6 +24,7 @@ from brs_detr.data.image_search import usual_folder
 from brs_detr.data.issues import DataError
 from brs_detr.data.json_file import load_json
 from brs_detr.data.layouts import NAMES, DatasetLayout, recognize
+from brs_detr.data.storage import raise_storage_fault
 from brs_detr.user_files import printable, read_start
 
 NOTES_FILE = "notes.txt"
@@ -54,6 +55,7 @@ class Opened:
         remarks: what was passed over or guessed.
         notes: what a conversion left out.
         files: what was written, a line each.
+        divided: False if the dataset names no splits: without `val_fraction` an evaluation then measures all of it.
     """
 
     layout: DatasetLayout
@@ -61,6 +63,7 @@ class Opened:
     remarks: list[str] = field(default_factory=list)
     notes: Notes = field(default_factory=Notes)
     files: list[str] = field(default_factory=list)
+    divided: bool = True
 
     def describe(self, kept: bool = True) -> list[str]:
         """Format what was recognized in a line, then a line per remark and kind of note.
@@ -93,6 +96,8 @@ def open_source(config: DataConfig, folder: Path, purposes: tuple[str, ...] = ("
 
     Raises:
         DataError: it is not recognized, or has no split for a purpose.
+        ReadError: the storage fails.
+        OSError: the disk of `folder` is full or read-only.
     """
     assert config.source is not None
     layout = recognize(config.source)
@@ -100,6 +105,7 @@ def open_source(config: DataConfig, folder: Path, purposes: tuple[str, ...] = ("
     try:
         return opened(layout, config, folder, purposes)
     except OSError as error:  # a file that may not be read, a folder that cannot be written to
+        raise_storage_fault(error, layout.source)
         raise DataError(f"{error.filename or layout.source}: {error.strerror or error}.") from error
 
 
@@ -122,7 +128,7 @@ def _open_coco(layout: DatasetLayout, config: DataConfig, folder: Path, purposes
     if group is not None:
         name = printable(group.get("name"))
         remarks.append(f"category 0, {name}, is no class: it groups the others, and no annotation is of it")
-    return Opened(layout, splits, remarks, files=_written(splits, folder))
+    return Opened(layout, splits, remarks, files=_written(splits, folder), divided=list(layout.jsons) != ["all"])
 
 
 class _Head(NamedTuple):
@@ -176,17 +182,30 @@ def _purposes(layout: DatasetLayout, fraction: float | None, purposes: tuple[str
         val = val or jsons.get("all")  # to evaluate on, one json needs no split
     found = {"train": train, "val": val}
     chosen = {purpose: path for purpose in purposes if (path := found[purpose]) is not None}
-    _require_all(layout, chosen, purposes, list(jsons))
+    _require_all(layout, chosen, purposes, list(jsons), train)
     return chosen
 
 
-def _require_all(layout: DatasetLayout, chosen: Mapping[str, Any], purposes: tuple[str, ...], names: list[str]) -> None:
+def _require_all(
+    layout: DatasetLayout,
+    chosen: Mapping[str, Any],
+    purposes: tuple[str, ...],
+    names: list[str],
+    train: Path | None = None,
+) -> None:
+    """Raise if a purpose has no split; `names` are those there are, `train` the json of the images to train on."""
     missing = [purpose for purpose in purposes if purpose not in chosen]
     if not missing:
         return
     shown = {"train": "training", "val": "validation"}[missing[0]]
     there = f"found: {', '.join(names)}" if names != ["all"] else "one annotation file for all images"
     hint = " Set data.val_fraction=0.1 to hold out a tenth of its images." if missing == ["val"] else ""
+    if missing == ["val"] and "train" not in purposes:
+        whole = "rename that split to val" if train is None else f"give its json, data={train}"
+        hint = (
+            " Set data.val_fraction as in the training to measure what that held out. To measure all its images, "
+            f"trained on or not, {whole}."
+        )
     raise DataError(f"{layout.source}: there is no {shown} split ({there}).{hint}")
 
 
@@ -220,8 +239,8 @@ def _convert(layout: DatasetLayout, config: DataConfig, folder: Path, purposes: 
         hold_out(imported, config.val_fraction, setting="data.val_fraction")
     validate(imported, layout.source)
     train, val = pick_train_val(imported)
-    if val is None and "train" not in purposes:
-        val = train
+    if val is None and "train" not in purposes and not (imported.divided and train in ("train", "trainval")):
+        val = train  # to evaluate on, images that are in no split need none
     named = {"train": train, "val": val}
     chosen = {purpose: split for purpose in purposes if (split := named[purpose]) is not None}
     _require_all(layout, chosen, purposes, list(imported.splits))
@@ -238,7 +257,7 @@ def _convert(layout: DatasetLayout, config: DataConfig, folder: Path, purposes: 
     if unused := [name for name in imported.splits if name not in (train, val)]:
         remarks.append(f"not used: split {', '.join(unused)}")
     files = [*_write_notes(imported.notes, folder / NOTES_FILE), *_written(splits, folder)]
-    return Opened(layout, splits, remarks, imported.notes, files)
+    return Opened(layout, splits, remarks, imported.notes, files, imported.divided)
 
 
 def _write_notes(notes: Notes, path: Path) -> list[str]:

@@ -71,7 +71,8 @@ def read_image(
     Args:
         path: file in one of `FORMATS`; the format is detected from the content, not from the name.
         expected_size: (height, width) that the annotations are drawn in. An image with an EXIF rotation is turned
-            upright if that gives this size and the stored pixels do not; otherwise the pixels are used as stored.
+            upright if that gives this size or its aspect ratio, and the stored pixels do not; otherwise the pixels are
+            used as stored.
         limits: maximum file size and number of pixels; by default those of `Limits`.
         retry_seconds: how long to retry when the storage fails; None treats the failure as one of the file.
 
@@ -262,9 +263,26 @@ def _turned(size: Size, orientation: int) -> Size:
     return (size[1], size[0]) if orientation >= 5 else size
 
 
+def same_aspect(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """Return True if two (h, w) have the same aspect ratio within 2 %: resizing rounds the sides to integers."""
+    return abs(a[0] * b[1] - a[1] * b[0]) <= 0.02 * a[0] * b[1]
+
+
+def is_of_turned(size: Size, stored: Size, upright: Size) -> bool:
+    """Return True if boxes drawn in `size` are of the image as its EXIF rotation turns it, in its size or a scaled one.
+
+    Args:
+        size: (h, w) that the annotations are drawn in.
+        stored, upright: (h, w) of the pixels in the file, and of the turned image.
+    """
+    if size in (stored, upright):
+        return size != stored
+    return same_aspect(size, upright) and not same_aspect(size, stored)
+
+
 def _needs_turning(image: Image.Image, expected_size: Size) -> bool:
     stored = (image.height, image.width)
-    return stored != tuple(expected_size) and _turned(stored, _orientation(image)) == tuple(expected_size)
+    return is_of_turned(tuple(expected_size), stored, _turned(stored, _orientation(image)))
 
 
 def _rgb_pixels(image: Image.Image, path: str | Path) -> Tensor:

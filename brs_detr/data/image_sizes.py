@@ -14,7 +14,7 @@ import numpy as np
 
 from brs_detr.data.annotations import Images, Objects
 from brs_detr.data.config import Limits
-from brs_detr.data.image_io import ImageError, ImageInfo, read_image_info
+from brs_detr.data.image_io import ImageError, ImageInfo, is_of_turned, read_image_info, same_aspect
 from brs_detr.data.issues import DataError, IssueLog
 
 
@@ -88,17 +88,15 @@ def _resolve_size(
         if info.orientation != 1:
             log.add("image_mirrored", where, f"EXIF orientation {info.orientation}")
         return stored, stored
+    if fits and is_of_turned(stated, stored, upright):
+        log.add("image_turned", where, f"EXIF orientation {info.orientation}")
+        stored = upright
     scaled = fits and same_aspect(stated, stored)
     ambiguous = fits and not scaled and stated != stored[::-1]  # not merely width and height swapped
     sizes = f"the json says {stated[1]}x{stated[0]}, the image is {stored[1]}x{stored[0]}"
     taken = "boxes are scaled" if scaled else "boxes are taken in the image's frame"
     log.add("size_of_other_shape" if ambiguous else "size_mismatch", where, f"{sizes}; {taken}")
     return (stated if scaled else stored), stored
-
-
-def same_aspect(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    """Return True if two (h, w) have the same aspect ratio within 2 %: resizing rounds the sides to integers."""
-    return abs(a[0] * b[1] - a[1] * b[0]) <= 0.02 * a[0] * b[1]
 
 
 def clip_and_filter_boxes(images: Images, objects: Objects, log: IssueLog, train: bool) -> Objects:

@@ -47,7 +47,7 @@ POLICY: dict[str, tuple[str, str]] = {
     "image_listed_twice": (WARNED, "used once per entry, each time with the annotations of that entry only"),
     "image_in_both_splits": (WARNED, "trained on and evaluated on: the figures will be too good"),
     "image_unreadable": (DROPPED, "left out; in training another one takes its place where only decoding tells"),
-    "image_turned": (REPAIRED, "the json's size is the upright one: the EXIF rotation is applied"),
+    "image_turned": (REPAIRED, "the json's size, or its shape, is the upright one: the EXIF rotation is applied"),
     "image_not_turned": (KEPT, "the json's size is the stored one: the EXIF rotation is not applied"),
     "image_mirrored": (
         WARNED,

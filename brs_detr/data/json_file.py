@@ -19,6 +19,7 @@ import numpy as np
 
 from brs_detr.data.config import Limits
 from brs_detr.data.issues import DataError
+from brs_detr.data.storage import raise_storage_fault
 from brs_detr.ops.rle import checked_runs, pack_segmentation
 from brs_detr.parsing import TwoValuesError, dict_of_pairs
 from brs_detr.user_files import UserFileError, printable, read_file, read_start, unpack_gzip
@@ -79,6 +80,7 @@ def _read(path: str | Path, max_bytes: int) -> bytes:
     except FileNotFoundError:
         raise DataError(f"{path}: this annotation file does not exist.") from None
     except (OSError, EOFError, zlib.error, UserFileError) as error:
+        raise_storage_fault(error, path)
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"{path}: this annotation file cannot be read ({reason}).") from None
 

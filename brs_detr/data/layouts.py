@@ -21,6 +21,7 @@ import yaml
 
 from brs_detr.data.formats.base import decode, split_named
 from brs_detr.data.issues import DataError
+from brs_detr.data.storage import raise_storage_fault
 from brs_detr.parsing import load_yaml
 from brs_detr.user_files import MODEST_BYTES, UserFileError, printable, read_file, read_start
 
@@ -75,6 +76,7 @@ def recognize(source: str | Path) -> DatasetLayout:
 
     Raises:
         DataError: nothing is there, it is of no known format, or of more than one.
+        ReadError: the storage fails.
     """
     given = Path(os.path.abspath(source))
     try:
@@ -87,6 +89,7 @@ def recognize(source: str | Path) -> DatasetLayout:
             )
         return _of_file(given)
     except OSError as error:
+        raise_storage_fault(error, given)
         raise DataError(f"{error.filename or given}: {error.strerror or error}.") from error
 
 

@@ -20,6 +20,8 @@ Result = TypeVar("Result")
 FIRST_PAUSE, MAX_PAUSE = 0.1, 5.0  # seconds between two attempts; each pause is twice the one before
 _BAD_PATH = (errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)  # permanent: no retry helps
 _ABSENT = (errno.ENOENT, errno.EACCES, errno.EPERM)
+_FAILING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _console = logging.getLogger(__name__)
 
 
@@ -27,6 +29,28 @@ class ReadError(Interruption):
     """A file that existed could not be read for so long that the run ends; the message names it."""
 
     code = ExitCode.STORAGE
+
+
+def raise_storage_fault(error: Exception, path: str | Path) -> None:
+    """Raise if an error says something about the storage, and not about a path or the content of a file.
+
+    Args:
+        error: of what was read or written.
+        path: the file or folder, if the error names none.
+
+    Raises:
+        ReadError: the storage fails.
+        OSError: the error itself, of a disk that is full or read-only: who knows what is written says what to do.
+    """
+    if not isinstance(error, OSError):
+        return
+    if error.errno in _NOT_WRITABLE:
+        raise error
+    if error.errno in _FAILING:
+        raise ReadError(
+            f"{error.filename or path}: the storage fails: {error.strerror}. Repair it, then start again; continue a "
+            "training with --resume."
+        ) from error
 
 
 def read_bytes(path: str | Path, max_bytes: int | None, setting: str, retry_seconds: float | None) -> bytes:

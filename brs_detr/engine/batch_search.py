@@ -113,10 +113,14 @@ def fits_on_device(step: Callable[[], object], device: torch.device) -> bool:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give what a failed trial left behind back to the device; called outside the handler of its error."""
+    """Give what a failed trial left behind back to the device, and forget its peak, which a training's would not reach.
+
+    Called outside the handler of its error.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def saved_bytes(step: Callable[[], object], model: nn.Module) -> int:

@@ -422,7 +422,7 @@ class Trainer:
                 f"warning: {self.folder / BEST} is gone, whose AP was {position.best:.4f}. The weights of the next "
                 "validation are saved as the best ones, whatever their AP."
             )
-            position.best = None
+            position.best, position.worse = None, 0
 
     def _training(self) -> TrainingParts:
         average = self.ema.module if self.ema is not None else None

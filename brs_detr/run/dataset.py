@@ -17,11 +17,11 @@ from brs_detr.data.annotations import categories_differ
 from brs_detr.data.build import open_train_set
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.dataset_source import open_source
-from brs_detr.data.issues import DataError
+from brs_detr.data.formats.coco import remove_unfinished
 from brs_detr.data.json_file import as_int, coerce_numbers, load_json
 from brs_detr.data.loader import build_eval_loader
 from brs_detr.data.watched_loader import WatchedLoader
-from brs_detr.engine.storage import write_text
+from brs_detr.engine.storage import write_text, writing
 from brs_detr.exit_codes import Failure
 
 FOLDER = "dataset"  # in the folder of a run or evaluation: the jsons of a dataset of another format
@@ -29,7 +29,7 @@ FOLDER = "dataset"  # in the folder of a run or evaluation: the jsons of a datas
 
 def with_source(
     config: Config, folder: Path, accelerator: Accelerator, purposes: tuple[str, ...] = ("train", "val")
-) -> tuple[Config, list[str]]:
+) -> tuple[Config, list[str], bool]:
     """Open `data.source`, if it is given, and set the paths of section `data` to what it holds.
 
     The main process reads and writes; the others take over its result, or its error.
@@ -41,29 +41,33 @@ def with_source(
         purposes: as of `open_source`.
 
     Returns:
-        The config, unchanged without `data.source`, and lines for the log.
+        The config, unchanged without `data.source`, lines for the log, and `Opened.divided`.
 
     Raises:
         DataError: in every process: the dataset is not recognized or lacks a split.
+        ReadError, StorageError: in every process: it cannot be read, or what is converted cannot be written.
     """
     if config.data.source is None:
-        return config, []
-    result: list[Any] = [None, [], ""]
-    failure = None
+        return config, [], True
+    result: list[Any] = [None, [], True, None]
     if accelerator.is_main_process:
+        target = folder / FOLDER
         try:
-            opened = open_source(config.data, folder / FOLDER, purposes)
-            result = [opened.settings(config.data), opened.describe(), ""]
+            with writing(target):
+                if "train" in purposes:  # of a training that was killed; evaluations may be writing at the same time
+                    remove_unfinished(target)
+                opened = open_source(config.data, target, purposes)
+            result = [opened.settings(config.data), opened.describe(), opened.divided, None]
         except Failure as error:
-            failure, result = error, [None, [], str(error)]
-    data, lines, sentence = broadcast_object_list([result])[0]
-    if sentence:
-        raise failure or DataError(sentence)
-    return replace(config, data=data), lines
+            result = [None, [], True, error]
+    data, lines, divided, failure = broadcast_object_list([result])[0]
+    if failure is not None:
+        raise failure
+    return replace(config, data=data), lines, divided
 
 
-def with_source_of_evaluation(config: Config, out: Path, accelerator: Accelerator) -> Config:
-    """Call `with_source` for the val split, and print what was recognized.
+def with_source_of_evaluation(config: Config, out: Path, accelerator: Accelerator) -> tuple[Config, bool]:
+    """Call `with_source` for the val split, print what was recognized, and return the config and `Opened.divided`.
 
     Args:
         config: of the evaluation.
@@ -71,12 +75,12 @@ def with_source_of_evaluation(config: Config, out: Path, accelerator: Accelerato
         accelerator: of the launch.
 
     Raises:
-        DataError: as `with_source`.
+        DataError, ReadError, StorageError: as `with_source`.
     """
-    config, recognized = with_source(config, out, accelerator, ("val",))
+    config, recognized, divided = with_source(config, out, accelerator, ("val",))
     if accelerator.is_main_process and recognized:
         print("\n".join(recognized))
-    return config
+    return config, divided
 
 
 class TrainSet:

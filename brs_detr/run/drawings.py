@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +26,10 @@ from brs_detr.run.weights import EVALUATION
 from brs_detr.viz.boxes import contact_sheet, draw_detections
 
 OPTIONAL = (
-    "confusion.csv confusion.png precision_recall.csv precision_recall.png detections.png curves.png "
-    "score_thresholds.csv score_thresholds.png reliability.csv reliability.png"
+    *("confusion.csv", "confusion.png", "precision_recall.csv", "precision_recall.png", "detections.png", "curves.png"),
+    *("score_thresholds.csv", "score_thresholds.png", "reliability.csv", "reliability.png"),
 )
+OTHERS = ("evaluation.json", "per_class.csv", "results.json")
 
 
 def write_evaluation(
@@ -59,14 +61,27 @@ def write_evaluation(
         StorageError: a file cannot be written.
     """
     with writing(out):
-        for name in OPTIONAL.split():  # of an evaluation before, which may have had more to draw
-            (out / name).unlink(missing_ok=True)
+        remove_evaluation(out, OPTIONAL)  # of an evaluation before, which may have had more to draw
         if with_results:
             write_text(out / "results.json", json.dumps(finite_results(results), allow_nan=False))
         summary.save(out, about)
         write_images(out, dataset, results, images, summary.thresholds())
         write_curves(out, summary, run / "metrics.jsonl")
         write_report(run, out, report)
+
+
+def remove_evaluation(out: Path, names: Sequence[str] = (*OPTIONAL, *OTHERS)) -> None:
+    """Remove what an evaluation has written to a folder, which may hold files of the user, too.
+
+    Args:
+        out: the folder; it need not exist.
+        names: of the files; the drawings in `detections/` are removed as well.
+    """
+    for name in names:
+        (out / name).unlink(missing_ok=True)
+    for drawing in (out / "detections").glob("*.png"):
+        if re.fullmatch(r"-?\d+", drawing.stem):  # an image id
+            drawing.unlink(missing_ok=True)
 
 
 def write_images(

@@ -19,10 +19,13 @@ from accelerate.utils import broadcast_object_list, gather_object
 from brs_detr.config import Config, ConfigError, differences, from_dict
 from brs_detr.engine.batch_plan import BatchPlan
 from brs_detr.engine.state import lacks_first_state
+from brs_detr.engine.storage import writing
 from brs_detr.engine.trainer import BEST, LAST
 from brs_detr.exit_codes import CheckpointError
 from brs_detr.models.cnn_config import MaskRCNNConfig
-from brs_detr.run.setup import METRIC_SETTINGS
+from brs_detr.run.drawings import remove_evaluation
+from brs_detr.run.setup import changes_figures
+from brs_detr.run.weights import EVALUATION
 
 try:
     import fcntl
@@ -51,9 +54,12 @@ _FREE_TO_CHANGE = (
     "train.on_nonfinite",
     "train.max_skipped",
     "eval.batch_size",
+    "eval.calibrate",  # the map of scores is fitted and stored either way
+    "eval.report",
 )
 
-# Parts of names in section `model` of settings of the training alone: the same weights score the same under others.
+# Parts of names in section `model` of further settings of the training alone, which a resumed run can only change with
+# its losses.
 _NO_MEASURE = ("objective.", "matcher.", "denoising.", "loss")
 _WEIGHTS = (BEST, LAST)
 _locks: list[IO[str]] = []  # a lock is held as long as its file is open
@@ -142,7 +148,7 @@ def changes_of_measure(config: Config, data: dict[str, str], metadata: dict[str,
     changes = []
     for change in differences(_resolved(saved), _resolved(config)):
         name = change.partition(":")[0]
-        if name.startswith(METRIC_SETTINGS) and not any(part in name for part in _NO_MEASURE):
+        if changes_figures(change) and not any(part in name for part in _NO_MEASURE):
             changes.append(change)
     former = metadata.get("data")
     if isinstance(former, dict) and former.get("val") != data["val"]:
@@ -171,10 +177,19 @@ def check_output_dir(config: Config) -> None:
 
 
 def remove_run(folder: Path) -> None:
-    """Remove the states and weights of a run that is overwritten; called once the new run is sure to begin."""
+    """Remove what a run that is overwritten has left of its own; called once the new run is sure to begin.
+
+    These are its states, weights, evaluation, report and batches that were not finite: beside the new run's files they
+    would seem to be of it. The log, metrics and settings are begun anew by the run itself.
+
+    Raises:
+        StorageError: a file cannot be removed.
+    """
     shutil.rmtree(folder / "state", ignore_errors=True)
-    for name in _WEIGHTS:
-        (folder / name).unlink(missing_ok=True)
+    with writing(folder):
+        for path in (*(folder / name for name in (*_WEIGHTS, "report.html")), *folder.glob("nonfinite-*.pt")):
+            path.unlink(missing_ok=True)
+        remove_evaluation(folder / EVALUATION)
 
 
 def require_state(config: Config, state: Path | None, accelerator: Accelerator) -> None:

@@ -47,6 +47,21 @@ METRIC_SETTINGS = (
     *("model.", "eval.max_detections", "eval.nms", "eval.predict_with", "eval.score_threshold", "eval.test_"),
     *("data.test_", "data.antialias"),
 )
+# full names of those among them that act in training alone; kernels and layout (channels_last) round differently
+TRAINING_SETTINGS = (
+    *(f"model.backbone.{name}" for name in ("pretrained", "checkpoint", "frozen_stages", "drop_path")),
+    *("model.backbone.activation_checkpointing", "model.backbone.channels_last", "model.deformable_attention"),
+    *("model.max_aux_queries", "model.mask.max_masks", "model.atss.topk", "model.head.topk"),
+    *(f"model.roi.{name}" for name in ("max_rois", "sample", "add_ground_truth", "low_quality", "min_iou")),
+    # validations and evaluations have limits of their own, rpn.test_proposals
+    *(f"model.rpn.{name}" for name in ("proposals", "proposals_before_nms", "sample", "allowed_border", "prior")),
+)
+
+
+def changes_figures(change: str) -> bool:
+    """Return True if a line of `config.differences` is of a setting that the figures of given weights depend on."""
+    name = change.partition(":")[0]
+    return name.startswith(METRIC_SETTINGS) and name not in TRAINING_SETTINGS
 
 
 def run_metadata(config: Config, plan: BatchPlan, train_set: CocoDetection, val_set: CocoDetection) -> dict[str, Any]:

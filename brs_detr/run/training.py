@@ -148,7 +148,7 @@ def _open_log(
     state, notes = agreed_state(folder / "state", accelerator) if config.train.resume else (None, [])
     require_state(config, state, accelerator)
     purposes = ("train",) if config.train.overfit_batches is not None else ("train", "val")
-    config, recognized = with_source(config, folder, accelerator, purposes)
+    config, recognized, _ = with_source(config, folder, accelerator, purposes)
     if state is None and not is_trial:  # a trial shows the cost of a step, which weights do not change
         require_learning_backbone(config)
     config, chosen = choose_anchors(config, None if state is None else read_metadata(state), accelerator, train_set)

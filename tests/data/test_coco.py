@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools.coco import COCO
 
 from brs_detr.config import Config
@@ -316,6 +317,29 @@ def test_annotations_without_ids_are_named_by_their_place(two, change):
             del annotation["id"], annotation["area"]
 
     assert "first: annotation entry 0 (000.png)" in open_set(change(two, strip)).summary()
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("inspect", [True, False])
+def test_boxes_on_a_scaled_copy_of_a_photo_that_exif_turns_stay_on_their_object(tmp_path, train, inspect):
+    """Of 300 images a third of the headers is read when the dataset is opened, and the boxes must not depend on it."""
+    (tmp_path / "images").mkdir()
+    pixels = np.zeros((300, 400, 3), np.uint8)
+    pixels[20:80, 40:160] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise: x becomes 299 - y, y becomes x
+    Image.fromarray(pixels).save(tmp_path / "images" / "a.png", exif=exif)
+    images = [{"id": i, "file_name": "a.png", "height": 200, "width": 150} for i in range(300 if not inspect else 1)]
+    boxes = [{"id": i, "image_id": i, "category_id": 1, "bbox": [110, 20, 30, 60]} for i in range(len(images))]
+    content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "a"}]}
+    (tmp_path / "set.json").write_text(json.dumps(content))
+    dataset = open_set(tmp_path / "set.json", train, inspect=inspect)
+    assert dataset.report["image_turned"] and "size_of_other_shape" not in dataset.report
+    for index in {0, len(dataset) // 2 + 1} if not inspect else {0}:
+        image, target = dataset.load(index)
+        [[x1, y1, x2, y2]] = target["boxes"].int().tolist()
+        assert image.shape == (3, 400, 300) and target["original_size"] == (200, 150)
+        assert (image[:, y1:y2, x1:x2] == 255).all() and (image == 255).sum() == 3 * (y2 - y1) * (x2 - x1)
 
 
 def test_a_image_of_another_shape_than_stated_is_doubted_but_not_one_with_its_sides_interchanged(two, change):

@@ -1,6 +1,8 @@
 """Opening a dataset argument: the splits of each purpose, what is written where, and what is refused."""
 
+import errno
 import json
+import os
 import shlex
 from dataclasses import replace
 
@@ -8,10 +10,12 @@ import pytest
 
 from brs_detr import cli
 from brs_detr.config import Config, ConfigError, load_config
-from brs_detr.data import dataset_source
+from brs_detr.data import dataset_source, json_file, layouts
 from brs_detr.data.build import open_train_set, open_val_set
 from brs_detr.data.dataset_source import open_source
+from brs_detr.data.formats import coco
 from brs_detr.data.issues import DataError
+from brs_detr.data.storage import ReadError
 
 BOXES = [[(1, 2, 3, 20, 20)], [(17, 2, 3, 20, 20)], [(1, 2, 3, 9, 9), (90, 9, 9, 9, 9)]] * 4
 
@@ -66,6 +70,50 @@ def test_without_a_fraction_it_can_be_evaluated_on_but_not_trained_on(single, tm
     source = opened(single, tmp_path / "out", purposes=("val",))
     assert source.splits["val"].json == single and source.splits["val"].number == 12
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("folder", ["images/train", "images"])
+def test_a_training_split_alone_is_not_evaluated_on_but_a_dataset_without_splits_is(tmp_path, write_image, folder):
+    """As of COCO, where a train json alone is refused."""
+    for i in range(4):
+        write_image(tmp_path / "data" / folder / f"{i}.jpg")
+        label = tmp_path / "data" / folder.replace("images", "labels") / f"{i}.txt"
+        label.parent.mkdir(parents=True, exist_ok=True)
+        label.write_text("0 0.5 0.5 0.5 0.5\n")
+    source = tmp_path / "data"
+    if folder == "images":
+        whole = opened(source, tmp_path / "out", purposes=("val",))
+        assert whole.splits["val"].number == 4 and not whole.divided
+    else:
+        with pytest.raises(DataError, match=r"no validation split .found: train.. Set data.val_fraction as in"):
+            opened(source, tmp_path / "out", purposes=("val",))
+        assert opened(source, tmp_path / "out", 0.25, ("val",)).splits["val"].number == 1
+        for place in ("images", "labels"):  # what the error advises
+            (source / place / "train").rename(source / place / "val")
+        assert opened(source, tmp_path / "out", purposes=("val",)).splits["val"].number == 4
+
+
+def test_a_train_json_alone_is_evaluated_on_where_it_is_named(split, tmp_path):
+    (split / "annotations" / "val.json").unlink()
+    with pytest.raises(DataError, match=r"To measure all its images.*give its json, data=.*train.json\.") as error:
+        opened(split, tmp_path / "out", purposes=("val",))
+    advised = str(error.value).rpartition("data=")[2].removesuffix(".")
+    assert opened(advised, tmp_path / "out", purposes=("val",)).splits["val"].number == 9
+
+
+def test_annotations_of_voc_in_no_split_are_evaluated_on_and_those_listed_for_training_not(tmp_path, write_image):
+    data = tmp_path / "data"
+    for i in range(3):
+        write_image(data / "JPEGImages" / f"{i}.jpg")
+        box = "<bndbox><xmin>20</xmin><ymin>10</ymin><xmax>60</xmax><ymax>30</ymax></bndbox>"
+        (data / "Annotations").mkdir(exist_ok=True)
+        (data / "Annotations" / f"{i}.xml").write_text(f"<annotation><object><name>a</name>{box}</object></annotation>")
+    whole = opened(data, tmp_path / "out", purposes=("val",))
+    assert whole.splits["val"].number == 3 and not whole.divided
+    (data / "ImageSets" / "Main").mkdir(parents=True)
+    (data / "ImageSets" / "Main" / "train.txt").write_text("0\n1\n2\n")
+    with pytest.raises(DataError, match="no validation split"):
+        opened(data, tmp_path / "out", purposes=("val",))
 
 
 def test_an_evaluation_sees_the_images_that_training_holds_out(single, tmp_path):
@@ -271,3 +319,25 @@ def test_a_split_does_not_take_the_place_of_its_source_nor_of_another_json(singl
     (single.parent / "val.json").write_text("{}")
     assert cli.main(["convert-dataset", "coco", str(single)]) == 2
     assert "was not made by this command" in capsys.readouterr().err and not (single.parent / "train.json").exists()
+
+
+def test_a_storage_that_fails_is_not_taken_for_a_wrong_dataset(single, tmp_path, monkeypatch):
+    """A scheduler starts a run again after a fault of the storage, and not after a mistake of the user."""
+
+    def fail(number):
+        def failing(*_, **__):
+            raise OSError(number, os.strerror(number))
+
+        return failing
+
+    for place, name in ((json_file, "read_file"), (layouts, "_of_file"), (dataset_source, "load_json")):
+        with monkeypatch.context() as broken, pytest.raises(ReadError, match=rf"{single}: the storage fails: Stale fi"):
+            broken.setattr(place, name, fail(errno.ESTALE))
+            opened(single, tmp_path / "out", 0.25)
+    with monkeypatch.context() as full, pytest.raises(OSError, match="No space left") as error:
+        full.setattr(coco.os, "replace", fail(errno.ENOSPC))
+        opened(single, tmp_path / "out", 0.25)
+    assert not isinstance(error.value, DataError) and not list((tmp_path / "out").iterdir())
+    with monkeypatch.context() as closed, pytest.raises(DataError, match="Permission denied"):
+        closed.setattr(coco.os, "replace", fail(errno.EACCES))
+        opened(single, tmp_path / "out", 0.25)

@@ -120,6 +120,23 @@ def test_exif_rotation_applied_only_when_the_expected_size_says_so(tmp_path):
     assert np.array_equal(read_image(path, (20, 12))[0], np.rot90(ramp(), -1))
 
 
+@pytest.mark.parametrize(
+    ("size", "stored", "upright", "turned"),
+    [
+        ((200, 150), (300, 400), (400, 300), True),  # a scaled copy of the upright image
+        ((150, 200), (300, 400), (400, 300), False),
+        ((200, 200), (300, 400), (400, 300), False),  # of neither shape
+        ((200, 150), (400, 300), (400, 300), False),  # no EXIF
+        ((50, 50), (100, 100), (100, 100), False),  # nothing tells
+        ((100, 99), (99, 100), (100, 99), True),  # almost square: by its size alone
+        ((50, 50), (99, 100), (100, 99), False),
+        ((99, 100), (99, 100), (100, 99), False),
+    ],
+)
+def test_the_shape_of_a_scaled_copy_tells_whether_exif_applies(size, stored, upright, turned):
+    assert image_io.is_of_turned(size, stored, upright) == turned
+
+
 def test_expected_size_turns_nothing_without_exif(tmp_path):
     assert read_image(save(tmp_path, ramp()), (20, 12)).shape == (3, 12, 20)
 

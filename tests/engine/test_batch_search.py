@@ -15,6 +15,7 @@ from brs_detr.engine.batch_search import (
     divisors,
     fits_on_cpu,
     fits_on_device,
+    free_memory,
     largest_that_fits,
     saved_bytes,
     search_batch_size,
@@ -100,6 +101,22 @@ def test_a_failed_trial_leaves_no_error_that_keeps_its_tensors():
         raise torch.OutOfMemoryError
 
     assert not fits_on_device(step, torch.device("cpu")) and fits_on_device(lambda: None, torch.device("cpu"))
+
+
+def test_the_peak_of_a_trial_is_not_reported_as_that_of_the_training(monkeypatch):
+    """Played by two functions, then on a GPU where there is one."""
+    calls = []
+    with monkeypatch.context() as fake:
+        fake.setattr(torch.cuda, "empty_cache", lambda: calls.append("emptied"))
+        fake.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append(str(device)))
+        free_memory(torch.device("cuda", 0))
+    assert calls == ["emptied", "cuda:0"]
+    if torch.cuda.is_available():
+        device = torch.device("cuda", 0)
+        torch.empty(2**24, device=device)
+        assert torch.cuda.max_memory_allocated(device) >= 2**26
+        free_memory(device)
+        assert torch.cuda.max_memory_allocated(device) < 2**26
 
 
 def test_what_a_step_saves_is_what_its_backward_pass_reads():

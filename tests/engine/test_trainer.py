@@ -479,6 +479,23 @@ def test_best_weights_that_were_deleted_are_missed(toy, tmp_path, capsys, weight
     assert resumed.position.best == 0.1 and (tmp_path / "best.safetensors").is_file()
 
 
+def test_a_run_stopped_early_whose_best_weights_were_deleted_goes_on(toy, tmp_path, capsys):
+    trainer, _ = toy.build(tmp_path, epochs=6)
+    trainer.config = dataclasses.replace(trainer.config, patience=2)
+    scores = iter([0.5, 0.3, 0.2, 0.1, 0.1, 0.1])
+    trainer.validate = lambda module: {"AP": next(scores)}
+    trainer.fit()
+    assert trainer.position.epoch == 3 and "Early stopping" in capsys.readouterr().out
+    state = latest_state(tmp_path / "state")[0]
+    (tmp_path / "best.safetensors").unlink()
+    resumed, _ = toy.build(tmp_path, epochs=6, resumed_at=read_metadata(state))
+    resumed.config, resumed.validate = trainer.config, trainer.validate
+    resumed.resume(state)
+    resumed.fit()
+    assert "best.safetensors is gone" in capsys.readouterr().out
+    assert resumed.position.epoch == 6 and (tmp_path / "best.safetensors").is_file()
+
+
 def test_targets_are_checked_before_the_step_and_a_wrong_one_ends_the_training(toy, tmp_path):
     trainer, _ = toy.build(tmp_path)
     seen = []

@@ -1,10 +1,12 @@
 """`data=FOLDER`: five layouts of the same images train alike, a run goes on with one, and its evaluation finds it."""
 
+import errno
 import json
 import shutil
 
 import pytest
 import torch
+from accelerate import Accelerator
 from dataset_layouts import LAYOUTS, write_layouts
 from support import SMALL_DETECTOR, SMALL_IMAGES, reset_accelerate
 
@@ -12,9 +14,12 @@ from brs_detr import cli
 from brs_detr.config import load_config
 from brs_detr.data.build import open_train_set, open_val_set
 from brs_detr.data.dataset_source import open_source
+from brs_detr.data.formats import coco
 from brs_detr.data.formats.coco import split_coco
 from brs_detr.data.loader import build_train_loader
-from brs_detr.run.dataset import write_subset
+from brs_detr.engine.storage import StorageError
+from brs_detr.exit_codes import ExitCode
+from brs_detr.run.dataset import with_source, write_subset
 from brs_detr.run.setup import build_detector
 
 FAST = [
@@ -80,6 +85,29 @@ def test_nothing_is_written_into_the_dataset_and_the_same_jsons_come_again(layou
     first, second = (content(tmp_path / again) for again in ("a", "b"))
     assert [path.name for path in first] == [path.name for path in second]
     assert list(first.values()) == list(second.values()) and bool(first) == (name != "coco")
+
+
+def test_a_full_disk_ends_a_start_as_a_fault_of_the_storage(layouts, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(coco.os, "replace", full)
+    config = load_config("demo", [*layouts[1]["yolo"], *FAST])
+    with pytest.raises(StorageError, match=r"not enough room on the disk \(.* free\)\. Make room there") as error:
+        with_source(config, tmp_path, Accelerator(cpu=True))
+    assert error.value.code == ExitCode.STORAGE and str(error.value).startswith(str(tmp_path / "dataset"))
+    assert not list((tmp_path / "dataset").iterdir())
+
+
+def test_what_a_killed_start_has_left_is_removed_by_the_next_training(layouts, tmp_path):
+    folder, config = tmp_path / "dataset", load_config("demo", [*layouts[1]["yolo"], *FAST])
+    folder.mkdir()
+    left = folder / ".train.json-15315"
+    left.write_text("{")
+    with_source(config, tmp_path, Accelerator(cpu=True), ("val",))
+    assert left.is_file()  # perhaps of another evaluation, which goes on
+    with_source(config, tmp_path, Accelerator(cpu=True))
+    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".txt") == ["train.json", "val.json"]
 
 
 def test_a_subset_has_the_images_with_objects_however_ids_are_written(tmp_path):

@@ -73,6 +73,15 @@ def test_another_launch_is_another_run_unless_allowed(tmp_path):
     assert len(check_resumable(config, other, run_metadata(config, saved), tmp_path)) == 2
 
 
+def test_what_a_training_only_shows_of_its_validations_may_change(tmp_path):
+    plan = split_batch_size(16, 2, 4)
+    saved = run_metadata(Config(), plan)
+    config = apply_overrides(Config(), ["eval.report=false", "eval.calibrate=false"])
+    assert check_resumable(config, plan, saved, tmp_path) == []
+    with pytest.raises(ConfigError, match=r"other settings \(eval\.max_detections: "):
+        check_resumable(apply_overrides(config, ["eval.max_detections=50"]), plan, saved, tmp_path)
+
+
 @pytest.mark.parametrize("objective", ["brs", "cross_entropy"])
 def test_a_run_saved_with_the_mask_loss_that_follows_from_its_objective_goes_on(tmp_path, objective):
     overrides = ["model.name=mask_rcnn", f"model.roi.objective.loss={objective}"]
@@ -95,6 +104,10 @@ def test_what_a_validation_depends_on_is_told_from_what_only_the_training_does(t
         "model.roi.nms_iou=0.6": ["model.roi.nms_iou: 0.5 -> 0.6"],
         "model.roi.objective.weight=2": [],
         "model.matcher.cls=4": [],
+        "model.backbone.activation_checkpointing=true": [],
+        "model.roi.max_rois=64": [],
+        "model.rpn.proposals=100": [],
+        "model.rpn.test_proposals=100": ["model.rpn.test_proposals: 1000 -> 100"],
         "optim.lr=1": [],
     }
     for override, expected in changes.items():
@@ -121,11 +134,15 @@ def test_a_folder_with_a_run_is_refused_unless_allowed_and_stays_as_it_is(tmp_pa
     assert state.exists()
 
 
-def test_a_run_that_is_removed_leaves_nothing_that_a_later_resume_would_mistake_for_its_own(tmp_path):
-    files = [tmp_path / "state" / "step-00000001" / "manifest.json", tmp_path / "best.safetensors"]
-    files += [tmp_path / "last.safetensors", tmp_path / "evaluation" / "evaluation.json"]
-    for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
+def test_a_run_that_is_removed_leaves_nothing_that_would_be_mistaken_for_a_later_ones(tmp_path):
+    """And nothing else is removed: what the user has put there stays."""
+    names = "state/step-00000001/manifest.json best.safetensors last.safetensors nonfinite-7-process1.pt report.html "
+    names += "evaluation/evaluation.json evaluation/results.json evaluation/curves.png evaluation/detections/12.png"
+    own = "notes.txt evaluation/notes.txt evaluation/detections/first.png model.onnx"
+    for name in (*names.split(), *own.split()):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
     remove_run(tmp_path)
-    assert [file.exists() for file in files] == [False] * 3 + [True]
+    left = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(left) == sorted(own.split())
+    remove_run(tmp_path / "empty")

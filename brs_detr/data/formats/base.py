@@ -58,11 +58,15 @@ class Sample(NamedTuple):
 
 @dataclass
 class ImportedDataset:
-    """A converted dataset: class names by category id, images by split, and notes on the conversion."""
+    """A converted dataset: class names by category id, images by split, and notes on the conversion.
+
+    `divided` is False if the dataset names no splits: then all images are in one, mostly "train".
+    """
 
     classes: dict[int, str]
     splits: dict[str, list[Sample]]
     notes: Notes = field(default_factory=Notes)
+    divided: bool = True
 
 
 def find_files(root: Path, endings: Sequence[str], notes: Notes) -> list[Path]:

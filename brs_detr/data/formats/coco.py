@@ -113,3 +113,9 @@ def write_dataset(data: dict[str, Any], path: Path) -> dict[str, Any]:
         temporary.unlink(missing_ok=True)
         raise
     return data
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes have left of `write_dataset` in a folder, to which no other process writes now."""
+    for temporary in folder.glob(".*.json-[0-9]*"):
+        temporary.unlink(missing_ok=True)

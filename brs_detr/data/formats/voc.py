@@ -29,8 +29,7 @@ from brs_detr.data.formats.base import (
     split_named,
     split_of,
 )
-from brs_detr.data.image_io import IMAGE_ENDINGS, ImageError, ImageInfo, read_image_info
-from brs_detr.data.image_sizes import same_aspect
+from brs_detr.data.image_io import IMAGE_ENDINGS, ImageError, ImageInfo, read_image_info, same_aspect
 from brs_detr.data.issues import DataError
 
 
@@ -68,14 +67,14 @@ def read_voc(
         raise DataError(f"{root}: no VOC annotation was found here: {reason}{others}.")
     labels = _labels(root, trees, classes)
     images = by_stem(path for path in files if path.suffix.lower() in IMAGE_ENDINGS)
-    splits = find_splits(root, texts, trees, labels, notes)
+    splits, divided = find_splits(root, texts, trees, labels, notes)
 
     samples: dict[Path, Sample | None] = {}
     for xml in tqdm(dict.fromkeys(xml for chosen in splits.values() for xml in chosen), disable=None, leave=False):
         path = image_of(xml, _text(trees[xml], "filename"), images, notes)
         objects = list(_objects(xml, trees[xml], notes, labels, one_based, keep_difficult)) if path else []
         samples[xml] = _sample(xml, trees[xml], path, objects, notes, limits) if path else None
-    imported = ImportedDataset({label: name for name, label in labels.items()}, {}, notes)
+    imported = ImportedDataset({label: name for name, label in labels.items()}, {}, notes, divided)
     for split, chosen in splits.items():
         imported.splits[split] = _one_per_image([sample for xml in chosen if (sample := samples[xml])], notes)
     _note_unlabeled(images, xmls, samples, notes)
@@ -106,7 +105,7 @@ def _sample(
 def _frame(xml: Path, tree: Element, info: ImageInfo, boxes: list[list[float]], notes: Notes) -> tuple[int, int]:
     """Return the (h, w) of the xml if it is plausible, else the frame of the image that contains the boxes.
 
-    Plausible are the image as stored, the image turned upright, and a resized one of the same aspect ratio.
+    Plausible are the image as stored, the image turned upright, and a resized one of the aspect ratio of either.
     """
 
     def holds(size: tuple[int, int]) -> bool:
@@ -121,7 +120,7 @@ def _frame(xml: Path, tree: Element, info: ImageInfo, boxes: list[list[float]], 
         return height, width
     if height > 0 and width > 0:
         sizes = f"{width}x{height}, the image {info.stored_size[1]}x{info.stored_size[0]}"
-        if same_aspect((height, width), info.stored_size) and holds((height, width)):
+        if any(same_aspect((height, width), frame) for frame in frames) and holds((height, width)):
             notes.add("annotation files whose image was resized: training scales the boxes", f"{xml} ({sizes})")
             return height, width
         notes.add("annotation files with a wrong size: the image's own is used", f"{xml} ({sizes})")
@@ -235,7 +234,7 @@ def by_stem(paths: Iterable[Path]) -> dict[str, list[Path]]:
 
 def find_splits(
     root: Path, texts: Iterable[Path], xmls: Collection[Path], names: Collection[str], notes: Notes
-) -> dict[str, list[Path]]:
+) -> tuple[dict[str, list[Path]], bool]:
     """Group annotation files by split: from `ImageSets/Main/*.txt`, else other lists, else folders, else all train.
 
     Args:
@@ -244,6 +243,9 @@ def find_splits(
         xmls: the annotation files.
         names: class names, to recognize lists about one class.
         notes: listed names without an annotation file are added here.
+
+    Returns:
+        The files by split, and whether lists or folders under the root name the splits.
     """
     lists = [path for path in texts if path.parts[-3:-1] == ("ImageSets", "Main")]
     lists = lists or [path for path in texts if path.parent.name == "ImageSets"]
@@ -266,9 +268,10 @@ def find_splits(
     for xml in xmls:
         if listed and xml not in listed:
             notes.add("annotation files left out that are in no list", xml)
+    divided = bool(splits) or any(split_of(xml, root) for xml in xmls)
     for xml in () if splits else xmls:
         splits[split_of(xml, root) or split_named(root.name) or "train"][xml] = None
-    return {split: list(chosen) for split, chosen in splits.items()}
+    return {split: list(chosen) for split, chosen in splits.items()}, divided
 
 
 def _is_class_list(stem: str, lines: list[str], stems: set[str], names: Collection[str]) -> bool:

@@ -76,7 +76,7 @@ def read_yolo(source: str | Path, *, classes: Sequence[str] = (), limits: Limits
         for name in names.values():
             notes.add(DEFAULT_NAMES, name)
     _note_label_files(files, notes)
-    return ImportedDataset(names, imported, notes)
+    return ImportedDataset(names, imported, notes, dataset.divided)
 
 
 def _labeled_splits(dataset: YoloDataset, files: dict[Path, Path | None], notes: Notes) -> dict[str, list[Path]]:
@@ -152,12 +152,14 @@ class YoloDataset:
         names: class names by number; empty if they are not given.
         splits: image files by split.
         keypoints: count of numbers after each box in a pose dataset, else 0.
+        divided: False if neither lists nor folders name splits: then all images are in one.
     """
 
     source: Path
     names: dict[int, str]
     splits: dict[str, list[Path]] = field(default_factory=dict)
     keypoints: int = 0
+    divided: bool = True
 
 
 def find_dataset(source: Path, notes: Notes) -> YoloDataset:
@@ -232,7 +234,8 @@ def _of_settings(settings: dict[str, Any], file: Path, notes: Notes) -> YoloData
     roots = tuple(dict.fromkeys((root or file.parent, file.parent, Path.cwd())))
     dataset = YoloDataset(file, {}, keypoints=_keypoints(settings, file))
     if not any(settings.get(key) for key in _SPLIT_KEYS):
-        dataset.splits = _of_folder(file.parent, notes).splits
+        found = _of_folder(file.parent, notes)
+        dataset.splits, dataset.divided = found.splits, found.divided
     for key, split in _SPLIT_KEYS.items():
         entries = settings.get(key) or []
         for entry in entries if isinstance(entries, list) else [entries]:
@@ -325,7 +328,7 @@ def _of_folder(source: Path, notes: Notes) -> YoloDataset:
         for image in rest:
             notes.add("images left out beside the folders of the splits", image)
     splits = {name: images for name, images in groups.items() if name is not None}
-    dataset.splits = splits or {split_named(root.name) or "train": rest}
+    dataset.splits, dataset.divided = splits or {split_named(root.name) or "train": rest}, bool(splits)
     if not any(dataset.splits.values()):
         raise DataError(f"{source}: no image was found here. Give the folder or data.yaml of a YOLO dataset.")
     dataset.names = names_of_text(_name_folders(root, dataset))

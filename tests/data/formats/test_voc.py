@@ -181,6 +181,13 @@ def test_the_size_or_else_the_boxes_tell_the_frame_of_a_turned_image(voc, tmp_pa
     assert read_voc(tmp_path).splits["train"][0].size == frame
 
 
+@pytest.mark.parametrize("size", [(40, 20), (20, 40)])
+def test_the_frame_of_a_scaled_copy_of_a_turned_image_is_kept(voc, tmp_path, write_image, size):
+    voc({"a": annotation(thing(box=(1, 2, 19, 18)), size=size)})
+    write_image(tmp_path / "JPEGImages" / "a.jpg", orientation=6)
+    assert read_voc(tmp_path).splits["train"][0].size == size[::-1]
+
+
 @pytest.mark.parametrize(
     ("content", "boxes", "note"),
     [
