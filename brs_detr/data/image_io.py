@@ -282,7 +282,7 @@ def is_of_turned(size: Size, stored: Size, upright: Size) -> bool:
 
 def _needs_turning(image: Image.Image, expected_size: Size) -> bool:
     stored = (image.height, image.width)
-    return is_of_turned(tuple(expected_size), stored, _turned(stored, _orientation(image)))
+    return is_of_turned((expected_size[0], expected_size[1]), stored, _turned(stored, _orientation(image)))
 
 
 def _rgb_pixels(image: Image.Image, path: str | Path) -> Tensor:
