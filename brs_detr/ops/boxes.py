@@ -23,6 +23,10 @@ from brs_detr.ops.images import Size
 # ones. Elsewhere each call would be waited for.
 SEGMENT_BY_SEGMENT = ("cpu",)
 
+# Most boxes of one call elsewhere, but for an image that has more: its memory and time grow with their square. With the
+# default limits an image of 800x1333 pixels has 15,150 proposals.
+BOXES_AT_ONCE = 16_384
+
 
 class Coder(Protocol):
     """Conversion of boxes to four numbers relative to a reference box, and back."""
@@ -238,21 +242,31 @@ def kept_in_segments(boxes: Tensor, scores: Tensor, lengths: Sequence[int], nms_
         nms_iou: of two boxes of a segment that overlap more, the one with the higher score is kept.
 
     Returns:
-        (B, n) bool, True where a box is kept. On a GPU the host waits once, whatever the batch.
+        (B, n) bool, True where a box is kept. On a GPU the host waits once for each group of images, of `BOXES_AT_ONCE`
+        boxes at most or of one image.
     """
-    if boxes.device.type in SEGMENT_BY_SEGMENT:
-        segments = zip(
-            boxes.flatten(0, 1).split([*lengths] * len(boxes)), scores.flatten().split([*lengths] * len(boxes))
-        )
-        starts = accumulate([*lengths] * len(boxes), initial=0)
-        kept = torch.cat([nms(*own, nms_iou) + start for own, start in zip(segments, starts)])
-    else:
-        segment = torch.arange(len(lengths) * len(boxes)).view(len(boxes), -1)
-        segment = segment.repeat_interleave(torch.tensor(lengths), dim=1).to(boxes.device, non_blocking=True)
-        # Each segment in a place of its own. In float64 the shift loses no digit, and so changes no overlap.
-        apart = boxes.double() + (segment * (boxes.amax() - boxes.amin() + 1))[..., None]
-        kept = nms(apart.flatten(0, 1), scores.flatten().double(), nms_iou)
-    return torch.zeros_like(scores, dtype=torch.bool).view(-1).index_fill(0, kept, True).view_as(scores)
+    if boxes.device.type not in SEGMENT_BY_SEGMENT:
+        images = max(1, BOXES_AT_ONCE // max(1, boxes.shape[1]))
+        groups = zip(boxes.split(images), scores.split(images), strict=True)
+        return torch.cat([_kept_apart(own, own_scores, lengths, nms_iou) for own, own_scores in groups])
+    segments = zip(boxes.flatten(0, 1).split([*lengths] * len(boxes)), scores.flatten().split([*lengths] * len(boxes)))
+    starts = accumulate([*lengths] * len(boxes), initial=0)
+    kept = torch.cat([nms(*own, nms_iou) + start for own, start in zip(segments, starts)])
+    return _at(kept, scores)
+
+
+def _kept_apart(boxes: Tensor, scores: Tensor, lengths: Sequence[int], nms_iou: float) -> Tensor:
+    """Return what `kept_in_segments` does, from one call for all segments of all images."""
+    segment = torch.arange(len(lengths) * len(boxes)).view(len(boxes), -1)
+    segment = segment.repeat_interleave(torch.tensor(lengths), dim=1).to(boxes.device, non_blocking=True)
+    # Each segment in a place of its own. In float64 the shift loses no digit, and so changes no overlap.
+    apart = boxes.double() + (segment * (boxes.amax() - boxes.amin() + 1))[..., None]
+    return _at(nms(apart.flatten(0, 1), scores.flatten().double(), nms_iou), scores)
+
+
+def _at(index: Tensor, like: Tensor) -> Tensor:
+    """Return a bool tensor of the shape of another, True at the flat places `index`."""
+    return torch.zeros_like(like, dtype=torch.bool).view(-1).index_fill(0, index, True).view_as(like)
 
 
 def join_boxes(

@@ -121,7 +121,10 @@ def load_initial_weights(model: Detector, config: Config, classes: Sequence[str]
         return None
     weights = read(locate(config.train.init_from), names_required=False)
     rows: dict[str, int] = {}
-    if weights.classes != list(classes):
+    own = model.state_dict()
+    # Of the same classes, too: softmax has a row of background, and sigmoids have none.
+    differ = any(name in own and own[name].shape != tensor.shape for name, tensor in weights.tensors.items())
+    if differ or weights.classes != list(classes):
         rows = rows_per_class(model, build_detector(config, len(classes) + 1, initial_weights=False))
     return load_matching(model, weights.tensors, weights.classes, classes, rows, model.objectness, model.by_anchor)
 

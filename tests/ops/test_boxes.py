@@ -85,11 +85,12 @@ def random_boxes(*shape):
     return torch.cat([low, low + torch.rand(*shape, 2) * 40], dim=-1)
 
 
-@pytest.mark.parametrize("one_by_one", [("cpu",), ()], ids=["CPU", "GPU"])
+@pytest.mark.parametrize(("one_by_one", "at_once"), [(("cpu",), 0), ((), 0), ((), 100), ((), 1000)])
 @pytest.mark.parametrize("lengths", [[30, 12, 5], [47], [1] * 6])
-def test_each_segment_of_each_image_is_suppressed_as_if_alone(lengths, one_by_one, monkeypatch):
-    """Both the loop and the single call for a GPU, with equal scores, empty boxes and boxes beyond the image."""
+def test_each_segment_of_each_image_is_suppressed_as_if_alone(lengths, one_by_one, at_once, monkeypatch):
+    """Both the loop and the calls for a GPU, with equal scores, empty boxes and boxes beyond the image."""
     monkeypatch.setattr(boxes_module, "SEGMENT_BY_SEGMENT", one_by_one)
+    monkeypatch.setattr(boxes_module, "BOXES_AT_ONCE", at_once)
     boxes = random_boxes(3, sum(lengths)).round()
     boxes[0, ::4, 2:] = boxes[0, ::4, :2]
     scores = (torch.rand(3, sum(lengths)) * 8).round()
@@ -99,6 +100,19 @@ def test_each_segment_of_each_image_is_suppressed_as_if_alone(lengths, one_by_on
         for own, own_scores, found in parts:
             assert found.nonzero()[:, 0].tolist() == sorted(nms(own, own_scores, 0.3).tolist())
     assert 0 < int(kept.sum()) < kept.numel() or len(lengths) == 6
+
+
+@pytest.mark.parametrize(("number", "calls"), [(4000, [16_000, 16_000, 4_000]), (8192, [16_384] * 4 + [8_192])])
+def test_one_call_on_a_gpu_compares_a_bounded_number_of_boxes(number, calls, monkeypatch):
+    """Its time and memory grow with the square: 9 images at once would take 81 times those of one."""
+    monkeypatch.setattr(boxes_module, "SEGMENT_BY_SEGMENT", ())
+    found = []
+    monkeypatch.setattr(boxes_module, "nms", lambda boxes, *_: found.append(len(boxes)) or torch.zeros(1, dtype=int))
+    kept = kept_in_segments(torch.rand(9, number, 4), torch.rand(9, number), [number - 10, 10], 0.5)
+    assert found == calls and kept.shape == (9, number)
+    found.clear()
+    kept_in_segments(torch.rand(2, 20_000, 4), torch.rand(2, 20_000), [20_000], 0.5)
+    assert found == [20_000, 20_000]  # an image is never split
 
 
 def test_overlaps_of_pairs_of_any_shape_are_torchvisions():

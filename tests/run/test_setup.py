@@ -12,7 +12,13 @@ from brs_detr.engine.checkpoint import Weights, save_weights
 from brs_detr.models.cnn_config import MODELS
 from brs_detr.models.ensemble import LEVELS
 from brs_detr.ops.images import ImageBatch
-from brs_detr.run.setup import METRIC_SETTINGS, TRAINING_SETTINGS, build_detector, restore
+from brs_detr.run.setup import (
+    METRIC_SETTINGS,
+    TRAINING_SETTINGS,
+    build_detector,
+    load_initial_weights,
+    restore,
+)
 
 
 def weights_of(folder, trained_with, **extra):
@@ -40,6 +46,25 @@ def test_auto_is_the_best_head_also_where_the_training_joined_all(tmp_path):
 @pytest.mark.parametrize(("extra", "head"), [({"predict_with": "atss"}, "atss"), ({}, "decoder")])
 def test_auto_is_the_head_that_the_validation_chose(tmp_path, extra, head):
     assert restore(weights_of(tmp_path, "auto", **extra))[0].predict_with == head
+
+
+@pytest.mark.parametrize(("before", "after"), [("co_detr", "brs_detr"), ("brs_detr", "co_detr")])
+@pytest.mark.parametrize("classes", [["a", "b"], ["b", "a"], ["a", "b", "c"]])
+def test_a_classifier_with_background_starts_one_without_and_the_reverse(before, after, classes, tmp_path):
+    """Softmax of Co-DETR and sigmoids of BRS-DETR, also where the classes are the same and in the same order."""
+    other = load_config(DEMO, [*SMALL_DETECTOR, f"model.name={before}"])
+    tensors = build_detector(other, 2, initial_weights=False).state_dict()
+    tensors["roi.score.weight"] = torch.randn_like(tensors["roi.score.weight"])
+    save_weights(tmp_path / "x.safetensors", Weights(tensors, ["a", "b"], [1, 2], to_dict(other), {}))
+    start = [f"model.name={after}", f"train.init_from={tmp_path / 'x.safetensors'}"]
+    config = load_config(DEMO, [*SMALL_DETECTOR, *start])
+    model = build_detector(config, len(classes), initial_weights=False)
+    assert len(model.roi.score.bias) - len(classes) == (after == "co_detr")
+    report = load_initial_weights(model, config, classes)
+    assert {"roi.score.weight", "roi.score.bias"} <= set(report.by_class)
+    assert set(report.fresh) <= {"atss.centerness.weight", "atss.centerness.bias"}  # BRS-DETR has none
+    for row, name in enumerate("ab"):
+        assert torch.equal(model.roi.score.weight[classes.index(name)], tensors["roi.score.weight"][row])
 
 
 def test_what_a_file_says_of_other_heads_is_refused(tmp_path):

@@ -127,7 +127,7 @@ class RPNHead(DenseHead):
     def regions(self, output: DenseOutput, sizes: Sequence[Size]) -> Regions:
         """Propose boxes, as many for each image, of which some may be missing; detached.
 
-        They are those of `predict`, by one suppression for all images.
+        They are those of `predict`, by a suppression for several images at once.
 
         Args:
             output: of `forward`.

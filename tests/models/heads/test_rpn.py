@@ -219,7 +219,7 @@ def test_unknown_box_loss_is_named():
 @pytest.mark.parametrize("limits", [(50, 40), (4000, 4000), (300, 10)])
 @pytest.mark.parametrize("drop_empty", [True, False])
 def test_proposals_of_all_images_are_those_of_each(one_by_one, limits, drop_empty, monkeypatch):
-    """One suppression for all images and levels, in the loop's and in the GPU's form, against `predict`, box by box."""
+    """Several images and all levels at once, in the loop's and in the GPU's form, against `predict`, box by box."""
     monkeypatch.setattr(boxes_module, "SEGMENT_BY_SEGMENT", one_by_one)
     head = build("brs_detr", dim=4).eval()
     head.test_limits, head.drop_empty = limits, drop_empty
