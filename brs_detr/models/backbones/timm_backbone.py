@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import timm
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from timm.models import FeatureListNet
 from timm.models.swin_transformer import SwinTransformer
@@ -42,6 +43,11 @@ class TimmBackbone(nn.Module):
         channels: of each returned map.
         strides: of each returned map.
         stages: name of the last module of each stage from stride 4 on.
+        grain: images are padded to a multiple of so many pixels, and the maps cut to those of the image; 1 for networks
+            that take any size, as most do.
+
+    Raises:
+        ValueError: the network takes images of certain sizes only.
     """
 
     def __init__(self, features: nn.Module, strides: Sequence[int], activation_checkpointing: bool = False) -> None:
@@ -64,8 +70,10 @@ class TimmBackbone(nn.Module):
                     break
         else:
             self.features = features
-            if activation_checkpointing:
-                cast(Any, features).set_grad_checkpointing(True)
+        self.grain = 1
+        self._try_out(max(item["reduction"] for item in info))
+        if activation_checkpointing and not self.taken_apart:
+            cast(Any, features).set_grad_checkpointing(True)
 
     def train(self, mode: bool = True) -> TimmBackbone:
         """Set the mode; frozen parts stay in evaluation mode."""
@@ -75,7 +83,10 @@ class TimmBackbone(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Compute one (B, c, h, w) map per stride from (B, 3, H, W) normalized images."""
+        """Compute one (B, c, h, w) map per stride from (B, 3, H, W) normalized images of any size."""
+        height, width = x.shape[-2:]
+        if self.grain > 1:
+            x = F.pad(x, (0, -width % self.grain, 0, -height % self.grain))
         if self.taken_apart:
             maps: list[Tensor] = []
             for name, module in self.named_children():
@@ -85,8 +96,31 @@ class TimmBackbone(nn.Module):
         else:
             maps = self.features(x)
         if self.channels_last:
-            return [rearrange(level, "b y x d -> b d y x").contiguous() for level in maps]
-        return list(maps)
+            maps = [rearrange(level, "b y x d -> b d y x").contiguous() for level in maps]
+        if self.grain == 1:
+            return list(maps)
+        # Maps end where those of any other backbone would, so that a cell is where its index says.
+        return [
+            level[..., : -(-height // stride), : -(-width // stride)]
+            for level, stride in zip(maps, self.strides, strict=True)
+        ]
+
+    def _try_out(self, largest: int) -> None:
+        """Set `grain` to 1 or to the largest stride, whichever lets an image of an odd size pass."""
+        image = torch.zeros(1, 3, 2 * largest + 1, 3 * largest - 1, device=next(self.parameters()).device)
+        self.eval()  # no statistics of this image and no random numbers
+        for self.grain in (1, largest):
+            try:
+                self(image)
+                break
+            except (AssertionError, RuntimeError, ValueError) as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+        else:
+            raise ValueError(
+                f"this backbone takes images of certain sizes only ({reason}). Choose one that takes any, such as "
+                "resnet50.tv_in1k or a Swin."
+            )
+        self.train()
 
     def _run(self, name: str, module: nn.Module, x: Tensor) -> Tensor:
         """Run a module; a stage block by block, with activation checkpointing, if that is on."""

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from brs_detr.config import ConfigError, load_config
 from brs_detr.models.backbones.norms import FrozenBatchNorm, GroupNorm, freeze_batch_norm
-from brs_detr.models.backbones.timm_backbone import build_backbone
+from brs_detr.models.backbones.timm_backbone import TimmBackbone, build_backbone
 from brs_detr.models.backbones.weights_io import load_backbone_weights, read_weights
 from brs_detr.models.config import BackboneConfig
-from brs_detr.run.setup import for_weights_file, require_known_backbone
+from brs_detr.run.setup import build_detector, for_weights_file, require_known_backbone
 
 
 @pytest.fixture(scope="module")
@@ -265,9 +265,47 @@ def test_recomputed_activations_give_the_same_gradients(name):
 
 
 def test_networks_with_maps_of_other_layouts_come_out_channels_first():
-    backbone = build_backbone(BackboneConfig("swinv2_cr_tiny_ns_224", pretrained=False))
-    maps = backbone(torch.randn(1, 3, 224, 224))
+    backbone = build_backbone(BackboneConfig("mambaout_femto", pretrained=False))
+    assert backbone.channels_last
+    maps = backbone(torch.randn(1, 3, 64, 64))
     assert [m.shape[1] for m in maps] == backbone.channels
+
+
+@pytest.mark.parametrize("name", ["hrnet_w18_small", "dla34", "sam2_hiera_tiny"])
+def test_networks_for_multiples_of_their_stride_take_images_of_any_size(name):
+    """Their maps are those of the padded image, cut to where those of any other backbone end."""
+    backbone = build_backbone(BackboneConfig(name, pretrained=False, frozen_stages=0)).eval()
+    assert backbone.grain == 32
+    x = torch.randn(1, 3, 65, 100)
+    with torch.no_grad():
+        maps, padded = backbone(x), backbone(nn.functional.pad(x, (0, 28, 0, 31)))
+    assert [level.shape[-2:] for level in maps] == [(9, 13), (5, 7), (3, 4)]
+    assert padded[0].shape[-2:] == (12, 16)
+    for level, whole in zip(maps, padded, strict=True):
+        assert torch.equal(level, whole[..., : level.shape[2], : level.shape[3]])
+
+
+def test_networks_of_a_fixed_size_are_refused_with_the_setting_to_change():
+    for name in ("swinv2_tiny_window8_256", "coatnet_pico_rw_224"):
+        with pytest.raises(ValueError, match=r"takes images of certain sizes only .* Choose one that takes any"):
+            build_backbone(BackboneConfig(name, pretrained=False))
+    config = load_config(DEMO, ["model.backbone.name=swinv2_tiny_window8_256", "model.backbone.levels=[8,16,32]"])
+    with pytest.raises(ConfigError, match=r"^model\.backbone\.name=swinv2_tiny_window8_256: this backbone takes"):
+        build_detector(config, 3)
+
+
+def test_the_trial_of_a_backbone_changes_neither_its_statistics_nor_the_random_numbers(monkeypatch):
+    """Otherwise a training would compute other numbers than before there was one."""
+    settings = BackboneConfig("resnet10t", pretrained=False, norm="batch", drop_path=0.5)
+    states = []
+    for trial in (TimmBackbone._try_out, lambda *_: None):
+        monkeypatch.setattr(TimmBackbone, "_try_out", trial)
+        torch.manual_seed(0)
+        backbone = build_backbone(settings)
+        states.append((backbone.state_dict(), torch.rand(5), [module.training for module in backbone.modules()]))
+    (weights, drawn, modes), (other_weights, other_drawn, other_modes) = states
+    assert torch.equal(drawn, other_drawn) and modes == other_modes
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
 
 
 @pytest.mark.parametrize("wrap", ["plain", "torchvision", "detector", "distributed"])
