@@ -45,6 +45,7 @@ class TimmBackbone(nn.Module):
         stages: name of the last module of each stage from stride 4 on.
         grain: images are padded to a multiple of so many pixels, and the maps cut to those of the image; 1 for networks
             that take any size, as most do.
+        unused: names of the parameters that no returned map depends on, such as those of stages above the last one.
 
     Raises:
         ValueError: the network takes images of certain sizes only.
@@ -106,12 +107,13 @@ class TimmBackbone(nn.Module):
         ]
 
     def _try_out(self, largest: int) -> None:
-        """Set `grain` to 1 or to the largest stride, whichever lets an image of an odd size pass."""
+        """Set `grain` to 1 or to the largest stride, whichever lets an image of an odd size pass, and `unused`."""
         image = torch.zeros(1, 3, 2 * largest + 1, 3 * largest - 1, device=next(self.parameters()).device)
         self.eval()  # no statistics of this image and no random numbers
         for self.grain in (1, largest):
             try:
-                self(image)
+                with torch.enable_grad():
+                    used = _sources(self(image))
                 break
             except (AssertionError, RuntimeError, ValueError) as error:
                 reason = " ".join(str(error).split()) or type(error).__name__
@@ -120,6 +122,7 @@ class TimmBackbone(nn.Module):
                 f"this backbone takes images of certain sizes only ({reason}). Choose one that takes any, such as "
                 "resnet50.tv_in1k or a Swin."
             )
+        self.unused = {name for name, parameter in self.named_parameters() if parameter not in used}
         self.train()
 
     def _run(self, name: str, module: nn.Module, x: Tensor) -> Tensor:
@@ -130,6 +133,20 @@ class TimmBackbone(nn.Module):
         for block in module if isinstance(module, nn.Sequential) else [module]:
             x = recompute(block, x, use_reentrant=False)
         return x
+
+
+def _sources(results: Sequence[Tensor]) -> set[Tensor]:
+    """Return the parameters that tensors were computed from."""
+    nodes = [result.grad_fn for result in results if result.grad_fn is not None]
+    seen, sources = set(nodes), set()
+    while nodes:
+        node = nodes.pop()
+        if hasattr(node, "variable"):  # the end of the graph, where a gradient is accumulated
+            sources.add(node.variable)
+        following = {other for other, _ in getattr(node, "next_functions", ())} - seen
+        seen |= following
+        nodes += following
+    return sources
 
 
 def build_backbone(config: BackboneConfig) -> SwinBackbone | TimmBackbone | ViTBackbone:
@@ -172,10 +189,25 @@ def build_backbone(config: BackboneConfig) -> SwinBackbone | TimmBackbone | ViTB
     if config.checkpoint is not None:
         load_backbone_weights(backbone, config.checkpoint, rename)
     freeze_stages(backbone, config.frozen_stages)
+    for name, parameter in cast(nn.Module, backbone).named_parameters():
+        # Without a gradient, they would end a training on several processes at its second step.
+        if name in getattr(backbone, "unused", ()):
+            parameter.requires_grad_(False)
+    if isinstance(backbone, TimmBackbone) and checkpointing and _counts_batches(backbone):
+        raise ValueError(
+            "model.backbone.activation_checkpointing=true would count the statistics of each batch twice with "
+            "model.backbone.norm=batch. Set norm to frozen or group, or activation_checkpointing=false."
+        )
     if config.channels_last:
         # A convolution passes on the layout of its weights, so the maps have it too. Loading and moving keep it.
         cast(nn.Module, backbone).to(memory_format=torch.channels_last)
     return backbone.train()
+
+
+def _counts_batches(backbone: nn.Module) -> bool:
+    """Return whether a part has running statistics that training changes."""
+    layers = backbone.train().modules()
+    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training for layer in layers)
 
 
 def freeze_stages(backbone: nn.Module, count: int) -> None:

@@ -232,11 +232,13 @@ def peaks(scores: Tensor) -> Tensor:
 def with_coordinates(x: Tensor) -> Tensor:
     """Append the columns' and rows' centers, from -1 to 1, to a map (B, dim, h, w): (B, dim + 2, h, w)."""
     height, width = x.shape[-2:]
+    # Rounded at the end only: in bfloat16 the numbers of the columns have steps of 1 from 128 on.
+    dtype = torch.promote_types(x.dtype, torch.float32)
     columns, rows = (
-        (torch.arange(side, device=x.device, dtype=x.dtype) + 0.5) * (2 / side) - 1 for side in (width, height)
+        (torch.arange(side, device=x.device, dtype=dtype) + 0.5) * (2 / side) - 1 for side in (width, height)
     )
     y, x_ = torch.meshgrid(rows, columns, indexing="ij")
-    return torch.cat([x, torch.stack([x_, y]).expand(len(x), -1, -1, -1)], dim=1)
+    return torch.cat([x, torch.stack([x_, y]).to(x.dtype).expand(len(x), -1, -1, -1)], dim=1)
 
 
 def _cells(levels: Sequence[Tensor]) -> Tensor:

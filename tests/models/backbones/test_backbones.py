@@ -195,6 +195,33 @@ def test_every_trainable_parameter_gets_a_gradient_and_frozen_ones_none(norm):
         assert parameter.requires_grad == (parameter.grad is not None), name
 
 
+@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize(
+    ("name", "levels"),
+    [
+        ("efficientnet_b0", (4, 8, 16)),
+        ("mobilenetv3_small_100", (8, 16)),
+        ("hrnet_w18_small", (8, 16, 32)),  # whose finest branch no other one depends on at the end
+        ("legacy_xception", (8, 16)),
+    ],
+)
+def test_parameters_that_no_map_depends_on_are_not_trained(name, levels, norm):
+    """Training on several processes expects a gradient of every one."""
+    settings = BackboneConfig(name, pretrained=False, frozen_stages=0, norm=norm, levels=levels)
+    backbone = build_backbone(dataclasses.replace(settings, activation_checkpointing="b0" in name and norm == "group"))
+    sum(level.square().mean() for level in backbone(torch.randn(2, 3, 64, 64))).backward()
+    frozen = [parameter for parameter in backbone.parameters() if not parameter.requires_grad]
+    assert 0 < len(frozen) < len(list(backbone.parameters()))
+    for key, parameter in backbone.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None), key
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "efficientnet_b0", "pvt_v2_b0"])
+def test_networks_whose_maps_depend_on_all_are_trained_completely(name):
+    backbone = build_backbone(BackboneConfig(name, pretrained=False, frozen_stages=0, norm="group"))
+    assert not backbone.unused and all(parameter.requires_grad for parameter in backbone.parameters())
+
+
 def test_frozen_stages_count_the_stem():
     for count, frozen in ((0, set()), (1, {"conv1", "layer1"}), (3, {"conv1", "layer1", "layer2", "layer3"})):
         backbone = build_backbone(BackboneConfig("resnet18", pretrained=False, frozen_stages=count, norm="group"))
@@ -262,6 +289,21 @@ def test_recomputed_activations_give_the_same_gradients(name):
     for (key, a), b in zip(plain.named_parameters(), lean.parameters(), strict=True):
         if a.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-7, msg=key)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
+def test_batch_statistics_are_not_recomputed(name):
+    """The second pass of a step would update them again, beyond those of the stem."""
+    lean = BackboneConfig(name, pretrained=False, norm="batch", activation_checkpointing=True)
+    with pytest.raises(ValueError, match=r"batch twice with model\.backbone\.norm=batch\. Set norm to frozen or group"):
+        build_backbone(lean)
+    build_backbone(dataclasses.replace(lean, norm="group"))
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "swin_tiny_patch4_window7_224"])
+def test_networks_without_batch_statistics_are_recomputed_whatever_the_norm(name):
+    """The demo's norm is `batch`, also with another backbone."""
+    build_backbone(BackboneConfig(name, pretrained=False, norm="batch", activation_checkpointing=True))
 
 
 def test_networks_with_maps_of_other_layouts_come_out_channels_first():

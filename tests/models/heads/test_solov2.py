@@ -153,6 +153,17 @@ def test_coordinates_are_those_of_the_cells_centers():
     assert x[0, 4].tolist() == [[-0.5] * 4, [0.5] * 4]
 
 
+@pytest.mark.parametrize("columns", [168, 336])
+def test_every_column_has_a_place_of_its_own_in_half_precision(columns):
+    """Of a map of 800x1333 pixels at strides 8 and 4; float32 and wider are as exact as they can be."""
+    exact = with_coordinates(torch.zeros(1, 1, 2, columns, dtype=torch.float64))[0, 1, 0]
+    assert torch.equal(exact, (torch.arange(columns, dtype=torch.float64) + 0.5) * (2 / columns) - 1)
+    for dtype, error in ((torch.bfloat16, 0.32), (torch.float16, 0.05), (torch.float32, 1e-4)):
+        x = with_coordinates(torch.zeros(1, 1, 2, columns, dtype=dtype))
+        assert x.dtype == dtype and len(x[0, 1, 0].unique()) == columns
+        assert (x[0, 1, 0].double() - exact).abs().max() * columns / 2 < error  # cells
+
+
 def test_a_cell_below_its_neighbor_above_or_left_is_no_peak():
     scores = torch.tensor([[0.9, 0.8, 0.1], [0.7, 0.95, 0.2], [0.1, 0.3, 0.3]])
     kept = peaks(scores[None, :, :, None])[0, :, :, 0]
