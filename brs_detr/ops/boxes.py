@@ -247,6 +247,8 @@ def kept_in_segments(boxes: Tensor, scores: Tensor, lengths: Sequence[int], nms_
     """
     if boxes.device.type not in SEGMENT_BY_SEGMENT:
         images = max(1, BOXES_AT_ONCE // max(1, boxes.shape[1]))
+        if images >= len(boxes):
+            return _kept_apart(boxes, scores, lengths, nms_iou)
         groups = zip(boxes.split(images), scores.split(images), strict=True)
         return torch.cat([_kept_apart(own, own_scores, lengths, nms_iou) for own, own_scores in groups])
     segments = zip(boxes.flatten(0, 1).split([*lengths] * len(boxes)), scores.flatten().split([*lengths] * len(boxes)))
