@@ -193,21 +193,10 @@ def build_backbone(config: BackboneConfig) -> SwinBackbone | TimmBackbone | ViTB
         # Without a gradient, they would end a training on several processes at its second step.
         if name in getattr(backbone, "unused", ()):
             parameter.requires_grad_(False)
-    if isinstance(backbone, TimmBackbone) and checkpointing and _counts_batches(backbone):
-        raise ValueError(
-            "model.backbone.activation_checkpointing=true would count the statistics of each batch twice with "
-            "model.backbone.norm=batch. Set norm to frozen or group, or activation_checkpointing=false."
-        )
     if config.channels_last:
         # A convolution passes on the layout of its weights, so the maps have it too. Loading and moving keep it.
         cast(nn.Module, backbone).to(memory_format=torch.channels_last)
     return backbone.train()
-
-
-def _counts_batches(backbone: nn.Module) -> bool:
-    """Return whether a part has running statistics that training changes."""
-    layers = backbone.train().modules()
-    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training for layer in layers)
 
 
 def freeze_stages(backbone: nn.Module, count: int) -> None:

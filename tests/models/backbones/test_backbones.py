@@ -291,21 +291,6 @@ def test_recomputed_activations_give_the_same_gradients(name):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-7, msg=key)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
-def test_batch_statistics_are_not_recomputed(name):
-    """The second pass of a step would update them again, beyond those of the stem."""
-    lean = BackboneConfig(name, pretrained=False, norm="batch", activation_checkpointing=True)
-    with pytest.raises(ValueError, match=r"batch twice with model\.backbone\.norm=batch\. Set norm to frozen or group"):
-        build_backbone(lean)
-    build_backbone(dataclasses.replace(lean, norm="group"))
-
-
-@pytest.mark.parametrize("name", ["convnext_atto", "swin_tiny_patch4_window7_224"])
-def test_networks_without_batch_statistics_are_recomputed_whatever_the_norm(name):
-    """The demo's norm is `batch`, also with another backbone."""
-    build_backbone(BackboneConfig(name, pretrained=False, norm="batch", activation_checkpointing=True))
-
-
 def test_networks_with_maps_of_other_layouts_come_out_channels_first():
     backbone = build_backbone(BackboneConfig("mambaout_femto", pretrained=False))
     assert backbone.channels_last
