@@ -157,6 +157,11 @@ def override_names(overrides: Sequence[str]) -> list[str]:
     return [_split_override(text)[0] for text in overrides]
 
 
+def dataset_overrides(overrides: Sequence[str]) -> list[str]:
+    """Return those of `a.b=value` strings that name a dataset in one word, `data=` or `data.source=`."""
+    return [text for text in overrides if _split_override(text)[0] in ("data", "data.source")]
+
+
 def _split_override(text: str) -> tuple[str, str, str]:
     """Split `a.b=value`, which may be written as the option `--a.b=value`, at its first `=`."""
     key, equals, value = text.partition("=")

@@ -11,7 +11,15 @@ import os
 import re
 from pathlib import Path
 
-from brs_detr.config import Config, ConfigError, apply_overrides, check_overrides, load_config, override_names
+from brs_detr.config import (
+    Config,
+    ConfigError,
+    apply_overrides,
+    check_overrides,
+    dataset_overrides,
+    load_config,
+    override_names,
+)
 from brs_detr.data.config import Limits
 from brs_detr.data.issues import DataError
 from brs_detr.data.layouts import is_yolo_yaml, recognize
@@ -269,9 +277,9 @@ def check_weights(options: argparse.Namespace) -> None:
     """
     require_source(options.weights)
     check_overrides(options.overrides)
-    if dataset := next((name for name in override_names(options.overrides) if name in ("data", "data.source")), None):
+    if given := override_names(dataset_overrides(options.overrides)):
         raise ConfigError(
-            f"{dataset}: has no effect, as this command opens no dataset. Leave it out; export --precision int8 takes "
+            f"{given[0]}: has no effect, as this command opens no dataset. Leave it out; export --precision int8 takes "
             "--calibration-images FOLDER."
         )
     options.weights = local_path(options.weights)

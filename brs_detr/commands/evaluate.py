@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from brs_detr.commands.arguments import WEIGHTS, at_least_zero
-from brs_detr.config import Config, ConfigError, apply_overrides, check_overrides, override_names
+from brs_detr.config import Config, ConfigError, apply_overrides, check_overrides, dataset_overrides, override_names
 from brs_detr.data.layouts import recognize
 from brs_detr.hub.sources import local_path, require_source
 
@@ -68,8 +68,7 @@ def run(options: argparse.Namespace) -> int:
     if options.weights.suffix == ".pt2":
         raise ConfigError(f"{options.weights}: a file of torch.export is not evaluated. Give its weights, or an .onnx.")
     check_overrides(options.overrides)  # whether they fit, the stored config has to say
-    given = [text for text in options.overrides if text.lstrip("-").startswith(("data=", "data.source="))]
-    source = apply_overrides(Config(), given).data.source
+    source = apply_overrides(Config(), dataset_overrides(options.overrides)).data.source
     if source is not None:
         recognize(source)
     weights = local_path(options.weights)

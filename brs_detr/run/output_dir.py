@@ -180,7 +180,7 @@ def remove_run(folder: Path) -> None:
     """Remove what a run that is overwritten has left of its own; called once the new run is sure to begin.
 
     These are its states, weights, evaluation, report and batches that were not finite: beside the new run's files they
-    would seem to be of it. The log, metrics and settings are begun anew by the run itself.
+    would seem to be of it. The run itself replaces the log, metrics and settings.
 
     Raises:
         StorageError: a file cannot be removed.
