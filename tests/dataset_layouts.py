@@ -29,11 +29,11 @@ def write_layouts(folder, split, images=16):
     for annotation in data["annotations"]:
         annotation["category_id"] = 3 + 10 * rank[annotation["category_id"]]
     data["categories"] = [{"id": 3 + 10 * i, "name": name} for i, name in enumerate(names)]
-    parts, pictures = split(data, FRACTION), drawn / "images" / "train"
+    parts, image_folder = split(data, FRACTION), drawn / "images" / "train"
     for name, write in (("coco", _coco), ("roboflow", _roboflow), ("yolo", _yolo), ("voc", _voc)):
-        write(folder / name, parts, pictures)
+        write(folder / name, parts, image_folder)
     (folder / "single").mkdir()
-    shutil.copytree(pictures, folder / "single" / "images")
+    shutil.copytree(image_folder, folder / "single" / "images")
     (folder / "single" / "all.json").write_text(json.dumps(data))
     settings = {name: [f"data={folder / name}"] for name in ("coco", "roboflow", "yolo", "voc")}
     return settings | {"single": [f"data={folder / 'single' / 'all.json'}", f"data.val_fraction={FRACTION}"]}
@@ -49,19 +49,19 @@ def _of(data, image):
     return [entry for entry in data["annotations"] if entry["image_id"] == image["id"]]
 
 
-def _coco(root, parts, pictures):
+def _coco(root, parts, image_folder):
     (root / "annotations").mkdir(parents=True)
     for split, data in parts.items():
-        _copy(data, pictures, root / f"{split}2017")
+        _copy(data, image_folder, root / f"{split}2017")
         (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(data))
         (root / "annotations" / f"captions_{split}2017.json").write_text('{"images": [], "annotations": []}')
 
 
-def _roboflow(root, parts, pictures):
+def _roboflow(root, parts, image_folder):
     """With the category 0 that such exports have."""
     for split, data in parts.items():
         folder = root / {"val": "valid"}.get(split, split)
-        _copy(data, pictures, folder)
+        _copy(data, image_folder, folder)
         ids = {entry["id"]: i for i, entry in enumerate(data["categories"], 1)}
         group = {"id": 0, "name": "shapes", "supercategory": "none"}
         own = [{"id": ids[e["id"]], "name": e["name"], "supercategory": "shapes"} for e in data["categories"]]
@@ -70,9 +70,9 @@ def _roboflow(root, parts, pictures):
         (folder / "_annotations.coco.json").write_text(json.dumps(content | {"annotations": objects}))
 
 
-def _yolo(root, parts, pictures):
+def _yolo(root, parts, image_folder):
     for split, data in parts.items():
-        _copy(data, pictures, root / "images" / split)
+        _copy(data, image_folder, root / "images" / split)
         (root / "labels" / split).mkdir(parents=True)
         ids = [entry["id"] for entry in data["categories"]]
         for image in data["images"]:
@@ -88,11 +88,11 @@ def _yolo(root, parts, pictures):
     (root / "data.yaml").write_text(f"path: ../somewhere/else\ntrain: images/train\nval: images/val\nnames: {names}\n")
 
 
-def _voc(root, parts, pictures):
+def _voc(root, parts, image_folder):
     for folder in ("Annotations", "ImageSets/Main"):
         (root / folder).mkdir(parents=True)
     for split, data in parts.items():
-        _copy(data, pictures, root / "JPEGImages")
+        _copy(data, image_folder, root / "JPEGImages")
         stems = [Path(image["file_name"]).stem for image in data["images"]]
         (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(stems))
         names = {entry["id"]: entry["name"] for entry in data["categories"]}

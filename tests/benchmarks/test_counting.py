@@ -159,7 +159,7 @@ def test_the_backward_pass_belongs_to_the_section_that_it_differentiates(countin
     assert counter.operators["second", "aten.cos.default"] == 1
 
 
-def test_sections_are_told_by_files_that_exist(benchmark_module):
+def test_sections_are_recognized_by_files_that_exist(benchmark_module):
     sections = benchmark_module("sections")
     assert [name for name in sections.SECTIONS if not Path(sections.PACKAGE, name).exists()] == []
 

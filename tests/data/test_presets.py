@@ -86,7 +86,7 @@ def test_changes_of_pixels_stay_within_their_ranges():
     means = [change_pixels(image, Strength(brightness=0.2), seeded(i)).float().mean() for i in range(300)]
     assert 80 <= min(means) < 85 and 115 < max(means) <= 120
     noisy = [change_pixels(image, Strength(noise=1, max_noise=10), seeded(i)).float() for i in range(100)]
-    deviations = torch.stack([picture.std() for picture in noisy])
+    deviations = torch.stack([image.std() for image in noisy])
     assert deviations.max() < 11 and deviations.mean() == pytest.approx(5, abs=1)
     edge = torch.zeros(3, 40, 50, dtype=torch.uint8)
     edge[..., 25:] = 255

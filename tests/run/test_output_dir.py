@@ -97,7 +97,7 @@ def test_a_run_saved_with_the_mask_loss_that_follows_from_its_objective_goes_on(
                 check_resumable(config, plan, saved, tmp_path)
 
 
-def test_what_a_validation_depends_on_is_told_from_what_only_the_training_does(tmp_path):
+def test_settings_of_validation_and_of_training_alone_are_separate(tmp_path):
     saved, data = run_metadata(Config(), split_batch_size(16, 2, 4)), {"train": "a", "val": "b"}
     changes = {
         "eval.predict_with=roi": ["eval.predict_with: auto -> roi"],
