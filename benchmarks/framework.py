@@ -34,8 +34,8 @@ from brs_detr.engine.compilation import compile_layers, uncompiled
 from brs_detr.models.backbones.norms import FrozenBatchNorm
 from brs_detr.models.backbones.timm_backbone import build_backbone
 from brs_detr.models.build import build_model
-from brs_detr.models.cnn_config import ModelConfig
 from brs_detr.models.config import BRSDETRConfig
+from brs_detr.models.model_config import ModelConfig
 from brs_detr.models.transformer.decoder import Predictions, QueryDecoder
 from brs_detr.models.transformer.encoder import Memory
 from brs_detr.ops.images import ImageBatch

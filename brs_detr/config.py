@@ -35,8 +35,8 @@ from brs_detr.config_io import (
 )
 from brs_detr.data.config import DataConfig
 from brs_detr.engine.config import EvalConfig, OptimConfig, TrainConfig
-from brs_detr.models.cnn_config import MODELS, ModelConfig
 from brs_detr.models.config import DETRConfig
+from brs_detr.models.model_config import MODELS, ModelConfig
 from brs_detr.recipes import read_layers
 
 

@@ -78,7 +78,9 @@ def test_a_part_imports_only_what_lies_below_it(part):
 def test_settings_are_composed_of_modules_that_need_no_torch():
     """Else a misspelt setting would be answered only after the seconds that importing torch takes."""
     composed = {name for name in imports_of(PACKAGE / "config.py") if name.split(".")[1:2] in SECTIONS}
-    assert composed and all(name.split(".")[2] in ("config", "cnn_config") for name in composed)
+    assert composed and all(
+        name.split(".")[2] in ("config", "one_stage_config", "rcnn_config", "model_config") for name in composed
+    )
     for path in [PACKAGE / f"{name}.py" for name in ("config", "config_fields", "config_io", "config_aliases")] + [
         path for (section,) in SECTIONS for path in (PACKAGE / section).glob("*config.py")
     ]:

@@ -181,6 +181,12 @@ def test_an_impossible_override_is_refused_with_what_to_write_instead(override, 
         ("cnn/paa_demo", "model.loss=focal model.head.objective.normalizer=rows", "set it to positives"),
         ("cnn/paa_demo", "model.head.iou_branch=true model.head.iou_weight=0", "iou_weight=0 leaves the IoU branch"),
         ("cnn/foveabox_demo", "model.loss=cross_entropy", "needs a background class"),
+        ("cnn/foveabox_demo", "model.head.object_sizes=[4,6]", r"object_sizes=\[4.0, 6.0\] leaves objects"),
+        ("cnn/solov2_small", "model.head.object_sizes=[8,2]", r"object_sizes=\[8.0, 2.0\] leaves objects"),
+        ("cnn/retinanet_demo", "model.head.positive_iou=0.3", r"negative_iou=0.4 is above .*positive_iou=0.3; lower"),
+        ("cnn/yolact_small", "model.head.positive_iou=0.3", r"negative_iou=0.4 is above .*positive_iou=0.3; lower"),
+        ("cnn/retinanet_demo", "model.loss=focal model.head.objective.gamma=0.5", "gamma=0.5: its loss has no"),
+        ("demo", "model.encoder_layers=0", "model.encoder_layers=0 must be at least 1"),
     ],
 )
 def test_settings_that_train_a_part_of_a_head_by_nothing_are_refused(recipe, overrides, message):

@@ -13,8 +13,8 @@ from brs_detr.config_io import leaves
 from brs_detr.data.config import DataConfig, LSJConfig
 from brs_detr.data.issues import POLICY
 from brs_detr.engine.config import EvalConfig
-from brs_detr.models.cnn_config import MODELS
 from brs_detr.models.config import HardNMS, SoftNMS
+from brs_detr.models.model_config import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDES = sorted((ROOT / "docs").glob("*.md"))

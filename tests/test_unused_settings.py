@@ -12,8 +12,8 @@ from brs_detr.config import Config, ConfigError, apply_overrides, dump, from_dic
 from brs_detr.config_fields import OnlyWith, as_word, unused_settings
 from brs_detr.config_io import leaves
 from brs_detr.losses import PredictionSet
-from brs_detr.models.cnn_config import MODELS
 from brs_detr.models.heads.dense import build_objective
+from brs_detr.models.model_config import MODELS
 from brs_detr.models.objective_config import RankingConfig, ScoreConfig, TermWeights
 
 CONFIGS = ROOT / "configs"

@@ -56,8 +56,7 @@ def max_iou_assign(
         index = torch.where(better, which + start, index)
         if low_quality is not None:
             claimed = torch.maximum(claimed, _claims(iou, low_quality, start, first_best))
-    assigned = torch.where(best >= positive, index, IGNORED)
-    assigned = torch.where(best < negative, BACKGROUND, assigned)
+    assigned = torch.where(best >= positive, index, torch.where(best < negative, BACKGROUND, IGNORED))
     return torch.where(claimed >= 0, claimed, assigned)
 
 

@@ -33,7 +33,7 @@ from brs_detr.engine.storage import write_file
 from brs_detr.exit_codes import CheckpointError
 from brs_detr.models.backbones.weights_io import OfficialFile
 from brs_detr.models.build import build_model
-from brs_detr.models.cnn_config import ModelConfig
+from brs_detr.models.model_config import ModelConfig
 
 LARGE_QUERIES = 900
 DINO_DETECTIONS = 300

@@ -251,13 +251,13 @@ class ScoreObjective(WatchedObjective):
             "quality_focal".
         weights: factor of "cls" and of every box term.
         alpha: weight of positives in focal loss.
-        gamma: focusing exponent of focal and quality focal loss.
+        gamma: focusing exponent of focal and quality focal loss: 0, or at least 1.
         normalizer: "positives" divides by the number of positives, averaged over all processes and at least 1;
             "rows" by the number of valid rows of this process.
 
     Raises:
-        ValueError: for an unknown classification loss or normalizer, weights without "cls", or a number that is
-            negative or not finite.
+        ValueError: for an unknown classification loss or normalizer, weights without "cls", a number that is negative
+            or not finite, or a gamma between 0 and 1.
     """
 
     def __init__(
@@ -278,6 +278,8 @@ class ScoreObjective(WatchedObjective):
             raise ValueError('weights need an entry "cls" for the classification loss')
         for name, value in {**weights, "gamma": gamma}.items():
             check_number(name, value)
+        if 0 < gamma < 1:  # the factor (1 - p)^gamma of logits beyond 17 has no derivative in float32
+            raise ValueError(f"gamma must be 0 or at least 1, not {gamma}")
         self.classification = classification
         self.weights = dict(weights)
         self.alpha = alpha

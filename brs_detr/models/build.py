@@ -15,7 +15,6 @@ from torch import nn
 from brs_detr.assign.hungarian import HungarianMatcher
 from brs_detr.models.backbones.timm_backbone import build_backbone
 from brs_detr.models.brs_detr import BRSDETR
-from brs_detr.models.cnn_config import ModelConfig
 from brs_detr.models.config import BRSDINOConfig, DETRConfig
 from brs_detr.models.denoising import EPS, Denoising
 from brs_detr.models.detector import Detector
@@ -23,6 +22,7 @@ from brs_detr.models.heads.atss import ATSSHead
 from brs_detr.models.heads.dense import build_objective
 from brs_detr.models.heads.roi import RoIHead
 from brs_detr.models.heads.rpn import RPNHead
+from brs_detr.models.model_config import ModelConfig
 from brs_detr.models.neck import ChannelMapper, pyramid_strides
 from brs_detr.models.objective_config import ScoreConfig, TermWeights
 from brs_detr.models.one_stage import build_atss, build_foveabox, build_paa, build_retinanet

@@ -274,7 +274,7 @@ class DETRConfig:
     points: Count = 4
     norm_groups: Count = 32  # of neck, ATSS towers and coarsest map; must divide dim
     levels: Count = 4
-    encoder_layers: int = 6
+    encoder_layers: Count = 6
     decoder_layers: Count = 6
     ffn_dim: Count = 2048
     queries: Count = 300

@@ -65,6 +65,11 @@ class ScoreConfig:
     alpha: Annotated[Fraction, OnlyWith("loss", "focal")] = 0.25
     gamma: Annotated[float, OnlyWith("loss", "focal", "quality_focal")] = 2.0
 
+    def problems(self, name: str) -> Iterator[str]:
+        """Yield what is wrong between settings; `name` is that of the section."""
+        if 0 < self.gamma < 1:
+            yield f"{name}.gamma={self.gamma:g}: its loss has no gradient at easy logits; set it to 0, or at least 1"
+
 
 ObjectiveConfig = RankingConfig | ScoreConfig
 FOCAL_ATSS = ScoreConfig(weights=TermWeights(cls=12.0, giou=24.0, centerness=12.0))

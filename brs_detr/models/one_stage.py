@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from brs_detr.models.backbones.timm_backbone import build_backbone
-from brs_detr.models.cnn_config import ATSSConfig, FoveaBoxConfig, OneStageConfig, PAAConfig, RetinaNetConfig
 from brs_detr.models.detector import Detector, to_stored_images
 from brs_detr.models.heads.atss import ATSSHead
 from brs_detr.models.heads.dense import DenseHead
@@ -21,6 +20,7 @@ from brs_detr.models.heads.paa import PAAHead
 from brs_detr.models.heads.retinanet import RetinaNetHead
 from brs_detr.models.heads.solov2 import SOLOv2Head
 from brs_detr.models.neck import FPN, ExtraLevels, pyramid_strides
+from brs_detr.models.one_stage_config import ATSSConfig, FoveaBoxConfig, OneStageConfig, PAAConfig, RetinaNetConfig
 from brs_detr.ops.images import ImageBatch, Size
 
 

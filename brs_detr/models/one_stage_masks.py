@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from brs_detr.models.cnn_config import SOLOv2Config, YOLACTConfig
 from brs_detr.models.detector import to_stored_images
 from brs_detr.models.heads.solov2 import SOLOv2Head
 from brs_detr.models.heads.yolact import YOLACTHead
 from brs_detr.models.one_stage import OneStageDetector
+from brs_detr.models.one_stage_config import SOLOv2Config, YOLACTConfig
 from brs_detr.ops.images import ImageBatch, Size
 from brs_detr.ops.masks import paste_and_encode
 from brs_detr.ops.rle import RLE, boxes_of

@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from brs_detr.models.backbones.timm_backbone import build_backbone
-from brs_detr.models.cnn_config import CascadeConfig, MaskRCNNConfig, TwoStageConfig
 from brs_detr.models.detector import Detector, to_stored_images
 from brs_detr.models.heads.cascade import CascadeHead
 from brs_detr.models.heads.mask import MaskHead, paste_detections
@@ -20,6 +19,7 @@ from brs_detr.models.heads.roi import RoIHead
 from brs_detr.models.heads.rpn import RPNHead
 from brs_detr.models.heads.step import DenseStep, RegionStep, read_counts
 from brs_detr.models.neck import FPN, pyramid_strides
+from brs_detr.models.rcnn_config import CascadeConfig, MaskRCNNConfig, TwoStageConfig
 from brs_detr.ops.images import ImageBatch, Size
 
 

@@ -18,9 +18,10 @@ from accelerate.utils import broadcast_object_list
 from brs_detr.config import Config, ConfigError, from_dict
 from brs_detr.data.anchor_fit import AnchorLayout, Boxes, Fit, at_training_size, best_scale, boxes_of, side_lengths
 from brs_detr.data.config import AugmentConfig, DataConfig
-from brs_detr.models.cnn_config import ModelConfig, YOLACTHeadConfig
 from brs_detr.models.config import DenseHeadConfig, DETRConfig, RPNConfig
+from brs_detr.models.model_config import ModelConfig
 from brs_detr.models.neck import pyramid_strides
+from brs_detr.models.one_stage_config import YOLACTHeadConfig
 from brs_detr.run.dataset import TrainSet
 from brs_detr.run.weights import locate, read
 

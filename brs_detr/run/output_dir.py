@@ -22,7 +22,7 @@ from brs_detr.engine.state import lacks_first_state
 from brs_detr.engine.storage import writing
 from brs_detr.engine.trainer import BEST, LAST
 from brs_detr.exit_codes import CheckpointError
-from brs_detr.models.cnn_config import MaskRCNNConfig
+from brs_detr.models.rcnn_config import MaskRCNNConfig
 from brs_detr.run.drawings import remove_evaluation
 from brs_detr.run.setup import changes_figures
 from brs_detr.run.weights import EVALUATION

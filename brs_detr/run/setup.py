@@ -33,10 +33,11 @@ from brs_detr.engine.optim import count_parameters
 from brs_detr.evaluation.calibration import Calibration
 from brs_detr.models.backbones.timm_backbone import plain_name
 from brs_detr.models.build import build_model, sampling_here
-from brs_detr.models.cnn_config import MaskRCNNConfig, ModelConfig
 from brs_detr.models.config import BRSDINOConfig
 from brs_detr.models.detector import Detector
 from brs_detr.models.ensemble import Ensemble
+from brs_detr.models.model_config import ModelConfig
+from brs_detr.models.rcnn_config import MaskRCNNConfig
 from brs_detr.run.anchors import require_chosen_anchors
 from brs_detr.run.dataset import worker_count
 from brs_detr.run.inputs import is_random_and_frozen

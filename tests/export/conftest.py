@@ -11,16 +11,10 @@ from torch import nn
 from brs_detr.export.onnx import write_onnx
 from brs_detr.models.brs_detr import BRSDETR
 from brs_detr.models.build import build_model
-from brs_detr.models.cnn_config import (
-    ATSSConfig,
-    FasterRCNNConfig,
-    FoveaBoxConfig,
-    ProposalConfig,
-    RegionHeadConfig,
-    RetinaNetConfig,
-)
 from brs_detr.models.config import BRSDETRConfig, CoDINOConfig, RPNConfig
 from brs_detr.models.detector import Detector
+from brs_detr.models.one_stage_config import ATSSConfig, FoveaBoxConfig, RetinaNetConfig
+from brs_detr.models.rcnn_config import FasterRCNNConfig, ProposalConfig, RegionHeadConfig
 
 SIZE = dict(
     backbone=replace(SMALL_BACKBONE, levels=(16, 32)),

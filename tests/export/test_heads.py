@@ -11,9 +11,10 @@ from brs_detr.export.graphs import DetectorGraph, ExportError, require_exportabl
 from brs_detr.export.onnx import DESCRIPTION, OUTPUTS, description, soft_nms_of, write_onnx
 from brs_detr.export.parity import ExportedDetector, compare
 from brs_detr.models.build import build_model
-from brs_detr.models.cnn_config import CascadeRCNNConfig, MaskRCNNConfig, PAAConfig, SOLOv2Config, YOLACTConfig
 from brs_detr.models.config import HardNMS, NoNMS, SoftNMS
 from brs_detr.models.detector import without_overlaps
+from brs_detr.models.one_stage_config import PAAConfig, SOLOv2Config, YOLACTConfig
+from brs_detr.models.rcnn_config import CascadeRCNNConfig, MaskRCNNConfig
 from brs_detr.ops.images import ImageBatch
 
 

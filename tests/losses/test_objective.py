@@ -258,6 +258,17 @@ def test_errors_name_what_to_change():
         )
 
 
+@pytest.mark.parametrize("loss", ["focal", "quality_focal"])
+def test_a_gamma_without_gradient_at_easy_logits_is_refused(loss):
+    with pytest.raises(ValueError, match=r"gamma must be 0 or at least 1, not 0\.5"):
+        ScoreObjective(loss, {"cls": 1}, gamma=0.5)
+    for gamma in (0.0, 1.0, 1.5, 2.0):
+        logits = (120.0 * torch.tensor([[-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])).requires_grad_()
+        predictions = PredictionSet(logits, torch.tensor([0, 0, 2]), quality=torch.tensor([0.5, 1.0]), box_losses={})
+        ScoreObjective(loss, {"cls": 1}, gamma=gamma)(predictions)["cls"].backward()
+        assert torch.isfinite(logits.grad).all()
+
+
 def test_average_precision_keeps_a_fixed_box_weight():
     boxes = box_losses()
     terms = RankingObjective("bap", box_weight=2.0)(

@@ -15,8 +15,8 @@ from brs_detr.data.synthetic import make_dataset
 from brs_detr.engine.checkpoint import Weights, load_weights, save_weights
 from brs_detr.engine.logging import read_metrics
 from brs_detr.models.build import build_model
-from brs_detr.models.cnn_config import MODELS
 from brs_detr.models.heads.dense import DenseHead
+from brs_detr.models.model_config import MODELS
 from brs_detr.ops.anchors import base_anchors, octave_scales
 from brs_detr.run.anchors import choose_anchors, layouts, scales_of, with_scales
 from brs_detr.run.dataset import TrainSet

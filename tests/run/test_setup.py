@@ -9,8 +9,8 @@ from support import DEMO, SMALL_DETECTOR
 from brs_detr.config import Config, ConfigError, apply_overrides, differences, load_config, to_dict
 from brs_detr.config_io import leaves
 from brs_detr.engine.checkpoint import Weights, save_weights
-from brs_detr.models.cnn_config import MODELS
 from brs_detr.models.ensemble import LEVELS
+from brs_detr.models.model_config import MODELS
 from brs_detr.ops.images import ImageBatch
 from brs_detr.run.setup import (
     METRIC_SETTINGS,

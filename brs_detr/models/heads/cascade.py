@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from brs_detr.models.cnn_config import CascadeConfig
 from brs_detr.models.heads.dense import HeadLosses
 from brs_detr.models.heads.roi import RoIHead
+from brs_detr.models.rcnn_config import CascadeConfig
 from brs_detr.ops.images import Size
 
 

@@ -323,8 +323,8 @@ class DenseHead(nn.Module):
     def predict(self, output: DenseOutput, sizes: Sequence[Size]) -> list[dict[str, Tensor]]:
         """Detect objects, best first, per image: {"boxes": (n, 4) xyxy pixels of the input, "scores", "labels"}.
 
-        Anchors of the batch padding may predict too, as in the published models: clipped to the image most of their
-        boxes vanish.
+        Anchors of the batch padding may predict too, as in the published models: clipped to the image some of their
+        boxes are empty.
         """
         before_nms, max_detections = self.limits()
         candidates = self.candidates(output, before_nms)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from brs_detr.assign.fovea import FoveaAssigner
-from brs_detr.models.cnn_config import FoveaHeadConfig
 from brs_detr.models.heads.dense import build_objective
 from brs_detr.models.heads.towers import TowerHead
+from brs_detr.models.one_stage_config import FoveaHeadConfig
 from brs_detr.ops.anchors import AnchorGrid
 from brs_detr.ops.boxes import PointCoder
 

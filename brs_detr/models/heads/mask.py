@@ -16,8 +16,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from brs_detr.assign.assignment import HeadAssignment, count_per_image
 from brs_detr.assign.max_iou import random_permutation
 from brs_detr.losses.objective import SubsetLoss
-from brs_detr.models.cnn_config import MaskConfig
 from brs_detr.models.heads.pooling import pool_rois
+from brs_detr.models.rcnn_config import MaskConfig
 from brs_detr.ops.images import Size
 from brs_detr.ops.masks import dice_coefficient, mask_targets, paste_and_encode
 

@@ -17,9 +17,9 @@ from brs_detr.assign.paa import PAAAssigner
 from brs_detr.losses.boxes import paired_giou_loss
 from brs_detr.losses.classification import focal
 from brs_detr.losses.distributed import SharedCount
-from brs_detr.models.cnn_config import PAAHeadConfig
 from brs_detr.models.heads.dense import DenseOutput, build_objective
 from brs_detr.models.heads.towers import TowerHead
+from brs_detr.models.one_stage_config import PAAHeadConfig
 from brs_detr.ops.anchors import AnchorGrid, batch_rows, octave_scales
 from brs_detr.ops.boxes import BoxCoder, Candidates, vote
 from brs_detr.ops.images import Size

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from brs_detr.assign.assignment import Assigner
 from brs_detr.assign.atss import ATSSAssigner
 from brs_detr.assign.max_iou import MaxIoUAssigner
-from brs_detr.models.cnn_config import RetinaNetHeadConfig
 from brs_detr.models.heads.dense import build_objective
 from brs_detr.models.heads.towers import TowerHead
+from brs_detr.models.one_stage_config import RetinaNetHeadConfig
 from brs_detr.ops.anchors import AnchorGrid, octave_scales
 from brs_detr.ops.boxes import BoxCoder
 

@@ -109,8 +109,11 @@ class RPNHead(DenseHead):
         return join(assigned, targets)
 
     def normalizer(self, assignment: HeadAssignment) -> Tensor | None:
-        """Count the sampled anchors, of which each kind counts at least once an image, as in the published code."""
-        if self.assigner.sampler is None:
+        """Count the sampled anchors, of which each kind counts at least once an image, as in the published code.
+
+        None leaves the number to the objective, if it is not that of rows or nothing is sampled.
+        """
+        if self.assigner.sampler is None or getattr(self.objective, "normalizer", None) != "rows":
             return None
         assert assignment.valid is not None  # a sampler ignores anchors
         images = zip(assignment.per_image(assignment.labels), assignment.per_image(assignment.valid), strict=True)

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from brs_detr.assign.assignment import BatchAssignment, count_per_image, join
 from brs_detr.assign.solo import mass_centers, solo_assign
 from brs_detr.losses.objective import PredictionSet
-from brs_detr.models.cnn_config import SOLOv2HeadConfig
 from brs_detr.models.heads.dense import build_objective
 from brs_detr.models.heads.fovea import size_ranges
 from brs_detr.models.heads.towers import init_convs
+from brs_detr.models.one_stage_config import SOLOv2HeadConfig
 from brs_detr.ops.images import Size
 from brs_detr.ops.masks import dice_coefficient, matrix_nms, require_masks, shrink_masks
 

@@ -18,8 +18,8 @@ from torchvision.ops import clip_boxes_to_image
 
 from brs_detr.assign.assignment import HeadAssignment, count_per_image
 from brs_detr.assign.max_iou import MaxIoUAssigner
-from brs_detr.models.cnn_config import YOLACTHeadConfig
 from brs_detr.models.heads.dense import DenseHead, DenseOutput, PrototypeMasks, build_objective
+from brs_detr.models.one_stage_config import YOLACTHeadConfig
 from brs_detr.ops.anchors import AnchorGrid, batch_rows, frame_extents
 from brs_detr.ops.boxes import BoxCoder, fast_nms
 from brs_detr.ops.images import Size

@@ -15,8 +15,8 @@ from timm.models.eva import Eva
 from brs_detr.models.backbones.timm_backbone import build_backbone
 from brs_detr.models.backbones.vit import Pyramid, ViTBackbone
 from brs_detr.models.build import build_model
-from brs_detr.models.cnn_config import RetinaNetConfig
 from brs_detr.models.config import BackboneConfig, BRSDETRConfig, CoDINOConfig
+from brs_detr.models.one_stage_config import RetinaNetConfig
 
 NAME = "eva02_large_patch14_448.mim_m38m_ft_in22k_in1k"
 TINY = {"embed_dim": 64, "depth": 4, "num_heads": 4, "img_size": 56}  # 4 x 4 patches of 14 pixels

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from brs_detr.models.cnn_config import CascadeConfig
 from brs_detr.models.heads.cascade import CascadeHead
 from brs_detr.models.heads.roi import RoIOutput
 from brs_detr.models.objective_config import RankingConfig, ScoreConfig, TermWeights
+from brs_detr.models.rcnn_config import CascadeConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "golden"))
 import cnn

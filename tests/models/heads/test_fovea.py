@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from brs_detr.losses.objective import RankingObjective
-from brs_detr.models.cnn_config import FoveaHeadConfig
 from brs_detr.models.heads.dense import DenseOutput
 from brs_detr.models.heads.fovea import FoveaHead
 from brs_detr.models.objective_config import RankingConfig, ScoreConfig, TermWeights
+from brs_detr.models.one_stage_config import FoveaHeadConfig
 from brs_detr.ops.boxes import PointCoder
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "golden"))

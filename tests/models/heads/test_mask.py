@@ -12,11 +12,11 @@ from torchvision.ops import roi_align
 
 from brs_detr.assign.assignment import HeadAssignment
 from brs_detr.losses.objective import PredictionSet, RankingObjective
-from brs_detr.models.cnn_config import MaskConfig
 from brs_detr.models.config import RoIConfig
 from brs_detr.models.heads.mask import MaskHead, paste_detections
 from brs_detr.models.heads.roi import RoIHead
 from brs_detr.models.objective_config import RankingConfig, ScoreConfig, TermWeights
+from brs_detr.models.rcnn_config import MaskConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "golden"))
 import cnn

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torchvision.ops import box_iou, generalized_box_iou
 
-from brs_detr.models.cnn_config import PAAHeadConfig
 from brs_detr.models.heads.dense import DenseHead, DenseOutput
 from brs_detr.models.heads.paa import PAAHead
 from brs_detr.models.objective_config import RankingConfig, ScoreConfig, TermWeights
+from brs_detr.models.one_stage_config import PAAHeadConfig
 from brs_detr.ops.anchors import valid_extents
 from brs_detr.ops.boxes import vote
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn.functional import smooth_l1_loss
 
-from brs_detr.models.cnn_config import RetinaNetHeadConfig
 from brs_detr.models.heads.dense import DenseOutput
 from brs_detr.models.heads.retinanet import RetinaNetHead
 from brs_detr.models.objective_config import RankingConfig, ScoreConfig, TermWeights
+from brs_detr.models.one_stage_config import RetinaNetHeadConfig
 from brs_detr.ops.anchors import octave_scales
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "golden"))

@@ -104,6 +104,20 @@ def test_official_losses_of_brs_detr_with_its_decoding(golden, scenario):
         gradients_agree(golden, "brs_detr", head)
 
 
+def test_sampled_anchors_are_counted_only_where_the_loss_is_divided_by_rows(golden):
+    _, head, features, targets = load(golden, "co_detr")
+    output = head(features)
+    terms = {}
+    for normalizer in ("rows", "positives"):
+        head.objective.normalizer = normalizer
+        terms[normalizer] = head.losses(output, SIZES, targets).terms
+    assignment = head.losses(output, SIZES, targets).assignment
+    positives, sampled = len(assignment.rows), assignment.valid.sum()
+    assert 0 < positives < sampled
+    for name, by_rows in terms["rows"].items():
+        torch.testing.assert_close(terms["positives"][name], by_rows * sampled / positives)
+
+
 def random_features(batch=2):
     shapes = [(16, 20), (8, 10), (4, 5), (2, 3), (1, 2)]
     return [torch.randn(batch, 8, h, w) for h, w in shapes]

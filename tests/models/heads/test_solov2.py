@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from brs_detr.models.cnn_config import SOLOv2HeadConfig
 from brs_detr.models.heads.solov2 import SOLOv2Head, SOLOv2Output, peaks, with_coordinates
 from brs_detr.models.objective_config import RankingConfig, ScoreConfig, TermWeights
+from brs_detr.models.one_stage_config import SOLOv2HeadConfig
 from brs_detr.ops.masks import mask_iou
 
 STRIDES, FRAME, SIZES = (4, 8, 16, 32, 64), (64, 96), [(64, 96), (56, 80)]

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import box_iou
 
-from brs_detr.models.cnn_config import YOLACTHeadConfig
 from brs_detr.models.heads.dense import PrototypeMasks
 from brs_detr.models.heads.yolact import YOLACTHead
 from brs_detr.models.objective_config import RankingConfig, ScoreConfig, TermWeights
+from brs_detr.models.one_stage_config import YOLACTHeadConfig
 from brs_detr.ops.anchors import batch_rows
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "golden"))
