@@ -133,7 +133,7 @@ def test_every_recipe_has_the_optimizer_and_the_warm_up_of_all():
         config = recipe(name)
         optim, train = config.optim, config.train
         assert (optim.name, optim.momentum, optim.weight_decay, optim.clip_norm) == ("sgd", 0.9, 1e-4, None), name
-        assert (optim.backbone_lr_factor, optim.sampling_offsets_lr_factor) == (1, 1), name
+        assert optim.backbone_lr_factor == 1, name
         assert (train.warmup_steps, train.warmup_start, train.lr_gamma, train.schedule) == (500, 0.001, 0.1, "step"), (
             name
         )

@@ -115,8 +115,8 @@ class DataConfig(Limits):
     min_side: int = 32  # smaller images are not trained on
     antialias: bool = True  # low-pass filter when shrinking; the released code had none
     augment: AugmentConfig | SSDConfig | LSJConfig = one_of(AugmentConfig(), SSDConfig(), LSJConfig())
-    test_short_side: Annotated[Count, OnlyWith("test_canvas", None)] = 800
-    test_long_side: Annotated[Count, OnlyWith("test_canvas", None)] = 1333
+    test_short_side: Annotated[Count, OnlyWith("test_canvas", None), OnlyWith("test_square", None)] = 800
+    test_long_side: Annotated[Count, OnlyWith("test_canvas", None), OnlyWith("test_square", None)] = 1333
     # side in pixels of a square to resize to whatever the aspect ratio; null: keep it
     test_square: Annotated[Count | None, Null("keep the aspect ratio")] = None
     # side in pixels of a gray square to fit the image into, which the detector sees as a part of it; null: none

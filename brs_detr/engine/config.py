@@ -82,6 +82,8 @@ class TrainConfig:
         """Yield which settings are not read under the others; `name` is that of the section."""
         if self.warmup_steps == 0:
             yield Unused(f"{name}.warmup_start", f"{name}.warmup_steps=0", f"set {name}.warmup_steps above 0")
+        if self.schedule == "step" and not self.lr_steps:
+            yield Unused(f"{name}.lr_gamma", f"{name}.lr_steps=[]", f"give {name}.lr_steps")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from brs_detr.models.objective_config import (
     needs_scores,
     needs_trained_boxes,
     needs_weights,
+    unused_scales,
     unused_weights,
 )
 
@@ -345,6 +346,7 @@ class DETRConfig:
             yield Unused(f"{name}.{head}", cause, f"add {'roi' if head == 'rpn' else head} to {name}.aux_heads")
         if not self.aux_heads:
             yield Unused(f"{name}.max_aux_queries", cause, f"add roi or atss to {name}.aux_heads")
+        yield from unused_scales(self.anchors, ("rpn", "atss"), name)
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,13 @@ def unused_weights(objective: ObjectiveConfig, terms: Sequence[str], name: str) 
                 yield Unused(weight, f"{name}, whose terms are {shown}", "give the weight of one of them")
 
 
+def unused_scales(anchors: str, heads: Iterable[str], name: str) -> Iterator[Unused]:
+    """Yield the anchor scales of these heads of section `name`, if `anchors=auto` chooses them."""
+    if anchors == "auto":
+        for head in heads:
+            yield Unused(f"{name}.{head}.anchor_scale", f"{name}.anchors=auto", f"set {name}.anchors=fixed")
+
+
 def needs_no_background(objective: ObjectiveConfig, name: str) -> Iterator[str]:
     """Yield what is wrong with the objective of section `name`, a head of sigmoids."""
     if objective.loss == "cross_entropy":

@@ -17,6 +17,7 @@ from brs_detr.models.objective_config import (
     needs_positives,
     needs_trained_boxes,
     needs_weights,
+    unused_scales,
     unused_weights,
 )
 
@@ -220,6 +221,10 @@ class OneStageConfig:
         groups = getattr(self, "norm_groups", 1)
         if self.dim % groups != 0 or self.dim == groups:
             yield f"{name}.dim={self.dim} must be a multiple of {name}.norm_groups={groups}, and larger"
+
+    def unused(self, name: str) -> Iterator[Unused]:
+        """Yield which settings are not read under the others; `name` is that of the section."""
+        yield from unused_scales(getattr(self, "anchors", "fixed"), ("head",), name)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, ClassVar, Literal
 
-from brs_detr.config_fields import Count, Fraction, NotEmpty, Positive, one_of
+from brs_detr.config_fields import Count, Fraction, NotEmpty, Positive, Unused, one_of
 from brs_detr.models.config import (
     Anchors,
     BackboneConfig,
@@ -16,7 +16,14 @@ from brs_detr.models.config import (
     Stds,
     too_few_levels,
 )
-from brs_detr.models.objective_config import CNN_RANKING, ObjectiveConfig, RankingConfig, ScoreConfig, TermWeights
+from brs_detr.models.objective_config import (
+    CNN_RANKING,
+    ObjectiveConfig,
+    RankingConfig,
+    ScoreConfig,
+    TermWeights,
+    unused_scales,
+)
 
 # Faster R-CNN's: cross entropies and L1 on offsets, over the number of sampled anchors and regions
 _BINARY_RPN = ScoreConfig("binary_cross_entropy", TermWeights(l1=1.0, giou=10.0), normalizer="rows")
@@ -120,6 +127,10 @@ class TwoStageConfig:
     def problems(self, name: str) -> Iterator[str]:
         """Yield what is wrong between settings; `name` is that of the section."""
         yield from too_few_levels(self.levels, self.backbone, name)
+
+    def unused(self, name: str) -> Iterator[Unused]:
+        """Yield which settings are not read under the others; `name` is that of the section."""
+        yield from unused_scales(self.anchors, ("rpn",), name)
 
 
 @dataclass(frozen=True)
