@@ -126,7 +126,7 @@ def train(config: Config, steps: int, every: int) -> list[dict]:
 def table(rows: list[dict], steps: int, recipe: str) -> str:
     """Means over the sets of each objective and part of the training."""
     lines = [
-        f"# `python benchmarks/bucketing_in_training.py {recipe}`",
+        f"# `python benchmarks/bucketing_in_training.py configs/{recipe} DATA`",
         "",
         f"{steps} steps. Relative L1 distance of the bucketed from the exact gradient of ranking + sorting, and the",
         "cosine of the two, means over the prediction sets of an objective. " + machine(),
