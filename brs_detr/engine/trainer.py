@@ -216,6 +216,8 @@ class Trainer:
             StorageError: the state cannot be written.
         """
         position, config = self.position, self.config
+        entered_at = position.step_in_epoch
+        self.epoch_sums.clear()
         self.model.train()
         title = f"epoch {position.epoch + 1}/{self.length.epochs}"
         main = self.accelerator.is_main_process
@@ -238,7 +240,8 @@ class Trainer:
                     self.save_state()
         finally:
             progress.close()
-        self._warn_of_zero_losses()
+        if entered_at == 0:  # the terms of the steps before a resume are not known
+            self._warn_of_zero_losses()
         position.epoch, position.step_in_epoch = position.epoch + 1, 0
 
     def _next_group(self, batches: Iterator[Batch]) -> list[Batch]:
@@ -368,7 +371,6 @@ class Trainer:
                 f"warning: {', '.join(silent)} loss was zero throughout epoch {self.position.epoch + 1}: no "
                 "anchor matched any ground truth. Check anchor and image sizes (see train_samples.png)."
             )
-        self.epoch_sums.clear()
 
     def evaluate(self) -> None:
         """Evaluate, and save the evaluated weights as the last ones, and as the best ones if they are.
