@@ -22,7 +22,8 @@ class OptimConfig:
     clip_norm: Annotated[Positive | None, Null("no clipping")] = 0.1
     backbone_lr_factor: float = 0.1
     sampling_offsets_lr_factor: float = 0.1
-    # further factor for each backbone stage below the last; of EVA-02 for each block, the last one too
+    # further factor for each backbone stage below the last; of EVA-02 for each block, the last one too;
+    # refused for timm backbones whose stages it does not know by name
     backbone_layer_decay: float | None = None
     fused: bool = True  # on CUDA
 
