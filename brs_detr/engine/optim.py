@@ -47,10 +47,16 @@ class Schedule:
     warmup_steps: int = 0
     warmup_start: float = 0.0
 
-    def factor(self, step: int) -> float:
-        """Return the factor on every group's base rate at optimizer step 0, 1, ..."""
-        # step + 1, so that the first step does not have a rate of 0.
-        share = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+    def factor(self, step: int, done: int | None = None) -> float:
+        """Return the factor on every group's base rate.
+
+        Args:
+            step: index of the optimizer step, in epochs of their present number of steps.
+            done: steps taken before it, which the warm-up counts; None: `step`. Others where epochs had other numbers.
+        """
+        done = step if done is None else done
+        # done + 1, so that the first step does not have a rate of 0.
+        share = min(1.0, (done + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         rise = self.warmup_start + (1 - self.warmup_start) * share
         if self.kind == "cosine":
             return rise * 0.5 * (1 + math.cos(math.pi * min(step / self.total_steps, 1.0)))

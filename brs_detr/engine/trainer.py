@@ -262,7 +262,7 @@ class Trainer:
         """Take one optimizer step over accumulated batches; return True if any process was asked to stop."""
         accelerator, position = self.accelerator, self.position
         seed_step(self.seed, position.step, accelerator.process_index)
-        self.lr = set_learning_rate(self.optimizer, self.schedule.factor(self.step_of_schedule))
+        self.lr = set_learning_rate(self.optimizer, self.schedule.factor(self.step_of_schedule, position.step))
         self.statistics.keep()
         all_terms = []
         for index, (images, targets) in enumerate(group):
