@@ -131,6 +131,7 @@ def test_a_base_has_no_base(tmp_path):
         ("train.lr_steps=[3, 2]", "must increase"),
         ("train.ema_decay=1.0", "must be below 1"),
         ("optim.betas=[0.9, 1.0]", "optim.betas=[0.9, 1.0] must be below 1"),
+        ("optim.clip_norm=0", "must be above 0, or null: no clipping"),
         ("model.max_aux_queries=0", "must be at least 1"),
         ("model.rpn.scales_per_octave=0", "must be at least 1"),
         ("model.rpn.anchor_ratios=[]", "needs at least one entry"),

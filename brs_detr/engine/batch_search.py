@@ -9,6 +9,7 @@ the optimizer's state and what a training keeps besides.
 from __future__ import annotations
 
 import gc
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -139,15 +140,35 @@ def saved_bytes(step: Callable[[], object], model: nn.Module) -> int:
     return sum(seen.values())
 
 
-def available_memory() -> int:
-    """Return the bytes that may still be taken: the machine's, or those of its container if they are fewer."""
-    available = int(psutil.virtual_memory().available)
-    try:  # version 2 of Linux's control groups; elsewhere there is no such file
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+def available_memory(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Return the bytes that may still be taken: the machine's, or those of a control group if they are fewer.
+
+    Args:
+        cgroups: version 2 of Linux's control groups; elsewhere there is no such folder.
+        own: names this process's group, in a line `0::/path`.
+    """
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        lines = []
+    group = cgroups / next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
+    above = [folder for folder in group.parents if folder.is_relative_to(cgroups)]  # their limits hold too
+    return int(min(psutil.virtual_memory().available, *map(_room, (group, *above, cgroups))))
+
+
+def _room(group: Path) -> float:
+    """Return the bytes that a control group may still take; infinite without a limit."""
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
     except (OSError, ValueError):  # "max": no limit
-        return available
-    return min(available, max(0, limit - used))
+        return math.inf
+    try:  # what was read of files counts as used, but gives way
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used -= int(statistics.get("inactive_file", 0))
+    except (OSError, ValueError):
+        pass
+    return max(0, limit - used)
 
 
 def fits_on_cpu(bytes_per_image: float, fixed: int) -> Callable[[int], bool]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from brs_detr.config_fields import BelowOne, Count, FilePath, Fraction, OnlyWith, Unused, one_of
+from brs_detr.config_fields import BelowOne, Count, FilePath, Fraction, Null, OnlyWith, Positive, Unused, one_of
 from brs_detr.models.config import HardNMS, NMSConfig, NoNMS, SoftNMS
 
 
@@ -19,10 +19,11 @@ class OptimConfig:
     weight_decay: float = 1e-4
     betas: Annotated[tuple[BelowOne, BelowOne], OnlyWith("name", "adamw")] = (0.9, 0.999)
     momentum: Annotated[BelowOne, OnlyWith("name", "sgd")] = 0.9
-    clip_norm: float | None = 0.1
+    clip_norm: Annotated[Positive | None, Null("no clipping")] = 0.1
     backbone_lr_factor: float = 0.1
     sampling_offsets_lr_factor: float = 0.1
-    # further factor for each backbone stage below the last; of EVA-02 for each block, the last one too
+    # further factor for each backbone stage below the last; of EVA-02 for each block, the last one too;
+    # refused for timm backbones whose stages it does not know by name
     backbone_layer_decay: float | None = None
     fused: bool = True  # on CUDA
 

@@ -161,6 +161,19 @@ def to_device(targets: list[dict[str, Any]], device: torch.device) -> list[dict[
     ]
 
 
+def sum_over_processes(value: float, accelerator: Accelerator) -> float:
+    """Sum a number over all processes; every process has to call it."""
+    if accelerator.num_processes == 1:
+        return value
+    mine = torch.tensor([value], dtype=torch.float64, device=accelerator.device)  # a number of one process stays exact
+    return float(accelerator.reduce(mine, reduction="sum").item())
+
+
+def from_main(value: float, accelerator: Accelerator) -> float:
+    """Return the main process's number in every process; every process has to call it."""
+    return sum_over_processes(value if accelerator.is_main_process else 0.0, accelerator)
+
+
 def raise_together(mine: Interruption | None, accelerator: Accelerator) -> None:
     """Raise in every process if one was interrupted; every process calls this at the same point.
 
@@ -178,8 +191,7 @@ def raise_together(mine: Interruption | None, accelerator: Accelerator) -> None:
         if mine is not None:
             raise mine
         return
-    code = torch.tensor(0 if mine is None else int(mine.code), dtype=torch.float32, device=accelerator.device)
-    if accelerator.reduce(code, reduction="sum").item() == 0:
+    if sum_over_processes(0.0 if mine is None else float(mine.code), accelerator) == 0:
         return
     met = gather_object([(-1, 0, "") if mine is None else (accelerator.process_index, int(mine.code), str(mine))])
     process, worst, text = max(met, key=lambda entry: entry[1])

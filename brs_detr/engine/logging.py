@@ -189,8 +189,9 @@ def _is_later(line: dict[str, Any], resumed_at: dict[str, Any]) -> bool:
     # A state may be saved between the last step of an epoch and its validation, so the step alone does not decide. Nor
     # does the epoch: a run whose length is in steps counts fewer epochs once they have become longer.
     step, resumed_step = line["step"], resumed_at["step"]
-    unseen = step == resumed_step and line["kind"] == "val" and line["epoch"] > resumed_at["epoch"]
-    return bool(step > resumed_step or unseen)
+    unseen = line["kind"] == "val" and line["epoch"] > resumed_at["epoch"]
+    # A skipped step is logged by its index, the number of steps done before it.
+    return bool(step > resumed_step or (step == resumed_step and (unseen or line["kind"] == "skipped")))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

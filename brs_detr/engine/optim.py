@@ -17,8 +17,14 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from brs_detr.engine.batch_plan import TrainingLength
 from brs_detr.engine.config import OptimConfig, TrainConfig
+from brs_detr.exit_codes import Failure
 
+_NORM = re.compile(r"\.norm\d*\.\w+$")
 PYRAMID = "backbone.pyramid."  # a neck inside a backbone: it is not pretrained, and learns as the other necks do
+
+
+class RateError(Failure, ValueError):
+    """The settings of `optim` give a detector's parameters no learning rates; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +47,16 @@ class Schedule:
     warmup_steps: int = 0
     warmup_start: float = 0.0
 
-    def factor(self, step: int) -> float:
-        """Return the factor on every group's base rate at optimizer step 0, 1, ..."""
-        # step + 1, so that the first step does not have a rate of 0.
-        share = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+    def factor(self, step: int, done: int | None = None) -> float:
+        """Return the factor on every group's base rate.
+
+        Args:
+            step: index of the optimizer step, in epochs of their present number of steps.
+            done: steps taken before it, which the warm-up counts; None: `step`. Others where epochs had other numbers.
+        """
+        done = step if done is None else done
+        # done + 1, so that the first step does not have a rate of 0.
+        share = min(1.0, (done + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         rise = self.warmup_start + (1 - self.warmup_start) * share
         if self.kind == "cosine":
             return rise * 0.5 * (1 + math.cos(math.pi * min(step / self.total_steps, 1.0)))
@@ -73,11 +85,30 @@ def backbone_depth(name: str) -> int | None:
     """
     if "backbone.out_norm." in name:  # a Swin's norms behind each stage count as its stem, this one of a ViT does not
         return None
-    stage = re.search(r"(?:layers?[._]?|stages?[._]?|blocks[._]?)(\d+)", name)
+    stage = re.search(r"\.(?:layers?|stages?|blocks)[._]?(\d+)", name)
     if not stage:
         return 0
     counts_from_one = re.search(r"layer\d", name) is not None  # ResNets only
     return int(stage[1]) + (0 if counts_from_one else 1)
+
+
+def require_depths(depths: Mapping[str, int | None], decay: float) -> None:
+    """Check that `backbone_depth` knows the stages of a backbone.
+
+    Args:
+        depths: by parameter name, in the order in which they are registered.
+        decay: of each stage, for the error.
+
+    Raises:
+        RateError: no parameter has a stage, or one behind the first stage has none; norms behind stages need none.
+    """
+    first = next((index for index, depth in enumerate(depths.values()) if depth), 0)
+    unknown = [name for name, depth in list(depths.items())[first:] if depth == 0 and not _NORM.search(name)]
+    if unknown:
+        raise RateError(
+            f"optim.backbone_layer_decay={decay}: the stage of {unknown[0]} is not known, nor that of "
+            f"{len(unknown) - 1} more parameters. Set it to null, or use a ResNet, ConvNeXt, Swin or EVA-02."
+        )
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
@@ -89,7 +120,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         Groups for a torch optimizer with "params", "lr", "initial_lr", "weight_decay" and, for the log, "names".
 
     Raises:
-        ValueError: no parameter is trainable.
+        RateError: no parameter is trainable, or the stages of a backbone whose rate decays are not known.
     """
     factors = {
         "backbone.": config.backbone_lr_factor,
@@ -98,9 +129,11 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     }
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
-        raise ValueError("no parameter is trainable. Check train.freeze and model.backbone.frozen_stages.")
+        raise RateError("no parameter is trainable. Check train.freeze and model.backbone.frozen_stages.")
     decayed = [name for name, _ in trainable if "backbone." in name and PYRAMID not in name]
     depths = {name: backbone_depth(name) for name in decayed}
+    if config.backbone_layer_decay is not None:
+        require_depths(depths, config.backbone_layer_decay)
     deepest = max((depth for depth in depths.values() if depth is not None), default=0) + (None in depths.values())
     groups: dict[float, dict[str, Any]] = {}
     for name, parameter in trainable:

@@ -7,6 +7,7 @@ step, process), and every batch one of (seed, epoch, position), so a resumed run
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import signal
 import time
@@ -28,11 +29,13 @@ from brs_detr.engine.config import TrainConfig
 from brs_detr.engine.distributed import (
     average_unsharded_gradients,
     clip_gradients,
+    from_main,
     gradient_norm,
     is_sharded,
     raise_together,
     seed_step,
     share_buffers,
+    sum_over_processes,
     to_device,
     unsharded_weights,
 )
@@ -52,8 +55,8 @@ from brs_detr.engine.optim import Schedule, set_learning_rate
 from brs_detr.engine.signals import stop_signals
 from brs_detr.engine.snapshot import TrainerState, TrainingParts
 from brs_detr.engine.state import load_state, save_state
-from brs_detr.engine.storage import NonFiniteError, together
-from brs_detr.exit_codes import ExitCode, Interruption
+from brs_detr.engine.storage import NonFiniteError, StorageError, together
+from brs_detr.exit_codes import ExitCode, Failure, Interruption
 from brs_detr.ops.images import Batch
 
 BEST, LAST = "best.safetensors", "last.safetensors"
@@ -194,7 +197,8 @@ class Trainer:
                 self.log.say(f"Early stopping: no improvement in {position.worse} validations.")
                 return
             yield position.epoch + 1
-            if self.is_evaluated(position.epoch) and position.epoch < self.length.epochs and self._stop_requested():
+            between = self.is_evaluated(position.epoch) and position.epoch < self.length.epochs
+            if between and sum_over_processes(float(self.asked_to_stop), self.accelerator) > 0:
                 self.stopped = True  # with the state saved after the evaluation
                 return
 
@@ -212,6 +216,8 @@ class Trainer:
             StorageError: the state cannot be written.
         """
         position, config = self.position, self.config
+        entered_at = position.step_in_epoch
+        self.epoch_sums.clear()
         self.model.train()
         title = f"epoch {position.epoch + 1}/{self.length.epochs}"
         main = self.accelerator.is_main_process
@@ -234,7 +240,8 @@ class Trainer:
                     self.save_state()
         finally:
             progress.close()
-        self._warn_of_zero_losses()
+        if entered_at == 0:  # the terms of the steps before a resume are not known
+            self._warn_of_zero_losses()
         position.epoch, position.step_in_epoch = position.epoch + 1, 0
 
     def _next_group(self, batches: Iterator[Batch]) -> list[Batch]:
@@ -255,7 +262,7 @@ class Trainer:
         """Take one optimizer step over accumulated batches; return True if any process was asked to stop."""
         accelerator, position = self.accelerator, self.position
         seed_step(self.seed, position.step, accelerator.process_index)
-        self.lr = set_learning_rate(self.optimizer, self.schedule.factor(self.step_of_schedule))
+        self.lr = set_learning_rate(self.optimizer, self.schedule.factor(self.step_of_schedule, position.step))
         self.statistics.keep()
         all_terms = []
         for index, (images, targets) in enumerate(group):
@@ -364,26 +371,29 @@ class Trainer:
                 f"warning: {', '.join(silent)} loss was zero throughout epoch {self.position.epoch + 1}: no "
                 "anchor matched any ground truth. Check anchor and image sizes (see train_samples.png)."
             )
-        self.epoch_sums.clear()
-
-    def _stop_requested(self) -> bool:
-        """Return True in every process if any process was asked to stop."""
-        requested = torch.tensor(float(self.asked_to_stop), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(requested, reduction="sum").item() > 0)
 
     def evaluate(self) -> None:
         """Evaluate, and save the evaluated weights as the last ones, and as the best ones if they are.
 
+        After an error the position is again that of the epoch's last step, so that a resumed run begins with this
+        evaluation. The state is saved then, unless another process may go on.
+
         Raises:
-            Interruption: before the end; the position is again that of the epoch's last step, so that a resumed run
-                begins with this evaluation.
+            Interruption: before the end; the state is not saved yet.
             StorageError: the weights cannot be written.
         """
         position = self.position
+        before = dataclasses.replace(position, epoch=position.epoch - 1, step_in_epoch=self.steps_per_epoch)
         try:
             self._evaluate()
-        except Interruption:
-            position.epoch, position.step_in_epoch = position.epoch - 1, self.steps_per_epoch
+        except Exception as error:
+            vars(position).update(vars(before))
+            # Saving waits for all processes. A StorageError is of `together`, which raises it in all of them.
+            everywhere = self.accelerator.num_processes == 1 or isinstance(error, StorageError)
+            if everywhere and not isinstance(error, Interruption):
+                with contextlib.suppress(Failure):  # the first error says what to do
+                    self.save_state()
+                    self.log.say(f"validation failed: state saved at step {position.step}. Resume with --resume.")
             raise
 
     def _evaluate(self) -> None:
@@ -395,7 +405,7 @@ class Trainer:
         with unsharded_weights(module, accelerator):
             metrics = dict(self.validate(module)) if self.validate is not None else {}
         weights = module.state_dict() if self.ema is not None else accelerator.get_state_dict(self.model)
-        score = self._from_main(metrics.get("AP", math.nan))
+        score = from_main(metrics.get("AP", math.nan), accelerator)
         better = not math.isnan(score) and (position.best is None or score > position.best)
         position.best, position.worse = (score, 0) if better else (position.best, position.worse + 1)
         if metrics:
@@ -406,18 +416,11 @@ class Trainer:
         names = (LAST, BEST) if better or self.validate is None else (LAST,)
         together(accelerator, lambda: [self.save(name, weights, facts) for name in names])
 
-    def _from_main(self, value: float) -> float:
-        """Return the main process's value in every process."""
-        if self.accelerator.num_processes == 1:
-            return value
-        mine = torch.tensor([value if self.accelerator.is_main_process else 0.0], dtype=torch.float64)  # exact
-        return float(self.accelerator.reduce(mine.to(self.accelerator.device), reduction="sum").item())
-
     def _forget_lost_best(self) -> None:
         """Warn if the best weights were deleted; the weights of the next validation are then the best that exist."""
         position = self.position
         lost = position.best is not None and not (self.folder / BEST).is_file()
-        if self._from_main(float(lost)):
+        if from_main(float(lost), self.accelerator):
             self.log.say(
                 f"warning: {self.folder / BEST} is gone, whose AP was {position.best:.4f}. The weights of the next "
                 "validation are saved as the best ones, whatever their AP."

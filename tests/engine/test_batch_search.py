@@ -12,6 +12,7 @@ from brs_detr.config import ConfigError, load_config
 from brs_detr.data.synthetic import make_dataset
 from brs_detr.engine import batch_search
 from brs_detr.engine.batch_search import (
+    available_memory,
     divisors,
     fits_on_cpu,
     fits_on_device,
@@ -131,6 +132,25 @@ def test_without_a_gpu_half_of_the_memory_that_is_there_is_used(monkeypatch):
     assert largest_that_fits(range(1, 20), fits_on_cpu(50.0, fixed=100)) == 4  # 100 + 2 * 50 * 4 of 500 bytes
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert largest_that_fits(range(1, 20), fits_on_cpu(50.0, fixed=100)) == 1
+
+
+def test_of_a_control_group_the_memory_that_files_take_is_available_and_the_smallest_limit_counts(tmp_path):
+    own = tmp_path / "cgroup"
+    assert available_memory(tmp_path, own) > 10**6  # the machine's
+    own.write_text("1:cpu:/elsewhere\n0::/pod/container\n")
+    limits = {"": ("max", 9000, 0), "pod": (3000, 2500, 900), "pod/container": (4000, 3500, 3000)}
+    for name, (limit, used, inactive) in limits.items():
+        group = tmp_path / name
+        group.mkdir(exist_ok=True)
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.current").write_text(f"{used}\n")
+        (group / "memory.stat").write_text(f"anon 100\ninactive_file {inactive}\n")
+    assert available_memory(tmp_path, own) == 1400  # 3000 - (2500 - 900), below 4000 - (3500 - 3000)
+    (tmp_path / "pod" / "memory.max").write_text("max\n")
+    assert available_memory(tmp_path, own) == 3500
+    (tmp_path / "memory.max").write_text("9100\n")  # a container that sees its own group as the root
+    own.write_text("0::/not/mounted/here\n")
+    assert available_memory(tmp_path, own) == 100
 
 
 def test_losses_of_a_trial_wait_for_no_other_process(monkeypatch):

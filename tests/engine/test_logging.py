@@ -41,12 +41,13 @@ def test_a_detectors_warning_is_in_the_log_once(log, tmp_path, capsys):
 
 
 def test_lines_that_a_resumed_run_repeats_are_dropped_and_those_of_shorter_epochs_before_it_are_not(log, tmp_path):
-    lines = [("train", 8, 8.0), ("val", 8, 8), ("train", 10, 5.0), ("val", 10, 5), ("train", 12, 6.0)]
+    lines = [("train", 8, 8.0), ("val", 8, 8), ("skipped", 9, 5), ("train", 10, 5.0)]
+    lines += [("val", 10, 5), ("skipped", 10, 5), ("train", 12, 6.0)]
     for kind, step, epoch in lines:
         log.metrics(kind, step, {"epoch": epoch})
     resumed = RunLog(tmp_path, log.accelerator)
     resumed.begin({"step": 10, "epoch": 4})
-    assert [(line["kind"], line["step"], line["epoch"]) for line in read_metrics(resumed.metrics_path)] == lines[:3]
+    assert [(line["kind"], line["step"], line["epoch"]) for line in read_metrics(resumed.metrics_path)] == lines[:4]
 
 
 def test_what_is_logged_before_and_after_a_run_is_not_its_own(log, tmp_path, capfd):

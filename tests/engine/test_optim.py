@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,11 +11,13 @@ from torch import nn
 
 from brs_detr.engine.config import OptimConfig
 from brs_detr.engine.optim import (
+    RateError,
     Schedule,
     backbone_depth,
     build_optimizer,
     lr_factor_of,
     parameter_groups,
+    require_depths,
     set_learning_rate,
 )
 
@@ -97,10 +100,45 @@ def test_a_neck_inside_a_backbone_learns_like_the_other_necks():
         ("backbone.blocks.23.mlp.fc1_g.weight", 24),
         ("backbone.norm3.weight", 0),
         ("backbone.out_norm.weight", None),
+        ("backbone.features_denseblock1.denselayer6.conv1.weight", 0),
+        ("backbone.base_layer.1.weight", 0),
     ],
 )
 def test_depth_of_backbone_parameters(name, depth):
     assert backbone_depth(name) == depth
+
+
+def timm_rates(name):
+    """Depths that the rates of a timm network show, by the names of its modules."""
+    network = timm.create_model(name, features_only=True, pretrained=False)
+    groups = parameter_groups(nn.ModuleDict({"backbone": network}), OptimConfig(lr=1.0, backbone_layer_decay=0.5))
+    rates = {key: round(math.log2(0.1 / group["lr"])) for group in groups for key in group["names"]}
+    return {key.split(".")[1]: 4 - rate for key, rate in rates.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "stages"),
+    [("resnet10t", ("conv1", "bn1"), "layer1 layer2 layer3 layer4"), ("convnext_atto", ("stem_0",), "stages_{}")],
+)
+def test_layer_decay_of_networks_of_timm(name, stem, stages):
+    depths = timm_rates(name)
+    assert all(depths[part] == 0 for part in stem)
+    names = stages.split() if " " in stages else [stages.format(index) for index in range(4)]
+    assert [depths[stage] for stage in names] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["regnety_002", "densenet121", "dla34", "mobilevit_xxs"])
+def test_layer_decay_is_refused_where_the_stages_are_not_known(name):
+    """By other names, within other words, or for some of the stages only."""
+    with pytest.raises(RateError, match=r"optim\.backbone_layer_decay=0\.5: the stage of backbone\..* Set it to null"):
+        timm_rates(name)
+
+
+def test_a_norm_behind_a_stage_is_no_stage():
+    depths = {"backbone.patch_embed.weight": 0, "backbone.layers.0.weight": 1, "backbone.norm0.weight": 0}
+    require_depths(depths, 0.5)
+    with pytest.raises(RateError, match=r"backbone\.final_conv\.weight"):
+        require_depths({**depths, "backbone.final_conv.weight": 0}, 0.5)
 
 
 def test_a_model_without_trainable_parameters_is_refused():

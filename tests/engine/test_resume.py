@@ -192,6 +192,17 @@ def test_with_another_number_of_steps_an_epoch_the_rate_goes_on_from_the_same_pl
     assert position.step == place[0] + total - done and position.epoch == epochs
 
 
+def test_the_warm_up_does_not_begin_again_when_an_epoch_has_fewer_steps(toy, tmp_path):
+    before, _ = toy.build(tmp_path, accumulate=1, count=8)
+    vars(before.position).update(step=8, epoch=1)
+    before.save_state()
+    trainer, _ = toy.build(tmp_path, accumulate=8, count=8)
+    trainer.resume(latest_state(tmp_path / "state")[0])
+    trainer.step(list(trainer.batches.epoch(1)))
+    whole = dataclasses.replace(trainer.schedule, warmup_steps=0)
+    assert trainer.lr == pytest.approx(1e-2 * whole.factor(1))  # step 1 of 3, but 8 of 3 steps of the warm-up are done
+
+
 def test_a_finished_run_that_is_resumed_says_so(toy, tmp_path, capsys):
     assert toy.build(tmp_path, epochs=1)[0].fit()
     trainer, _ = toy.build(tmp_path, epochs=1)

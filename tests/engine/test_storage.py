@@ -356,3 +356,49 @@ def test_text_that_cannot_be_written_leaves_the_former_text(tmp_path):
     with file_limit(10), pytest.raises(StorageError):
         write_text(tmp_path / "config.yaml", "longer than ten bytes")
     assert content(tmp_path) == {(tmp_path / "config.yaml").relative_to(tmp_path): b"short"}
+
+
+@pytest.mark.parametrize("fault", ["best weights", "validation"])
+def test_a_failed_validation_loses_no_step(toy, tmp_path, weights, fault):
+    """The best weights cannot be written, or the detector runs out of memory: both are repeated after a resume."""
+    names = ("last.safetensors", "best.safetensors")
+    reference, _ = toy.build(tmp_path / "never", save_every=None)
+    reference.fit()
+    trainer, _ = toy.build(tmp_path / "failed", save_every=None)
+    save, validate = trainer.save, trainer.validate
+
+    def exhausted(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def save_or_fail(name, *arguments):
+        if name == names[1] and trainer.position.epoch == 2:
+            raise StorageError(errno.ENOSPC, "not enough room on the disk")
+        save(name, *arguments)
+
+    if fault == "validation":
+        trainer.validate = lambda module: exhausted(module) if trainer.position.epoch == 2 else validate(module)
+    else:
+        trainer.save = save_or_fail
+    with pytest.raises(torch.OutOfMemoryError if fault == "validation" else StorageError):
+        trainer.fit()
+    states = tmp_path / "failed" / "state"
+    assert [path.name for path in sorted(states.iterdir())] == ["step-00000004", "step-00000008"]
+    assert "validation failed: state saved at step 8" in (tmp_path / "failed" / "log.txt").read_text()
+    facts = read_metadata(latest_state(states)[0])
+    resumed, _ = toy.build(tmp_path / "failed", save_every=None, resumed_at=facts)
+    resumed.resume(latest_state(states)[0])
+    assert (resumed.position.epoch, resumed.position.step_in_epoch, resumed.position.worse) == (1, 4, 0)
+    assert resumed.fit()
+    for name in names:
+        ours, theirs = weights(tmp_path / "failed" / name), weights(tmp_path / "never" / name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    logged = [read_metrics(tmp_path / folder / "metrics.jsonl") for folder in ("failed", "never")]
+    assert [(line["kind"], line["step"]) for line in logged[0]] == [(line["kind"], line["step"]) for line in logged[1]]
+
+
+def test_an_error_that_cannot_be_followed_by_a_state_is_still_the_one_reported(toy, tmp_path, monkeypatch):
+    trainer, _ = toy.build(tmp_path, save_every=None)
+    trainer.validate = lambda module: 1 / 0
+    monkeypatch.setattr(tensor_file, "write_file", full)
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit()

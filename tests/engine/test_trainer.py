@@ -376,6 +376,16 @@ def test_a_head_without_any_loss_in_an_epoch_is_named(toy, tmp_path, capsys):
     assert "warning: roi loss was zero throughout epoch 1" in said
 
 
+def test_an_epoch_that_was_entered_in_its_middle_names_no_head(toy, tmp_path, capsys):
+    """The steps before the resume may have had a loss."""
+    trainer, _ = toy.build(tmp_path, epochs=1)
+    forward = trainer.model.forward
+    trainer.model.forward = lambda *inputs: {**forward(*inputs), "roi.rank": torch.zeros(())}
+    trainer.position.step = trainer.position.step_in_epoch = 2
+    assert trainer.fit()
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_heads_with_a_loss_are_not(toy, tmp_path, capsys):
     assert toy.build(tmp_path, epochs=1)[0].fit()
     assert "warning" not in capsys.readouterr().out
