@@ -304,6 +304,20 @@ def test_a_changed_recipe_is_not_resumed_unless_allowed(run, data, capsys):
     assert train([*command, "train.allow_changes=true"]) == 0
 
 
+def test_changed_annotations_of_a_resumed_run_are_logged(run, data, tmp_path):
+    folder, other = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(run, folder)
+    shutil.copytree(data, other)
+    path = other / "annotations" / "train.json"
+    annotations = json.loads(path.read_text())
+    path.write_text(json.dumps({**annotations, "annotations": annotations["annotations"][1:]}))
+    command = [DEMO, *TINY, f"data.root={other}", f"output_dir={folder}", "--resume", "train.allow_changes=true"]
+    assert train(command) == 0
+    said = (folder / "log.txt").read_text()
+    assert "changed since: the annotations or images of annotations/train.json" in said
+    assert said.count("changed since") == 1
+
+
 def test_the_best_ap_of_another_measure_does_not_count_any_more(run, data, tmp_path, monkeypatch, capsys):
     """Else the best weights stay those that a harder measure cannot beat."""
     folder, ap = tmp_path / "run", iter([0.6, 0.5, 0.4])

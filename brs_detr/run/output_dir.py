@@ -112,20 +112,30 @@ def _resolved(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(model, mask=mask))
 
 
-def require_same_data(config: Config, data: dict[str, str], metadata: dict[str, Any], state: Path) -> None:
-    """Raise if the annotations have changed since a run was saved: its epochs would have other images.
+def require_same_data(config: Config, metadata: dict[str, Any], saved: dict[str, Any], state: Path) -> list[str]:
+    """Compare the datasets of a saved run with this run's: with others its epochs would have other images.
 
     Args:
         config: of this run.
-        data: fingerprints of the "train" and "val" annotations.
-        metadata: stored with `state`.
-        state: named in the error.
+        metadata: of this run, from `setup.run_metadata`.
+        saved: stored with `state`; states of earlier versions lack the fingerprints or the classes.
+        state: named in errors.
+
+    Returns:
+        The annotation files that have changed, if `train.allow_changes` permits it.
 
     Raises:
-        ConfigError: naming the files, unless `train.allow_changes` permits it.
+        ConfigError: naming the files, if it does not; or the classes are others: the rows of the state's weights are
+            those of its classes, in their order.
     """
+    data, classes = metadata["data"], metadata["classes"]
+    if saved.get("classes", classes) != classes:
+        raise ConfigError(
+            f"{state}: its classes or their order are not those of {config.data.train_json}. Restore the annotations, "
+            "or start another run from the weights with train.init_from, which matches classes by name."
+        )
     paths = {"train": config.data.train_json, "val": config.data.val_json}
-    former = metadata.get("data", data)
+    former = saved.get("data", data)
     former = former if isinstance(former, dict) else {}
     changed = [paths[split] for split, digest in data.items() if former.get(split) != digest]
     if changed and not config.train.allow_changes:
@@ -133,6 +143,7 @@ def require_same_data(config: Config, data: dict[str, str], metadata: dict[str, 
             f"{' and '.join(changed)} changed since {state} was saved, or images are missing. Restore them, "
             "or continue with train.allow_changes=true."
         )
+    return changed
 
 
 def changes_of_measure(config: Config, data: dict[str, str], metadata: dict[str, Any], state: Path) -> list[str]:

@@ -235,7 +235,7 @@ def open_data(run: Run) -> Data:
 
     Raises:
         DataError: there is nothing to train or to evaluate on.
-        ConfigError: the datasets' categories differ, or the data are not those of the run that is resumed.
+        ConfigError: the datasets' categories differ, or data or classes are not those of the run that is resumed.
     """
     config, log, masks = run.config, run.log, run.config.model.has_masks
     train_set = run.train_set(config)
@@ -244,7 +244,8 @@ def open_data(run: Run) -> Data:
     require_same_categories(train_set.classes, train_set.category_ids, val_set, train_set.json_path)
     metadata = setup.run_metadata(config, run.plan, train_set, val_set)
     if run.state is not None:
-        require_same_data(config, metadata["data"], read_metadata(run.state), run.state)
+        for path in require_same_data(config, metadata, read_metadata(run.state), run.state):
+            log.say(f"changed since: the annotations or images of {path}")
     train_loader = build_train_loader(
         train_set,
         run.plan.per_device,
