@@ -324,10 +324,16 @@ def initial_detector(config: Config, classes: Sequence[str], fresh: bool = True)
     own = fresh and config.train.init_from is None
     model = setup.build_detector(config, len(classes), initial_weights=own)
     transfer = setup.load_initial_weights(model, config, classes) if fresh else None
-    if transfer is not None and any(name.startswith("backbone.") for name in transfer.fresh):  # another backbone
+    if transfer is not None and any(is_pretrained(name) for name in transfer.fresh):  # another backbone
         model = setup.build_detector(config, len(classes))
         transfer = setup.load_initial_weights(model, config, classes)
     return model, transfer
+
+
+def is_pretrained(name: str) -> bool:
+    """Return True for a tensor of the backbone that pretrained weights have: no counts of batches, no offsets."""
+    added = name.endswith(".num_batches_tracked") or ".conv_offset." in name
+    return name.startswith("backbone.") and not added
 
 
 def dry_run(run: Run, data: Data, model: nn.Module, optimizer: AcceleratedOptimizer) -> str:
