@@ -643,6 +643,21 @@ def test_trackers_get_what_metrics_gets(data, tmp_path):
     assert settings["optim.lr"] == 0.001 and settings["model.objective.loss"] == "brs"
 
 
+def test_a_run_that_is_overwritten_or_refused_leaves_no_events(data, tmp_path):
+    """TensorBoard draws all events of a folder as one curve; files of the user's stay there."""
+    pytest.importorskip("tensorboard")
+    command = [DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}", "train.epochs=1"]
+    command += ["train.trackers=[tensorboard]", "train.eval_every=null"]
+    found = []
+    for flags, code in (([], 0), (["--resume", "optim.lr=1"], 2), (["--overwrite"], 0)):
+        reset_accelerate()
+        assert train([*command, *flags]) == code
+        found.append({path for path in tmp_path.rglob("events.*")})
+        (tmp_path / "brs_detr" / "notes.txt").touch()
+    assert found[0] == found[1] and len(found[2]) == len(found[0]) and not found[2] & found[0]
+    assert (tmp_path / "brs_detr" / "notes.txt").is_file() and len(list(tmp_path.rglob("hparams.yml"))) == 1
+
+
 def test_the_best_validation_leaves_figures_images_and_a_report(data, tmp_path):
     assert train([DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}", "eval.report=true"]) == 0
     best = max(

@@ -8,7 +8,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +24,7 @@ from brs_detr.engine.trainer import BEST, LAST
 from brs_detr.exit_codes import CheckpointError
 from brs_detr.models.rcnn_config import MaskRCNNConfig
 from brs_detr.run.drawings import remove_evaluation
+from brs_detr.run.launch import TRACKED_AS
 from brs_detr.run.setup import changes_figures
 from brs_detr.run.weights import EVALUATION
 
@@ -187,18 +188,29 @@ def check_output_dir(config: Config) -> None:
         lock_output_dir(folder)
 
 
-def remove_run(folder: Path) -> None:
+def tensorboard_files(folder: Path) -> list[Path]:
+    """List the files that TensorBoard's tracker has written in a run's folder; it draws all of them as one curve."""
+    # By name: with output_dir=. it is the folder of this package.
+    names = ("events.out.tfevents.*", "hparams.yml")
+    return [path for name in names for path in sorted((folder / TRACKED_AS).rglob(name))]
+
+
+def remove_run(folder: Path, tracked: Sequence[Path] = ()) -> None:
     """Remove what a run that is overwritten has left of its own; called once the new run is sure to begin.
 
     These are its states, weights, evaluation, report and batches that were not finite: beside the new run's files they
     would seem to be of it. The run itself replaces the log, metrics and settings.
+
+    Args:
+        folder: of the run.
+        tracked: its `tensorboard_files`, listed before the new run's trackers have started.
 
     Raises:
         StorageError: a file cannot be removed.
     """
     shutil.rmtree(folder / "state", ignore_errors=True)
     with writing(folder):
-        for path in (*(folder / name for name in (*_WEIGHTS, "report.html")), *folder.glob("nonfinite-*.pt")):
+        for path in (*(folder / name for name in (*_WEIGHTS, "report.html")), *folder.glob("nonfinite-*.pt"), *tracked):
             path.unlink(missing_ok=True)
         remove_evaluation(folder / EVALUATION)
 

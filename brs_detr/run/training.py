@@ -46,7 +46,7 @@ from brs_detr.run.dataset import (
     worker_count,
 )
 from brs_detr.run.inputs import require_learning_backbone
-from brs_detr.run.launch import describe_machine, start_accelerator
+from brs_detr.run.launch import describe_machine, start_accelerator, start_trackers
 from brs_detr.run.output_dir import (
     changes_of_measure,
     check_output_dir,
@@ -55,6 +55,7 @@ from brs_detr.run.output_dir import (
     require_same_data,
     require_shared_folder,
     require_state,
+    tensorboard_files,
 )
 from brs_detr.run.validation import Validated, report_best
 from brs_detr.viz.boxes import write_samples
@@ -274,13 +275,17 @@ def begin_run(run: Run, train_set: CocoDetection) -> None:
 
     Raises:
         StorageError: in every process: the folder cannot be written to.
+        ConfigError: in every process: a tracker cannot start.
     """
 
     def begin() -> None:
         if run.state is None:
             write_samples(train_set, run.folder / "train_samples.png", 16)  # first: an image may be unreadable
+        tracked = tensorboard_files(run.folder)
+        start_trackers(run.config, run.accelerator)  # before anything is removed: one may have no network
+        if run.state is None:
             if run.config.train.overwrite:
-                remove_run(run.folder)
+                remove_run(run.folder, tracked)
             expect_first_state(run.folder / "state")
         remove_partials(run.folder, WRITTEN)
         run.log.begin(None if run.state is None else read_metadata(run.state))
