@@ -534,8 +534,17 @@ def test_sigterm_before_the_training_has_the_exit_code_of_an_interruption(data, 
     with pytest.raises(SystemExit) as end:
         train([DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}"])
     assert end.value.code == 75 and signal.getsignal(signal.SIGTERM) is former
-    expected = "Received SIGTERM outside the training: nothing to save. Resume with --resume.\n"
+    expected = "Received SIGTERM outside the training: nothing to save. Run the same command again.\n"
     assert capsys.readouterr().err.endswith(expected)
+
+
+def test_sigterm_after_the_training_says_how_its_run_goes_on(run, data, monkeypatch, capsys):
+    monkeypatch.setattr("brs_detr.train.fit", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as end:
+        train([DEMO, *TINY, f"data.root={data}", f"output_dir={run}", "--resume", "--overwrite"])
+    said = capsys.readouterr()
+    assert end.value.code == 75 and said.err.endswith("nothing to save. Resume with --resume.\n")
+    assert "train.overwrite: not used, since there is a state to resume" in said.out
 
 
 def test_a_storage_that_fails_has_a_code_of_its_own_in_every_command(run, data, tmp_path, monkeypatch, capsys):

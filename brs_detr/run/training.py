@@ -156,6 +156,10 @@ def _open_log(
     if state is not None:
         plan = setup.plan_batches(config, accelerator, stored_batch_size(read_metadata(state)))
         changes = check_resumable(config, plan, read_metadata(state), state, is_sharded(accelerator))
+        if config.train.overwrite:
+            notes.append(
+                "train.overwrite: not used, since there is a state to resume. Leave out --resume to start over."
+            )
         notes += [f"resumed from {state}", *(f"changed since: {change}" for change in changes)]
     accelerator.wait_for_everyone()
     log = RunLog(folder, accelerator)
