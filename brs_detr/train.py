@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 from brs_detr.cli import run_command
 from brs_detr.config import Config
@@ -115,16 +116,18 @@ def _ready_to_stop() -> Iterator[Event]:
     """
     begun = Event()
 
-    def stop(*_) -> None:
+    def stop(number: int, _: Any) -> None:
         advice = "Resume with --resume." if begun.is_set() else "Run the same command again."
-        print(f"Received SIGTERM outside the training: nothing to save. {advice}", file=sys.stderr)
+        name = signal.Signals(number).name
+        print(f"Received {name} outside the training: nothing to save. {advice}", file=sys.stderr)
         sys.exit(ExitCode.INTERRUPTED)
 
-    former = signal.signal(signal.SIGTERM, stop)
+    former = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield begun
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 main = partial(run_command, "train")  # the command line

@@ -524,17 +524,18 @@ def test_a_image_that_proves_damaged_is_left_out_of_the_figures(run, data, tmp_p
     assert figures(tmp_path / "damaged") == pytest.approx(figures(tmp_path / "without"), abs=1e-12)
 
 
-def test_sigterm_before_the_training_has_the_exit_code_of_an_interruption(data, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_before_the_training_has_the_exit_code_of_an_interruption(data, tmp_path, monkeypatch, capsys, number):
     def interrupted(*_):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         raise AssertionError("it goes on")
 
-    former = signal.getsignal(signal.SIGTERM)
+    former = signal.getsignal(number)
     monkeypatch.setattr("brs_detr.run.dataset.open_train_set", interrupted)
     with pytest.raises(SystemExit) as end:
         train([DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}"])
-    assert end.value.code == 75 and signal.getsignal(signal.SIGTERM) is former
-    expected = "Received SIGTERM outside the training: nothing to save. Run the same command again.\n"
+    assert end.value.code == 75 and signal.getsignal(number) is former
+    expected = f"Received {number.name} outside the training: nothing to save. Run the same command again.\n"
     assert capsys.readouterr().err.endswith(expected)
 
 
