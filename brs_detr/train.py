@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 from brs_detr.cli import run_command
 from brs_detr.config import Config
@@ -37,8 +39,8 @@ from brs_detr.user_files import complain
 def run_training(config: Config, trial: str | None = None) -> int:
     """Call `train` with its arguments; turn what ends it early into a message and an exit code."""
     try:
-        with _ready_to_stop():
-            return train(config, trial)
+        with _ready_to_stop() as begun:
+            return train(config, trial, begun.set)
     except Failure as error:
         complain(error)
         return error.code
@@ -50,14 +52,20 @@ def run_training(config: Config, trial: str | None = None) -> int:
 
 
 @locks_released()
-def train(config: Config, trial: str | None = None) -> int:
-    """Train as the config says, or only try a "dry-run" or "profile" of it; returns the exit code."""
+def train(config: Config, trial: str | None = None, begun: Callable[[], object] = lambda: None) -> int:
+    """Train as the config says, or only try a "dry-run" or "profile" of it; returns the exit code.
+
+    Args:
+        config: of the run.
+        trial: None for a training.
+        begun: called once the folder is that of the training, no longer that of a run before.
+    """
     run = open_run(config, trial)
     with warnings_in(run.log):
-        return _train(choose_batch_size(run), trial)
+        return _train(choose_batch_size(run), trial, begun)
 
 
-def _train(run: Run, trial: str | None) -> int:
+def _train(run: Run, trial: str | None, begun: Callable[[], object]) -> int:
     data = open_data(run)
     model, optimizer, ema = prepare_model(run, data.train_set)
     if trial == "dry-run":
@@ -71,6 +79,7 @@ def _train(run: Run, trial: str | None) -> int:
         if trial == "profile":
             run.log.say(profile_steps(trainer, run.folder))
             return ExitCode.OK
+        begun()
         finished = fit(trainer)
     for line in data.train_set.met_while_reading():
         run.log.say(f"training images: {line}")
@@ -99,18 +108,26 @@ def fit(trainer: Trainer) -> bool:
 
 
 @contextlib.contextmanager
-def _ready_to_stop() -> Iterator[None]:
-    """End at once on a stop signal outside the training: there is nothing to save."""
+def _ready_to_stop() -> Iterator[Event]:
+    """End at once on a stop signal outside the training: there is nothing to save.
 
-    def stop(*_) -> None:
-        print("Received SIGTERM outside the training: nothing to save. Resume with --resume.", file=sys.stderr)
+    Yields:
+        An event to set when the run has begun: from then on `--resume` continues it and not one before.
+    """
+    begun = Event()
+
+    def stop(number: int, _: Any) -> None:
+        advice = "Resume with --resume." if begun.is_set() else "Run the same command again."
+        name = signal.Signals(number).name
+        print(f"Received {name} outside the training: nothing to save. {advice}", file=sys.stderr)
         sys.exit(ExitCode.INTERRUPTED)
 
-    former = signal.signal(signal.SIGTERM, stop)
+    former = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield begun
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 main = partial(run_command, "train")  # the command line

@@ -304,6 +304,20 @@ def test_a_changed_recipe_is_not_resumed_unless_allowed(run, data, capsys):
     assert train([*command, "train.allow_changes=true"]) == 0
 
 
+def test_changed_annotations_of_a_resumed_run_are_logged(run, data, tmp_path):
+    folder, other = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(run, folder)
+    shutil.copytree(data, other)
+    path = other / "annotations" / "train.json"
+    annotations = json.loads(path.read_text())
+    path.write_text(json.dumps({**annotations, "annotations": annotations["annotations"][1:]}))
+    command = [DEMO, *TINY, f"data.root={other}", f"output_dir={folder}", "--resume", "train.allow_changes=true"]
+    assert train(command) == 0
+    said = (folder / "log.txt").read_text()
+    assert "changed since: the annotations or images of annotations/train.json" in said
+    assert said.count("changed since") == 1
+
+
 def test_the_best_ap_of_another_measure_does_not_count_any_more(run, data, tmp_path, monkeypatch, capsys):
     """Else the best weights stay those that a harder measure cannot beat."""
     folder, ap = tmp_path / "run", iter([0.6, 0.5, 0.4])
@@ -510,18 +524,28 @@ def test_a_image_that_proves_damaged_is_left_out_of_the_figures(run, data, tmp_p
     assert figures(tmp_path / "damaged") == pytest.approx(figures(tmp_path / "without"), abs=1e-12)
 
 
-def test_sigterm_before_the_training_has_the_exit_code_of_an_interruption(data, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_before_the_training_has_the_exit_code_of_an_interruption(data, tmp_path, monkeypatch, capsys, number):
     def interrupted(*_):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         raise AssertionError("it goes on")
 
-    former = signal.getsignal(signal.SIGTERM)
+    former = signal.getsignal(number)
     monkeypatch.setattr("brs_detr.run.dataset.open_train_set", interrupted)
     with pytest.raises(SystemExit) as end:
         train([DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}"])
-    assert end.value.code == 75 and signal.getsignal(signal.SIGTERM) is former
-    expected = "Received SIGTERM outside the training: nothing to save. Resume with --resume.\n"
+    assert end.value.code == 75 and signal.getsignal(number) is former
+    expected = f"Received {number.name} outside the training: nothing to save. Run the same command again.\n"
     assert capsys.readouterr().err.endswith(expected)
+
+
+def test_sigterm_after_the_training_says_how_its_run_goes_on(run, data, monkeypatch, capsys):
+    monkeypatch.setattr("brs_detr.train.fit", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as end:
+        train([DEMO, *TINY, f"data.root={data}", f"output_dir={run}", "--resume", "--overwrite"])
+    said = capsys.readouterr()
+    assert end.value.code == 75 and said.err.endswith("nothing to save. Resume with --resume.\n")
+    assert "train.overwrite: not used, since there is a state to resume" in said.out
 
 
 def test_a_storage_that_fails_has_a_code_of_its_own_in_every_command(run, data, tmp_path, monkeypatch, capsys):
@@ -627,6 +651,21 @@ def test_trackers_get_what_metrics_gets(data, tmp_path):
     assert {"detections", "precision_recall"} <= set(events.Tags()["images"])
     settings = yaml.safe_load(next(tmp_path.rglob("hparams.yml")).read_text())
     assert settings["optim.lr"] == 0.001 and settings["model.objective.loss"] == "brs"
+
+
+def test_a_run_that_is_overwritten_or_refused_leaves_no_events(data, tmp_path):
+    """TensorBoard draws all events of a folder as one curve; files of the user's stay there."""
+    pytest.importorskip("tensorboard")
+    command = [DEMO, *TINY, f"data.root={data}", f"output_dir={tmp_path}", "train.epochs=1"]
+    command += ["train.trackers=[tensorboard]", "train.eval_every=null"]
+    found = []
+    for flags, code in (([], 0), (["--resume", "optim.lr=1"], 2), (["--overwrite"], 0)):
+        reset_accelerate()
+        assert train([*command, *flags]) == code
+        found.append({path for path in tmp_path.rglob("events.*")})
+        (tmp_path / "brs_detr" / "notes.txt").touch()
+    assert found[0] == found[1] and len(found[2]) == len(found[0]) and not found[2] & found[0]
+    assert (tmp_path / "brs_detr" / "notes.txt").is_file() and len(list(tmp_path.rglob("hparams.yml"))) == 1
 
 
 def test_the_best_validation_leaves_figures_images_and_a_report(data, tmp_path):

@@ -23,7 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="recipe: its name or its file, e.g. demo or configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", default=[], help="settings to change, e.g. optim.lr=1e-4")
     parser.add_argument("--resume", action="store_true", help="go on with the run in output_dir, if there is one")
-    parser.add_argument("--overwrite", action="store_true", help="start over although output_dir holds a run")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="start over although output_dir holds a run; with --resume, only if it has no state",
+    )
     trial = parser.add_mutually_exclusive_group()
     trial.add_argument("--dry-run", action="store_true", help="two steps at the largest shape, then report memory")
     trial.add_argument("--profile", action="store_true", help="eight steps, then report where their time went")

@@ -159,6 +159,13 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
     return AdamW(plain, lr=plain[0]["lr"], betas=config.betas, fused=fused)
 
 
+def averages_of(optimizer: Optimizer) -> set[str]:
+    """Return the names of the tensors that an optimizer of `build_optimizer` keeps of each parameter."""
+    if isinstance(optimizer, SGD):
+        return {"momentum_buffer"} if optimizer.defaults["momentum"] else set()
+    return {"step", "exp_avg", "exp_avg_sq"}
+
+
 def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
     """Scale every group's base rate; returns the highest resulting rate."""
     for group in optimizer.param_groups:

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from brs_detr.engine.distributed import full_tensor
 from brs_detr.engine.logging import LossMeter
+from brs_detr.engine.optim import averages_of
 from brs_detr.engine.storage import write_text
 from brs_detr.engine.tensor_file import read_tensors, write_tensors
 from brs_detr.exit_codes import CheckpointError
@@ -178,13 +179,16 @@ def read(folder: Path, training: TrainingParts) -> Snapshot:
     return Snapshot(tensors, values)
 
 
-def put_back(training: TrainingParts, snapshot: Snapshot, source: Path) -> None:
-    """Restore a training from a snapshot.
+def put_back(training: TrainingParts, snapshot: Snapshot, source: Path) -> list[str]:
+    """Restore a training from a snapshot; what another optimizer has kept of the parameters is left out.
 
     Args:
         training: freshly built, with the same detector.
         snapshot: of `read`.
         source: named in errors.
+
+    Returns:
+        Lines for the log.
 
     Raises:
         CheckpointError: the detector or its trained parameters differ, or the values are invalid.
@@ -211,6 +215,10 @@ def put_back(training: TrainingParts, snapshot: Snapshot, source: Path) -> None:
             f"({_some(sorted(changed))}). Restore train.freeze and the model's settings, or start another run from the "
             "weights with train.init_from."
         )
+    notes, kept_averages = [], {key for kept in moments.values() for key in kept}
+    if kept_averages and kept_averages != averages_of(training.optimizer.optimizer):
+        moments = {}
+        notes.append(f"optimizer: {source} was saved by one of another kind. The averages of this one start at zero.")
     sizes = {f"{key}/{name}": named[name] for name, kept in moments.items() for key, t in kept.items() if t.dim()}
     _require_fit(source, sizes, {name: tensors[OPTIMIZER][name] for name in sizes}, "optimizer's state")
     if training.average is not None:  # a run saved without EMA starts its average from the weights
@@ -220,6 +228,7 @@ def put_back(training: TrainingParts, snapshot: Snapshot, source: Path) -> None:
     _fill(own, tensors[MODEL])
     _load_optimizer(training.optimizer, named, moments)
     vars(training.position).update(vars(position))
+    return notes
 
 
 def _load_optimizer(optimizer: AcceleratedOptimizer, named: dict[str, Tensor], moments: dict[str, Tensors]) -> None:

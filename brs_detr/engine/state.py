@@ -86,13 +86,16 @@ def lacks_first_state(folder: Path) -> bool:
     return (folder / NONE_YET).is_file()
 
 
-def load_state(state: Path, training: TrainingParts) -> None:
+def load_state(state: Path, training: TrainingParts) -> list[str]:
     """Restore a training from a saved state; every process calls it.
+
+    Returns:
+        Lines for the log.
 
     Raises:
         CheckpointError: the state is damaged or of another detector; names the difference.
     """
-    put_back(training, read(state, training), state)
+    return put_back(training, read(state, training), state)
 
 
 def latest_state(folder: Path) -> tuple[Path | None, list[str]]:

@@ -17,7 +17,7 @@ from typing import BinaryIO
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from brs_detr.exit_codes import CheckpointError, ExitCode, Failure
+from brs_detr.exit_codes import ExitCode, Failure
 
 TOKEN_BYTES = 4  # random, in the name of an unfinished file: two processes may write the same file at the same time
 PARTIAL_BYTES = len("..partial") + 2 * TOKEN_BYTES + 1  # by which the name of an unfinished file is longer
@@ -182,13 +182,13 @@ def together(accelerator: Accelerator, work: Callable[[], object]) -> None:
     """Call `work` in the main process and raise its errors in every process, so that no process waits for another.
 
     Raises:
-        StorageError, NonFiniteError, CheckpointError: raised by `work`.
+        Failure: raised by `work`.
     """
     errors: list[Exception | None] = [None]
     if accelerator.is_main_process:
         try:
             work()
-        except (StorageError, NonFiniteError, CheckpointError) as error:
+        except Failure as error:
             errors = [error]
     if accelerator.num_processes > 1:
         broadcast_object_list(errors)

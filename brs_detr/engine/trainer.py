@@ -150,7 +150,8 @@ class Trainer:
         Raises:
             CheckpointError: the state is damaged or of another detector.
         """
-        load_state(state, self._training())
+        for note in load_state(state, self._training()):
+            self.log.say(note)
         if self.position.convert(self.steps_per_epoch, by_steps=self.config.steps is not None):
             self.log.say(
                 f"an epoch has another number of optimizer steps now, {self.steps_per_epoch:,}: {self.position.epoch} "

@@ -15,9 +15,11 @@ from brs_detr.config import Config, ConfigError
 from brs_detr.config_io import leaves
 from brs_detr.engine.distributed import is_sharded, sharding_plugin, sharding_wanted
 
+TRACKED_AS = "brs_detr"  # the trackers' name of the project, and TensorBoard's folder in output_dir
+
 
 def start_accelerator(config: Config, *, trackers: bool = False) -> Accelerator:
-    """Create the Accelerator of this launch, for a training with its trackers.
+    """Create the Accelerator of this launch, for a training with its trackers, which `start_trackers` starts.
 
     Raises:
         ConfigError: this precision is not supported on this machine, or a tracker is unknown or not installed.
@@ -40,13 +42,6 @@ def start_accelerator(config: Config, *, trackers: bool = False) -> Accelerator:
         raise ConfigError(
             f"train.precision={config.train.precision}: not possible with this launch: {error}"
         ) from error
-    if names:
-        try:
-            plain = (int, float, str)  # the types that trackers accept
-            settings = {name: value if isinstance(value, plain) else str(value) for name, value in leaves(config)}
-            accelerator.init_trackers("brs_detr", config=settings)
-        except Exception as error:  # each tracker raises its own: no login, no network, no permission
-            raise ConfigError(f"train.trackers={names}: {' '.join(str(error).split())}") from error
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ConfigError(
@@ -55,6 +50,22 @@ def start_accelerator(config: Config, *, trackers: bool = False) -> Accelerator:
     if sharding_wanted() and launched > 1 and not is_sharded(accelerator):
         raise ConfigError("launch: Accelerate supports FSDP on GPUs only. Leave it out on CPUs.")
     return accelerator
+
+
+def start_trackers(config: Config, accelerator: Accelerator) -> None:
+    """Start the trackers of a launch, if it has some: from here on they write files, or to a server.
+
+    Raises:
+        ConfigError: a tracker cannot start.
+    """
+    if not accelerator.log_with:
+        return
+    plain = (int, float, str)  # the types that trackers accept
+    settings = {name: value if isinstance(value, plain) else str(value) for name, value in leaves(config)}
+    try:
+        accelerator.init_trackers(TRACKED_AS, config=settings)
+    except Exception as error:  # each tracker raises its own: no login, no network, no permission
+        raise ConfigError(f"train.trackers={list(config.train.trackers)}: {' '.join(str(error).split())}") from error
 
 
 def _longest_collective(config: Config) -> timedelta:

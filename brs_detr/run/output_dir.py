@@ -8,7 +8,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +24,7 @@ from brs_detr.engine.trainer import BEST, LAST
 from brs_detr.exit_codes import CheckpointError
 from brs_detr.models.rcnn_config import MaskRCNNConfig
 from brs_detr.run.drawings import remove_evaluation
+from brs_detr.run.launch import TRACKED_AS
 from brs_detr.run.setup import changes_figures
 from brs_detr.run.weights import EVALUATION
 
@@ -112,20 +113,30 @@ def _resolved(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(model, mask=mask))
 
 
-def require_same_data(config: Config, data: dict[str, str], metadata: dict[str, Any], state: Path) -> None:
-    """Raise if the annotations have changed since a run was saved: its epochs would have other images.
+def require_same_data(config: Config, metadata: dict[str, Any], saved: dict[str, Any], state: Path) -> list[str]:
+    """Compare the datasets of a saved run with this run's: with others its epochs would have other images.
 
     Args:
         config: of this run.
-        data: fingerprints of the "train" and "val" annotations.
-        metadata: stored with `state`.
-        state: named in the error.
+        metadata: of this run, from `setup.run_metadata`.
+        saved: stored with `state`; states of earlier versions lack the fingerprints or the classes.
+        state: named in errors.
+
+    Returns:
+        The annotation files that have changed, if `train.allow_changes` permits it.
 
     Raises:
-        ConfigError: naming the files, unless `train.allow_changes` permits it.
+        ConfigError: naming the files, if it does not; or the classes are others: the rows of the state's weights are
+            those of its classes, in their order.
     """
+    data, classes = metadata["data"], metadata["classes"]
+    if saved.get("classes", classes) != classes:
+        raise ConfigError(
+            f"{state}: its classes or their order are not those of {config.data.train_json}. Restore the annotations, "
+            "or start another run from the weights with train.init_from, which matches classes by name."
+        )
     paths = {"train": config.data.train_json, "val": config.data.val_json}
-    former = metadata.get("data", data)
+    former = saved.get("data", data)
     former = former if isinstance(former, dict) else {}
     changed = [paths[split] for split, digest in data.items() if former.get(split) != digest]
     if changed and not config.train.allow_changes:
@@ -133,6 +144,7 @@ def require_same_data(config: Config, data: dict[str, str], metadata: dict[str, 
             f"{' and '.join(changed)} changed since {state} was saved, or images are missing. Restore them, "
             "or continue with train.allow_changes=true."
         )
+    return changed
 
 
 def changes_of_measure(config: Config, data: dict[str, str], metadata: dict[str, Any], state: Path) -> list[str]:
@@ -176,18 +188,29 @@ def check_output_dir(config: Config) -> None:
         lock_output_dir(folder)
 
 
-def remove_run(folder: Path) -> None:
+def tensorboard_files(folder: Path) -> list[Path]:
+    """List the files that TensorBoard's tracker has written in a run's folder; it draws all of them as one curve."""
+    # By name: with output_dir=. it is the folder of this package.
+    names = ("events.out.tfevents.*", "hparams.yml")
+    return [path for name in names for path in sorted((folder / TRACKED_AS).rglob(name))]
+
+
+def remove_run(folder: Path, tracked: Sequence[Path] = ()) -> None:
     """Remove what a run that is overwritten has left of its own; called once the new run is sure to begin.
 
     These are its states, weights, evaluation, report and batches that were not finite: beside the new run's files they
     would seem to be of it. The run itself replaces the log, metrics and settings.
+
+    Args:
+        folder: of the run.
+        tracked: its `tensorboard_files`, listed before the new run's trackers have started.
 
     Raises:
         StorageError: a file cannot be removed.
     """
     shutil.rmtree(folder / "state", ignore_errors=True)
     with writing(folder):
-        for path in (*(folder / name for name in (*_WEIGHTS, "report.html")), *folder.glob("nonfinite-*.pt")):
+        for path in (*(folder / name for name in (*_WEIGHTS, "report.html")), *folder.glob("nonfinite-*.pt"), *tracked):
             path.unlink(missing_ok=True)
         remove_evaluation(folder / EVALUATION)
 

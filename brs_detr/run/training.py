@@ -46,7 +46,7 @@ from brs_detr.run.dataset import (
     worker_count,
 )
 from brs_detr.run.inputs import require_learning_backbone
-from brs_detr.run.launch import describe_machine, start_accelerator
+from brs_detr.run.launch import describe_machine, start_accelerator, start_trackers
 from brs_detr.run.output_dir import (
     changes_of_measure,
     check_output_dir,
@@ -55,6 +55,7 @@ from brs_detr.run.output_dir import (
     require_same_data,
     require_shared_folder,
     require_state,
+    tensorboard_files,
 )
 from brs_detr.run.validation import Validated, report_best
 from brs_detr.viz.boxes import write_samples
@@ -155,6 +156,10 @@ def _open_log(
     if state is not None:
         plan = setup.plan_batches(config, accelerator, stored_batch_size(read_metadata(state)))
         changes = check_resumable(config, plan, read_metadata(state), state, is_sharded(accelerator))
+        if config.train.overwrite:
+            notes.append(
+                "train.overwrite: not used, since there is a state to resume. Leave out --resume to start over."
+            )
         notes += [f"resumed from {state}", *(f"changed since: {change}" for change in changes)]
     accelerator.wait_for_everyone()
     log = RunLog(folder, accelerator)
@@ -235,7 +240,7 @@ def open_data(run: Run) -> Data:
 
     Raises:
         DataError: there is nothing to train or to evaluate on.
-        ConfigError: the datasets' categories differ, or the data are not those of the run that is resumed.
+        ConfigError: the datasets' categories differ, or data or classes are not those of the run that is resumed.
     """
     config, log, masks = run.config, run.log, run.config.model.has_masks
     train_set = run.train_set(config)
@@ -244,7 +249,8 @@ def open_data(run: Run) -> Data:
     require_same_categories(train_set.classes, train_set.category_ids, val_set, train_set.json_path)
     metadata = setup.run_metadata(config, run.plan, train_set, val_set)
     if run.state is not None:
-        require_same_data(config, metadata["data"], read_metadata(run.state), run.state)
+        for path in require_same_data(config, metadata, read_metadata(run.state), run.state):
+            log.say(f"changed since: the annotations or images of {path}")
     train_loader = build_train_loader(
         train_set,
         run.plan.per_device,
@@ -273,13 +279,17 @@ def begin_run(run: Run, train_set: CocoDetection) -> None:
 
     Raises:
         StorageError: in every process: the folder cannot be written to.
+        ConfigError: in every process: a tracker cannot start.
     """
 
     def begin() -> None:
         if run.state is None:
             write_samples(train_set, run.folder / "train_samples.png", 16)  # first: an image may be unreadable
+        tracked = tensorboard_files(run.folder)
+        start_trackers(run.config, run.accelerator)  # before anything is removed: one may have no network
+        if run.state is None:
             if run.config.train.overwrite:
-                remove_run(run.folder)
+                remove_run(run.folder, tracked)
             expect_first_state(run.folder / "state")
         remove_partials(run.folder, WRITTEN)
         run.log.begin(None if run.state is None else read_metadata(run.state))
@@ -323,10 +333,16 @@ def initial_detector(config: Config, classes: Sequence[str], fresh: bool = True)
     own = fresh and config.train.init_from is None
     model = setup.build_detector(config, len(classes), initial_weights=own)
     transfer = setup.load_initial_weights(model, config, classes) if fresh else None
-    if transfer is not None and any(name.startswith("backbone.") for name in transfer.fresh):  # another backbone
+    if transfer is not None and any(is_pretrained(name) for name in transfer.fresh):  # another backbone
         model = setup.build_detector(config, len(classes))
         transfer = setup.load_initial_weights(model, config, classes)
     return model, transfer
+
+
+def is_pretrained(name: str) -> bool:
+    """Return True for a tensor of the backbone that pretrained weights have: no counts of batches, no offsets."""
+    added = name.endswith(".num_batches_tracked") or ".conv_offset." in name
+    return name.startswith("backbone.") and not added
 
 
 def dry_run(run: Run, data: Data, model: nn.Module, optimizer: AcceleratedOptimizer) -> str:

@@ -203,6 +203,20 @@ def test_the_warm_up_does_not_begin_again_when_an_epoch_has_fewer_steps(toy, tmp
     assert trainer.lr == pytest.approx(1e-2 * whole.factor(1))  # step 1 of 3, but 8 of 3 steps of the warm-up are done
 
 
+@pytest.mark.parametrize("former", ["adamw", "sgd"])
+def test_another_optimizer_begins_with_averages_of_its_own(toy, tmp_path, capsys, former):
+    """Neither its first step nor its states depend on what the former one has kept."""
+    names = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
+    later = "sgd" if former == "adamw" else "adamw"
+    for name, epochs in ((former, 1), (later, 2)):
+        trainer, _ = toy.build(tmp_path, epochs=epochs, optimizer=name)
+        if name == later:
+            trainer.resume(latest_state(tmp_path / "state")[0])
+        assert trainer.fit()
+        assert all(kept.keys() == names[name] for kept in trainer.optimizer.state.values())
+        assert ("another kind. The averages of this one start at zero" in capsys.readouterr().out) == (name == later)
+
+
 def test_a_finished_run_that_is_resumed_says_so(toy, tmp_path, capsys):
     assert toy.build(tmp_path, epochs=1)[0].fit()
     trainer, _ = toy.build(tmp_path, epochs=1)

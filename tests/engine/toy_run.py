@@ -110,6 +110,7 @@ def build(
     resumed_at=None,
     accelerator=None,
     gradient_ratio=False,
+    optimizer="adamw",
     **more,
 ):
     """(trainer, accelerator) of a toy run; further keywords go to ToyBatches."""
@@ -118,7 +119,7 @@ def build(
     torch.manual_seed(0)
     model = model or ToyDetector()
     average = None if ema is None else ModelEmaV3(model, decay=ema, use_warmup=True)
-    config = OptimConfig(lr=1e-2, weight_decay=1e-2, fused=False)
+    config = OptimConfig(name=optimizer, lr=1e-2, weight_decay=1e-2, fused=False)
     model, optimizer = accelerator.prepare(model, build_optimizer(config, model))
     batches = ToyBatches(count, rank=accelerator.process_index, world=accelerator.num_processes, **more)
 

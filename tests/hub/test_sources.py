@@ -14,7 +14,8 @@ import brs_detr
 from brs_detr import cli
 from brs_detr.checkpoints.keys import to_official
 from brs_detr.checkpoints.official import expected_shapes
-from brs_detr.config import ConfigError, load_config
+from brs_detr.config import ConfigError, apply_overrides, load_config, to_dict
+from brs_detr.engine.checkpoint import Weights, save_weights
 from brs_detr.exit_codes import CheckpointError
 from brs_detr.hub import published, sources
 from brs_detr.hub.download import DownloadError
@@ -22,7 +23,7 @@ from brs_detr.hub.published import TABLE, find, nearest
 from brs_detr.hub.sources import SourceError, address_in_folder, local_path, require_source
 from brs_detr.models.backbones import availability, timm_backbone
 from brs_detr.models.config import CoDINOConfig, SoftNMS
-from brs_detr.run.setup import restore
+from brs_detr.run.setup import build_detector, restore
 from brs_detr.run.training import initial_detector
 from brs_detr.run.weights import folder_for_results, locate, read
 
@@ -159,6 +160,19 @@ def test_a_training_begins_from_a_name_or_an_official_file(served, official, mon
     name = next(name for name in transfer.by_class if name.startswith("decoder.classifiers.0.weight"))
     assert torch.equal(model.state_dict()[name][0], weights[name][16])  # dog
     assert not torch.equal(model.state_dict()[name][1], weights[name][16])
+
+
+@pytest.mark.parametrize("words", [["norm=batch"], ["deformable_stages=[3]"]])
+def test_complete_weights_need_no_pretrained_ones_for_what_those_lack(tmp_path, monkeypatch, words):
+    """Counts of batches, where the norms were frozen, and the offsets of deformable convolutions."""
+    reset_accelerate()
+    config = load_config("co_detr_r50_12e_coco", NARROW[:-1])
+    model = build_detector(config, 1, initial_weights=False)
+    save_weights(tmp_path / "w.safetensors", Weights(model.state_dict(), ["dog"], [1], to_dict(config)))
+    monkeypatch.setattr(timm_backbone, "require_reachable", lambda _: pytest.fail("looked for pretrained weights"))
+    other = [f"model.backbone.{word}" for word in words] + [f"train.init_from={tmp_path / 'w.safetensors'}"]
+    _, transfer = initial_detector(apply_overrides(config, other), ["dog"])
+    assert transfer.fresh and all(name.startswith("backbone.") for name in transfer.fresh)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from brs_detr.run.output_dir import (
     check_resumable,
     lock_output_dir,
     remove_run,
+    require_same_data,
 )
 from brs_detr.train import train
 
@@ -118,6 +119,21 @@ def test_settings_of_validation_and_of_training_alone_are_separate(tmp_path):
     assert changes_of_measure(Config(), other, {**saved, "data": data}, tmp_path) == [
         f"the images or objects of {Config().data.val_json}"
     ]
+
+
+def test_changed_data_are_named_if_they_are_allowed_and_other_classes_are_refused(tmp_path):
+    """The weights' rows are those of the stored classes, in their order."""
+    config, allowed = Config(), Config(train=TrainConfig(allow_changes=True))
+    saved = {"data": {"train": "a", "val": "b"}, "classes": ["cat", "dog"]}
+    assert require_same_data(config, saved, saved, tmp_path) == []
+    assert require_same_data(config, saved, {}, tmp_path) == []  # of an earlier version
+    other = {**saved, "data": {"train": "c", "val": "b"}}
+    with pytest.raises(ConfigError, match=r"changed since .*allow_changes=true"):
+        require_same_data(config, other, saved, tmp_path)
+    assert require_same_data(allowed, other, saved, tmp_path) == [config.data.train_json]
+    for started in (config, allowed):
+        with pytest.raises(ConfigError, match=r"its classes or their order .*train\.init_from"):
+            require_same_data(started, {**other, "classes": ["dog", "cat"]}, saved, tmp_path)
 
 
 @pytest.mark.parametrize("flag", [None, "resume", "overwrite"])
