@@ -25,7 +25,7 @@ from brs_detr.exit_codes import CheckpointError
 from brs_detr.models.rcnn_config import MaskRCNNConfig
 from brs_detr.run.drawings import remove_evaluation
 from brs_detr.run.launch import TRACKED_AS
-from brs_detr.run.setup import changes_figures
+from brs_detr.run.setup import changes_measure, changes_training
 from brs_detr.run.weights import EVALUATION
 
 try:
@@ -33,35 +33,6 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-# Settings in which a resumed run may differ, since they do not change the training's numbers.
-_FREE_TO_CHANGE = (
-    "output_dir",
-    "data.source",
-    "data.root",  # its content is compared instead, as are the annotations and the file names of the images
-    "data.train_",
-    "data.val_",
-    "data.workers",
-    "data.timeout",
-    "data.retry_seconds",
-    "data.max_json_bytes",
-    "data.allow_outside_images",  # the images it allows are compared with all others
-    "train.resume",
-    "train.overwrite",
-    "train.allow_changes",
-    "train.log_every",
-    "train.gradient_ratio",
-    "train.save_every",
-    "train.trackers",
-    "train.on_nonfinite",
-    "train.max_skipped",
-    "eval.batch_size",
-    "eval.calibrate",  # the map of scores is fitted and stored either way
-    "eval.report",
-)
-
-# Parts of names in section `model` of further settings of the training alone, which a resumed run can only change with
-# its losses.
-_NO_MEASURE = ("objective.", "matcher.", "denoising.", "loss")
 _WEIGHTS = (BEST, LAST)
 _locks: list[IO[str]] = []  # a lock is held as long as its file is open
 
@@ -89,7 +60,7 @@ def check_resumable(
     if not isinstance(launch, dict) or "config" not in metadata:
         raise CheckpointError(f"{state}: the settings of its run are missing. Use the state before it.")
     saved = from_dict(metadata["config"], str(state))
-    changes = [c for c in differences(_resolved(saved), _resolved(config)) if not c.startswith(_FREE_TO_CHANGE)]
+    changes = [c for c in differences(_resolved(saved), _resolved(config)) if changes_training(c)]
     for name, value in dataclasses.asdict(plan).items():
         if launch.get(name) != value:
             changes.append(f"launch {name}: {launch.get(name)} -> {value}")
@@ -157,11 +128,7 @@ def changes_of_measure(config: Config, data: dict[str, str], metadata: dict[str,
         state: named in errors.
     """
     saved = from_dict(metadata["config"], str(state))
-    changes = []
-    for change in differences(_resolved(saved), _resolved(config)):
-        name = change.partition(":")[0]
-        if changes_figures(change) and not any(part in name for part in _NO_MEASURE):
-            changes.append(change)
+    changes = [change for change in differences(_resolved(saved), _resolved(config)) if changes_measure(change)]
     former = metadata.get("data")
     if isinstance(former, dict) and former.get("val") != data["val"]:
         changes.append(f"the images or objects of {config.data.val_json}")

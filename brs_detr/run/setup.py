@@ -57,12 +57,51 @@ TRAINING_SETTINGS = (
     # validations and evaluations have limits of their own, rpn.test_proposals
     *(f"model.rpn.{name}" for name in ("proposals", "proposals_before_nms", "sample", "allowed_border", "prior")),
 )
+# parts of the names of further ones, the losses': a resumed run may change them, and the figures of its validations are
+# comparable all the same
+LOSS_SETTINGS = ("objective.", "matcher.", "denoising.", "loss")
+# beginnings of the settings in which a resumed run may differ, since they do not change the training's numbers
+FREE_SETTINGS = (
+    "output_dir",
+    "data.source",
+    "data.root",  # its content is compared instead, as are the annotations and the file names of the images
+    "data.train_",
+    "data.val_",
+    "data.workers",
+    "data.timeout",
+    "data.retry_seconds",
+    "data.max_json_bytes",
+    "data.allow_outside_images",  # the images it allows are compared with all others
+    "train.resume",
+    "train.overwrite",
+    "train.allow_changes",
+    "train.log_every",
+    "train.gradient_ratio",
+    "train.save_every",
+    "train.trackers",
+    "train.on_nonfinite",
+    "train.max_skipped",
+    "eval.batch_size",
+    "eval.calibrate",  # the map of scores is fitted and stored either way
+    "eval.report",
+)
 
 
 def changes_figures(change: str) -> bool:
     """Return True if a line of `config.differences` is of a setting that the figures of given weights depend on."""
     name = change.partition(":")[0]
     return name.startswith(METRIC_SETTINGS) and name not in TRAINING_SETTINGS
+
+
+def changes_measure(change: str) -> bool:
+    """Return True if a line of `config.differences` makes the figures of a run's validations incomparable."""
+    name = change.partition(":")[0]
+    return changes_figures(change) and not any(part in name for part in LOSS_SETTINGS)
+
+
+def changes_training(change: str) -> bool:
+    """Return True if a line of `config.differences` is of a setting that the numbers of a training depend on."""
+    return not change.startswith(FREE_SETTINGS)
 
 
 def run_metadata(config: Config, plan: BatchPlan, train_set: CocoDetection, val_set: CocoDetection) -> dict[str, Any]:
