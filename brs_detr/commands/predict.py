@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from brs_detr.config import ConfigError
 from brs_detr.data.image_io import ImageError
 from brs_detr.data.sources import Source, expand
 from brs_detr.data.video import Frame, VideoWriter, read_sources
@@ -36,6 +37,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"{printable(folder)}: {drawn} images or videos are left out, as drawings are written there.")
     if not sources:
         raise FileNotFoundError(f"{' '.join(options.sources)}: only drawings are in it. Name {folder} to look at them.")
+    if options.annotations is not None:
+        _require_images(sources)
     predictor = Predictor.load(options.weights, device=options.device, overrides=options.overrides)
     if predictor.note and not options.raw_scores:
         print(printable(f"{predictor.note}."))
@@ -77,6 +80,20 @@ def run(options: argparse.Namespace) -> int:
         complain(f"nothing was written: none of the {len(sources)} source(s) could be read, for the reasons above.")
         return 1
     return 0
+
+
+def _require_images(sources: Iterable[Source]) -> None:
+    """Refuse videos and cameras, whose frames have no ids in a dataset.
+
+    Raises:
+        ConfigError: naming the first one.
+    """
+    for source in sources:
+        if source.kind in ("video", "camera"):
+            raise ConfigError(
+                f"--annotations: {printable(source.name)} is a {source.kind}, whose frames have no ids there. Name "
+                "only images, or leave --annotations out."
+            )
 
 
 def detect(

@@ -329,6 +329,13 @@ def test_a_video_among_images_in_the_other_formats(weights, clip, folder, tmp_pa
     assert written(tmp_path / "json") == ["clip.jsonl", "predictions.json"]
 
 
+def test_a_video_is_refused_beside_ids_of_images(weights, clip, folder, tmp_path, capsys):
+    words = [str(folder / "a.png"), str(clip), "--format", "coco", "--annotations", "x.json", "--out", str(tmp_path)]
+    assert cli.main(["predict", str(weights), *words]) == 2
+    error = capsys.readouterr().err
+    assert "--annotations: clip.mp4 is a video, whose frames have no ids" in error and error.count("\n") == 1
+
+
 def test_a_camera_ends_by_ctrl_c_and_keeps_its_frames(weights, clip, tmp_path, monkeypatch):
     """A camera whose fourth frame does not come before Ctrl-C."""
     import brs_detr.data.video
