@@ -22,7 +22,7 @@ from brs_detr.ops.masks import encode_masks
 from brs_detr.ops.rle import as_text
 from brs_detr.predictor import Predictor
 from brs_detr.run.output_dir import require_writable
-from brs_detr.run.prediction_files import Labels, convert, drawing_names, id_of, read_image_ids
+from brs_detr.run.prediction_files import Labels, convert, drawing_names, id_of, read_image_ids, require_own_labels
 from brs_detr.user_files import complain, printable
 from brs_detr.viz.boxes import draw_detections
 
@@ -39,13 +39,15 @@ def run(options: argparse.Namespace) -> int:
         raise FileNotFoundError(f"{' '.join(options.sources)}: only drawings are in it. Name {folder} to look at them.")
     if options.annotations is not None:
         _require_images(sources)
+    drawings = dict(zip((one.name for one in sources), drawing_names([Path(one.stem) for one in sources]), strict=True))
+    stems = {name: drawing.with_suffix("") for name, drawing in drawings.items()}
+    if options.format == "yolo":
+        require_own_labels(sources, stems)
     predictor = Predictor.load(options.weights, device=options.device, overrides=options.overrides)
     if predictor.note and not options.raw_scores:
         print(printable(f"{predictor.note}."))
     if predictor.remark:
         print(predictor.remark)
-    drawings = dict(zip((one.name for one in sources), drawing_names([Path(one.stem) for one in sources]), strict=True))
-    stems = {name: drawing.with_suffix("") for name, drawing in drawings.items()}
     labels = Labels(predictor.classes, predictor.category_ids, stems)
     if options.annotations is not None:
         image_ids = read_image_ids(options.annotations, labels, predictor.limits.max_json_bytes)
