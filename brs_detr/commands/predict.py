@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     folder = options.out / "detections"  # of the drawings, which must not become images of the next start
     sources, drawn = expand(options.sources, folder)
     if drawn:
-        print(f"{printable(folder)}: {drawn} images or videos are left out, as drawings are written there.")
+        say(f"{printable(folder)}: {drawn} images or videos are left out, as drawings are written there.")
     if not sources:
         raise FileNotFoundError(f"{' '.join(options.sources)}: only drawings are in it. Name {folder} to look at them.")
     if options.annotations is not None:
@@ -45,9 +46,9 @@ def run(options: argparse.Namespace) -> int:
         require_own_labels(sources, stems)
     predictor = Predictor.load(options.weights, device=options.device, overrides=options.overrides)
     if predictor.note and not options.raw_scores:
-        print(printable(f"{predictor.note}."))
+        say(printable(f"{predictor.note}."))
     if predictor.remark:
-        print(predictor.remark)
+        say(predictor.remark)
     labels = Labels(predictor.classes, predictor.category_ids, stems)
     if options.annotations is not None:
         image_ids = read_image_ids(options.annotations, labels, predictor.limits.max_json_bytes)
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
             finally:  # also if a video cannot be finished
                 if report.count:
                     convert(partial, options.out, options.format, labels)
-                    print(f"saved in {printable(options.out)}")
+                    say(f"saved in {printable(options.out)}")
                 partial.unlink(missing_ok=True)
     if not report.count:
         complain(f"nothing was written: none of the {len(sources)} source(s) could be read, for the reasons above.")
@@ -121,9 +122,15 @@ def detect(
 def _readable(items: Iterable[Frame | ImageError]) -> Iterator[Frame]:
     for item in items:
         if isinstance(item, ImageError):
-            print(f"skipped: {item}")
+            say(f"skipped: {item}")
         else:
             yield item
+
+
+def say(text: object) -> None:
+    """Print a line; if nobody reads it any more, as after `| head`, or the disk under it is full, go on without."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 class Report:
@@ -148,14 +155,14 @@ class Report:
             self.close()
             known = self.labels.image_ids is None or id_of(frame.source.name, self.labels.image_ids) is not None
             note += "" if known else "; it has no id in --annotations, so its objects are left out"
-            print(f"{printable(_shown(frame.source))}: {len(found)} objects{printable(note)}")
+            say(f"{printable(_shown(frame.source))}: {len(found)} objects{printable(note)}")
             return
         if frame.source != self._video:
             self.close()
             self._video, self._frames, self._objects = frame.source, 0, 0
         self._frames, self._objects, self._note = self._frames + 1, self._objects + len(found), note
         if self._frames % REPORT_EVERY == 0:
-            print(f"{printable(_shown(frame.source))}: {self._frames} frames, {self._objects} objects ...", flush=True)
+            say(f"{printable(_shown(frame.source))}: {self._frames} frames, {self._objects} objects ...")
 
     def close(self) -> None:
         """Report the video whose frames were counted, if there is one."""
@@ -164,7 +171,7 @@ class Report:
             return
         rate = self._frames / max(time.monotonic() - self._start, 1e-3)
         note = f" In the last frame{self._note.replace(';', '', 1)}" if not self._objects and self._note else ""
-        print(
+        say(
             f"{printable(_shown(self._video))}: {self._frames} frames, {self._objects} objects, {rate:.1f} frames/s"
             f"{printable(f'.{note}' if note else '')}"
         )

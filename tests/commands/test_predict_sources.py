@@ -1,8 +1,10 @@
 """`predict` on lists, tiles, videos and in every format: boxes as of one image after the other."""
 
 import csv
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -350,6 +352,19 @@ def test_a_camera_ends_by_ctrl_c_and_keeps_its_frames(weights, clip, tmp_path, m
     predict(weights, tmp_path / "out", "0")
     assert written(tmp_path / "out") == ["camera_0.jsonl", "detections/camera_0.mp4"]
     assert len((tmp_path / "out" / "camera_0.jsonl").read_text().splitlines()) == 3
+
+
+class NoReader(io.StringIO):
+    """A pipe that nobody reads: `| head` has ended."""
+
+    def write(self, text):
+        raise BrokenPipeError
+
+
+def test_every_image_is_predicted_where_nobody_reads_the_lines(weights, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", NoReader())
+    assert len(predict(weights, tmp_path / "out", folder, "--no-images")) == 5
+    assert written(tmp_path / "out") == ["predictions.json"]
 
 
 def test_nothing_that_can_be_read_is_exit_code_1(weights, tmp_path, capsys):
