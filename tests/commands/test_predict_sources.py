@@ -125,6 +125,10 @@ def test_words_with_an_equals_sign_are_settings_unless_they_are_files(weights, f
         (["--whole-image"], "Add --tiles"),
         (["--annotations", "x.json"], "--annotations: only --format coco"),
         (["data.source=x"], "data.source: has no effect, as this command opens no dataset. Leave it out"),
+        (["eval.score_threshold=0.9"], "eval.score_threshold: has no effect, as it acts in evaluations only."),
+        (["eval.max_detections=1"], "eval.max_detections: has no effect, as it acts in evaluations only."),
+        (["train.epochs=3"], "train.epochs: has no effect, as it acts in trainings only. Leave it out."),
+        (["optim.lr=1"], "optim.lr: has no effect, as it acts in trainings only. Leave it out."),
         (["missing.jpg"], "missing.jpg: no such image, video or folder."),
     ],
 )
