@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     report = Report(labels)
     with open(partial, "w", encoding="utf-8") as lines:
         try:
-            items = read_sources(sources, predictor.limits, options.max_frames)
+            items = report.timed(read_sources(sources, predictor.limits, options.max_frames))
             for frame, found in detect(predictor, items, options):
                 lines.write(json.dumps(record(frame, found)) + "\n")
                 lines.flush()
@@ -144,7 +144,15 @@ class Report:
         self.labels, self.count = labels, 0
         self._video: Source | None = None
         self._frames = self._objects = 0
-        self._note, self._start = "", time.monotonic()
+        self._note = ""
+        self._starts: dict[str, float] = {}  # by name of a video when its first frame was read
+
+    def timed(self, items: Iterable[Frame | ImageError]) -> Iterator[Frame | ImageError]:
+        """Hand on frames and errors, and start the clock of each video with its first frame."""
+        for item in items:
+            if isinstance(item, Frame) and item.index is not None:
+                self._starts.setdefault(item.source.name, time.monotonic())
+            yield item
 
     def add(self, frame: Frame, found: Detections) -> None:
         """Report an image, or count a frame."""
@@ -167,15 +175,14 @@ class Report:
     def close(self) -> None:
         """Report the video whose frames were counted, if there is one."""
         if self._video is None:
-            self._start = time.monotonic()
             return
-        rate = self._frames / max(time.monotonic() - self._start, 1e-3)
+        rate = self._frames / max(time.monotonic() - self._starts[self._video.name], 1e-3)
         note = f" In the last frame{self._note.replace(';', '', 1)}" if not self._objects and self._note else ""
         say(
             f"{printable(_shown(self._video))}: {self._frames} frames, {self._objects} objects, {rate:.1f} frames/s"
             f"{printable(f'.{note}' if note else '')}"
         )
-        self._video, self._start = None, time.monotonic()
+        self._video = None
 
 
 class Drawer:

@@ -14,14 +14,17 @@ from PIL import Image
 from support import DEMO, SMALL_DETECTOR
 
 from brs_detr import cli
+from brs_detr.commands import predict as command
 from brs_detr.config import load_config, to_dict
 from brs_detr.data import sources, video
 from brs_detr.data.config import Limits
+from brs_detr.detections import Detections
 from brs_detr.engine.checkpoint import Weights, save_weights
 from brs_detr.engine.tiled import join_outputs
 from brs_detr.ops.masks import decode_masks, encode_masks
 from brs_detr.ops.tiles import tile_grid
 from brs_detr.predictor import Predictor
+from brs_detr.run.prediction_files import Labels
 from brs_detr.run.setup import build_detector
 
 SMALL = [*SMALL_DETECTOR, "model.rpn.test_proposals=20", "data.test_short_side=64", "data.test_long_side=128"]
@@ -356,6 +359,22 @@ def test_a_camera_ends_by_ctrl_c_and_keeps_its_frames(weights, clip, tmp_path, m
     predict(weights, tmp_path / "out", "0")
     assert written(tmp_path / "out") == ["camera_0.jsonl", "detections/camera_0.mp4"]
     assert len((tmp_path / "out" / "camera_0.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_first_batch_of_a_video_is_counted_and_timed(monkeypatch, capsys):
+    """16 frames that took 8 seconds, as one batch, after 100 seconds of images."""
+    now = [0.0]
+    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
+    report = command.Report(Labels([], [], {}))
+    found = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, int), np.zeros(0, int), [], (8, 8))
+    now[0] = 100.0
+    clip = sources.Source("video", "clip.mp4", "clip.mp4", "clip.mp4")
+    frames = [*report.timed(video.Frame(clip, torch.zeros(3, 8, 8), number) for number in range(16))]
+    now[0] = 108.0
+    for frame in frames:
+        report.add(frame, found)
+    report.close()
+    assert "clip.mp4: 16 frames, 0 objects, 2.0 frames/s" in capsys.readouterr().out
 
 
 class NoReader(io.StringIO):
