@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from brs_detr.config import (
@@ -33,6 +34,7 @@ IN_TORCH = (
 )
 WEIGHTS = f"{IN_TORCH}; or an exported .onnx"
 SHEET_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # which Pillow writes
+OF_EVALUATIONS = ("eval.score_threshold", "eval.max_detections")  # `export` stores them in the file
 MIN_TILE, MAX_OVERLAP = 32, 0.9  # as `ops/tiles.py`, which needs torch
 
 
@@ -266,11 +268,15 @@ def check_info(options: argparse.Namespace) -> None:
     load_config(options.config, options.overrides)
 
 
-def check_weights(options: argparse.Namespace) -> None:
+def check_weights(options: argparse.Namespace, without_effect: Collection[str] = ()) -> None:
     """Refuse weights that do not exist and settings with a wrong name or type, as `predict` and `export` get them.
 
     Which detector the settings are of, and whether they fit, the config in the file has to say. Weights that are given
     by name are downloaded at their first use.
+
+    Args:
+        options: with `weights` and `overrides`.
+        without_effect: settings that the command does not read, besides those of trainings.
 
     Raises:
         ConfigError: a setting, or a dataset, which these commands do not open.
@@ -282,6 +288,10 @@ def check_weights(options: argparse.Namespace) -> None:
             f"{given[0]}: has no effect, as this command opens no dataset. Leave it out; export --precision int8 takes "
             "--calibration-images FOLDER."
         )
+    for name in override_names(options.overrides):
+        if name in without_effect or name.startswith(("train.", "optim.")):
+            acts_in = "evaluations" if name.startswith("eval.") else "trainings"
+            raise ConfigError(f"{name}: has no effect, as it acts in {acts_in} only. Leave it out.")
     options.weights = local_path(options.weights)
 
 
@@ -315,7 +325,7 @@ def check_predict(options: argparse.Namespace) -> None:
     if options.annotations is not None and options.format != "coco":
         raise ConfigError("--annotations: only --format coco has ids of images. Add it, or leave this out.")
     require_sources(options.sources)
-    check_weights(options)  # last, as it may download them
+    check_weights(options, OF_EVALUATIONS)  # last, as it may download them
 
 
 def is_setting(word: str) -> bool:
@@ -337,7 +347,7 @@ def check_benchmark(options: argparse.Namespace) -> None:
                 f"recipe has random ones. Give a run, or use one of {', '.join(config.model.detection_limits)}."
             )
     else:
-        check_weights(argparse.Namespace(weights=options.target, overrides=options.overrides))
+        check_weights(argparse.Namespace(weights=options.target, overrides=options.overrides), OF_EVALUATIONS)
 
 
 def check_dataset(options: argparse.Namespace) -> None:

@@ -192,7 +192,8 @@ def portable_settings(config: Config) -> dict[str, Any]:
     names = ("root", "val_json", "val_images", "test_short_side", "test_long_side", "antialias")
     data = {name: value for name, value in to_dict(config.data).items() if name in names}
     data = {name: value for name, value in data.items() if not Path(str(value)).is_absolute()}
-    return {"data": data, "model": {"name": config.model.name}, "eval": {"max_detections": config.eval.max_detections}}
+    limits = {"score_threshold": config.eval.score_threshold, "max_detections": config.eval.max_detections}
+    return {"data": data, "model": {"name": config.model.name}, "eval": limits}
 
 
 def sample_inputs(

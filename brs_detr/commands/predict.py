@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from brs_detr.config import ConfigError
 from brs_detr.data.image_io import ImageError
 from brs_detr.data.sources import Source, expand
 from brs_detr.data.video import Frame, VideoWriter, read_sources
@@ -21,7 +23,7 @@ from brs_detr.ops.masks import encode_masks
 from brs_detr.ops.rle import as_text
 from brs_detr.predictor import Predictor
 from brs_detr.run.output_dir import require_writable
-from brs_detr.run.prediction_files import Labels, convert, drawing_names, id_of, read_image_ids
+from brs_detr.run.prediction_files import Labels, convert, drawing_names, id_of, read_image_ids, require_own_labels
 from brs_detr.user_files import complain, printable
 from brs_detr.viz.boxes import draw_detections
 
@@ -33,16 +35,20 @@ def run(options: argparse.Namespace) -> int:
     folder = options.out / "detections"  # of the drawings, which must not become images of the next start
     sources, drawn = expand(options.sources, folder)
     if drawn:
-        print(f"{printable(folder)}: {drawn} images or videos are left out, as drawings are written there.")
+        say(f"{printable(folder)}: {drawn} images or videos are left out, as drawings are written there.")
     if not sources:
         raise FileNotFoundError(f"{' '.join(options.sources)}: only drawings are in it. Name {folder} to look at them.")
-    predictor = Predictor.load(options.weights, device=options.device, overrides=options.overrides)
-    if predictor.note and not options.raw_scores:
-        print(printable(f"{predictor.note}."))
-    if predictor.remark:
-        print(predictor.remark)
+    if options.annotations is not None:
+        _require_images(sources)
     drawings = dict(zip((one.name for one in sources), drawing_names([Path(one.stem) for one in sources]), strict=True))
     stems = {name: drawing.with_suffix("") for name, drawing in drawings.items()}
+    if options.format == "yolo":
+        require_own_labels(sources, stems)
+    predictor = Predictor.load(options.weights, device=options.device, overrides=options.overrides)
+    if predictor.note and not options.raw_scores:
+        say(printable(f"{predictor.note}."))
+    if predictor.remark:
+        say(predictor.remark)
     labels = Labels(predictor.classes, predictor.category_ids, stems)
     if options.annotations is not None:
         image_ids = read_image_ids(options.annotations, labels, predictor.limits.max_json_bytes)
@@ -53,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     report = Report(labels)
     with open(partial, "w", encoding="utf-8") as lines:
         try:
-            items = read_sources(sources, predictor.limits, options.max_frames)
+            items = report.timed(read_sources(sources, predictor.limits, options.max_frames))
             for frame, found in detect(predictor, items, options):
                 lines.write(json.dumps(record(frame, found)) + "\n")
                 lines.flush()
@@ -71,12 +77,26 @@ def run(options: argparse.Namespace) -> int:
             finally:  # also if a video cannot be finished
                 if report.count:
                     convert(partial, options.out, options.format, labels)
-                    print(f"saved in {printable(options.out)}")
+                    say(f"saved in {printable(options.out)}")
                 partial.unlink(missing_ok=True)
     if not report.count:
         complain(f"nothing was written: none of the {len(sources)} source(s) could be read, for the reasons above.")
         return 1
     return 0
+
+
+def _require_images(sources: Iterable[Source]) -> None:
+    """Refuse videos and cameras, whose frames have no ids in a dataset.
+
+    Raises:
+        ConfigError: naming the first one.
+    """
+    for source in sources:
+        if source.kind in ("video", "camera"):
+            raise ConfigError(
+                f"--annotations: {printable(source.name)} is a {source.kind}, whose frames have no ids there. Name "
+                "only images, or leave --annotations out."
+            )
 
 
 def detect(
@@ -102,9 +122,15 @@ def detect(
 def _readable(items: Iterable[Frame | ImageError]) -> Iterator[Frame]:
     for item in items:
         if isinstance(item, ImageError):
-            print(f"skipped: {item}")
+            say(f"skipped: {item}")
         else:
             yield item
+
+
+def say(text: object) -> None:
+    """Print a line; if nobody reads it any more, as after `| head`, or the disk under it is full, go on without."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 class Report:
@@ -118,7 +144,15 @@ class Report:
         self.labels, self.count = labels, 0
         self._video: Source | None = None
         self._frames = self._objects = 0
-        self._note, self._start = "", time.monotonic()
+        self._note = ""
+        self._starts: dict[str, float] = {}  # by name of a video when its first frame was read
+
+    def timed(self, items: Iterable[Frame | ImageError]) -> Iterator[Frame | ImageError]:
+        """Hand on frames and errors, and start the clock of each video with its first frame."""
+        for item in items:
+            if isinstance(item, Frame) and item.index is not None:
+                self._starts.setdefault(item.source.name, time.monotonic())
+            yield item
 
     def add(self, frame: Frame, found: Detections) -> None:
         """Report an image, or count a frame."""
@@ -129,27 +163,26 @@ class Report:
             self.close()
             known = self.labels.image_ids is None or id_of(frame.source.name, self.labels.image_ids) is not None
             note += "" if known else "; it has no id in --annotations, so its objects are left out"
-            print(f"{printable(_shown(frame.source))}: {len(found)} objects{printable(note)}")
+            say(f"{printable(_shown(frame.source))}: {len(found)} objects{printable(note)}")
             return
         if frame.source != self._video:
             self.close()
             self._video, self._frames, self._objects = frame.source, 0, 0
         self._frames, self._objects, self._note = self._frames + 1, self._objects + len(found), note
         if self._frames % REPORT_EVERY == 0:
-            print(f"{printable(_shown(frame.source))}: {self._frames} frames, {self._objects} objects ...", flush=True)
+            say(f"{printable(_shown(frame.source))}: {self._frames} frames, {self._objects} objects ...")
 
     def close(self) -> None:
         """Report the video whose frames were counted, if there is one."""
         if self._video is None:
-            self._start = time.monotonic()
             return
-        rate = self._frames / max(time.monotonic() - self._start, 1e-3)
+        rate = self._frames / max(time.monotonic() - self._starts[self._video.name], 1e-3)
         note = f" In the last frame{self._note.replace(';', '', 1)}" if not self._objects and self._note else ""
-        print(
+        say(
             f"{printable(_shown(self._video))}: {self._frames} frames, {self._objects} objects, {rate:.1f} frames/s"
             f"{printable(f'.{note}' if note else '')}"
         )
-        self._video, self._start = None, time.monotonic()
+        self._video = None
 
 
 class Drawer:

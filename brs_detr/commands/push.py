@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from brs_detr import config as configuration
+from brs_detr.config import ConfigError
 from brs_detr.engine.checkpoint import Weights, save_weights
 from brs_detr.engine.logging import read_metrics
 from brs_detr.engine.storage import write_text
@@ -19,12 +20,15 @@ from brs_detr.run.output_dir import require_writable
 from brs_detr.run.weights import EVALUATION, locate, read
 from brs_detr.user_files import printable
 
+WRITTEN = (WEIGHTS, "config.yaml", "curves.png", "README.md")
+
 
 def run(options: argparse.Namespace) -> int:
     """Write the folder of a repository and upload it, or with --out only write it; returns the exit code."""
     file = locate(options.weights)
     weights = read(file)
     if options.out is not None:
+        require_own_folder(options.out)
         require_writable(options.out, "--out")
         write_repository(options.out, weights, file, options.repository, options.license)
         print(f"{printable(options.out)}: written, not uploaded")
@@ -34,6 +38,22 @@ def run(options: argparse.Namespace) -> int:
         address = push(Path(folder), options.repository, private=options.private)
     print(f'{printable(file)}: uploaded, {address}\nload it with: load("hf://{options.repository}")')
     return 0
+
+
+def require_own_folder(out: Path) -> None:
+    """Refuse a folder with files that an earlier push has not written; its own are replaced.
+
+    Raises:
+        ConfigError: naming one of the files.
+    """
+    # without .git and .gitattributes of a clone
+    held = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
+    others = held - set(WRITTEN) if {WEIGHTS, "README.md"} <= held else held
+    if others:
+        raise ConfigError(
+            f"--out={printable(out)}: holds {printable(min(others))}, which push has not written. Name a new or empty "
+            "folder."
+        )
 
 
 def write_repository(folder: Path, weights: Weights, file: Path, repository: str, license: str | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from html import unescape
+from itertools import pairwise
 from pathlib import Path
 
 from brs_detr.exit_codes import Failure
@@ -103,4 +104,6 @@ def address_in_folder(entry: Published, advice: str) -> str:
 
 def in_cache(path: Path) -> bool:
     """Check whether a file is one of the cache, beside which no results should be written."""
-    return cache_folder() in path.absolute().parents or "/hub/models--" in path.as_posix()
+    parts = path.parts  # of the hub's client: models--user--name/snapshots/REVISION/FILE, wherever HF_HUB_CACHE is
+    of_hub = any(one.startswith("models--") and other == "snapshots" for one, other in pairwise(parts))
+    return cache_folder() in path.absolute().parents or of_hub

@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,9 @@ from brs_detr.config import ConfigError
 from brs_detr.data.annotations import categories_differ, read_categories, read_images
 from brs_detr.data.issues import IssueLog
 from brs_detr.data.json_file import load_json
+from brs_detr.data.sources import Source
 from brs_detr.engine.storage import PARTIAL_BYTES, write_file, write_text
+from brs_detr.user_files import printable
 
 Record = dict[str, Any]
 FORMATS = ("json", "coco", "yolo", "csv")
@@ -146,6 +149,26 @@ def _write_yolo(lines: Path, out: Path, labels: Labels) -> None:
         # not atomically: there may be many thousands, and a name may be as long as a name can be
         _with_ending(path, f"{frame}.txt").write_text("".join(rows), encoding="utf-8")
     write_text(out / "classes.txt", "".join(f"{name}\n" for name in labels.classes))
+
+
+def require_own_labels(sources: Sequence[Source], stems: Mapping[str, Path]) -> None:
+    """Refuse an image whose file of labels may be that of a frame of a video: clip_000000.png beside clip.mp4.
+
+    Args:
+        sources: images and videos.
+        stems: as in `Labels`.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    videos = {str(stems[one.name]): one.name for one in sources if one.kind != "image"}  # a URL may turn out to be one
+    for source in sources:
+        frame = re.fullmatch(r"(.+)_\d{6,}", str(stems[source.name]), re.DOTALL)
+        if source.kind in ("image", "url") and frame is not None and frame[1] in videos:
+            raise ConfigError(
+                f"--format=yolo: {printable(source.name)} and a frame of {printable(videos[frame[1]])} may have the "
+                "same file of labels. Predict one of them with another --out."
+            )
 
 
 def _write_csv(lines: Path, out: Path, labels: Labels) -> None:

@@ -116,6 +116,12 @@ def test_relative_paths_travel_in_the_file_and_absolute_ones_do_not(tmp_path):
     assert (config.data.root, config.data.val_json, config.data.test_short_side) == ("here", "annotations/val.json", 70)
 
 
+def test_an_exported_file_is_evaluated_with_the_limits_of_its_weights(tmp_path):
+    config = load_config(DEMO, ["eval.score_threshold=0.1", "eval.max_detections=50"])
+    found = evaluate_export.settings(tmp_path / "m.onnx", {"config": portable_settings(config)}, [])
+    assert (found.eval.score_threshold, found.eval.max_detections) == (0.1, 50)
+
+
 @pytest.mark.parametrize("word", ["model.queries=5", "data.test_short_side=64", "eval.predict_with=roi"])
 def test_what_is_fixed_in_a_file_is_refused(tmp_path, capsys, word):
     (tmp_path / "m.onnx").touch()

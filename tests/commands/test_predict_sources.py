@@ -1,8 +1,10 @@
 """`predict` on lists, tiles, videos and in every format: boxes as of one image after the other."""
 
 import csv
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +14,17 @@ from PIL import Image
 from support import DEMO, SMALL_DETECTOR
 
 from brs_detr import cli
+from brs_detr.commands import predict as command
 from brs_detr.config import load_config, to_dict
 from brs_detr.data import sources, video
 from brs_detr.data.config import Limits
+from brs_detr.detections import Detections
 from brs_detr.engine.checkpoint import Weights, save_weights
 from brs_detr.engine.tiled import join_outputs
 from brs_detr.ops.masks import decode_masks, encode_masks
 from brs_detr.ops.tiles import tile_grid
 from brs_detr.predictor import Predictor
+from brs_detr.run.prediction_files import Labels
 from brs_detr.run.setup import build_detector
 
 SMALL = [*SMALL_DETECTOR, "model.rpn.test_proposals=20", "data.test_short_side=64", "data.test_long_side=128"]
@@ -123,6 +128,10 @@ def test_words_with_an_equals_sign_are_settings_unless_they_are_files(weights, f
         (["--whole-image"], "Add --tiles"),
         (["--annotations", "x.json"], "--annotations: only --format coco"),
         (["data.source=x"], "data.source: has no effect, as this command opens no dataset. Leave it out"),
+        (["eval.score_threshold=0.9"], "eval.score_threshold: has no effect, as it acts in evaluations only."),
+        (["eval.max_detections=1"], "eval.max_detections: has no effect, as it acts in evaluations only."),
+        (["train.epochs=3"], "train.epochs: has no effect, as it acts in trainings only. Leave it out."),
+        (["optim.lr=1"], "optim.lr: has no effect, as it acts in trainings only. Leave it out."),
         (["missing.jpg"], "missing.jpg: no such image, video or folder."),
     ],
 )
@@ -329,6 +338,13 @@ def test_a_video_among_images_in_the_other_formats(weights, clip, folder, tmp_pa
     assert written(tmp_path / "json") == ["clip.jsonl", "predictions.json"]
 
 
+def test_a_video_is_refused_beside_ids_of_images(weights, clip, folder, tmp_path, capsys):
+    words = [str(folder / "a.png"), str(clip), "--format", "coco", "--annotations", "x.json", "--out", str(tmp_path)]
+    assert cli.main(["predict", str(weights), *words]) == 2
+    error = capsys.readouterr().err
+    assert "--annotations: clip.mp4 is a video, whose frames have no ids" in error and error.count("\n") == 1
+
+
 def test_a_camera_ends_by_ctrl_c_and_keeps_its_frames(weights, clip, tmp_path, monkeypatch):
     """A camera whose fourth frame does not come before Ctrl-C."""
     import brs_detr.data.video
@@ -343,6 +359,35 @@ def test_a_camera_ends_by_ctrl_c_and_keeps_its_frames(weights, clip, tmp_path, m
     predict(weights, tmp_path / "out", "0")
     assert written(tmp_path / "out") == ["camera_0.jsonl", "detections/camera_0.mp4"]
     assert len((tmp_path / "out" / "camera_0.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_first_batch_of_a_video_is_counted_and_timed(monkeypatch, capsys):
+    """16 frames that took 8 seconds, as one batch, after 100 seconds of images."""
+    now = [0.0]
+    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
+    report = command.Report(Labels([], [], {}))
+    found = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, int), np.zeros(0, int), [], (8, 8))
+    now[0] = 100.0
+    clip = sources.Source("video", "clip.mp4", "clip.mp4", "clip.mp4")
+    frames = [*report.timed(video.Frame(clip, torch.zeros(3, 8, 8), number) for number in range(16))]
+    now[0] = 108.0
+    for frame in frames:
+        report.add(frame, found)
+    report.close()
+    assert "clip.mp4: 16 frames, 0 objects, 2.0 frames/s" in capsys.readouterr().out
+
+
+class NoReader(io.StringIO):
+    """A pipe that nobody reads: `| head` has ended."""
+
+    def write(self, text):
+        raise BrokenPipeError
+
+
+def test_every_image_is_predicted_where_nobody_reads_the_lines(weights, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", NoReader())
+    assert len(predict(weights, tmp_path / "out", folder, "--no-images")) == 5
+    assert written(tmp_path / "out") == ["predictions.json"]
 
 
 def test_nothing_that_can_be_read_is_exit_code_1(weights, tmp_path, capsys):

@@ -148,6 +148,20 @@ def test_out_writes_the_folder_and_asks_nobody(run, hub, tmp_path):
     assert (tmp_path / "out" / "README.md").exists() and not hub.folder.exists()
 
 
+def test_out_replaces_an_earlier_push_and_no_other_files(run, hub, tmp_path, capsys):
+    own, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(run, own)
+    (own / "config.yaml").write_text("of the run")
+    assert cli.main(["push", str(own), "alice/cells", "--out", str(own)]) == 2
+    said = capsys.readouterr().err
+    assert "holds best.safetensors, which push has not written. Name a new" in said and said.count("\n") == 1
+    assert (own / "config.yaml").read_text() == "of the run"
+    for _ in range(2):
+        assert cli.main(["push", str(own), "alice/cells", "--out", str(out)]) == 0
+    (out / "notes.txt").touch()
+    assert cli.main(["push", str(own), "alice/cells", "--out", str(out)]) == 2
+
+
 @pytest.mark.parametrize("words", [["push", "RUN", "alice"], ["push", "RUN", "a/b/c"], ["push", "nothing", "a/b"]])
 def test_what_cannot_be_pushed(run, hub, capsys, words):
     assert cli.main([str(run) if word == "RUN" else word for word in words]) == 2

@@ -52,6 +52,19 @@ def official(tmp_path_factory):
     return path
 
 
+@pytest.mark.parametrize(
+    ("path", "cached"),
+    [
+        ("/data/hf_cache/models--alice--cells/snapshots/1a2b/model.safetensors", True),
+        ("/home/me/.cache/huggingface/hub/models--alice--cells/snapshots/1a2b/model.safetensors", True),
+        ("/home/me/models--alice/model.safetensors", False),
+        ("/home/me/snapshots/model.safetensors", False),
+    ],
+)
+def test_a_file_of_the_hub_is_known_wherever_its_cache_is(path, cached):
+    assert sources.in_cache(Path(path)) is cached
+
+
 @pytest.fixture
 def served(server, official, monkeypatch):
     """The table's first entry with the address of the test's server."""

@@ -1,6 +1,7 @@
 """`predict --format coco --annotations`: the ids of images come from the json, read as training reads it."""
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -8,7 +9,8 @@ from PIL import Image
 from brs_detr.config import ConfigError
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.issues import DataError
-from brs_detr.run.prediction_files import Labels, read_image_ids
+from brs_detr.data.sources import Source
+from brs_detr.run.prediction_files import Labels, read_image_ids, require_own_labels
 
 CATEGORIES = [{"id": "7", "name": "red  cell"}, {"id": 3.0}, {"id": "11", "name": "white\ncell"}]
 IMAGES = [
@@ -51,3 +53,14 @@ def test_another_json_is_refused_in_one_sentence(tmp_path, images, categories, e
     labels = Labels(("3", "red cell", "white cell"), (3, 7, 11), {})
     with pytest.raises(error, match=message):
         read_image_ids(write(tmp_path / "x.json", images, categories), labels, 2**20)
+
+
+@pytest.mark.parametrize(("name", "refused"), [("a/clip_000012", True), ("clip_000012", False), ("a/clip_12", False)])
+def test_an_image_with_the_labels_of_a_frame_is_refused(name, refused):
+    """The later one would replace the labels of the earlier one."""
+    files = [Source("video", "", "a/clip.mp4", "a/clip.mp4"), Source("image", "", f"{name}.png", f"{name}.png")]
+    stems = {one.name: Path(one.stem).with_suffix("") for one in files}
+    if not refused:
+        return require_own_labels(files, stems)
+    with pytest.raises(ConfigError, match=r"a/clip_000012\.png and a frame of a/clip\.mp4 may have the same"):
+        require_own_labels(files, stems)
