@@ -29,7 +29,7 @@ from brs_detr.user_files import printable, read_start
 
 NOTES_FILE = "notes.txt"
 
-
+_NAME_BOTH = "Name both: data.root, data.train_json, data.train_images, data.val_json and data.val_images."
 _LARGE = 2**26  # bytes of a json from which it is not read a second time only to count its images
 
 
@@ -113,7 +113,7 @@ def _open_coco(layout: DatasetLayout, config: DataConfig, folder: Path, purposes
     """Use the jsons of a COCO layout, or write those of a split that is wanted."""
     chosen = _purposes(layout, config.val_fraction, purposes)
     heads = {path: _read_head(path, config.max_json_bytes) for path in chosen.values()}
-    images = {path: _image_folder(path, head.names) for path, head in heads.items()}
+    images = {path: usual_folder(path, head.names, _NAME_BOTH) for path, head in heads.items()}
     remarks, group = _passed_over(layout), _grouping_category(layout, config)
     splits = {}
     for purpose, path in chosen.items():
@@ -207,21 +207,6 @@ def _require_all(
             f"trained on or not, {whole}."
         )
     raise DataError(f"{layout.source}: there is no {shown} split ({there}).{hint}")
-
-
-def _image_folder(path: Path, names: list[str]) -> Path:
-    """Find the images of a json near it.
-
-    Raises:
-        DataError: there are none.
-    """
-    try:
-        return usual_folder(path, names)
-    except DataError:
-        raise DataError(
-            f"{path}: none of its images was found near it. Name both: data.root, data.train_json, data.train_images, "
-            "data.val_json and data.val_images."
-        ) from None
 
 
 def _origin(path: Path, images: Path, layout: DatasetLayout) -> str:

@@ -16,8 +16,11 @@ from urllib.parse import unquote
 import numpy as np
 
 from brs_detr.data.annotations import Images
+from brs_detr.data.formats.base import IMAGE_FOLDERS, split_named
 from brs_detr.data.image_io import IMAGE_ENDINGS
 from brs_detr.data.issues import DataError, IssueLog
+from brs_detr.data.layouts import split_of_name
+from brs_detr.user_files import printable
 
 _MAX_FILES = 1_000_000  # searched at most, in case the image folder is the root of a disk
 
@@ -135,11 +138,7 @@ def guess_folder(names: Sequence[str], start: str | Path) -> tuple[Path, int] | 
         (folder, number of images found in it); if the folder has less than 90 % of them, the common parent of all
         folders with some; None if no image was found.
     """
-    wanted = {tuple(_parts(name, loose=True)[-1:]) for name in names}
-    counts: Counter[str] = Counter()
-    for path in images_under(start):
-        if tuple(_parts(path, loose=True)[-1:]) in wanted and os.path.isfile(os.path.join(start, path)):
-            counts[os.path.dirname(path)] += 1
+    counts = _count_by_folder(names, start, loose=True)
     if not counts:
         return None
     folder, count = counts.most_common(1)[0]
@@ -148,15 +147,54 @@ def guess_folder(names: Sequence[str], start: str | Path) -> tuple[Path, int] | 
     return Path(start, folder), count
 
 
-def usual_folder(json_path: str | Path, names: Sequence[str]) -> Path:
+def _count_by_folder(names: Sequence[str], start: str | Path, loose: bool) -> Counter[str]:
+    """Count the images of these names by folder under `start`; loose: with any file ending."""
+    wanted = {tuple(_parts(name, loose)[-1:]) for name in names}
+    counts: Counter[str] = Counter()
+    for path in images_under(start):
+        if tuple(_parts(path, loose)[-1:]) in wanted and os.path.isfile(os.path.join(start, path)):
+            counts[os.path.dirname(path)] += 1
+    return counts
+
+
+def _full_folders(names: Sequence[str], start: str | Path, split: str | None) -> list[Path]:
+    """List the folders under `start` that hold nearly all images of these names.
+
+    Of several those whose path names the split are kept, then those with the same file endings (masks often have
+    another one), then those of images by their name.
+    """
+
+    def of_split(folder: str) -> bool:
+        return split is not None and any(split in (split_named(p), split_of_name(p)) for p in Path(folder).parts)
+
+    def of_images(folder: str) -> bool:
+        return any(part.lower() in IMAGE_FOLDERS for part in Path(folder).parts)
+
+    folders = _holding_most(_count_by_folder(names, start, loose=True), names)
+    if len(folders) > 1:
+        same_ending = _holding_most(_count_by_folder(names, start, loose=False), names)
+        for test in (of_split, same_ending.__contains__, of_images):
+            folders = list(filter(test, folders)) or folders
+    return [Path(start, folder) for folder in folders]
+
+
+def _holding_most(counts: Counter[str], names: Sequence[str]) -> list[str]:
+    return sorted(folder for folder, count in counts.items() if count >= 0.9 * len(names))
+
+
+def usual_folder(
+    json_path: str | Path, names: Sequence[str], advice: str = "Give the image folder with --images DIR."
+) -> Path:
     """Guess the image folder of a json from the usual dataset layouts.
 
     Args:
         json_path: annotation file.
         names: file names in it; if it lists none, the json's own folder is returned.
+        advice: ends the errors.
 
     Raises:
-        DataError: no image is below the json's folder nor, if that is a folder of annotations, below its parent.
+        DataError: no image is below the json's folder nor, if that is a folder of annotations, below its parent; or
+            several folders hold images of these names, and none or more than one is of the json's split.
     """
     path = Path(json_path)
     stem = path.stem.removeprefix("instances_")  # COCO: annotations/instances_train2017.json, images in train2017/
@@ -169,7 +207,13 @@ def usual_folder(json_path: str | Path, names: Sequence[str]) -> Path:
             return folder
     # not further up: there another dataset may have images of the same names
     beside = path.parent.parent if path.parent.name.lower().startswith("annotation") else path.parent
+    full = _full_folders(names, beside, split_of_name(path.name) or split_named(path.parent.name))
+    if len(full) > 1:
+        shown = ", ".join(printable(os.path.relpath(folder, beside)) for folder in full[:5])
+        raise DataError(f"{json_path}: its images could be in any of {len(full)} folders: {shown}. {advice}")
+    if full:
+        return full[0]
     guess = guess_folder(names, beside)
     if guess is not None:
         return guess[0]
-    raise DataError(f"{json_path}: no image was found in the usual folders. Give the image folder with --images DIR.")
+    raise DataError(f"{json_path}: no image was found in the usual folders. {advice}")

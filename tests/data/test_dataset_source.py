@@ -145,7 +145,7 @@ def test_a_large_json_is_not_read_twice(split, tmp_path, monkeypatch):
 
 def test_images_that_are_not_near_are_asked_for(split, tmp_path):
     (split / "images").rename(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match=r"none of its images was found near it. Name both: data.root"):
+    with pytest.raises(DataError, match=r"no image was found in the usual folders. Name both: data.root"):
         opened(split, tmp_path / "out")
 
 

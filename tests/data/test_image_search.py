@@ -126,6 +126,36 @@ def test_usual_places(tmp_path):
     assert usual_folder(json_path, ["upload/a.jpg", "upload/b.jpg"]) == tmp_path / "images"
 
 
+@pytest.mark.parametrize(
+    ("json", "folder"),
+    [
+        ("annotations/{}.json", "{}/images"),
+        ("{}_annotations.json", "{}"),
+        ("annotations/instances_{}2017.json", "images/{}"),
+        ("{}/labels.json", "{}/data"),
+    ],
+)
+def test_of_two_splits_numbered_alike_each_has_its_own_images(tmp_path, json, folder):
+    for split, count in (("train", 6), ("val", 4)):
+        make(tmp_path, *(f"{folder.format(split)}/{i}.jpg" for i in range(count)), json.format(split))
+    for split, count in (("train", 6), ("val", 4)):
+        found = usual_folder(tmp_path / json.format(split), [f"{i}.jpg" for i in range(count)])
+        assert found == tmp_path / folder.format(split)
+
+
+@pytest.mark.parametrize(
+    ("masks", "folder"), [("mask/val/a.png", "raw/val"), ("mask/val/a.jpg", None), ("images/val/a.jpg", "images/val")]
+)
+def test_of_two_folders_of_a_split_that_of_the_images_is_taken_or_none(tmp_path, masks, folder):
+    make(tmp_path, "annotations/val.json", "raw/val/a.jpg", masks)
+    json_path = tmp_path / "annotations" / "val.json"
+    if folder is not None:
+        assert usual_folder(json_path, ["a.jpg"]) == tmp_path / folder
+        return
+    with pytest.raises(DataError, match=r"could be in any of 2 folders: mask/val, raw/val. Say so."):
+        usual_folder(json_path, ["a.jpg"], "Say so.")
+
+
 def test_images_of_the_dataset_next_door_are_not_taken(tmp_path):
     make(tmp_path, "ours/set.json", "theirs/images/0001.jpg")
     with pytest.raises(DataError, match="Give the image folder with --images"):

@@ -212,13 +212,24 @@ def hold_out(imported: ImportedDataset, fraction: float, seed: int = 0, setting:
     """
     require_fraction(fraction, {name: len(group) for name, group in imported.splits.items()}, setting)
     samples = imported.splits["train"]
-    names = short_names([str(sample.path) for sample in samples])
+    base = _common_folder(imported)  # absolute names would give another choice where the dataset was moved
+    names = short_names([_name_in(base, sample.path) for sample in samples])
     classes: dict[str, set[Hashable]] = {name: set() for name in names}
     for name, sample in zip(names, samples, strict=True):
         classes[name] |= {item["category_id"] for item in sample.objects if not item.get("iscrowd")}
     held = hold_out_images(classes, fraction, seed)
     imported.splits["train"] = [sample for name, sample in zip(names, samples, strict=True) if name not in held]
     imported.splits["val"] = [sample for name, sample in zip(names, samples, strict=True) if name in held]
+
+
+def _common_folder(imported: ImportedDataset) -> str:
+    """Return the deepest folder that holds the images of all splits."""
+    return os.path.commonpath({sample.path.parent for samples in imported.splits.values() for sample in samples})
+
+
+def _name_in(base: str, path: Path) -> str:
+    """Return the path of an image relative to a folder, with slashes."""
+    return Path(os.path.relpath(path, base)).as_posix()
 
 
 def pick_train_val(imported: ImportedDataset) -> tuple[str, str | None]:
@@ -259,16 +270,15 @@ def to_coco(imported: ImportedDataset) -> tuple[dict[str, dict[str, Any]], str]:
     """
     paths = sorted({sample.path for samples in imported.splits.values() for sample in samples})
     image_ids = {path: number for number, path in enumerate(paths, 1)}
-    base = os.path.commonpath([path.parent for path in paths])
+    base = _common_folder(imported)
     categories = [{"id": key, "name": name} for key, name in sorted(imported.classes.items())]
     datasets = {}
     for split, samples in imported.splits.items():
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         for path, (height, width), objects in samples:
-            name = Path(os.path.relpath(path, base)).as_posix()
-            images.append({"id": image_ids[path], "file_name": name, "height": height, "width": width})
+            images.append({"id": image_ids[path], "file_name": _name_in(base, path), "height": height, "width": width})
             for annotation in objects:
                 annotations.append({"id": len(annotations) + 1, "image_id": image_ids[path], **annotation})
         datasets[split] = {"images": images, "annotations": annotations, "categories": categories}
-    return datasets, str(base)
+    return datasets, base

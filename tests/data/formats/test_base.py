@@ -18,6 +18,7 @@ from brs_detr.data.formats.base import (
     to_coco,
     validate,
 )
+from brs_detr.data.formats.coco import split_coco
 from brs_detr.data.issues import DataError
 
 CAT = {"category_id": 1, "bbox": [1, 2, 3, 4], "area": 12, "iscrowd": 0}
@@ -120,6 +121,28 @@ def test_hold_out_is_a_partition_that_does_not_depend_on_order_or_place():
     hold_out(second, 0.25)
     stems = [{sample.path.name for sample in imported.splits["val"]} for imported in (first, second)]
     assert stems[0] == stems[1] and not stems[0] & {sample.path.name for sample in first.splits["train"]}
+
+
+def test_images_whose_names_repeat_are_held_out_alike_in_every_place_and_format():
+    names = [f"images/cam{i % 4}/{i // 4}.jpg" for i in range(20)]
+
+    def held(place):
+        moved = {
+            split: [s._replace(path=Path(place, s.path.relative_to("/data"))) for s in group]
+            for split, group in (("train", samples(*names)), ("test", samples("test/0.jpg")))
+        }
+        imported = ImportedDataset({1: "cat"}, moved)
+        as_json = split_coco(to_coco(imported)[0]["train"], 0.25)["val"]["images"]
+        hold_out(imported, 0.25)
+        return {str(s.path.relative_to(place)) for s in imported.splits["val"]}, {i["file_name"] for i in as_json}
+
+    assert len({frozenset(choice) for place in ("/data", "/mnt/other/data") for choice in held(place)}) == 1
+
+
+def test_images_of_unique_names_are_held_out_as_ever():
+    imported = ImportedDataset({1: "cat"}, {"train": samples(*(f"cam{i % 4}/{i}.jpg" for i in range(20)))})
+    hold_out(imported, 0.25)
+    assert sorted(int(sample.path.stem) for sample in imported.splits["val"]) == [8, 9, 10, 13, 17]
 
 
 @pytest.mark.parametrize(("fraction", "held"), [(0.001, 1), (0.999, 2)])
