@@ -35,6 +35,7 @@ IN_TORCH = (
 WEIGHTS = f"{IN_TORCH}; or an exported .onnx"
 SHEET_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # which Pillow writes
 OF_EVALUATIONS = ("eval.score_threshold", "eval.max_detections")  # `export` stores them in the file
+TILE_OVERLAP = 0.2
 MIN_TILE, MAX_OVERLAP = 32, 0.9  # as `ops/tiles.py`, which needs torch
 
 
@@ -82,7 +83,6 @@ def predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tile-overlap",
         type=float,
-        default=0.2,
         metavar="F",
         help="share of a tile's side that neighbors have in common (default 0.2): objects of that size are seen whole",
     )
@@ -128,7 +128,7 @@ def export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pixels", choices=("uint8", "float32"), default="uint8", help="input type; values are 0..255 in both cases"
     )
-    parser.add_argument("--opset", type=int, default=18, help="ONNX opset version (default: 18)")
+    parser.add_argument("--opset", type=int, help="ONNX opset version (default: 18)")
     parser.add_argument(
         "--image", type=Path, action="append", default=[], help="check with this image too; may be repeated"
     )
@@ -316,6 +316,10 @@ def check_predict(options: argparse.Namespace) -> None:
         raise ConfigError(f"--threshold={options.threshold:g}: scores lie between 0 and 1. Give one of them, as 0.5.")
     if options.max_frames is not None and options.max_frames < 1:
         raise ConfigError(f"--max-frames={options.max_frames}: must be at least 1.")
+    if options.tile_overlap is not None and options.tiles is None:
+        raise ConfigError("--tile-overlap: there are no tiles to overlap. Add --tiles, or leave it out.")
+    if options.tile_overlap is None:
+        options.tile_overlap = TILE_OVERLAP
     if not 0 <= options.tile_overlap <= MAX_OVERLAP:
         raise ConfigError(f"--tile-overlap={options.tile_overlap:g}: must lie between 0 and {MAX_OVERLAP}.")
     if options.tiles is not None and min(options.tiles) < MIN_TILE:

@@ -29,6 +29,8 @@ from brs_detr.run.setup import calibration_of, changes_figures, restore
 from brs_detr.run.weights import score_thresholds
 from brs_detr.user_files import printable
 
+OPSET = 18
+
 
 def run(options: argparse.Namespace) -> int:
     """Export a detector, check the file, rename it to --out only then, and return the exit code."""
@@ -94,6 +96,12 @@ def check_options(options: argparse.Namespace) -> bool:
     if options.out.suffix != ending or ending not in (".onnx", ".pt2"):
         wanted = ".pt2" if options.format == "torch" else ".onnx" if options.format else ".onnx, or in .pt2 for torch"
         raise ConfigError(f"--out={options.out}: the file name must end in {wanted}")
+    if options.calibration_images is not None and options.precision != "int8":
+        raise ConfigError("--calibration-images: is for --precision int8. Add it, or leave this out.")
+    if options.opset is not None and to_torch:
+        raise ConfigError(f"--opset={options.opset}: is for ONNX files. Leave it out, or use --format onnx.")
+    if options.opset is None:
+        options.opset = OPSET
     if options.any_size and (options.height or options.width):
         raise ConfigError("--any-size: height and width are dynamic. Leave out --height and --width, or --any-size.")
     return to_torch

@@ -126,6 +126,7 @@ def test_words_with_an_equals_sign_are_settings_unless_they_are_files(weights, f
         (["--tiles", "16x64"], "--tiles=16x64: a side needs at least 32 pixels"),
         (["--tiles", "64", "--tile-overlap", "1"], "--tile-overlap=1: must lie between 0 and 0.9"),
         (["--whole-image"], "Add --tiles"),
+        (["--tile-overlap", "0.5"], "--tile-overlap: there are no tiles to overlap. Add --tiles"),
         (["--annotations", "x.json"], "--annotations: only --format coco"),
         (["data.source=x"], "data.source: has no effect, as this command opens no dataset. Leave it out"),
         (["eval.score_threshold=0.9"], "eval.score_threshold: has no effect, as it acts in evaluations only."),

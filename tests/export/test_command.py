@@ -139,6 +139,8 @@ def test_without_the_exporters_packages_nothing_begins(weights, tmp_path, capsys
         (["--out", "model.onnx", "--any-size", "--width", "64"], "Leave out --height and --width"),
         (["--out", "model.onnx", "--height", "12"], "--height=12: the coarsest feature map of this detector needs"),
         (["--out", "model.onnx", "--opset", "9"], "--opset=9"),
+        (["--out", "model.pt2", "--opset", "18"], "--opset=18: is for ONNX files"),
+        (["--out", "model.onnx", "--calibration-images", "x"], "--calibration-images: is for --precision int8. Add"),
         (["--out", "/dev/null/model.onnx"], "--out=/dev/null: cannot be written to"),
         (["--out", "model.onnx", "--image", "absent.jpg"], "absent.jpg: this image cannot be read"),
     ],
