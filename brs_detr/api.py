@@ -154,12 +154,24 @@ def as_words(overrides: Overrides) -> list[str]:
     words = []
     for name, value in overrides.items():
         try:  # what JSON writes is YAML, as which the value of a setting is read
-            words.append(f"{name}={json.dumps(value, default=fspath)}")
+            words.append(f"{name}={json.dumps(value, default=_as_json)}")
         except TypeError:
             raise ConfigError(
                 f"{name}: {type(value).__name__} is no value of a setting. Give text or a number."
             ) from None
     return words
+
+
+def _as_json(value: Any) -> str | int | float | bool:
+    """Return the text of a path, or the number of a NumPy scalar.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if getattr(value, "ndim", None) == 0:  # NumPy itself is not imported here
+        number: int | float | bool = value.item()
+        return number
+    return fspath(value)
 
 
 @contextmanager

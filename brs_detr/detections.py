@@ -53,9 +53,12 @@ class Detections:
         ]
         return "\n".join([f"{head}{f'; {self.note}' if self.note else ''}", *lines])
 
-    def take(self, indices: Sequence[int] | np.ndarray) -> Detections:
-        """Return the detections with these indices, or where a boolean mask (N,) is True, in that order."""
-        chosen = np.arange(len(self))[np.asarray(indices) if len(indices) else np.zeros(0, int)]
+    def take(self, indices: int | slice | Sequence[int] | np.ndarray) -> Detections:
+        """Return the detections with these indices, in that order, or where a boolean mask (N,) is True."""
+        wanted = indices if isinstance(indices, slice) else np.atleast_1d(indices)
+        if isinstance(wanted, np.ndarray) and not wanted.size:
+            wanted = np.zeros(0, int)  # an empty list has no type
+        chosen = np.arange(len(self))[wanted]
         arrays = {name: getattr(self, name)[chosen] for name in ("boxes", "scores", "labels", "category_ids")}
         masks = None if self.masks is None else self.masks[chosen]
         return replace(self, **arrays, class_names=[self.class_names[index] for index in chosen], masks=masks)

@@ -8,6 +8,7 @@ The command `predict` and `brs_detr.load` use it, so they find the same.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -217,8 +218,14 @@ class Predictor:
         batch_size: int = 1,
         raw_scores: bool = False,
     ) -> Iterator[Detections]:
-        """Iterate over the detections of images that need not fit into memory, in their order; as for `predict`."""
+        """Iterate over the detections of images that need not fit into memory, in their order; as for `predict`.
+
+        Raises:
+            TypeError: `images` is the path of one image.
+        """
         require_threshold(threshold)
+        if isinstance(images, (str, PathLike)):
+            raise TypeError(f"{images}: stream takes several images. Give a list, or use predict for one.")
         count, remaining = images_at_once(batch_size), iter(images)
         while window := [self.pixels(image) for image in islice(remaining, count)]:
             for image, output in zip(window, self._detect(window, batch_size, raw_scores), strict=True):
@@ -247,11 +254,12 @@ class Predictor:
         Raises:
             ImageError: the image cannot be read or used.
             ValueError: the tile is too small, the overlap too large, or the threshold not in [0, 1].
+            TypeError: the tile is no whole number, nor two.
         """
         require_threshold(threshold)
         count, pixels = images_at_once(batch_size), self.pixels(image)
         size = (pixels.shape[1], pixels.shape[2])
-        width, height = (tile, tile) if isinstance(tile, int) else tile
+        width, height = (operator.index(side) for side in (tile if isinstance(tile, Sequence) else (tile, tile)))
         grid = tile_grid(size, (height, width), overlap)
         if whole_image and len(grid) > 1:
             grid.append(Tile(0, 0, size[1], size[0]))

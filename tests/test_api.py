@@ -91,6 +91,7 @@ def test_overrides_are_words_or_a_mapping():
     assert config.optim.lr == 1e-5 and config.train.trackers == ("tensorboard",)
     assert config.data.root == "a: b" and config.train.ema_decay is None
     assert as_words(["a.b=1"]) == ["a.b=1"] == as_words("a.b=1")
+    assert as_words({"a": np.int64(3), "b": np.float32(0.5), "c": np.bool_(True)}) == ["a=3", "b=0.5", "c=true"]
     with pytest.raises(ConfigError, match=r"optim\.lr: Tensor is no value of a setting"):
         as_words({"optim.lr": torch.ones(1)})
 

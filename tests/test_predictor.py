@@ -155,6 +155,14 @@ def test_one_number_is_a_square_tile(predictor, images):
     square = predictor.predict_tiles(images[0], 64, threshold=0)
     assert_alike(square, predictor.predict_tiles(images[0], (64, 64), threshold=0), pixels=0)
     assert len(square) != len(predictor.predict(images[0], threshold=0))
+    assert_alike(square, predictor.predict_tiles(images[0], np.int64(64), threshold=0), pixels=0)
+    with pytest.raises(TypeError, match="integer"):
+        predictor.predict_tiles(images[0], 64.0)
+
+
+def test_the_path_of_one_image_is_no_stream(predictor):
+    with pytest.raises(TypeError, match=r"a\.jpg: stream takes several images"):
+        next(predictor.stream("a.jpg"))
 
 
 @pytest.mark.parametrize("threshold", [50, -0.1, float("nan"), [0.5, 0.4, 0.3], "high"])
@@ -247,6 +255,7 @@ def test_detections_are_taken_by_index_and_by_mask():
     for chosen in ([2, 1], np.array([2, 1])):
         assert found.take(chosen).class_names == ["cat", "dog"] and found.take(chosen).masks[0].sum() == 200
     assert found.take(found.labels == 0).scores.tolist() == [0.9, 0.7]
+    assert found.take(1).class_names == ["dog"] and found.take(slice(0, 2)).class_names == ["cat", "dog"]
     assert len(found.take([])) == 0 and found.take([]).boxes.shape == (0, 4)
     assert next(iter(found)) == {"name": "cat", "category_id": 7, "score": 0.9, "box": [1, 2, 3, 4]}
     assert repr(found).startswith("3 objects in 40x30 pixels\n  0.900 cat [1.0, 2.0, 3.0, 4.0]")

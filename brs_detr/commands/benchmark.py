@@ -75,6 +75,8 @@ def in_torch(options: argparse.Namespace) -> Subject:
         require_source(options.target)
         model, _, config, file = restore(options.target, options.overrides)
         name = str(file)
+    if config.eval.test_scales:
+        raise ConfigError("eval.test_scales: the time is that of one size of an image. Add eval.test_scales=[].")
     device = choose_device(options.device)
     size = options.size or landscape(config.data.test_short_side, config.data.test_long_side)
     square = config.data.test_square or config.data.test_canvas

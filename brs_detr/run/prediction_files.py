@@ -107,7 +107,10 @@ def _write_json(lines: Path, out: Path, labels: Labels) -> None:
 
 
 def _write_coco(lines: Path, out: Path, labels: Labels) -> None:
-    """Write predictions.json, COCO's results; where images are numbered here, images.json says what the numbers are."""
+    """Write predictions.json, COCO's results; where images are numbered here, images.json says what the numbers are.
+
+    An images.json of earlier predictions is removed where it would be of other numbers.
+    """
 
     def results() -> Iterator[Record]:
         for number, record in enumerate(read_records(lines), start=1):
@@ -125,6 +128,8 @@ def _write_coco(lines: Path, out: Path, labels: Labels) -> None:
         categories = json.dumps([{"id": number, "name": name} for number, name in named])
         end = f',\n"categories": {categories}}}\n'
         write_file(out / "images.json", lambda file: _write_items(file, images, b'{"images": ', end.encode()))
+    else:
+        (out / "images.json").unlink(missing_ok=True)
 
 
 def _has_id(record: Record, labels: Labels) -> bool:

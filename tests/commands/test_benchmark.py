@@ -82,6 +82,7 @@ def exported_file(tmp_path_factory):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ([DEMO, "eval.test_scales=[64,80]"], "eval.test_scales: the time is that of one size of an image"),
         (["absent.safetensors"], "neither a weights file nor a run folder"),
         ([DEMO, "--size", "800"], "800 is no size. Write height and width"),
         ([DEMO, "--batch", "0"], "0 is not a positive integer"),
