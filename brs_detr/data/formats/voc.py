@@ -71,7 +71,7 @@ def read_voc(
 
     samples: dict[Path, Sample | None] = {}
     for xml in tqdm(dict.fromkeys(xml for chosen in splits.values() for xml in chosen), disable=None, leave=False):
-        path = image_of(xml, _text(trees[xml], "filename"), images, notes)
+        path = image_of(xml, _text(trees[xml], "filename"), images, notes, root)
         objects = list(_objects(xml, trees[xml], notes, labels, one_based, keep_difficult)) if path else []
         samples[xml] = _sample(xml, trees[xml], path, objects, notes, limits) if path else None
     imported = ImportedDataset({label: name for name, label in labels.items()}, {}, notes, divided)
@@ -291,7 +291,7 @@ def _listed(line: str, where: Path, files: dict[str, list[Path]]) -> Path | None
     return None
 
 
-def image_of(xml: Path, tag: str, images: dict[str, list[Path]], notes: Notes) -> Path | None:
+def image_of(xml: Path, tag: str, images: dict[str, list[Path]], notes: Notes, root: Path) -> Path | None:
     """Find the image of an annotation file: with the xml's own name, else the one named by its `filename`.
 
     Of several candidates, one in an image folder or beside the xml is preferred, then the one with the most folder
@@ -302,6 +302,7 @@ def image_of(xml: Path, tag: str, images: dict[str, list[Path]], notes: Notes) -
         tag: its `filename`, often outdated, with another suffix, or a path of another machine.
         images: images by stem.
         notes: missing and ambiguous images are added here.
+        root: folder of the dataset; the names of the folders that it lies in say nothing.
     """
     named = PureWindowsPath(tag)
     candidates = images.get(same_name(xml.stem)) or images.get(same_name(named.stem)) or []
@@ -310,7 +311,8 @@ def image_of(xml: Path, tag: str, images: dict[str, list[Path]], notes: Notes) -
         return None
 
     def rank(path: Path) -> tuple[bool, int, bool]:
-        in_image_folder = path.parent == xml.parent or any(part.lower() in IMAGE_FOLDERS for part in path.parts)
+        parts = path.relative_to(root).parts[:-1]
+        in_image_folder = path.parent == xml.parent or any(part.lower() in IMAGE_FOLDERS for part in parts)
         return in_image_folder, _shared(path, xml), path.name == named.name
 
     path = max(candidates, key=rank)

@@ -143,6 +143,13 @@ def test_masks_and_copies_of_a_images_name_are_not_taken(voc, tmp_path, write_im
     assert read_voc(tmp_path).splits["train"][0].path == tmp_path / "images" / "a.jpg"
 
 
+def test_folders_above_the_dataset_do_not_choose_the_image(voc, tmp_path, write_image):
+    root = tmp_path / "images" / "set"
+    voc({"a": annotation(thing(), filename="a")}, root=root)
+    write_image(root / "Depth" / "a.png")
+    assert read_voc(root).splits["train"][0].path == root / "JPEGImages" / "a.jpg"
+
+
 def test_of_two_suffixes_the_tag_decides(voc, tmp_path, write_image):
     for ending in (".jpg", ".png"):
         voc({"a": annotation(thing(), filename=f"a{ending}")}, annotations="x", images="x")
