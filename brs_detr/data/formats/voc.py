@@ -311,9 +311,9 @@ def image_of(xml: Path, tag: str, images: dict[str, list[Path]], notes: Notes, r
         return None
 
     def rank(path: Path) -> tuple[bool, int, bool]:
-        parts = path.relative_to(root).parts[:-1]
-        in_image_folder = path.parent == xml.parent or any(part.lower() in IMAGE_FOLDERS for part in parts)
-        return in_image_folder, _shared(path, xml), path.name == named.name
+        inside = path.relative_to(root)
+        in_image_folder = path.parent == xml.parent or any(part.lower() in IMAGE_FOLDERS for part in inside.parts)
+        return in_image_folder, _shared(inside, xml.relative_to(root)), path.name == named.name
 
     path = max(candidates, key=rank)
     if same_name(path.stem) != same_name(named.stem) and same_name(named.stem) in images:

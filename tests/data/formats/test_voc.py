@@ -143,11 +143,19 @@ def test_masks_and_copies_of_a_images_name_are_not_taken(voc, tmp_path, write_im
     assert read_voc(tmp_path).splits["train"][0].path == tmp_path / "images" / "a.jpg"
 
 
-def test_folders_above_the_dataset_do_not_choose_the_image(voc, tmp_path, write_image):
-    root = tmp_path / "images" / "set"
-    voc({"a": annotation(thing(), filename="a")}, root=root)
+@pytest.mark.parametrize("above", ["images", "img", "val"])
+def test_the_folders_above_a_dataset_do_not_choose_its_images(voc, tmp_path, write_image, above):
+    root = voc({"a": annotation(thing(), filename="a.png")}, root=tmp_path / above / "voc")
     write_image(root / "Depth" / "a.png")
     assert read_voc(root).splits["train"][0].path == root / "JPEGImages" / "a.jpg"
+    split = tmp_path / above / "split"
+    for name in ("train", "val"):
+        voc({"a": annotation(thing(), filename="a.jpg")}, annotations=name, images=name, root=split)
+    voc({"a": None}, images="images/train", root=split)
+    voc({"a": None}, images="images/val", root=split)
+    for name in ("train", "val"):
+        (split / name / "a.jpg").unlink()
+    assert read_voc(split).splits["val"][0].path == split / "images" / "val" / "a.jpg"
 
 
 def test_of_two_suffixes_the_tag_decides(voc, tmp_path, write_image):
