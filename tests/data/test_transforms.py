@@ -1,10 +1,14 @@
 """Boxes follow the pixels they were drawn around, and sizes follow the recipe's rules."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from brs_detr.data.build import build_eval_transforms
+from brs_detr.data.config import DataConfig
 from brs_detr.data.presets import PRESETS, PresetTransforms
 from brs_detr.data.ssd_transforms import SSDTransforms
 from brs_detr.data.transforms import EvalTransforms, TrainTransforms, resize_sample
@@ -241,3 +245,14 @@ def test_flip_mirrors_masks_and_resizing_without_ratio_keeps_them_on_their_boxes
     for mask, box in zip(target["masks"], target["boxes"], strict=True):
         ys, xs = torch.where(mask)
         assert (torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) - box).abs().max() <= 1
+
+
+def test_smaller_images_are_averaged_only_with_antialias():
+    board = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    board[:, ::2, ::2] = board[:, 1::2, 1::2] = 255  # a checkerboard: gray where it is averaged
+    target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    config = DataConfig(test_short_side=24, test_long_side=24)
+    smooth, sharp = (
+        build_eval_transforms(replace(config, antialias=on))(board, dict(target))[0].float() for on in (True, False)
+    )
+    assert smooth.std() < 0.5 * sharp.std()

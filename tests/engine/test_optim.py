@@ -176,6 +176,11 @@ def test_the_rate_is_set_from_the_base_rate_every_time():
     assert isinstance(optimizer, torch.optim.AdamW)
 
 
+def test_adamw_has_the_betas_and_the_decay_of_the_settings():
+    optimizer = build_optimizer(OptimConfig(betas=(0.5, 0.75), weight_decay=0.25), Named())
+    assert all(group["betas"] == (0.5, 0.75) and group["weight_decay"] == 0.25 for group in optimizer.param_groups)
+
+
 def test_sgd_takes_the_steps_of_its_definition():
     """Sutskever et al., 2013, as torch writes it: v <- m v + g + wd w; w <- w - lr v."""
     model = nn.Linear(1, 1, bias=False)
