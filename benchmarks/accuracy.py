@@ -253,16 +253,19 @@ def line(
 ) -> str:
     """A line of the table, with the paired differences from the recipe or from the score-based loss."""
     figures = {seed: one["heads"][head] for seed, one in sorted(seeds.items())}
-    against, name = {}, ""
+    difference = ""
     references = [(loss, variant.rpartition(",")[0]), (loss, "recipe")]
     references += [("score", variant), ("score", "recipe"), ("focal", "recipe")]
     for reference in references:
-        if reference != (loss, variant) and _steps(runs.get(reference, {})) == _steps(seeds):
-            against, name = runs[reference], " ".join(new for new, own in zip(reference, (loss, variant)) if new != own)
+        against = runs.get(reference, {})
+        if reference == (loss, variant) or _steps(against) != _steps(seeds):
+            continue
+        others = {seed: one["heads"][head]["AP"] for seed, one in against.items() if head in one["heads"]}
+        paired = [one["AP"] - others[seed] for seed, one in figures.items() if seed in others]
+        if paired:
+            name = " ".join(new for new, own in zip(reference, (loss, variant)) if new != own)
+            difference = f"{interval(paired)} ({name}, {len(paired)})"
             break
-    others = {seed: one["heads"][head]["AP"] for seed, one in against.items() if head in one["heads"]}
-    paired = [one["AP"] - others[seed] for seed, one in figures.items() if seed in others]
-    difference = f"{interval(paired)} ({name}, {len(paired)})" if paired else ""
     ap, ap50 = (spread([one[key] for one in figures.values()]) for key in ("AP", "AP50"))
     known = [one["cpu_seconds"] for one in seeds.values() if one["cpu_seconds"] is not None]
     seconds = f"{statistics.mean(known):.0f}" if known else ""
@@ -306,16 +309,20 @@ def refuse_other_settings(cases: Iterable[Case], variants: dict[str, list[str]],
     for case in cases:
         if str(case) not in results:
             continue
-        recipe, kept, now = (
-            ROOT / "configs" / recipe_of(case),
-            results[str(case)]["settings"],
-            settings_of(case, variants),
-        )
+        recipe = ROOT / "configs" / recipe_of(case)
+        kept, now = results[str(case)]["settings"], settings_of(case, variants)
         if load_config(recipe, [*kept, NOT_COMPARED]) != load_config(recipe, [*now, NOT_COMPARED]):
             raise SystemExit(
                 f"accuracy.py: the result of `{case}` has the settings {' '.join(kept)}, not {' '.join(now)}. "
                 "Give the variant another name."
             )
+
+
+def require_word(variant: str) -> str:
+    """The name of a variant, if it is one word, as the name of a case needs it."""
+    if len(variant.split()) != 1:
+        raise SystemExit(f"--variant: the name {variant!r} is not one word. Leave out its spaces.")
+    return variant
 
 
 def stored(out: Path) -> dict[str, dict]:
@@ -329,15 +336,16 @@ def keep(out: Path, results: dict[str, dict]) -> None:
     with out.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         results = dict(sorted((stored(out) | results).items()))
+        text = table(results)  # before anything is written: it stops at a case that is no case
         write_text(out, json.dumps(results, indent=1) + "\n")
-        write_text(out.with_suffix(".md"), table(results))
+        write_text(out.with_suffix(".md"), text)
 
 
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(1)
     folders = dict(item.split("=", 1) for item in args.data)
-    variants = {name: settings for name, *settings in args.variant} or {"recipe": []}
+    variants = {require_word(name): settings for name, *settings in args.variant} or {"recipe": []}
 
     def finish(case: Case) -> None:
         result = run(case, Path(folders[case.dataset]).resolve(), settings_of(case, variants), args.work)

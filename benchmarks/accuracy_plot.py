@@ -5,7 +5,7 @@
 
 A panel is a dataset, a detector and one of its heads, with two losses or more. Only runs of one variant are drawn, the
 one with most losses (the recipe as it is among equals). Curves are means over seeds, of the runs that were validated
-during the training.
+during the training, at the epochs that all seeds have.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
+from itertools import chain
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -74,6 +75,8 @@ def draw(results: dict[str, dict]) -> Figure:
             settings = "" if variants[detector] == "recipe" else f" ({variants[detector]})"
             name = detector if head == "head" else f"{detector}, {head}"
             drawn.append((f"{dataset}{settings}: {name}", losses))
+    if not drawn:
+        raise SystemExit("accuracy_plot.py: no dataset has results of two losses of one detector and variant to draw.")
     lines = math.ceil(len(drawn) / COLUMNS)
     figure = Figure(figsize=(PANEL[0] * COLUMNS, PANEL[1] * lines), dpi=110, layout="constrained")
     for axes, (title, losses) in zip(figure.subplots(lines, COLUMNS, squeeze=False).flat, drawn, strict=False):
@@ -97,13 +100,24 @@ def curves_of(results: dict[str, dict], dataset: str) -> dict[str, list[list[dic
 def draw_curves(results: dict[str, dict], dataset: str) -> Figure:
     """Draw a panel for every head: mean AP over seeds by epoch, score-based losses dashed."""
     curves = curves_of(results, dataset)
-    heads = [head for head in HEADS if any(f"{head}_AP" in seeds[0][0] for seeds in curves.values())]
-    figure = Figure(figsize=(PANEL[0] * max(len(heads), 1), 1.2 * PANEL[1]), dpi=110, layout="constrained")
-    panels = figure.subplots(1, len(heads), squeeze=False)[0] if heads else []
+    known = {key for seeds in curves.values() for validation in chain.from_iterable(seeds) for key in validation}
+    heads = [head for head in HEADS if f"{head}_AP" in known]
+    if not heads:
+        raise SystemExit(
+            f"--curves: no run on {dataset!r} was validated more than once. Train with train.eval_every=1."
+        )
+    figure = Figure(figsize=(PANEL[0] * len(heads), 1.2 * PANEL[1]), dpi=110, layout="constrained")
+    panels = figure.subplots(1, len(heads), squeeze=False)[0]
     for axes, head in zip(panels, heads, strict=True):
         for name, seeds in curves.items():
-            epochs = [validation["epoch"] for validation in seeds[0]]
-            means = [100 * statistics.mean(one[f"{head}_AP"] for one in same) for same in zip(*seeds, strict=True)]
+            by_epoch: dict[int, list[float]] = defaultdict(list)
+            for validation in chain.from_iterable(seeds):
+                if f"{head}_AP" in validation:
+                    by_epoch[validation["epoch"]].append(100 * validation[f"{head}_AP"])
+            epochs = [epoch for epoch, values in sorted(by_epoch.items()) if len(values) == len(seeds)]
+            if not epochs:
+                continue
+            means = [statistics.mean(by_epoch[epoch]) for epoch in epochs]
             style = "--" if name.split()[1] in SCORE_BASED else "-"
             axes.plot(epochs, means, style, marker="o", markersize=3, label=f"{name} ({len(seeds)})")
         axes.set_title(f"{dataset}: {head}", fontsize=8, loc="left")
@@ -111,8 +125,7 @@ def draw_curves(results: dict[str, dict], dataset: str) -> Figure:
         axes.tick_params(labelsize=7)
         axes.grid(color="#e6e9ed")
         axes.spines[["top", "right"]].set_visible(False)
-    if heads:
-        panels[-1].legend(fontsize=6, frameon=False)
+    panels[-1].legend(fontsize=6, frameon=False)
     figure.supylabel("AP, points", fontsize=8)
     return figure
 

@@ -36,7 +36,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_conve
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from accuracy import FIGURES, RECIPES, RESULTS, ROOT, commit, keep, stored
+from accuracy import FIGURES, RECIPES, RESULTS, ROOT, commit, keep, require_word, stored
 from cnn_overfit import machine
 
 from brs_detr.config import Config, load_config
@@ -259,7 +259,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def variant_of(variant: str, settings: list[str]) -> str:
     """Name of a case's variant: that of the command line, and the changes of the recipe behind a comma."""
-    return ",".join([variant, *(text.rpartition(".")[2].replace("=", "") for text in settings)])
+    changes = (text.partition("=") for text in settings)
+    return require_word(",".join([variant, *(name.rpartition(".")[2] + value for name, _, value in changes)]))
 
 
 def main() -> None:
@@ -274,6 +275,11 @@ def main() -> None:
                         raise SystemExit(
                             f"other_libraries.py: the result of `{case}` is of {known['cpu_seconds']} seconds, not "
                             f"{args.seconds:g}. Give the variant another name."
+                        )
+                    if known["settings"] != args.set:
+                        raise SystemExit(
+                            f"other_libraries.py: the result of `{case}` has the settings {known['settings']}, not "
+                            f"{args.set}. Give the variant another name."
                         )
                     continue
                 settings = [f"data.root={folder}", f"seed={seed}", "data.workers=0", *args.set]

@@ -62,6 +62,28 @@ def test_older_results_without_a_head_are_left_out_of_its_line(accuracy):
     assert lines == ["| brs | half | ensemble | 1 | 60.0 | 80.0 |  | 100 |"]
 
 
+def test_a_line_is_compared_with_the_first_runs_that_share_a_seed(accuracy):
+    results = {
+        "demo brs_detr brs recipe 3": result(0.50),
+        "demo brs_detr brs recipe 4": result(0.50),
+        "demo brs_detr brs curve 0": result(0.45),
+        "demo brs_detr score curve 0": result(0.40),
+    }
+    line = next(line for line in accuracy.table(results).splitlines() if line.startswith("| brs | curve"))
+    assert "+5.0 (score, 1)" in line
+
+
+@pytest.mark.parametrize("name", ["two words", ""])
+def test_the_name_of_a_variant_is_one_word(accuracy, tmp_path, monkeypatch, name):
+    out = tmp_path / "accuracy.json"
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", f"demo={tmp_path}", "--variant", name, "--out", str(out)])
+    with pytest.raises(SystemExit, match="not one word"):
+        accuracy.main()
+    with pytest.raises(ValueError):
+        accuracy.keep(out, {f"demo atss brs {name} 0": result(0.4, "head")})
+    assert not out.exists()
+
+
 def test_results_of_several_studies_are_joined_in_one_file(accuracy, tmp_path):
     out = tmp_path / "results" / "accuracy.json"
     accuracy.keep(out, {"demo atss brs recipe 0": result(0.4, "head")})
@@ -280,6 +302,18 @@ def test_curves_are_means_over_seeds_by_epoch(accuracy):
         "brs_detr score half (1)": ([2, 4], pytest.approx([10, 40])),
     }
     assert {line.get_label(): line.get_linestyle() for line in axes.lines}["brs_detr score half (1)"] == "--"
+    results["bccd brs_detr brs half 2"] = with_curve(0.7, 0.8, 0.9)  # longer: the epochs of all are drawn
+    (axes,) = plot.draw_curves(results, "bccd").axes
+    (line,) = (line for line in axes.lines if line.get_label() == "brs_detr brs half (3)")
+    assert list(line.get_xdata()) == [2, 4] and list(line.get_ydata()) == pytest.approx([40, 190 / 3])
+
+
+def test_a_figure_of_nothing_is_refused(accuracy):
+    plot = importlib.import_module("accuracy_plot")
+    with pytest.raises(SystemExit, match="no run on 'coco' was validated more than once"):
+        plot.draw_curves({"demo brs_detr brs recipe 0": result(0.5)}, "coco")
+    with pytest.raises(SystemExit, match="no dataset has results of two losses"):
+        plot.draw({"demo brs_detr brs recipe 0": result(0.5)})
 
 
 def test_joined_heads_of_an_image_know_nothing_of_its_own_half(accuracy):

@@ -48,14 +48,25 @@ def test_labels_and_boxes_are_those_of_this_project(other, name):
 def test_changes_of_the_recipe_name_the_variant(other):
     assert other.variant_of("half", []) == "half"
     assert other.variant_of("recipe", ["model.rpn.proposals=60", "optim.lr=1e-3"]) == "recipe,proposals60,lr1e-3"
+    # the name of the setting and all of its value: other settings are another variant
+    assert other.variant_of("recipe", ["optim.lr=0.001"]) == "recipe,lr0.001"
+    assert other.variant_of("recipe", ["optim.weight_decay=0.001"]) == "recipe,weight_decay0.001"
+    with pytest.raises(SystemExit, match="is not one word"):
+        other.variant_of("half", ["model.backbone.levels=[4, 8]"])
 
 
 def test_a_result_of_other_seconds_is_refused(other, tmp_path, monkeypatch):
     out = tmp_path / "study.json"
-    out.write_text(json.dumps({"demo torchvision_faster_rcnn score recipe 0": {"cpu_seconds": 380}}))
+    out.write_text(json.dumps({"demo torchvision_faster_rcnn score recipe 0": {"cpu_seconds": 380, "settings": []}}))
     words = ["demo=x", "--detectors", "torchvision_faster_rcnn", "--seeds", "0", "--out", str(out), "--seconds"]
     monkeypatch.setattr(sys, "argv", ["other_libraries.py", *words, "380"])
     other.main()  # known already: nothing to do
     monkeypatch.setattr(sys, "argv", ["other_libraries.py", *words, "200"])
     with pytest.raises(SystemExit, match="is of 380 seconds, not 200"):
+        other.main()
+    out.write_text(
+        json.dumps({"demo torchvision_faster_rcnn score recipe,lr1 0": {"cpu_seconds": 380, "settings": ["a.lr=1"]}})
+    )
+    monkeypatch.setattr(sys, "argv", ["other_libraries.py", *words, "380", "--set", "b.lr=1"])
+    with pytest.raises(SystemExit, match="another name"):
         other.main()
