@@ -48,7 +48,7 @@ class TimmBackbone(nn.Module):
         unused: names of the parameters that no returned map depends on, such as those of stages above the last one.
 
     Raises:
-        ValueError: the network takes images of certain sizes only.
+        ValueError: the network takes images of certain sizes only, or returns no tensors.
     """
 
     def __init__(self, features: nn.Module, strides: Sequence[int], activation_checkpointing: bool = False) -> None:
@@ -113,7 +113,7 @@ class TimmBackbone(nn.Module):
         for self.grain in (1, largest):
             try:
                 with torch.enable_grad():
-                    used = _sources(self(image))
+                    maps = self(image)
                 break
             except (AssertionError, RuntimeError, ValueError) as error:
                 reason = " ".join(str(error).split()) or type(error).__name__
@@ -122,6 +122,9 @@ class TimmBackbone(nn.Module):
                 f"this backbone takes images of certain sizes only ({reason}). Choose one that takes any, such as "
                 "resnet50.tv_in1k or a Swin."
             )
+        if not all(isinstance(level, Tensor) for level in maps):
+            raise ValueError("this backbone returns lists in place of feature maps, like SelecSLS. Choose another one.")
+        used = _sources(maps)
         self.unused = {name for name, parameter in self.named_parameters() if parameter not in used}
         self.train()
 

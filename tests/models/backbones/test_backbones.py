@@ -321,6 +321,11 @@ def test_networks_of_a_fixed_size_are_refused_with_the_setting_to_change():
         build_detector(config, 3)
 
 
+def test_a_network_that_returns_no_tensors_is_refused():
+    with pytest.raises(ValueError, match="returns lists in place of feature maps"):
+        build_backbone(BackboneConfig("selecsls42b", pretrained=False))
+
+
 def test_the_trial_of_a_backbone_changes_neither_its_statistics_nor_the_random_numbers(monkeypatch):
     """Otherwise a training would compute other numbers than before there was one."""
     settings = BackboneConfig("resnet10t", pretrained=False, norm="batch", drop_path=0.5)
