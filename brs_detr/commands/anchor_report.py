@@ -14,7 +14,7 @@ from brs_detr.data.anchor_fit import Boxes, Fit, at_training_size, fit, side_len
 from brs_detr.data.config import AugmentConfig, DataConfig, LSJConfig, SSDConfig
 from brs_detr.run.anchors import FEW, fit_heads, is_automatic, layouts, warn_of_misfit
 
-WORTH_SAYING = 0.02  # gain in the mean of both shares from which another setting is proposed
+WORTH_SAYING = 0.02  # gain in the share at IoU .5, or in the mean of both, from which another setting is proposed
 
 
 def describe_anchors(config: Config, stored: Boxes, warn: bool = True) -> str:
@@ -29,7 +29,8 @@ def describe_anchors(config: Config, stored: Boxes, warn: bool = True) -> str:
     if not heads:
         return f"anchors: {config.model.name} has none"
     boxes = at_training_size(stored, config.data)
-    lines = [f"anchors at the training resolution ({training_size(config.data)}), {describe_sides(boxes)}:"]
+    at = f"anchors at the training resolution ({training_size(config.data)})"
+    lines = [f"{at}, {describe_sides(boxes)}; shares are means over the classes:"]
     now = {name: fit(boxes, layout) for name, layout in heads.items()}
     for name, (at_50, at_70) in now.items():
         shares = f"{at_50:.1%} of the objects have an anchor at IoU >= .5, {at_70:.1%} at IoU >= .7"
@@ -38,8 +39,8 @@ def describe_anchors(config: Config, stored: Boxes, warn: bool = True) -> str:
     better = "; ".join(_with_scale(name, layout.scale, best) for name, (layout, best) in chosen.items())
     if is_automatic(config):
         lines.append(f"  model.anchors=auto (in this recipe) sets {better}")
-    elif max(best.both - now[name].both for name, (_, best) in chosen.items()) >= WORTH_SAYING:
-        lines.append(f"  model.anchors=auto raises the mean of both: {better}")
+    elif max(_gain(now[name], best) for name, (_, best) in chosen.items()) >= WORTH_SAYING:
+        lines.append(f"  model.anchors=auto fits more: {better}")
     else:
         lines.append("  no other scale fits clearly better")
     reached = chosen[next(iter(heads))][1]
@@ -67,9 +68,14 @@ def further_settings(config: Config, stored: Boxes, reached: Fit) -> Iterator[st
     for text, changed in options.items():
         name, (layout, best) = next(iter(fit_heads(changed.model, at_training_size(stored, changed.data)).items()))
         fits[text] = (best, _with_scale(name, layout.scale, best))
-    text = max(fits, key=lambda text: fits[text][0].both)
-    if fits[text][0].both - reached.both >= WORTH_SAYING:
+    text = max(fits, key=lambda text: fits[text][0].at_50)
+    if fits[text][0].at_50 - reached.at_50 >= WORTH_SAYING:
         yield f"  with {text} and model.anchors=auto: {fits[text][1]}"
+
+
+def _gain(before: Fit, after: Fit) -> float:
+    """Return the larger of the gains in the share at IoU .5 and in the mean of both."""
+    return max(after.at_50 - before.at_50, after.both - before.both)
 
 
 def _with_scale(name: str, scale: float, fitted: Fit) -> str:

@@ -32,7 +32,7 @@ from brs_detr.user_files import printable
 
 SMALL, SMALL_CPU, LARGE = "brs_detr_small", "brs_detr_small_cpu", "brs_detr_r50_12e_coco"
 MANY_IMAGES = 10_000  # from here on twelve epochs are more steps than `SMALL` has
-ENOUGH = 0.85  # mean of both shares from which nothing costlier is looked for
+ENOUGH = 0.9  # share of the objects with an anchor at IoU .5 from which nothing costlier is looked for
 # settings that limit the objects of an image
 _PER_IMAGE = (
     "model.queries",
@@ -49,7 +49,7 @@ _PER_IMAGE = (
 MOST = 500  # objects of an image that limits are raised to: every image pays for its queries and regions
 FULL = 0.99  # share of the images that limits have room for
 MUCH = 2  # times the cells of the recipe from which the cost of a proposal is said
-WORTH_IT = 0.05  # gain in the mean of both shares from which a costlier proposal replaces a cheaper one
+WORTH_IT = 0.1  # gain in that share from which a costlier proposal replaces a cheaper one
 
 
 class Surroundings(NamedTuple):
@@ -137,7 +137,7 @@ def propose(recipe: Config, stored: Boxes) -> Config:
     config, reached = _cheapest(recipe, stored)
     if len(stored.boxes) and reached.at_50 < FEW:
         shaped, better = _cheapest(with_own_ratios(recipe, stored), stored)
-        if better.both >= reached.both + WORTH_IT:
+        if better.at_50 >= reached.at_50 + WORTH_IT:
             return shaped
     return config
 
@@ -148,9 +148,9 @@ def _cheapest(recipe: Config, stored: Boxes) -> tuple[Config, Fit]:
     for config in _by_cost(recipe, stored):
         fits = fit_heads(config.model, at_training_size(stored, config.data))
         fitted = next(iter(fits.values()))[1]  # of the RPN: the ATSS head's single anchor fits fewer
-        if chosen is None or fitted.both >= best.both + WORTH_IT:
+        if chosen is None or fitted.at_50 >= best.at_50 + WORTH_IT:
             chosen, best = config, fitted
-        if fitted.both >= ENOUGH:
+        if fitted.at_50 >= ENOUGH:
             break
     assert chosen is not None
     return chosen, best
@@ -233,7 +233,8 @@ def _describe_boxes(config: Config, stored: Boxes, fits: Mapping[str, tuple[Anch
             f"{fitted.at_50:.0%} and {fitted.at_70:.0%} ({name}, anchor_scale {layout.scale:g})"
             for name, (layout, fitted) in fits.items()
         )
-        yield f"anchors are chosen from them; share of the objects with one at IoU >= .5 and at >= .7: {shown}"
+        of = "share of the objects" if len(boxes.labels.unique()) == 1 else "mean over classes of the share of objects"
+        yield f"anchors are chosen from them; {of} with one at IoU >= .5 and at >= .7: {shown}"
     else:  # of `LARGE`, whose sizes and anchors are the paper's: what would fit better is left to choose
         yield describe_anchors(config, stored, warn=False)  # that line comes first
 

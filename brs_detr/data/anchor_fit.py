@@ -28,16 +28,21 @@ _SCALES = 8  # factors of large-scale jitter that stand for its range
 SCALES = (1.0, 1.2, 1.4, 1.7, 2.0, 2.4, 2.8, 3.4, 4.0, 4.8, 5.6, 6.8, 8.0, 9.6, 11.0, 13.5, 16.0)
 
 
+AS_GOOD = 0.01  # difference of shares at IoU .5 that decides nothing
+
+
 class Boxes(NamedTuple):
     """Objects and the sizes of their images.
 
     Attributes:
         boxes: (N, 4) float32 xyxy pixels.
         sizes: (N, 2) float32 (h, w) pixels of the image of each.
+        labels: (N,) int64 class of each, any numbers.
     """
 
     boxes: Tensor
     sizes: Tensor
+    labels: Tensor
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class AnchorLayout:
         offset: of the centers from the cells' corners, in cells.
         even: the cells of a level divide the image evenly, whatever its stride, as YOLACT's do.
         border: pixels by which an anchor that takes part in training may stick out of its image; None: any number.
+        adaptive: what overlap makes a positive is chosen for each object (ATSS, PAA), so that none goes without.
     """
 
     strides: tuple[int, ...]
@@ -61,6 +67,7 @@ class AnchorLayout:
     offset: float = 0.0
     even: bool = False
     border: float | None = None
+    adaptive: bool = False
 
     def with_scale(self, scale: float) -> AnchorLayout:
         """Return the same anchors with another smallest side."""
@@ -68,21 +75,27 @@ class AnchorLayout:
 
 
 class Fit(NamedTuple):
-    """Shares of the objects, in [0, 1], whose best anchor has an IoU of at least .5 and of at least .7."""
+    """Shares of the objects, in [0, 1], whose best anchor has an IoU of at least .5 and of at least .7.
+
+    They are means over the classes, as AP is: by objects alone, a frequent class decides, and of a rare one of other
+    sizes no object may have an anchor (BCCD's platelets: AP50 of the RoI head 79 in place of 90, docs/study.md).
+    """
 
     at_50: float
     at_70: float
 
     @property
     def both(self) -> float:
-        """Return the mean of the two: .7 makes positives of an RPN, .5 is what a one-stage head and AP50 ask for."""
+        """Return the mean of the two."""
         return (self.at_50 + self.at_70) / 2
 
 
 def boxes_of(packed: PackedAnnotations) -> Boxes:
     """Return the objects of a dataset, without crowds."""
-    sizes = np.repeat(packed.frames, np.diff(packed.offsets), axis=0)[~packed.iscrowd]
-    return Boxes(torch.from_numpy(packed.boxes[~packed.iscrowd]).float(), torch.from_numpy(sizes).float())
+    own = ~packed.iscrowd
+    sizes = np.repeat(packed.frames, np.diff(packed.offsets), axis=0)[own]
+    boxes, labels = torch.from_numpy(packed.boxes[own]).float(), torch.from_numpy(packed.labels[own]).long()
+    return Boxes(boxes, torch.from_numpy(sizes).float(), labels)
 
 
 def boxes_of_json(data: dict[str, Any]) -> Boxes:
@@ -91,10 +104,11 @@ def boxes_of_json(data: dict[str, Any]) -> Boxes:
     objects = [a for a in data["annotations"] if not a.get("iscrowd") and not a.get("ignore")]
     xywh = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
     sizes = torch.tensor([frames[a["image_id"]] for a in objects], dtype=torch.float32).reshape(-1, 2)
+    labels = torch.tensor([a["category_id"] for a in objects], dtype=torch.int64)
     corners = torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1)
     boxes = torch.minimum(corners.clamp(min=0), sizes.flip(1).repeat(1, 2))  # clipped, as for training
     kept = (boxes[:, 2:] - boxes[:, :2] >= 1).all(dim=1)
-    return Boxes(boxes[kept], sizes[kept])
+    return Boxes(boxes[kept], sizes[kept], labels[kept])
 
 
 def at_training_size(stored: Boxes, data: DataConfig) -> Boxes:
@@ -136,7 +150,7 @@ def _resized(stored: Boxes, sizes: Sequence[Tensor]) -> Boxes:
     for size in sizes:
         factors = (size / stored.sizes).flip(1)  # (h, w) to (x, y)
         boxes.append(stored.boxes * factors.repeat(1, 2))
-    everything = Boxes(torch.cat(boxes), torch.cat(list(sizes)))
+    everything = Boxes(torch.cat(boxes), torch.cat(list(sizes)), stored.labels.repeat(len(sizes)))
     return Boxes(*(evenly_spaced(column, MAX_OBJECTS) for column in everything))
 
 
@@ -181,19 +195,32 @@ def _intersection(sides: Tensor, length: Tensor, half: float, stride: int, layou
 
 def fit(boxes: Boxes, layout: AnchorLayout) -> Fit:
     """Measure which shares of the objects have an anchor at IoU .5 and .7; 0 without objects."""
+    if not len(boxes.boxes):
+        return Fit(0.0, 0.0)
     overlap = best_overlap(boxes, layout)
-    return Fit(*(float((overlap >= iou).double().mean()) if len(overlap) else 0.0 for iou in (0.5, 0.7)))
+    _, classes, counts = boxes.labels.unique(return_inverse=True, return_counts=True)
+    reached = torch.stack([overlap >= 0.5, overlap >= 0.7], dim=1).double()
+    shares = reached.new_zeros(len(counts), 2).index_add_(0, classes, reached) / counts[:, None]
+    return Fit(*shares.mean(dim=0).tolist())
 
 
 def best_scale(boxes: Boxes, layout: AnchorLayout, scales: Iterable[float] = SCALES) -> tuple[AnchorLayout, Fit]:
-    """Choose the scale with the largest mean of both shares; of equal ones the nearest to that of `layout`.
+    """Choose the scale with which the anchors of a head fit best; of equal ones the nearest to that of `layout`.
 
-    The layout itself is a candidate too: a scale that fits no better does not replace it.
+    Where a fixed IoU makes positives, an object without an anchor at IoU .5 is seldom found: the scale that leaves the
+    fewest, and of those within `AS_GOOD` of it the one with most anchors at .7. Where the assignment is adaptive no
+    object is lost, and how tight the anchors are counts as much: the mean of both shares. What each did to AP is in
+    docs/study.md. The layout itself is a candidate too: a scale that fits no better does not replace it.
 
     Returns:
         The anchors with that scale, and how they fit.
     """
     near = sorted({*scales, layout.scale}, key=lambda scale: abs(np.log(scale / layout.scale)))
     fits = {scale: fit(boxes, layout.with_scale(scale)) for scale in near}
-    chosen = max(near, key=lambda scale: round(fits[scale].both, 6))  # the first of equal ones, that is the nearest
+    if layout.adaptive:
+        chosen = max(near, key=lambda scale: round(fits[scale].both, 6))  # the first of equal ones, that is the nearest
+    else:
+        enough = max(fitted.at_50 for fitted in fits.values()) - AS_GOOD
+        good = [scale for scale in near if fits[scale].at_50 >= enough]
+        chosen = max(good, key=lambda scale: round(fits[scale].at_70, 6))
     return layout.with_scale(chosen), fits[chosen]

@@ -18,10 +18,10 @@ from accelerate.utils import broadcast_object_list
 from brs_detr.config import Config, ConfigError, from_dict
 from brs_detr.data.anchor_fit import AnchorLayout, Boxes, Fit, at_training_size, best_scale, boxes_of, side_lengths
 from brs_detr.data.config import AugmentConfig, DataConfig
-from brs_detr.models.config import DenseHeadConfig, DETRConfig, RPNConfig
+from brs_detr.models.config import ATSSHeadConfig, DenseHeadConfig, DETRConfig, RPNConfig
 from brs_detr.models.model_config import ModelConfig
 from brs_detr.models.neck import pyramid_strides
-from brs_detr.models.one_stage_config import YOLACTHeadConfig
+from brs_detr.models.one_stage_config import PAAHeadConfig, YOLACTHeadConfig
 from brs_detr.run.dataset import TrainSet
 from brs_detr.run.weights import locate, read
 
@@ -39,9 +39,13 @@ def layouts(model: ModelConfig) -> dict[str, AnchorLayout]:
         if isinstance(head, YOLACTHeadConfig):
             found[name] = AnchorLayout(strides, head.anchor_scale, 1, head.anchor_ratios, offset=0.5, even=True)
         elif isinstance(head, (RPNConfig, DenseHeadConfig)):
-            border = head.allowed_border if isinstance(head, RPNConfig) else None
             found[name] = AnchorLayout(
-                strides, head.anchor_scale, head.scales_per_octave, head.anchor_ratios, border=border
+                strides,
+                head.anchor_scale,
+                head.scales_per_octave,
+                head.anchor_ratios,
+                border=head.allowed_border if isinstance(head, RPNConfig) else None,
+                adaptive=isinstance(head, (ATSSHeadConfig, PAAHeadConfig)),
             )
     return found
 
