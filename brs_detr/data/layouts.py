@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -168,6 +168,8 @@ def _coco(given: Path, folder: Path) -> Iterator[DatasetLayout]:
     passed_over = set(chain(*groups.values()))
     if len(groups) > 1:  # beside jsons of splits another one is their sum, or something else
         groups.pop("all", None)
+    if "val" in groups and len(groups.get("test", ())) > 1:  # COCO's and LVIS's, which have no annotations
+        groups.pop("test")
     chosen = {split: _one(given, split, paths) for split, paths in groups.items()}
     passed_over -= set(chosen.values())
     kind: Kind = "roboflow" if roboflow else "coco"
@@ -241,7 +243,7 @@ def _yolo(given: Path, folder: Path) -> Iterator[DatasetLayout]:
         return
     places = [folder, *_named(folder, lambda name: split_named(name) is not None)]
     labels = chain(*(place.glob(pattern) for place in places for pattern in ("[Ll]abels/*.txt", "[Ll]abels/*/*.txt")))
-    if any(_is_label(path) for path in islice(labels, 20)) or _has_flat_labels(folder):
+    if _has_label(labels) or _has_flat_labels(folder):
         yield DatasetLayout("yolo", given, folder)
 
 
@@ -255,16 +257,22 @@ def _is_darknet(path: Path) -> bool:
 def _has_flat_labels(folder: Path) -> bool:
     """Check for images with a text file of labels beside them."""
     images = (path for path in sorted(folder.iterdir()) if path.suffix.lower() in _IMAGE_ENDINGS)
-    return any(_is_label(path.with_suffix(".txt")) for path in islice(images, 20))
+    return _has_label(path.with_suffix(".txt") for path in images)
+
+
+def _has_label(files: Iterable[Path]) -> bool:
+    """Check the first files that hold anything: images without objects have empty labels."""
+    held = (path for path in islice(files, 10_000) if path.is_file() and path.stat().st_size > 0)
+    return any(_is_label(path) for path in islice(held, 20))
 
 
 def _is_label(path: Path) -> bool:
     """Check for a first line `class cx cy w h`, or one of more numbers."""
     try:
-        first = read_start(path, 400).split(b"\n")[0] if path.is_file() else b""
+        first = read_start(path, 400).lstrip().split(b"\n")[0]
     except UserFileError:
         return False
-    return re.match(rb"\s*\d+([ \t,;]+-?[\d.]+(e-?\d+)?){4,}", first) is not None
+    return re.match(rb"\d+(?:\.0*)?([ \t,;]+-?[\d.]+(e-?\d+)?){4,}", first) is not None
 
 
 def _voc(given: Path, folder: Path) -> Iterator[DatasetLayout]:

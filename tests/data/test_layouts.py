@@ -78,6 +78,37 @@ def test_usual_layouts(tmp_path, files, kind, jsons):
         assert splits(layout) == jsons
 
 
+def test_complete_downloads_of_coco_and_lvis_have_test_jsons_that_nothing_needs(tmp_path):
+    """Several, of the same images and without annotations; alone, one stands in for a validation set."""
+    years = ("test2017", "test-dev2017", "unlabeled2017")
+    tests = [f"annotations/image_info_{year}.json" for year in years]
+    own = [f"annotations/{kind}_{split}2017.json" for kind in ("instances", "captions") for split in ("train", "val")]
+    images = [f"{split}2017/1.jpg" for split in ("train", "val", "test")]
+    layout = recognize(write(tmp_path / "coco", *own, *tests, *images))
+    assert splits(layout) == {
+        "train": "annotations/instances_train2017.json",
+        "val": "annotations/instances_val2017.json",
+    }
+    assert len(layout.passed_over) == 5
+    tests = [f"annotations/lvis_v1_image_info_test_{kind}.json" for kind in ("dev", "challenge")]
+    own = [f"annotations/lvis_v1_{split}.json" for split in ("train", "val")]
+    assert splits(recognize(write(tmp_path / "lvis", *own, *tests, *images))) == dict(zip(("train", "val"), own))
+    with pytest.raises(DataError, match="2 annotation files could be the split test"):
+        recognize(write(tmp_path / "no val", *tests, own[0]))
+
+
+@pytest.mark.parametrize("folder", ["labels/", "labels/train/", ""])
+def test_labels_of_images_without_objects_and_classes_with_a_point_are_those_of_yolo(tmp_path, folder):
+    write(
+        tmp_path,
+        *(f"{folder}{i}.txt" for i in range(40)),
+        **{str(i): "" for i in range(39)} | {"39": "3.0" + LABEL[1:]},
+    )
+    if not folder:
+        write(tmp_path, *(f"{i}.jpg" for i in range(40)))
+    assert recognize(tmp_path).kind == "yolo"
+
+
 def test_a_file_is_taken_at_its_word(tmp_path):
     write(tmp_path, "annotations/train.json", "annotations/val.json", "data.yaml", "obj.data", "labels/a.txt")
     assert splits(recognize(tmp_path / "annotations" / "train.json")) == {"all": "train.json"}
