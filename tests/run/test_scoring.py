@@ -13,7 +13,7 @@ from brs_detr.config import Config
 from brs_detr.data.issues import DataError
 from brs_detr.engine.config import EvalConfig
 from brs_detr.engine.predict import join_heads, limited
-from brs_detr.evaluation.calibration import Calibration
+from brs_detr.evaluation.calibration import Calibration, Curve
 from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.evaluation.reliability import assess
 from brs_detr.models.config import BRSDETRConfig, RoIConfig
@@ -97,11 +97,46 @@ class TwoHeads(nn.Module):
         return [{"boxes": boxes, "scores": torch.tensor([0.5]), "labels": torch.tensor([0])}]
 
 
-def score_two_heads(name="auto", **options):
+def score_two_heads(name="auto", model=None, **options):
     truth, config = GroundTruth.from_dataset(annotations()), Config(eval=EvalConfig(predict_with=name))
     images = ImageBatch.from_list([torch.zeros(3, 90, 90)])
     batches = [(images, [{"image_id": image}]) for image in (1, 2, 3)]
-    return scoring.score(TwoHeads(), [5], truth, batches, config, Accelerator(cpu=True), **options)
+    return scoring.score(model or TwoHeads(), [5], truth, batches, config, Accelerator(cpu=True), **options)
+
+
+def doubled(factor):
+    """The map of a raw score of 0.5 to `factor` / 2."""
+    curve = Curve(np.array([0.0, 0.5, 1.0]), np.array([0.0, factor / 2, 1.0]), "isotonic", 9, 9)
+    return Calibration((curve,), (0,), (0.5,), 3)
+
+
+@pytest.mark.parametrize("head", ["late", "good"])
+def test_scores_of_a_head_are_mapped_by_its_own_map(monkeypatch, head):
+    maps = {"late": doubled(0.4), "good": doubled(0.8), "ensemble": doubled(0.2)}
+    _, results = score_two_heads(head=head, calibrations=maps)
+    assert [result["score"] for result in results] == pytest.approx([maps[head].curves[0].precisions[1]] * 3)
+    del maps[head]  # those of a head without one stay raw
+    assert [result["score"] for result in score_two_heads(head=head, calibrations=maps)[1]] == [0.5] * 3
+    # a head that runs alone
+    monkeypatch.setattr(TwoHeads, "predict_with", "late", raising=False)
+    maps = {"good": doubled(0.8), "late": doubled(0.4)}
+    assert [result["score"] for result in score_two_heads("late", calibrations=maps)[1]] == pytest.approx([0.2] * 3)
+
+
+def test_scores_of_the_ensemble_are_mapped_by_its_own_map():
+    raw = [result["score"] for result in score_two_heads("ensemble", learn=True)[1]]
+    maps = {"late": doubled(0.4), "good": doubled(0.8), "ensemble": doubled(0.2)}
+    mapped = [result["score"] for result in score_two_heads("ensemble", learn=True, calibrations=maps)[1]]
+    assert mapped == pytest.approx(maps["ensemble"].apply(np.array(raw), np.zeros(len(raw))))
+    assert mapped != pytest.approx(raw)
+
+
+def test_an_ensemble_is_learned_from_the_scores_aps_and_objects_of_the_validation():
+    model = TwoHeads()
+    summary, _ = score_two_heads(model=model, learn=True)
+    scores = {head: torch.full((3,), 0.5) for head in ("late", "good")}
+    assert model.ensemble == Ensemble.learn(scores, {head: one["AP"] for head, one in summary.heads.items()}, 3)
+    assert model.ensemble != Ensemble.learn(scores, {"late": 0.0, "good": 1.0}, 1)  # the number of objects counts
 
 
 def test_every_head_is_scored_and_the_best_one_returned():
@@ -280,6 +315,43 @@ def test_a_validation_stores_the_map_of_its_scores_and_measures_it_held_out(monk
     assert max(thresholds) < 0.05 and min(maps.thresholds) > 0.2
     assert maps.apply(np.array(thresholds), np.arange(2)).tolist() == list(maps.thresholds)
     assert validated(monkeypatch, content, detections)[1].chosen == data.chosen  # as a resumed run stores it
+
+
+def test_what_a_validation_stores_and_reports_is_of_each_head_itself(monkeypatch):
+    """Two heads of other scores, the better one second; then a validation of one without any true positives."""
+    content, detections = many()
+    worse = [image | {"scores": image["scores"] ** 2, "boxes": image["boxes"] + 2} for image in detections]
+    by_head = {"first": worse, "second": detections}
+    monkeypatch.setattr(scoring, "predict_with_all_heads", lambda *_, **__: by_head)
+    dataset = SimpleNamespace(
+        ground_truth=lambda: content, json_path="val.json", report={"images_listed": 40}, masks=False
+    )
+    run = SimpleNamespace(config=Config(), accelerator=Accelerator(cpu=True), log=SimpleNamespace(say=print))
+    data = SimpleNamespace(
+        train_set=SimpleNamespace(category_ids=[5, 6]),
+        val_set=dataset,
+        val_loader=None,
+        thresholds={},
+        chosen={},
+        validated=[],
+    )
+    validate = validation.validator(run, data)
+    metrics = validate(SimpleNamespace(heads=("first", "second"), ensemble=None))
+    alone = {}
+    for head, found_by in by_head.items():
+        figures, own = validated(monkeypatch, content, found_by)
+        alone[head] = (figures, own.chosen["calibration"]["head"])
+    stored = data.chosen["calibration"]
+    assert {head: stored[head] for head in alone} == {head: one for head, (_, one) in alone.items()}
+    assert stored["first"] != stored["second"]
+    assert metrics["head"] == "second" and metrics["D-ECE"] == alone["second"][0]["D-ECE"] != alone["first"][0]["D-ECE"]
+    [last] = data.validated
+    assert last.calibration.as_dict() == stored["second"]
+    # later weights of which nothing is right: no map of earlier ones is stored with them
+    far = [image | {"boxes": image["boxes"] + 500} for image in detections]
+    by_head.update(first=far, second=far)
+    validate(SimpleNamespace(heads=("first", "second"), ensemble=None))
+    assert "calibration" not in data.chosen and data.validated[-1].calibration is None
 
 
 def test_calibrated_results_have_the_same_ap_although_the_cut_compares_classes(monkeypatch):
