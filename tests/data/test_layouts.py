@@ -111,6 +111,13 @@ def test_a_json_of_all_images_beside_its_splits_is_passed_over(tmp_path):
     )
 
 
+def test_several_tests_do_not_stop_a_training(tmp_path):
+    tests = ("lvis_v1_image_info_test_challenge.json", "lvis_v1_image_info_test_dev.json")
+    layout = recognize(write(tmp_path, "lvis_v1_train.json", "lvis_v1_val.json", *tests))
+    assert splits(layout) == {"train": "lvis_v1_train.json", "val": "lvis_v1_val.json"}
+    assert [path.name for path in layout.passed_over] == list(tests)
+
+
 @pytest.mark.parametrize(
     ("files", "sentence"),
     [
