@@ -199,6 +199,7 @@ def _require_all(
         return
     shown = {"train": "training", "val": "validation"}[missing[0]]
     there = f"found: {', '.join(names)}" if names != ["all"] else "one annotation file for all images"
+    there = "; ".join([there, *_passed_over(layout)])
     hint = " Set data.val_fraction=0.1 to hold out a tenth of its images." if missing == ["val"] else ""
     if missing == ["val"] and "train" not in purposes:
         whole = "rename that split to val" if train is None else f"give its json, data={train}"

@@ -168,8 +168,8 @@ def _coco(given: Path, folder: Path) -> Iterator[DatasetLayout]:
     passed_over = set(chain(*groups.values()))
     if len(groups) > 1:  # beside jsons of splits another one is their sum, or something else
         groups.pop("all", None)
-    if "val" in groups and len(groups.get("test", ())) > 1:  # COCO's and LVIS's, which have no annotations
-        groups.pop("test")
+    if len(groups) > 1 and len(_candidates(groups.get("test", []))) > 1:
+        groups.pop("test")  # COCO and LVIS list the images of several tests; nothing is trained on them
     chosen = {split: _one(given, split, paths) for split, paths in groups.items()}
     passed_over -= set(chosen.values())
     kind: Kind = "roboflow" if roboflow else "coco"
@@ -214,15 +214,18 @@ def split_of_name(name: str) -> str | None:
     return next((split for split, known in _WORDS.items() if set(known) & set(words)), None)
 
 
+def _candidates(paths: list[Path]) -> list[Path]:
+    """Leave out what COCO has beside instances_, of the same images: captions_ and person_keypoints_."""
+    return [path for path in paths if path.name.startswith("instances_")] or paths
+
+
 def _one(given: Path, split: str, paths: list[Path]) -> Path:
     """Choose the json of a split.
 
     Raises:
         DataError: several could be meant.
     """
-    # COCO has captions_ and person_keypoints_ beside instances_, of the same images
-    instances = [path for path in paths if path.name.startswith("instances_")]
-    candidates = instances or paths
+    candidates = _candidates(paths)
     if len(candidates) > 1:
         shown = ", ".join(printable(os.path.relpath(path, given)) for path in candidates[:5])
         what = "the dataset" if split == "all" else f"the split {split}"

@@ -341,3 +341,31 @@ def test_a_storage_that_fails_is_not_taken_for_a_wrong_dataset(single, tmp_path,
     with monkeypatch.context() as closed, pytest.raises(DataError, match="Permission denied"):
         closed.setattr(coco.os, "replace", fail(errno.EACCES))
         opened(single, tmp_path / "out", 0.25)
+
+
+def test_a_complete_download_of_coco(split, tmp_path, capsys):
+    """Captions, keypoints and lists of test images lie beside the instances of each split."""
+    images, notes = split / "images", split / "annotations"
+    for part in ("train", "val"):
+        (split / f"{part}2017").mkdir()
+        for image in read(notes / f"{part}.json")["images"]:
+            (images / image["file_name"]).rename(split / f"{part}2017" / image["file_name"])
+        for kind in ("captions", "person_keypoints"):
+            (notes / f"{kind}_{part}2017.json").write_text((notes / f"{part}.json").read_text())
+        (notes / f"{part}.json").rename(notes / f"instances_{part}2017.json")
+    images.rename(split / "test2017")
+    for part in ("test-dev2017", "test2017", "unlabeled2017"):
+        (notes / f"image_info_{part}.json").write_text(json.dumps({"images": [], "categories": []}))
+    source = opened(split, tmp_path / "out")
+    assert {name: (part.json.name, part.images.name) for name, part in source.splits.items()} == {
+        name: (f"instances_{name}2017.json", f"{name}2017") for name in ("train", "val")
+    }
+    assert cli.main(["check-data", str(split), "--samples", "0"]) == 0
+    assert "not used: annotations/captions_train2017.json" in capsys.readouterr().out
+
+    (notes / "instances_val2017.json").unlink()
+    for kind in ("captions", "person_keypoints"):
+        (notes / f"{kind}_val2017.json").unlink()
+    with pytest.raises(DataError, match=r"no validation split .found: train; not used: .*image_info_test2017.json"):
+        opened(split, tmp_path / "out")
+    assert set(opened(split, tmp_path / "out", 0.25).splits) == {"train", "val"}
