@@ -95,11 +95,16 @@ def id_of(name: str, image_ids: Mapping[str, int]) -> int | None:
 
 
 def _write_json(lines: Path, out: Path, labels: Labels) -> None:
-    """Write predictions.json of all images, and of each video NAME.jsonl with a line for each frame."""
+    """Write predictions.json of all images, and of each video NAME.jsonl with a line for each frame.
+
+    Where there are only videos, a predictions.json of earlier predictions is removed, as it would be of other sources.
+    """
     first = next(read_records(lines), {})
     if "frame" not in first or any("frame" not in record for record in read_records(lines)):
         images = (record for record in read_records(lines) if "frame" not in record)
         _write_list(out / "predictions.json", images)
+    else:
+        (out / "predictions.json").unlink(missing_ok=True)
     frames = (record for record in read_records(lines) if "frame" in record)
     for name, records in itertools.groupby(frames, lambda record: record["file_name"]):
         path = _with_ending(out / labels.stems[name], ".jsonl")

@@ -337,6 +337,8 @@ def test_a_video_among_images_in_the_other_formats(weights, clip, folder, tmp_pa
     assert {one["image_id"] for one in listed} == {1, 2, 3, 4}
     predict(weights, tmp_path / "json", *words)
     assert written(tmp_path / "json") == ["clip.jsonl", "predictions.json"]
+    assert predict(weights, tmp_path / "json", clip, "--max-frames", "1", "--no-images") is None
+    assert written(tmp_path / "json") == ["clip.jsonl"]
 
 
 def test_a_video_is_refused_beside_ids_of_images(weights, clip, folder, tmp_path, capsys):
