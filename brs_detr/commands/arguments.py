@@ -25,6 +25,7 @@ from brs_detr.data.config import Limits
 from brs_detr.data.issues import DataError
 from brs_detr.data.layouts import is_yolo_yaml, recognize
 from brs_detr.data.sources import require_sources
+from brs_detr.hub.huggingface import require_repository
 from brs_detr.hub.sources import local_path, require_source
 from brs_detr.recipes import ENDINGS, find_recipe, is_run_folder, nearest_recipe
 from brs_detr.user_files import printable
@@ -44,7 +45,7 @@ def info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="config file, e.g. configs/brs_detr_r50_12e_coco.yaml, or its name")
     parser.add_argument("overrides", nargs="*", default=[], help="settings to change, e.g. model.queries=900")
     parser.add_argument("--settings", action="store_true", help="print the value of every setting")
-    parser.add_argument("--classes", type=int, help="number of classes (default: from the training json, else 80)")
+    parser.add_argument("--classes", type=positive, help="number of classes (default: from the training json, else 80)")
 
 
 def predict(parser: argparse.ArgumentParser) -> None:
@@ -253,8 +254,9 @@ def push(parser: argparse.ArgumentParser) -> None:
 
 
 def check_push(options: argparse.Namespace) -> None:
-    """Refuse weights that do not exist."""
+    """Refuse weights that do not exist, and what cannot be the name of a repository."""
     require_source(options.weights)
+    require_repository(options.repository)
 
 
 def replay(parser: argparse.ArgumentParser) -> None:
