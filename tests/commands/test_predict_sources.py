@@ -348,6 +348,17 @@ def test_a_video_is_refused_beside_ids_of_images(weights, clip, folder, tmp_path
     assert "--annotations: clip.mp4 is a video, whose frames have no ids" in error and error.count("\n") == 1
 
 
+def test_a_url_that_is_a_video_is_skipped_beside_ids_of_images(weights, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(video, "fetch", lambda *_: None)  # the server says that it is one
+    categories = [{"id": 4, "name": "a"}, {"id": 9, "name": "b"}]
+    truth = {"images": [{"id": 7, "file_name": "a.png"}], "annotations": [], "categories": categories}
+    (tmp_path / "val.json").write_text(json.dumps(truth))
+    words = ["http://host/live", folder / "a.png", "--format", "coco", "--annotations", tmp_path / "val.json"]
+    found = predict(weights, tmp_path / "out", *words, "--no-images")
+    assert {one["image_id"] for one in found} == {7}
+    assert "skipped: http://host/live: the server sends a video, whose frames have no ids" in capsys.readouterr().out
+
+
 def test_a_camera_ends_by_ctrl_c_and_keeps_its_frames(weights, clip, tmp_path, monkeypatch):
     """A camera whose fourth frame does not come before Ctrl-C."""
     import brs_detr.data.video

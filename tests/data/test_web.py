@@ -136,6 +136,12 @@ def test_a_server_that_sends_a_video_is_asked_for_its_frames(server):
         read(f"{server}/live")
 
 
+def test_a_server_that_sends_a_video_is_refused_where_ids_are_of_images(server):
+    found = list(read_sources(expand([f"{server}/live", f"{server}/image.png"])[0], Limits(), images_only=True))
+    assert str(found[0]) == f"{server}/live: the server sends a video, whose frames have no ids in --annotations."
+    assert found[1].pixels.shape == (3, 30, 40)
+
+
 def test_a_video_is_read_from_a_server_frame_by_frame(tmp_path):
     av = pytest.importorskip("av", reason="PyAV is not installed")
     with av.open(str(tmp_path / "clip.mkv"), "w") as container:
