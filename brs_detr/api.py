@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from brs_detr.config import Config, ConfigError, apply_overrides, load_config
 from brs_detr.hub.sources import local_path
-from brs_detr.run.inputs import require_training_inputs
+from brs_detr.run.inputs import ordered_scores, require_evaluation_inputs, require_training_inputs
 
 if TYPE_CHECKING:  # torch takes seconds to import: only once settings and paths are right
     from brs_detr.evaluate import Evaluation
@@ -132,13 +132,17 @@ def evaluate(
         The results; their `stats` has COCO's figures, and printing them shows the table that `brs-detr eval` prints.
 
     Raises:
-        Failure: the weights, a setting or the dataset cannot be used.
+        Failure: the weights, a setting, an argument or the dataset cannot be used.
     """
+    if images < 0:
+        raise ConfigError(f"images={images}: must be at least 0.")
+    scores, words = ordered_scores(score_thresholds), as_words(overrides)
+    require_evaluation_inputs(Path(source), words)
     path = local_path(source)
     from brs_detr.evaluate import evaluate as evaluate_here
 
     with _own_accelerator():
-        return evaluate_here(path, as_words(overrides), None if out is None else Path(out), images, score_thresholds)
+        return evaluate_here(path, words, None if out is None else Path(out), images, scores)
 
 
 def as_words(overrides: Overrides) -> list[str]:

@@ -66,6 +66,11 @@ def find_recipe(name: str | Path) -> Path:
     return path  # a pipe, a device: refused when it is read
 
 
+def is_recipe(name: Path) -> bool:
+    """Check whether a word is meant as a recipe, not as a dataset or weights: by its ending, or a name without one."""
+    return name.suffix in ENDINGS or not (name.suffix or name.exists())
+
+
 def read_layers(name: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read the recipe's base, if it names one, then the recipe, each with the name to use in errors.
 

@@ -101,6 +101,11 @@ def test_overrides_are_words_or_a_mapping():
     [
         (lambda path: brs_detr.load(path / "nothing"), "neither a weights file nor a run folder"),
         (lambda path: api.evaluate(path / "nothing"), "neither a weights file nor a run folder"),
+        (lambda path: api.evaluate(path, images=-1), "images=-1: must be at least 0"),
+        (lambda path: api.evaluate(path, score_thresholds=[0.5, 1.0]), r"score_thresholds=\[0\.5, 1\.0\]: not all lie"),
+        (lambda path: api.evaluate(path, score_thresholds=[float("nan")]), r"score_thresholds=\[nan\]: not all lie"),
+        (lambda path: api.evaluate(path, {"eval.nothing": 1}), r"eval\.nothing"),
+        (lambda path: api.evaluate(path, {"data": str(path)}), "no dataset"),
         (lambda path: brs_detr.load(path), "neither a weights file nor a run folder"),
         (lambda path: brs_detr.load(path / "nothing.onnx"), r"nothing\.onnx"),
         (lambda path: api.train("demmo"), "Did you mean demo"),

@@ -16,8 +16,8 @@ ALLOWED = {
     "models": {"assign", "config_fields", "exit_codes", "losses", "ops", "user_files"},
     "evaluation": {"ops"},
     "viz": {"evaluation", "user_files"},
-    "data": {"config_fields", "exit_codes", "ops", "parsing", "user_files", "viz"},
-    "engine": {"assign", "config_fields", "exit_codes", "losses", "models", "ops", "user_files"},
+    "data": {"config_fields", "exit_codes", "ops", "parsing", "threads", "user_files", "viz"},
+    "engine": {"assign", "config_fields", "exit_codes", "losses", "models", "ops", "threads", "user_files"},
     "config_fields": set(),
     "config_io": {"config_fields", "exit_codes", "parsing", "user_files"},
     "config_aliases": set(),
@@ -43,6 +43,7 @@ ALLOWED = {
         "viz",
     },
     "exit_codes": set(),
+    "threads": set(),
     "user_files": set(),
     "parsing": {"user_files"},
 }

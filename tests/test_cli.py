@@ -676,7 +676,7 @@ def test_the_best_validation_leaves_figures_images_and_a_report(data, tmp_path):
     )
     stored = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     assert stored["stats"]["AP"] == best[0] and stored["about"]["epoch"] == -best[1]
-    assert len(list((tmp_path / "evaluation" / "detections").iterdir())) == 7
+    assert len(list((tmp_path / "evaluation" / "evaluated").iterdir())) == 7
     assert f"<td>{100 * best[0]:.1f}</td>" in (tmp_path / "report.html").read_text()
 
 

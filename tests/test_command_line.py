@@ -54,6 +54,10 @@ ANSWERS = [
     (["eval", ".", "model.head.max_detection=1"], "did you mean model.head.max_detections?"),
     (["predict", ".", "full", "model.head.nms_uoi=1"], "did you mean model.head.nms_iou?"),
     (["benchmark", "demo", "eval.predict_with=ensemble"], "needs weights whose validation scored all heads"),
+    (["info", "demo", "--classes", "-2"], "--classes: -2 is not a positive integer"),
+    (["push", ".", "bad-name"], "bad-name: not the name of a repository. Write user/repository."),
+    (["push", ".", "a/b/c"], "a/b/c: not the name of a repository ("),
+    (["push", ".", "user/-cells", "--out", "x"], "user/-cells: not the name of a repository ("),
     (["trian", "demo"], "did you mean train?"),
 ]
 PROBE = """

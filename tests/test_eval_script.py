@@ -113,7 +113,7 @@ def test_pycocotools_gives_the_same_figures_for_the_json_and_the_results(run, da
     np.testing.assert_allclose([stats[name] for name in names], evaluation.stats, rtol=0, atol=1e-12)
     left = {path.name for path in tmp_path.iterdir()}
     tables = {"results.json", "evaluation.json", "per_class.csv", "precision_recall.csv", "confusion.csv"}
-    images = {"precision_recall.png", "confusion.png", "detections.png", "detections", "curves.png"}
+    images = {"precision_recall.png", "confusion.png", "detections.png", "evaluated", "curves.png"}
     assert left == tables | images | {"report.html"}
     assert report(tmp_path)["about"]["annotations"] == str(data / "annotations" / "val.json")
 

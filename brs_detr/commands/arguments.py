@@ -25,8 +25,9 @@ from brs_detr.data.config import Limits
 from brs_detr.data.issues import DataError
 from brs_detr.data.layouts import is_yolo_yaml, recognize
 from brs_detr.data.sources import require_sources
+from brs_detr.hub.huggingface import require_repository
 from brs_detr.hub.sources import local_path, require_source
-from brs_detr.recipes import ENDINGS, find_recipe, is_run_folder, nearest_recipe
+from brs_detr.recipes import find_recipe, is_recipe, is_run_folder, nearest_recipe
 from brs_detr.user_files import printable
 
 IN_TORCH = (
@@ -44,7 +45,7 @@ def info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="config file, e.g. configs/brs_detr_r50_12e_coco.yaml, or its name")
     parser.add_argument("overrides", nargs="*", default=[], help="settings to change, e.g. model.queries=900")
     parser.add_argument("--settings", action="store_true", help="print the value of every setting")
-    parser.add_argument("--classes", type=int, help="number of classes (default: from the training json, else 80)")
+    parser.add_argument("--classes", type=positive, help="number of classes (default: from the training json, else 80)")
 
 
 def predict(parser: argparse.ArgumentParser) -> None:
@@ -253,8 +254,9 @@ def push(parser: argparse.ArgumentParser) -> None:
 
 
 def check_push(options: argparse.Namespace) -> None:
-    """Refuse weights that do not exist."""
+    """Refuse weights that do not exist, and what cannot be the name of a repository."""
     require_source(options.weights)
+    require_repository(options.repository)
 
 
 def replay(parser: argparse.ArgumentParser) -> None:
@@ -343,7 +345,7 @@ def check_benchmark(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: a setting; or all heads of a recipe are to be joined, whose scores no validation has compared.
     """
-    if options.target.suffix in ENDINGS or not (options.target.suffix or options.target.exists()):
+    if is_recipe(options.target):
         config = load_config(options.target, options.overrides)
         if config.eval.predict_with == "ensemble":
             raise ConfigError(
@@ -364,7 +366,7 @@ def check_dataset(options: argparse.Namespace) -> None:
     if target.is_dir() or is_yolo_yaml(target):
         apply_overrides(Config(), [*options.overrides, dataset_setting(target)])
         _require_dataset(target)
-    elif target.suffix in ENDINGS or not (target.suffix or target.exists()):
+    elif is_recipe(target):
         config = load_config(target, options.overrides)
         if config.data.source is not None:
             recognize(config.data.source)

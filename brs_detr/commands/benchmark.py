@@ -20,7 +20,7 @@ from brs_detr.export.runtime import ExportedFile
 from brs_detr.hub.sources import require_source
 from brs_detr.models.detector import Detector
 from brs_detr.ops.images import ImageBatch, Size
-from brs_detr.recipes import ENDINGS
+from brs_detr.recipes import is_recipe
 from brs_detr.run.launch import choose_device
 from brs_detr.run.setup import build_detector, restore
 from brs_detr.user_files import printable
@@ -168,11 +168,6 @@ def noise(count: int, size: Size) -> ImageBatch:
 def landscape(short: int, long: int) -> Size:
     """Return (H, W) of the largest image that the two limits of the resizing allow."""
     return short, max(short, long)
-
-
-def is_recipe(target: Path) -> bool:
-    """Check whether the target is a recipe: its file, or its name."""
-    return target.suffix in ENDINGS or not (target.exists() or target.suffix)
 
 
 def describe(device: torch.device) -> str:

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from brs_detr.commands.arguments import WEIGHTS, at_least_zero
-from brs_detr.config import Config, ConfigError, apply_overrides, check_overrides, dataset_overrides, override_names
-from brs_detr.data.layouts import recognize
+from brs_detr.config import ConfigError, check_overrides, override_names
 from brs_detr.hub.sources import local_path, require_source
+from brs_detr.run.inputs import ordered_scores, require_evaluation_inputs
 
 DESCRIPTION = """Evaluate trained weights: `brs-detr eval RUN_OR_CHECKPOINT [a.b=value ...] [--out FOLDER]`.
 
@@ -52,25 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def score_list(text: str) -> tuple[float, ...]:
     """Parse scores in [0, 1) with commas between them; returns them in ascending order."""
     try:
-        scores = sorted({float(part) for part in text.split(",")})
+        return ordered_scores(float(part) for part in text.split(","))
     except ValueError:
-        scores = [-1.0]
-    if not all(0 <= score < 1 for score in scores):  # a NaN compares as False
-        raise argparse.ArgumentTypeError(f"{text} is not a list of scores in [0, 1). Write it as 1e-3,.1,.5.")
-    return tuple(scores)
+        raise argparse.ArgumentTypeError(f"{text} is not a list of scores in [0, 1). Write it as 1e-3,.1,.5.") from None
 
 
 def run(options: argparse.Namespace) -> int:
     """Check names and paths, then evaluate; returns the exit code."""
-    require_source(options.weights)
     if options.weights.suffix == ".onnx":
         return evaluate_export(options)
-    if options.weights.suffix == ".pt2":
-        raise ConfigError(f"{options.weights}: a file of torch.export is not evaluated. Give its weights, or an .onnx.")
-    check_overrides(options.overrides)  # whether they fit, the stored config has to say
-    source = apply_overrides(Config(), dataset_overrides(options.overrides)).data.source
-    if source is not None:
-        recognize(source)
+    require_evaluation_inputs(options.weights, options.overrides)
     weights = local_path(options.weights)
     from brs_detr.evaluate import run_evaluation  # torch takes seconds to import: only once all this is right
 
@@ -81,8 +72,10 @@ def evaluate_export(options: argparse.Namespace) -> int:
     """Check the settings of an evaluation of an exported file, then evaluate it.
 
     Raises:
+        SourceError: there is no such file.
         ConfigError: a setting is fixed in the file.
     """
+    require_source(options.weights)
     check_overrides(options.overrides)
     for name in override_names(options.overrides):
         if name != "data" and not name.startswith(FREE_IN_EXPORTS):

@@ -59,7 +59,8 @@ def run(options: argparse.Namespace) -> int:
     report = Report(labels)
     with open(partial, "w", encoding="utf-8") as lines:
         try:
-            items = report.timed(read_sources(sources, predictor.limits, options.max_frames))
+            images_only = options.annotations is not None
+            items = report.timed(read_sources(sources, predictor.limits, options.max_frames, images_only))
             for frame, found in detect(predictor, items, options):
                 lines.write(json.dumps(record(frame, found)) + "\n")
                 lines.flush()

@@ -5,8 +5,8 @@ The name is of a torchvision v2 transform, or of any function called like one:
     name(image, target) -> (image, target)
 
 `image` is a `tv_tensors.Image` (3, H, W) uint8; `target` a dict of "boxes", `tv_tensors.BoundingBoxes` (n, 4) XYXY
-pixels, "labels" (n,) int64 and, for detectors with masks, "masks", a `tv_tensors.Mask` (n, H, W) uint8. It is applied
-first, to the image as it is stored, and may change its size and drop objects.
+pixels, "labels" (n,) int64 and, for detectors with masks and for copy-paste, "masks", a `tv_tensors.Mask` (n, H, W)
+uint8. It is applied first, to the image as it is stored, and may change its size and drop objects.
 
 The random numbers of torch, NumPy and `random` are seeded for each image from the loader's generator, and put back
 afterwards: what they give depends on seed, epoch and image alone. Other generators must be seeded from one of these.
@@ -151,6 +151,11 @@ def _checked(returned: Any, masks: bool) -> tuple[Tensor, dict[str, Tensor]]:
     image, objects = returned
     wanted = ("boxes", "labels", *(["masks"] if masks else []))
     for name, value in (("image", image), *((name, objects.get(name)) for name in wanted)):
+        if name == "masks" and value is None:
+            raise ValueError(
+                "returned no masks. Return target['masks'] of the objects that stay, or, if only the copy-paste of "
+                "large-scale jitter uses them, set data.augment.max_pasted=0"
+            )
         if not isinstance(value, Tensor):
             raise ValueError(f"returned {type(value).__name__} as {name}. Return a tensor")
     if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8 or 0 in image.shape:

@@ -22,6 +22,7 @@ from torch import Tensor
 from brs_detr.data.config import Limits
 from brs_detr.data.storage import ReadError, persist, read_bytes
 from brs_detr.exit_codes import Failure
+from brs_detr.threads import shared_by_threads
 from brs_detr.user_files import open_regular, printable, read_file, read_start, require_at_most
 
 Size = tuple[int, int]
@@ -183,6 +184,7 @@ def open_image(file: BinaryIO, limits: Limits) -> Image.Image:
     return image
 
 
+@shared_by_threads
 @contextmanager
 def _strict_pillow() -> Iterator[None]:
     """Make Pillow raise for truncated files, which other libraries may have switched off, and drop its pixel limit."""

@@ -68,10 +68,10 @@ def require_sources(words: Sequence[str]) -> None:
             _require_url(word)
         is_live = _scheme(word).startswith("rt") or _camera(word) is not None
         if (is_live or is_video_name(word)) and not has_pyav():
-            raise MissingPackageError(f"{word}: {MISSING}.")
+            raise MissingPackageError(f"{without_password(word)}: {MISSING}.")
         if not (_scheme(word) or is_live or os.path.lexists(word) or _matches(word)):
             pattern = "no file matches this pattern" if glob.has_magic(word) else "no such image, video or folder"
-            raise FileNotFoundError(f"{word}: {pattern}.")
+            raise FileNotFoundError(f"{without_password(word)}: {pattern}.")
 
 
 def expand(words: Sequence[str], drawings: Path | None = None) -> tuple[list[Source], int]:
@@ -122,6 +122,11 @@ def has_pyav() -> bool:
     return importlib.util.find_spec("av") is not None
 
 
+def without_password(word: str) -> str:
+    """Return a URL without user and password, which messages and results must not spread; another word as it is."""
+    return re.sub(r"^([a-zA-Z][\w+.-]*://)[^/?#]*@", r"\1", word)
+
+
 def is_video_name(name: str) -> bool:
     """Return True if a file name has the ending of a video."""
     return os.path.splitext(name)[1].lower() in VIDEO_ENDINGS
@@ -144,7 +149,7 @@ def _require_url(word: str) -> None:
     except ValueError:
         host = None
     if not host:
-        raise FileNotFoundError(f"{word}: this URL names no server.")
+        raise FileNotFoundError(f"{without_password(word)}: this URL names no server.")
 
 
 def _camera(word: str) -> str | None:
@@ -156,7 +161,7 @@ def _camera(word: str) -> str | None:
 
 def _of_url(url: str, scheme: str) -> Source:
     parts = urlsplit(url)
-    name = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))  # results must not spread a password
+    name = without_password(urlunsplit(parts))
     last = unquote(parts.path.rstrip("/").rpartition("/")[2]) or parts.hostname or "url"
     stem = re.sub(r'[\x00-\x1f<>:"/\\|?*]', "_", last).strip(". ") or "url"
     if not scheme.startswith("http"):

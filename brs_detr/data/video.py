@@ -59,7 +59,7 @@ class Frame:
 
 
 def read_sources(
-    sources: Iterable[Source], limits: Limits, max_frames: int | None = None
+    sources: Iterable[Source], limits: Limits, max_frames: int | None = None, images_only: bool = False
 ) -> Iterator[Frame | ImageError]:
     """Iterate over the images and frames of all sources.
 
@@ -67,19 +67,22 @@ def read_sources(
         sources: in the order to read them.
         limits: on the sizes of files and images.
         max_frames: of each video or camera; None: all.
+        images_only: refuse a URL whose server sends a video.
 
     Yields:
         A frame; or the error of a source that cannot be read, or of a video that breaks off after its last frame.
     """
     for source in sources:
         try:
-            yield from read_source(source, limits, max_frames)
+            yield from read_source(source, limits, max_frames, images_only)
         except ImageError as error:
             yield error
 
 
-def read_source(source: Source, limits: Limits, max_frames: int | None = None) -> Iterator[Frame]:
-    """Iterate over the frames of one source; an image is one.
+def read_source(
+    source: Source, limits: Limits, max_frames: int | None = None, images_only: bool = False
+) -> Iterator[Frame]:
+    """Iterate over the frames of one source; an image is one. The arguments are those of `read_sources`.
 
     Raises:
         ImageError: it cannot be read, or not to its end.
@@ -92,6 +95,8 @@ def read_source(source: Source, limits: Limits, max_frames: int | None = None) -
         if content is not None:
             yield Frame(source, decode_image(content, source.name, limits))
             return
+        if images_only:
+            raise VideoError(f"{source.name}: the server sends a video, whose frames have no ids in --annotations.")
         source = source._replace(kind="video")
     yield from read_video(source, limits, max_frames)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import time
 import urllib.error
 import urllib.request
 from typing import IO, Any
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from brs_detr.data.config import Limits
 from brs_detr.data.image_io import ImageError
+from brs_detr.data.sources import without_password
 from brs_detr.user_files import UserFileError, require_at_most
 
 TIMEOUT = 10.0  # seconds without an answer
@@ -20,22 +22,28 @@ _VIDEO_TYPES = ("video/", "multipart/x-mixed-replace", "application/vnd.apple.mp
 
 
 class _HTTPOnly(urllib.request.HTTPRedirectHandler):
-    """Follow redirects to web servers only."""
+    """Follow redirects to web servers only, and send a password to no other server than the one it is for."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
         """Refuse a redirect to another kind of address, such as ftp."""
-        if urlsplit(newurl).scheme not in ("http", "https"):
-            raise urllib.error.URLError(f"it leads to {newurl}, which is not on a web server")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+        plain = without_password(newurl)
+        if urlsplit(plain).scheme not in ("http", "https"):
+            raise urllib.error.URLError(f"it leads to {plain}, which is not on a web server")
+        request = super().redirect_request(req, fp, code, msg, headers, plain)
+        if request is not None:
+            stays = (request.type, request.host) == (req.type, req.host)
+            own = req.unredirected_hdrs.get("Authorization") if stays else None
+            _authorize(request, _authorization(newurl) or own)
+        return request
 
 
 def fetch(url: str, name: str, limits: Limits) -> bytes | None:
     """Fetch the file at a URL, up to `limits.max_image_bytes`.
 
     Args:
-        url: http or https.
+        url: http or https; a user and password before the host are sent as basic authorization.
         name: names it in errors.
         limits: on its size.
 
@@ -48,8 +56,9 @@ def fetch(url: str, name: str, limits: Limits) -> bytes | None:
     deadline = time.monotonic() + MAX_SECONDS
     try:
         request = urllib.request.Request(
-            _ascii(url), headers={"User-Agent": "brs-detr", "Accept": "image/*, */*;q=0.5"}
+            _ascii(without_password(url)), headers={"User-Agent": "brs-detr", "Accept": "image/*, */*;q=0.5"}
         )
+        _authorize(request, _authorization(url))
         with urllib.request.build_opener(_HTTPOnly).open(request, timeout=TIMEOUT) as answer:
             kind = answer.headers.get_content_type()
             if kind.startswith(_VIDEO_TYPES):
@@ -80,6 +89,21 @@ def _read(answer: http.client.HTTPResponse, limits: Limits, deadline: float) -> 
     if stated.isdigit() and size < int(stated):
         raise UserFileError(f"the connection ended after {size:,} of {int(stated):,} bytes")
     return b"".join(parts)
+
+
+def _authorization(url: str) -> str | None:
+    """Return the header for the user and password of a URL, None where it has none."""
+    user_and_password, at, _ = urlsplit(url).netloc.rpartition("@")
+    if not at:
+        return None
+    user, _, password = user_and_password.partition(":")
+    return f"Basic {base64.b64encode(f'{unquote(user)}:{unquote(password)}'.encode()).decode()}"
+
+
+def _authorize(request: urllib.request.Request, authorization: str | None) -> None:
+    """Add the header to a request, but not to those that a redirect makes of it."""
+    if authorization is not None:
+        request.add_unredirected_header("Authorization", authorization)
 
 
 def _ascii(url: str) -> str:

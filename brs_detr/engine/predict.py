@@ -26,6 +26,7 @@ from brs_detr.models.detector import Detector
 from brs_detr.models.ensemble import Ensemble
 from brs_detr.ops.images import Batch, ImageBatch
 from brs_detr.ops.masks import as_rles
+from brs_detr.threads import shared_by_threads
 
 Detections = dict[str, Any]
 
@@ -171,6 +172,7 @@ def without_autocast(model: nn.Module) -> Callable[..., Any]:
     return partial(type(model).forward, model) if "forward" in vars(model) else model
 
 
+@shared_by_threads
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
     """Disable TF32 inside: on a GPU, products then do not round their float32 inputs."""

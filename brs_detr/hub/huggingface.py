@@ -54,6 +54,24 @@ def _not_downloaded(name: str, error: Exception) -> DownloadError:
     return DownloadError(f"{name}: cannot be downloaded ({reason}). Try again later, or give a local file.")
 
 
+def require_repository(name: str) -> None:
+    """Refuse what the hub takes for no name of a repository with its user.
+
+    Raises:
+        SourceError: naming it.
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise SourceError(
+            f"{name}: not the name of a repository ({str(error).rstrip('.')}). Write user/repository."
+        ) from None
+    if "/" not in name:
+        raise SourceError(f"{name}: not the name of a repository. Write user/repository.")
+
+
 def push(folder: Path, repository: str, *, private: bool = False, message: str = "Upload a detector") -> str:
     """Upload a folder to a repository of the hub, which is created if it does not exist.
 
@@ -71,18 +89,14 @@ def push(folder: Path, repository: str, *, private: bool = False, message: str =
         SourceError: this is not the name of a repository.
     """
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.utils import HFValidationError
 
-    if repository.count("/") != 1:
-        raise SourceError(f"{repository}: not the name of a repository. Write user/repository.")
+    require_repository(repository)
     if constants.HF_HUB_OFFLINE or not is_reachable(constants.ENDPOINT):
         raise DownloadError(f"{repository}: {constants.ENDPOINT} does not answer. Connect to the network.")
     api: Any = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
-    except HFValidationError as error:
-        raise SourceError(f"{repository}: not the name of a repository ({error}). Write user/repository.") from None
     except Exception as error:  # no token, a refusal, or what its HTTP client raises
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise DownloadError(

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 
 from brs_detr.config import Config, ConfigError
 from brs_detr.data.annotations import categories_differ
-from brs_detr.data.build import open_train_set
+from brs_detr.data.build import masks_to_read, open_train_set
 from brs_detr.data.coco import CocoDetection
 from brs_detr.data.dataset_source import open_source
 from brs_detr.data.formats.coco import remove_unfinished
@@ -152,7 +152,7 @@ def with_subset(config: Config, accelerator: Accelerator) -> Config:
     if accelerator.is_main_process:
         images = config.train.overfit_batches * config.train.total_batch_size
         path, limit = Path(data.root, data.train_json), data.max_json_bytes
-        content = load_json(path, limit, "keep" if config.model.has_masks else "drop")
+        content = load_json(path, limit, "keep" if masks_to_read(data, config.model.has_masks) else "drop")
         write_subset(content, target, images)
     accelerator.wait_for_everyone()
     # An evaluation of its weights reads the subset, and not the dataset it was taken from

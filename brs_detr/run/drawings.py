@@ -30,6 +30,7 @@ OPTIONAL = (
     *("score_thresholds.csv", "score_thresholds.png", "reliability.csv", "reliability.png"),
 )
 OTHERS = ("evaluation.json", "per_class.csv", "results.json")
+IMAGES = "evaluated"  # folder of the drawings: `predict` with the same --out has its own in `detections/`
 
 
 def write_evaluation(
@@ -75,11 +76,11 @@ def remove_evaluation(out: Path, names: Sequence[str] = (*OPTIONAL, *OTHERS)) ->
 
     Args:
         out: the folder; it need not exist.
-        names: of the files; the drawings in `detections/` are removed as well.
+        names: of the files; the drawings in `evaluated/` are removed as well.
     """
     for name in names:
         (out / name).unlink(missing_ok=True)
-    for drawing in (out / "detections").glob("*.png"):
+    for drawing in (out / IMAGES).glob("*.png"):
         if re.fullmatch(r"-?\d+", drawing.stem):  # an image id
             drawing.unlink(missing_ok=True)
 
@@ -90,7 +91,7 @@ def write_images(
     """Draw evenly spaced images of a dataset with their detections and ground truth.
 
     Args:
-        out: folder; gets `detections/IMAGE_ID.png` and one sheet of them all, `detections.png`.
+        out: folder; gets `evaluated/IMAGE_ID.png` and one sheet of them all, `detections.png`.
         dataset: opened with `train=False`.
         results: detections in COCO's format.
         count: number of images; 0 for none.
@@ -124,7 +125,7 @@ def write_images(
             detections["masks"] = decode_masks([result["segmentation"] for result in own], target["original_size"])
         title = dataset.file_name(index)
         drawn.append(draw_detections(image, detections, target, dataset.classes, threshold=0.0, title=title))
-        paths.append(out / "detections" / f"{target['image_id']}.png")
+        paths.append(out / IMAGES / f"{target['image_id']}.png")
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
         drawn[-1].save(paths[-1])
     if drawn:

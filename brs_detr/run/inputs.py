@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from brs_detr.config import Config, ConfigError
+from brs_detr.config import Config, ConfigError, apply_overrides, check_overrides, dataset_overrides
 from brs_detr.data.layouts import recognize
 from brs_detr.hub.sources import local_path, require_source
 from brs_detr.user_files import is_missing
@@ -56,6 +57,39 @@ def require_training_inputs(config: Config, is_trial: bool = False) -> None:
         local_path(train.init_from)  # downloads a name at its first use
     if not is_trial:
         require_learning_backbone(config)
+
+
+def require_evaluation_inputs(weights: Path, overrides: Sequence[str]) -> None:
+    """Refuse an evaluation of weights that do not exist, or with settings or a dataset that cannot be used.
+
+    Args:
+        weights: as the user gives them.
+        overrides: `a.b=value`; whether they fit, the stored config has to say.
+
+    Raises:
+        SourceError: there are no such weights.
+        ConfigError: a setting, or a file of torch.export.
+        DataError: `data=` is no dataset.
+    """
+    require_source(weights)
+    if weights.suffix == ".pt2":
+        raise ConfigError(f"{weights}: a file of torch.export is not evaluated. Give its weights, or an .onnx.")
+    check_overrides(overrides)
+    source = apply_overrides(Config(), dataset_overrides(overrides)).data.source
+    if source is not None:
+        recognize(source)
+
+
+def ordered_scores(scores: Iterable[float]) -> tuple[float, ...]:
+    """Return score thresholds in ascending order, each once.
+
+    Raises:
+        ConfigError: one is not in [0, 1).
+    """
+    ordered = tuple(sorted(set(scores)))
+    if not all(0 <= score < 1 for score in ordered):  # a NaN compares as False
+        raise ConfigError(f"score_thresholds={list(ordered)}: not all lie in [0, 1). Give scores such as [0.001, 0.5].")
+    return ordered
 
 
 def require_learning_backbone(config: Config) -> None:

@@ -37,7 +37,7 @@ class Labels(NamedTuple):
     Attributes:
         classes: name of each label. category_ids: the dataset's id of each.
         stems: by `file_name` of a record the path, without ending, of files about it.
-        image_ids: by `file_name` the id in a dataset; None: images are numbered from 1.
+        image_ids: by `file_name` the id in a dataset, where there are no videos; None: images are numbered from 1.
     """
 
     classes: Sequence[str]
@@ -95,11 +95,16 @@ def id_of(name: str, image_ids: Mapping[str, int]) -> int | None:
 
 
 def _write_json(lines: Path, out: Path, labels: Labels) -> None:
-    """Write predictions.json of all images, and of each video NAME.jsonl with a line for each frame."""
+    """Write predictions.json of all images, and of each video NAME.jsonl with a line for each frame.
+
+    Where there are only videos, a predictions.json of earlier predictions is removed, as it would be of other sources.
+    """
     first = next(read_records(lines), {})
     if "frame" not in first or any("frame" not in record for record in read_records(lines)):
         images = (record for record in read_records(lines) if "frame" not in record)
         _write_list(out / "predictions.json", images)
+    else:
+        (out / "predictions.json").unlink(missing_ok=True)
     frames = (record for record in read_records(lines) if "frame" in record)
     for name, records in itertools.groupby(frames, lambda record: record["file_name"]):
         path = _with_ending(out / labels.stems[name], ".jsonl")
@@ -115,7 +120,7 @@ def _write_coco(lines: Path, out: Path, labels: Labels) -> None:
     def results() -> Iterator[Record]:
         for number, record in enumerate(read_records(lines), start=1):
             found = number if labels.image_ids is None else id_of(record["file_name"], labels.image_ids)
-            for one in record["objects"] if found is not None and _has_id(record, labels) else ():
+            for one in record["objects"] if found is not None else ():
                 yield {"image_id": found, **{key: value for key, value in one.items() if key != "name"}}
 
     _write_list(out / "predictions.json", results())
@@ -130,11 +135,6 @@ def _write_coco(lines: Path, out: Path, labels: Labels) -> None:
         write_file(out / "images.json", lambda file: _write_items(file, images, b'{"images": ', end.encode()))
     else:
         (out / "images.json").unlink(missing_ok=True)
-
-
-def _has_id(record: Record, labels: Labels) -> bool:
-    """Check that a record has an id of its own: frames of a video share that of their file in a dataset."""
-    return labels.image_ids is None or "frame" not in record
 
 
 def _write_yolo(lines: Path, out: Path, labels: Labels) -> None:

@@ -315,6 +315,7 @@ def damaged(folder):
     (folder / "text.pth").write_text("<html>not found</html>")
     (folder / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     (folder / "pickle.pth").write_bytes(pickle.dumps({"state_dict": [1, 2, 3]}))
+    (folder / "folder").mkdir()
     torch.save({"state_dict": {}}, folder / "nothing.pth")
     torch.save({"state_dict": {"a": torch.zeros(1)}, "meta": Path("/")}, folder / "objects.pth")
     return {
@@ -325,6 +326,7 @@ def damaged(folder):
         "pickle.pth": "not a PyTorch checkpoint",
         "nothing.pth": "holds no named tensors",
         "objects.pth": "holds Python objects besides tensors and is not opened",
+        "folder": "this is a folder, not a checkpoint file. Name the .pth in it.",
         "absent.pth": "no such checkpoint file",
     }
 

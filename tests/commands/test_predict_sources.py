@@ -337,6 +337,8 @@ def test_a_video_among_images_in_the_other_formats(weights, clip, folder, tmp_pa
     assert {one["image_id"] for one in listed} == {1, 2, 3, 4}
     predict(weights, tmp_path / "json", *words)
     assert written(tmp_path / "json") == ["clip.jsonl", "predictions.json"]
+    assert predict(weights, tmp_path / "json", clip, "--max-frames", "1", "--no-images") is None
+    assert written(tmp_path / "json") == ["clip.jsonl"]
 
 
 def test_a_video_is_refused_beside_ids_of_images(weights, clip, folder, tmp_path, capsys):
@@ -344,6 +346,17 @@ def test_a_video_is_refused_beside_ids_of_images(weights, clip, folder, tmp_path
     assert cli.main(["predict", str(weights), *words]) == 2
     error = capsys.readouterr().err
     assert "--annotations: clip.mp4 is a video, whose frames have no ids" in error and error.count("\n") == 1
+
+
+def test_a_url_that_is_a_video_is_skipped_beside_ids_of_images(weights, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(video, "fetch", lambda *_: None)  # the server says that it is one
+    categories = [{"id": 4, "name": "a"}, {"id": 9, "name": "b"}]
+    truth = {"images": [{"id": 7, "file_name": "a.png"}], "annotations": [], "categories": categories}
+    (tmp_path / "val.json").write_text(json.dumps(truth))
+    words = ["http://host/live", folder / "a.png", "--format", "coco", "--annotations", tmp_path / "val.json"]
+    found = predict(weights, tmp_path / "out", *words, "--no-images")
+    assert {one["image_id"] for one in found} == {7}
+    assert "skipped: http://host/live: the server sends a video, whose frames have no ids" in capsys.readouterr().out
 
 
 def test_a_camera_ends_by_ctrl_c_and_keeps_its_frames(weights, clip, tmp_path, monkeypatch):

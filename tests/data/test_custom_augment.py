@@ -131,6 +131,7 @@ def box(*values):
         (lambda image, target: (image, {**target, "labels": target["labels"][:1]}), "labels of (1,)"),
         (lambda image, target: (image, {"boxes": target["boxes"]}), "returned NoneType as labels"),
         (lambda image, target: (image, {**target, "labels": target["labels"] / 1}), "returned labels of torch.float32"),
+        (lambda image, target: (image, {**target, "masks": None}), "returned no masks. Return target['masks'] of the"),
         (lambda image, target: (image, {**target, "masks": target["masks"][:1]}), "masks of (1, 40, 60) for 2 boxes"),
         (lambda image, target: (image[:, :20, :30], {**target, "masks": target["masks"][:, :20, :30]}), "outside"),
         (box(float("nan"), 0, 3, 3), "not finite"),

@@ -5,6 +5,7 @@ import http.server
 import io
 import threading
 import time
+from base64 import b64encode
 
 import pytest
 import torch
@@ -50,7 +51,11 @@ class Server(http.server.BaseHTTPRequestHandler):
         elif self.path == "/there.png":
             code, extra = 302, {"Location": "/image.png"}
         elif self.path == "/away.png":
-            code, extra = 302, {"Location": "ftp://127.0.0.1/x"}
+            code, extra = 302, {"Location": "ftp://ann:secret@127.0.0.1/x"}
+        elif self.path == "/private.png":
+            code = 200 if self.headers["Authorization"] == "Basic " + b64encode(b"ann:a:b@c").decode() else 401
+        elif self.path.startswith("/to/"):
+            code, extra = 302, {"Location": self.path.removeprefix("/to/")}
         elif self.path == "/live":
             kind, content = "multipart/x-mixed-replace; boundary=x", b""
         self.send_response(code)
@@ -86,6 +91,19 @@ def read(url, **limits):
 def test_an_image_is_fetched_and_decoded(server, path):
     frame = read(server + path)
     assert frame.index is None and torch.equal(frame.pixels[:, 0, 0], torch.tensor([200, 30, 30], dtype=torch.uint8))
+
+
+def test_user_and_password_are_sent_to_the_server_that_they_are_for(server):
+    """As curl does: also after a redirect on the server, and not after one to another."""
+    own = server.replace("://", "://ann:a%3ab%40c@")
+    other = server.replace("127.0.0.1", "localhost")
+    for path in ("/private.png", "/to//private.png", f"/to/{server}/private.png"):
+        assert read(own + path).pixels.shape == (3, 30, 40)
+    assert read(f"{other}/to/{own}/private.png").pixels.shape == (3, 30, 40)
+    for url in (f"{own}/to/{other}/private.png", f"{server}/private.png"):
+        with pytest.raises(ImageError) as error:
+            read(url)
+        assert "a%3ab" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +152,12 @@ def test_a_server_that_sends_a_video_is_asked_for_its_frames(server):
     pytest.importorskip("av", reason="PyAV is not installed")
     with pytest.raises(ImageError, match="live: this video cannot be read"):
         read(f"{server}/live")
+
+
+def test_a_server_that_sends_a_video_is_refused_where_ids_are_of_images(server):
+    found = list(read_sources(expand([f"{server}/live", f"{server}/image.png"])[0], Limits(), images_only=True))
+    assert str(found[0]) == f"{server}/live: the server sends a video, whose frames have no ids in --annotations."
+    assert found[1].pixels.shape == (3, 30, 40)
 
 
 def test_a_video_is_read_from_a_server_frame_by_frame(tmp_path):

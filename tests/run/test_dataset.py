@@ -17,9 +17,10 @@ from brs_detr.data.dataset_source import open_source
 from brs_detr.data.formats import coco
 from brs_detr.data.formats.coco import split_coco
 from brs_detr.data.loader import build_train_loader
+from brs_detr.data.synthetic import make_dataset
 from brs_detr.engine.storage import StorageError
 from brs_detr.exit_codes import ExitCode
-from brs_detr.run.dataset import with_source, write_subset
+from brs_detr.run.dataset import with_source, with_subset, write_subset
 from brs_detr.run.setup import build_detector
 
 FAST = [
@@ -126,6 +127,18 @@ def test_a_subset_has_the_images_with_objects_however_ids_are_written(tmp_path):
     assert [image["file_name"] for image in written["images"]] == ["a", "b"]
     assert [annotation["image_id"] for annotation in written["annotations"]] == [4, 5.0]
     assert write_subset(data, tmp_path / "subset.json", 1) == 1
+
+
+@pytest.mark.parametrize(("max_pasted", "pasted"), [(99, True), (0, False)])
+def test_a_subset_keeps_the_masks_that_copy_paste_needs(tmp_path, max_pasted, pasted):
+    """Of a detector without masks: otherwise `train.overfit_batches` would train without copy-paste."""
+    data = make_dataset(tmp_path / "data", train=4, val=2, image_size=72)
+    words = [f"data.root={data}", f"output_dir={tmp_path}", "train.overfit_batches=1", "data.augment.name=lsj"]
+    words += [f"data.augment.max_pasted={max_pasted}", "data.augment.size=64", "data.test_canvas=64"]
+    config = with_subset(load_config("demo", [*SMALL_DETECTOR, *words]), Accelerator(cpu=True))
+    dataset = open_train_set(config.data, 0, config.model.has_masks)
+    assert not config.model.has_masks and dataset.masks is pasted
+    assert (dataset.transforms.other_image is not None) is pasted
 
 
 @pytest.mark.slow

@@ -153,8 +153,8 @@ def test_a_folder_with_a_run_is_refused_unless_allowed_and_stays_as_it_is(tmp_pa
 def test_a_run_that_is_removed_leaves_nothing_that_would_be_mistaken_for_a_later_ones(tmp_path):
     """And nothing else is removed: what the user has put there stays."""
     names = "state/step-00000001/manifest.json best.safetensors last.safetensors nonfinite-7-process1.pt report.html "
-    names += "evaluation/evaluation.json evaluation/results.json evaluation/curves.png evaluation/detections/12.png"
-    own = "notes.txt evaluation/notes.txt evaluation/detections/first.png model.onnx"
+    names += "evaluation/evaluation.json evaluation/results.json evaluation/curves.png evaluation/evaluated/12.png"
+    own = "notes.txt evaluation/notes.txt evaluation/evaluated/first.png model.onnx"
     for name in (*names.split(), *own.split()):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()

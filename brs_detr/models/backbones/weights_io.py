@@ -161,6 +161,8 @@ def read_official(path: Path) -> OfficialFile:
         CheckpointError: the file is missing, truncated, holds objects other than tensors and plain values, or has no
             named tensors.
     """
+    if path.is_dir():
+        raise CheckpointError(f"{path}: this is a folder, not a checkpoint file. Name the .pth in it.")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     content = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
