@@ -29,6 +29,7 @@ SCALES = (1.0, 1.2, 1.4, 1.7, 2.0, 2.4, 2.8, 3.4, 4.0, 4.8, 5.6, 6.8, 8.0, 9.6, 
 
 
 AS_GOOD = 0.01  # difference of shares at IoU .5 that decides nothing
+CLEARLY = 0.05  # gain in the mean of both shares for which an adaptive head gets another scale
 
 
 class Boxes(NamedTuple):
@@ -209,8 +210,9 @@ def best_scale(boxes: Boxes, layout: AnchorLayout, scales: Iterable[float] = SCA
 
     Where a fixed IoU makes positives, an object without an anchor at IoU .5 is seldom found: the scale that leaves the
     fewest, and of those within `AS_GOOD` of it the one with most anchors at .7. Where the assignment is adaptive no
-    object is lost, and how tight the anchors are counts as much: the mean of both shares. What each did to AP is in
-    docs/study.md. The layout itself is a candidate too: a scale that fits no better does not replace it.
+    object is lost, and how tight the anchors are counts as much: the largest mean of both shares, if it is larger by
+    `CLEARLY` than that of the layout itself. What each did to AP is in docs/study.md. The layout's own scale is a
+    candidate for all: one that fits no better does not replace it.
 
     Returns:
         The anchors with that scale, and how they fit.
@@ -219,6 +221,8 @@ def best_scale(boxes: Boxes, layout: AnchorLayout, scales: Iterable[float] = SCA
     fits = {scale: fit(boxes, layout.with_scale(scale)) for scale in near}
     if layout.adaptive:
         chosen = max(near, key=lambda scale: round(fits[scale].both, 6))  # the first of equal ones, that is the nearest
+        if fits[chosen].both < fits[layout.scale].both + CLEARLY:
+            chosen = layout.scale
     else:
         enough = max(fitted.at_50 for fitted in fits.values()) - AS_GOOD
         good = [scale for scale in near if fits[scale].at_50 >= enough]

@@ -328,7 +328,7 @@ def test_the_report_of_a_recipe_begins_with_the_warning():
 
 def test_of_a_large_dataset_the_fit_of_the_recipe_is_printed_and_what_would_raise_it():
     here = Surroundings(GPU, "cache")
-    text = first_recipe(Dataset(objects(6, short=64, long=64), 12_000, {"a.jpg": 3}, {}), here)
+    text = first_recipe(Dataset(objects(10, short=64, long=64), 12_000, {"a.jpg": 3}, {}), here)
     assert "  model.rpn.anchor_scale=4: 100.0% of the objects have an anchor at IoU >= .5" in text
     assert (
         "model.anchors=auto fits more" in text and "\npython -m brs_detr train brs_detr_r50_12e_coco output_dir" in text

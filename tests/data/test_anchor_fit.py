@@ -10,6 +10,7 @@ from torchvision.ops import box_iou
 from brs_detr.config import apply_overrides, load_config
 from brs_detr.data.anchor_fit import (
     AS_GOOD,
+    CLEARLY,
     MAX_OBJECTS,
     SCALES,
     AnchorLayout,
@@ -104,6 +105,12 @@ def test_of_a_head_that_adapts_to_each_object_tight_anchors_count_as_much():
     chosen, fitted = best_scale(boxes, replace(layout, adaptive=True))
     assert fitted.both == max(fit(boxes, layout.with_scale(scale)).both for scale in SCALES)
     assert fitted.both > best_scale(boxes, layout)[1].both and chosen.adaptive
+    # one that fits a little worse is kept, one that fits much worse is not
+    fits = {scale: fit(boxes, layout.with_scale(scale)).both for scale in SCALES}
+    for scale, both in fits.items():
+        kept = best_scale(boxes, replace(layout, adaptive=True, scale=scale))[0].scale == scale
+        assert kept == (both > max(fits.values()) - CLEARLY)
+    assert sum(both > max(fits.values()) - CLEARLY for both in fits.values()) > 1
 
 
 def test_shares_are_means_over_classes():
