@@ -96,6 +96,36 @@ def test_policies_are_drawn_equally_often_and_all_sizes_occur():
     assert {h: abs(heights.count(h) - 100) < 35 for h in set(heights)} == {64: True, 96: True, 128: True}
 
 
+@pytest.mark.parametrize("probability", [0.25, 0.5])
+def test_flips_and_crops_are_as_frequent_as_asked_for(probability):
+    """Of 400 images, within four standard deviations of at most 10."""
+    flip = TrainTransforms(short_sides=(160,), crop=0.0, flip=probability)
+    crop = TrainTransforms(**SMALL, crop=probability, flip=0.0)
+    whole = {resized_size(160, 240, short, 300) for short in SMALL["short_sides"]}
+    flipped = cropped = 0
+    for seed in range(400):
+        _, target = flip(*painted(), torch.Generator().manual_seed(seed))
+        flipped += target["boxes"][0, 0] != 40
+        image, _ = crop(*painted(), torch.Generator().manual_seed(seed))
+        cropped += tuple(image.shape[1:]) not in whole
+    assert abs(flipped - 400 * probability) < 40 and abs(cropped - 400 * probability) < 40
+
+
+def test_crops_lie_anywhere_in_the_image():
+    """Of an image whose colors tell the place: rows in red, columns in green."""
+    rows, columns = torch.meshgrid(torch.arange(100), torch.arange(200), indexing="ij")
+    image = torch.stack([rows, columns, torch.zeros_like(rows)]).to(torch.uint8)
+    target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    transform = TrainTransforms(
+        short_sides=(50,), long_side=50, crop_short_sides=(100,), crop_size=(50, 50), crop=1, flip=0.0
+    )
+    cut = [transform(image, target, torch.Generator().manual_seed(seed))[0] for seed in range(400)]
+    tops, lefts = (torch.tensor([int(one[channel, 0, 0]) for one in cut]).double() for channel in (0, 1))
+    for corner, furthest in ((tops, 50), (lefts, 150)):
+        assert corner.min() <= 0.05 * furthest and corner.max() >= 0.95 * furthest
+        assert abs(corner.mean() - furthest / 2) < 0.08 * furthest  # over five standard errors
+
+
 def test_a_crop_is_never_larger_than_its_image_nor_outside_its_range():
     transform = TrainTransforms(
         short_sides=(100,), long_side=10_000, crop_short_sides=(50,), crop_size=(40, 80), crop=1

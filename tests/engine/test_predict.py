@@ -59,6 +59,24 @@ def test_inside_no_product_is_rounded_and_afterwards_all_is_as_before():
         libraries[0].allow_tf32, libraries[1].allow_tf32 = before
 
 
+class Recorded(Fixed):
+    """As `Fixed`; keeps what products were allowed to round."""
+
+    def forward(self, images, targets):
+        libraries = (torch.backends.cuda.matmul, torch.backends.cudnn)
+        self.allowed = [library.allow_tf32 for library in libraries]
+        return super().forward(images, targets)
+
+
+def test_a_prediction_is_made_inside_whatever_the_process_allows(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    model = Recorded()
+    predicted(model)
+    assert model.allowed == [False, False]
+    assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+
+
 class Masked(Fixed):
     """As `Fixed`; mask k has k + 1 pixels."""
 
