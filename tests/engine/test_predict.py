@@ -68,13 +68,17 @@ class Recorded(Fixed):
         return super().forward(images, targets)
 
 
-def test_a_prediction_is_made_inside_whatever_the_process_allows(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    model = Recorded()
-    predicted(model)
-    assert model.allowed == [False, False]
-    assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+def test_a_prediction_is_made_inside_whatever_the_process_allows():
+    libraries = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before, model = [library.allow_tf32 for library in libraries], Recorded()
+    try:
+        for library in libraries:
+            library.allow_tf32 = True
+        predicted(model)
+        assert model.allowed == [False, False] and all(library.allow_tf32 for library in libraries)
+    finally:
+        for library, allowed in zip(libraries, before, strict=True):
+            library.allow_tf32 = allowed
 
 
 class Masked(Fixed):
