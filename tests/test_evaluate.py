@@ -72,3 +72,49 @@ def test_a_suppression_that_the_head_does_not_use_is_said(settings, head, said):
     model = SimpleNamespace(predict_with=head, heads=("decoder", "roi", "atss"), overlapping=("decoder",))
     note = setup.unused_nms(model, Config(eval=EvalConfig(**settings)))
     assert note.startswith(said) and bool(note) == bool(said)
+
+
+class StoredDataset(SimpleNamespace):
+    """As much of a dataset as an evaluation asks for."""
+
+    def fingerprint(self):
+        return "these images"
+
+
+@pytest.mark.parametrize(("validated_on", "known"), [("these images", True), ("others", False), (None, False)])
+@pytest.mark.parametrize("calibrate", [True, False])
+def test_scores_are_mapped_and_their_errors_measured_with_what_the_weights_hold(
+    monkeypatch, tmp_path, validated_on, known, calibrate
+):
+    """Each head has its map; errors are held out only where the map was fitted on these images."""
+    maps = {"decoder": object(), "roi": object()}
+    model = SimpleNamespace(predict_with="roi", heads=("decoder", "roi"), overlapping=("decoder",), to=lambda _: None)
+    weights = SimpleNamespace(classes=["a"], category_ids=[1], extra={"validated_on": validated_on}, config={})
+    config = Config(eval=EvalConfig(calibrate=calibrate))
+    summary = SimpleNamespace(folds={"decoder": ["of the decoder"], "roi": ["of roi"]}, reliability=None, notes=[])
+    asked, assessed = {}, []
+
+    def score(*arguments, **options):
+        asked.update(options, head=arguments[7])
+        return summary, []
+
+    dataset = StoredDataset(
+        ground_truth=dict, masks=False, report={"images_listed": 3}, json_path=tmp_path / "val.json"
+    )
+    monkeypatch.setattr(setup, "restore", lambda *_: (model, weights, config, tmp_path / "w.safetensors"))
+    monkeypatch.setattr(setup, "stored_calibrations", lambda *_: maps)
+    for name, value in {
+        "score": score,
+        "assess": lambda folds, calibration, same: assessed.append((folds, calibration, same)),
+        "open_val_set": lambda *_: dataset,
+        "require_same_categories": lambda *_: None,
+        "val_loader": lambda *_: SimpleNamespace(close=lambda: None),
+        "GroundTruth": SimpleNamespace(from_dataset=lambda *_: None),
+        "dataset_notes": lambda _: [],
+        "write_evaluation": lambda *_, **__: None,
+    }.items():
+        monkeypatch.setattr(evaluate, name, value)
+    monkeypatch.setattr(evaluate.configuration, "from_dict", lambda *_: config)
+    evaluate.evaluate(tmp_path, [], tmp_path / "out")
+    assert asked["calibrations"] is (maps if calibrate else None) and asked["head"] == "roi"
+    assert assessed == [(["of roi"], maps["roi"] if calibrate else None, known)]
