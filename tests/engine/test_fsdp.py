@@ -162,7 +162,7 @@ def runs(tmp_path_factory):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(Path(__file__).with_name("many_runs.py")), str(folder / "jobs.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, cwd=ROOT)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     found = Runs(folder)
     codes = [json.loads((folder / f"codes.{process}.json").read_text()) for process in (0, 1)]
