@@ -4,6 +4,7 @@
     python benchmarks/accuracy.py demo=datasets/demo --detectors atss faster_rcnn --losses brs score --jobs 2
     python benchmarks/accuracy.py demo=datasets/demo bccd=datasets/bccd --variant cost8 model.matcher.cls=8
     python benchmarks/accuracy.py demo=datasets/demo --detectors brs_dino --variant rank model.denoising.loss=rank
+    python benchmarks/accuracy.py mine=FOLDER --recipe brs_detr_small_cpu --out runs/study.json
 
 A run is `train.py RECIPE` from random weights in a process of its own, on one thread, followed by the evaluation of the
 last epoch's averaged weights with every head: no epoch is chosen on the images that are reported. Results are kept in a
@@ -50,6 +51,7 @@ from brs_detr.evaluation.coco_eval import evaluate_coco
 from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.evaluation.results import detections_to_results
 from brs_detr.evaluation.summary import Summary
+from brs_detr.recipes import find_recipe
 from brs_detr.run import setup
 from brs_detr.run.scoring import learn_ensemble, score_detections
 
@@ -71,6 +73,7 @@ RECIPES: dict[str, dict[str, str]] = {
     "bccd": {"brs_detr": "bccd_cpu.yaml", "*": "cnn/{detector}_small.yaml"},
     "nuclei": {"brs_detr": "nuclei_cpu.yaml", "*": "cnn/{detector}_small.yaml"},
 }
+OTHER_DATA = "cnn/{detector}_small.yaml"  # of CNN detectors on a dataset that is not among them
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Case:
 
 
 def recipe_of(case: Case) -> str:
-    """Path of a case's recipe below `configs`."""
+    """Path of a case's recipe: below `configs`, or a whole one."""
     recipes = RECIPES[case.dataset]
     return recipes["brs_detr" if case.detector in FAMILY else "*"].format(detector=case.detector)
 
@@ -196,6 +199,7 @@ def run(case: Case, data: Path, settings: list[str], work: Path) -> dict[str, An
         "curve": [{key: line[key] for key in line if key == "epoch" or key.endswith("AP")} for line in validations],
         "cpu_seconds": None if math.isnan(seconds) else round(seconds),
         "steps": validations[-1]["step"],
+        "recipe": Path(recipe_of(case)).stem,
         "settings": settings,
         "machine": machine(),
         "commit": commit(),
@@ -277,11 +281,32 @@ def _steps(seeds: dict[int, dict]) -> set[int]:
     return {one["steps"] for one in seeds.values()}
 
 
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that `folders_of` reads."""
+    parser.add_argument("data", nargs="+", help="NAME=FOLDER; these have recipes: " + ", ".join(RECIPES))
+    parser.add_argument(
+        "--recipe", help="name or file of BRS-DETR's recipe for the other datasets, whatever their names"
+    )
+
+
+def folders_of(args: argparse.Namespace) -> dict[str, Path]:
+    """The folder of each dataset of the command line; those without recipes are given the one of `--recipe`."""
+    folders = {}
+    for item in args.data:
+        name, equals, folder = item.partition("=")
+        if not equals or len(name.split()) != 1:
+            raise SystemExit(f"{item}: no dataset. Write NAME=FOLDER, with a name of one word.")
+        if name not in RECIPES:
+            if args.recipe is None:
+                raise SystemExit(f"{name}: has no recipe; {', '.join(RECIPES)} have. Name one by --recipe.")
+            RECIPES[name] = {"brs_detr": str(find_recipe(args.recipe).resolve()), "*": OTHER_DATA}
+        folders[name] = Path(folder).resolve()
+    return folders
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "data", nargs="+", help="NAME=FOLDER, with the name of a dataset that has recipes: " + ", ".join(RECIPES)
-    )
+    add_data_arguments(parser)
     parser.add_argument("--detectors", nargs="+", default=["brs_detr"])
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=["brs"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -305,11 +330,16 @@ def cases_of(args: argparse.Namespace, datasets: Iterable[str], variants: dict[s
 
 
 def refuse_other_settings(cases: Iterable[Case], variants: dict[str, list[str]], results: dict[str, dict]) -> None:
-    """Stop where a result of the same name was trained with other settings than its case has now."""
+    """Stop where a result of the same name was trained with another recipe or other settings than its case has now."""
     for case in cases:
         if str(case) not in results:
             continue
         recipe = ROOT / "configs" / recipe_of(case)
+        if (known := results[str(case)].get("recipe", recipe.stem)) != recipe.stem:
+            raise SystemExit(
+                f"accuracy.py: the result of `{case}` has the recipe {known}, not {recipe.stem}. "
+                "Give the dataset another name."
+            )
         kept, now = results[str(case)]["settings"], settings_of(case, variants)
         if load_config(recipe, [*kept, NOT_COMPARED]) != load_config(recipe, [*now, NOT_COMPARED]):
             raise SystemExit(
@@ -344,11 +374,11 @@ def keep(out: Path, results: dict[str, dict]) -> None:
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(1)
-    folders = dict(item.split("=", 1) for item in args.data)
+    folders = folders_of(args)
     variants = {require_word(name): settings for name, *settings in args.variant} or {"recipe": []}
 
     def finish(case: Case) -> None:
-        result = run(case, Path(folders[case.dataset]).resolve(), settings_of(case, variants), args.work)
+        result = run(case, folders[case.dataset], settings_of(case, variants), args.work)
         keep(args.out, {str(case): result})
         shutil.rmtree(folder_of(case, args.work))
         folder_of(case, args.work).with_suffix(".seconds").unlink()

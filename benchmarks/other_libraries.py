@@ -3,6 +3,7 @@
     python benchmarks/other_libraries.py demo=datasets/demo --seconds 380
     python benchmarks/other_libraries.py bccd=BCCD --seconds 290 --variant half
     python benchmarks/other_libraries.py demo=datasets/demo --seconds 380 --set model.rpn.proposals=60
+    python benchmarks/other_libraries.py mine=FOLDER --recipe brs_detr_small_cpu --seconds 500 --out runs/study.json
 
 torchvision's Faster R-CNN and RetinaNet on a feature pyramid over the same strides and, where transformers is
 installed, its two-stage Deformable DETR, all of the recipe's widths. The networks, their losses, samplers and
@@ -36,7 +37,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_conve
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from accuracy import FIGURES, RECIPES, RESULTS, ROOT, commit, keep, require_word, stored
+from accuracy import FIGURES, RECIPES, RESULTS, ROOT, add_data_arguments, commit, folders_of, keep, require_word, stored
 from cnn_overfit import machine
 
 from brs_detr.config import Config, load_config
@@ -48,6 +49,7 @@ from brs_detr.evaluation.ground_truth import GroundTruth
 from brs_detr.models.backbones.timm_backbone import build_backbone
 from brs_detr.models.detector import PIXEL_MEAN, PIXEL_STD, to_stored_images
 from brs_detr.ops.images import ImageBatch
+from brs_detr.run.anchors import choose_anchors
 from brs_detr.run.scoring import score_detections
 
 WIDTH = 64  # of the pyramid, as `model.dim` in the small recipes; torchvision's 256 would be several times slower
@@ -208,8 +210,10 @@ def build_detector(name: str, config: Config, num_classes: int) -> nn.Module:
 
 def train_and_score(name: str, config: Config, seconds: float) -> dict[str, Any]:
     """Train for some CPU seconds of this process, then evaluate on the val split."""
+    accelerator = Accelerator(cpu=True)
     torch.manual_seed(config.seed)
     train_set, val_set = open_train_set(config.data, config.seed), open_val_set(config.data)
+    config, _ = choose_anchors(config, None, accelerator, lambda _: train_set)
     model = build_detector(name, config, train_set.num_classes)
     optimizer = build_optimizer(config.optim, model)
     loader = build_train_loader(train_set, config.train.total_batch_size, seed=config.seed)
@@ -227,7 +231,6 @@ def train_and_score(name: str, config: Config, seconds: float) -> dict[str, Any]
         optimizer.step()
         steps += 1
         average.update(model, step=steps)
-    accelerator = Accelerator(cpu=True)
     evaluation = build_eval_loader(val_set, config.eval.batch_size, workers=0)
     detections = predict(average.module, evaluation, accelerator, max_detections=config.eval.max_detections)
     truth = GroundTruth.from_dataset(val_set.ground_truth(), val_set.masks)
@@ -245,7 +248,7 @@ def train_and_score(name: str, config: Config, seconds: float) -> dict[str, Any]
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="+", help="NAME=FOLDER, as in accuracy.py")
+    add_data_arguments(parser)
     parser.add_argument("--seconds", type=float, required=True, help="CPU seconds of a training")
     names = ["torchvision_faster_rcnn", "torchvision_retinanet"]
     names += ["transformers_deformable_detr"] * (importlib.util.find_spec("transformers") is not None)
@@ -266,8 +269,9 @@ def variant_of(variant: str, settings: list[str]) -> str:
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(1)
+    folders = folders_of(args)
     for seed in args.seeds:
-        for dataset, folder in (item.split("=", 1) for item in args.data):
+        for dataset, folder in folders.items():
             for name in args.detectors:
                 case = f"{dataset} {name} score {variant_of(args.variant, args.set)} {seed}"
                 if (known := stored(args.out).get(case)) is not None:

@@ -1,5 +1,6 @@
 """benchmarks/accuracy.py: the figures of its table, and what its runs are made of; no training runs here."""
 
+import argparse
 import importlib
 import json
 import math
@@ -205,6 +206,45 @@ def test_a_name_of_other_settings_is_refused(accuracy):
     with pytest.raises(SystemExit, match=r"`demo brs_detr brs half 0` has the settings .*epochs=4.*another name"):
         kept[str(case)]["settings"][1] = "train.epochs=4"
         accuracy.refuse_other_settings([case], variants, kept)
+
+
+def test_a_name_of_another_recipe_is_refused(accuracy):
+    case = accuracy.Case("demo", "brs_detr", "brs", "recipe", 0)
+    kept = {str(case): result(0.5) | {"settings": ["model.loss=brs"], "recipe": "demo"}}
+    accuracy.refuse_other_settings([case], {"recipe": []}, kept)
+    kept[str(case)]["recipe"] = "brs_detr_small"
+    with pytest.raises(SystemExit, match="has the recipe brs_detr_small, not demo"):
+        accuracy.refuse_other_settings([case], {"recipe": []}, kept)
+
+
+def test_datasets_without_recipes_are_given_one(accuracy, tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy, "RECIPES", dict(accuracy.RECIPES))
+    own = tmp_path / "own.yaml"
+    own.write_text("base: demo.yaml\n")
+
+    def folders(*data, recipe=None):
+        return accuracy.folders_of(argparse.Namespace(data=data, recipe=recipe))
+
+    assert folders(f"demo={tmp_path}", f"mine={tmp_path}/a=b", recipe="brs_detr_small_cpu") == {
+        "demo": tmp_path,
+        "mine": tmp_path / "a=b",
+    }
+    assert accuracy.recipe_of(accuracy.Case("demo", "brs_detr", "brs", "recipe", 0)) == "demo.yaml"
+    recipe = ROOT / "configs" / accuracy.recipe_of(accuracy.Case("mine", "brs_detr", "brs", "recipe", 0))
+    assert recipe.samefile(ROOT / "configs" / "brs_detr_small_cpu.yaml")
+    other = ROOT / "configs" / accuracy.recipe_of(accuracy.Case("mine", "atss", "brs", "recipe", 0))
+    assert other.samefile(ROOT / "configs" / "cnn" / "atss_small.yaml")
+    folders(f"yours={tmp_path}", recipe=own)  # a file, as train.py takes it
+    assert accuracy.recipe_of(accuracy.Case("yours", "brs_dino", "score", "recipe", 0)) == str(own)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [("other=x", "other: has no recipe; demo, bccd, nuclei have"), ("x", "NAME=FOLDER"), ("my data=x", "one word")],
+)
+def test_datasets_that_cannot_be_studied_are_refused(accuracy, data, message):
+    with pytest.raises(SystemExit, match=message):
+        accuracy.folders_of(argparse.Namespace(data=[data], recipe=None))
 
 
 def test_panels_are_of_the_variant_that_a_detector_has_most_losses_of(accuracy):
