@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,13 +17,13 @@ from brs_detr.run.anchors import FEW, fit_heads, is_automatic, layouts, warn_of_
 WORTH_SAYING = 0.02  # gain in the share at IoU .5, or in the mean of both, from which another setting is proposed
 
 
-def describe_anchors(config: Config, stored: Boxes, warn: bool = True) -> str:
+def describe_anchors(config: Config, stored: Boxes, names: Mapping[int, str] | None = None) -> str:
     """Describe the fit of every head's anchors, and the settings that raise it most.
 
     Args:
         config: of the recipe.
         stored: objects of the training set at the size of their images.
-        warn: begin with a warning where too few objects are fitted.
+        names: of the classes by label, to begin with a warning where too few objects are fitted; None: without it.
     """
     heads = layouts(config.model)
     if not heads:
@@ -43,9 +43,9 @@ def describe_anchors(config: Config, stored: Boxes, warn: bool = True) -> str:
         lines.append(f"  model.anchors=auto fits more: {better}")
     else:
         lines.append("  no other scale fits clearly better")
-    reached = chosen[next(iter(heads))][1]
-    warning = warn_of_misfit(config.data, stored, reached) if warn else []
-    return "\n".join([*warning, *lines, *further_settings(config, stored, reached)])
+    first = chosen[next(iter(heads))]
+    warning = [] if names is None else warn_of_misfit(config.data, stored, first, names)
+    return "\n".join([*warning, *lines, *further_settings(config, stored, first[1])])
 
 
 def further_settings(config: Config, stored: Boxes, reached: Fit) -> Iterator[str]:

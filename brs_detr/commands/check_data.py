@@ -121,7 +121,7 @@ def with_paths(config: Config, folder: Path) -> Config:
 
 def anchors_of(config: Config, dataset: CocoDetection) -> str:
     """Describe how well the anchors of a recipe fit its training set."""
-    return describe_anchors(config, boxes_of(dataset.packed))
+    return describe_anchors(config, boxes_of(dataset.packed), dict(enumerate(dataset.classes)))
 
 
 def recipe_for_folder(start: Start, has_val: bool, dataset: CocoDetection) -> str:
@@ -140,7 +140,7 @@ def facts_of(dataset: CocoDetection, paths: Mapping[str, object]) -> Dataset:
     rows = np.repeat(np.arange(len(packed)), np.diff(packed.offsets))[~packed.iscrowd]
     names = map(packed.file_name, range(len(packed)))
     counts = dict(zip(names, np.bincount(rows, minlength=len(packed)).tolist(), strict=True))
-    return Dataset(boxes_of(packed), len(packed), counts, paths)
+    return Dataset(boxes_of(packed), len(packed), counts, paths, dict(enumerate(dataset.classes)))
 
 
 def recipe_for(start: Start, dataset: CocoDetection) -> str:

@@ -214,4 +214,5 @@ def _recipe(path: Path, images: str, data: dict[str, Any] | None, paths: Mapping
     rows = (a["image_id"] for a in data["annotations"] if not a.get("iscrowd") and not a.get("ignore"))
     per_image = Counter(rows)
     counts = {image["file_name"]: per_image[image["id"]] for image in data["images"]}
-    return first_recipe(Dataset(boxes_of_json(data), len(data["images"]), counts, paths))
+    names = {category["id"]: category["name"] for category in data["categories"]}
+    return first_recipe(Dataset(boxes_of_json(data), len(data["images"]), counts, paths, names))

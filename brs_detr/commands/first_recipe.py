@@ -10,6 +10,7 @@ import json
 import math
 import shlex
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -67,12 +68,14 @@ class Dataset(NamedTuple):
         images: their number.
         counts: objects of each image by its file name, without crowds.
         paths: settings of section `data` that name it; without a validation set the command has capitals to replace.
+        names: of its classes by label.
     """
 
     boxes: Boxes
     images: int
     counts: Mapping[str, int]
     paths: Mapping[str, object]
+    names: Mapping[int, str] = MappingProxyType({})
 
 
 def look_around() -> Surroundings:
@@ -114,7 +117,7 @@ def first_recipe(dataset: Dataset, here: Surroundings | None = None) -> str:
         changed["train.per_device_batch_size"] = "auto"
     fits = fit_heads(config.model, at_training_size(dataset.boxes, config.data))
     lines = [
-        *warn_of_misfit(config.data, dataset.boxes, next(iter(fits.values()))[1]),  # of the RPN
+        *warn_of_misfit(config.data, dataset.boxes, next(iter(fits.values())), dataset.names),  # of the RPN
         f"start from configs/{name}.yaml: {reason}",
         f"{dataset.images:,} images: {describe_length(config, dataset.images)}",
         *_describe_room(config, dataset.counts, room),
@@ -236,7 +239,7 @@ def _describe_boxes(config: Config, stored: Boxes, fits: Mapping[str, tuple[Anch
         of = "share of the objects" if len(boxes.labels.unique()) == 1 else "mean over classes of the share of objects"
         yield f"anchors are chosen from them; {of} with one at IoU >= .5 and at >= .7: {shown}"
     else:  # of `LARGE`, whose sizes and anchors are the paper's: what would fit better is left to choose
-        yield describe_anchors(config, stored, warn=False)  # that line comes first
+        yield describe_anchors(config, stored)  # that line comes first
 
 
 def _cost(recipe: Config, config: Config) -> float:

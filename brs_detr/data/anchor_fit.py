@@ -198,11 +198,16 @@ def fit(boxes: Boxes, layout: AnchorLayout) -> Fit:
     """Measure which shares of the objects have an anchor at IoU .5 and .7; 0 without objects."""
     if not len(boxes.boxes):
         return Fit(0.0, 0.0)
-    overlap = best_overlap(boxes, layout)
-    _, classes, counts = boxes.labels.unique(return_inverse=True, return_counts=True)
-    reached = torch.stack([overlap >= 0.5, overlap >= 0.7], dim=1).double()
-    shares = reached.new_zeros(len(counts), 2).index_add_(0, classes, reached) / counts[:, None]
+    _, shares = class_shares(boxes, layout)
     return Fit(*shares.mean(dim=0).tolist())
+
+
+def class_shares(boxes: Boxes, layout: AnchorLayout) -> tuple[Tensor, Tensor]:
+    """Measure the shares of `Fit` for each class that has objects: its label (C,), ascending, and the shares (C, 2)."""
+    overlap = best_overlap(boxes, layout)
+    labels, classes, counts = boxes.labels.unique(return_inverse=True, return_counts=True)
+    reached = torch.stack([overlap >= 0.5, overlap >= 0.7], dim=1).double()
+    return labels, reached.new_zeros(len(counts), 2).index_add_(0, classes, reached) / counts[:, None]
 
 
 def best_scale(boxes: Boxes, layout: AnchorLayout, scales: Iterable[float] = SCALES) -> tuple[AnchorLayout, Fit]:

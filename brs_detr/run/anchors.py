@@ -16,7 +16,16 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from brs_detr.config import Config, ConfigError, from_dict
-from brs_detr.data.anchor_fit import AnchorLayout, Boxes, Fit, at_training_size, best_scale, boxes_of, side_lengths
+from brs_detr.data.anchor_fit import (
+    AnchorLayout,
+    Boxes,
+    Fit,
+    at_training_size,
+    best_scale,
+    boxes_of,
+    class_shares,
+    side_lengths,
+)
 from brs_detr.data.config import AugmentConfig, DataConfig
 from brs_detr.models.config import ATSSHeadConfig, DenseHeadConfig, DETRConfig, RPNConfig
 from brs_detr.models.model_config import ModelConfig
@@ -24,8 +33,10 @@ from brs_detr.models.neck import pyramid_strides
 from brs_detr.models.one_stage_config import PAAHeadConfig, YOLACTHeadConfig
 from brs_detr.run.dataset import TrainSet
 from brs_detr.run.weights import locate, read
+from brs_detr.user_files import printable
 
 FEW = 0.5  # share of the objects with an anchor at IoU .5 below which a training is not expected to find them
+SHOWN = 3  # classes that a warning names
 TINY, VISIBLE = 8, 12  # pixels: under the first no anchors help, and from the second on those of stride 4 fit
 SMALLEST_TILE = 64  # pixels; of images cut smaller than this too little is seen around an object
 
@@ -69,24 +80,40 @@ def fit_heads(model: ModelConfig, boxes: Boxes) -> dict[str, tuple[AnchorLayout,
     return {name: best_scale(boxes, layout) for name, layout in layouts(model).items()}
 
 
-def warn_of_misfit(data: DataConfig, stored: Boxes, reached: Fit) -> list[str]:
+def warn_of_misfit(
+    data: DataConfig, stored: Boxes, head: tuple[AnchorLayout, Fit], names: Mapping[int, str]
+) -> list[str]:
     """Return a warning if objects are too small at their training size, or fitted by too few anchors; else nothing.
 
     Args:
         data: how images are resized.
         stored: objects of the training set at the size of their images.
-        reached: the fit of the first head: of several the one that makes the proposals.
+        head: anchors of the first head, of several the one that makes the proposals, and how they fit.
+        names: of the classes by label.
     """
     if not len(stored.boxes):
         return []
-    median = float(side_lengths(at_training_size(stored, data)).median())
+    boxes, (layout, reached) = at_training_size(stored, data), head
+    median = float(side_lengths(boxes).median())
     found = f"{reached.at_50:.0%} have an anchor at IoU >= .5"
     if median < TINY or (median < VISIBLE and reached.at_50 < FEW):
         small = f"half are under {math.ceil(median)} pixels at the size of training, and {found}"
         return [f"warning: objects: {small}: so small ones are seldom found. {_what_shows_them(data, stored)}"]
-    if reached.at_50 < FEW:
-        return [f"warning: objects: only {found}. Look with `check-data RECIPE` for settings that fit more."]
-    return []
+    found = f"only {found}" if reached.at_50 < FEW else _classes_without(boxes, layout, names)
+    return [f"warning: objects: {found}. Look with `check-data RECIPE` for settings that fit more."] if found else []
+
+
+def _classes_without(boxes: Boxes, layout: AnchorLayout, names: Mapping[int, str]) -> str:
+    """Name the classes of which few objects have an anchor; empty if there are none, or if positives are adaptive."""
+    if layout.adaptive:
+        return ""
+    labels, shares = class_shares(boxes, layout)
+    few = sorted(
+        (share, label) for share, label in zip(shares[:, 0].tolist(), labels.tolist(), strict=True) if share < FEW
+    )
+    named = ", ".join(f"{share:.0%} of {names.get(label, f'class {label}')}" for share, label in few[:SHOWN])
+    more = f", ... ({len(few):,} classes)" if len(few) > SHOWN else ""
+    return printable(f"only {named}{more} have an anchor at IoU >= .5") if few else ""
 
 
 def _what_shows_them(data: DataConfig, stored: Boxes) -> str:
@@ -147,7 +174,7 @@ def choose_anchors(
         dataset = train_set(config)
         stored = boxes_of(dataset.packed)
         heads = fit_heads(config.model, at_training_size(stored, config.data))
-        warning = warn_of_misfit(config.data, stored, next(iter(heads.values()))[1])
+        warning = warn_of_misfit(config.data, stored, next(iter(heads.values())), dict(enumerate(dataset.classes)))
         numbers = {name: (layout.scale, tuple(fit)) for name, (layout, fit) in heads.items()}
         chosen = [numbers, dataset.report["objects"], warning]
     heads, count, warning = broadcast_object_list([chosen])[0]

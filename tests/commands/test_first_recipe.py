@@ -322,7 +322,7 @@ def test_elongated_objects_get_anchors_of_their_shape():
 
 
 def test_the_report_of_a_recipe_begins_with_the_warning():
-    text = describe_anchors(load_config("brs_detr_small_cpu"), objects(10, short=3000, long=4000))
+    text = describe_anchors(load_config("brs_detr_small_cpu"), objects(10, short=3000, long=4000), names={})
     assert text.startswith("warning: objects: half are under 1 pixels at the size of training, and 0% have an anchor")
 
 

@@ -21,6 +21,7 @@ from brs_detr.data.anchor_fit import (
     best_scale,
     boxes_of,
     boxes_of_json,
+    class_shares,
     evenly_spaced,
     fit,
     resized_sizes,
@@ -118,6 +119,8 @@ def test_shares_are_means_over_classes():
     frequent, rare, missing = squares(32, 30, label=9), squares(26, 3, label=2), squares(8, 1, label=4)
     assert fit(joined(frequent, rare), layout) == (1.0, pytest.approx(0.5))  # 26 ** 2 / 32 ** 2 = 0.66
     assert fit(joined(frequent, rare, missing), layout) == pytest.approx((2 / 3, 1 / 3))
+    labels, shares = class_shares(joined(frequent, rare, missing), layout)
+    assert (labels.tolist(), shares.tolist()) == ([2, 4, 9], [[1, 0], [0, 0], [1, 1]])
 
 
 def test_a_rare_class_of_other_sizes_keeps_its_anchors():

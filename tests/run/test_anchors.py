@@ -9,7 +9,7 @@ from support import DEMO, SMALL_BACKBONE, SMALL_DETECTOR, SMALL_IMAGES, reset_ac
 
 from brs_detr import cli
 from brs_detr.config import Config, ConfigError, apply_overrides, load_config, to_dict
-from brs_detr.data.anchor_fit import at_training_size, best_scale, boxes_of
+from brs_detr.data.anchor_fit import Boxes, at_training_size, best_scale, boxes_of
 from brs_detr.data.build import open_train_set
 from brs_detr.data.synthetic import make_dataset
 from brs_detr.engine.checkpoint import Weights, load_weights, save_weights
@@ -18,7 +18,7 @@ from brs_detr.models.build import build_model
 from brs_detr.models.heads.dense import DenseHead
 from brs_detr.models.model_config import MODELS
 from brs_detr.ops.anchors import base_anchors, octave_scales
-from brs_detr.run.anchors import choose_anchors, layouts, scales_of, with_scales
+from brs_detr.run.anchors import choose_anchors, fit_heads, layouts, scales_of, warn_of_misfit, with_scales
 from brs_detr.run.dataset import TrainSet
 from brs_detr.run.setup import restore
 
@@ -95,6 +95,36 @@ def test_the_log_warns_where_objects_are_too_small_or_shaped_otherwise(data):
     flat = automatic(data, "model.rpn.anchor_ratios=[0.05]")
     _, [line, warning] = choose_anchors(flat, None, Accelerator(cpu=True), TrainSet())
     assert warning.startswith("warning: objects: only 0% have an anchor at IoU >= .5. ")
+
+
+def squares(side, label, number=40):
+    """Objects of one class in images of 160 x 160 pixels."""
+    low = torch.rand(number, 2, generator=torch.Generator().manual_seed(0)) * (160 - side)
+    return Boxes(torch.cat([low, low + side], dim=1), torch.full((number, 2), 160.0), torch.full((number,), label))
+
+
+def warnings_of(name, *objects):
+    """What is warned of with the best scale of a recipe's first head, at the size of the images."""
+    overrides = ["data.augment.short_sides=[160]", "data.augment.long_side=160"]
+    config = apply_overrides(load_config(name), overrides)
+    boxes = Boxes(*(torch.cat(columns) for columns in zip(*objects, strict=True)))
+    head = next(iter(fit_heads(config.model, boxes).values()))
+    return warn_of_misfit(config.data, boxes, head, {0: "cells", 6: "rods\n", 7: "dots"})
+
+
+def test_classes_that_no_anchor_fits_are_named():
+    """By the mean over the classes such a dataset fits well, and the class is never found."""
+    others = [squares(side, label) for label, side in enumerate((34, 40, 60, 80, 100, 50))]
+    rods, dots = squares(8, 6), squares(7, 7)
+    assert warnings_of("brs_detr_small_cpu", *others) == []
+    (warning,) = warnings_of("brs_detr_small_cpu", *others, rods)
+    assert warning == (
+        "warning: objects: only 0% of rods\\x0a have an anchor at IoU >= .5. "
+        "Look with `check-data RECIPE` for settings that fit more."
+    )
+    (warning,) = warnings_of("brs_detr_small_cpu", *others, squares(4, 8), squares(5, 9), dots, rods)
+    assert "only 0% of rods\\x0a, 0% of dots, 0% of class 8, ... (4 classes) have an anchor" in warning
+    assert warnings_of("cnn/atss_demo", *others, rods) == []  # there each object has positives
 
 
 def test_a_resumed_run_keeps_the_anchors_that_it_began_with():
