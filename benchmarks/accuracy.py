@@ -67,13 +67,13 @@ FAMILY = {"brs_detr": [], "brs_dino": ["model.denoising.queries=30", "model.deno
 FIGURES = ("AP", "AP50", "AP75", "mask_AP")
 NMS_IOU = 0.6  # as in the ATSS head
 NOT_COMPARED = "train.eval_every=1000"  # a curve does not change its run
+SMALL_CNN = "cnn/{detector}_small.yaml"
 # Recipes by dataset and detector. "*" is any CNN detector; the settings are what a detector needs on the dataset.
 RECIPES: dict[str, dict[str, str]] = {
     "demo": {"brs_detr": "demo.yaml", "*": "cnn/{detector}_demo.yaml"},
-    "bccd": {"brs_detr": "bccd_cpu.yaml", "*": "cnn/{detector}_small.yaml"},
-    "nuclei": {"brs_detr": "nuclei_cpu.yaml", "*": "cnn/{detector}_small.yaml"},
+    "bccd": {"brs_detr": "bccd_cpu.yaml", "*": SMALL_CNN},
+    "nuclei": {"brs_detr": "nuclei_cpu.yaml", "*": SMALL_CNN},
 }
-OTHER_DATA = "cnn/{detector}_small.yaml"  # of CNN detectors on a dataset that is not among them
 
 
 @dataclass(frozen=True)
@@ -294,12 +294,12 @@ def folders_of(args: argparse.Namespace) -> dict[str, Path]:
     folders = {}
     for item in args.data:
         name, equals, folder = item.partition("=")
-        if not equals or len(name.split()) != 1:
-            raise SystemExit(f"{item}: no dataset. Write NAME=FOLDER, with a name of one word.")
-        if name not in RECIPES:
+        if not equals:
+            raise SystemExit(f"{item}: no dataset. Write NAME=FOLDER.")
+        if require_word(name, item) not in RECIPES:
             if args.recipe is None:
                 raise SystemExit(f"{name}: has no recipe; {', '.join(RECIPES)} have. Name one by --recipe.")
-            RECIPES[name] = {"brs_detr": str(find_recipe(args.recipe).resolve()), "*": OTHER_DATA}
+            RECIPES[name] = {"brs_detr": str(find_recipe(args.recipe).resolve()), "*": SMALL_CNN}
         folders[name] = Path(folder).resolve()
     return folders
 
@@ -348,11 +348,11 @@ def refuse_other_settings(cases: Iterable[Case], variants: dict[str, list[str]],
             )
 
 
-def require_word(variant: str) -> str:
-    """The name of a variant, if it is one word, as the name of a case needs it."""
-    if len(variant.split()) != 1:
-        raise SystemExit(f"--variant: the name {variant!r} is not one word. Leave out its spaces.")
-    return variant
+def require_word(name: str, argument: str = "--variant") -> str:
+    """The name of a variant or dataset, if it is one word, as the name of a case needs it."""
+    if len(name.split()) != 1:
+        raise SystemExit(f"{argument}: the name {name!r} is not one word. Leave out its spaces.")
+    return name
 
 
 def stored(out: Path) -> dict[str, dict]:
